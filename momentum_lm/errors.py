@@ -1,0 +1,29 @@
+"""Errors that are the user's to mend, and how command-line programs show them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class UserError(ValueError):
+    """A problem with the input. The message is one line: what is wrong, in which file or flag, and the remedy."""
+
+
+def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wraps a ``main(argv)``: UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None, **kwargs: Any) -> int:
+        try:
+            return main(argv, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            return 130
+
+    return guarded

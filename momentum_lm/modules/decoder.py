@@ -1,0 +1,351 @@
+"""A GPT decoder whose parameter names are those of fairseq's ``transformer_lm``, with momentum attention as an option."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from momentum_lm.errors import UserError
+
+from .attention import Cache, CausalSelfAttention, LayerCache, Rotary
+from .loss import chunked_cross_entropy
+from .momentum import MomentumEMA, MomentumMultiEMA
+
+POSITIONS = ("sinusoidal", "learned", "rotary")
+MOMENTUM_KINDS = ("none", "ema", "multi_ema")
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),  # fairseq's name for the tanh approximation
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shapes and choices of a :class:`Decoder`. Raises UserError, naming the fairseq flag, for values that cannot be."""
+
+    vocab_size: int
+    dim: int
+    ffn_dim: int
+    layers: int
+    heads: int
+    max_positions: int = 1024
+    padding_idx: int = 1
+    eos_idx: int = 2
+    position: str = "sinusoidal"
+    activation: str = "gelu"
+    tie_embeddings: bool = True
+    scale_embeddings: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    checkpoint_activations: bool = False
+    momentum_kind: str = "none"
+    momentum_eta: float = 0.5
+    momentum_learned: bool = False
+    momentum_normalize: bool = False
+    momentum_gate: str = "none"
+
+    def __post_init__(self) -> None:
+        for flag, value, choices in (
+            ("--position", self.position, POSITIONS),
+            ("--activation-fn", self.activation, tuple(ACTIVATIONS)),
+            ("--momentum-kind", self.momentum_kind, MOMENTUM_KINDS),
+            ("--momentum-gate", self.momentum_gate, ("none", "zero")),
+        ):
+            if value not in choices:
+                raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
+        if not 0 < self.momentum_eta < 1:
+            raise UserError(f"--momentum-eta {self.momentum_eta}: the decay must lie strictly between 0 and 1, such as 0.5")
+        if self.momentum_kind != "ema" and (self.momentum_learned or self.momentum_normalize):
+            raise UserError(
+                f"--momentum-learned and --momentum-normalize belong to --momentum-kind ema, not {self.momentum_kind}"
+            )
+        if self.momentum_kind == "none" and self.momentum_gate != "none":
+            raise UserError("--momentum-gate needs --momentum-kind ema or multi_ema")
+        for flag, number in (
+            ("--decoder-layers", self.layers),
+            ("--decoder-attention-heads", self.heads),
+            ("--decoder-embed-dim", self.dim),
+            ("--decoder-ffn-embed-dim", self.ffn_dim),
+            ("--max-target-positions", self.max_positions),
+        ):
+            if number < 1:
+                raise UserError(f"{flag} {number}: must be at least 1")
+        if self.dim % self.heads:
+            raise UserError(f"--decoder-embed-dim {self.dim} is not a multiple of --decoder-attention-heads {self.heads}")
+        if self.position == "rotary" and self.dim // self.heads % 2:
+            raise UserError(f"--position rotary needs an even head size, got {self.dim // self.heads}")
+        if self.position == "sinusoidal" and self.dim < 4:
+            raise UserError(f"--position sinusoidal needs --decoder-embed-dim of at least 4, got {self.dim}")
+
+    @classmethod
+    def from_fairseq(
+        cls, cfg: Mapping[str, Any], vocab_size: int, padding_idx: int = 1, eos_idx: int = 2
+    ) -> DecoderConfig:
+        """The configuration of a fairseq model, ours or a stock ``transformer_lm*``, from its ``cfg.model`` as a mapping.
+
+        Raises UserError, naming the option, for a stock option that this decoder does not have.
+        """
+
+        def get(name: str, default: Any) -> Any:
+            value = cfg.get(name)
+            return default if value is None else value
+
+        unsupported = {
+            "character_embeddings": False,
+            "adaptive_softmax_cutoff": None,
+            "adaptive_input": False,
+            "layernorm_embedding": False,
+            "no_decoder_final_norm": False,
+            "no_token_positional_embeddings": False,
+            "scale_fc": False,
+            "scale_attn": False,
+            "scale_heads": False,
+            "scale_resids": False,
+            "base_layers": 0,
+            "moe_freq": 0,
+            "quant_noise_pq": 0.0,
+            "quant_noise_scalar": 0.0,
+            "decoder_layerdrop": 0.0,
+        }
+        for name, plain in unsupported.items():
+            if get(name, plain) != plain:
+                raise UserError(f"the model was trained with --{name.replace('_', '-')}, which this decoder does not have")
+        if "decoder_normalize_before" in cfg and not cfg["decoder_normalize_before"]:
+            raise UserError("the model normalises after each block (no --decoder-normalize-before); this decoder normalises before")
+        dim = int(get("decoder_embed_dim", 512))
+        for name in ("decoder_input_dim", "decoder_output_dim"):
+            if int(get(name, dim)) != dim:
+                raise UserError(f"the model's --{name.replace('_', '-')} differs from --decoder-embed-dim, which this decoder cannot do")
+        stock = "position" not in cfg
+        tied = get("share_decoder_input_output_embed", False) if stock else not get("untie_embeddings", False)
+        return cls(
+            vocab_size=vocab_size,
+            dim=dim,
+            ffn_dim=int(get("decoder_ffn_embed_dim", 4 * dim)),
+            layers=int(get("decoder_layers", 6)),
+            heads=int(get("decoder_attention_heads", 8)),
+            max_positions=int(get("max_target_positions", get("tokens_per_sample", 1024))),
+            padding_idx=padding_idx,
+            eos_idx=eos_idx,
+            position=("learned" if get("decoder_learned_pos", False) else "sinusoidal") if stock else str(cfg["position"]),
+            activation=str(get("activation_fn", "relu")),
+            tie_embeddings=bool(tied),
+            scale_embeddings=not get("no_scale_embedding", False),
+            dropout=float(get("dropout", 0.1)),
+            attention_dropout=float(get("attention_dropout", 0.0)),
+            activation_dropout=float(get("activation_dropout", 0.0)),
+            checkpoint_activations=bool(get("checkpoint_activations", False)),
+            momentum_kind=str(get("momentum_kind", "none")),
+            momentum_eta=float(get("momentum_eta", 0.5)),
+            momentum_learned=bool(get("momentum_learned", False)),
+            momentum_normalize=bool(get("momentum_normalize", False)),
+            momentum_gate=str(get("momentum_gate", "none")),
+        )
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        momentum: nn.Module | None = None
+        if config.momentum_kind == "ema":
+            momentum = MomentumEMA(
+                config.heads,
+                config.momentum_eta,
+                config.momentum_learned,
+                config.momentum_normalize,
+                config.momentum_gate == "zero",
+            )
+        elif config.momentum_kind == "multi_ema":
+            momentum = MomentumMultiEMA(config.dim, config.momentum_gate == "zero")
+        self.self_attn = CausalSelfAttention(config.dim, config.heads, config.attention_dropout, momentum)
+        self.self_attn_layer_norm = nn.LayerNorm(config.dim)
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+        self.final_layer_norm = nn.LayerNorm(config.dim)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, x: Tensor, **attention: Any) -> Tensor:
+        """x (B, T, C) -> (B, T, C); the rest goes to :meth:`CausalSelfAttention.forward`."""
+        x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), **attention))
+        inner = self.activation_dropout(self.activation(self.fc1(self.final_layer_norm(x))))
+        return x + self.dropout(self.fc2(inner))
+
+
+class Decoder(nn.Module):
+    """Pre-norm GPT decoder. Tokens (B, T) in, logits (B, T, V) out; padding (left or right) and packed documents change nothing.
+
+    Documents of a packed sequence are given by ``segment_ids`` (B, T), runs of equal ids: neither attention nor EMA crosses a run
+    and positions start anew, so each document gets the logits that it gets alone.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        # Not super().__init__(): the fairseq adapter inherits from fairseq's decoder class too, whose __init__ takes other arguments.
+        nn.Module.__init__(self)
+        self.config = config
+        self.embed_scale = math.sqrt(config.dim) if config.scale_embeddings else 1.0
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, config.padding_idx)
+        nn.init.normal_(self.embed_tokens.weight, std=config.dim**-0.5)
+        with torch.no_grad():
+            self.embed_tokens.weight[config.padding_idx].zero_()
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(config.max_positions + config.padding_idx + 1, config.dim, config.padding_idx)
+            nn.init.normal_(self.embed_positions.weight, std=config.dim**-0.5)
+            with torch.no_grad():
+                self.embed_positions.weight[config.padding_idx].zero_()
+        self.rotary = Rotary(config.dim // config.heads) if config.position == "rotary" else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layer_norm = nn.LayerNorm(config.dim)
+        self.output_projection = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output_projection.weight = self.embed_tokens.weight
+        else:
+            nn.init.normal_(self.output_projection.weight, std=config.dim**-0.5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def new_cache(self) -> Cache:
+        """An empty cache: pass it to successive calls with successive tokens."""
+        return Cache([LayerCache() for _ in self.layers])
+
+    def compile_blocks(self) -> None:
+        """Compiles each block by itself: short compilation, shared by all blocks of the same shape, parameter names unchanged."""
+        for layer in self.layers:
+            layer.compile()
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None, segment_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) for each next token; arguments and errors as in :meth:`features`."""
+        return self.output_projection(self.features(tokens, cache, segment_ids))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        segment_ids: Tensor | None = None,
+        reduction: str = "sum",
+        left_padded: bool | None = None,
+    ) -> Tensor:
+        """Cross entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T), padding targets not counted; never holds all logits."""
+        hidden = self.features(tokens, None, segment_ids, left_padded)
+        weight = self.output_projection.weight
+        return chunked_cross_entropy(hidden, weight, targets, self.config.padding_idx, reduction)
+
+    def features(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        segment_ids: Tensor | None = None,
+        left_padded: bool | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C) after the final norm.
+
+        Args:
+            tokens: (B, T) ids; ``padding_idx`` marks padding, on the left or the right.
+            cache: what earlier calls saw; these tokens follow it and are added to it.
+            segment_ids: (B, T) documents of packed sequences. Not together with a cache.
+            left_padded: whether rows may begin with padding; None: look (which on a GPU waits for the device). Padding on the right
+                needs no care, since no real token sees it.
+
+        Raises:
+            ValueError: segment_ids together with a cache, right padding of tokens that go into a cache, or, with learned positions,
+                more tokens than ``max_positions``.
+        """
+        config = self.config
+        length = tokens.shape[1]
+        if cache is not None and segment_ids is not None:
+            raise ValueError("packed documents cannot be continued from a cache")
+        is_padding = tokens.eq(config.padding_idx)
+        if left_padded is None:
+            left_padded = bool(is_padding[:, 0].any())
+        padding = is_padding if left_padded else None
+        if cache is not None and length > 1 and bool(is_padding[:, -1].any()):
+            raise ValueError("tokens that go into a cache must be padded on the left, not on the right")
+
+        if left_padded or cache is not None or segment_ids is not None:
+            positions = self._positions(is_padding, cache, segment_ids)
+        else:
+            positions = torch.arange(length, device=tokens.device)[None]
+        x = self.embed_scale * self.embed_tokens(tokens)
+        if config.position == "learned":
+            self._check_length(length + (0 if cache is None else cache.length))
+            x = x + self.embed_positions(torch.where(is_padding, config.padding_idx, positions + config.padding_idx + 1))
+        elif config.position == "sinusoidal":
+            table = sinusoids(positions + config.padding_idx + 1, config.dim)
+            x = x + table.masked_fill(is_padding[..., None], 0.0).to(x.dtype)
+        x = self.dropout(x)
+        rotation = None if self.rotary is None else self.rotary(positions)
+
+        mask = self._mask(length, padding, cache, segment_ids, tokens.device)
+        for layer, past in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
+            arguments = dict(mask=mask, rotation=rotation, cache=past, padding=padding, segment_ids=segment_ids)
+            if config.checkpoint_activations and self.training:
+                x = checkpoint(layer, x, use_reentrant=False, **arguments)
+            else:
+                x = layer(x, **arguments)
+        if cache is not None:
+            cache.length += length
+        return self.layer_norm(x)
+
+    def _positions(self, is_padding: Tensor, cache: Cache | None, segment_ids: Tensor | None) -> Tensor:
+        """(B, T) positions from 0, padding not counted; remembers in ``cache`` where the next call goes on."""
+        count = (~is_padding).long().cumsum(1)
+        if segment_ids is not None:
+            starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=False)
+            # real tokens before the current document: the running count just before its first token, carried along the run
+            before = torch.where(starts, count - (~is_padding).long(), 0).cummax(1).values
+            return (count - before - 1).clamp(min=0)
+        if cache is None:
+            return (count - 1).clamp(min=0)
+        offset = 0 if cache.positions is None else cache.positions[:, None]
+        cache.positions = (offset + count)[:, -1]
+        return (offset + count - 1).clamp(min=0)
+
+    def _mask(
+        self, length: int, padding: Tensor | None, cache: Cache | None, segment_ids: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        """(B or 1, 1, T, S) True where attention is allowed, or None where causality alone says it (see CausalSelfAttention)."""
+        past = 0 if cache is None else cache.length
+        if cache is not None and (padding is not None or cache.padding is not None):
+            batch = (padding if padding is not None else cache.padding).shape[0]  # type: ignore[union-attr]
+            old = cache.padding if cache.padding is not None else torch.zeros(batch, past, dtype=torch.bool, device=device)
+            new = padding if padding is not None else torch.zeros(batch, length, dtype=torch.bool, device=device)
+            padding = cache.padding = torch.cat([old, new], 1)
+        if padding is None and segment_ids is None and (past == 0 or length == 1):
+            return None
+        query = torch.arange(past, past + length, device=device)[:, None]
+        key = torch.arange(past + length, device=device)
+        allowed = (key <= query)[None, None]
+        if segment_ids is not None:
+            allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        if padding is not None:
+            # a padding token may look at itself: a row with nothing to look at is NaN
+            allowed = allowed & (~padding[:, None, None, :] | (key == query))
+        return allowed
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_positions:
+            raise ValueError(f"{length} tokens exceed the {self.config.max_positions} learned positions of the model")
+
+
+def sinusoids(rows: Tensor, dim: int) -> Tensor:
+    """fairseq's sinusoidal embedding of table rows (B, T) -> (B, T, dim) fp32: sines, then cosines, 10000^(-k / (dim/2 - 1))."""
+    half = dim // 2
+    frequency = torch.exp(torch.arange(half, dtype=torch.float, device=rows.device) * -(math.log(10000) / (half - 1)))
+    angle = rows[..., None].float() * frequency
+    return F.pad(torch.cat([angle.sin(), angle.cos()], -1), (0, dim % 2))
+
+
+def document_ids(tokens: Tensor, eos_idx: int) -> Tensor:
+    """Segment ids (B, T) of packed inputs, in which each document begins with the end-of-sentence token that its text follows."""
+    return tokens.eq(eos_idx).cumsum(1)

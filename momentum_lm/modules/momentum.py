@@ -1,0 +1,125 @@
+"""What momentum attention adds to attention: an exponential moving average of the values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from momentum_lm import ops
+
+
+class _Float32(nn.Module):
+    """A module whose parameters and buffers stay in fp32 through ``.half()`` and ``.bfloat16()``: bf16 rounds a decay of 0.999 to 1."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if half else moved
+
+        return super()._apply(keep_precision, *args, **kwargs)
+
+
+class MomentumEMA(_Float32):
+    """``gate[h] * scale[h] * sum_{i<t} eta[h]^(t-i) v_i``, one decay per head.
+
+    Source: arXiv 2212.10559, section 5 (one fixed eta, scale 1, no gate). ``learned`` makes eta a parameter, kept as a logit;
+    ``normalize`` sets scale = (1 - eta) / eta, so that the weights sum to 1; ``gate`` adds a learned factor that starts at 0.
+    """
+
+    def __init__(self, heads: int, eta: float, learned: bool = False, normalize: bool = False, gate: bool = False) -> None:
+        super().__init__()
+        self.normalize = normalize
+        logit = torch.full((heads,), math.log(eta) - math.log1p(-eta))
+        self.decay_logit = nn.Parameter(logit) if learned else None
+        self.register_buffer("fixed_log_decay", None if learned else torch.full((heads,), math.log(eta)), persistent=False)
+        self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
+
+    def log_decay(self) -> Tensor:
+        """log(eta), (H,), fp32."""
+        return self.fixed_log_decay if self.decay_logit is None else F.logsigmoid(self.decay_logit)
+
+    def forward(
+        self,
+        values: Tensor,
+        state: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """values (B, H, T, D), state (B, H, D) or None -> (EMA (B, H, T, D), state after the last token).
+
+        padding: (B, T) True at padding on the left, which is neither seen nor any time to the average.
+        """
+        log_decay = self.log_decay()
+        if padding is None:
+            out, state = ops.ema(values, log_decay, state, segment_ids)
+        else:
+            out, final = ops.ema(values.masked_fill(padding[:, None, :, None], 0.0), log_decay, None, segment_ids)
+            if state is not None:  # it meets each row at that row's first real token
+                elapsed = torch.exp((~padding).cumsum(1)[:, None] * log_decay[:, None])  # (B, H, T), own token included
+                before = elapsed * torch.exp(-log_decay)[:, None]
+                out = out + (before[..., None] * state[:, :, None]).to(out.dtype)
+                final = final + elapsed[:, :, -1:] * state
+            state = final
+        factor = torch.expm1(-log_decay) if self.normalize else None
+        if self.gate is not None:
+            factor = self.gate if factor is None else factor * self.gate
+        return (out if factor is None else out * factor.to(out.dtype)[:, None, None]), state
+
+    def decays(self) -> Tensor:
+        """The decays, flat, for logging."""
+        return self.log_decay().detach().exp()
+
+
+class MomentumMultiEMA(_Float32):
+    """Eight learned decays per channel with signed learned weights, the current token included.
+
+    Source: the class that an author of arXiv 2212.10559 posted (microsoft/LMOps, issue 9): decay ``sigmoid(delta)`` with
+    delta ~ N(0, 0.2), weight ``gamma / sqrt(dim)`` with gamma ~ N(0, 1).
+    """
+
+    ORDER = 8
+
+    def __init__(self, dim: int, gate: bool = False) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.randn(dim, self.ORDER) * 0.2)
+        self.gamma = nn.Parameter(torch.randn(dim, self.ORDER))
+        self.gate = nn.Parameter(torch.zeros(dim)) if gate else None
+
+    def forward(
+        self,
+        values: Tensor,
+        state: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """values (B, H, T, D), state (B, H*D, 8) or None -> (EMA (B, H, T, D), state after the last token); padding as in MomentumEMA."""
+        heads = values.shape[1]
+        merged = values.transpose(1, 2).flatten(2)  # (B, T, H*D)
+        weight = self.gamma / math.sqrt(self.gamma.shape[0])
+        if self.gate is not None:
+            weight = weight * self.gate[:, None]
+        log_decay = F.logsigmoid(self.delta)
+        if padding is not None:
+            out, final = ops.multi_ema(merged.masked_fill(padding[..., None], 0.0), log_decay, weight, None, segment_ids)
+            if state is not None:
+                count = (~padding).cumsum(1)[..., None, None]  # (B, T, 1, 1)
+                elapsed = torch.exp(count * log_decay) * state[:, None]  # (B, T, C, 8)
+                out = out + (weight * elapsed).sum(-1).to(out.dtype)
+                final = final + elapsed[:, -1]
+            state = final
+        elif merged.shape[1] == 1 and state is not None:
+            out, state = ops.multi_ema_step(merged[:, 0], log_decay, weight, state)
+            out = out[:, None]
+        else:
+            out, state = ops.multi_ema(merged, log_decay, weight, state, segment_ids)
+        return out.unflatten(2, (heads, -1)).transpose(1, 2), state
+
+    def decays(self) -> Tensor:
+        """The decays, flat, for logging."""
+        return torch.sigmoid(self.delta.detach()).flatten()

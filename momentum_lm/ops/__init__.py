@@ -1,0 +1,102 @@
+"""The exponential moving average of attention values (momentum attention), in plain torch. README.md derives it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunked import ema_chunked, multi_ema_chunked
+from .naive import ema_naive, multi_ema_naive
+
+__all__ = ["ema", "ema_naive", "multi_ema", "multi_ema_naive", "multi_ema_step"]
+
+
+def ema(
+    values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, segment_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Strictly causal exponential moving average of attention values, per head.
+
+    ``out[b,h,t] = sum_{i<t, same segment} exp((t-i) log_decay[h]) values[b,h,i]  (+ exp(t log_decay[h]) initial_state[b,h])``
+
+    Args:
+        values: (B, H, T, D), any floating dtype, any strides, T >= 1.
+        log_decay: (H,), fp32 or fp64, finite and < 0 (not checked: that would wait for the device).
+        initial_state: (B, H, D), the state that an earlier call returned; it belongs to the first token's segment.
+        segment_ids: (B, T) integers; a segment is a run of equal ids and the average starts anew with each.
+
+    Returns:
+        out (B, H, T, D) in the dtype of ``values``, and the state after the last token (B, H, D), fp32 (fp64 for fp64 values):
+        ``exp(log_decay) (out[T-1] + values[T-1])``. Sums are kept in that dtype, under autocast too. Both are differentiable
+        (once) in values, log_decay and initial_state; memory is linear in T.
+
+    Raises:
+        ValueError: shapes that do not fit, T = 0, or a ``log_decay`` in half precision (0.999 would become 1).
+
+    Source: arXiv 2212.10559, section 5, MoAttn.
+    """
+    if values.dim() != 4 or values.shape[2] == 0:
+        raise ValueError(f"values must be (batch, heads, time >= 1, dim), got {tuple(values.shape)}")
+    batch, heads, length, dim = values.shape
+    _check("log_decay", log_decay, (heads,))
+    _check_precision("log_decay", log_decay)
+    if initial_state is not None:
+        _check("initial_state", initial_state, (batch, heads, dim))
+    if segment_ids is not None:
+        _check("segment_ids", segment_ids, (batch, length))
+    return ema_chunked(values, log_decay, initial_state, segment_ids)
+
+
+def multi_ema(
+    values: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Several damped averages per channel, weighted and summed, the current token included: the authors' posted variant.
+
+    ``h[b,t,c,n] = exp(log_decay[c,n]) h[b,t-1,c,n] + values[b,t,c];   out[b,t,c] = sum_n weight[c,n] h[b,t,c,n]``
+
+    Args:
+        values: (B, T, C), any floating dtype: all heads' values side by side.
+        log_decay: (C, N), fp32 or fp64, finite and < 0.
+        weight: (C, N), signed.
+        initial_state: (B, C, N), the state that an earlier call returned; it belongs to the first token's segment.
+        segment_ids: (B, T) integers; a segment is a run of equal ids.
+
+    Returns:
+        out (B, T, C) in the dtype of ``values`` and the state after the last token (B, C, N), fp32 (fp64 for fp64 values).
+
+    Raises:
+        ValueError: shapes that do not fit, T = 0, or a ``log_decay`` in half precision.
+
+    Source: the code that an author of arXiv 2212.10559 posted (microsoft/LMOps, issue 9); there by FFT, here by chunks.
+    """
+    if values.dim() != 3 or values.shape[1] == 0:
+        raise ValueError(f"values must be (batch, time >= 1, channels), got {tuple(values.shape)}")
+    batch, length, channels = values.shape
+    order = log_decay.shape[-1]
+    _check("log_decay", log_decay, (channels, order))
+    _check_precision("log_decay", log_decay)
+    _check("weight", weight, (channels, order))
+    if initial_state is not None:
+        _check("initial_state", initial_state, (batch, channels, order))
+    if segment_ids is not None:
+        _check("segment_ids", segment_ids, (batch, length))
+    return multi_ema_chunked(values, log_decay, weight, initial_state, segment_ids)
+
+
+def multi_ema_step(values: Tensor, log_decay: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of :func:`multi_ema`: values (B, C), log_decay and weight (C, N), state (B, C, N) -> out (B, C), state."""
+    state = log_decay.exp() * state + values.to(state.dtype)[..., None]
+    return (weight * state).sum(-1).to(values.dtype), state
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _check_precision(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {tensor.dtype}: half precision rounds a decay of 0.999 to 1")

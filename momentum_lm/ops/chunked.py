@@ -1,0 +1,203 @@
+"""Linear-time EMA by chunks of block-Toeplitz products, on any device: the default. The derivation is in README.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 32
+# Masking a Toeplitz matrix per document costs (chunk) floats per channel and token, so packed multi_ema takes short chunks.
+PACKED_MULTI_CHUNK = 8
+
+
+def _scan(x: Tensor, log_decay: Tensor, segment_ids: Tensor | None, strict: bool) -> tuple[Tensor, Tensor]:
+    """out[t] = sum over k <= t (k < t if ``strict``), same segment, of exp((t-k) log_decay) x[k];  last = the inclusive sum at T-1.
+
+    x (B, H, T, D), log_decay (H,), segment_ids (B, T) -> out (B, H, T, D), last (B, H, D).
+    States between chunks are themselves such a sum over chunks, so the function calls itself: linear memory, log_32(T) levels.
+    """
+    batch, heads, length, dim = x.shape
+    size = min(CHUNK, length)
+    pad = -length % size  # on the left, where zeros change no sum and the last chunk stays whole
+    count = (length + pad) // size
+    if pad:
+        x = F.pad(x, (0, 0, pad, 0))
+        if segment_ids is not None:
+            segment_ids = torch.cat([segment_ids[:, :1].expand(-1, pad), segment_ids], 1)
+    x = x.reshape(batch, heads, count, size, dim)
+
+    r = torch.arange(size, device=x.device)
+    lag = r[:, None] - r[None, :]
+    local_hcc = torch.exp(lag.clamp(min=0) * log_decay[:, None, None]).masked_fill(lag < int(strict), 0.0)
+    to_end_hc = torch.exp((size - 1 - r) * log_decay[:, None])
+    from_start_hc = torch.exp((r + 1) * log_decay[:, None])
+
+    if segment_ids is None:
+        out = local_hcc[None, :, None] @ x
+        sums = (to_end_hc[:, None, None] @ x).squeeze(3)
+        last_ids = None
+    else:
+        ids = segment_ids.reshape(batch, count, size)
+        last_ids = ids[:, :, -1]
+        same = ids[:, None, :, :, None] == ids[:, None, :, None, :]
+        out = torch.where(same, local_hcc[None, :, None], 0.0) @ x
+        in_last = (ids == last_ids[..., None])[:, None, :, None]
+        sums = (torch.where(in_last, to_end_hc[:, None, None], 0.0) @ x).squeeze(3)
+
+    if count == 1:
+        return out.reshape(batch, heads, size, dim), sums[:, :, 0]
+    states, last = _scan(sums, size * log_decay, last_ids, strict=False)
+    carry = from_start_hc[:, None, :, None] * states[:, :, :-1, None]
+    if segment_ids is not None:
+        continues = ids[:, 1:] == last_ids[:, :-1, None]
+        carry = torch.where(continues[:, None, ..., None], carry, 0.0)
+    out[:, :, 1:] += carry
+    return out.reshape(batch, heads, length + pad, dim)[:, :, pad:], last
+
+
+def _ema(v: Tensor, log_decay: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The EMA of ``v`` in v's own precision; the initial state is added by linearity."""
+    out, last = _scan(v, log_decay, segment_ids, strict=True)
+    final_state = log_decay.exp()[:, None] * last
+    if initial_state is not None:
+        length = v.shape[2]
+        t = torch.arange(length, device=v.device)
+        weight_bht = torch.exp(t * log_decay[:, None])[None]
+        at_end = torch.exp(length * log_decay)[None, :, None]
+        if segment_ids is not None:
+            in_first = segment_ids == segment_ids[:, :1]
+            weight_bht = torch.where(in_first[:, None], weight_bht, 0.0)
+            at_end = torch.where(in_first[:, -1, None, None], at_end, 0.0)
+        out = out + weight_bht[..., None] * initial_state[:, :, None]
+        final_state = final_state + at_end * initial_state
+    return out, final_state
+
+
+class _EMA(torch.autograd.Function):
+    """Saves only its inputs. With lambda_t = g_t + dv_t the gradients are two more EMAs: see README.md, "Gradients"."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, log_decay: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(values, log_decay, initial_state, segment_ids)
+        ctx.set_materialize_grads(False)
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        with torch.autocast(values.device.type, enabled=False):  # decay powers in bf16 would be wrong by tens of percent
+            state = None if initial_state is None else initial_state.to(dtype)
+            out, final_state = _ema(values.to(dtype), log_decay.to(dtype), state, segment_ids)
+        return out.to(values.dtype), final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        values, log_decay, initial_state, segment_ids = ctx.saved_tensors
+        if grad_out is None and grad_final is None:
+            return None, None, None, None
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        log_eta = log_decay.to(dtype)
+        g = values.new_zeros(values.shape, dtype=dtype) if grad_out is None else grad_out.to(dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            from_final = None if grad_final is None else log_eta.exp()[:, None] * grad_final.to(dtype)
+            reversed_ids = None if segment_ids is None else segment_ids.flip(1)
+            grad_values = _ema(g.flip(2), log_eta, from_final, reversed_ids)[0].flip(2)
+
+            grad_log_decay = grad_initial = None
+            if ctx.needs_input_grad[1]:
+                state = None if initial_state is None else initial_state.to(dtype)
+                out, final_state = _ema(values.to(dtype), log_eta, state, segment_ids)
+                grad_log_decay = (out[:, :, 1:] * (g + grad_values)[:, :, 1:]).sum((0, 2, 3))
+                if grad_final is not None:
+                    grad_log_decay = grad_log_decay + (final_state * grad_final.to(dtype)).sum((0, 2))
+                grad_log_decay = grad_log_decay.to(log_decay.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_initial = (g + grad_values)[:, :, 0].to(initial_state.dtype)
+        return grad_values.to(values.dtype), grad_log_decay, grad_initial, None
+
+
+def ema_chunked(
+    values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, segment_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same function and arguments as :func:`momentum_lm.ops.ema`. Once differentiable."""
+    return _EMA.apply(values, log_decay, initial_state, segment_ids)
+
+
+def multi_ema_chunked(
+    values: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same function and arguments as :func:`momentum_lm.ops.multi_ema`, by automatic differentiation of chunk products."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    with torch.autocast(values.device.type, enabled=False):
+        state = None if initial_state is None else initial_state.to(dtype)
+        out, final = _multi_ema(values.to(dtype), log_decay.to(dtype), weight.to(dtype), state, segment_ids)
+    return out.to(values.dtype), final
+
+
+def _multi_ema(
+    v: Tensor, log_decay: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, length, channels = v.shape
+    order = log_decay.shape[1]
+    size = min(CHUNK if segment_ids is None else PACKED_MULTI_CHUNK, length)
+    pad = -length % size
+    count = (length + pad) // size
+    x = F.pad(v, (0, 0, pad, 0)).reshape(batch, count, size, channels).permute(3, 2, 0, 1)  # (C, size, B, n)
+
+    r = torch.arange(size, device=v.device)
+    power_cor = torch.exp(r * log_decay[..., None])  # (C, order, size): decay^lag
+    kernel_cr = (weight[..., None] * power_cor).sum(1)
+    lag = r[:, None] - r[None, :]
+    toeplitz_crr = kernel_cr[:, lag.clamp(min=0)].masked_fill(lag < 0, 0.0)
+    to_end_cor = power_cor.flip(2)
+    from_start_cro = (weight[..., None] * power_cor * log_decay[..., None].exp()).transpose(1, 2)
+
+    def per_channel(matrix: Tensor, columns: Tensor) -> Tensor:  # (C, a, b) x (C, b, B, n) -> (C, a, B, n)
+        return (matrix @ columns.flatten(2)).unflatten(2, (batch, -1))
+
+    if segment_ids is None:
+        out = per_channel(toeplitz_crr, x)
+        sums = per_channel(to_end_cor, x)
+        keep = None
+    else:
+        ids = torch.cat([segment_ids[:, :1].expand(-1, pad), segment_ids], 1).reshape(batch, count, size)
+        same = (ids[..., :, None] == ids[..., None, :]).to(v.dtype)  # (B, n, size, size)
+        out = torch.einsum("bnrk,crk,ckbn->crbn", same, toeplitz_crr, x)
+        sums = torch.einsum("bnk,cok,ckbn->cobn", (ids == ids[..., -1:]).to(v.dtype), to_end_cor, x)
+        # the state after chunk j goes on into chunk j + 1 wherever that chunk's tokens belong to the same segment
+        keep = ids[:, 1:, -1] == ids[:, :-1, -1]
+
+    decay = torch.exp(size * log_decay)[..., None]
+    state = torch.zeros_like(sums[..., 0])
+    states = []
+    for j, total in enumerate(sums.unbind(-1)):
+        if keep is not None and j > 0:
+            state = torch.where(keep[:, j - 1], state, 0.0)
+        state = decay * state + total
+        states.append(state)
+    if count > 1:
+        carried = torch.stack(states[:-1], -1)  # (C, order, B, n-1)
+        carry = per_channel(from_start_cro, carried)
+        if segment_ids is not None:
+            carry = torch.where((ids[:, 1:] == ids[:, :-1, -1:]).permute(2, 0, 1), carry, 0.0)
+        out = torch.cat([out[..., :1], out[..., 1:] + carry], -1)
+    out = out.permute(2, 3, 1, 0).reshape(batch, count * size, channels)[:, pad:]
+    final = state.permute(2, 0, 1)
+
+    if initial_state is not None:
+        t = torch.arange(1, length + 1, device=v.device)
+        power_cot = torch.exp(t * log_decay[..., None])
+        in_first = torch.ones(1, length, dtype=torch.bool, device=v.device)
+        if segment_ids is not None:
+            in_first = segment_ids == segment_ids[:, :1]
+        carried_in = torch.einsum("bco,co,cot->btc", initial_state, weight, power_cot)
+        out = out + torch.where(in_first[..., None], carried_in, 0.0)
+        final = final + torch.where(in_first[:, -1, None, None], power_cot[..., -1] * initial_state, 0.0)
+    return out, final

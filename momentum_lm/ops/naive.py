@@ -1,0 +1,59 @@
+"""The paper's equation, literally: the oracle that every other implementation is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ema_naive(
+    values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, segment_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same function and arguments as :func:`momentum_lm.ops.ema`, in O(T^2) time and memory, by automatic differentiation.
+
+    Source: arXiv 2212.10559, section 5: ``MoAttn_t = Attn_t + sum_{i<t} eta^(t-i) v_i``.
+    """
+    length = values.shape[2]
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    v, log_eta = values.to(dtype), log_decay.to(dtype)
+    t = torch.arange(length, device=values.device)
+
+    lag = t[:, None] - t[None, :]
+    weight_htt = torch.exp(lag.clamp(min=0) * log_eta[:, None, None]).masked_fill(lag <= 0, 0.0)
+    weight_bhtt = weight_htt[None]
+    if segment_ids is not None:
+        same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+        weight_bhtt = weight_bhtt.masked_fill(~same_segment[:, None], 0.0)
+    out = weight_bhtt @ v
+
+    if initial_state is not None:
+        weight_bht = torch.exp(t * log_eta[:, None])[None]
+        if segment_ids is not None:
+            weight_bht = weight_bht.masked_fill((segment_ids != segment_ids[:, :1])[:, None], 0.0)
+        out = out + weight_bht[..., None] * initial_state.to(dtype)[:, :, None]
+
+    final_state = torch.exp(log_eta)[:, None] * (out[:, :, -1] + v[:, :, -1])
+    return out.to(values.dtype), final_state
+
+
+def multi_ema_naive(
+    values: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same function and arguments as :func:`momentum_lm.ops.multi_ema`, one token at a time."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    batch, _, channels = values.shape
+    decay, weight = log_decay.to(dtype).exp(), weight.to(dtype)
+    state = values.new_zeros(batch, channels, log_decay.shape[1], dtype=dtype)
+    if initial_state is not None:
+        state = initial_state.to(dtype)
+    outputs = []
+    for t, v in enumerate(values.to(dtype).unbind(1)):
+        if segment_ids is not None and t > 0:
+            state = torch.where((segment_ids[:, t] == segment_ids[:, t - 1])[:, None, None], state, 0.0)
+        state = decay * state + v[:, :, None]
+        outputs.append((weight * state).sum(-1))
+    return torch.stack(outputs, 1).to(values.dtype), state

@@ -1,0 +1,89 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from momentum_lm.modules import chunked_cross_entropy
+
+
+def inputs(dtype=torch.float64, rows=(3, 7), dim=5, vocab=11):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*rows, dim, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, dim, generator=generator, dtype=dtype).requires_grad_()
+    targets = torch.randint(vocab, rows, generator=generator)
+    targets[0, :3] = 1
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 21, 1000])
+@pytest.mark.parametrize("ignore", [1, -100])
+def test_equals_torch_with_gradients(chunk, ignore):
+    hidden, weight, targets = inputs()
+    ours = 0.3 * chunked_cross_entropy(hidden, weight, targets, ignore, chunk_tokens=chunk)
+    reference = 0.3 * F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction="sum")
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(reference, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_gradcheck():
+    hidden, weight, targets = inputs()
+    assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets, 1, chunk_tokens=4), (hidden, weight))
+
+
+def test_each_token_alone_sums_to_the_total():
+    hidden, weight, targets = inputs()
+    each = chunked_cross_entropy(hidden, weight, targets, 1, reduction="none", chunk_tokens=4)
+    assert each.shape == targets.shape and (each[targets == 1] == 0).all()
+    torch.testing.assert_close(each.sum(), chunked_cross_entropy(hidden, weight, targets, 1).detach(), rtol=0, atol=1e-12)
+
+
+def test_bf16_autocast_keeps_the_softmax_in_fp32():
+    hidden, weight, targets = inputs(torch.float32, (64, 8), 64, 500)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, weight, targets, 1)
+        logits = F.linear(hidden, weight)
+    assert loss.dtype == torch.float32
+    reference = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=1, reduction="sum")
+    torch.testing.assert_close(loss, reference, rtol=1e-4, atol=0)
+    gradient, exact = (torch.autograd.grad(x, weight, retain_graph=True)[0] for x in (loss, reference))
+    assert gradient.dtype == torch.float32
+    assert (gradient - exact).norm() < 0.02 * exact.norm()
+
+
+def test_logits_are_never_whole():
+    """The largest tensor made is one chunk of logits, far below tokens x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.numel())
+            return out
+
+    hidden, weight, targets = inputs(torch.float32, (4, 100), 8, 1000)
+    with Largest() as largest:
+        chunked_cross_entropy(hidden, weight, targets, 1, chunk_tokens=32).backward()
+    assert largest.size == 32 * 1000
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight, targets = inputs()
+    hidden = hidden.detach().clone()
+    hidden[targets == 1] = float("nan")
+    hidden.requires_grad_()
+    loss = chunked_cross_entropy(hidden, weight, targets, 1)
+    assert torch.isfinite(loss)
+    gradient, _ = torch.autograd.grad(loss, (hidden, weight))
+    assert (gradient[targets == 1] == 0).all()
+
+
+def test_wrong_arguments_are_named():
+    hidden, weight, targets = inputs()
+    with pytest.raises(ValueError, match="do not fit"):
+        chunked_cross_entropy(hidden, weight, targets[:, 1:])
+    with pytest.raises(ValueError, match="reduction"):
+        chunked_cross_entropy(hidden, weight, targets, reduction="mean")

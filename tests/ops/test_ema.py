@@ -1,0 +1,135 @@
+"""Every implementation of the EMA against the equation, outputs and gradients."""
+
+import pytest
+import torch
+
+from momentum_lm.ops import ema, ema_naive
+
+LENGTHS = [1, 2, 31, 32, 33, 64, 1000, 4096]
+DECAYS = [0.01, 0.5, 0.9, 0.999]
+
+
+def random_segments(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    starts = torch.rand(batch, length, generator=generator) < 0.05
+    return starts.cumsum(1)
+
+
+def inputs(batch, heads, length, dim, eta, state, segments, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    spread = torch.linspace(0.9, 1.1, heads, dtype=torch.float64)  # each head its own decay, around eta
+    log_decay = (torch.tensor(eta, dtype=torch.float64).log() * spread).requires_grad_()
+    initial = torch.randn(batch, heads, dim, generator=generator, dtype=torch.float64).requires_grad_() if state else None
+    ids = random_segments(batch, length, generator) if segments else None
+    return values, log_decay, initial, ids
+
+
+@pytest.mark.parametrize("eta", DECAYS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("state,segments", [(False, False), (True, False), (False, True), (True, True)])
+def test_chunked_is_the_equation_in_float64(length, eta, state, segments):
+    batch, heads, dim = (2, 2, 3) if length <= 1000 else (1, 2, 2)
+    arguments = inputs(batch, heads, length, dim, eta, state, segments)
+    leaves = [a for a in arguments[:3] if a is not None]
+    generator = torch.Generator().manual_seed(1)
+    g_out = torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float64)
+    g_state = torch.randn(batch, heads, dim, generator=generator, dtype=torch.float64)
+    results = []
+    for function in (ema, ema_naive):
+        out, final = function(*arguments)
+        gradients = torch.autograd.grad((out * g_out).sum() + (final * g_state).sum(), leaves)
+        results.append([out, final, *gradients])
+    for ours, oracle in zip(*results, strict=True):
+        scale = oracle.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale, oracle / scale, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("eta", DECAYS)
+def test_low_precision_is_the_exact_result_rounded(dtype, tolerance, eta):
+    values, log_decay, _, _ = inputs(2, 3, 500, 8, eta, False, False, dtype)
+    out, final = ema(values, log_decay.detach().float())
+    exact, exact_final = ema_naive(values.detach().double(), log_decay.detach().float().double())
+    assert out.dtype == dtype and final.dtype == torch.float32
+    scale = exact.detach().abs().amax()
+    assert ((out.double() - exact).abs() <= tolerance * exact.abs() + 2e-6 * scale).all()
+    torch.testing.assert_close(final.double(), exact_final, rtol=1e-5, atol=1e-5 * scale.item())
+
+
+def test_autocast_leaves_the_sums_in_fp32():
+    values, log_decay, _, _ = inputs(1, 2, 300, 4, 0.999, False, False, torch.float32)
+    log_decay = log_decay.detach().float()
+    plain = ema(values, log_decay)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ema(values, log_decay)
+    assert torch.equal(plain[0], cast[0]) and torch.equal(plain[1], cast[1])
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_state_splits_a_sequence_anywhere(segments):
+    values, log_decay, initial, ids = inputs(2, 2, 101, 3, 0.9, True, segments)
+    whole, final = ema(values, log_decay, initial, ids)
+    for cut in (1, 32, 50, 100):
+        if ids is not None:
+            ids[:, cut] = ids[:, cut - 1]  # a state belongs to the segment that goes on
+            ids[:, cut + 1 :] = ids[:, cut + 1 :].clamp(min=int(ids[:, cut].max()))
+            whole, final = ema(values, log_decay, initial, ids)
+        first, state = ema(values[:, :, :cut], log_decay, initial, None if ids is None else ids[:, :cut])
+        second, last = ema(values[:, :, cut:], log_decay, state, None if ids is None else ids[:, cut:])
+        torch.testing.assert_close(torch.cat([first, second], 2), whole, rtol=0, atol=1e-12)
+        torch.testing.assert_close(last, final, rtol=0, atol=1e-12)
+
+
+def test_a_segment_is_blind_to_the_one_before_it_bit_for_bit():
+    values, log_decay, _, _ = inputs(1, 2, 90, 4, 0.99, False, False, torch.float32)
+    ids = (torch.arange(90) >= 41).long()[None]
+    changed = values.detach().clone()
+    changed[:, :, :41] = 100 * torch.randn(1, 2, 41, 4)
+    log_decay = log_decay.detach().float()
+    assert torch.equal(ema(values, log_decay, None, ids)[0][:, :, 41:], ema(changed, log_decay, None, ids)[0][:, :, 41:])
+
+
+def test_no_token_sees_itself_or_the_future():
+    values, log_decay, _, _ = inputs(1, 1, 70, 2, 0.5, False, False)
+    out, _ = ema(values, log_decay)
+    for t in (0, 1, 31, 32, 33, 69):
+        (gradient,) = torch.autograd.grad(out[:, :, t].sum(), values, retain_graph=True)
+        assert (gradient[:, :, t:] == 0).all() and (t == 0 or (gradient[:, :, t - 1] != 0).all())
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_strides_do_not_matter(segments):
+    values, log_decay, initial, ids = inputs(2, 3, 65, 4, 0.7, True, segments)
+    strided = values.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(ema(strided, log_decay, initial, ids)[0], ema(values, log_decay, initial, ids)[0], rtol=0, atol=0)
+
+
+def test_gradcheck():
+    values, log_decay, initial, ids = inputs(1, 2, 5, 2, 0.6, True, True)
+    assert torch.autograd.gradcheck(lambda v, d, s: ema(v, d, s, ids), (values, log_decay, initial))
+
+
+def test_only_inputs_are_saved_for_the_backward_pass():
+    """Memory: what autograd keeps is the values themselves, at any length."""
+    for length in (64, 640):
+        saved = []
+        values, log_decay, _, _ = inputs(1, 2, length, 4, 0.9, False, False, torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            ema(values, log_decay.detach().float())
+        assert sum(saved) == values.numel() + 2
+
+
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        (lambda v, d, s, i: (v[0], d, s, i), "values"),
+        (lambda v, d, s, i: (v[:, :, :0], d, s, i), "values"),
+        (lambda v, d, s, i: (v, d[:1], s, i), "log_decay"),
+        (lambda v, d, s, i: (v, d.bfloat16(), s, i), "float32"),
+        (lambda v, d, s, i: (v, d, s[:, :1], i), "initial_state"),
+        (lambda v, d, s, i: (v, d, s, i[:, 1:]), "segment_ids"),
+    ],
+)
+def test_wrong_arguments_are_named(change, word):
+    with pytest.raises(ValueError, match=word):
+        ema(*change(*inputs(2, 2, 6, 3, 0.5, True, True)))

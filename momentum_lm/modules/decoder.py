@@ -214,6 +214,7 @@ class Decoder(nn.Module):
         else:
             nn.init.normal_(self.output_projection.weight, std=config.dim**-0.5)
         self.dropout = nn.Dropout(config.dropout)
+        self.register_load_state_dict_pre_hook(_accept_fairseq_keys)
 
     def new_cache(self) -> Cache:
         """An empty cache: pass it to successive calls with successive tokens."""
@@ -336,6 +337,15 @@ class Decoder(nn.Module):
     def _check_length(self, length: int) -> None:
         if length > self.config.max_positions:
             raise ValueError(f"{length} tokens exceed the {self.config.max_positions} learned positions of the model")
+
+
+def _accept_fairseq_keys(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """fairseq checkpoints hold two entries that are no parameters, and old ones lack the tied output embedding."""
+    state.pop(f"{prefix}version", None)
+    state.pop(f"{prefix}embed_positions._float_tensor", None)
+    embedding = state.get(f"{prefix}embed_tokens.weight")
+    if embedding is not None and module.output_projection.weight is module.embed_tokens.weight:
+        state.setdefault(f"{prefix}output_projection.weight", embedding)
 
 
 def sinusoids(rows: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,159 @@
+"""``--arch gpt_lm_SIZE`` and ``--arch momentum_lm_SIZE``: fairseq's view of :class:`momentum_lm.modules.Decoder`."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
+from omegaconf import II, DictConfig, OmegaConf
+from torch import Tensor
+
+from momentum_lm.modules import Cache, Decoder, DecoderConfig
+from momentum_lm.modules.decoder import ACTIVATIONS, MOMENTUM_KINDS, POSITIONS
+
+# layers, width, heads; the feed-forward is four times the width. From 125m on: the fairseq dense LMs.
+SIZES = {
+    "tiny": (3, 192, 3),
+    "125m": (12, 768, 12),
+    "350m": (24, 1024, 16),
+    "1_3b": (24, 2048, 32),
+    "2_7b": (32, 2560, 32),
+    "6_7b": (32, 4096, 32),
+    "13b": (40, 5120, 40),
+}
+DEFAULT_ETA = 0.5
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LanguageModelConfig(FairseqDataclass):
+    """The flags of every architecture here; sizes and the kind of momentum get their defaults from its name."""
+
+    decoder_embed_dim: int = _option(192, "width")
+    decoder_ffn_embed_dim: int = _option(768, "width of the feed-forward layers")
+    decoder_layers: int = _option(3, "number of layers")
+    decoder_attention_heads: int = _option(3, "number of attention heads")
+    activation_fn: ChoiceEnum(list(ACTIVATIONS)) = _option("gelu", "activation of the feed-forward layers")  # type: ignore[valid-type]
+    dropout: float = _option(0.0, "dropout probability")
+    attention_dropout: float = _option(0.0, "dropout probability of attention weights")
+    activation_dropout: float = _option(0.0, "dropout probability after the activation in the feed-forward layers")
+    position: ChoiceEnum(list(POSITIONS)) = _option("sinusoidal", "position embedding")  # type: ignore[valid-type]
+    no_scale_embedding: bool = _option(False, "do not multiply embeddings by the square root of the width")
+    untie_embeddings: bool = _option(False, "output projection with weights of its own")
+    checkpoint_activations: bool = _option(False, "recompute activations in the backward pass: less memory, a third more time")
+    compile: bool = _option(False, "compile each block with torch.compile")
+    momentum_kind: ChoiceEnum(list(MOMENTUM_KINDS)) = _option(  # type: ignore[valid-type]
+        "none", "momentum attention: ema, the paper's formula with one decay per head; multi_ema, eight decays per channel"
+    )
+    momentum_eta: float = _option(DEFAULT_ETA, "decay of the moving average of values, between 0 and 1")
+    momentum_learned: bool = _option(False, "learn one decay per head, from --momentum-eta")
+    momentum_normalize: bool = _option(False, "scale the moving average so that its weights sum to 1")
+    momentum_gate: ChoiceEnum(["none", "zero"]) = _option(  # type: ignore[valid-type]
+        "none", "zero: a learned factor per head that starts at 0, to add momentum to a trained model"
+    )
+    max_target_positions: Optional[int] = II("task.max_target_positions")
+    tokens_per_sample: int = II("task.tokens_per_sample")
+
+
+class FairseqDecoder(Decoder, FairseqIncrementalDecoder):
+    """The decoder with the calling conventions of fairseq's incremental decoders."""
+
+    def __init__(self, config: DecoderConfig, dictionary: Any) -> None:
+        Decoder.__init__(self, config)
+        self.dictionary = dictionary
+        self.onnx_trace = False
+        self.adaptive_softmax = None
+
+    def forward(  # type: ignore[override]
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: None = None,
+        incremental_state: dict[str, Any] | None = None,
+        features_only: bool = False,
+        src_lengths: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits (B, T, V), or hidden states with ``features_only``, or with ``targets`` the summed loss; and an empty dict.
+
+        With ``incremental_state`` only the tokens that it has not seen yet are computed and returned.
+        """
+        if targets is not None:
+            return self.loss(prev_output_tokens, targets, segment_ids, left_padded=False), {}
+        cache: Cache | None = None
+        if incremental_state is not None:
+            cache = incremental_state.setdefault("momentum_lm", self.new_cache())
+            prev_output_tokens = prev_output_tokens[:, cache.length :]
+        left_padded = False if self.training else None  # fairseq's language modelling data is padded on the right
+        x = self.features(prev_output_tokens, cache, segment_ids, left_padded)
+        return (x if features_only else self.output_projection(x)), {}
+
+    def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        return self.forward(prev_output_tokens, features_only=True, **kwargs)
+
+    def output_layer(self, features: Tensor, **kwargs: Any) -> Tensor:
+        return self.output_projection(features)
+
+    def max_positions(self) -> int:
+        return self.config.max_positions
+
+    def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: Tensor) -> None:
+        if "momentum_lm" in incremental_state:
+            incremental_state["momentum_lm"].reorder(new_order)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # what stock transformer_lm asks for in a strict load: its format version, and a buffer that only tells the device
+        destination[f"{prefix}version"] = torch.tensor([3.0])
+        if self.config.position == "sinusoidal":
+            destination[f"{prefix}embed_positions._float_tensor"] = torch.zeros(1)
+
+
+class MomentumLanguageModel(FairseqLanguageModel):
+    """GPT with or without momentum attention; one subclass per architecture, so that each has complete hydra defaults."""
+
+    @classmethod
+    def build_model(cls, cfg: DictConfig, task: Any) -> "MomentumLanguageModel":
+        if cfg.max_target_positions is None:
+            cfg.max_target_positions = cfg.tokens_per_sample
+        dictionary = task.target_dictionary
+        options = OmegaConf.to_container(cfg, enum_to_str=True, resolve=True) if OmegaConf.is_config(cfg) else vars(cfg)
+        config = DecoderConfig.from_fairseq(options, len(dictionary), dictionary.pad(), dictionary.eos())
+        decoder = FairseqDecoder(config, dictionary)
+        if cfg.compile:
+            decoder.compile_blocks()
+        return cls(decoder)
+
+    def max_positions(self) -> int:
+        return self.decoder.max_positions()
+
+
+def _register(name: str, size: tuple[int, int, int], momentum_kind: str) -> None:
+    layers, width, heads = size
+    defaults = {
+        "_name": name,
+        "decoder_layers": layers,
+        "decoder_embed_dim": width,
+        "decoder_ffn_embed_dim": 4 * width,
+        "decoder_attention_heads": heads,
+        "momentum_kind": momentum_kind,
+    }
+    types = {f.name: f.type for f in dataclasses.fields(LanguageModelConfig)}
+    fields = [
+        (key, types[key], dataclasses.field(default=value, metadata=dict(LanguageModelConfig.__dataclass_fields__[key].metadata)))
+        for key, value in defaults.items()
+    ]
+    config = dataclasses.make_dataclass(f"{name}_config", fields, bases=(LanguageModelConfig,))
+    register_model(name, dataclass=config)(type(name, (MomentumLanguageModel,), {"__doc__": MomentumLanguageModel.__doc__}))
+
+
+ARCHITECTURES: list[str] = []
+for _prefix, _kind in (("gpt_lm", "none"), ("momentum_lm", "ema")):
+    for _size, _shape in SIZES.items():
+        ARCHITECTURES.append(f"{_prefix}_{_size}")
+        _register(ARCHITECTURES[-1], _shape, _kind)

@@ -1,0 +1,97 @@
+"""``--optimizer fused_adamw``: AdamW in one kernel per device instead of fairseq's Python loop over parameters."""
+
+import ast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, List, Optional  # fairseq reads field types: no `from __future__ import annotations` here
+
+import torch
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.optim import FairseqOptimizer, register_optimizer
+from omegaconf import II
+from torch import Tensor
+
+from momentum_lm.errors import UserError
+
+
+@dataclass
+class FusedAdamWConfig(FairseqDataclass):
+    adam_betas: Any = field(default="(0.9, 0.98)", metadata={"help": "betas"})
+    adam_eps: float = field(default=1e-6, metadata={"help": "epsilon"})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "decoupled weight decay of matrices; biases, norms, momentum decays and gates are left alone"}
+    )
+    adam_backend: ChoiceEnum(["torch", "apex"]) = field(  # type: ignore[valid-type]
+        default="torch", metadata={"help": "torch.optim.AdamW(fused=True), or NVIDIA apex's FusedAdam"}
+    )
+    lr: List[float] = II("optimization.lr")
+
+
+@register_optimizer("fused_adamw", dataclass=FusedAdamWConfig)
+class FusedAdamW(FairseqOptimizer):
+    """AdamW (arXiv 1711.05101). Weight decay applies to parameters of two or more dimensions. Raises UserError for impossible flags."""
+
+    def __init__(self, cfg: Any, params: Iterable[Any]) -> None:
+        super().__init__(cfg)
+        params = list(params)
+        matrices = [p for p in params if p.dim() >= 2]
+        if cfg.weight_decay and not matrices:
+            raise UserError("--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike")
+        groups = [{"params": matrices}, {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        if cfg.adam_backend == "apex":
+            try:
+                from apex.optimizers import FusedAdam
+            except ImportError:
+                raise UserError(
+                    "--adam-backend apex: NVIDIA apex is not installed (github.com/NVIDIA/apex; not PyPI's apex); use torch"
+                ) from None
+            self._optimizer = FusedAdam(groups, **self.optimizer_config)
+        else:
+            self._optimizer = torch.optim.AdamW(groups, fused=True, **self.optimizer_config)
+
+    @property
+    def optimizer_config(self) -> dict[str, Any]:
+        """What overrides a checkpoint's settings, as in fairseq's Adam; weight decay belongs to the parameter groups."""
+        betas = self.cfg.adam_betas
+        try:
+            betas = tuple(float(b) for b in (ast.literal_eval(betas) if isinstance(betas, str) else betas))
+            if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+                raise ValueError
+        except (ValueError, SyntaxError, TypeError):
+            raise UserError(f"--adam-betas {self.cfg.adam_betas!r}: two numbers in [0, 1) are needed, such as '(0.9, 0.98)'") from None
+        lr = self.cfg.lr[0] if not isinstance(self.cfg.lr, float) else self.cfg.lr
+        return {"lr": lr, "betas": betas, "eps": self.cfg.adam_eps, "weight_decay": self.cfg.weight_decay}
+
+    def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
+        overrides = dict(optimizer_overrides or {})
+        decay = overrides.pop("weight_decay", None)
+        super().load_state_dict(state_dict, overrides)
+        if decay is not None:
+            for group in self.param_groups:
+                if group["params"][0].dim() >= 2:
+                    group["weight_decay"] = decay
+
+    @property
+    def supports_flat_params(self) -> bool:
+        return True
+
+    def multiply_grads(self, c: float | Tensor) -> None:
+        grads = self._grads()
+        if grads:
+            torch._foreach_mul_(grads, c.to(grads[0].device) if isinstance(c, Tensor) else c)
+
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Norm of all gradients, computed without a loop; scales them if it exceeds ``max_norm`` > 0."""
+        grads = self._grads()
+        if not grads:
+            return torch.zeros(())
+        norm = torch.nn.utils.get_total_norm(grads)
+        if aggregate_norm_fn is not None:
+            norm = aggregate_norm_fn(norm)
+        if max_norm > 0:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self.params if p.grad is not None]

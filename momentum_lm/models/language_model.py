@@ -79,19 +79,20 @@ class FairseqDecoder(Decoder, FairseqIncrementalDecoder):
         segment_ids: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits (B, T, V), or hidden states with ``features_only``, or with ``targets`` the summed loss; and an empty dict.
+        """Logits (B, T, V), or hidden states with ``features_only``, or with ``targets`` the summed loss; and a dict without attention weights.
 
         With ``incremental_state`` only the tokens that it has not seen yet are computed and returned.
         """
+        extra = {"attn": [None]}  # no attention weights: SequenceGenerator asks
         if targets is not None:
-            return self.loss(prev_output_tokens, targets, segment_ids, left_padded=False), {}
+            return self.loss(prev_output_tokens, targets, segment_ids, left_padded=False), extra
         cache: Cache | None = None
         if incremental_state is not None:
             cache = incremental_state.setdefault("momentum_lm", self.new_cache())
             prev_output_tokens = prev_output_tokens[:, cache.length :]
         left_padded = False if self.training else None  # fairseq's language modelling data is padded on the right
         x = self.features(prev_output_tokens, cache, segment_ids, left_padded)
-        return (x if features_only else self.output_projection(x)), {}
+        return (x if features_only else self.output_projection(x)), extra
 
     def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         return self.forward(prev_output_tokens, features_only=True, **kwargs)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_TOKENS = 1024
+# Logits held at a time, in elements: large enough for efficient products, small beside everything else that training holds.
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -53,6 +54,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if grad_output.device.type == "cpu" and grad_output == 1:  # on a GPU, looking would wait for it
+            return *ctx.saved_tensors, None, None, None
         grads = (None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors)
         return *grads, None, None, None
 
@@ -63,9 +66,9 @@ def chunked_cross_entropy(
     targets: Tensor,
     ignore_index: int = -100,
     reduction: str = "sum",
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
-    """``F.cross_entropy(hidden @ weight.T, targets)`` holding ``chunk_tokens`` rows of logits at a time.
+    """``F.cross_entropy(hidden @ weight.T, targets)`` holding ``chunk_tokens`` rows of logits at a time (None: by CHUNK_LOGITS).
 
     Args:
         hidden: (..., C). weight: (V, C), the output embedding. targets: (...) token ids; ``ignore_index`` counts for nothing.
@@ -80,6 +83,8 @@ def chunked_cross_entropy(
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_LOGITS.get(hidden.device.type, 2**24) // weight.shape[0])
     if not torch.is_grad_enabled():
         rows, weight = rows.detach(), weight.detach()
     if reduction == "sum":

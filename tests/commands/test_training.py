@@ -1,0 +1,134 @@
+"""Training that stops and goes on, on one process or two, and what it shows in TensorBoard."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import fairseq_compat
+
+from .conftest import OUR_TASK, STOCK_TASK, flags, json_lines
+
+MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned"]
+
+
+def weights(path):
+    return fairseq_compat.load_checkpoint(path)["model"]
+
+
+def losses(result):
+    return {int(line["num_updates"]): line["loss"] for line in json_lines(result.stderr + result.stdout)}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("task", [STOCK_TASK, [*OUR_TASK, "--packed-documents"]], ids=["stock", "ours"])
+def test_resumed_training_is_bitwise_training_straight_through(task, data, run_cli, tmp_path):
+    more = [*MODEL, "--dropout", "0.1", "--save-interval-updates", "5", "--disable-validation"]
+    straight = run_cli(flags(data, tmp_path / "straight", *more, task=task, updates=10))
+    first = run_cli(flags(data, tmp_path / "halves", *more, task=task, updates=5))
+    second = run_cli(flags(data, tmp_path / "halves", *more, task=task, updates=10))
+    for result in (straight, first, second):
+        assert result.returncode == 0, result.stderr
+    assert losses(straight) == losses(first) | losses(second) and list(losses(second)) == [6, 7, 8, 9, 10]
+    assert same(weights(tmp_path / "straight/checkpoint_last.pt"), weights(tmp_path / "halves/checkpoint_last.pt"))
+
+
+def test_same_seed_same_run_other_seed_other_run(data, run_cli, tmp_path):
+    runs = [run_cli(flags(data, tmp_path / str(i), *MODEL, "--seed", seed, updates=3)) for i, seed in enumerate((7, 7, 8))]
+    assert losses(runs[0]) == losses(runs[1]) != losses(runs[2])
+
+
+def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(data, run_cli, tmp_path, cli_command):
+    more = [*MODEL, "--save-interval-updates", "2", "--keep-interval-updates", "2", "--disable-validation"]
+    updates = 300
+    straight = run_cli(flags(data, tmp_path / "straight", *more, updates=updates))
+    assert straight.returncode == 0, straight.stderr
+    command, environment = cli_command(flags(data, tmp_path / "killed", *more, updates=updates))
+    moment = random.Random(0)
+    log, reached, kills = "", 0, 0
+    while kills < 20:
+        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        lines = []
+        for line in process.stdout:  # the moment is counted from when training has begun: start-up is slow and harmless
+            lines.append(line)
+            if "Start iterating" in line:
+                break
+        time.sleep(moment.uniform(0.0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        lines += process.communicate()[0].splitlines(keepends=True)
+        kills += 1
+        log = "".join(lines)
+        loaded = re.search(r"Loaded checkpoint .* @ (\d+) updates", log)
+        assert loaded or "No existing checkpoint found" in log, log
+        start = int(loaded[1]) if loaded else 0
+        assert start >= reached - 2, f"restart {kills} began at {start}, but {reached} had been logged"
+        done = [int(entry["num_updates"]) for entry in json_lines(log)]
+        reached = max([start, *done])
+        if reached >= updates:
+            break
+    last = run_cli(flags(data, tmp_path / "killed", *more, updates=updates))
+    assert last.returncode == 0, last.stderr
+    assert kills == 20 and same(weights(tmp_path / "straight/checkpoint_last.pt"), weights(tmp_path / "killed/checkpoint_last.pt"))
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
+def test_two_processes_are_one_with_twice_the_batch(backend, data, run_cli, cli_command, tmp_path):
+    one = run_cli(flags(data, tmp_path / "one", *MODEL, "--update-freq", "2", updates=20))
+    assert one.returncode == 0, one.stderr
+    command, environment = cli_command(flags(data, tmp_path / "two", *MODEL, "--distributed-backend", "gloo", "--ddp-backend", backend, updates=20))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", *command]
+    two = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr[-3000:]
+    alone, together = losses(one), losses(two)
+    assert len(alone) == 20 and alone.keys() == together.keys()
+    for update, loss in alone.items():
+        assert float(together[update]) == pytest.approx(float(loss), abs=1e-3), update  # fairseq logs three decimals
+    a, b = weights(tmp_path / "one/checkpoint_last.pt"), weights(tmp_path / "two/checkpoint_last.pt")
+    assert max(float((a[k].float() - b[k].float()).abs().max()) for k in a) < 1e-4
+
+
+def test_bf16_autocast_follows_fp32(data, run_cli, tmp_path):
+    plain, cast = (run_cli(flags(data, tmp_path / name, *MODEL, "--autocast", name, task=OUR_TASK, updates=12)) for name in ("none", "bf16"))
+    assert losses(plain) != losses(cast)
+    for update, loss in losses(plain).items():
+        assert float(losses(cast)[update]) == pytest.approx(float(loss), rel=0.02)
+    assert all(v.dtype == torch.float32 for v in weights(tmp_path / "bf16/checkpoint_last.pt").values())
+
+
+def test_packed_documents_change_the_loss_and_nothing_else(data, run_cli, tmp_path):
+    loose, packed = (run_cli(flags(data, tmp_path / str(i), *MODEL, *more, task=OUR_TASK, updates=3)) for i, more in enumerate(([], ["--packed-documents"])))
+    assert loose.returncode == packed.returncode == 0, packed.stderr
+    assert losses(loose) != losses(packed) and losses(loose).keys() == losses(packed).keys()
+
+
+def test_tensorboard_shows_speed_decays_ratios_and_hparams(data, run_cli, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    result = run_cli(flags(data, tmp_path / "run", *MODEL, "--tensorboard-logdir", tmp_path / "tb", "--log-interval", "2",
+                           "--validate-interval-updates", "4", task=OUR_TASK, updates=8))
+    assert result.returncode == 0, result.stderr
+    stock = EventAccumulator(str(tmp_path / "tb" / "train_inner")).Reload()
+    assert {"loss", "gnorm", "wps", "tokens_per_second", "peak_memory_gib", "decay", "ema_over_attention"} <= set(stock.Tags()["scalars"])
+    ours = EventAccumulator(str(tmp_path / "tb" / "model")).Reload()
+    scalars = set(ours.Tags()["scalars"])
+    for layer in (0, 1):
+        assert {f"decay/layer_{layer}", f"ema_over_attention/layer_{layer}"} <= scalars
+        assert f"decays/layer_{layer}" in ours.Tags()["histograms"]
+    decays = [event.value for event in ours.Scalars("decay/layer_0")]
+    assert len(decays) == 4 and all(0 < decay < 1 for decay in decays) and decays[0] != decays[-1]
+    assert all(event.value > 0 for event in ours.Scalars("ema_over_attention/layer_1"))
+    assert [event.step for event in ours.Scalars("hparam/valid/loss")] == [4, 8]
+    plugin = ours.summary_metadata["_hparams_/session_start_info"].plugin_data
+    start = plugin_data_pb2.HParamsPluginData.FromString(plugin.content).session_start_info
+    assert start.hparams["model/momentum_learned"].bool_value is True

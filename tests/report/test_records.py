@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from momentum_lm.errors import UserError
+from momentum_lm.report.records import Results, file_sha256, read_results
+
+MODEL, CONFIG = {"path": "m.pt", "sha256": "ab"}, {"dtype": "fp32", "shots": (0, 8)}
+
+
+def open_results(folder, **changes):
+    arguments = {"task": "t", "model": MODEL, "config": CONFIG, "key": ("split", "length")} | changes
+    return Results(folder, **arguments)
+
+
+def test_runs_survive_and_are_found(tmp_path):
+    results = open_results(tmp_path / "new")
+    assert not (tmp_path / "new").exists()  # nothing is written before there is something to write
+    results.add({"split": "valid", "length": 64, "ppl": 3.0})
+    results.add({"split": "valid", "length": 128, "ppl": 2.0})
+    results.add({"split": "valid", "length": 64, "ppl": 3.5})
+    again = open_results(tmp_path / "new", model=MODEL | {"path": "elsewhere.pt"})  # a moved file is the same model
+    assert again.find(split="valid", length=64)["ppl"] == 3.5
+    assert again.find(split="test", length=64) is None
+    assert [run["length"] for run in read_results(tmp_path / "new")["runs"]] == [128, 64]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"task": "u"}, 'task: "t" there, "u" now'),
+        ({"model": {"sha256": "cd"}}, 'model.sha256: "ab" there, "cd" now'),
+        ({"config": {"dtype": "bf16", "shots": [0, 8]}}, "config.dtype"),
+        ({"config": CONFIG | {"extra": 1}}, "config.extra: null there, 1 now"),
+    ],
+)
+def test_other_results_are_refused_and_kept(tmp_path, change, named):
+    open_results(tmp_path).add({"split": "valid", "length": 1})
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(UserError, match="--force") as error:
+        open_results(tmp_path, **change)
+    assert named in str(error.value)
+    forced = open_results(tmp_path, force=True, **change)
+    assert forced.runs == [] and (tmp_path / "results.json").read_bytes() == before
+    forced.add({"split": "valid", "length": 2})
+    assert [run["length"] for run in read_results(tmp_path)["runs"]] == [2]
+
+
+def test_nan_never_reaches_a_file(tmp_path):
+    results = open_results(tmp_path)
+    with pytest.raises(ValueError):
+        results.add({"split": "valid", "length": 1, "ppl": float("nan")})
+    assert results.runs == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", json.dumps({"task": "t"})])
+def test_bad_files_are_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"results\.json"):
+        read_results(tmp_path)
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"ab")
+    (tmp_path / "b").write_bytes(b"c")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's example, "abc"
+    assert file_sha256(tmp_path / "a", tmp_path / "b") == expected

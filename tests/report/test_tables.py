@@ -1,0 +1,35 @@
+import pytest
+
+from momentum_lm.report.tables import Table
+
+TABLE = Table(["model", "ppl"], [["gpt", "101.25"], ["a|b<c>", "-9.5"]], "Perplexity & more")
+
+
+def test_text_is_aligned():
+    assert TABLE.text().splitlines() == [
+        "Perplexity & more",
+        "model      ppl",
+        "------  ------",
+        "gpt     101.25",
+        "a|b<c>    -9.5",
+    ]
+    assert Table(["名前", "n"], [["あ", "1"]]).text().splitlines()[2] == "あ    1"  # wide characters take two columns
+
+
+def test_markdown_escapes_bars():
+    assert TABLE.markdown().splitlines() == [
+        "| model | ppl |", "| :-- | --: |", "| gpt | 101.25 |", "| a\\|b<c> | -9.5 |",
+    ]  # fmt: skip
+
+
+def test_html_escapes_everything():
+    html = TABLE.html()
+    assert "<caption>Perplexity &amp; more</caption>" in html
+    assert "<td>a|b&lt;c&gt;</td>" in html and "<c>" not in html
+    assert '<td class="number">101.25</td>' in html
+
+
+def test_ragged_rows_are_refused():
+    with pytest.raises(ValueError, match="2 columns"):
+        Table(["a", "b"], [["1"]])
+    assert Table(["a"], []).text() == "a\n-"

@@ -26,20 +26,27 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
     import tempfile
 
     import torch
-
-    import fairseq_compat  # noqa: F401  (before fairseq)
-    import momentum_lm
-
-    from fairseq import criterions, options, optim, tasks  # noqa: I001
+    from fairseq import criterions, optim, options, tasks
     from fairseq.data import Dictionary
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    import momentum_lm
     from momentum_lm.models.language_model import SIZES
 
     momentum_lm.register()
     torch.set_num_threads(args.threads)
     arch, criterion_name, optimizer_name = VARIANTS[variant]
     layers, width, heads = SIZES[args.shape]
-    flags = ["--decoder-layers", layers, "--decoder-embed-dim", width, "--decoder-ffn-embed-dim", 4 * width, "--decoder-attention-heads", heads]
+    flags = [
+        "--decoder-layers",
+        layers,
+        "--decoder-embed-dim",
+        width,
+        "--decoder-ffn-embed-dim",
+        4 * width,
+        "--decoder-attention-heads",
+        heads,
+    ]
     if arch == "transformer_lm_gpt":
         flags += ["--share-decoder-input-output-embed", "--dropout", 0, "--attention-dropout", 0]
     else:
@@ -49,8 +56,25 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
     for i in range(args.vocab - 4):
         dictionary.add_symbol(str(i))
     dictionary.save(f"{folder}/dict.txt")
-    words = [folder, "--task", "language_modeling", "--arch", arch, "--criterion", criterion_name, "--optimizer", optimizer_name, "--cpu",
-             "--lr", "1e-4", "--adam-betas", "(0.9, 0.98)", "--tokens-per-sample", args.length, *flags]
+    words = [
+        folder,
+        "--task",
+        "language_modeling",
+        "--arch",
+        arch,
+        "--criterion",
+        criterion_name,
+        "--optimizer",
+        optimizer_name,
+        "--cpu",
+        "--lr",
+        "1e-4",
+        "--adam-betas",
+        "(0.9, 0.98)",
+        "--tokens-per-sample",
+        args.length,
+        *flags,
+    ]
     parsed = options.parse_args_and_arch(options.get_training_parser(), [str(w) for w in words])
     cfg = convert_namespace_to_omegaconf(parsed)
     task = tasks.setup_task(cfg.task)
@@ -59,8 +83,12 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
     criterion = criterions.build_criterion(cfg.criterion, task)
     optimizer = optim.build_optimizer(cfg.optimizer, list(model.parameters()))
     tokens = torch.randint(4, args.vocab, (args.batch, args.length + 1))
-    sample = {"net_input": {"src_tokens": tokens[:, :-1].contiguous(), "src_lengths": torch.full((args.batch,), args.length)},
-              "target": tokens[:, 1:].contiguous(), "ntokens": args.batch * args.length, "nsentences": args.batch}
+    sample = {
+        "net_input": {"src_tokens": tokens[:, :-1].contiguous(), "src_lengths": torch.full((args.batch,), args.length)},
+        "target": tokens[:, 1:].contiguous(),
+        "ntokens": args.batch * args.length,
+        "nsentences": args.batch,
+    }
 
     times = []
     for step in range(args.steps + 1):  # the first allocates
@@ -71,7 +99,11 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
         optimizer.clip_grad_norm(1.0)
         optimizer.step()
         times.append(time.perf_counter() - start)
-    return {"seconds": times[1:], "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "imported_mib": args.base}
+    return {
+        "seconds": times[1:],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "imported_mib": args.base,
+    }
 
 
 def main() -> None:
@@ -99,11 +131,17 @@ def main() -> None:
             results[variant].append(json.loads(output.splitlines()[-1]))
     seconds = {v: statistics.median(s for r in rows for s in r["seconds"]) for v, rows in results.items()}
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
-    print(f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, fp32, {args.threads} threads, {args.rounds} x {args.steps} steps")
+    print(
+        f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, fp32, "
+        f"{args.threads} threads, {args.rounds} x {args.steps} steps"
+    )
     for variant in VARIANTS:
         spread = [s for r in results[variant] for s in r["seconds"]]
         rate = args.batch * args.length / seconds[variant]
-        print(f"{variant:34} {seconds[variant]:7.2f} s ({min(spread):.2f}-{max(spread):.2f})  {rate:7.0f} tokens/s  peak {memory[variant]:6.0f} MiB")
+        print(
+            f"{variant:34} {seconds[variant]:7.2f} s ({min(spread):.2f}-{max(spread):.2f})"
+            f"  {rate:7.0f} tokens/s  peak {memory[variant]:6.0f} MiB"
+        )
     stock, plain, momentum = VARIANTS
     ratios = {
         "step time, momentum_lm / gpt_lm": seconds[momentum] / seconds[plain],

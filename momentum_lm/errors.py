@@ -11,15 +11,19 @@ from typing import Any
 class UserError(ValueError):
     """A problem with the input. The message is one line: what is wrong, in which file or flag, and the remedy."""
 
+    user_error = True  # main_guard, and in fairseq's own commands fairseq_compat, look for this
+
 
 def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps a ``main(argv)``: UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Wraps a ``main(argv)``: UserError and the like become one line on stderr and exit status 2, Ctrl-C status 130."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None, **kwargs: Any) -> int:
         try:
             return main(argv, **kwargs) or 0
-        except UserError as error:
+        except ValueError as error:
+            if not getattr(error, "user_error", False):  # as UserError and fairseq_compat.CheckpointError have
+                raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

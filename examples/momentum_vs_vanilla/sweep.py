@@ -84,12 +84,22 @@ def main() -> None:
     parser.add_argument("--variants", default="all", help="comma-separated, or all: " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--tokens", type=float, default=1.2e6, help="training tokens per run")
-    parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate: the best of 1e-3, 3e-3, 6e-3 for vanilla, whose choice no momentum variant had a part in")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=6e-3,
+        help="peak learning rate: the best of 1e-3, 3e-3, 6e-3 for vanilla, whose choice no momentum variant had a part in",
+    )
     parser.add_argument("--context-lengths", default="64,128,256")
     parser.add_argument("--splits", default="valid,test")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
-    parser.add_argument("--autocast", default="none", choices=["none", "bf16"], help="bf16: twice as fast where the CPU has bf16 instructions")
+    parser.add_argument(
+        "--autocast",
+        default="none",
+        choices=["none", "bf16"],
+        help="bf16: twice as fast where the CPU has bf16 instructions",
+    )
     parser.add_argument("--train-only", action="store_true")
     args = parser.parse_args()
     names = list(VARIANTS) if args.variants == "all" else args.variants.split(",")
@@ -118,12 +128,19 @@ def main() -> None:
     (args.output / f"results_{args.tokens:.3g}.json").write_text(json.dumps({"tokens": args.tokens, "lr": args.lr, "runs": rows}, indent=1))
     for split in args.splits.split(","):
         print(f"\n{split} perplexity after {args.tokens:.3g} tokens: mean over seeds (lowest-highest)")
-        print("| variant | n | " + " | ".join(f"context {c}" for c in args.context_lengths.split(",")) + " |\n|---|---|" + "---|" * len(args.context_lengths.split(",")))
+        print(
+            "| variant | n | "
+            + " | ".join(f"context {c}" for c in args.context_lengths.split(","))
+            + " |\n|---|---|"
+            + "---|" * len(args.context_lengths.split(","))
+        )
         for name in names:
             cells = []
             for length in args.context_lengths.split(","):
                 values = [r["perplexity"] for r in rows if (r["variant"], r["split"], r["context_length"]) == (name, split, int(length))]
-                cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else f"{values[0]:.1f}")
+                cells.append(
+                    f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else f"{values[0]:.1f}"
+                )
             print(f"| {name} | {len(args.seeds.split(','))} | " + " | ".join(cells) + " |")
 
 

@@ -19,7 +19,9 @@ class ChunkedCrossEntropy(CrossEntropyCriterion):
         from momentum_lm.models import MomentumLanguageModel
 
         if not isinstance(getattr(model, "module", model), MomentumLanguageModel):
-            raise UserError("--criterion chunked_cross_entropy works with --arch gpt_lm_* and momentum_lm_*; others: --criterion cross_entropy")
+            raise UserError(
+                "--criterion chunked_cross_entropy works with --arch gpt_lm_* and momentum_lm_*; others: --criterion cross_entropy"
+            )
         loss, _ = model(**sample["net_input"], targets=sample["target"])
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {

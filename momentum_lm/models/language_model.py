@@ -48,7 +48,8 @@ class LanguageModelConfig(FairseqDataclass):
     checkpoint_activations: bool = _option(False, "recompute activations in the backward pass: less memory, a third more time")
     compile: bool = _option(False, "compile each block with torch.compile")
     momentum_kind: ChoiceEnum(list(MOMENTUM_KINDS)) = _option(  # type: ignore[valid-type]
-        "none", "momentum attention: ema, the paper's formula with one decay per head; multi_ema, eight decays per channel"
+        "none",
+        "momentum attention: ema, the paper's formula with one decay per head; multi_ema, eight decays per channel",
     )
     momentum_eta: float = _option(DEFAULT_ETA, "decay of the moving average of values, between 0 and 1")
     momentum_learned: bool = _option(False, "learn one decay per head, from --momentum-eta")
@@ -79,7 +80,7 @@ class FairseqDecoder(Decoder, FairseqIncrementalDecoder):
         segment_ids: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits (B, T, V), or hidden states with ``features_only``, or with ``targets`` the summed loss; and a dict without attention weights.
+        """Logits (B, T, V), or hidden states with ``features_only``, or with ``targets`` the summed loss; and no attention weights.
 
         With ``incremental_state`` only the tokens that it has not seen yet are computed and returned.
         """
@@ -146,7 +147,11 @@ def _register(name: str, size: tuple[int, int, int], momentum_kind: str) -> None
     }
     types = {f.name: f.type for f in dataclasses.fields(LanguageModelConfig)}
     fields = [
-        (key, types[key], dataclasses.field(default=value, metadata=dict(LanguageModelConfig.__dataclass_fields__[key].metadata)))
+        (
+            key,
+            types[key],
+            dataclasses.field(default=value, metadata=dict(LanguageModelConfig.__dataclass_fields__[key].metadata)),
+        )
         for key, value in defaults.items()
     ]
     config = dataclasses.make_dataclass(f"{name}_config", fields, bases=(LanguageModelConfig,))

@@ -40,15 +40,15 @@ class Cache:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
-            layer.keys, layer.values, layer.momentum = (
-                None if t is None else fn(t) for t in (layer.keys, layer.values, layer.momentum)
-            )
+            layer.keys, layer.values, layer.momentum = (None if t is None else fn(t) for t in (layer.keys, layer.values, layer.momentum))
         self.padding = None if self.padding is None else fn(self.padding)
         self.positions = None if self.positions is None else fn(self.positions)
 
 
 class Rotary(nn.Module):
     """Rotary position embedding (arXiv 2104.09864): dimension pairs (i, i + D/2) turn by position * 10000^(-2i/D)."""
+
+    frequency: Tensor
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,9 +66,7 @@ class DecoderConfig:
         if not 0 < self.momentum_eta < 1:
             raise UserError(f"--momentum-eta {self.momentum_eta}: the decay must lie strictly between 0 and 1, such as 0.5")
         if self.momentum_kind != "ema" and (self.momentum_learned or self.momentum_normalize):
-            raise UserError(
-                f"--momentum-learned and --momentum-normalize belong to --momentum-kind ema, not {self.momentum_kind}"
-            )
+            raise UserError(f"--momentum-learned and --momentum-normalize belong to --momentum-kind ema, not {self.momentum_kind}")
         if self.momentum_kind == "none" and self.momentum_gate != "none":
             raise UserError("--momentum-gate needs --momentum-kind ema or multi_ema")
         for flag, number in (
@@ -87,9 +86,7 @@ class DecoderConfig:
             raise UserError(f"--position sinusoidal needs --decoder-embed-dim of at least 4, got {self.dim}")
 
     @classmethod
-    def from_fairseq(
-        cls, cfg: Mapping[str, Any], vocab_size: int, padding_idx: int = 1, eos_idx: int = 2
-    ) -> DecoderConfig:
+    def from_fairseq(cls, cfg: Mapping[str, Any], vocab_size: int, padding_idx: int = 1, eos_idx: int = 2) -> DecoderConfig:
         """The configuration of a fairseq model, ours or a stock ``transformer_lm*``, from its ``cfg.model`` as a mapping.
 
         Raises UserError, naming the option, for a stock option that this decoder does not have.
@@ -291,7 +288,7 @@ class Decoder(nn.Module):
         for layer, past in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
             arguments = dict(mask=mask, rotation=rotation, cache=past, padding=padding, segment_ids=segment_ids)
             if config.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, use_reentrant=False, **arguments)
+                x = checkpoint(functools.partial(layer, **arguments), x, use_reentrant=False)
             else:
                 x = layer(x, **arguments)
         if cache is not None:
@@ -339,7 +336,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{length} tokens exceed the {self.config.max_positions} learned positions of the model")
 
 
-def _accept_fairseq_keys(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+def _accept_fairseq_keys(module: Decoder, state: dict[str, Any], prefix: str, *unused: Any) -> None:
     """fairseq checkpoints hold two entries that are no parameters, and old ones lack the tied output embedding."""
     state.pop(f"{prefix}version", None)
     state.pop(f"{prefix}embed_positions._float_tensor", None)

@@ -32,6 +32,8 @@ class MomentumEMA(_Float32):
     ``normalize`` sets scale = (1 - eta) / eta, so that the weights sum to 1; ``gate`` adds a learned factor that starts at 0.
     """
 
+    fixed_log_decay: Tensor
+
     def __init__(self, heads: int, eta: float, learned: bool = False, normalize: bool = False, gate: bool = False) -> None:
         super().__init__()
         self.normalize = normalize

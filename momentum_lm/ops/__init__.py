@@ -11,9 +11,7 @@ from .naive import ema_naive, multi_ema_naive
 __all__ = ["ema", "ema_naive", "multi_ema", "multi_ema_naive", "multi_ema_step"]
 
 
-def ema(
-    values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, segment_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def ema(values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Strictly causal exponential moving average of attention values, per head.
 
     ``out[b,h,t] = sum_{i<t, same segment} exp((t-i) log_decay[h]) values[b,h,i]  (+ exp(t log_decay[h]) initial_state[b,h])``

@@ -52,7 +52,7 @@ def _scan(x: Tensor, log_decay: Tensor, segment_ids: Tensor | None, strict: bool
         return out.reshape(batch, heads, size, dim), sums[:, :, 0]
     states, last = _scan(sums, size * log_decay, last_ids, strict=False)
     carry = from_start_hc[:, None, :, None] * states[:, :, :-1, None]
-    if segment_ids is not None:
+    if segment_ids is not None and last_ids is not None:
         continues = ids[:, 1:] == last_ids[:, :-1, None]
         carry = torch.where(continues[:, None, ..., None], carry, 0.0)
     out[:, :, 1:] += carry
@@ -145,7 +145,6 @@ def _multi_ema(
     v: Tensor, log_decay: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = v.shape
-    order = log_decay.shape[1]
     size = min(CHUNK if segment_ids is None else PACKED_MULTI_CHUNK, length)
     pad = -length % size
     count = (length + pad) // size

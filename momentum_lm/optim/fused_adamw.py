@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, List, Optional  # fairseq reads field types: no `from __future__ import annotations` here
+from typing import Any, List  # fairseq reads field types: no `from __future__ import annotations` here
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -19,7 +19,8 @@ class FusedAdamWConfig(FairseqDataclass):
     adam_betas: Any = field(default="(0.9, 0.98)", metadata={"help": "betas"})
     adam_eps: float = field(default=1e-6, metadata={"help": "epsilon"})
     weight_decay: float = field(
-        default=0.0, metadata={"help": "decoupled weight decay of matrices; biases, norms, momentum decays and gates are left alone"}
+        default=0.0,
+        metadata={"help": "decoupled weight decay of matrices; biases, norms, momentum decays and gates are left alone"},
     )
     adam_backend: ChoiceEnum(["torch", "apex"]) = field(  # type: ignore[valid-type]
         default="torch", metadata={"help": "torch.optim.AdamW(fused=True), or NVIDIA apex's FusedAdam"}

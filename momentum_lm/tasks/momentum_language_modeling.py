@@ -23,7 +23,8 @@ class MomentumLanguageModelingConfig(LanguageModelingConfig):
         metadata={"help": "neither attention nor momentum crosses a document boundary (the end-of-sentence token) within a sample"},
     )
     autocast: ChoiceEnum(["auto", "bf16", "none"]) = field(  # type: ignore[valid-type]
-        default="auto", metadata={"help": "compute in bf16 with fp32 weights; auto: on GPUs that have bf16, unless --fp16, --bf16 or --amp is given"}
+        default="auto",
+        metadata={"help": "compute in bf16 with fp32 weights; auto: on GPUs that have bf16, unless --fp16, --bf16 or --amp is given"},
     )
     fp16: bool = II("common.fp16")
     bf16: bool = II("common.bf16")
@@ -47,7 +48,13 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
         return model
 
     def train_step(
-        self, sample: dict[str, Any], model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False
+        self,
+        sample: dict[str, Any],
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         assert self.monitor is not None
         self.monitor.before_step(update_num)
@@ -65,7 +72,10 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
         if not self.args.packed_documents:
             return sample
         tokens = sample["net_input"]["src_tokens"]
-        return {**sample, "net_input": {**sample["net_input"], "segment_ids": document_ids(tokens, self.dictionary.eos())}}
+        return {
+            **sample,
+            "net_input": {**sample["net_input"], "segment_ids": document_ids(tokens, self.dictionary.eos())},
+        }
 
     def _precision(self, sample: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
         device = sample["net_input"]["src_tokens"].device.type

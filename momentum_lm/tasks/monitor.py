@@ -17,7 +17,15 @@ from omegaconf import OmegaConf
 from momentum_lm.modules import CausalSelfAttention
 
 # Dense bf16 FLOP/s from the data sheets, without sparsity; a name not in it gets no MFU.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -29,7 +37,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_per_token(parameters: int, layers: int, dim: int, length: int) -> float:
-    """Forward and backward: 6 per parameter that multiplies, and 12 * layers * dim * length for attention (arXiv 2204.02311, appendix B)."""
+    """Forward and backward: 6 per parameter that multiplies, and 12 * layers * dim * length for attention (arXiv 2204.02311, app. B)."""
     return 6 * parameters + 12 * layers * dim * length
 
 

@@ -7,11 +7,15 @@ import re
 
 import pytest
 
-MODULES = ["argparse", "collections", "csv", "datetime", "difflib", "email.message", "functools", "heapq", "http.client", "itertools",
-           "json", "logging", "os", "pathlib", "random", "re", "shutil", "statistics", "string", "subprocess", "textwrap", "threading"]
-SHAPE = ["--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2"]
-STOCK_TASK = ["--task", "language_modeling", "--criterion", "cross_entropy", "--optimizer", "adam"]
-OUR_TASK = ["--task", "momentum_language_modeling", "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw"]
+MODULES = (
+    "argparse collections csv datetime difflib email.message functools heapq http.client itertools json logging os pathlib "
+    "random re shutil statistics string subprocess textwrap threading"
+).split()
+SHAPE = "--decoder-layers 2 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2".split()
+TASKS = {
+    "stock": ["--task", "language_modeling", "--criterion", "cross_entropy", "--optimizer", "adam"],
+    "ours": ["--task", "momentum_language_modeling", "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -37,20 +41,56 @@ def data(documents, tmp_path_factory, run_cli):
     (folder / "valid.txt").write_text("\n".join(documents[::10]) + "\n")
     (folder / "train.txt").write_text("\n".join(d for i, d in enumerate(documents) if i % 10) + "\n")
     out = folder / "bin"
-    result = run_cli(["fairseq-preprocess", "--only-source", "--trainpref", folder / "train.txt", "--validpref", folder / "valid.txt",
-                      "--destdir", out, "--nwordssrc", "500", "--workers", "1"])
+    result = run_cli(
+        [
+            "fairseq-preprocess",
+            "--only-source",
+            "--trainpref",
+            folder / "train.txt",
+            "--validpref",
+            folder / "valid.txt",
+            "--destdir",
+            out,
+            "--nwordssrc",
+            "500",
+            "--workers",
+            "1",
+        ]
+    )
     assert result.returncode == 0, result.stderr
     return out
 
 
-def flags(data, save_dir, *more, task=STOCK_TASK, updates=6):
-    """A fairseq-train command line; words in ``more`` come last and so win."""
-    words = ["fairseq-train", data, *task, "--lr", "1e-2", "--tokens-per-sample", "32", "--batch-size", "4", "--max-update", updates,
-             "--cpu", "--num-workers", "0", "--seed", "7", "--log-format", "json", "--log-interval", "1", "--no-epoch-checkpoints",
-             "--save-dir", save_dir, *SHAPE, *more]
-    return [str(w) for w in words]
+@pytest.fixture(scope="session")
+def flags():
+    """flags(data, save_dir, *more, task="stock" or "ours", updates=6) -> a fairseq-train command; words in ``more`` win."""
+
+    def make(data, save_dir, *more, task="stock", updates=6):
+        words = ["fairseq-train", data, *TASKS[task], "--lr", "1e-2", "--tokens-per-sample", "32", "--batch-size", "4",
+                 "--max-update", updates, "--cpu", "--num-workers", "0", "--seed", "7", "--log-format", "json", "--log-interval", "1",
+                 "--no-epoch-checkpoints", "--save-dir", save_dir, *SHAPE, *more]  # fmt: skip
+        return [str(w) for w in words]
+
+    return make
 
 
-def json_lines(output, kind="train_inner"):
-    """The dicts that fairseq logs as ``... | kind | {...}``."""
-    return [json.loads(line.split(" | ")[-1]) for line in output.splitlines() if f"| {kind} | {{" in line]
+@pytest.fixture(scope="session")
+def json_lines():
+    """json_lines(result, kind="train_inner") -> the dicts that fairseq logged as ``... | kind | {...}``."""
+
+    def read(result, kind="train_inner"):
+        output = result if isinstance(result, str) else result.stderr + result.stdout
+        return [json.loads(line.split(" | ")[-1]) for line in output.splitlines() if f"| {kind} | {{" in line]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def losses(json_lines):
+    """losses(result) -> {update: logged loss}; the command must have succeeded."""
+
+    def read(result):
+        assert result.returncode == 0, result.stderr[-3000:]
+        return {int(line["num_updates"]): line["loss"] for line in json_lines(result)}
+
+    return read

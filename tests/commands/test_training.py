@@ -12,7 +12,6 @@ import torch
 
 import fairseq_compat
 
-from .conftest import OUR_TASK, STOCK_TASK, flags, json_lines
 
 MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned"]
 
@@ -21,8 +20,11 @@ def weights(path):
     return fairseq_compat.load_checkpoint(path)["model"]
 
 
-def losses(result):
-    return {int(line["num_updates"]): line["loss"] for line in json_lines(result.stderr + result.stdout)}
+def curve(folder):
+    """The logged losses, in full precision."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("loss")]
 
 
 def same(a, b):
@@ -30,8 +32,8 @@ def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("task", [STOCK_TASK, [*OUR_TASK, "--packed-documents"]], ids=["stock", "ours"])
-def test_resumed_training_is_bitwise_training_straight_through(task, data, run_cli, tmp_path):
+@pytest.mark.parametrize("task", ["stock", "ours"])
+def test_resumed_training_is_bitwise_training_straight_through(task, data, run_cli, tmp_path, flags, losses):
     more = [*MODEL, "--dropout", "0.1", "--save-interval-updates", "5", "--disable-validation"]
     straight = run_cli(flags(data, tmp_path / "straight", *more, task=task, updates=10))
     first = run_cli(flags(data, tmp_path / "halves", *more, task=task, updates=5))
@@ -42,12 +44,12 @@ def test_resumed_training_is_bitwise_training_straight_through(task, data, run_c
     assert same(weights(tmp_path / "straight/checkpoint_last.pt"), weights(tmp_path / "halves/checkpoint_last.pt"))
 
 
-def test_same_seed_same_run_other_seed_other_run(data, run_cli, tmp_path):
+def test_same_seed_same_run_other_seed_other_run(data, run_cli, tmp_path, flags, losses):
     runs = [run_cli(flags(data, tmp_path / str(i), *MODEL, "--seed", seed, updates=3)) for i, seed in enumerate((7, 7, 8))]
     assert losses(runs[0]) == losses(runs[1]) != losses(runs[2])
 
 
-def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(data, run_cli, tmp_path, cli_command):
+def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(data, run_cli, tmp_path, cli_command, flags, json_lines):
     more = [*MODEL, "--save-interval-updates", "2", "--keep-interval-updates", "2", "--disable-validation"]
     updates = 300
     straight = run_cli(flags(data, tmp_path / "straight", *more, updates=updates))
@@ -82,41 +84,69 @@ def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(data, run_
 
 
 @pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
-def test_two_processes_are_one_with_twice_the_batch(backend, data, run_cli, cli_command, tmp_path):
+def test_two_processes_are_one_with_twice_the_batch(backend, data, run_cli, cli_command, tmp_path, flags, losses):
     one = run_cli(flags(data, tmp_path / "one", *MODEL, "--update-freq", "2", updates=20))
     assert one.returncode == 0, one.stderr
-    command, environment = cli_command(flags(data, tmp_path / "two", *MODEL, "--distributed-backend", "gloo", "--ddp-backend", backend, updates=20))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", *command]
+    command, environment = cli_command(
+        flags(data, tmp_path / "two", *MODEL, "--distributed-backend", "gloo", "--ddp-backend", backend, updates=20)
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--no-python",
+        *command,
+    ]
     two = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr[-3000:]
-    alone, together = losses(one), losses(two)
-    assert len(alone) == 20 and alone.keys() == together.keys()
-    for update, loss in alone.items():
-        assert float(together[update]) == pytest.approx(float(loss), abs=1e-3), update  # fairseq logs three decimals
+    alone, together = (curve(tmp_path / name / "tb" / "train_inner") for name in ("one", "two"))
+    assert len(alone) == 20
+    assert together == pytest.approx(alone, abs=1e-4)
     a, b = weights(tmp_path / "one/checkpoint_last.pt"), weights(tmp_path / "two/checkpoint_last.pt")
     assert max(float((a[k].float() - b[k].float()).abs().max()) for k in a) < 1e-4
 
 
-def test_bf16_autocast_follows_fp32(data, run_cli, tmp_path):
-    plain, cast = (run_cli(flags(data, tmp_path / name, *MODEL, "--autocast", name, task=OUR_TASK, updates=12)) for name in ("none", "bf16"))
+def test_bf16_autocast_follows_fp32(data, run_cli, tmp_path, flags, losses):
+    plain, cast = (
+        run_cli(flags(data, tmp_path / name, *MODEL, "--autocast", name, task="ours", updates=12)) for name in ("none", "bf16")
+    )
     assert losses(plain) != losses(cast)
     for update, loss in losses(plain).items():
         assert float(losses(cast)[update]) == pytest.approx(float(loss), rel=0.02)
     assert all(v.dtype == torch.float32 for v in weights(tmp_path / "bf16/checkpoint_last.pt").values())
 
 
-def test_packed_documents_change_the_loss_and_nothing_else(data, run_cli, tmp_path):
-    loose, packed = (run_cli(flags(data, tmp_path / str(i), *MODEL, *more, task=OUR_TASK, updates=3)) for i, more in enumerate(([], ["--packed-documents"])))
+def test_packed_documents_change_the_loss_and_nothing_else(data, run_cli, tmp_path, flags, losses):
+    loose, packed = (
+        run_cli(flags(data, tmp_path / str(i), *MODEL, *more, task="ours", updates=3))
+        for i, more in enumerate(([], ["--packed-documents"]))
+    )
     assert loose.returncode == packed.returncode == 0, packed.stderr
     assert losses(loose) != losses(packed) and losses(loose).keys() == losses(packed).keys()
 
 
-def test_tensorboard_shows_speed_decays_ratios_and_hparams(data, run_cli, tmp_path):
+def test_tensorboard_shows_speed_decays_ratios_and_hparams(data, run_cli, tmp_path, flags):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    result = run_cli(flags(data, tmp_path / "run", *MODEL, "--tensorboard-logdir", tmp_path / "tb", "--log-interval", "2",
-                           "--validate-interval-updates", "4", task=OUR_TASK, updates=8))
+    result = run_cli(
+        flags(
+            data,
+            tmp_path / "run",
+            *MODEL,
+            "--tensorboard-logdir",
+            tmp_path / "tb",
+            "--log-interval",
+            "2",
+            "--validate-interval-updates",
+            "4",
+            task="ours",
+            updates=8,
+        )
+    )
     assert result.returncode == 0, result.stderr
     stock = EventAccumulator(str(tmp_path / "tb" / "train_inner")).Reload()
     assert {"loss", "gnorm", "wps", "tokens_per_second", "peak_memory_gib", "decay", "ema_over_attention"} <= set(stock.Tags()["scalars"])
@@ -131,4 +161,5 @@ def test_tensorboard_shows_speed_decays_ratios_and_hparams(data, run_cli, tmp_pa
     assert [event.step for event in ours.Scalars("hparam/valid/loss")] == [4, 8]
     plugin = ours.summary_metadata["_hparams_/session_start_info"].plugin_data
     start = plugin_data_pb2.HParamsPluginData.FromString(plugin.content).session_start_info
-    assert start.hparams["model/momentum_learned"].bool_value is True
+    assert start.hparams["model/momentum_learned"].number_value == 1
+    assert start.hparams["model/_name"].string_value == "momentum_lm_tiny"

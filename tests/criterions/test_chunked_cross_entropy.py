@@ -1,9 +1,6 @@
 import pytest
 import torch
-
-import fairseq_compat  # noqa: F401  (before fairseq)
-
-from fairseq import criterions, options, tasks  # noqa: I001
+from fairseq import criterions, options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
@@ -22,7 +19,17 @@ def build(tmp_path_factory):
     dictionary.save(str(folder / "dict.txt"))
 
     def build(arch, criterion):
-        words = [str(folder), "--task", "language_modeling", "--tokens-per-sample", "24", "--arch", arch, "--criterion", criterion]
+        words = [
+            str(folder),
+            "--task",
+            "language_modeling",
+            "--tokens-per-sample",
+            "24",
+            "--arch",
+            arch,
+            "--criterion",
+            criterion,
+        ]
         cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
         task = tasks.setup_task(cfg.task)
         torch.manual_seed(0)
@@ -36,7 +43,11 @@ def sample():
     tokens[1, 12:] = 1
     source, target = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     lengths = source.ne(1).sum(1)
-    return {"net_input": {"src_tokens": source, "src_lengths": lengths}, "target": target, "ntokens": int(target.ne(1).sum())}
+    return {
+        "net_input": {"src_tokens": source, "src_lengths": lengths},
+        "target": target,
+        "ntokens": int(target.ne(1).sum()),
+    }
 
 
 def test_equals_stock_cross_entropy_with_gradients(build):

@@ -4,10 +4,7 @@ import argparse
 
 import pytest
 import torch
-
-import fairseq_compat  # noqa: F401  (before fairseq)
-
-from fairseq import options, tasks  # noqa: I001
+from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY
@@ -18,7 +15,16 @@ from momentum_lm.errors import UserError
 from momentum_lm.modules import Decoder, DecoderConfig
 
 momentum_lm.register()
-SHAPE = ["--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "4"]
+SHAPE = [
+    "--decoder-layers",
+    "2",
+    "--decoder-embed-dim",
+    "32",
+    "--decoder-ffn-embed-dim",
+    "64",
+    "--decoder-attention-heads",
+    "4",
+]
 STOCK = ["--arch", "transformer_lm_gpt", *SHAPE, "--dropout", "0", "--attention-dropout", "0"]
 
 
@@ -85,12 +91,22 @@ def test_momentum_has_the_parameters_of_vanilla(data):
 
 
 def test_every_size_has_its_published_shape():
-    shapes = {"125m": (12, 768, 12), "350m": (24, 1024, 16), "1_3b": (24, 2048, 32), "2_7b": (32, 2560, 32),
-              "6_7b": (32, 4096, 32), "13b": (40, 5120, 40)}
+    shapes = {
+        "125m": (12, 768, 12),
+        "350m": (24, 1024, 16),
+        "1_3b": (24, 2048, 32),
+        "2_7b": (32, 2560, 32),
+        "6_7b": (32, 4096, 32),
+        "13b": (40, 5120, 40),
+    }
     for prefix, kind in (("gpt_lm", "none"), ("momentum_lm", "ema")):
         for size, (layers, width, heads) in shapes.items():
             config = getattr(ARCH_MODEL_REGISTRY[f"{prefix}_{size}"], "__dataclass")()
-            assert (config.decoder_layers, config.decoder_embed_dim, config.decoder_attention_heads) == (layers, width, heads)
+            assert (config.decoder_layers, config.decoder_embed_dim, config.decoder_attention_heads) == (
+                layers,
+                width,
+                heads,
+            )
             assert config.decoder_ffn_embed_dim == 4 * width and str(config.momentum_kind) == kind
 
 
@@ -101,15 +117,26 @@ def test_stock_and_our_configurations_describe_the_same_decoder(data):
     assert DecoderConfig.from_fairseq(as_dict[0], 64) == DecoderConfig.from_fairseq(as_dict[1], 64)
 
 
-@pytest.mark.parametrize("name,value", [("adaptive_softmax_cutoff", "10"), ("character_embeddings", True), ("decoder_normalize_before", False),
-                                        ("layernorm_embedding", True), ("decoder_output_dim", 8)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("adaptive_softmax_cutoff", "10"),
+        ("character_embeddings", True),
+        ("decoder_normalize_before", False),
+        ("layernorm_embedding", True),
+        ("decoder_output_dim", 8),
+    ],
+)
 def test_what_the_decoder_lacks_is_refused_by_name(name, value):
     with pytest.raises(UserError, match=name.replace("_", "-")):
         DecoderConfig.from_fairseq({"decoder_embed_dim": 32, name: value}, 64)
 
 
 @pytest.mark.parametrize("arch", ["gpt_lm_tiny", "momentum_lm_tiny"])
-@pytest.mark.parametrize("flags", [[], ["--momentum-kind", "multi_ema"], ["--position", "rotary", "--momentum-kind", "ema", "--momentum-learned"]])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--momentum-kind", "multi_ema"], ["--position", "rotary", "--momentum-kind", "ema", "--momentum-learned"]],
+)
 @pytest.mark.parametrize("beam", [1, 4])
 def test_fairseq_generation_equals_search_without_cache(data, arch, flags, beam):
     """SequenceGenerator with incremental states and reordered beams finds what it finds by recomputing every prefix."""

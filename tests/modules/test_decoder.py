@@ -171,9 +171,9 @@ def test_loss_is_cross_entropy_of_the_logits(kind):
     decoder, tokens = build(kind), random_tokens()
     tokens[1, 15:] = PAD
     source, target = tokens[:, :-1], tokens[:, 1:]
-    reference = torch.nn.functional.cross_entropy(
-        decoder(source).flatten(0, 1), target.flatten(), ignore_index=PAD, reduction="none"
-    ).view(target.shape)
+    reference = torch.nn.functional.cross_entropy(decoder(source).flatten(0, 1), target.flatten(), ignore_index=PAD, reduction="none").view(
+        target.shape
+    )
     torch.testing.assert_close(decoder.loss(source, target), reference.sum(), rtol=1e-12, atol=0)
     torch.testing.assert_close(decoder.loss(source, target, reduction="none"), reference.detach(), rtol=0, atol=1e-12)
 

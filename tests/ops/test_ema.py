@@ -114,7 +114,7 @@ def test_only_inputs_are_saved_for_the_backward_pass():
     for length in (64, 640):
         saved = []
         values, log_decay, _, _ = inputs(1, 2, length, 4, 0.9, False, False, torch.float32)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             ema(values, log_decay.detach().float())
         assert sum(saved) == values.numel() + 2
 

@@ -1,10 +1,7 @@
 import pytest
 import torch
+from fairseq.optim.adam import FairseqAdam
 from omegaconf import OmegaConf
-
-import fairseq_compat  # noqa: F401  (before fairseq)
-
-from fairseq.optim.adam import FairseqAdam  # noqa: I001
 
 import momentum_lm
 from momentum_lm.errors import UserError
@@ -15,8 +12,16 @@ from momentum_lm.optim import FusedAdamW  # noqa: E402
 
 
 def config(**changes):
-    values = {"lr": [0.1], "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-6, "weight_decay": 0.0, "adam_backend": "torch",
-              "use_old_adam": False, "fp16_adam_stats": False, "tpu": False}
+    values = {
+        "lr": [0.1],
+        "adam_betas": "(0.9, 0.98)",
+        "adam_eps": 1e-6,
+        "weight_decay": 0.0,
+        "adam_backend": "torch",
+        "use_old_adam": False,
+        "fp16_adam_stats": False,
+        "tpu": False,
+    }
     return OmegaConf.create(values | changes)
 
 
@@ -84,8 +89,15 @@ def test_no_clipping_only_measures():
     assert all((p.grad == 1).all() for p in optimizer.params_in_order)
 
 
-@pytest.mark.parametrize("changes,word", [({"adam_betas": "(0.9,)"}, "--adam-betas"), ({"adam_betas": "(0.9, 1.5)"}, "--adam-betas"),
-                                          ({"adam_betas": "__import__('os')"}, "--adam-betas"), ({"adam_backend": "apex"}, "apex")])
+@pytest.mark.parametrize(
+    "changes,word",
+    [
+        ({"adam_betas": "(0.9,)"}, "--adam-betas"),
+        ({"adam_betas": "(0.9, 1.5)"}, "--adam-betas"),
+        ({"adam_betas": "__import__('os')"}, "--adam-betas"),
+        ({"adam_backend": "apex"}, "apex"),
+    ],
+)
 def test_impossible_flags_are_named(changes, word):
     with pytest.raises(UserError, match=word):
         make(FusedAdamW, **changes)

@@ -1,0 +1,394 @@
+"""Runs unmodified PyPI ``fairseq==0.12.2`` on Python 3.11-3.13, torch >= 2.6 and NumPy 2, and loads fairseq plugins.
+
+Importing this module installs an import hook and nothing more: neither torch nor fairseq is imported until the program
+imports fairseq. ``fairseq_compat.pth`` imports it at interpreter start-up, so that ``fairseq-train`` and the others just work;
+where no ``.pth`` file is read (PYTHONPATH, ``pip --target``), run ``python -m fairseq_compat fairseq-train ...``.
+
+Environment:
+  FAIRSEQ_COMPAT=0             install no hook
+  FAIRSEQ_TRUST_CHECKPOINT=1   load checkpoints that hold arbitrary Python objects (this can run code they name)
+
+A plugin is an entry point in the group ``fairseq.plugins``: a function without arguments that registers models, tasks, etc.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False  # this runs at every Python start, and importing typing would take longer than all of it
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+    from typing import IO, Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, trusted or written. The message is one line and names the file and the remedy."""
+
+    user_error = True  # shown as one line, without a traceback
+
+
+def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, mmap: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint without running code from it: tensors and the few plain types that fairseq's trainer saves.
+
+    ``trust=True`` (or FAIRSEQ_TRUST_CHECKPOINT=1) lifts that limit. ``mmap=True`` maps tensors instead of reading them.
+    Raises CheckpointError if the file is missing, torn, not a checkpoint, or holds anything else.
+    """
+    import argparse
+    import pickle
+    import re
+    import zipfile
+
+    import numpy
+    import torch
+
+    path = os.fspath(path)
+    trust = trust or os.environ.get("FAIRSEQ_TRUST_CHECKPOINT", "") not in ("", "0")
+    scalar = numpy.float64(0).__reduce__()[0]
+    allowed: list[Any] = [argparse.Namespace, numpy.dtype, *{type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdSU"}]
+    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1's name and 2's
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    try:
+        with torch.serialization.safe_globals(allowed):
+            mmap = mmap and zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
+            state = torch.load(path, map_location=map_location, weights_only=not trust, mmap=mmap)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} needs Python code that is not here: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused and not trust:
+            raise CheckpointError(
+                f"checkpoint {path} holds {refused[1]}, which is not on the list of types known to be safe: loading it can "
+                "run code. If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
+            ) from error
+        raise CheckpointError(
+            f"{path} ({os.path.getsize(path):,} bytes) is torn or not a checkpoint; use another one, such as an earlier "
+            "checkpoint_*.pt beside it"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dict")
+    return state
+
+
+def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
+    """``path`` is the old file until the new one is whole on disk. A leftover ``.tmp`` is never read, only overwritten."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        # On a full disk torch's writer says "unexpected pos" while it handles the OSError that tells why.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
+            message = f"cannot write checkpoint {path}: {reason}; what was there before is untouched"
+            raise CheckpointError(message) from error
+        raise
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(directory)  # makes the rename itself survive a power cut
+    finally:
+        os.close(directory)
+
+
+# Patches. Each takes the fairseq module that it mends, just after that module has run.
+
+
+def _view(module: ModuleType, **names: Any) -> ModuleType:
+    """A read-through view of ``module`` with a few names added or replaced, so that only one module sees them."""
+    view = type(sys)(module.__name__)
+    view.__dict__.update(names)
+    view.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
+    return view
+
+
+def _numpy_names(module: ModuleType) -> None:
+    """NumPy removed ``np.int`` and ``np.float`` in 1.24, ``np.compat`` in 2.0, an argument of ``percentile`` in 2.4."""
+    from types import SimpleNamespace
+
+    import numpy
+
+    def percentile(*args: Any, interpolation: Any = "linear", **kwargs: Any) -> Any:
+        return numpy.percentile(*args, **{"method": interpolation, **kwargs})
+
+    names = {"int": int, "float": float, "compat": SimpleNamespace(long=numpy.int64), "percentile": percentile}
+    module.np = _view(numpy, **names)  # type: ignore[attr-defined]
+
+
+def _checkpoint_loading(module: ModuleType) -> None:
+    """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
+    import functools
+
+    def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
+        return load_checkpoint(file.name)  # fairseq only ever maps to the CPU here
+
+    stock = module.load_checkpoint
+
+    @functools.wraps(stock)
+    def load_checkpoint_of_training(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+        # fairseq starts from scratch without a word. That is right for the run's own last checkpoint, and for no other.
+        name = os.path.basename(cfg.restore_file)
+        if not name.startswith("checkpoint_last") and not module.PathManager.exists(cfg.restore_file):
+            raise CheckpointError(f"--restore-file {cfg.restore_file} does not exist")
+        return stock(cfg, trainer, **kwargs)
+
+    module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
+    module.load_checkpoint = load_checkpoint_of_training  # type: ignore[attr-defined]
+
+
+def _checkpoint_writing(module: ModuleType) -> None:
+    """fairseq copies checkpoints in place, and retries a failed write where it stopped: both can leave torn files."""
+    import functools
+
+    manager, stock_save, stock_copy = module.PathManager, module.torch_persistent_save, module.PathManager.copy
+    remote = manager.path_requires_pathmanager
+
+    @functools.wraps(stock_save)
+    def save(obj: Any, filename: str, async_write: bool = False) -> None:
+        if remote(filename):
+            return stock_save(obj, filename, async_write)
+        # An asynchronous write could not be renamed into place when it ends, so it is done here and now.
+        return _write_atomically(filename, lambda file: module.torch.save(obj, file))
+
+    @functools.wraps(stock_copy)
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+        import shutil
+
+        if remote(src_path) or remote(dst_path):
+            return stock_copy(src_path, dst_path, overwrite)
+        with open(src_path, "rb") as source:
+            _write_atomically(dst_path, lambda file: shutil.copyfileobj(source, file, 1 << 24))
+        return dst_path
+
+    module.torch_persistent_save = save  # type: ignore[attr-defined]
+    manager.copy = staticmethod(copy)
+
+
+def _broadcast(module: ModuleType) -> None:
+    """On resuming, rank 0 sends the checkpoint's configuration (omegaconf objects) to the others: no file, and the same job."""
+    import functools
+
+    load = functools.partial(module.torch.load, weights_only=False)
+    module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
+
+
+def _encoder_mask_type(module: ModuleType) -> None:
+    """torch 2's encoder kernel asks what kind of mask it gets. fairseq's encoders give it the padding mask: kind 1."""
+    kernel = module.torch._transformer_encoder_layer_fwd
+
+    def forward(*args: Any) -> Any:
+        return kernel(*args) if args[-1] is None else kernel(*args, 1)
+
+    module.torch = _view(module.torch, _transformer_encoder_layer_fwd=forward)  # type: ignore[attr-defined]
+
+
+def _ddp_on_cpu(module: ModuleType) -> None:
+    """DistributedDataParallel rejects ``device_ids`` for a model on the CPU."""
+    stock = module.DistributedDataParallel
+
+    def ddp(module: Any, **kwargs: Any) -> Any:
+        if next(module.parameters()).device.type == "cpu":
+            kwargs.update(device_ids=None, output_device=None)
+        return stock(module=module, **kwargs)
+
+    module.DistributedDataParallel = ddp  # type: ignore[attr-defined]
+
+
+def _options(module: ModuleType) -> None:
+    """``--bf16`` turns on ``--tpu`` (fairseq issue 4696); and every command takes ``--trust-checkpoint``."""
+    import argparse
+    import functools
+
+    stock_parse, stock_parser = module.parse_args_and_arch, module.get_parser
+
+    class Trust(argparse.Action):
+        def __call__(self, *args: Any, **kwargs: Any) -> None:
+            os.environ["FAIRSEQ_TRUST_CHECKPOINT"] = "1"  # also reaches spawned workers
+
+    @functools.wraps(stock_parser)
+    def get_parser(*args: Any, **kwargs: Any) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = stock_parser(*args, **kwargs)
+        text = "load checkpoints that hold arbitrary Python objects; this can run code they name"
+        parser.add_argument("--trust-checkpoint", action=Trust, nargs=0, dest=argparse.SUPPRESS, help=text)
+        return parser
+
+    @functools.wraps(stock_parse)
+    def parse_args_and_arch(parser: Any, input_args: Any = None, parse_known: bool = False, **kwargs: Any) -> Any:
+        result = stock_parse(parser, input_args, parse_known, **kwargs)
+        args = result[0] if isinstance(result, tuple) else result
+        if getattr(args, "bf16", False):
+            args.tpu = "--tpu" in (sys.argv if input_args is None else input_args)
+        if getattr(args, "write_checkpoints_asynchronously", False):
+            print("warning: --write-checkpoints-asynchronously: ignored, as no such write is atomic", file=sys.stderr)
+            args.write_checkpoints_asynchronously = False
+        return result
+
+    module.get_parser = get_parser  # type: ignore[attr-defined]
+    module.parse_args_and_arch = parse_args_and_arch  # type: ignore[attr-defined]
+
+
+def _user_dir(module: ModuleType) -> None:
+    """fairseq scans a user directory's models/ and tasks/ only; one that has a ``register()`` gets it called as well."""
+    import functools
+
+    stock = module.import_user_module
+
+    @functools.wraps(stock)
+    def import_user_module(args: Any) -> None:
+        stock(args)
+        path = getattr(args, "user_dir", None)
+        register = getattr(sys.modules.get(os.path.basename(os.path.abspath(path))), "register", None) if path else None
+        if callable(register):
+            register()
+
+    module.import_user_module = import_user_module  # type: ignore[attr-defined]
+
+
+def _quiet(module: ModuleType) -> None:
+    """Hides deprecation warnings about fairseq's own use of hydra and torch: its users can do nothing about them."""
+    import warnings
+
+    for message in (r"(?s).*hydra\.cc/docs", "hydra.experimental", r"`torch\.cuda\.amp\.autocast", "'pin_memory' argument"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _user_errors(module: ModuleType) -> None:
+    """An uncaught exception with ``user_error`` is shown as one line."""
+    stock = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if getattr(kind, "user_error", False):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            stock(kind, error, trace)
+
+    sys.excepthook = excepthook
+
+
+def _plugins(module: ModuleType) -> None:
+    """Lets every installed plugin register itself, except one that the command names with --user-dir: that copy is wanted."""
+    import itertools
+    from importlib.metadata import entry_points
+
+    words = [*sys.argv, ""]
+    user_dirs = set()
+    for word, following in itertools.pairwise(words):
+        flag, _, value = word.partition("=")
+        if flag in ("--user-dir", "common.user_dir"):
+            user_dirs.add(os.path.basename(os.path.abspath(value or following)))
+    for plugin in entry_points(group="fairseq.plugins"):
+        if plugin.module.partition(".")[0] in user_dirs:
+            continue
+        try:
+            plugin.load()()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            plugin_name = f"fairseq plugin {plugin.name} ({plugin.value})"
+            print(f"warning: {plugin_name} failed and is left out: {reason}", file=sys.stderr)
+
+
+_PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
+    "fairseq": (_quiet, _user_errors, _plugins),
+    "fairseq.utils": (_user_dir,),
+    "fairseq.options": (_options,),
+    "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing),
+    "fairseq.distributed.utils": (_broadcast,),
+    "fairseq.models.distributed_fairseq_model": (_ddp_on_cpu,),
+    "fairseq.modules.transformer_layer": (_encoder_mask_type,),
+    "fairseq.modules.dynamic_crf_layer": (_numpy_names,),
+    "fairseq.data.data_utils": (_numpy_names,),
+    "fairseq.data.language_pair_dataset": (_numpy_names,),
+    "fairseq.data.token_block_dataset": (_numpy_names,),
+}
+
+
+def _hashable_dataclasses(stock: Any) -> Any:
+    """Python 3.11 rejects unhashable defaults, and fairseq's configurations are such defaults of one another."""
+    if stock.__module__ == __name__:
+        return stock  # one fairseq module imports another
+
+    def dataclass(cls: Any = None, /, **kwargs: Any) -> Any:
+        def wrap(cls: Any) -> Any:
+            cls = stock(cls, **kwargs)
+            if cls.__module__.partition(".")[0] == "fairseq" and cls.__hash__ is None:
+                cls.__hash__ = object.__hash__
+            return cls
+
+        return wrap if cls is None else wrap(cls)
+
+    return dataclass
+
+
+class _Finder:
+    """Finds fairseq's modules as usual, and adds to their execution what is needed before and after it."""
+
+    fairseq_compat = True
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] != "fairseq":
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    self.wrap(spec.loader, name)
+                return spec
+        return None
+
+    def wrap(self, loader: Any, name: str) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            import dataclasses
+
+            import torch  # noqa: F401  (first, so that as little as possible picks up the replacement below)
+
+            stock = dataclasses.dataclass
+            dataclasses.dataclass = _hashable_dataclasses(stock)
+            try:
+                execute(module)
+            finally:
+                dataclasses.dataclass = stock
+            for patch in _PATCHES.get(name, ()):
+                patch(module)
+
+        loader.exec_module = exec_module
+
+
+def install() -> None:
+    """Puts the hook in place, once, unless FAIRSEQ_COMPAT=0."""
+    if os.environ.get("FAIRSEQ_COMPAT") != "0" and not any(hasattr(f, "fairseq_compat") for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def main(argv: list[str]) -> Any:
+    """``python -m fairseq_compat fairseq-train ARGS``: runs a fairseq command with the hook in place."""
+    import importlib
+
+    command = argv[0].removeprefix("fairseq-").replace("-", "_") if argv else ""
+    try:
+        module = importlib.import_module(f"fairseq_cli.{command}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("fairseq_cli", f"fairseq_cli.{command}"):
+            raise
+        print("usage: python -m fairseq_compat fairseq-{train,validate,eval-lm,preprocess,...} ARGS", file=sys.stderr)
+        return 2
+    sys.argv = argv
+    return module.cli_main()
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    import fairseq_compat  # the one copy that everybody else imports
+
+    if __name__ == "__main__":
+        sys.exit(fairseq_compat.main(sys.argv[1:]))
+else:
+    install()

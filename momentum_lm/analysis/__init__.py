@@ -1,0 +1,1 @@
+"""Functions on arrays and tensors: no models, no files, nothing else of this package."""

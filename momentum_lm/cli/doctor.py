@@ -1,0 +1,249 @@
+"""``momentum-lm doctor``: checks the installation, and prints the remedy beside each problem."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from momentum_lm.errors import main_guard
+
+FAIRSEQ = "0.12.2"
+_INSTALL_FAIRSEQ = f"pip install --no-deps fairseq=={FAIRSEQ}"
+_REGISTERED = {
+    "arch": ["gpt_lm_tiny", "momentum_lm_tiny"],
+    "task": ["momentum_language_modeling"],
+    "criterion": ["chunked_cross_entropy"],
+    "optimizer": ["fused_adamw"],
+}
+# What a fairseq-* command finds: a fresh interpreter, which reads .pth files, away from any checkout. The hook is imported by hand
+# only after it was looked for, so that its absence does not hide everything else.
+_PROBE = """
+import json, sys
+found = {"hook": "fairseq_compat" in sys.modules}
+import fairseq_compat, fairseq
+from fairseq.data import data_utils_fast
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_REGISTRY
+found["arch"], found["task"] = sorted(ARCH_MODEL_REGISTRY), sorted(TASK_REGISTRY)
+found.update({name: sorted(REGISTRIES[name]["registry"]) for name in ("criterion", "optimizer")})
+print(json.dumps(found))
+"""
+
+
+class Check(NamedTuple):
+    status: str  # ok, warn or problem
+    name: str
+    detail: str
+    remedy: str = ""
+
+
+def check_python() -> Iterator[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        yield Check("problem", "python", version, "use Python 3.11 to 3.13 (tested: 3.11, 3.12)")
+    else:
+        yield Check("ok", "python", f"{version} ({sys.executable})")
+
+
+def check_requirements() -> Iterator[Check]:
+    """The installed versions against what setup.py asks for: `pip check` cannot tell, for fairseq's own pins always fail it."""
+    try:
+        lines = importlib.metadata.requires("momentum_lm") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("warn", "requirements", "momentum_lm is not installed: running from a checkout", "pip install .")
+        return
+    wrong = []
+    for line in lines:
+        name, bounds, marker = re.fullmatch(r"([\w.-]+)([^;]*)(;.*)?", line).groups()  # type: ignore[union-attr]
+        if marker:
+            continue  # an extra's
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{name} is missing")
+            continue
+        for operator, bound in re.findall(r"(>=|<)([\d.]+)", bounds):
+            if (_numbers(version) < _numbers(bound)) == (operator == ">="):
+                wrong.append(f"{name} {version} is not {operator}{bound}")
+    if wrong:
+        yield Check("problem", "requirements", "; ".join(wrong), "pip install --upgrade momentum_lm, then " + _INSTALL_FAIRSEQ)
+    else:
+        yield Check("ok", "requirements", "all there, in the right versions")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3]]
+
+
+def check_fairseq() -> Iterator[Check]:
+    try:
+        version = importlib.metadata.version("fairseq")
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("problem", "fairseq", "not installed", _INSTALL_FAIRSEQ)
+        return
+    if version != FAIRSEQ:
+        yield Check("problem", "fairseq", f"{version}, but the hook mends {FAIRSEQ}", _INSTALL_FAIRSEQ)
+    if os.environ.get("FAIRSEQ_COMPAT") == "0":
+        yield Check("problem", "fairseq hook", "turned off by FAIRSEQ_COMPAT=0", "unset FAIRSEQ_COMPAT")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        run = subprocess.run([sys.executable, "-c", _PROBE], cwd=elsewhere, capture_output=True, text=True, check=False)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Check("problem", "fairseq", f"cannot be imported: {reason}", "pip install --force-reinstall --no-deps fairseq==" + FAIRSEQ)
+        return
+    found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    yield Check("ok", "fairseq", f"{version}, imports")
+    if found["hook"]:
+        yield Check("ok", "fairseq hook", "active in every Python of this environment")
+    elif os.environ.get("FAIRSEQ_COMPAT") != "0":
+        yield Check(
+            "problem",
+            "fairseq hook",
+            "fairseq_compat.pth is not read at start-up (PYTHONPATH and pip --target do not read .pth files)",
+            f"pip install momentum_lm into {sysconfig.get_path('purelib')}, or run `python -m fairseq_compat fairseq-train ...`",
+        )
+    missing = [f"{kind} {name}" for kind, names in _REGISTERED.items() for name in names if name not in found[kind]]
+    if missing:
+        warnings = [line for line in run.stderr.splitlines() if line.startswith("warning: fairseq plugin")]
+        detail = "; ".join([f"not registered: {', '.join(missing)}", *warnings])
+        yield Check("problem", "plugin", detail, "pip install . in the checkout, or add --user-dir momentum_lm to fairseq's commands")
+    else:
+        yield Check("ok", "plugin", "archs, task, criterion and optimizer are known to fairseq without --user-dir")
+
+
+def check_torch() -> Iterator[Check]:
+    try:
+        import torch
+    except ImportError as error:
+        yield Check("problem", "torch", f"cannot be imported: {error}", "pip install 'torch>=2.6'")
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    if _numbers(torch.__version__) < [2, 6]:
+        yield Check("problem", "torch", torch.__version__, "pip install 'torch>=2.6'")
+    else:
+        yield Check("ok", "torch", f"{torch.__version__} ({build} build)")
+    for index in range(torch.cuda.device_count()):
+        name, memory = torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory
+        with torch.cuda.device(index):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = "bf16 in hardware" if native else "no bf16 in hardware: train with --fp16"
+        yield Check("ok" if native else "warn", f"device cuda:{index}", f"{name}, {memory / 2**30:.0f} GiB, {bf16}")
+    if not torch.cuda.device_count():
+        if shutil.which("nvidia-smi"):
+            remedy = "install a CUDA build of torch (pytorch.org/get-started), and check that nvidia-smi works"
+            yield Check("warn", "device cuda", "a driver is installed, but torch sees no GPU", remedy)
+        yield Check("ok", "device cpu", f"{os.cpu_count()} cores, {_cpu_bf16()}")
+
+
+def _cpu_bf16() -> str:
+    try:
+        flags = set(re.findall(r"\b(?:amx_bf16|avx512_bf16|bf16)\b", Path("/proc/cpuinfo").read_text("utf-8")))
+    except OSError:
+        return "bf16 support unknown"
+    return f"bf16 in hardware ({', '.join(sorted(flags))})" if flags else "no bf16 in hardware: train in fp32"
+
+
+def check_apex() -> Iterator[Check]:
+    if importlib.util.find_spec("apex") is None:
+        yield Check("ok", "apex", "not installed (optional; torch's own fused kernels are used)")
+    elif importlib.util.find_spec("amp_C") is None:
+        detail = "this `apex` is not NVIDIA's, or was built without its CUDA kernels; PyPI's apex is an unrelated package"
+        yield Check("warn", "apex", detail, "pip uninstall apex")
+    else:
+        yield Check("ok", "apex", "NVIDIA's, with CUDA kernels")
+
+
+def check_triton() -> Iterator[Check]:
+    import torch
+
+    if importlib.util.find_spec("triton"):
+        yield Check("ok", "triton", importlib.metadata.version("triton"))
+    elif torch.cuda.is_available():
+        yield Check("warn", "triton", "not installed: no fused kernels on the GPU", "pip install triton")
+    else:
+        yield Check("ok", "triton", "not installed (needed on a GPU only)")
+
+
+def check_tensorboard() -> Iterator[Check]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with tempfile.TemporaryDirectory() as folder:
+            with SummaryWriter(folder) as writer:
+                writer.add_scalar("check", 1.0, 0)
+            size = sum(file.stat().st_size for file in Path(folder).iterdir())
+    except (ImportError, OSError, AttributeError, TypeError) as error:
+        yield Check("problem", "tensorboard", f"cannot write events: {error}", "pip install --upgrade tensorboard")
+        return
+    yield Check("ok", "tensorboard", f"{importlib.metadata.version('tensorboard')}, writes events ({size} bytes)")
+
+
+def check_sentencepiece() -> Iterator[Check]:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        yield Check("problem", "sentencepiece", f"cannot be imported: {error}", "pip install --upgrade sentencepiece")
+        return
+    yield Check("ok", "sentencepiece", sentencepiece.__version__)
+
+
+def check_compiler() -> Iterator[Check]:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler:
+        yield Check("ok", "g++", compiler)
+    else:
+        remedy = "install g++ (Debian and Ubuntu: apt-get install g++)"
+        yield Check("warn", "g++", "not found: fairseq cannot be built, nor torch.compile used", remedy)
+
+
+CHECKS: list[Callable[[], Iterator[Check]]] = [
+    check_python,
+    check_torch,
+    check_requirements,
+    check_fairseq,
+    check_apex,
+    check_triton,
+    check_tensorboard,
+    check_sentencepiece,
+    check_compiler,
+]
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``momentum-lm doctor``: exit status 1 if there is a problem, else 0 (warnings do not count)."""
+    parser = argparse.ArgumentParser(prog="momentum-lm doctor", description=__doc__.split(": ")[1], allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    args = parser.parse_args(argv)
+
+    found: list[Check] = []
+    for check in CHECKS:
+        for result in check():
+            found.append(result)
+            if not args.json:
+                print(f"{result.status:8} {result.name:14} {result.detail}", flush=True)
+                if result.remedy:
+                    print(f"{'':23} remedy: {result.remedy}", flush=True)
+    problems = sum(result.status == "problem" for result in found)
+    if args.json:
+        print(json.dumps({"ok": not problems, "checks": [result._asdict() for result in found]}, indent=1))
+    else:
+        print(f"\n{problems} problem{'s' * (problems != 1)}" if problems else "\neverything that training needs is there")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""``fairseq-eval --task lm_perplexity``."""
+
+from __future__ import annotations
+
+import argparse
+
+from momentum_lm.errors import UserError
+
+from .options import add_model_arguments, add_output_arguments, load_model, positive_integers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this task."""
+    group = parser.add_argument_group("data")
+    group.add_argument("data", metavar="DATA", help="folder from `momentum-lm prepare` or `fairseq-preprocess`")
+    group.add_argument("--split", default="valid", help="split, or several with commas between (default: %(default)s)")
+    group.add_argument(
+        "--context-lengths", default="256,512,1024", metavar="N,N,...", help="tokens that are seen at once (default: %(default)s)"
+    )
+    group.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per forward pass (default: %(default)s)")
+    group.add_argument(
+        "--packed-documents", default="auto", choices=["auto", "yes", "no"],
+        help="no document of a block sees another; auto: as the model was trained (default: %(default)s)",
+    )  # fmt: skip
+    add_model_arguments(parser)
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, writes the report, prints its table."""
+    from momentum_lm.report.perplexity import write_report
+    from momentum_lm.studies import perplexity
+
+    lengths = positive_integers(args.context_lengths, "--context-lengths")
+    if args.batch_tokens < 1:
+        raise UserError(f"--batch-tokens {args.batch_tokens}: must be at least 1")
+    lm = load_model(args)
+    packed = lm.packed_documents if args.packed_documents == "auto" else args.packed_documents == "yes"
+    results = perplexity.evaluate(
+        lm, args.data, args.results_dir, lengths, args.split.split(","), args.batch_tokens, packed, args.seed, args.force
+    )
+    print(write_report(results.folder).text())
+    print(f"\n{results.folder / 'report.html'}")
+    return 0

@@ -1,0 +1,61 @@
+"""``momentum-lm COMMAND``: finds the command's module and hands it the rest of the line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from momentum_lm import __version__
+from momentum_lm.errors import UserError, main_guard
+
+_COMMANDS = {
+    "prepare": "turn text into the binarised data that fairseq-train reads",
+    "convert": "convert published checkpoints to and from fairseq's format",
+    "report": "put evaluation results side by side",
+    "doctor": "check this installation and say how to mend it",
+}
+
+
+def commands() -> dict[str, str]:
+    """Name and one line of help of each command that this version has."""
+    return {name: text for name, text in _COMMANDS.items() if importlib.util.find_spec(f"momentum_lm.cli.{name}")}
+
+
+def usage() -> str:
+    lines = [f"  {name:9} {text}" for name, text in commands().items()]
+    return "\n".join(
+        [
+            "usage: momentum-lm COMMAND [ARGUMENTS]",
+            "",
+            *lines,
+            "",
+            "`momentum-lm COMMAND --help` says more; `momentum-lm --version` prints the version.",
+            "Training is `fairseq-train --arch momentum_lm_tiny ...`, evaluation `fairseq-eval --task lm_perplexity ...`.",
+        ]
+    )
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``momentum-lm``. Raises UserError for an unknown command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"momentum-lm {__version__}")
+        return 0
+    if argv[0] not in commands():
+        import difflib
+
+        near = difflib.get_close_matches(argv[0], commands(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands())}"
+        raise UserError(f"momentum-lm has no command {argv[0]!r}; {hint}")
+    result: int | None = importlib.import_module(f"momentum_lm.cli.{argv[0]}").main(argv[1:])
+    return result or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From text to binarised tokens, and labelled datasets to examples."""

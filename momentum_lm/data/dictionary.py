@@ -1,0 +1,86 @@
+"""fairseq's ``dict.txt``: which symbol has which id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from momentum_lm.errors import UserError
+from momentum_lm.files import atomic_write
+
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3 in every fairseq dictionary; dict.txt does not list them
+BOS, PAD, EOS, UNK = range(4)
+_OVERWRITE = "#fairseq:overwrite"
+
+
+class Dictionary:
+    """Symbols in the order of their ids, and how often each was counted. A symbol listed twice has two ids; ``index`` gives the later.
+
+    >>> Dictionary(["the", "a"]).index("the")
+    4
+    """
+
+    def __init__(self, symbols: Iterable[str] = (), counts: Iterable[int] | None = None) -> None:
+        self.symbols = [*SPECIALS, *symbols]
+        self.counts = [1] * len(SPECIALS) + ([1] * (len(self.symbols) - len(SPECIALS)) if counts is None else list(counts))
+        if len(self.counts) != len(self.symbols):
+            raise ValueError(f"{len(self.symbols)} symbols, {len(self.counts)} counts")
+        self._index = {symbol: i for i, symbol in enumerate(self.symbols)}
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def __contains__(self, symbol: str) -> bool:
+        return symbol in self._index
+
+    def index(self, symbol: str) -> int:
+        """The id of ``symbol``, or that of ``<unk>``."""
+        return self._index.get(symbol, UNK)
+
+    def padded(self, multiple: int = 8) -> Dictionary:
+        """Filled with ``madeupword0000`` and so on up to a multiple of 8 entries, as fairseq-preprocess does: such matrices are faster."""
+        extra = -len(self) % multiple
+        filler = [f"madeupword{i:04d}" for i in range(extra)]
+        return Dictionary(self.symbols[len(SPECIALS) :] + filler, self.counts[len(SPECIALS) :] + [0] * extra)
+
+    def with_counts(self, counts: Sequence[int]) -> Dictionary:
+        """The same symbols; ``counts[i]`` is how often id ``i`` occurred, specials included."""
+        return Dictionary(self.symbols[len(SPECIALS) :], [int(n) for n in counts[len(SPECIALS) : len(self)]])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes ``dict.txt``. Raises ValueError for a symbol that the format cannot hold (empty, or with a line break)."""
+        first = len(SPECIALS)
+        seen: set[str] = set(SPECIALS)
+        with atomic_write(path) as file:
+            for symbol, count in zip(self.symbols[first:], self.counts[first:], strict=True):
+                if not symbol or "\n" in symbol or "\r" in symbol:
+                    raise ValueError(f"{symbol!r} cannot stand in {path}: it is empty or holds a line break")
+                file.write(f"{symbol} {count}{' ' + _OVERWRITE if symbol in seen else ''}\n")
+                seen.add(symbol)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Dictionary:
+        """Reads ``dict.txt``. Raises UserError naming file and line where it is missing, malformed or lists a symbol twice unmarked."""
+        symbols: list[str] = []
+        counts: list[int] = []
+        seen = set(SPECIALS)
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = file.readlines()
+        except OSError as error:
+            raise UserError(f"cannot read the dictionary {path}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not a dictionary: byte {error.start} is not UTF-8") from error
+        for number, line in enumerate(lines, start=1):
+            symbol, _, field = line.rstrip().rpartition(" ")
+            overwrite = field == _OVERWRITE
+            if overwrite:
+                symbol, _, field = symbol.rpartition(" ")
+            if not symbol or not field.isdecimal():
+                raise UserError(f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq dict.txt?")
+            if symbol in seen and not overwrite:
+                raise UserError(f"{path}:{number}: {symbol!r} is listed before; add '{_OVERWRITE}' to the line if that is meant")
+            seen.add(symbol)
+            symbols.append(symbol)
+            counts.append(int(field))
+        return cls(symbols, counts)

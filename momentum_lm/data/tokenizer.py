@@ -1,0 +1,266 @@
+"""Text to fairseq token ids and back: SentencePiece, GPT-2's byte-level BPE and Hugging Face tokenizers behind one interface."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from momentum_lm.data.dictionary import BOS, EOS, PAD, SPECIALS, UNK, Dictionary
+from momentum_lm.errors import UserError
+
+
+class Tokenizer:
+    """Base: maps a tokenizer's own ids to those of a fairseq dictionary. Subclasses give ``_encode``, ``_decode`` and ``_symbols``.
+
+    ``files`` are what ``load_tokenizer`` needs beside ``dict.txt``: their names there, and where they are now.
+    """
+
+    kind = ""
+    lossless = False
+    bos, pad, eos, unk = BOS, PAD, EOS, UNK
+
+    def __init__(self, files: dict[str, Path], symbols: Sequence[str], dictionary: Dictionary | None) -> None:
+        """``symbols[i]`` is the dictionary's symbol for the tokenizer's own id ``i``."""
+        self.files = files
+        self.dictionary = dictionary or Dictionary(s for s in symbols if s not in SPECIALS).padded()
+        self._to_dictionary = np.array([self.dictionary.index(s) for s in symbols], dtype=np.int64)
+        self._identity = bool((self._to_dictionary == np.arange(len(symbols))).all())
+        own = {int(d): i for i, d in enumerate(self._to_dictionary) if d >= len(SPECIALS)}
+        self._to_own = [own.get(i, -1) for i in range(len(self.dictionary))]
+        if not own:
+            raise UserError(
+                f"{', '.join(map(str, files.values()))} and its dict.txt have no symbol in common: they belong to different models"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the dictionary, specials and padding included: the size of the embedding."""
+        return len(self.dictionary)
+
+    def encode(self, text: str) -> list[int]:
+        """Dictionary ids of ``text``, without ``<s>`` or ``</s>``. Raises UnicodeEncodeError for a lone surrogate."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text."""
+        own = self._encode(texts)
+        return own if self._identity else [self._to_dictionary[ids].tolist() if ids else [] for ids in own]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of dictionary ids. ``<s>``, ``<pad>``, ``</s>`` and made-up words have none; ``<unk>`` gives U+FFFD."""
+        text, run = [], []
+        for i in map(int, ids):
+            own = self._to_own[i]
+            if own >= 0:
+                run.append(own)
+            elif i == UNK:
+                text += [self._decode(run), "\ufffd"]
+                run = []
+        return "".join([*text, self._decode(run)])
+
+    def sha256(self) -> str:
+        """Of the tokenizer's files and the dictionary's symbols: equal digests give equal ids."""
+        digest = hashlib.sha256()
+        for name in sorted(self.files):
+            digest.update(hashlib.sha256(self.files[name].read_bytes()).digest())
+        digest.update("\n".join(self.dictionary.symbols).encode())
+        return digest.hexdigest()
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def _decode(self, own_ids: list[int]) -> str:
+        raise NotImplementedError
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. Dictionary symbols are its pieces, its control and unknown pieces are fairseq's specials.
+
+    ``lossless``: ``decode(encode(x)) == x`` for every text, as models of ``train_sentencepiece`` do; others normalise the text.
+    Raises UserError if ``path`` is not a SentencePiece model.
+    """
+
+    kind = "sentencepiece"
+    _SPACE = "\u2581"  # SentencePiece's own sign for a space; one that stands in the text must go through its bytes
+
+    def __init__(self, path: str | os.PathLike[str], dictionary: Dictionary | None = None) -> None:
+        import sentencepiece
+
+        path = Path(path)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            pieces = [self._model.id_to_piece(i) for i in range(self._model.get_piece_size())]
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a SentencePiece model (the .model file that spm_train writes)") from error
+        if len(pieces) < 4:
+            raise UserError(f"{path} is not a SentencePiece model (the .model file that spm_train writes): it holds {len(pieces)} pieces")
+        special = {self._model.bos_id(): BOS, self._model.pad_id(): PAD, self._model.eos_id(): EOS, self._model.unk_id(): UNK}
+        symbols = [
+            SPECIALS[special[i]] if i in special else "<unk>" if self._model.is_control(i) else _one_line(piece)
+            for i, piece in enumerate(pieces)
+        ]
+        super().__init__({"sentencepiece.model": path}, symbols, dictionary)
+        self._bytes = [self._model.piece_to_id(f"<0x{b:02X}>") for b in self._SPACE.encode()]
+        probe = " a  b \n\tc "
+        self.lossless = all(map(self._model.is_byte, self._bytes)) and self._model.decode(self._model.encode(probe)) == probe
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [
+            self._escaped(text) if self.lossless and self._SPACE in text else ids
+            for text, ids in zip(texts, self._model.encode(list(texts), num_threads=1), strict=True)
+        ]
+
+    def _escaped(self, text: str) -> list[int]:
+        first, *rest = self._model.encode(text.split(self._SPACE), num_threads=1)
+        return functools.reduce(lambda ids, part: ids + self._bytes + part, rest, first)
+
+    def _decode(self, own_ids: list[int]) -> str:
+        return self._model.decode(own_ids)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE (Radford et al., 2019) from ``encoder.json`` and ``vocab.bpe``. Dictionary symbols are its ids in decimal,
+    as in the published fairseq dense language models. Lossless. Raises UserError if a file is missing or not what it should be.
+    """
+
+    kind = "gpt2_bpe"
+    lossless = True
+    _WORD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    _CACHE = 1 << 17  # words; about 40 MB when full
+
+    def __init__(self, folder: str | os.PathLike[str], dictionary: Dictionary | None = None) -> None:
+        import regex
+
+        files = {name: Path(folder) / name for name in ("encoder.json", "vocab.bpe")}
+        try:
+            encoder: dict[str, int] = json.loads(files["encoder.json"].read_text(encoding="utf-8"))
+            merges = files["vocab.bpe"].read_text(encoding="utf-8").rstrip("\n").split("\n")[1:]
+        except OSError as error:
+            raise UserError(f"cannot read the GPT-2 tokenizer: {error.filename}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise UserError(f"{folder}/encoder.json and vocab.bpe are not GPT-2's tokenizer: {error}") from error
+        pairs = [tuple(line.split(" ")) for line in merges]
+        if not isinstance(encoder, dict) or sorted(encoder.values()) != list(range(len(encoder))):
+            raise UserError(f"{files['encoder.json']} is not GPT-2's encoder.json: its ids are not 0 to {len(encoder) - 1}")
+        if any(len(pair) != 2 or "".join(pair) not in encoder for pair in pairs):
+            raise UserError(f"{files['vocab.bpe']} does not belong to {files['encoder.json']}: a merge gives a token that has no id")
+        super().__init__(files, [str(i) for i in range(len(encoder))], dictionary)
+        self._split = regex.compile(self._WORD).findall
+        self._letters = _byte_letters()
+        self._byte_of = {letter: byte for byte, letter in enumerate(self._letters)}
+        self._encoder, self._tokens = encoder, sorted(encoder, key=encoder.__getitem__)
+        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        self._cache: dict[str, list[int]] = {}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text. Words met before come from a cache of dictionary ids, which is what makes it fast."""
+        cache, result = self._cache, []
+        for text in texts:
+            ids: list[int] = []
+            for word in self._split(text):
+                found = cache.get(word)
+                if found is None:
+                    if len(cache) >= self._CACHE:
+                        cache.clear()
+                    found = cache[word] = self._merge(word)
+                ids += found
+            result.append(ids)
+        return result
+
+    def _merge(self, word: str) -> list[int]:
+        """Joins the pair that was learnt first, wherever it stands, until no pair is left that was learnt."""
+        parts = [self._letters[byte] for byte in word.encode()]
+        while len(parts) > 1:
+            best = min(itertools.pairwise(parts), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+            if best not in self._ranks:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                pair = i + 1 < len(parts) and (parts[i], parts[i + 1]) == best
+                joined.append(parts[i] + parts[i + 1] if pair else parts[i])
+                i += 2 if pair else 1
+            parts = joined
+        return self._to_dictionary[[self._encoder[part] for part in parts]].tolist()
+
+    def _decode(self, own_ids: list[int]) -> str:
+        letters = "".join(self._tokens[i] for i in own_ids)
+        return bytes(self._byte_of[letter] for letter in letters).decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A ``tokenizer.json`` through the ``tokenizers`` package. Dictionary symbols are its ids in decimal. Special tokens are not added."""
+
+    kind = "huggingface"
+    lossless = False  # depends on its normaliser, which is not looked into
+
+    def __init__(self, path: str | os.PathLike[str], dictionary: Dictionary | None = None) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
+        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        try:
+            self._model: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exception
+            raise UserError(f"{path} is not a tokenizer.json that this version of tokenizers reads: {error}") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
+        super().__init__({"tokenizer.json": path}, [str(i) for i in range(size)], dictionary)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._model.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _decode(self, own_ids: list[int]) -> str:
+        return self._model.decode(own_ids, skip_special_tokens=False)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a data or checkpoint folder: ``dict.txt`` and ``*.model``, ``encoder.json`` + ``vocab.bpe`` or ``tokenizer.json``.
+
+    ``path`` may also be a file in such a folder (a checkpoint, dict.txt, the tokenizer itself). Without a ``dict.txt`` the dictionary is
+    the tokenizer's own. Raises UserError that says what is missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a folder with dict.txt and the tokenizer's files")
+    folder = path if path.is_dir() else path.parent
+    dictionary = Dictionary.load(folder / "dict.txt") if (folder / "dict.txt").exists() else None
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path, dictionary)
+    models = sorted(folder.glob("*.model"))
+    if len(models) > 1:
+        raise UserError(f"{folder} has several SentencePiece models ({', '.join(m.name for m in models)}); name the file that is meant")
+    if models:
+        return SentencePieceTokenizer(models[0], dictionary)
+    if (folder / "encoder.json").exists() or (folder / "vocab.bpe").exists():
+        return GPT2Tokenizer(folder, dictionary)
+    if (folder / "tokenizer.json").exists():
+        return HuggingFaceTokenizer(folder / "tokenizer.json", dictionary)
+    raise UserError(
+        f"{folder} holds no tokenizer: copy there the files that the model's data was made with (dict.txt, and sentencepiece.model or "
+        "encoder.json and vocab.bpe)"
+    )
+
+
+def _one_line(piece: str) -> str:
+    return piece.replace("\n", "<newline>").replace("\r", "<return>")
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable letter for each byte: itself where it is printable Latin-1, else the next code point from 256 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

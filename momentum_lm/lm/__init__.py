@@ -1,0 +1,1 @@
+"""What evaluation needs from a language model."""

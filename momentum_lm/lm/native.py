@@ -1,0 +1,250 @@
+"""Our decoder, from a fairseq checkpoint: one of ours, a stock ``transformer_lm*``, or a published dense LM."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momentum_lm.data.tokenizer import Tokenizer, load_tokenizer
+from momentum_lm.errors import UserError
+from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.modules.decoder import document_ids
+
+CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
+_OPTIONS = (  # those of fairseq's and our own options that say what a decoder computes
+    *("decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers", "decoder_attention_heads", "activation_fn"),
+    *("position", "no_scale_embedding", "untie_embeddings", "max_target_positions"),
+    *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
+)
+_IGNORED = re.compile(r"(version|embed_positions\._float_tensor|.*\.momentum\.fixed_log_decay)$")
+
+
+class NativeLM:
+    """A decoder in evaluation mode, and where it came from."""
+
+    def __init__(self, model: Decoder, path: Path, packed_documents: bool = False) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.path = path
+        self.packed_documents = packed_documents  # whether it was trained on packed documents
+
+    @property
+    def name(self) -> str:
+        """How messages and reports call the model: its path."""
+        return str(self.path)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights (momentum's own parameters always stay in fp32)."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.model.config
+
+    @property
+    def max_positions(self) -> int:
+        """The longest input that the model was made for, in tokens."""
+        return self.config.max_positions
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says of the model."""
+        return {
+            "path": self.name,
+            "sha256": self.sha256,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "architecture": asdict(self.config),
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the checkpoint file, which tells one checkpoint from another wherever it lies."""
+        from momentum_lm.report.records import file_sha256
+
+        return file_sha256(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the checkpoint. Raises UserError where there is none."""
+        return load_tokenizer(self.path)
+
+    @torch.inference_mode()
+    def token_losses(self, tokens: Tensor, targets: Tensor, packed_documents: bool = False) -> Tensor:
+        """-log p of each target in nats, (B, T) fp32 on the CPU; 0 where the target is padding.
+
+        tokens, targets (B, T) int64: input ids and what follows each. Padding on the right changes nothing. ``packed_documents``: an
+        end-of-sentence token in ``tokens`` begins a document, and no document sees another.
+        """
+        tokens, targets = tokens.to(self.device), targets.to(self.device)
+        segments = document_ids(tokens, self.config.eos_idx) if packed_documents else None
+        losses = self.model.loss(tokens, targets, segments, reduction="none", left_padded=False)
+        return losses.float().cpu()
+
+
+def load_native(
+    path: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | str | None = None,
+    trust: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> NativeLM:
+    """Reads a checkpoint file, or the one in a folder (``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``).
+
+    The architecture comes from the checkpoint; where it holds none, shapes come from the tensors and the rest from ``overrides``:
+    fairseq's model options as a mapping or as the text of a Python dict, such as ``{'decoder_attention_heads': 8}``. ``trust`` lifts the
+    limit on what a checkpoint may hold (see ``fairseq_compat.load_checkpoint``). ``dtype`` None is fp32, whatever was saved.
+
+    Raises UserError for a missing or damaged checkpoint, and for a model that the decoder cannot represent.
+    """
+    from fairseq_compat import CheckpointError, load_checkpoint
+
+    path = find_checkpoint(path)
+    try:
+        state = load_checkpoint(path, trust=trust)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    tensors = _tensors(state, path)
+    model_cfg, task_cfg = _options(state)
+    try:
+        options = model_cfg or _options_from_tensors(tensors)
+        options = options | _parse_overrides(overrides, options)
+        if not model_cfg and "decoder_attention_heads" not in options:
+            raise UserError("the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': N}\"")
+        for name in ("tokens_per_sample", "max_target_positions"):
+            options.setdefault(name, task_cfg.get(name))
+        config = DecoderConfig.from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
+        model = _build(config, tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    model.to(device=device, dtype=dtype or torch.float32)
+    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)))
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint file that ``path`` means. Raises UserError if there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in CHECKPOINTS if (path / name).exists()), None)
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint ({', '.join(CHECKPOINTS)}); name the file itself")
+    return found
+
+
+def _tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The decoder's state dict under this package's names, from the forms that fairseq's versions have written."""
+    weights = state.get("model", state)
+    if not isinstance(weights, Mapping) or "decoder.embed_tokens.weight" not in weights:
+        raise UserError(f"{path} holds no decoder-only language model (no decoder.embed_tokens.weight); is it another kind of checkpoint?")
+    foreign = [name for name in weights if not name.startswith("decoder.")]
+    if foreign:
+        raise UserError(f"{path} holds more than a decoder-only language model, such as {foreign[0]}")
+    tensors: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        name = key.removeprefix("decoder.")
+        fused = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
+        if fused:  # before 2019: queries, keys and values in one matrix
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                tensors[f"{fused[1]}.{letter}_proj.{fused[2]}"] = part
+        elif name == "embed_out":  # an untied output projection, before 2020
+            tensors["output_projection.weight"] = value
+        elif not _IGNORED.match(name):
+            tensors[name] = value
+    tensors.setdefault("output_projection.weight", tensors["embed_tokens.weight"])  # tied, before 2020
+    return tensors
+
+
+def _options(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """fairseq's options of the model and of the task; empty where the checkpoint holds none."""
+    cfg = state.get("cfg")
+    if isinstance(cfg, Mapping):
+        return _mapping(cfg.get("model")), _mapping(cfg.get("task"))
+    arguments = _mapping(state.get("args"))  # before 2020: one namespace for all
+    return arguments, arguments
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if value is None or isinstance(value, str):  # fairseq keeps the bare name where a component has no options
+        return {}
+    return dict(value) if isinstance(value, Mapping) else dict(vars(value))
+
+
+def _options_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the tensors show. What they do not show is that of the fairseq dense LMs: gelu, scaled embeddings, sinusoidal positions, 2048."""
+    embedding, output = tensors["embed_tokens.weight"], tensors["output_projection.weight"]
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
+    options: dict[str, Any] = {
+        "decoder_embed_dim": embedding.shape[1],
+        "decoder_layers": len(layers),
+        "activation_fn": "gelu",
+        "dropout": 0.0,
+        "position": "sinusoidal",
+        "untie_embeddings": not (output.shape == embedding.shape and torch.equal(output, embedding)),
+        "max_target_positions": 2048,
+    }
+    if "layers.0.fc1.weight" in tensors:
+        options["decoder_ffn_embed_dim"] = tensors["layers.0.fc1.weight"].shape[0]
+    if "embed_positions.weight" in tensors:
+        options |= {"position": "learned", "max_target_positions": tensors["embed_positions.weight"].shape[0] - 2}
+    momentum = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith("layers.0.self_attn.momentum.")}
+    if momentum:
+        options["momentum_kind"] = "multi_ema" if "delta" in momentum else "ema"
+        options["momentum_learned"] = "decay_logit" in momentum
+        options["momentum_gate"] = "zero" if "gate" in momentum else "none"
+        if options["momentum_kind"] == "ema":
+            options["decoder_attention_heads"] = next(iter(momentum.values())).shape[0]
+    return options
+
+
+def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    value: Any = overrides or {}
+    if isinstance(overrides, str):
+        try:
+            value = ast.literal_eval(overrides.strip() or "{}")
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"--model-overrides {overrides!r} is not a Python dict of option names, such as \"{{'decoder_attention_heads': 8}}\"")
+    known = {*options, *_OPTIONS}
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"--model-overrides: no option is called {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return dict(value)
+
+
+def _build(config: DecoderConfig, tensors: dict[str, Tensor]) -> Decoder:
+    with torch.random.fork_rng(devices=[]):  # initial values are drawn and thrown away; the caller's generator stays as it was
+        model = Decoder(config)
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        lack, extra = (f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) for names in (missing, unknown))
+        parts = [f"lacks {lack}"] * bool(missing) + [f"has {extra}, which the decoder does not"] * bool(unknown)
+        raise UserError(f"its tensors do not fit its architecture: the checkpoint {' and '.join(parts)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(expected[name].shape)} by the architecture"
+            raise UserError(f"its tensors do not fit its architecture: {name} is {shapes}")
+    output, embedding = tensors["output_projection.weight"], tensors["embed_tokens.weight"]
+    if config.tie_embeddings and output is not embedding and not torch.equal(output, embedding):
+        raise UserError("its output projection differs from its embedding, but its architecture ties them")
+    model.load_state_dict(tensors)
+    return model

@@ -1,0 +1,1 @@
+"""From records to what people look at: result files, tables, figures, HTML, TensorBoard."""

@@ -1,0 +1,85 @@
+"""One self-contained HTML page: no network, no script, readable on a phone, light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from momentum_lm.files import atomic_write
+
+from .tables import Table
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1c1f23; --soft: #5b6470; --page: #ffffff; --line: #d9dee4; --panel: #f5f7f9; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e7ec; --soft: #98a2ae; --page: #14171b; --line: #333a43; --panel: #1d2127; }
+}
+body { margin: 0 auto; max-width: 52rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 0.5rem 0; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); padding-bottom: 0.3rem; }
+th, td { padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; } .number { text-align: right; }
+figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; max-width: 42rem; display: block; }
+figcaption, .note { color: var(--soft); font-size: 0.9rem; }
+pre { background: var(--panel); padding: 0.7rem; overflow-x: auto; border-radius: 4px; font-size: 0.85rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Plain text."""
+
+    text: str
+
+    def html(self) -> str:
+        return f"<p>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Preformatted text: commands, configuration."""
+
+    text: str
+
+    def html(self) -> str:
+        return f"<pre>{html.escape(self.text)}</pre>"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An ``<svg>`` element, such as ``figures.to_svg`` gives, with a caption that says what is to be seen."""
+
+    svg: str
+    caption: str
+
+    def html(self) -> str:
+        label = html.escape(self.caption, quote=True)
+        svg = self.svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+        return f"<figure>{svg}<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+
+
+Part = Paragraph | Code | Picture | Table
+
+
+def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
+    """The whole document: ``sections`` maps headings to parts; an empty heading gives none."""
+    body = []
+    for heading, parts in sections.items():
+        body.append(f"<h2>{html.escape(heading)}</h2>" if heading else "")
+        body += [f'<div class="scroll">{part.html()}</div>' if isinstance(part, Table) else part.html() for part in parts]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def write_page(path: str | os.PathLike[str], title: str, sections: Mapping[str, Sequence[Part]]) -> None:
+    """Writes :func:`page` atomically."""
+    with atomic_write(path) as file:
+        file.write(page(title, sections))

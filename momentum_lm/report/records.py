@@ -1,0 +1,109 @@
+"""Result folders: what was measured, on what, and which measurements are still to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from momentum_lm.errors import UserError
+from momentum_lm.files import write_json
+
+RESULTS = "results.json"
+
+
+class Results:
+    """``results.json`` of one task and one model, written anew, atomically, after every finished run (one entry of ``runs``).
+
+    ``config`` holds everything that the numbers depend on, apart from what ``key`` names. Opening a folder whose results have the
+    same task, model and config goes on with them; a folder with others is refused unless ``force``, which begins anew. Entries called
+    ``path`` are for the reader and not compared. Nothing is written, and with ``force`` nothing replaced, before the first run is added.
+
+    Raises UserError for a folder of other results, or a file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        task: str,
+        model: Mapping[str, Any],
+        config: Mapping[str, Any],
+        key: Iterable[str],
+        force: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.key = tuple(key)
+        self.data: dict[str, Any] = {"task": task, "model": _plain(model), "config": _plain(config), "runs": []}
+        if not force and (self.folder / RESULTS).exists():
+            old = read_results(self.folder)
+            for name in ("task", "model", "config"):
+                difference = _difference(old[name], self.data[name], name)
+                if difference:
+                    raise UserError(
+                        f"{self.folder / RESULTS} holds other results ({difference}); "
+                        "choose another --results-dir, or add --force to replace them"
+                    )
+            self.data["runs"] = old["runs"]
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """Finished runs, in the order in which they were added."""
+        return self.data["runs"]
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The finished run with these values of ``key``, if there is one."""
+        return next((run for run in self.runs if all(run[name] == key[name] for name in self.key)), None)
+
+    def add(self, run: Mapping[str, Any]) -> None:
+        """Adds a finished run, in place of one with the same key, and writes the file."""
+        run = _plain(run)
+        kept = [old for old in self.runs if any(old[name] != run[name] for name in self.key)]
+        self.data["runs"] = [*kept, run]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / RESULTS, self.data)
+
+
+def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """``results.json`` of a folder (or the file itself). Raises UserError where it is missing or not one of ours."""
+    path = Path(folder)
+    path = path / RESULTS if path.is_dir() else path
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; name a folder that fairseq-eval wrote") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it or choose another folder") from error
+    if not isinstance(data, dict) or not {"task", "model", "config", "runs"} <= data.keys():
+        raise UserError(f"{path} is not a results file: it needs task, model, config and runs")
+    return data
+
+
+def file_sha256(*paths: str | os.PathLike[str]) -> str:
+    """SHA-256 of the files' contents one after another, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What the value is after a journey through JSON, so that it compares equal to what is read back. NaN: ValueError."""
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def _difference(old: Any, new: Any, name: str) -> str:
+    """The first place where two JSON values differ, in words; empty if none."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = (_difference(old.get(k), new.get(k), f"{name}.{k}") for k in sorted((old.keys() | new.keys()) - {"path"}))
+        return next((text for text in found if text), "")
+    return "" if old == new else f"{name}: {_brief(old)} there, {_brief(new)} now"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

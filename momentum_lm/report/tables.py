@@ -1,0 +1,63 @@
+"""One table, three forms: plain text for terminals, Markdown for READMEs, HTML for reports."""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column headings and rows of finished text; format numbers before. Columns of numbers are aligned to the right.
+
+    Raises ValueError for a row that does not have one cell a column.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    _right: list[bool] = field(init=False, repr=False, compare=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"{len(self.columns)} columns, but a row of {len(row)} cells: {row}")
+        for i in range(len(self.columns)):
+            cells = [row[i] for row in self.rows if row[i]]
+            self._right.append(bool(cells) and all(c[0].isdigit() or c[0] in "-+−±" for c in cells))
+
+    def text(self) -> str:
+        """Aligned plain text; the caption, if any, above it."""
+        lines = [list(self.columns), *[list(row) for row in self.rows]]
+        widths = [max(_width(line[i]) for line in lines) for i in range(len(self.columns))]
+        out = ["  ".join(self._pad(cell, widths[i], i) for i, cell in enumerate(line)).rstrip() for line in lines]
+        out.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([self.caption] * bool(self.caption) + out)
+
+    def markdown(self) -> str:
+        """A GitHub table; ``|`` in a cell is escaped."""
+        lines = [list(self.columns), ["--:" if right else ":--" for right in self._right], *[list(row) for row in self.rows]]
+        lines[2:] = [[cell.replace("|", "\\|") for cell in line] for line in lines[2:]]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def html(self) -> str:
+        """A ``<table>``, everything escaped."""
+
+        def row(cells: Sequence[str], tag: str) -> str:
+            marks = [' class="number"' if right else "" for right in self._right]
+            return "<tr>" + "".join(f"<{tag}{m}>{html.escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"
+
+        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        body = "".join(row(r, "td") for r in self.rows)
+        return f"<table>{caption}<thead>{row(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+
+    def _pad(self, cell: str, width: int, column: int) -> str:
+        space = " " * (width - _width(cell))
+        return space + cell if self._right[column] else cell + space
+
+
+def _width(text: str) -> int:
+    """Columns that a terminal gives to the text: two for wide East Asian characters, none for combining ones."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -1,0 +1,230 @@
+"""How well does a model predict text, at several context lengths? The protocol of the paper's Table 6.
+
+The documents of a split make one stream of tokens, cut into blocks of L tokens that do not overlap; each block is scored without what
+came before it, except that its first input is the token before the block, or the end-of-sentence token at a document's beginning. So
+every token is scored once, the same tokens at every L, and the numbers equal those of ``fairseq-eval-lm --sample-break-mode none
+--tokens-per-sample L``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from momentum_lm.analysis.statistics import bootstrap_mean_ci
+from momentum_lm.data.dictionary import EOS, PAD, Dictionary
+from momentum_lm.data.indexed import IndexedDataset
+from momentum_lm.errors import UserError
+from momentum_lm.files import atomic_write
+from momentum_lm.lm.protocol import LanguageModel
+from momentum_lm.report.records import Results, file_sha256
+
+TASK = "lm_perplexity"
+_RESAMPLES = 2000
+_WORST = 700.0  # nats for one token: beyond, its perplexity is no longer a number
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a binarised data folder. ``bytes``: UTF-8 bytes of its text, where ``prepare.json`` tells."""
+
+    name: str
+    dataset: IndexedDataset
+    sha256: str
+    bytes: int | None
+
+
+def load_split(data: str | os.PathLike[str], name: str, lm: LanguageModel) -> Split:
+    """Opens ``DATA/<name>.bin``. Raises UserError if it is missing or empty, or its dictionary is not the model's."""
+    folder = Path(data)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give one that `momentum-lm prepare` or `fairseq-preprocess` made")
+    prefix = folder / name
+    if not Path(f"{prefix}.idx").exists():
+        there = ", ".join(sorted(path.stem for path in folder.glob("*.idx"))) or "none"
+        raise UserError(f"{folder} has no split {name!r} (there: {there}); choose one with --split")
+    dictionary = Dictionary.load(folder / "dict.txt")
+    if len(dictionary) != lm.vocab_size:
+        raise UserError(
+            f"{folder / 'dict.txt'} has {len(dictionary)} entries, but {lm.name} was trained with {lm.vocab_size}: "
+            "evaluate on data made with the model's own dictionary"
+        )
+    beside = Path(lm.name).parent / "dict.txt"
+    if beside.exists() and Dictionary.load(beside).symbols != dictionary.symbols:
+        raise UserError(f"{folder / 'dict.txt'} is not the model's dictionary {beside}; make the data with the latter")
+    dataset = IndexedDataset(prefix)
+    if dataset.num_tokens == 0:
+        raise UserError(f"{prefix}.bin is empty: there is nothing to score")
+    return Split(name, dataset, file_sha256(f"{prefix}.idx", f"{prefix}.bin"), _text_bytes(folder, name, dataset.num_tokens))
+
+
+def batches(
+    dataset: IndexedDataset, context_length: int, rows: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Inputs, targets and document numbers, each (B, T), of up to ``rows`` successive blocks; the last block is padded on the right.
+
+    Documents of padding are -1.
+    """
+    ends = np.cumsum(dataset.sizes, dtype=np.int64)
+    starts = ends - dataset.sizes
+    total = int(ends[-1])
+    for first in range(0, total, context_length * rows):
+        last = min(first + context_length * rows, total)
+        documents = np.arange(np.searchsorted(ends, first, "right"), np.searchsorted(ends, last - 1, "right") + 1)
+        offset = first - int(starts[documents[0]])
+        tokens = np.concatenate([dataset[d] for d in documents]).astype(np.int64)
+        owners = np.repeat(documents, dataset.sizes[documents])
+        targets, owners = tokens[offset : offset + last - first], owners[offset : offset + last - first]
+        inputs = np.concatenate([[tokens[offset - 1] if offset else EOS], targets[:-1]])
+        blocks = np.arange(first, last, context_length)
+        inputs[blocks[np.isin(blocks, starts)] - first] = EOS
+        count = len(blocks)
+        pad = (0, count * context_length - len(targets))
+        filled = (np.pad(x, pad, constant_values=fill) for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1)))
+        inputs, targets, owners = (x.reshape(count, context_length) for x in filled)
+        yield inputs, targets, owners
+
+
+def score_documents(
+    lm: LanguageModel,
+    dataset: IndexedDataset,
+    context_length: int,
+    batch_tokens: int = 16384,
+    packed_documents: bool = False,
+    progress: tqdm[Any] | None = None,
+) -> NDArray[np.float64]:
+    """Summed negative log-likelihood of each document, in nats, (documents,).
+
+    ``batch_tokens``: about how many tokens go through the model at once (at least one block). ``packed_documents``: no document sees
+    another. Raises UserError for a context longer than the model's, ids outside its vocabulary, padding in the data, or NaN.
+    """
+    check_context_length(lm, context_length)
+    totals = np.zeros(len(dataset))
+    scored = 0
+    for inputs, targets, documents in batches(dataset, context_length, max(1, batch_tokens // context_length)):
+        real = documents >= 0
+        low, high = int(targets[real].min()), int(targets[real].max())
+        if high >= lm.vocab_size or low < 0 or (targets[real] == PAD).any():
+            what = "padding" if high < lm.vocab_size else f"token {high}, beyond the model's vocabulary of {lm.vocab_size}"
+            raise UserError(f"{dataset.prefix}.bin holds {what}; make the data anew with the model's dictionary")
+        losses = lm.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets), packed_documents).double().numpy()
+        if not losses.max() < _WORST:  # NaN too
+            raise UserError(f"{lm.name} gives probabilities of 0 or NaN at context length {context_length}: its weights are broken")
+        totals += np.bincount(documents[real], weights=losses[real], minlength=len(dataset))
+        scored += int(real.sum())
+        if progress is not None:
+            progress.update(int(real.sum()))
+    if scored == 0 or scored != dataset.num_tokens:
+        raise UserError(f"{dataset.prefix}.bin: {scored} of {dataset.num_tokens} tokens were scored; the file changed meanwhile, or is empty")
+    return totals
+
+
+def check_context_length(lm: LanguageModel, context_length: int) -> None:
+    """Raises UserError unless the model can be given that many tokens."""
+    if not 1 <= context_length <= lm.max_positions:
+        raise UserError(f"--context-lengths {context_length}: {lm.name} takes from 1 to {lm.max_positions} tokens")
+
+
+def evaluate(
+    lm: LanguageModel,
+    data: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    context_lengths: Sequence[int],
+    splits: Sequence[str] = ("valid",),
+    batch_tokens: int = 16384,
+    packed_documents: bool = False,
+    seed: int = 0,
+    force: bool = False,
+    show_progress: bool = True,
+) -> Results:
+    """Scores every split at every context length, each finished one recorded at once in ``folder``; finished ones are not run again.
+
+    Writes ``results.json`` and ``documents/<split>-<length>.npz`` (``nll`` in nats and ``tokens`` per document). ``seed`` is that of
+    the bootstrap over documents behind each ``ci95``. Raises UserError as the functions above and ``Results`` do.
+    """
+    for length in context_lengths:
+        check_context_length(lm, length)
+    opened = [load_split(data, name, lm) for name in dict.fromkeys(splits)]
+    config = {
+        "data": {"path": str(data)},
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "packed_documents": packed_documents,
+        "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
+    }
+    results = Results(folder, TASK, lm.describe(), config, ("split", "context_length"), force)
+    todo = []
+    for split in opened:
+        for length in dict.fromkeys(context_lengths):
+            old = results.find(split=split.name, context_length=length)
+            if old is not None and old["data_sha256"] != split.sha256:
+                raise UserError(
+                    f"{results.folder / 'results.json'} was measured on another {split.dataset.prefix}.bin; "
+                    "choose another --results-dir, or add --force to replace it"
+                )
+            if old is None or not (results.folder / old["documents"]).exists():
+                todo.append((split, length))
+    with tqdm(
+        total=sum(split.dataset.num_tokens for split, _ in todo), unit="tok", unit_scale=True, disable=not (todo and show_progress)
+    ) as bar:
+        for split, length in todo:
+            bar.set_description(f"{split.name}, context {length}")
+            start = time.perf_counter()
+            nll = score_documents(lm, split.dataset, length, batch_tokens, packed_documents, bar)
+            run = _record(split, length, nll, seed) | {"device": str(lm.device), "seconds": round(time.perf_counter() - start, 3)}
+            target = results.folder / run["documents"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target, "wb") as file:
+                np.savez_compressed(file, nll=nll, tokens=np.asarray(split.dataset.sizes, dtype=np.int64))
+            results.add(run)
+    return results
+
+
+def _record(split: Split, context_length: int, nll: NDArray[np.float64], seed: int) -> dict[str, Any]:
+    sizes = np.asarray(split.dataset.sizes, dtype=np.float64)
+    kept = sizes > 0
+    total, tokens = float(nll.sum()), split.dataset.num_tokens
+    ci95 = None
+    if kept.sum() >= 2:
+        interval = bootstrap_mean_ci(nll[kept], _RESAMPLES, seed, weights=sizes[kept])
+        ci95 = [math.exp(interval.low), math.exp(interval.high)]
+    return {
+        "split": split.name,
+        "context_length": context_length,
+        "perplexity": math.exp(total / tokens),
+        "ci95": ci95,
+        "bits_per_byte": None if not split.bytes else total / math.log(2) / split.bytes,
+        "num_tokens": tokens,
+        "num_documents": int(kept.sum()),
+        "nll": total,
+        "data_sha256": split.sha256,
+        "documents": f"documents/{split.name}-{context_length}.npz",
+    }
+
+
+def _text_bytes(folder: Path, split: str, tokens: int) -> int | None:
+    """Bytes of the split's text by ``prepare.json``; None without one, or where it speaks of other data."""
+    path = folder / "prepare.json"
+    if not path.exists():
+        return None
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))["splits"][split]
+        counted, size = int(entry["tokens"]), int(entry["bytes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); run `momentum-lm prepare` again, or delete it to do without bits per byte") from error
+    if counted != tokens:
+        _log.warning("%s says %d tokens for %s, but there are %d: no bits per byte", path, counted, split, tokens)
+        return None
+    return size

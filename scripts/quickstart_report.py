@@ -1,0 +1,138 @@
+"""What the quickstart found: table, figures, ``report.html`` and ``summary.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap, t_interval
+from momentum_lm.data.dictionary import Dictionary
+from momentum_lm.data.indexed import IndexedDataset
+from momentum_lm.files import write_json
+from momentum_lm.report.figures import loss_figure, perplexity_figure, save_png, to_svg
+from momentum_lm.report.html import Code, Paragraph, Picture, write_page
+from momentum_lm.report.perplexity import difference_cells, document_sums
+from momentum_lm.report.records import read_results
+from momentum_lm.report.tables import Table
+
+
+def summarise(output: Path, settings: Any, config: Mapping[str, Any], curves: Mapping[tuple[str, int], Any]) -> str:
+    """Writes the report; returns what is printed. ``curves``: what each (model, seed) logged of its training."""
+    unigram = unigram_perplexity(output / "data", "train", "valid")
+    rows = [compare(output, settings, length) for length in settings.context_lengths]
+    table, verdict = _table(settings, rows), _verdict(settings, rows[-1])
+    tokens = settings.updates * settings.tokens_per_sample * settings.batch_size
+    facts = (
+        f"Each run saw {tokens:,} tokens. A unigram model, which knows only how often each token occurs, has perplexity {unigram:.1f} "
+        f"on the same validation text."
+    )
+    per_update = settings.tokens_per_sample * settings.batch_size
+    losses = {  # fairseq logs bits
+        f"{model} seed {seed}": [(line["num_updates"] * per_update, line["loss"] * math.log(2)) for line in lines]
+        for (model, seed), lines in curves.items()
+    }
+    loss = loss_figure(losses, {"unigram": math.log(unigram)})
+    perplexity = perplexity_figure(
+        {model: [(row["context_length"], row["models"][model]["perplexity"]) for row in rows] for model in settings.models}
+    )
+    save_png(loss, output / "loss.png")
+    save_png(perplexity, output / "perplexity.png")
+    reading = (
+        f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: {_names(settings)[1]} against "
+        f"{_names(settings)[0]}, at equal tokens; its interval is a paired bootstrap over {rows[-1]['documents']:,} documents of the validation "
+        "text, and the last column gives the difference of each seed. Negative: momentum attention predicts better. This is a small model on "
+        "little text: it says nothing of large ones."
+    )
+    write_page(
+        output / "report.html",
+        "Momentum attention against plain attention",
+        {
+            "": [Paragraph(verdict), table, Paragraph(reading), Paragraph(facts)],
+            "Training": [Picture(to_svg(loss), "Training loss; one line for each seed. Dashed grey: the unigram model on validation text.")],
+            "Context length": [Picture(to_svg(perplexity), "Validation perplexity at each context length.")],
+            "Commands": [Code("\n\n".join(config["commands"]))],
+            "Settings and versions": [
+                Code(json.dumps({key: config[key] for key in config if key != "commands"}, indent=1)),
+                Paragraph("TensorBoard events, hyper-parameters included, are in the folder tensorboard beside this file."),
+            ],
+        },
+    )
+    write_json(output / "summary.json", {"verdict": verdict, "unigram_perplexity": unigram, "tokens_per_run": tokens, "contexts": rows})
+    return "\n".join([table.text(), "", verdict, facts])
+
+
+def compare(output: Path, settings: Any, length: int) -> dict[str, Any]:
+    """Both models at one context length: perplexities, and the difference over documents and over seeds."""
+    baseline, momentum = _names(settings)
+    models: dict[str, Any] = {}
+    sums: dict[str, list[np.ndarray]] = {}
+    tokens = np.empty(0)
+    for model in (baseline, momentum):
+        runs = []
+        for seed in settings.seeds:
+            folder = output / "runs" / f"{model}-seed{seed}" / "perplexity"
+            run = next(r for r in read_results(folder)["runs"] if r["context_length"] == length and r["split"] == "valid")
+            nll, tokens = document_sums(folder, run)
+            sums.setdefault(model, []).append(nll)
+            runs.append(run)
+        bits = [run["bits_per_byte"] for run in runs]
+        models[model] = {
+            "perplexity": math.exp(float(np.mean([math.log(run["perplexity"]) for run in runs]))),
+            "by_seed": [run["perplexity"] for run in runs],
+            "bits_per_byte": None if None in bits else float(np.mean(bits)),
+        }
+    over_documents = paired_bootstrap(np.mean(sums[momentum], axis=0), np.mean(sums[baseline], axis=0), tokens)
+    by_seed = [float((m - b).sum() / tokens.sum()) for m, b in zip(sums[momentum], sums[baseline], strict=True)]
+    over_seeds = t_interval(by_seed) if len(by_seed) > 1 else None
+    return {
+        "context_length": length,
+        "models": models,
+        "difference": vars(over_documents),
+        "ratio_by_seed": [math.exp(d) for d in by_seed],
+        "ratio_ci95_over_seeds": None if over_seeds is None else [math.exp(over_seeds.low), math.exp(over_seeds.high)],
+        "documents": int(tokens.size),
+    }
+
+
+def unigram_perplexity(data: Path, train: str, valid: str) -> float:
+    """Perplexity of the frequencies of training tokens, one added to each count, on another split."""
+    size = len(Dictionary.load(data / "dict.txt"))
+    counts = np.ones(size)
+    for document in IndexedDataset(data / train):
+        counts += np.bincount(document, minlength=size)
+    log_probability = np.log(counts / counts.sum())
+    measured = IndexedDataset(data / valid)
+    return math.exp(-sum(float(log_probability[document].sum()) for document in measured) / measured.num_tokens)
+
+
+def _names(settings: Any) -> tuple[str, str]:
+    baseline, momentum = settings.models
+    return baseline, momentum
+
+
+def _table(settings: Any, rows: Sequence[Mapping[str, Any]]) -> Table:
+    cells = []
+    for row in rows:
+        models = [row["models"][name] for name in _names(settings)]
+        bits = ["" if m["bits_per_byte"] is None else f"{m['bits_per_byte']:.3f}" for m in models]
+        difference, interval, _ = difference_cells(PairedDifference(**row["difference"]))
+        seeds = ", ".join(f"{100 * (ratio - 1):+.1f}%" for ratio in row["ratio_by_seed"])
+        cells.append([str(row["context_length"]), *(f"{m['perplexity']:.1f}" for m in models), *bits, difference, interval, seeds])
+    first, second = _names(settings)
+    columns = ["context", f"{first} ppl", f"{second} ppl", "bits/byte", "bits/byte", "difference", "95% interval", "by seed"]
+    return Table(columns, cells, "Validation perplexity")
+
+
+def _verdict(settings: Any, row: Mapping[str, Any]) -> str:
+    difference, (first, second) = PairedDifference(**row["difference"]), _names(settings)
+    at = f"at context {row['context_length']}"
+    if difference.low <= 0 <= difference.high:
+        return f"No clear difference between {second} and {first} {at}: the interval includes 0."
+    word = "better" if difference.difference < 0 else "worse"
+    change, interval, _ = difference_cells(difference)
+    return f"{second} predicts {word} than {first} {at}: perplexity {change} ({interval})."

@@ -1,0 +1,64 @@
+import resource
+
+import pytest
+
+from momentum_lm import __version__
+from momentum_lm.cli.main import commands, main
+
+
+def cpu_seconds(run):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
+
+
+def test_help_is_fast_and_lists_what_there_is(run_cli):
+    base = min(cpu_seconds(lambda: run_cli(["python", "-c", "pass"]))[0] for _ in range(3))
+    seconds, result = min((cpu_seconds(lambda: run_cli(["momentum-lm", "--help"])) for _ in range(3)), key=lambda pair: pair[0])
+    assert result.returncode == 0 and result.stdout.startswith("usage: momentum-lm COMMAND")
+    assert all(f"\n  {name} " in result.stdout for name in commands())
+    assert seconds - base < 0.5
+
+
+def test_help_imports_nothing_heavy(run_cli):
+    code = "import sys; from momentum_lm.cli.main import main; main(['--help']); print(sorted(sys.modules))"
+    modules = run_cli(["python", "-c", code]).stdout.splitlines()[-1]
+    assert "'momentum_lm.cli.main'" in modules
+    for heavy in ("torch", "numpy", "fairseq", "matplotlib", "datasets", "argparse"):
+        assert f"'{heavy}'" not in modules
+
+
+def test_only_commands_that_exist_are_offered():
+    assert {"prepare", "report", "doctor"} <= set(commands()) <= {"prepare", "convert", "report", "doctor"}
+
+
+@pytest.mark.parametrize("name", ["prepare", "report", "doctor"])
+def test_each_command_explains_itself(name, run_cli):
+    result = run_cli(["momentum-lm", name, "--help"])
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: momentum-lm {name}"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["docter"], "error: momentum-lm has no command 'docter'; did you mean doctor?\n"),
+        (["--frobnicate"], "error: momentum-lm has no command '--frobnicate'; choose one of "),
+        ([""], "error: momentum-lm has no command ''; choose one of "),
+    ],
+)
+def test_unknown_command_is_one_line(argv, error, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(error) and err.count("\n") == 1
+
+
+def test_no_command_shows_the_usage(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: momentum-lm COMMAND")
+
+
+def test_version(run_cli, capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == run_cli(["momentum-lm", "--version"]).stdout == f"momentum-lm {__version__}\n"

@@ -1,0 +1,210 @@
+"""Checkpoints of every form that fairseq has written, as tensors and options; real fairseq's are in tests/cli/test_evaluate.py."""
+
+import argparse
+
+import pytest
+import torch
+
+from momentum_lm.errors import UserError
+from momentum_lm.lm.native import load_native
+from momentum_lm.modules import Decoder, DecoderConfig
+
+SHAPE = {"dim": 16, "ffn_dim": 24, "layers": 2, "heads": 4}
+OURS = {
+    "_name": "momentum_lm_tiny", "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2,
+    "decoder_attention_heads": 4, "activation_fn": "gelu", "position": "sinusoidal", "momentum_kind": "ema",
+    "dropout": 0.0, "momentum_eta": 0.7, "max_target_positions": 32, "tokens_per_sample": 32,
+}  # fmt: skip
+STOCK = {
+    "arch": "transformer_lm_gpt", "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2,
+    "decoder_attention_heads": 4, "activation_fn": "relu", "decoder_learned_pos": True, "decoder_normalize_before": True,
+    "share_decoder_input_output_embed": True, "tokens_per_sample": 20, "max_target_positions": None,
+    "decoder_input_dim": 16, "decoder_output_dim": 16,
+}  # fmt: skip
+TOKENS = torch.randint(4, 40, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def decoder(**changes):
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(40, **{**SHAPE, **changes})).eval()
+    for parameter in model.parameters():  # no bias or norm at its initial value: every tensor must count
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def weights(model):
+    return {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def save(path, model=None, cfg=None, args=None, **more):
+    state = {"args": args, "cfg": cfg, "model": weights(model) if model is not None else None} | more
+    torch.save(state, path)
+    return path
+
+
+def assert_same(lm, model):
+    with torch.no_grad():
+        torch.testing.assert_close(lm.model(TOKENS), model(TOKENS), rtol=0, atol=0)
+
+
+def test_our_checkpoint(tmp_path):
+    model = decoder(momentum_kind="ema", momentum_eta=0.7, max_positions=32)
+    task = {"tokens_per_sample": 32, "packed_documents": True}
+    lm = load_native(save(tmp_path / "c.pt", model, {"model": OURS, "task": task}))
+    assert_same(lm, model)
+    assert (lm.max_positions, lm.vocab_size, lm.packed_documents) == (32, 40, True)
+    assert lm.config == model.config
+    assert not lm.model.training
+    assert lm.describe()["parameters"] == sum(p.numel() for p in model.parameters())
+    assert len(lm.sha256) == 64
+
+
+@pytest.mark.parametrize("form", ["cfg is a dict", "model is a namespace", "args only"])
+def test_stock_checkpoint(tmp_path, form):
+    model = decoder(position="learned", activation="relu", max_positions=20)
+    if form == "args only":
+        path = save(tmp_path / "c.pt", model, args=argparse.Namespace(**STOCK, task="language_modeling"))
+    else:
+        options = STOCK if form == "cfg is a dict" else argparse.Namespace(**STOCK)
+        path = save(tmp_path / "c.pt", model, {"model": options, "task": "language_modeling"})
+    lm = load_native(path)
+    assert_same(lm, model)
+    assert lm.max_positions == 20
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_old_tensor_names(tmp_path, tied):
+    """Fused projections, no output projection or another name for it, a version and the position buffer."""
+    model = decoder(tie_embeddings=tied)
+    tensors = weights(model)
+    for layer in range(2):
+        for kind in ("weight", "bias"):
+            names = [f"decoder.layers.{layer}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+            tensors[f"decoder.layers.{layer}.self_attn.in_proj_{kind}"] = torch.cat([tensors.pop(name) for name in names])
+    output = tensors.pop("decoder.output_projection.weight")
+    if not tied:
+        tensors["decoder.embed_out"] = output
+    tensors |= {"decoder.version": torch.tensor([3.0]), "decoder.embed_positions._float_tensor": torch.zeros(1)}
+    options = STOCK | {"decoder_learned_pos": False, "activation_fn": "gelu", "share_decoder_input_output_embed": tied}
+    torch.save({"args": argparse.Namespace(**options), "model": tensors}, tmp_path / "c.pt")
+    assert_same(load_native(tmp_path / "c.pt"), model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_positions": 2048},
+        {"position": "learned", "max_positions": 50},
+        {"tie_embeddings": False, "max_positions": 2048},
+        {"momentum_kind": "ema", "momentum_learned": True, "momentum_gate": "zero", "max_positions": 2048},
+        {"momentum_kind": "multi_ema", "max_positions": 2048},
+    ],
+)
+def test_shapes_from_tensors(tmp_path, changes):
+    model = decoder(**changes)
+    path = save(tmp_path / "model.pt", model)
+    lm = load_native(tmp_path, overrides="{'decoder_attention_heads': 4}")
+    assert_same(lm, model)
+    assert lm.config == model.config
+    if changes.get("momentum_kind") == "ema":
+        assert load_native(path).config == model.config  # momentum's parameters tell the heads
+    else:
+        with pytest.raises(UserError, match=r"model\.pt: .*decoder_attention_heads"):
+            load_native(path)
+
+
+def test_overrides_beat_the_checkpoint(tmp_path):
+    model = decoder(momentum_kind="ema", momentum_eta=0.7)
+    lm = load_native(save(tmp_path / "c.pt", model, {"model": OURS}), {"momentum_eta": 0.2, "max_target_positions": 9})
+    assert (lm.config.momentum_eta, lm.max_positions) == (0.2, 9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [("{'a':", "is not a Python dict"), ("[1]", "is not a Python dict"), ("__import__('os')", "is not a Python dict"),
+     ("{1: 2}", "is not a Python dict"), ("{'decoder_attention_head': 2}", "did you mean 'decoder_attention_heads'"),
+     ("{'decoder_attention_heads': 5}", "multiple")],
+)  # fmt: skip
+def test_bad_overrides(tmp_path, overrides, message):
+    path = save(tmp_path / "c.pt", decoder(), {"model": OURS | {"momentum_kind": "none"}})
+    with pytest.raises(UserError, match=message):
+        load_native(path, overrides)
+
+
+def test_dtype_and_padding(tmp_path):
+    model = decoder(momentum_kind="ema", momentum_learned=True)
+    save(tmp_path / "checkpoint_last.pt", model.half(), {"model": OURS | {"momentum_learned": True}})
+    assert load_native(tmp_path).dtype == torch.float32
+    lm = load_native(tmp_path, dtype=torch.bfloat16)
+    assert lm.dtype == torch.bfloat16
+    assert lm.model.layers[0].self_attn.momentum.decay_logit.dtype == torch.float32
+    inputs, targets = torch.nn.functional.pad(TOKENS, (0, 3), value=1), torch.nn.functional.pad(TOKENS.roll(1, 1), (0, 3), value=1)
+    losses = lm.token_losses(inputs, targets)
+    assert losses.dtype == torch.float32
+    assert (losses[:, 12:] == 0).all()
+    torch.testing.assert_close(losses[:, :12], lm.token_losses(inputs[:, :12], targets[:, :12]), rtol=0, atol=0.05)
+
+
+def test_loading_leaves_the_random_generator_alone(tmp_path):
+    path = save(tmp_path / "c.pt", decoder(momentum_kind="ema"), {"model": OURS})
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    load_native(path)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def missing(model):
+    return {name: tensor for name, tensor in weights(model).items() if "layers.1.fc2" not in name}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "message"),
+    [
+        (missing, {}, r"lacks layers\.1\.fc2\.bias and 1 more"),
+        (lambda m: weights(m) | {"decoder.odd": torch.zeros(1)}, {}, "has odd, which the decoder does not"),
+        (lambda m: weights(m) | {"encoder.x": torch.zeros(1)}, {}, r"more than a decoder-only language model, such as encoder\.x"),
+        (lambda m: {"encoder.x": torch.zeros(1)}, {}, "no decoder-only language model"),
+        (weights, {"decoder_ffn_embed_dim": 32}, r"fc1\.weight is \(24, 16\) in the checkpoint, \(32, 16\)"),
+        (lambda m: weights(m) | {"decoder.output_projection.weight": torch.zeros(40, 16)}, {}, "output projection differs"),
+        (weights, {"adaptive_softmax_cutoff": "5,10"}, "adaptive-softmax-cutoff"),
+        (weights, {"decoder_normalize_before": False}, "normalises after"),
+        (weights, {"character_embeddings": True}, "character-embeddings"),
+        (weights, {"momentum_kind": "sgd"}, "momentum-kind"),
+    ],
+)
+def test_models_that_cannot_be_loaded_are_named(tmp_path, tensors, options, message):
+    torch.save({"cfg": {"model": OURS | {"momentum_kind": "none"} | options}, "model": tensors(decoder())}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=message) as error:
+        load_native(tmp_path / "c.pt")
+    assert "c.pt" in str(error.value)
+
+
+def test_missing_and_torn_files(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_native(tmp_path)
+    with pytest.raises(UserError, match=r"absent\.pt"):
+        load_native(tmp_path / "absent.pt")
+    path = save(tmp_path / "c.pt", decoder(), {"model": OURS | {"momentum_kind": "none"}})
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"c\.pt"):
+        load_native(path)
+
+
+class Unknown:
+    pass
+
+
+def test_code_in_a_checkpoint_is_refused_unless_trusted(tmp_path):
+    path = save(tmp_path / "c.pt", decoder(), {"model": OURS | {"momentum_kind": "none"}}, extra_state=Unknown())
+    with pytest.raises(UserError, match="trust-checkpoint"):
+        load_native(path)
+    assert load_native(path, trust=True).vocab_size == 40
+
+
+def test_stock_model_without_options_of_ours_is_not_taken_for_ours(tmp_path):
+    """A stock checkpoint with tied names but another position scheme fails loudly, not with other numbers."""
+    model = decoder(position="learned", max_positions=20)
+    path = save(tmp_path / "c.pt", model, {"model": STOCK | {"decoder_learned_pos": False}})
+    with pytest.raises(UserError, match=r"has embed_positions\.weight"):
+        load_native(path)

@@ -1,0 +1,218 @@
+"""Against brute force over the definition; equality with fairseq-eval-lm is in tests/cli/test_evaluate.py."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from momentum_lm.data.dictionary import Dictionary
+from momentum_lm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from momentum_lm.errors import UserError
+from momentum_lm.lm.native import NativeLM
+from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.report.perplexity import document_sums
+from momentum_lm.report.records import read_results
+from momentum_lm.studies import perplexity
+
+VOCAB, LENGTHS = 40, (5, 1, 13, 2, 30, 7)
+
+
+@pytest.fixture
+def lm(tmp_path):
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(VOCAB, dim=16, ffn_dim=16, layers=2, heads=2, max_positions=64, momentum_kind="ema"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    path = tmp_path / "model" / "model.pt"
+    path.parent.mkdir()
+    torch.save(model.state_dict(), path)
+    return NativeLM(model, path)
+
+
+def write(folder, lengths=LENGTHS, split="valid", seed=0):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    documents = [np.append(rng.integers(4, VOCAB, size=n - 1), 2) for n in lengths]
+    with IndexedDatasetWriter(folder / split, VOCAB) as writer:
+        for document in documents:
+            writer.add(document)
+    Dictionary(f"w{i}" for i in range(VOCAB - 4)).save(folder / "dict.txt")
+    return documents
+
+
+@pytest.fixture
+def data(tmp_path):
+    write(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def brute_force(lm, documents, length, packed):
+    """-log p of every token by its own forward pass over what it may see, summed per document."""
+    stream = np.concatenate(documents)
+    owner = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+    sums = np.zeros(len(documents))
+    for t in range(len(stream)):
+        start = t - t % length
+        context = [2 if start == 0 else stream[start - 1], *stream[start:t]]
+        if packed and 2 in context:
+            context = context[len(context) - 1 - context[::-1].index(2) :]
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([context]))[0, -1]
+        sums[owner[t]] -= logits.log_softmax(-1)[stream[t]].item()
+    return sums
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 58, 64])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_token_is_scored_once_from_what_it_may_see(lm, data, length, packed):
+    documents = write(data)
+    dataset = IndexedDataset(data / "valid")
+    expected = brute_force(lm, documents, length, packed)
+    for batch_tokens in (1, 20, 1000):
+        sums = perplexity.score_documents(lm, dataset, length, batch_tokens, packed)
+        np.testing.assert_allclose(sums, expected, rtol=0, atol=2e-5)
+
+
+def test_blocks_tile_the_stream(data):
+    documents = write(data)
+    for length, rows in ((1, 1), (4, 3), (7, 2), (100, 5)):
+        pieces = list(perplexity.batches(IndexedDataset(data / "valid"), length, rows))
+        targets = np.concatenate([t[d >= 0] for _, t, d in pieces])
+        owners = np.concatenate([d[d >= 0] for *_, d in pieces])
+        np.testing.assert_array_equal(targets, np.concatenate(documents))
+        np.testing.assert_array_equal(owners, np.repeat(np.arange(len(documents)), LENGTHS))
+        inputs = np.concatenate([i[d >= 0] for i, _, d in pieces])
+        np.testing.assert_array_equal(inputs, [2, *targets[:-1]])
+        assert all((t[d < 0] == 1).all() and (i[d < 0] == 1).all() for i, t, d in pieces)
+
+
+def test_documents_without_an_end_begin_like_fairseqs(tmp_path):
+    """A block that begins where a document does begins with </s>, whatever came before."""
+    with IndexedDatasetWriter(tmp_path / "valid", VOCAB) as writer:
+        for document in ([5, 6, 7], [], [8, 9, 10]):
+            writer.add(np.array(document, dtype=np.int64))
+    ((inputs, _, owners),) = perplexity.batches(IndexedDataset(tmp_path / "valid"), 3, 9)
+    assert inputs.tolist() == [[2, 5, 6], [2, 8, 9]]
+    assert owners.tolist() == [[0, 0, 0], [2, 2, 2]]
+
+
+def evaluate(lm, data, out, lengths=(4, 16), **more):
+    return perplexity.evaluate(lm, data, out, lengths, show_progress=False, **more)
+
+
+def test_records(lm, data, tmp_path):
+    (data / "prepare.json").write_text(json.dumps({"splits": {"valid": {"documents": 6, "tokens": 58, "bytes": 200}}}))
+    evaluate(lm, data, tmp_path / "out")
+    results = read_results(tmp_path / "out")
+    assert results["task"] == "lm_perplexity"
+    assert results["model"]["architecture"]["momentum_eta"] == 0.5
+    assert [run["context_length"] for run in results["runs"]] == [4, 16]
+    for run in results["runs"]:
+        nll, tokens = document_sums(tmp_path / "out", run)
+        assert tokens.tolist() == list(LENGTHS)
+        assert run["num_tokens"] == 58
+        assert run["perplexity"] == pytest.approx(math.exp(nll.sum() / 58))
+        assert run["bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / 200)
+        assert run["ci95"][0] < run["perplexity"] < run["ci95"][1]
+
+
+def test_finished_lengths_are_not_run_again(lm, data, tmp_path, monkeypatch):
+    evaluate(lm, data, tmp_path / "out", (4,))
+    before = read_results(tmp_path / "out")["runs"][0]
+    asked = []
+    stock = perplexity.score_documents
+    monkeypatch.setattr(perplexity, "score_documents", lambda *a: asked.append(a[2]) or stock(*a))
+    evaluate(lm, data, tmp_path / "out", (4, 8))
+    assert asked == [8]
+    assert read_results(tmp_path / "out")["runs"][0] == before
+    (tmp_path / "out/documents/valid-4.npz").unlink()
+    evaluate(lm, data, tmp_path / "out", (4, 8))
+    assert asked == [8, 4]
+
+
+def test_other_configuration_model_or_data_are_refused(lm, data, tmp_path):
+    evaluate(lm, data, tmp_path / "out")
+    before = (tmp_path / "out/results.json").read_bytes()
+    with pytest.raises(UserError, match="packed_documents"):
+        evaluate(lm, data, tmp_path / "out", packed_documents=True)
+    write(data, seed=1)
+    with pytest.raises(UserError, match=r"another .*valid\.bin"):
+        evaluate(lm, data, tmp_path / "out")
+    (tmp_path / "model" / "other.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"model\.sha256"):
+        evaluate(NativeLM(lm.model, tmp_path / "model" / "other.pt"), data, tmp_path / "out")
+    assert (tmp_path / "out/results.json").read_bytes() == before
+    evaluate(lm, data, tmp_path / "out", (8,), packed_documents=True, force=True)
+    assert [run["context_length"] for run in read_results(tmp_path / "out")["runs"]] == [8]
+
+
+def test_stale_byte_counts_give_no_bits_per_byte(lm, data, tmp_path, caplog):
+    (data / "prepare.json").write_text(json.dumps({"splits": {"valid": {"documents": 6, "tokens": 57, "bytes": 200}}}))
+    assert evaluate(lm, data, tmp_path / "out").runs[0]["bits_per_byte"] is None
+    assert "57 tokens" in caplog.text
+
+
+def break_weights(lm, data):
+    lm.model.layers[0].fc1.weight[0, 0] = math.nan
+
+
+def empty(lm, data):
+    write(data, lengths=())
+
+
+def wrong_dictionary(lm, data):
+    Dictionary(f"w{i}" for i in range(VOCAB)).save(data / "dict.txt")
+
+
+def renamed_symbols(lm, data):
+    Dictionary(f"x{i}" for i in range(VOCAB - 4)).save(lm.path.parent / "dict.txt")
+
+
+def padding_inside(lm, data):
+    with IndexedDatasetWriter(data / "valid", VOCAB) as writer:
+        writer.add(np.array([5, 1, 2]))
+
+
+def foreign_tokens(lm, data):
+    with IndexedDatasetWriter(data / "valid", VOCAB + 100) as writer:
+        writer.add(np.array([5, 90, 2]))
+
+
+def damaged_manifest(lm, data):
+    (data / "prepare.json").write_text('{"splits": {"valid": {}}}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (break_weights, r"model\.pt gives probabilities of 0 or NaN"),
+        (empty, "is empty: there is nothing to score"),
+        (wrong_dictionary, "has 44 entries, but"),
+        (renamed_symbols, "is not the model's dictionary"),
+        (padding_inside, "holds padding"),
+        (foreign_tokens, "token 90, beyond the model's vocabulary of 40"),
+        (damaged_manifest, r"prepare\.json is damaged"),
+    ],
+)
+def test_nothing_is_ever_scored_wrongly(lm, data, tmp_path, spoil, message):
+    spoil(lm, data)
+    with pytest.raises(UserError, match=message):
+        evaluate(lm, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments(lm, data, tmp_path):
+    with pytest.raises(UserError, match="--context-lengths 65: .*from 1 to 64"):
+        evaluate(lm, data, tmp_path / "out", (4, 65))
+    with pytest.raises(UserError, match=r"no split 'test' \(there: valid\)"):
+        evaluate(lm, data, tmp_path / "out", splits=("valid", "test"))
+    with pytest.raises(UserError, match="is not a folder"):
+        evaluate(lm, data / "absent", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_document_has_no_interval(lm, data, tmp_path):
+    write(data, lengths=(9,))
+    assert evaluate(lm, data, tmp_path / "out", (4,)).runs[0]["ci95"] is None

@@ -1,0 +1,572 @@
+"""Each patch, on what fails without it. ``without`` puts fairseq's own piece back to see it fail."""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import fairseq_compat
+from fairseq_compat import CheckpointError, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def fairseq():
+    import fairseq
+
+    return fairseq
+
+
+# The hook
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 accepts unhashable defaults")
+def test_fairseq_imports_with_the_hook_and_only_with_it(run_cli):
+    code = "import fairseq, dataclasses; print(fairseq.__version__, dataclasses.dataclass.__module__)"
+    result = run_cli(["python", "-c", code])
+    assert result.stdout == "0.12.2 dataclasses\n", result.stderr
+    off = run_cli(["python", "-c", code], env={"FAIRSEQ_COMPAT": "0"})
+    assert off.returncode == 1 and "mutable default" in off.stderr
+
+
+def test_hook_imports_nothing_at_python_start(run_cli):
+    code = "import os, sys; before = set(sys.modules); import fairseq_compat; print(sorted(set(sys.modules) - before))"
+    result = run_cli(["python", "-S", "-c", code], env={"PYTHONPATH": ROOT})
+    assert result.stdout == "['__future__', 'fairseq_compat']\n", result.stderr
+
+
+def test_hook_is_installed_once(run_cli):
+    code = "import sys, fairseq_compat as f; f.install(); print(sum(type(x).__name__ == '_Finder' for x in sys.meta_path))"
+    assert run_cli(["python", "-c", code]).stdout == "1\n"
+    assert run_cli(["python", "-c", code], env={"FAIRSEQ_COMPAT": "0"}).stdout == "0\n"
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_hook_runs_on_each_python(version):
+    program = shutil.which(f"python{version}")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fairseq_compat; print(type(sys.meta_path[0]).__name__)"
+    if not program or subprocess.run([program, "-V"], capture_output=True).returncode:
+        pytest.skip(f"no Python {version} here")
+    result = subprocess.run([program, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "_Finder\n", result.stderr
+
+
+def test_warnings_about_fairseqs_own_hydra_are_hidden(fairseq):
+    from fairseq.dataclass.initialize import hydra_init
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        fairseq_compat._quiet(fairseq)
+        warnings.warn("see https://hydra.cc/docs/upgrades", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        hydra_init()
+    assert [str(w.message) for w in shown] == ["something else"]
+
+
+# Names that NumPy removed
+
+
+def whole_sentence_blocks():
+    from fairseq.data import TokenBlockDataset
+
+    data = [torch.arange(n) for n in (3, 1, 2)]
+    return [len(x) for x in TokenBlockDataset(data, [3, 1, 2], block_size=None, pad=1, eos=2, break_mode="eos")]
+
+
+def spans_without_overlap():
+    from fairseq.data.data_utils import compute_mask_indices
+
+    np.random.seed(0)
+    return compute_mask_indices((2, 40), None, 0.3, 3, no_overlap=True).sum(1).tolist()
+
+
+def buckets():
+    from fairseq.data import Dictionary, LanguagePairDataset
+
+    data = [torch.full((n,), 4) for n in (3, 3, 5)]
+    sizes = np.array([3, 3, 5])
+    return LanguagePairDataset(data, sizes, Dictionary(), data, sizes, Dictionary(), num_buckets=2).bucketed_num_tokens.tolist()
+
+
+def crf():
+    from fairseq.modules import DynamicCRF
+
+    torch.manual_seed(0)
+    return list(DynamicCRF(12, beam_size=4)(torch.randn(2, 5, 12), torch.randint(12, (2, 5)), None).shape)
+
+
+@pytest.mark.parametrize(
+    ("module", "use", "expected"),
+    [
+        ("data.token_block_dataset", whole_sentence_blocks, [3, 1, 2]),
+        ("data.data_utils", spans_without_overlap, [12, 12]),
+        ("data.language_pair_dataset", buckets, [3, 3, 5]),
+        ("modules.dynamic_crf_layer", crf, [2]),
+    ],
+)
+def test_removed_numpy_names(module, use, expected, fairseq, monkeypatch):
+    assert use() == expected
+    monkeypatch.setattr(sys.modules[f"fairseq.{module}"], "np", np)
+    with pytest.raises((AttributeError, TypeError), match=r"`np\.(int|float)`|compat|interpolation"):
+        use()
+    assert not hasattr(np, "compat") and "int" not in vars(np)  # everybody else's NumPy is untouched
+
+
+# torch
+
+
+def test_encoder_fast_path_takes_a_padding_mask(fairseq, monkeypatch):
+    from fairseq.models.transformer import TransformerConfig
+    from fairseq.modules import transformer_layer
+
+    torch.manual_seed(0)
+    config = TransformerConfig()
+    config.encoder.embed_dim, config.encoder.ffn_embed_dim, config.encoder.attention_heads = 16, 32, 2
+    config.dropout = config.attention_dropout = 0.0
+    slow_layer, layer = (transformer_layer.TransformerEncoderLayerBase(config).eval() for _ in range(2))
+    layer.load_state_dict(slow_layer.state_dict())  # this is what turns the fast path on
+    assert layer.load_to_BT and layer.can_use_fastpath and not slow_layer.load_to_BT
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = padding[2, 1:] = True
+    with torch.no_grad():
+        fast = layer(x, padding)  # batch first
+        slow = slow_layer(x.transpose(0, 1), padding).transpose(0, 1)
+        torch.testing.assert_close(fast[~padding], slow[~padding], atol=1e-5, rtol=1e-5)
+        monkeypatch.setattr(transformer_layer, "torch", torch)
+        with pytest.raises(RuntimeError, match="[Mm]ask [Tt]ype"):
+            layer(x, padding)
+
+
+def test_pytorch_ddp_on_cpu(fairseq, monkeypatch, tmp_path):
+    from fairseq.models import distributed_fairseq_model as module
+
+    args = argparse.Namespace(
+        tpu=False,
+        ddp_backend="pytorch_ddp",
+        device_id=0,
+        broadcast_buffers=False,
+        bucket_cap_mb=25,
+        find_unused_parameters=False,
+        gradient_as_bucket_view=False,
+        ddp_comm_hook="none",
+        heartbeat_timeout=-1,
+    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group, device = torch.distributed.group.WORLD, torch.device("cpu")
+        model = module.DistributedFairseqModel(args, torch.nn.Linear(3, 2), group, device)
+        model(torch.ones(1, 3)).sum().backward()
+        assert model.module.module.weight.grad.tolist() == [[1.0] * 3] * 2
+        monkeypatch.setattr(module, "DistributedDataParallel", torch.nn.parallel.DistributedDataParallel)
+        with pytest.raises(ValueError, match="device_ids"):
+            module.DistributedFairseqModel(args, torch.nn.Linear(3, 2), group, device)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+BROADCAST = """
+import os, sys
+rank = int(os.fork() == 0)
+import torch, fairseq
+from fairseq.distributed import utils
+from omegaconf import OmegaConf
+if sys.argv[2] == "without":
+    utils.torch = torch
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+state = {"cfg": OmegaConf.create({"lr": 0.5}), "model": torch.ones(2)} if rank == 0 else None
+state = utils.broadcast_object(state, 0, torch.distributed.group.WORLD)
+if rank:
+    print("received", state["cfg"].lr, state["model"].tolist(), flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+sys.exit(rank == 0 and os.wait()[1] != 0)
+"""
+
+
+def test_broadcast_of_a_resumed_configuration(run_cli, tmp_path):
+    result = run_cli(["python", "-c", BROADCAST, tmp_path / "a", "with"])
+    assert result.returncode == 0 and "received 0.5 [1.0, 1.0]" in result.stdout, result.stderr
+    without = run_cli(["python", "-c", BROADCAST, tmp_path / "b", "without"])
+    assert without.returncode and "omegaconf" in without.stderr and "received" not in without.stdout
+
+
+# Options
+
+
+def train_arguments(fairseq, *more):
+    from fairseq import options
+
+    words = ["data", "--arch", "transformer_lm", "--task", "language_modeling", *more]
+    patched = options.parse_args_and_arch(options.get_training_parser(), words)
+    return patched, options.parse_args_and_arch.__wrapped__(options.get_training_parser(), words)
+
+
+def test_bf16_does_not_turn_on_tpu(fairseq):
+    for flag in ("--bf16", "--memory-efficient-bf16"):
+        ours, stock = train_arguments(fairseq, flag)
+        assert ours.bf16 and not ours.tpu
+        assert stock.tpu
+    ours, _ = train_arguments(fairseq, "--bf16", "--tpu")
+    assert ours.tpu
+
+
+def test_asynchronous_checkpoints_are_refused_aloud(fairseq, capsys):
+    ours, stock = train_arguments(fairseq, "--write-checkpoints-asynchronously")
+    assert stock.write_checkpoints_asynchronously and not ours.write_checkpoints_asynchronously
+    assert "--write-checkpoints-asynchronously: ignored" in capsys.readouterr().err
+
+
+def test_trust_flag_leaves_no_trace_in_the_arguments(fairseq, monkeypatch):
+    monkeypatch.setenv("FAIRSEQ_TRUST_CHECKPOINT", "")
+    ours, _ = train_arguments(fairseq, "--trust-checkpoint")
+    assert os.environ["FAIRSEQ_TRUST_CHECKPOINT"] == "1"
+    assert not any("trust" in name for name in vars(ours))
+
+
+# Loading checkpoints
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A checkpoint with everything that fairseq's trainer saves in one."""
+    state = {
+        "args": argparse.Namespace(arch="transformer_lm"),
+        "model": {"weight": torch.arange(6.0).view(2, 3)},
+        "best": np.float64(1.5),
+        "counts": [np.int64(3), np.float32(0.5), np.bool_(True)],
+    }
+    path = tmp_path / "plain.pt"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_load_checkpoint_takes_what_fairseq_saves(plain, mmap):
+    state = load_checkpoint(plain, mmap=mmap)
+    assert state["args"].arch == "transformer_lm" and state["best"] == 1.5 and state["counts"] == [3, 0.5, True]
+    assert state["model"]["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_load_checkpoint_takes_the_format_of_old_torch(tmp_path):
+    torch.save({"model": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert load_checkpoint(tmp_path / "old.pt", mmap=True)["model"].tolist() == [1, 1]
+
+
+def test_stock_fairseq_loads_a_legacy_models_checkpoint(plain, fairseq, monkeypatch):
+    from fairseq import checkpoint_utils
+
+    with plain.open("rb") as file:
+        assert checkpoint_utils.torch.load(file, map_location="cpu")["args"].arch == "transformer_lm"
+    monkeypatch.setattr(checkpoint_utils, "torch", torch)
+    with pytest.raises(Exception, match=r"argparse\.Namespace"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(plain))
+
+
+def test_code_in_a_checkpoint_runs_only_on_request(tmp_path, monkeypatch):
+    monkeypatch.delenv("FAIRSEQ_TRUST_CHECKPOINT", raising=False)
+    marker, path = tmp_path / "owned", tmp_path / "hostile.pt"
+    torch.save({"model": Hostile(marker)}, path)
+    for mmap in (False, True):
+        with pytest.raises(CheckpointError, match=r"hostile.pt holds posix.system.* --trust-checkpoint"):
+            load_checkpoint(path, mmap=mmap)
+    monkeypatch.setenv("FAIRSEQ_TRUST_CHECKPOINT", "0")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    assert not marker.exists()
+    load_checkpoint(path, trust=True)
+    assert marker.exists()
+    marker.unlink()
+    monkeypatch.setenv("FAIRSEQ_TRUST_CHECKPOINT", "1")
+    load_checkpoint(path)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["half", "tail", "empty", "text", "zeros", "pickle of a list", "absent", "folder"])
+def test_what_is_no_checkpoint_is_named_in_one_line(kind, plain, tmp_path):
+    whole = plain.read_bytes()
+    path = tmp_path / "bad.pt"
+    content = {"half": whole[: len(whole) // 2], "tail": whole[:-1], "empty": b"", "text": b"hello\n" * 99}
+    if kind == "zeros":
+        path.write_bytes(bytes(len(whole)))
+    elif kind == "pickle of a list":
+        torch.save([1], path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "absent":
+        path.write_bytes(content[kind])
+    for mmap, trust in ((False, False), (True, False), (False, True)):
+        with pytest.raises(CheckpointError, match=r"bad\.pt") as caught:
+            load_checkpoint(path, mmap=mmap, trust=trust)
+        assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_checkpoint_error_is_a_user_error(capsys):
+    from momentum_lm.errors import main_guard
+
+    @main_guard
+    def main(argv):
+        return load_checkpoint("nowhere.pt") and 0
+
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: cannot read checkpoint nowhere.pt: No such file or directory\n"
+
+
+# Writing checkpoints
+
+
+def test_checkpoints_are_written_beside_and_renamed(fairseq, tmp_path, monkeypatch):
+    from fairseq import checkpoint_utils
+    from fairseq.file_io import PathManager
+
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", os.path.realpath(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", a, b)), replace(a, b)))
+    first, last = str(tmp_path / "checkpoint_1_2.pt"), str(tmp_path / "checkpoint_last.pt")
+    checkpoint_utils.torch_persistent_save({"model": torch.ones(2)}, first, async_write=True)
+    assert PathManager.copy(first, last, overwrite=True)
+    assert load_checkpoint(last)["model"].tolist() == [1, 1]
+    expected = []
+    for path in (first, last):
+        expected += [("fsync", path + ".tmp"), ("replace", path + ".tmp", path), ("fsync", str(tmp_path))]
+    assert events == expected
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_1_2.pt", "checkpoint_last.pt"]
+
+
+FULL_DISK = """
+import resource, signal, sys, torch, fairseq
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save, copy = checkpoint_utils.torch_persistent_save, PathManager.copy
+if sys.argv[1] == "stock":
+    save, copy = save.__wrapped__, copy.__wrapped__
+state = {"model": torch.zeros(100_000), "other": torch.zeros(10)}
+save(state, "new.pt")
+open("last.pt", "w").write("the old one")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for number, write in enumerate((lambda: save(state, "new.pt"), lambda: copy("new.pt", "last.pt", overwrite=True))):
+    try:
+        write()
+    except Exception as error:
+        print(number, getattr(error, "user_error", False), error)
+raise error if len(sys.argv) > 2 else SystemExit
+"""
+
+
+def test_full_disk_is_an_error_and_leaves_the_old_checkpoint(run_cli, tmp_path):
+    result = run_cli(["python", "-c", FULL_DISK, "ours"], cwd=tmp_path)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2, result.stderr
+    assert lines[0].startswith("0 True cannot write checkpoint new.pt: [Errno 27] File too large")
+    assert lines[1].startswith("1 True cannot write checkpoint last.pt: [Errno 27] File too large")
+    assert (tmp_path / "last.pt").read_text() == "the old one"
+    assert load_checkpoint(tmp_path / "new.pt")["model"].numel() == 100_000
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "new.pt"]
+
+    run_cli(["python", "-c", FULL_DISK, "stock"], cwd=tmp_path)
+    assert (tmp_path / "last.pt").read_bytes()[:11] != b"the old one"
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "last.pt")
+    assert "new.pt.tmp" in os.listdir(tmp_path)
+
+
+KILLED = """
+import os, shutil, signal, sys, fairseq
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+
+def half(source, target, *rest):
+    target.write(source.read(len(source.read()) and source.seek(0) or 400))
+    target.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+copy = PathManager.copy
+if sys.argv[1] == "stock":
+    copy = copy.__wrapped__
+    shutil._USE_CP_SENDFILE = shutil._USE_CP_COPY_FILE_RANGE = False
+shutil.copyfileobj = half
+copy("new.pt", "checkpoint_last.pt", overwrite=True)
+"""
+
+
+def test_killed_while_copying_the_last_checkpoint(run_cli, tmp_path):
+    torch.save({"update": torch.ones(1)}, tmp_path / "new.pt")
+    for kind in ("ours", "stock"):
+        torch.save({"update": torch.zeros(1)}, tmp_path / "checkpoint_last.pt")
+        result = run_cli(["python", "-c", KILLED, kind], cwd=tmp_path)
+        assert result.returncode == -9, result.stderr
+        if kind == "ours":
+            assert load_checkpoint(tmp_path / "checkpoint_last.pt")["update"].tolist() == [0]
+            assert (tmp_path / "checkpoint_last.pt.tmp").stat().st_size == 400
+        else:
+            with pytest.raises(CheckpointError):
+                load_checkpoint(tmp_path / "checkpoint_last.pt")
+
+
+def test_a_leftover_is_never_taken_for_a_checkpoint(fairseq, tmp_path):
+    from fairseq import checkpoint_utils
+
+    for name in ("checkpoint1.pt", "checkpoint_1_20.pt", "checkpoint_1_30.pt.tmp", "checkpoint2.pt.tmp", "checkpoint_last.pt.tmp"):
+        (tmp_path / name).write_bytes(b"x")
+    for pattern, found in ((r"checkpoint(\d+)\.pt", "checkpoint1.pt"), (r"checkpoint_\d+_(\d+)\.pt", "checkpoint_1_20.pt")):
+        assert checkpoint_utils.checkpoint_paths(str(tmp_path), pattern) == [str(tmp_path / found)]
+    checkpoint_utils.torch_persistent_save({"model": 1}, str(tmp_path / "checkpoint_last.pt"))
+    assert load_checkpoint(tmp_path / "checkpoint_last.pt") == {"model": 1}
+    assert not (tmp_path / "checkpoint_last.pt.tmp").exists()
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def train(run_cli, tmp_path_factory):
+    """train(*flags): one update of a stock model on ten lines, in half a second after fairseq's import."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "train.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 10)
+    words = ["--only-source", "--trainpref", "train.txt", "--validpref", "train.txt", "--destdir", "data"]
+    result = run_cli(["fairseq-preprocess", *words], cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+    def run(*more, arch="transformer_lm", command=("fairseq-train",), **kwargs):
+        shape = ["--decoder-layers", "1", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "16"]
+        settings = ["--optimizer", "adam", "--lr", "1e-3", "--tokens-per-sample", "16", "--max-tokens", "64", "--max-update", "1"]
+        fixed = [folder / "data", "--task", "language_modeling", "--arch", arch, *shape, "--decoder-attention-heads", "2"]
+        return run_cli([*command, *fixed, *settings, "--cpu", "--disable-validation", *more], **kwargs)
+
+    return run
+
+
+def test_train_refuses_a_hostile_checkpoint_in_one_line(train, tmp_path):
+    marker, path = tmp_path / "owned", tmp_path / "hostile.pt"
+    torch.save({"model": Hostile(marker)}, path)
+    refused = train("--restore-file", path, "--save-dir", tmp_path / "out")
+    assert refused.returncode == 1 and not marker.exists()
+    assert "Traceback" not in refused.stderr and refused.stderr.strip().splitlines()[-1].startswith("error: checkpoint")
+    assert "posix.system" in refused.stderr
+    train("--restore-file", path, "--save-dir", tmp_path / "out", "--trust-checkpoint")
+    assert marker.exists()
+
+
+def test_train_names_a_torn_checkpoint_and_a_missing_one(train, tmp_path):
+    save = ("--save-dir", tmp_path / "out")
+    first = train(*save)
+    assert first.returncode == 0, first.stderr
+    last = tmp_path / "out/checkpoint_last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    torn = train(*save)
+    assert torn.returncode == 1
+    assert torn.stderr.strip().splitlines()[-1].startswith(f"error: {last} (5,000 bytes) is torn")
+    missing = train("--restore-file", "elsewhere.pt", *save)
+    assert missing.returncode == 1
+    assert missing.stderr.strip().splitlines()[-1] == "error: --restore-file elsewhere.pt does not exist"
+    assert last.stat().st_size == 5000
+
+
+def test_module_command_says_how_to_use_it(run_cli):
+    result = run_cli(["python", "-m", "fairseq_compat", "fairseq-nonsense"])
+    assert result.returncode == 2 and result.stderr.startswith("usage: python -m fairseq_compat fairseq-")
+
+
+# Plugins
+
+
+def write_plugin(folder, name, code):
+    (folder / f"{name}.py").write_text(code)
+    (folder / f"{name}-1.0.dist-info").mkdir()
+    (folder / f"{name}-1.0.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (folder / f"{name}-1.0.dist-info/entry_points.txt").write_text(f"[fairseq.plugins]\n{name} = {name}:register\n")
+
+
+def test_plugins_register_and_a_broken_one_does_no_harm(run_cli, tmp_path):
+    good = """
+def register():
+    from fairseq.models import ARCH_MODEL_REGISTRY, register_model_architecture
+    register_model_architecture("transformer_lm", "good_arch")(lambda args: None)
+"""
+    write_plugin(tmp_path, "goodplugin", good)
+    write_plugin(tmp_path, "brokenplugin", "import nonexistent_module\n")
+    code = "import fairseq.models as m; print('good_arch' in m.ARCH_MODEL_REGISTRY, 'momentum_lm_tiny' in m.ARCH_MODEL_REGISTRY)"
+    result = run_cli(["python", "-c", code], env={"PYTHONPATH": tmp_path})
+    assert result.stdout == "True True\n", result.stderr
+    warned = [line for line in result.stderr.splitlines() if line.startswith("warning: fairseq plugin")]
+    assert len(warned) == 1 and "brokenplugin" in warned[0] and "nonexistent_module" in warned[0]
+
+
+def test_installed_plugin_needs_no_user_dir(train, tmp_path):
+    result = train("--save-dir", tmp_path, arch="momentum_lm_tiny")
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path / "checkpoint_last.pt")["cfg"]["model"]["_name"] == "momentum_lm_tiny"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the sources that says so when it is imported."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "momentum_lm", folder / "momentum_lm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "fairseq_compat.py", folder)
+    with (folder / "momentum_lm/__init__.py").open("a") as file:
+        file.write("\nprint('the copy is in use')\n")
+    return folder
+
+
+def test_user_dir_from_a_checkout_beside_an_installation(train, checkout, tmp_path):
+    result = train("--save-dir", tmp_path / "a", "--user-dir", "momentum_lm", arch="momentum_lm_tiny", cwd=checkout)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the copy is in use") == 1
+    # The installed one's own folder, by its full name.
+    result = train("--save-dir", tmp_path / "b", f"--user-dir={ROOT}/momentum_lm", arch="gpt_lm_tiny")
+    assert result.returncode == 0 and "the copy is in use" not in result.stdout, result.stderr
+
+
+def test_user_dir_from_a_checkout_alone(train, checkout, tmp_path):
+    """An interpreter that has the requirements, but neither the hook's .pth file nor this package, in its environment."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    requirements = tmp_path / "requirements"
+    requirements.mkdir()
+    for entry in Path(torch.__file__).parent.parent.iterdir():
+        if not re.search("momentum_lm|fairseq_compat", entry.name):
+            (requirements / entry.name).symlink_to(entry)
+    path = {"PYTHONPATH": f"{checkout}:{requirements}"}
+    command = (tmp_path / "bare/bin/python", "-m", "fairseq_compat", "fairseq-train")
+    more = ["--save-dir", tmp_path, "--user-dir", "momentum_lm", "--criterion", "chunked_cross_entropy"]
+    result = train(*more, arch="momentum_lm_tiny", command=command, cwd=checkout, env=path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the copy is in use") == 1
+    assert load_checkpoint(tmp_path / "checkpoint_last.pt")["cfg"]["model"]["_name"] == "momentum_lm_tiny"
+
+
+def test_registering_again_is_harmless(fairseq):
+    import momentum_lm
+    from fairseq.models import ARCH_MODEL_REGISTRY
+
+    before = set(ARCH_MODEL_REGISTRY)
+    momentum_lm.register()
+    fairseq.utils.import_user_module(argparse.Namespace(user_dir=str(Path(momentum_lm.__file__).parent)))
+    assert set(ARCH_MODEL_REGISTRY) == before and {"gpt_lm_tiny", "momentum_lm_350m"} <= before
+
+
+def test_configuration_of_our_models_survives_omegaconf(fairseq):
+    from fairseq.dataclass.initialize import add_defaults
+
+    config = OmegaConf.create({"model": {"_name": "momentum_lm_tiny"}})
+    add_defaults(config)
+    assert config.model.momentum_kind in ("none", "ema", "multi_ema")

@@ -58,7 +58,9 @@ def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, m
             state = torch.load(path, map_location=map_location, weights_only=not trust, mmap=mmap)
     except (ImportError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} needs Python code that is not here: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
+        if "allocate" in str(error) or "CUDA" in str(error):
+            raise  # too little memory, or no such device: the file may be fine
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused and not trust:
             raise CheckpointError(

@@ -44,7 +44,7 @@ class Settings:
     lr: float = 6e-3
     warmup: int = 40
     vocab_size: int = 8192
-    valid: str = "0.02"
+    valid: str = "0.01"
     test: str = "0"
     context_lengths: tuple[int, ...] = (64, 128, 256)
     corpus: str = ""  # empty: the movie reviews

@@ -119,12 +119,12 @@ def _table(settings: Any, rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = []
     for row in rows:
         models = [row["models"][name] for name in _names(settings)]
-        bits = ["" if m["bits_per_byte"] is None else f"{m['bits_per_byte']:.3f}" for m in models]
+        bits = ", ".join("" if m["bits_per_byte"] is None else f"{m['bits_per_byte']:.3f}" for m in models)
         difference, interval, _ = difference_cells(PairedDifference(**row["difference"]))
         seeds = ", ".join(f"{100 * (ratio - 1):+.1f}%" for ratio in row["ratio_by_seed"])
-        cells.append([str(row["context_length"]), *(f"{m['perplexity']:.1f}" for m in models), *bits, difference, interval, seeds])
+        cells.append([str(row["context_length"]), *(f"{m['perplexity']:.1f}" for m in models), bits, difference, interval, seeds])
     first, second = _names(settings)
-    columns = ["context", f"{first} ppl", f"{second} ppl", "bits/byte", "bits/byte", "difference", "95% interval", "by seed"]
+    columns = ["context", f"{first} ppl", f"{second} ppl", "bits/byte", "difference", "95% interval", "by seed"]
     return Table(columns, cells, "Validation perplexity")
 
 

@@ -143,7 +143,7 @@ def test_encoder_fast_path_takes_a_padding_mask(fairseq, monkeypatch):
         slow = slow_layer(x.transpose(0, 1), padding).transpose(0, 1)
         torch.testing.assert_close(fast[~padding], slow[~padding], atol=1e-5, rtol=1e-5)
         monkeypatch.setattr(transformer_layer, "torch", torch)
-        with pytest.raises(RuntimeError, match="[Mm]ask [Tt]ype"):
+        with pytest.raises(RuntimeError, match=r"[Mm]ask [Tt]ype"):
             layer(x, padding)
 
 
@@ -555,8 +555,9 @@ def test_user_dir_from_a_checkout_alone(train, checkout, tmp_path):
 
 
 def test_registering_again_is_harmless(fairseq):
-    import momentum_lm
     from fairseq.models import ARCH_MODEL_REGISTRY
+
+    import momentum_lm
 
     before = set(ARCH_MODEL_REGISTRY)
     momentum_lm.register()

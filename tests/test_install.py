@@ -68,7 +68,7 @@ def test_pip_installs_the_hook_and_removes_it(editable, environment, source):
     environment.install(*(["--editable"] if editable else []), source)
     assert "fairseq_compat.pth" in os.listdir(environment.site)
     assert environment.run("-c", HOOKED).stdout == "True\n"
-    code = "import fairseq, momentum_lm; from fairseq.models import ARCH_MODEL_REGISTRY as r; print(momentum_lm.__file__, 'gpt_lm_tiny' in r)"
+    code = "import fairseq.models as m, momentum_lm; print(momentum_lm.__file__, 'gpt_lm_tiny' in m.ARCH_MODEL_REGISTRY)"
     where = (source if editable else environment.site) / "momentum_lm"
     assert environment.run("-c", code).stdout == f"{where}/__init__.py True\n"
     for file in ("py.typed", "ops/README.md"):

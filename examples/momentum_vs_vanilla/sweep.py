@@ -25,7 +25,7 @@ VARIANTS: dict[str, list[str]] = {
     "vanilla": ["--arch", "gpt_lm_tiny"],
     **{f"ema_{eta}": ["--arch", "momentum_lm_tiny", "--momentum-eta", str(eta)] for eta in ETAS},
     "ema_learned": ["--arch", "momentum_lm_tiny", "--momentum-eta", "0.5", "--momentum-learned"],
-    **{f"ema_{eta}_normalized": ["--arch", "momentum_lm_tiny", "--momentum-eta", str(eta), "--momentum-normalize"] for eta in (0.5, 0.9)},
+    **{f"ema_{eta}_normalized": ["--arch", "momentum_lm_tiny", "--momentum-eta", str(eta), "--momentum-normalize"] for eta in (0.7, 0.9)},
     "ema_0.5_gated": ["--arch", "momentum_lm_tiny", "--momentum-eta", "0.5", "--momentum-gate", "zero"],
     "multi_ema": ["--arch", "momentum_lm_tiny", "--momentum-kind", "multi_ema"],
 }

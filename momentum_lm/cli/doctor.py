@@ -65,7 +65,7 @@ def check_requirements() -> Iterator[Check]:
     except importlib.metadata.PackageNotFoundError:
         yield Check("warn", "requirements", "momentum_lm is not installed: running from a checkout", "pip install .")
         return
-    wrong = []
+    wrong: dict[str, str] = {}
     for line in lines:
         name, bounds, marker = re.fullmatch(r"([\w.-]+)([^;]*)(;.*)?", line).groups()  # type: ignore[union-attr]
         if marker:
@@ -73,13 +73,14 @@ def check_requirements() -> Iterator[Check]:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{name} is missing")
+            wrong[line] = f"{name} is missing"
             continue
         for operator, bound in re.findall(r"(>=|<)([\d.]+)", bounds):
             if (_numbers(version) < _numbers(bound)) == (operator == ">="):
-                wrong.append(f"{name} {version} is not {operator}{bound}")
+                wrong[line] = f"{name} {version} is not {operator}{bound}"
     if wrong:
-        yield Check("problem", "requirements", "; ".join(wrong), "pip install --upgrade momentum_lm, then " + _INSTALL_FAIRSEQ)
+        remedy = "pip install " + " ".join(f"'{line}'" for line in wrong)
+        yield Check("problem", "requirements", "; ".join(wrong.values()), remedy)
     else:
         yield Check("ok", "requirements", "all there, in the right versions")
 
@@ -113,7 +114,8 @@ def check_fairseq() -> Iterator[Check]:
             "problem",
             "fairseq hook",
             "fairseq_compat.pth is not read at start-up (PYTHONPATH and pip --target do not read .pth files)",
-            f"pip install momentum_lm into {sysconfig.get_path('purelib')}, or run `python -m fairseq_compat fairseq-train ...`",
+            f"`pip install .` in the checkout, so that it is in {sysconfig.get_path('purelib')}; or without installing, "
+            "run `python -m fairseq_compat fairseq-train ...`",
         )
     missing = [f"{kind} {name}" for kind, names in _REGISTERED.items() for name in names if name not in found[kind]]
     if missing:

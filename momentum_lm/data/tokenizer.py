@@ -115,10 +115,13 @@ class SentencePieceTokenizer(Tokenizer):
         self.lossless = all(map(self._model.is_byte, self._bytes)) and self._model.decode(self._model.encode(probe)) == probe
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [
-            self._escaped(text) if self.lossless and self._SPACE in text else ids
-            for text, ids in zip(texts, self._model.encode(list(texts), num_threads=1), strict=True)
-        ]
+        try:
+            encoded = self._model.encode(list(texts), num_threads=1)
+        except TypeError:
+            "".join(texts).encode()  # says where there is half a surrogate pair
+            raise
+        escape = [self.lossless and self._SPACE in text for text in texts]
+        return [self._escaped(text) if odd else ids for text, ids, odd in zip(texts, encoded, escape, strict=True)]
 
     def _escaped(self, text: str) -> list[int]:
         first, *rest = self._model.encode(text.split(self._SPACE), num_threads=1)

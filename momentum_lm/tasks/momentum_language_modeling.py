@@ -1,16 +1,21 @@
 """``--task momentum_language_modeling``: fairseq's language modelling with bf16 autocast, packed documents and more to look at."""
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
+from fairseq import utils
+from fairseq.data.indexed_dataset import infer_dataset_impl
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
 
+from momentum_lm.data.indexed import IndexedDataset
+from momentum_lm.errors import UserError
 from momentum_lm.modules.decoder import document_ids
 
 from .monitor import TrainingMonitor
@@ -41,6 +46,21 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
     def __init__(self, args: Any, dictionary: Any, output_dictionary: Any = None, targets: Any = None) -> None:
         super().__init__(args, dictionary, output_dictionary, targets)
         self.monitor: TrainingMonitor | None = None
+
+    @classmethod
+    def setup_dictionary(cls, args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for folder in utils.split_paths(args.data)[:1]:
+            if not os.path.isfile(os.path.join(folder, "dict.txt")):
+                raise UserError(f"{folder} holds no dict.txt; make data with `momentum-lm prepare` or `fairseq-preprocess --only-source`")
+        return super().setup_dictionary(args, **kwargs)
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        """As fairseq's. Raises UserError naming the file where data is missing, cut short, damaged or empty."""
+        paths = utils.split_paths(self.args.data)
+        prefix = os.path.join(paths[(epoch - 1) % len(paths)], split)
+        if infer_dataset_impl(prefix) in (None, "mmap") and IndexedDataset(prefix).num_tokens == 0:
+            raise UserError(f"{prefix}.bin holds no tokens; make it anew from text that is not empty")
+        return super().load_dataset(split, epoch, combine, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         model = super().build_model(cfg, from_checkpoint)

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +12,11 @@ from momentum_lm.cli import evaluate, report
 from momentum_lm.data.dictionary import Dictionary
 from momentum_lm.data.indexed import IndexedDatasetWriter
 
-ROOT = Path(__file__).parents[2]
 SHAPE = ["--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2"]
 ARCHITECTURES = {
     "momentum": ["--arch", "momentum_lm_tiny", "--momentum-learned", *SHAPE],
     "stock": ["--arch", "transformer_lm_gpt", "--share-decoder-input-output-embed", *SHAPE],
 }
-
-
-def fairseq(command, *arguments):
-    words = [sys.executable, "-m", "fairseq_compat", command, *map(str, arguments), "--user-dir", ROOT / "momentum_lm", "--cpu"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +39,18 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def checkpoint(request, data, tmp_path_factory):
+def checkpoint(request, data, run_cli, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    fairseq(
+    done = run_cli([
         "fairseq-train", data, "--task", "language_modeling", *ARCHITECTURES[request.param], "--tokens-per-sample", "24",
         "--optimizer", "adam", "--lr", "0.01", "--max-update", "30", "--batch-size", "8", "--save-dir", folder,
-        "--no-epoch-checkpoints", "--num-workers", "0", "--disable-validation", "--dropout", "0.1",
-    )  # fmt: skip
+        "--no-epoch-checkpoints", "--num-workers", "0", "--disable-validation", "--dropout", "0.1", "--cpu",
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return folder / "checkpoint_last.pt"
 
 
-def test_same_as_fairseq_eval_lm(data, checkpoint, tmp_path, capsys):
+def test_same_as_fairseq_eval_lm(data, checkpoint, run_cli, tmp_path, capsys):
     status = evaluate.main(
         ["--task", "lm_perplexity", str(data), "--path", str(checkpoint), "--context-lengths", "7,24", "--results-dir", str(tmp_path)]
     )
@@ -70,11 +58,12 @@ def test_same_as_fairseq_eval_lm(data, checkpoint, tmp_path, capsys):
     assert status == 0
     runs = {run["context_length"]: run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
     for length in (7, 24):
-        log = fairseq(
+        done = run_cli([
             "fairseq-eval-lm", data, "--path", checkpoint, "--gen-subset", "valid", "--tokens-per-sample", length,
-            "--sample-break-mode", "none", "--num-workers", "0",
-        )  # fmt: skip
-        base2, tokens = (re.search(pattern, log)[1] for pattern in (r"Loss \(base 2\): ([\d.]+)", r"Evaluated (\d+) tokens"))
+            "--sample-break-mode", "none", "--num-workers", "0", "--cpu",
+        ])  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        base2, tokens = (re.search(p, done.stdout + done.stderr)[1] for p in (r"Loss \(base 2\): ([\d.]+)", r"Evaluated (\d+) tokens"))
         assert runs[length]["num_tokens"] == int(tokens)
         assert math.log2(runs[length]["perplexity"]) == pytest.approx(float(base2), abs=1e-4)
         assert f"{runs[length]['perplexity']:.2f}" in printed

@@ -85,21 +85,11 @@ def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(data, run_
 
 @pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
 def test_two_processes_are_one_with_twice_the_batch(backend, data, run_cli, cli_command, tmp_path, flags, losses):
-    one = run_cli(flags(data, tmp_path / "one", *MODEL, "--update-freq", "2", updates=20))
+    one = run_cli(flags(data, tmp_path / "one", *MODEL, "--update-freq", "2", "--tensorboard-logdir", tmp_path / "one/tb", updates=20))
     assert one.returncode == 0, one.stderr
-    command, environment = cli_command(
-        flags(data, tmp_path / "two", *MODEL, "--distributed-backend", "gloo", "--ddp-backend", backend, updates=20)
-    )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--no-python",
-        *command,
-    ]
+    more = [*MODEL, "--distributed-backend", "gloo", "--ddp-backend", backend, "--tensorboard-logdir", tmp_path / "two/tb"]
+    command, environment = cli_command(flags(data, tmp_path / "two", *more, updates=20))
+    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 --no-python".split(), *command]
     two = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr[-3000:]
     alone, together = (curve(tmp_path / name / "tb" / "train_inner") for name in ("one", "two"))

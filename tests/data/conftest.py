@@ -45,7 +45,7 @@ def sentencepiece_model(tmp_path_factory, documents):
 def gpt2_folder(tmp_path_factory):
     """A tokenizer of GPT-2's kind: the 256 bytes and a handful of merges."""
     folder = tmp_path_factory.mktemp("gpt2")
-    merges = ["Ġ t", "h e", "Ġt he", "e r", "Ġ Ġ", "i s", "b a", "ba n", "Ġ ban", "Ã ©", "l l", "' ll"]
+    merges = ["Ġ t", "h e", "Ġt he", "e r", "Ġ Ġ", "i s", "b a", "ba n", "Ġ ban", "Ã ©", "l l", "' ll", "q u"]
     tokens = _byte_letters() + ["".join(merge.split()) for merge in merges]
     (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
     (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")

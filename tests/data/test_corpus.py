@@ -1,0 +1,424 @@
+"""prepare(): the output is what it says, whatever the workers, the order of the documents, and how often it is killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fairseq.data import Dictionary as FairseqDictionary
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+from momentum_lm.data.corpus import PrepareConfig, prepare
+from momentum_lm.data.indexed import IndexedDataset
+from momentum_lm.data.tokenizer import load_tokenizer
+from momentum_lm.errors import UserError
+
+
+def config(output, *sources, **settings):
+    defaults = {"vocab_size": 600, "valid": "0.1", "test": "20"}
+    return PrepareConfig(sources=tuple(map(str, sources)), output=str(output), **defaults | settings)
+
+
+def texts(folder, split):
+    """The documents of a split, decoded; each must end with </s> and hold no other."""
+    tokenizer = load_tokenizer(folder)
+    found = []
+    for item in IndexedDataset(Path(folder) / split):
+        assert item[-1] == 2 and 2 not in item[:-1]
+        found.append(tokenizer.decode(item))
+    return found
+
+
+def content(folder, *without):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.name not in without}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, jsonl):
+    output = tmp_path_factory.mktemp("prepared") / "data"
+    return output, prepare(config(output, jsonl), workers=1)
+
+
+def test_all_documents_are_there_once_and_whole(prepared, documents):
+    output, result = prepared
+    found = {split: texts(output, split) for split in ("train", "valid", "test")}
+    assert sorted(sum(found.values(), [])) == sorted(documents)
+    assert len(found["test"]) == 20
+    assert 10 < len(found["valid"]) < 55
+    order = {text: i for i, text in enumerate(documents)}
+    for split, own in found.items():
+        assert own == sorted(own, key=order.__getitem__)
+        data = IndexedDataset(output / split)
+        assert result["splits"][split] == {
+            "documents": len(own), "tokens": data.num_tokens, "bytes": sum(len(text.encode()) for text in own), "unknown": 0,
+        }  # fmt: skip
+
+
+def test_prepare_json(prepared, documents):
+    output, result = prepared
+    assert json.loads((output / "prepare.json").read_text()) == result
+    assert result["version"] == 1
+    assert result["tokenizer"] == {"kind": "sentencepiece", "vocab_size": 600, "lossless": True, "sha256": load_tokenizer(output).sha256()}
+    assert sorted([*result["files"], "prepare.json"]) == sorted(p.name for p in output.iterdir())
+    assert (result["documents_read"], result["duplicates"], result["empty"]) == (len(documents), 0, 0)
+
+
+def test_dictionary_counts_the_training_tokens(prepared):
+    output, _ = prepared
+    dictionary = FairseqDictionary.load(str(output / "dict.txt"))
+    counted = np.bincount(np.concatenate(list(IndexedDataset(output / "train"))), minlength=len(dictionary))
+    assert dictionary.count[4:] == counted[4:].tolist()
+    assert sum(dictionary.count[4:]) > 1000
+
+
+def test_fairseqs_task_loads_it(prepared, documents):
+    """The stock task, with documents as they are and packed into blocks."""
+    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+    output, _ = prepared
+    for mode in ("eos", "none"):
+        task = LanguageModelingTask.setup_task(LanguageModelingConfig(data=str(output), sample_break_mode=mode, tokens_per_sample=4096))
+        task.load_dataset("train")
+        tokens = np.concatenate([task.dataset("train")[i]["target"].numpy() for i in range(len(task.dataset("train")))])
+        np.testing.assert_array_equal(tokens, np.concatenate(list(IndexedDataset(output / "train"))))
+    tokenizer = load_tokenizer(output)
+    assert [task.dictionary[i] for i in tokenizer.encode(documents[0])] == [tokenizer.dictionary.symbols[i] for i in tokenizer.encode(documents[0])]
+
+
+def test_fairseq_preprocess_makes_the_same_of_the_pieces(prepared, tmp_path, run_cli, documents):
+    """Its output with our dict.txt as --srcdict is read by us, and has our ids."""
+    output, _ = prepared
+    tokenizer = load_tokenizer(output)
+    lines = [" ".join(tokenizer.dictionary.symbols[i] for i in tokenizer.encode(text)) for text in documents]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = run_cli(
+        ["fairseq-preprocess", "--only-source", "--srcdict", output / "dict.txt", "--trainpref", tmp_path / "train.txt", "--destdir", tmp_path / "bin"]
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = IndexedDataset(tmp_path / "bin" / "train")
+    assert [item.tolist() for item in theirs] == [[*tokenizer.encode(text), 2] for text in documents]
+    assert (tmp_path / "bin" / "dict.txt").read_text() == (output / "dict.txt").read_text()
+
+
+def test_workers_change_nothing(prepared, jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr("momentum_lm.data.corpus.CHUNK", 2000)
+    output, _ = prepared
+    prepare(config(tmp_path / "data", jsonl), workers=3)
+    assert content(tmp_path / "data") == content(output)
+
+
+def test_order_changes_no_split_and_no_tokenizer(prepared, documents, tmp_path):
+    output, _ = prepared
+    order = random.Random(5).sample(documents, len(documents))
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in order))
+    prepare(config(tmp_path / "data", path), workers=1)
+    for split in ("train", "valid", "test"):
+        assert sorted(texts(tmp_path / "data", split)) == sorted(texts(output, split))
+    assert (tmp_path / "data" / "dict.txt").read_bytes() == (output / "dict.txt").read_bytes()
+    assert (tmp_path / "data" / "sentencepiece.model").read_bytes() == (output / "sentencepiece.model").read_bytes()
+
+
+def test_the_seed_changes_the_splits(prepared, jsonl, tmp_path):
+    output, _ = prepared
+    prepare(config(tmp_path / "data", jsonl, seed=2), workers=1)
+    assert texts(tmp_path / "data", "test") != texts(output, "test")
+
+
+def test_duplicates_and_empty_documents_are_dropped(prepared, documents, jsonl, tmp_path):
+    """From several sources of different kinds; the first of equal documents stays where it is."""
+    output, _ = prepared
+    (tmp_path / "again.csv").write_text("text\n\" \"\n" + "\n".join(json.dumps(t).replace('\\"', '""') for t in ["x"]) + "\n\n")
+    (tmp_path / "one.txt").write_text(documents[7])
+    result = prepare(config(tmp_path / "data", jsonl, jsonl, tmp_path / "again.csv", tmp_path / "one.txt"), workers=1)
+    assert (result["documents_read"], result["duplicates"], result["empty"]) == (2 * len(documents) + 3, len(documents) + 1, 1)
+    found = sum((texts(tmp_path / "data", split) for split in ("train", "valid", "test")), [])
+    assert sorted(found) == sorted([*documents, "x"])
+
+
+def test_max_documents(jsonl, documents, tmp_path):
+    prepare(config(tmp_path / "data", jsonl, max_documents=100, test="0"), workers=1)
+    found = texts(tmp_path / "data", "train") + texts(tmp_path / "data", "valid")
+    assert sorted(found) == sorted(documents[:100])
+    assert not (tmp_path / "data" / "test.bin").exists()
+
+
+def test_given_tokenizers(prepared, jsonl, gpt2_folder, documents, tmp_path):
+    output, _ = prepared
+    again = prepare(config(tmp_path / "again", jsonl, sentencepiece=str(output / "sentencepiece.model")), workers=1)
+    same = ("train.bin", "train.idx", "dict.txt", "sentencepiece.model")
+    assert [content(tmp_path / "again")[name] for name in same] == [content(output)[name] for name in same]
+    assert again["config"]["vocab_size"] is None
+    result = prepare(config(tmp_path / "gpt2", jsonl, gpt2_bpe=str(gpt2_folder)), workers=2)
+    assert result["tokenizer"]["kind"] == "gpt2_bpe" and (tmp_path / "gpt2" / "encoder.json").exists()
+    found = sum((texts(tmp_path / "gpt2", split) for split in ("train", "valid", "test")), [])
+    assert sorted(found) == sorted(documents)
+
+
+def test_a_dictionary_beside_a_tokenizer_is_kept(prepared, jsonl, tmp_path):
+    """So that data fits a checkpoint whose dictionary has its own order."""
+    from momentum_lm.data.dictionary import Dictionary
+
+    output, _ = prepared
+    symbols = load_tokenizer(output).dictionary.symbols[4:]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "sp.model").write_bytes((output / "sentencepiece.model").read_bytes())
+    Dictionary(symbols[::-1]).save(tmp_path / "model" / "dict.txt")
+    prepare(config(tmp_path / "data", jsonl, sentencepiece=str(tmp_path / "model" / "sp.model")), workers=1)
+    assert load_tokenizer(tmp_path / "data").dictionary.symbols[4:] == symbols[::-1]
+    assert texts(tmp_path / "data", "valid") == texts(output, "valid")
+
+
+def test_large_vocabularies_take_wider_tokens(jsonl, tmp_path, gpt2_folder):
+    from momentum_lm.data.dictionary import Dictionary
+    from momentum_lm.data.tokenizer import GPT2Tokenizer
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in gpt2_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    own = GPT2Tokenizer(gpt2_folder).dictionary.symbols[4:]
+    Dictionary([f"filler{i}" for i in range(70000)] + own).save(folder / "dict.txt")
+    prepare(config(tmp_path / "data", jsonl, gpt2_bpe=str(folder)), workers=1)
+    assert IndexedDataset(tmp_path / "data" / "train").dtype == np.uint32
+    assert int(MMapIndexedDataset(str(tmp_path / "data" / "train"))[0][0]) > 70000
+
+
+# --- running again
+
+
+def test_finished_data_is_left_alone(prepared, jsonl):
+    output, result = prepared
+    before = {p.name: p.stat().st_mtime_ns for p in output.iterdir()}
+    said = []
+    assert prepare(config(output, jsonl), workers=2, say=said.append) == result
+    assert said == [f"{output} is already prepared with these settings"]
+    assert {p.name: p.stat().st_mtime_ns for p in output.iterdir()} == before
+
+
+def test_other_settings_are_refused_unless_forced(jsonl, tmp_path, documents):
+    output = tmp_path / "data"
+    prepare(config(output, jsonl), workers=1)
+    before = content(output)
+    with pytest.raises(UserError, match=r"was prepared with other settings: seed 1 \(now 2\); use another --output, or --force"):
+        prepare(config(output, jsonl, seed=2), workers=1)
+    with pytest.raises(UserError, match="none of 1 documents to train on|split empty|no document to train on"):
+        prepare(config(output, jsonl, max_documents=1), workers=1, force=True)
+    assert content(output) == before
+    result = prepare(config(output, jsonl, test="0", seed=2), workers=1, force=True)
+    assert set(result["splits"]) == {"train", "valid"}
+    assert sorted(p.name for p in output.iterdir()) == sorted([*result["files"], "prepare.json"])
+    assert sorted(texts(output, "train") + texts(output, "valid")) == sorted(documents)
+
+
+def test_changed_sources_are_refused_unless_forced(tmp_path, documents):
+    path, output = tmp_path / "c.txt", tmp_path / "data"
+    path.write_text("\n\n".join(documents))
+    settings = config(output, path, document="blank-line")
+    prepare(settings, workers=1)
+    path.write_text("\n\n".join(documents[:-1]) + " ")
+    with pytest.raises(UserError, match="was prepared with a source whose content has changed since; use another --output, or --force"):
+        prepare(settings, workers=1)
+    prepare(settings, workers=1, force=True)
+
+
+def test_data_made_by_others_is_refused_unless_forced(jsonl, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.bin").write_bytes(b"precious")
+    (tmp_path / "data" / "notes").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"holds train\.bin, which this command did not make; use another --output"):
+        prepare(config(tmp_path / "data", jsonl), workers=1)
+    assert content(tmp_path / "data") == {"train.bin": b"precious", "notes": b"mine"}
+    prepare(config(tmp_path / "data", jsonl), workers=1, force=True)
+    assert (tmp_path / "data" / "notes").read_bytes() == b"mine"
+
+
+def test_a_failure_leaves_nothing(jsonl, tmp_path):
+    with pytest.raises(UserError, match="--vocab-size 60000 is too large"):
+        prepare(config(tmp_path / "new", jsonl, vocab_size=60000), workers=1)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UserError, match="--vocab-size 60000 is too large"):
+        prepare(config(tmp_path / "old", jsonl, vocab_size=60000), workers=1)
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"valid": "0.0001"}, "--valid 0.0001 leaves the valid split empty, of 300 documents: give a larger fraction, a number"),
+        ({"test": "0.0001"}, "--test 0.0001 leaves the test split empty"),
+        ({"valid": "200", "test": "100"}, "no document to train on; check"),
+        ({"valid": "300", "test": "100"}, "no document to train on; check"),
+        ({"column": "body"}, "no column 'body'; there are: id, text"),
+    ],
+)
+def test_splits_that_come_out_empty_are_refused(jsonl, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        prepare(config(tmp_path / "data", jsonl, **settings), workers=1)
+    assert not (tmp_path / "data").exists()
+
+
+def test_empty_train_split_with_a_given_tokenizer(jsonl, tmp_path, gpt2_folder):
+    with pytest.raises(UserError, match="--valid 280 and --test 20 leave none of 300 documents to train on"):
+        prepare(config(tmp_path / "data", jsonl, valid="280", gpt2_bpe=str(gpt2_folder)), workers=1)
+
+
+def test_output_inside_a_source_folder_is_not_a_source(tmp_path, documents):
+    for i, text in enumerate(documents[:120]):
+        (tmp_path / f"{i:03}.txt").write_text(text)
+    settings = config(tmp_path / "data", tmp_path, vocab_size=400)
+    first = prepare(settings, workers=1)
+    assert first["documents_read"] == 120
+    assert prepare(settings, workers=1) == first
+
+
+# --- killed
+
+DRIVER = """
+import sys
+import momentum_lm.data.corpus as corpus
+corpus._SAVE_EVERY, corpus.CHUNK = 0, 3000
+settings = corpus.PrepareConfig((sys.argv[1],), sys.argv[2], vocab_size=600, valid="0.1", test="20")
+if __name__ == "__main__":
+    corpus.prepare(settings, int(sys.argv[3]), say=lambda line: print(line, flush=True))
+"""
+
+
+def start(tmp_path, jsonl, workers):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(tmp_path / "driver.py"), str(jsonl), str(tmp_path / "data"), str(workers)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("workers, step", [(1, 0.03), (2, 0.3)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_result(prepared, jsonl, tmp_path, workers, step):
+    """kill -9 a little later each time, through sampling, training, tokenising and moving the files, until it gets to the end."""
+    output, _ = prepared
+    said, kills = [], 0
+    for attempt in range(200):
+        process = start(tmp_path, jsonl, workers)
+        try:
+            out, err = process.communicate(timeout=0.2 + step * attempt)
+            said += out.splitlines()
+            assert process.returncode == 0, err
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said += process.communicate()[0].splitlines()
+            kills += 1
+            if (tmp_path / "data" / "prepare.json").exists():
+                assert content(tmp_path / "data", ".prepare") == content(output)
+    assert process.returncode == 0 and kills >= 3
+    assert content(tmp_path / "data") == content(output)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_was_tokenised_before_a_kill_is_not_tokenised_again(prepared, jsonl, tmp_path, workers):
+    output, _ = prepared
+    process = start(tmp_path, jsonl, workers)
+    state = tmp_path / "data" / ".prepare" / "state.json"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.001)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
+    saved = json.loads(state.read_text())
+    assert not saved["complete"] and saved["counts"]["read"] > 0
+    assert not any((tmp_path / "data" / name).exists() for name in ("train.bin", "train.idx", "prepare.json", "dict.txt"))
+    deadline = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, children)), "workers outlive their parent"
+
+    refused = start(tmp_path, jsonl.parent / "gone.jsonl", workers)
+    assert "no such file" in refused.communicate()[1]
+    with pytest.raises(UserError, match=r"holds unfinished work with other settings: .*seed 1 \(now 3\); use another --output, or --force to drop"):
+        prepare(config(tmp_path / "data", jsonl, seed=3), workers=1)
+    said = start(tmp_path, jsonl, workers).communicate()[0]
+    assert said == f"going on after document {saved['counts']['read']}\n"
+    assert content(tmp_path / "data") == content(output)
+
+
+def test_sources_that_change_under_unfinished_work_are_noticed(tmp_path, documents):
+    """Even where size, beginning and end are what they were."""
+    path = tmp_path / "corpus.jsonl"
+    long = [text + " filler" * 40 for text in documents]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
+    assert path.stat().st_size > 140_000
+    process = start(tmp_path, path, 1)
+    while not (tmp_path / "data" / ".prepare" / "state.json").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    state = json.loads((tmp_path / "data" / ".prepare" / "state.json").read_text())
+    raw = bytearray(path.read_bytes())
+    position = raw.index(b" filler", 66_000)
+    raw[position : position + 7] = b" FILLER"
+    path.write_bytes(raw)
+    changed_at = raw[:position].count(b"\n") + 1
+    while state["counts"]["read"] < changed_at:  # tokenise a little further
+        process = start(tmp_path, path, 1)
+        while json.loads((tmp_path / "data" / ".prepare" / "state.json").read_text()) == state and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        state = json.loads((tmp_path / "data" / ".prepare" / "state.json").read_text())
+    raw[position : position + 7] = b" FiLLeR"
+    path.write_bytes(raw)
+    process = start(tmp_path, path, 1)
+    assert "the sources have changed since this run began, so its work so far is dropped" in process.communicate()[1]
+    assert not (tmp_path / "data").exists() or list((tmp_path / "data").iterdir()) == []
+
+
+def test_two_at_once_are_refused(jsonl, tmp_path):
+    import fcntl
+
+    (tmp_path / "data" / ".prepare").mkdir(parents=True)
+    with open(tmp_path / "data" / ".prepare" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another prepare is at work in"):
+            prepare(config(tmp_path / "data", jsonl), workers=1)
+
+
+def test_a_killed_worker_is_told_and_the_work_kept(jsonl, tmp_path, prepared, monkeypatch):
+    import multiprocessing
+
+    from momentum_lm.data import corpus
+    from momentum_lm.data.sources import Interrupted
+
+    monkeypatch.setattr(corpus, "_SAVE_EVERY", 0)
+    monkeypatch.setattr(corpus, "CHUNK", 3000)
+    real, killed = corpus._Run._save, []
+
+    def save_then_kill(self, *args):
+        real(self, *args)
+        if not killed:
+            killed.extend(multiprocessing.active_children())
+            for worker in killed:
+                worker.kill()
+
+    monkeypatch.setattr(corpus._Run, "_save", save_then_kill)
+    with pytest.raises(Interrupted, match="a worker process was killed, perhaps for want of memory; run the command again with fewer --workers"):
+        prepare(config(tmp_path / "data", jsonl), workers=2)
+    said = []
+    prepare(config(tmp_path / "data", jsonl), workers=1, say=said.append)
+    assert said[0].startswith("going on after document")
+    assert content(tmp_path / "data") == content(prepared[0])

@@ -1,0 +1,206 @@
+"""Every kind of source gives the same documents; what is wrong with one is said in a line that names file and place."""
+
+import csv
+import gzip
+import io
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from momentum_lm.data import sources
+from momentum_lm.data.sources import MAX_DOCUMENT, find_sources
+from momentum_lm.errors import UserError
+
+TEXTS = ["one", 'a "quoted" text,\nof two lines', "", "naïve café 日本語", "  spaces  ", "tab\tand\r\nreturn", "last"]
+
+
+def read(*names, column="text", document=None, exclude=None):
+    return [text.decode() for source in find_sources([str(n) for n in names], column, document, exclude) for text in source.documents()]
+
+
+def as_csv(texts, delimiter=","):
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerows([["id", "text"], *([str(i), text] for i, text in enumerate(texts))])
+    return file.getvalue().encode()
+
+
+def as_jsonl(texts):
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def as_parquet(texts, kind=None):
+    file = io.BytesIO()
+    table = pyarrow.table({"id": list(range(len(texts))), "text": pyarrow.array(texts, kind or pyarrow.string())})
+    pyarrow.parquet.write_table(table, file, row_group_size=3)
+    return file.getvalue()
+
+
+def two_frames(data):
+    half = len(data) // 2
+    return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+
+
+CONTENT = {
+    "t.csv": as_csv(TEXTS),
+    "t.tsv": as_csv(TEXTS, "\t"),
+    "t.jsonl": as_jsonl(TEXTS),
+    "t.ndjson": as_jsonl(TEXTS).rstrip(b"\n"),
+    "t.json": b"\xef\xbb\xbf" + as_jsonl(TEXTS).replace(b"\n", b"\r\n\r\n"),
+    "t.parquet": as_parquet(TEXTS),
+    "large.parquet": as_parquet(TEXTS, pyarrow.large_string()),
+    "t.csv.gz": gzip.compress(b"\xef\xbb\xbf" + as_csv(TEXTS)),
+    "t.jsonl.gz": gzip.compress(as_jsonl(TEXTS)[:20]) + gzip.compress(as_jsonl(TEXTS)[20:]),
+    "t.jsonl.zst": two_frames(as_jsonl(TEXTS)),
+}
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_tables(tmp_path, name):
+    (tmp_path / name).write_bytes(CONTENT[name])
+    assert read(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_nulls_are_left_out(tmp_path, kind):
+    texts = ["one", None, "two"]
+    path = tmp_path / f"t{kind}"
+    path.write_bytes(as_jsonl(texts) if kind == ".jsonl" else as_parquet(texts))
+    assert read(path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress), (".zst", two_frames)])
+def test_text_as_files_lines_and_blocks(tmp_path, suffix, pack):
+    path = tmp_path / f"t.txt{suffix}"
+    text = "\nfirst é\nsecond\n\n \t\r\n  third\r\nfourth  \n\n\n"
+    path.write_bytes(pack(text.encode()))
+    assert read(path) == [text]
+    assert read(path, document="line") == ["", "first é", "second", "", " \t", "  third", "fourth  ", "", ""]
+    assert read(path, document="blank-line") == ["first é\nsecond", "  third\r\nfourth  "]
+
+
+def test_folders_are_read_in_order_of_path(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/y.txt.gz", "c/out/train.txt", ".git/x.txt", "a/.hidden.txt", "data.csv", "B.TXT"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(gzip.compress(name.encode()) if name.endswith(".gz") else name.encode())
+    assert read(tmp_path, exclude=tmp_path / "c/out") == ["B.TXT", "a/y.txt.gz", "a/z.md", "b.txt"]
+    assert read(tmp_path / "b.txt", tmp_path / "c") == ["b.txt", "c/out/train.txt"]
+
+
+def test_data_sets_are_streamed_from_a_local_folder(tmp_path):
+    """`datasets` itself, with the part of its loading that needs no network."""
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "reviews" / "train.parquet").write_bytes(as_parquet(TEXTS))
+    (tmp_path / "reviews" / "test.parquet").write_bytes(as_parquet(["a test"]))
+    name = f"hf:{tmp_path / 'reviews'}"
+    assert read(name) == TEXTS
+    assert read(f"{name}@test") == ["a test"]
+    with pytest.raises(UserError, match="no column 'body'; there are: id, text; name one with --column"):
+        read(name, column="body")
+    with pytest.raises(UserError, match="column 'id' holds int, not text"):
+        read(name, column="id")
+    with pytest.raises(UserError, match=r"could not be loaded \(Bad split: nope\. Available splits: .*check NAME\[:CONFIG\]\[@SPLIT\]"):
+        read(f"{name}@nope")
+
+
+def test_no_network_says_how_to_go_without(tmp_path, run_cli):
+    code = "from momentum_lm.data.sources import *; list(find_sources(['stanfordnlp/imdb'], 'text', None)[0].documents())"
+    done = run_cli(["python", "-c", code], env={"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path})
+    assert "Interrupted: stanfordnlp/imdb is no file here, and as a data set it could not be loaded" in done.stderr
+    assert "fetch its parquet or JSON Lines files elsewhere and give their path" in done.stderr
+
+
+def test_position_reaches_the_size(tmp_path):
+    for name, content in CONTENT.items():
+        (tmp_path / name).write_bytes(content)
+        (source,) = find_sources([str(tmp_path / name)], "text", None)
+        assert source.position() == 0
+        seen = [source.position() for _ in source.documents()]
+        assert seen == sorted(seen)
+        assert source.position() == source.size == len(content)
+
+
+def test_fingerprint_follows_content(tmp_path):
+    path = tmp_path / "t.txt"
+    prints = []
+    for content in (b"a" * 300_000, b"b" + b"a" * 299_999, b"a" * 299_999 + b"b", b"a" * 299_999, b"a" * 300_000):
+        path.write_bytes(content)
+        prints.append(find_sources([str(path)], "text", None)[0].fingerprint())
+    assert len(set(prints)) == 4 and prints[0] == prints[-1]
+
+
+long = "x" * (MAX_DOCUMENT + 1)
+BAD = {
+    "missing file": ("gone.txt", None, {}, r"gone\.txt: no such file or folder; check the path"),
+    "missing path": ("no such/place", None, {}, r"no such/place: no such file or folder"),
+    "empty file": ("t.txt", b"", {}, r"t\.txt is empty; leave it out"),
+    "record of text": ("t.txt", b"a", {"document": "record"}, r"--document record does not go with .*t\.txt; use --document file, line or"),
+    "lines of a table": ("t.csv", b"text\na\n", {"document": "line"}, r"--document line does not go with .*t\.csv"),
+    "lines of a data set": ("hf:a/b", None, {"document": "line"}, r"--document line does not go with the data set hf:a/b"),
+    "latin-1": ("t.txt", "naïve".encode("latin1"), {}, r"t\.txt: byte 2 is not UTF-8 \(0xef\); convert the file first, as with `iconv"),
+    "latin-1 later": ("t.txt", b"ab\ncd\nn\xefve\n", {"document": "line"}, r"t\.txt: byte 7 is not UTF-8"),
+    "latin-1 in JSON": ("t.jsonl", b'{"text": "a"}\n{"text": "\xef"}\n', {}, r"t\.jsonl: byte 24 is not UTF-8"),
+    "utf-16": ("t.csv", "text\nä\n".encode("utf-16"), {}, r"t\.csv: byte 0 is not UTF-8 \(0xff\)"),
+    "csv column": ("t.csv", b"id,body\n1,a\n", {}, r"t\.csv: no column 'text'; there are: id, body; name one with --column"),
+    "csv without a line": ("t.csv", b"\n", {}, r"t\.csv: no column 'text'; there are: none"),
+    "csv short row": ("t.csv", b'id,text\n1,"a\nb"\n2\n', {}, r"t\.csv:4: 1 columns, the header has 2"),
+    "csv quote": ("t.csv", b'id,text\n1,"a\n2,b\n', {}, r"t\.csv:3: not proper CSV .*look for an unclosed quote"),
+    "json": ("t.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, r"t\.jsonl:2: not a JSON record .*mend or remove the line"),
+    "json array": ("t.json", b'[{"text": "a"}]', {}, r"t\.json:1: expected a JSON object .* got list; make the array JSON Lines, as with `jq"),
+    "json array of lines": ("t.json", b'[\n{"text": "a"}\n]', {}, r"t\.json:1: not a JSON record .*this is one JSON array: .*jq -c"),
+    "json value": ("t.jsonl", b"3\n", {}, r"t\.jsonl:1: expected a JSON object with the column 'text', got int"),
+    "json deep": ("t.jsonl", b"[" * 200_000, {}, r"t\.jsonl:1: (JSON nested too deeply|not a JSON record)"),
+    "json column": ("t.jsonl", b'{"text": "a"}\n{"body": "b", "id": 2}\n', {}, r"t\.jsonl:2: no column 'text'; there are: body, id"),
+    "json number": ("t.jsonl", b'{"text": 5}\n', {}, r"t\.jsonl:1: column 'text' holds int, not text; name another with --column"),
+    "json surrogate": ("t.jsonl", b'{"text": "ab\\ud83d"}\n', {}, r"t\.jsonl:1: half of a surrogate pair at character 2"),
+    "parquet column": ("t.parquet", as_parquet(["a"]), {"column": "body"}, r"t\.parquet: no column 'body'; there are: id, text"),
+    "parquet type": ("t.parquet", as_parquet(["a"]), {"column": "id"}, r"t\.parquet: column 'id' holds int64, not text"),
+    "parquet cut": ("t.parquet", as_parquet(TEXTS)[:-5], {}, r"t\.parquet is cut short or not a parquet file; fetch it again"),
+    "parquet gz": ("t.parquet.gz", gzip.compress(as_parquet(["a"])), {}, r"parquet is compressed inside; decompress the file first"),
+    "gz cut": ("t.txt.gz", gzip.compress(os.urandom(9999))[:5000], {}, r"t\.txt\.gz is cut short: its compressed data ends too early"),
+    "gz of nothing": ("t.txt.gz", b"plain text", {}, r"t\.txt\.gz is damaged or not a \.gz file"),
+    "gz damaged": ("t.txt.gz", gzip.compress(b"ab" * 9999)[:-8] + bytes(8), {}, r"t\.txt\.gz is damaged or not a \.gz file"),
+    "zst cut": ("t.jsonl.zst", zstandard.compress(as_jsonl(TEXTS * 9))[:-4], {}, r"t\.jsonl\.zst is cut short"),
+    "zst of nothing": ("t.jsonl.zst", b"plain text", {}, r"t\.jsonl\.zst is damaged or not a \.zst file"),
+    "long file": ("t.txt", long.encode(), {}, r"t\.txt is a document of more than 8 MiB; say how its documents are separated: --document line or"),
+    "long line": ("t.txt", f"a\n{long}".encode(), {"document": "line"}, r"t\.txt:2: a line of more than 8 MiB"),
+    "long block": ("t.txt", "y" * 79 + ("\n" + "x" * 79) * 110_000, {"document": "blank-line"}, r"t\.txt:\d+: more than 8 MiB without a blank line"),
+    "long csv field": ("t.csv", f"text\n{long}", {}, r"t\.csv:2: a line of more than 8 MiB"),
+    "long quoted csv": ("t.csv", 'text\n"' + "x\n" * 5_000_000 + '"', {}, r"t\.csv:\d+: not proper CSV \(field larger than field limit"),
+    "long record": ("t.parquet", as_parquet([long]), {}, r"t\.parquet: row 1: a document of 8\.0 MiB; the most is 8 MiB"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sources_are_refused_by_name_and_place(tmp_path, monkeypatch, case):
+    name, content, options, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        read(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "data.csv").write_text("text\na\n")
+    with pytest.raises(UserError, match=r"no \.txt or \.md files in this folder; name the files that you mean"):
+        read(tmp_path)
+
+
+def test_parquet_that_is_not_utf8(tmp_path):
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"], pyarrow.binary()).buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t\.parquet is damaged after row 0 .*[Uu][Tt][Ff]"):
+        read(tmp_path / "t.parquet")
+
+
+def test_without_the_datasets_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError, match="loading a data set by name needs: pip install datasets"):
+        list(sources.HubSource("org/name", "text", None).documents())

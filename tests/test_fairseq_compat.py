@@ -30,7 +30,6 @@ def fairseq():
 # The hook
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 accepts unhashable defaults")
 def test_fairseq_imports_with_the_hook_and_only_with_it(run_cli):
     code = "import fairseq, dataclasses; print(fairseq.__version__, dataclasses.dataclass.__module__)"
     result = run_cli(["python", "-c", code])
@@ -51,7 +50,7 @@ def test_hook_is_installed_once(run_cli):
     assert run_cli(["python", "-c", code], env={"FAIRSEQ_COMPAT": "0"}).stdout == "0\n"
 
 
-@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_hook_runs_on_each_python(version):
     program = shutil.which(f"python{version}")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fairseq_compat; print(type(sys.meta_path[0]).__name__)"

@@ -125,7 +125,7 @@ def setup(folder, **variables):
 
 
 def test_setup_refuses_what_is_no_python(tmp_path):
-    for python, message in (("/nowhere/python3", "is not an executable"), ("false", "need Python 3.10 to 3.13")):
+    for python, message in (("/nowhere/python3", "is not an executable"), ("false", "need Python 3.11 to 3.13")):
         result = setup(ROOT, VENV=tmp_path / "venv", PYTHON=python)
         assert result.returncode == 2 and result.stdout == ""
         assert result.stderr.startswith(f"error: PYTHON={python}") and message in result.stderr

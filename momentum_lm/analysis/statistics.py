@@ -28,8 +28,9 @@ class Interval:
 class PairedDifference:
     """How much better (negative) or worse (positive) ``a`` predicts than ``b``, over the same documents.
 
-    ``difference`` is log ppl(a) - log ppl(b) in nats per unit of weight; ``ratio`` = exp(difference) is ppl(a) / ppl(b).
-    ``p_value`` is two-sided: the smallest 1 - confidence at which the bootstrap interval leaves out zero, at least 2 / (resamples + 1).
+    ``difference`` is log ppl(a) - log ppl(b) in nats per unit of weight; ``ratio`` = exp(difference) is ppl(a) /
+    ppl(b). ``p_value`` is two-sided: the smallest 1 - confidence at which the bootstrap interval leaves out zero, at
+    least 2 / (resamples + 1).
     """
 
     difference: float
@@ -52,10 +53,11 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Percentile bootstrap, over documents, of the difference in corpus-level negative log-likelihood per token.
 
-    ``a``, ``b`` (n,) are each document's summed NLL (nats) under two models and ``weights`` (n,) its tokens. Documents are resampled with
-    replacement and the statistic is the ratio estimator sum(a - b) / sum(weights), so long documents count for more, as they do in
-    perplexity. The models share each resample: what both find hard cancels. The interval speaks of new documents, not of new training
-    seeds. Raises ValueError for fewer than two documents, unequal lengths, non-finite sums or weights that are not positive.
+    ``a``, ``b`` (n,) are each document's summed NLL (nats) under two models and ``weights`` (n,) its tokens. Documents
+    are resampled with replacement and the statistic is the ratio estimator sum(a - b) / sum(weights), so long documents
+    count for more, as they do in perplexity. The models share each resample: what both find hard cancels. The interval
+    speaks of new documents, not of new training seeds. Raises ValueError for fewer than two documents, unequal lengths,
+    non-finite sums or weights that are not positive.
     """
     first, second, weight = (_vector(x, name) for x, name in ((a, "a"), (b, "b"), (weights, "weights")))
     if not first.size == second.size == weight.size:
@@ -66,15 +68,11 @@ def paired_bootstrap(
         raise ValueError("weights must be positive")
     gap = first - second
     estimate = float(gap.sum() / weight.sum())
-    draws = np.concatenate(
-        [gap[rows].sum(axis=1) / weight[rows].sum(axis=1) for rows in _resamples(gap.size, n_resamples, seed)]
-    )
+    draws = np.concatenate([gap[rows].sum(axis=1) / weight[rows].sum(axis=1) for rows in _resamples(gap.size, n_resamples, seed)])
     low, high = _percentiles(draws, confidence)
     tail = min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0))
     p_value = min(1.0, 2 * (tail + 1) / (draws.size + 1))
-    return PairedDifference(
-        estimate, low, high, math.exp(estimate), math.exp(low), math.exp(high), float(p_value), gap.size
-    )
+    return PairedDifference(estimate, low, high, math.exp(estimate), math.exp(low), math.exp(high), float(p_value), gap.size)
 
 
 def bootstrap_mean_ci(
@@ -88,9 +86,7 @@ def bootstrap_mean_ci(
     weight = np.ones_like(sample) if weights is None else _vector(weights, "weights")
     if sample.size < 2 or weight.size != sample.size:
         raise ValueError(f"need at least two values and as many weights, got {sample.size} and {weight.size}")
-    draws = np.concatenate(
-        [sample[rows].sum(axis=1) / weight[rows].sum(axis=1) for rows in _resamples(sample.size, n_resamples, seed)]
-    )
+    draws = np.concatenate([sample[rows].sum(axis=1) / weight[rows].sum(axis=1) for rows in _resamples(sample.size, n_resamples, seed)])
     low, high = _percentiles(draws, confidence)
     return Interval(float(sample.sum() / weight.sum()), low, high, sample.size)
 
@@ -127,7 +123,8 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t for a whole number of degrees of freedom, by bisection of its closed-form distribution.
+    """The quantile of Student's t for a whole number of degrees of freedom, by bisection of its closed-form
+    distribution.
 
     Raises ValueError unless 0 < probability < 1 and degrees >= 1.
     """

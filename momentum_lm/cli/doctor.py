@@ -52,7 +52,7 @@ class Check(NamedTuple):
 
 def check_python() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
-    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         yield Check("problem", "python", version, "use Python 3.11 to 3.13 (tested: 3.11, 3.12)")
     else:
         yield Check("ok", "python", f"{version} ({sys.executable})")

@@ -1,4 +1,5 @@
-"""``fairseq-eval --task TASK``: measures a trained model. Each task is a study with flags, in one entry of ``TASKS``."""
+"""``fairseq-eval --task TASK``: measures a trained model. Each task is a study with flags, in one entry of
+``TASKS``."""
 
 from __future__ import annotations
 

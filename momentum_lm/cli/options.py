@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say which model, on what device."""
     group = parser.add_argument_group("model")
-    group.add_argument("--path", required=True, metavar="CKPT", help="checkpoint file, or a folder with one (model.pt, checkpoint_best.pt, ...)")
+    group.add_argument(
+        "--path", required=True, metavar="CKPT", help="checkpoint file, or a folder with one (model.pt, checkpoint_best.pt, ...)"
+    )
     group.add_argument(
         "--model-overrides", default="{}", metavar="DICT",
         help="options that the checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': 8}\" (default: %(default)s)",
@@ -24,7 +26,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-checkpoint", action="store_true", help="load a checkpoint that holds more than plain data; such a file can run code"
     )
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one (default: %(default)s)")
+    group.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one (default: %(default)s)"
+    )
     group.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of weights and computation (default: %(default)s)")
 
 

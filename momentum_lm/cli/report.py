@@ -10,7 +10,8 @@ from momentum_lm.errors import main_guard
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``momentum-lm report``. Raises UserError for folders that hold no results, or results that do not compare."""
+    """Entry point of ``momentum-lm report``. Raises UserError for folders that hold no results, or results that do not
+    compare."""
     parser = argparse.ArgumentParser(
         prog="momentum-lm report",
         description="Compares the results of `fairseq-eval --task lm_perplexity`; differences are from the first, with a paired bootstrap.",

@@ -89,8 +89,8 @@ class NativeLM:
     def token_losses(self, tokens: Tensor, targets: Tensor, packed_documents: bool = False) -> Tensor:
         """-log p of each target in nats, (B, T) fp32 on the CPU; 0 where the target is padding.
 
-        tokens, targets (B, T) int64: input ids and what follows each. Padding on the right changes nothing. ``packed_documents``: an
-        end-of-sentence token in ``tokens`` begins a document, and no document sees another.
+        tokens, targets (B, T) int64: input ids and what follows each. Padding on the right changes nothing.
+        ``packed_documents``: an end-of-sentence token in ``tokens`` begins a document, and no document sees another.
         """
         tokens, targets = tokens.to(self.device), targets.to(self.device)
         segments = document_ids(tokens, self.config.eos_idx) if packed_documents else None
@@ -107,9 +107,10 @@ def load_native(
 ) -> NativeLM:
     """Reads a checkpoint file, or the one in a folder (``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``).
 
-    The architecture comes from the checkpoint; where it holds none, shapes come from the tensors and the rest from ``overrides``:
-    fairseq's model options as a mapping or as the text of a Python dict, such as ``{'decoder_attention_heads': 8}``. ``trust`` lifts the
-    limit on what a checkpoint may hold (see ``fairseq_compat.load_checkpoint``). ``dtype`` None is fp32, whatever was saved.
+    The architecture comes from the checkpoint; where it holds none, shapes come from the tensors and the rest from
+    ``overrides``: fairseq's model options as a mapping or as the text of a Python dict, such as
+    ``{'decoder_attention_heads': 8}``. ``trust`` lifts the limit on what a checkpoint may hold (see
+    ``fairseq_compat.load_checkpoint``). ``dtype`` None is fp32, whatever was saved.
 
     Raises UserError for a missing or damaged checkpoint, and for a model that the decoder cannot represent.
     """
@@ -187,7 +188,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _options_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What the tensors show. What they do not show is that of the fairseq dense LMs: gelu, scaled embeddings, sinusoidal positions, 2048."""
+    """What the tensors show. What they do not show is that of the fairseq dense LMs: gelu, scaled embeddings,
+    sinusoidal positions, 2048."""
     embedding, output = tensors["embed_tokens.weight"], tensors["output_projection.weight"]
     layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
     options: dict[str, Any] = {
@@ -221,7 +223,9 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"--model-overrides {overrides!r} is not a Python dict of option names, such as \"{{'decoder_attention_heads': 8}}\"")
+        raise UserError(
+            f"--model-overrides {overrides!r} is not a Python dict of option names, such as \"{{'decoder_attention_heads': 8}}\""
+        )
     known = {*options, *_OPTIONS}
     for key in value:
         if key not in known:

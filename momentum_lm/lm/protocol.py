@@ -34,5 +34,6 @@ class LanguageModel(Protocol):
         ...
 
     def token_losses(self, tokens: Tensor, targets: Tensor, packed_documents: bool = False) -> Tensor:
-        """-log p of each target (B, T) given the tokens (B, T) up to its place: nats, fp32, on the CPU; 0 at padding targets."""
+        """-log p of each target (B, T) given the tokens (B, T) up to its place: nats, fp32, on the CPU; 0 at padding
+        targets."""
         ...

@@ -1,11 +1,12 @@
-"""Figures that can be read in greyscale, on paper and on dark screens: every series has its own line style and marker."""
+"""Figures that can be read in greyscale, on paper and on dark screens: every series has its own line style and
+marker."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -26,48 +27,64 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "momentum_lm",  # the same figure gives the same bytes
     "axes.spines.top": False,
     "axes.spines.right": False,
-    **{key: _INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
 
 
-def perplexity_figure(series: Mapping[str, Sequence[tuple[int, float]]], split: str = "valid") -> Figure:
-    """Perplexity over context length, in tokens: ``series`` maps a model's name to its (context length, perplexity) points."""
+Panel = Callable[[Any], None]  # draws into a matplotlib Axes
+
+
+def draw(*panels: Panel) -> Figure:
+    """One figure with the panels side by side."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes("context length (tokens)", f"perplexity per token ({split}), lower is better")
-        for index, (name, points) in enumerate(series.items()):
-            lengths, values = zip(*sorted(points), strict=True)
-            axes.plot(lengths, values, label=name, **_look(index, marker=True))
-        ticks = sorted({length for points in series.values() for length, _ in points})
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-        axes.legend(frameon=False)
+        figure = Figure(figsize=(6.4 * len(panels), 4.0), layout="constrained")
+        for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            place.grid(True, color="#888888", alpha=0.25, linewidth=0.6)
+            place.margins(y=0.08)
+            panel(place)
+            place.legend(frameon=False)
         return figure
 
 
-def loss_figure(curves: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float] | None = None) -> Figure:
+def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: str = "valid") -> Panel:
+    """Perplexity over context length, in tokens: ``series`` maps a model's name to its (context length, perplexity) points."""
+
+    def panel(axes: Any) -> None:
+        axes.set(xlabel="context length (tokens)", ylabel=f"perplexity per token ({split}), lower is better")
+        for index, (name, points) in enumerate(series.items()):
+            lengths, values = zip(*sorted(points), strict=True)
+            axes.plot(lengths, values, label=name, marker=_MARKERS[index % len(_MARKERS)], markersize=5, **_line(index))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(sorted({length for points in series.values() for length, _ in points})))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        axes.ticklabel_format(axis="y", useOffset=False)
+
+    return panel
+
+
+def loss_panel(curves: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float] | None = None) -> Panel:
     """Training loss in nats per token over tokens seen: one curve a name.
 
     A name's text up to the first `` seed`` picks its look: repetitions of one model look the same and share one legend entry.
     ``levels`` are horizontal lines to compare with, such as the unigram model's loss.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes("tokens seen", "training loss (nats per token)")
+
+    def panel(axes: Any) -> None:
+        axes.set(xlabel="tokens seen", ylabel="training loss (nats per token)")
         looks: dict[str, int] = {}
         for name, points in curves.items():
             model = name.split(" seed")[0]
             label = None if model in looks else model
-            style = _look(looks.setdefault(model, len(looks)), marker=False)
             tokens, losses = zip(*points, strict=True) if points else ((), ())
-            axes.plot(tokens, losses, label=label, alpha=0.9, **style)
+            axes.plot(tokens, losses, label=label, alpha=0.9, **_line(looks.setdefault(model, len(looks))))
         for name, level in (levels or {}).items():
             axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (2, 2)))
             axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        axes.legend(frameon=False)
-        return figure
+
+    return panel
 
 
 def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -78,7 +95,8 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """An ``<svg>`` element for an HTML page: transparent, its text in the page's colour, as wide as the page lets it be."""
+    """An ``<svg>`` element for an HTML page: transparent, its text in the page's colour, as wide as the page lets it
+    be."""
     with matplotlib.rc_context(_STYLE):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -87,17 +105,8 @@ def to_svg(figure: Figure) -> str:
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(True, color="#888888", alpha=0.25, linewidth=0.6)
-    return figure, axes
-
-
-def _look(index: int, marker: bool) -> dict[str, Any]:
-    look: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.6}
-    return look | {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 5} if marker else look
+def _line(index: int) -> dict[str, Any]:
+    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.6}
 
 
 def _short(number: float) -> str:

@@ -16,7 +16,7 @@ _CSS = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e3e7ec; --soft: #98a2ae; --page: #14171b; --line: #333a43; --panel: #1d2127; }
 }
-body { margin: 0 auto; max-width: 52rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 56rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 0.5rem 0; font-variant-numeric: tabular-nums; }
@@ -25,7 +25,7 @@ th, td { padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; border-bottom: 1px s
 th { font-weight: 600; } .number { text-align: right; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; max-width: 42rem; display: block; }
 figcaption, .note { color: var(--soft); font-size: 0.9rem; }
-pre { background: var(--panel); padding: 0.7rem; overflow-x: auto; border-radius: 4px; font-size: 0.85rem; }
+pre { background: var(--panel); padding: 0.7rem; white-space: pre-wrap; border-radius: 4px; font-size: 0.85rem; }
 """
 
 

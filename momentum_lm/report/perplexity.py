@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
 
-from .figures import perplexity_figure, save_png, to_svg
+from .figures import draw, perplexity_panel, save_png, to_svg
 from .html import Code, Paragraph, Part, Picture, write_page
 from .records import read_results
 from .tables import Table
@@ -44,13 +44,14 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def write_report(folder: str | os.PathLike[str]) -> Table:
-    """Writes ``report.html``, ``perplexity-<split>.png`` and TensorBoard events beside a ``results.json``; returns its table."""
+    """Writes ``report.html``, ``perplexity-<split>.png`` and TensorBoard events beside a ``results.json``; returns its
+    table."""
     folder = Path(folder)
     results = read_results(folder)
     table = results_table(results["runs"])
     sections: dict[str, Sequence[Part]] = {"": [Paragraph(f"Model: {results['model']['path']}"), table, Paragraph(_PROTOCOL)]}
     for split, points in _series(results["runs"]).items():
-        figure = perplexity_figure({Path(results["model"]["path"]).name: points}, split)
+        figure = draw(perplexity_panel({Path(results["model"]["path"]).name: points}, split))
         save_png(figure, folder / f"perplexity-{split}.png")
         sections[f"Perplexity on {split}"] = [Picture(to_svg(figure), f"Perplexity on {split} at each context length.")]
     details = {name: results[name] for name in ("model", "config")}
@@ -63,8 +64,9 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
 class Comparison:
     """Several results folders side by side; differences are from the first.
 
-    A difference comes with its paired bootstrap over documents where both runs scored the same data; where they did not, it has none,
-    and perplexities over different tokens must not be compared at all. Raises UserError for folders of other tasks.
+    A difference comes with its paired bootstrap over documents where both runs scored the same data; where they did
+    not, it has none, and perplexities over different tokens must not be compared at all. Raises UserError for folders
+    of other tasks.
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike[str]], names: Sequence[str] | None = None, seed: int = 0) -> None:
@@ -100,7 +102,7 @@ class Comparison:
         for split in sorted({run["split"] for results in self.results for run in results["runs"]}):
             series = {n: s[split] for n, r in zip(self.names, self.results, strict=True) if split in (s := _series(r["runs"]))}
             sections[f"Perplexity on {split}"] = [
-                Picture(to_svg(perplexity_figure(series, split)), f"Perplexity on {split} at each context length.")
+                Picture(to_svg(draw(perplexity_panel(series, split))), f"Perplexity on {split} at each context length.")
             ]
         sections["Models"] = [Code("\n".join(f"{n}: {r['model']['path']}" for n, r in zip(self.names, self.results, strict=True)))]
         write_page(path, "Perplexity, side by side", sections)
@@ -117,7 +119,8 @@ class Comparison:
 
 
 def document_sums(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(nll, tokens) per document of one run of a results folder, empty documents left out. Raises UserError if the file is damaged."""
+    """(nll, tokens) per document of one run of a results folder, empty documents left out. Raises UserError if the file
+    is damaged."""
     path = Path(folder) / str(run["documents"])
     try:
         with np.load(path) as arrays:
@@ -148,13 +151,17 @@ def _series(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' last names, or as many parts as it takes to tell them apart."""
-    paths = [folder.resolve() for folder in folders]
-    for parts in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError("the same results folder is named twice")
+    """The folders' paths without the parts that all of them share at the beginning and at the end."""
+    parts = [list(folder.resolve().parts) for folder in folders]
+    if len({tuple(p) for p in parts}) < len(parts):
+        raise UserError("the same results folder is named twice")
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    for end in (-1, 0):
+        while len({p[end] for p in parts if p}) == 1 and all(parts):
+            for p in parts:
+                del p[end]
+    return ["/".join(p) or "." for p in parts]
 
 
 def _write_events(folder: Path, results: Mapping[str, Any]) -> None:

@@ -16,11 +16,13 @@ RESULTS = "results.json"
 
 
 class Results:
-    """``results.json`` of one task and one model, written anew, atomically, after every finished run (one entry of ``runs``).
+    """``results.json`` of one task and one model, written anew, atomically, after every finished run (one entry of
+    ``runs``).
 
-    ``config`` holds everything that the numbers depend on, apart from what ``key`` names. Opening a folder whose results have the
-    same task, model and config goes on with them; a folder with others is refused unless ``force``, which begins anew. Entries called
-    ``path`` are for the reader and not compared. Nothing is written, and with ``force`` nothing replaced, before the first run is added.
+    ``config`` holds everything that the numbers depend on, apart from what ``key`` names. Opening a folder whose
+    results have the same task, model and config goes on with them; a folder with others is refused unless ``force``,
+    which begins anew. Entries called ``path`` are for the reader and not compared. Nothing is written, and with
+    ``force`` nothing replaced, before the first run is added.
 
     Raises UserError for a folder of other results, or a file that cannot be read.
     """
@@ -92,7 +94,8 @@ def file_sha256(*paths: str | os.PathLike[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What the value is after a journey through JSON, so that it compares equal to what is read back. NaN: ValueError."""
+    """What the value is after a journey through JSON, so that it compares equal to what is read back. NaN:
+    ValueError."""
     return json.loads(json.dumps(value, allow_nan=False))
 
 

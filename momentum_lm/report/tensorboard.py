@@ -16,9 +16,10 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 class TrainingLog:
     """Writes scalars, histograms and hyper-parameters into one folder, which TensorBoard shows as one run.
 
-    The hyper-parameters are written at once, so that a run that is killed is in the HParams tab too; its columns of metrics are the
-    run's scalars. ``SummaryWriter.add_hparams`` does not do: it makes a second run, and fixes the columns for all runs by those of one.
-    Closing twice is harmless. Use as a context manager, or call ``close`` from ``atexit``: an interrupted program then loses nothing.
+    The hyper-parameters are written at once, so that a run that is killed is in the HParams tab too; its columns of
+    metrics are the run's scalars. ``SummaryWriter.add_hparams`` does not do: it makes a second run, and fixes the
+    columns for all runs by those of one. Closing twice is harmless. Use as a context manager, or call ``close`` from
+    ``atexit``: an interrupted program then loses nothing.
     """
 
     def __init__(self, logdir: str | os.PathLike[str], hparams: Mapping[str, Any]) -> None:
@@ -43,7 +44,8 @@ class TrainingLog:
             self._open().add_histogram(tag, values, step)
 
     def hparams_with_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
-        """Metrics to compare runs by: the latest value of each stands beside the hyper-parameters under ``hparam/<name>``."""
+        """Metrics to compare runs by: the latest value of each stands beside the hyper-parameters under
+        ``hparam/<name>``."""
         self.scalars({f"hparam/{name}": value for name, value in metrics.items()}, step or 0)
         self.flush()
 

@@ -1,9 +1,9 @@
 """How well does a model predict text, at several context lengths? The protocol of the paper's Table 6.
 
-The documents of a split make one stream of tokens, cut into blocks of L tokens that do not overlap; each block is scored without what
-came before it, except that its first input is the token before the block, or the end-of-sentence token at a document's beginning. So
-every token is scored once, the same tokens at every L, and the numbers equal those of ``fairseq-eval-lm --sample-break-mode none
---tokens-per-sample L``.
+The documents of a split make one stream of tokens, cut into blocks of L tokens that do not overlap; each block is
+scored without what came before it, except that its first input is the token before the block, or the end-of-sentence
+token at a document's beginning. So every token is scored once, the same tokens at every L, and the numbers equal those
+of ``fairseq-eval-lm --sample-break-mode none --tokens-per-sample L``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def load_split(data: str | os.PathLike[str], name: str, lm: LanguageModel) -> Sp
 def batches(
     dataset: IndexedDataset, context_length: int, rows: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Inputs, targets and document numbers, each (B, T), of up to ``rows`` successive blocks; the last block is padded on the right.
+    """Inputs, targets and document numbers, each (B, T), of up to ``rows`` successive blocks; the last block is padded
+    on the right.
 
     Documents of padding are -1.
     """
@@ -85,7 +86,7 @@ def batches(
         last = min(first + context_length * rows, total)
         documents = np.arange(np.searchsorted(ends, first, "right"), np.searchsorted(ends, last - 1, "right") + 1)
         offset = first - int(starts[documents[0]])
-        tokens = np.concatenate([dataset[d] for d in documents]).astype(np.int64)
+        tokens = np.concatenate([dataset[int(d)] for d in documents]).astype(np.int64)
         owners = np.repeat(documents, dataset.sizes[documents])
         targets, owners = tokens[offset : offset + last - first], owners[offset : offset + last - first]
         inputs = np.concatenate([[tokens[offset - 1] if offset else EOS], targets[:-1]])
@@ -93,9 +94,10 @@ def batches(
         inputs[blocks[np.isin(blocks, starts)] - first] = EOS
         count = len(blocks)
         pad = (0, count * context_length - len(targets))
-        filled = (np.pad(x, pad, constant_values=fill) for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1)))
-        inputs, targets, owners = (x.reshape(count, context_length) for x in filled)
-        yield inputs, targets, owners
+        yield tuple(  # type: ignore[misc]
+            np.pad(x, pad, constant_values=fill).reshape(count, context_length)
+            for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1))
+        )
 
 
 def score_documents(
@@ -108,8 +110,9 @@ def score_documents(
 ) -> NDArray[np.float64]:
     """Summed negative log-likelihood of each document, in nats, (documents,).
 
-    ``batch_tokens``: about how many tokens go through the model at once (at least one block). ``packed_documents``: no document sees
-    another. Raises UserError for a context longer than the model's, ids outside its vocabulary, padding in the data, or NaN.
+    ``batch_tokens``: about how many tokens go through the model at once (at least one block). ``packed_documents``: no
+    document sees another. Raises UserError for a context longer than the model's, ids outside its vocabulary, padding
+    in the data, or NaN.
     """
     check_context_length(lm, context_length)
     totals = np.zeros(len(dataset))
@@ -128,7 +131,9 @@ def score_documents(
         if progress is not None:
             progress.update(int(real.sum()))
     if scored == 0 or scored != dataset.num_tokens:
-        raise UserError(f"{dataset.prefix}.bin: {scored} of {dataset.num_tokens} tokens were scored; the file changed meanwhile, or is empty")
+        raise UserError(
+            f"{dataset.prefix}.bin: {scored} of {dataset.num_tokens} tokens were scored; the file changed meanwhile, or is empty"
+        )
     return totals
 
 
@@ -150,10 +155,12 @@ def evaluate(
     force: bool = False,
     show_progress: bool = True,
 ) -> Results:
-    """Scores every split at every context length, each finished one recorded at once in ``folder``; finished ones are not run again.
+    """Scores every split at every context length, each finished one recorded at once in ``folder``; finished ones are
+    not run again.
 
-    Writes ``results.json`` and ``documents/<split>-<length>.npz`` (``nll`` in nats and ``tokens`` per document). ``seed`` is that of
-    the bootstrap over documents behind each ``ci95``. Raises UserError as the functions above and ``Results`` do.
+    Writes ``results.json`` and ``documents/<split>-<length>.npz`` (``nll`` in nats and ``tokens`` per document).
+    ``seed`` is that of the bootstrap over documents behind each ``ci95``. Raises UserError as the functions above and
+    ``Results`` do.
     """
     for length in context_lengths:
         check_context_length(lm, length)
@@ -223,7 +230,9 @@ def _text_bytes(folder: Path, split: str, tokens: int) -> int | None:
         entry = json.loads(path.read_text(encoding="utf-8"))["splits"][split]
         counted, size = int(entry["tokens"]), int(entry["bytes"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); run `momentum-lm prepare` again, or delete it to do without bits per byte") from error
+        raise UserError(
+            f"{path} is damaged ({error!r}); run `momentum-lm prepare` again, or delete it to do without bits per byte"
+        ) from error
     if counted != tokens:
         _log.warning("%s says %d tokens for %s, but there are %d: no bits per byte", path, counted, split, tokens)
         return None

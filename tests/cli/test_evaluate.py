@@ -1,5 +1,6 @@
 """``fairseq-eval --task lm_perplexity`` and ``momentum-lm report`` on checkpoints that fairseq-train wrote."""
 
+import contextlib
 import json
 import math
 import re
@@ -111,6 +112,8 @@ def test_report_compares(data, models, tmp_path, capsys):
     assert shown == pytest.approx(change, abs=2e-3)
     assert 0 < low < shown < high
     assert "<svg" in page.read_text()
+    assert report.main([str(tmp_path / "small"), str(tmp_path / "small" / ".")]) == 2
+    assert "named twice" in capsys.readouterr().err
     assert report.main([str(tmp_path / "small"), str(tmp_path / "large"), "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| split | context | model |")
 
@@ -156,7 +159,12 @@ def test_interrupted_evaluation_goes_on(data, models, tmp_path, monkeypatch, cap
     ],
 )
 def test_errors_are_one_line(data, models, tmp_path, capsys, changes, message):
-    options = {"--task": "lm_perplexity", "--path": str(models / "small.pt"), "--context-lengths": "8", "--results-dir": str(tmp_path / "o")}
+    options = {
+        "--task": "lm_perplexity",
+        "--path": str(models / "small.pt"),
+        "--context-lengths": "8",
+        "--results-dir": str(tmp_path / "o"),
+    }
     words = [word for pair in (options | changes).items() if pair[1] is not None for word in pair]
     assert evaluate.main([*words, str(data)]) == 2
     error = capsys.readouterr().err.splitlines()
@@ -168,10 +176,8 @@ def test_errors_are_one_line(data, models, tmp_path, capsys, changes, message):
 
 def test_help(capsys):
     for arguments in (["--help"], ["--task", "lm_perplexity", "--help"]):
-        try:
-            evaluate.main(arguments)
-        except SystemExit as done:
-            assert done.code == 0
+        with contextlib.suppress(SystemExit):  # argparse's way to end
+            assert evaluate.main(arguments) == 0
         text = capsys.readouterr().out
         assert "lm_perplexity" in text
         assert "example:" in text

@@ -35,6 +35,10 @@ def texts(folder, split):
     return found
 
 
+def all_texts(folder):
+    return [text for split in ("train", "valid", "test") if (Path(folder) / f"{split}.idx").exists() for text in texts(folder, split)]
+
+
 def content(folder, *without):
     return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.name not in without}
 
@@ -48,7 +52,7 @@ def prepared(tmp_path_factory, jsonl):
 def test_all_documents_are_there_once_and_whole(prepared, documents):
     output, result = prepared
     found = {split: texts(output, split) for split in ("train", "valid", "test")}
-    assert sorted(sum(found.values(), [])) == sorted(documents)
+    assert sorted(all_texts(output)) == sorted(documents)
     assert len(found["test"]) == 20
     assert 10 < len(found["valid"]) < 55
     order = {text: i for i, text in enumerate(documents)}
@@ -77,18 +81,20 @@ def test_dictionary_counts_the_training_tokens(prepared):
     assert sum(dictionary.count[4:]) > 1000
 
 
-def test_fairseqs_task_loads_it(prepared, documents):
+def test_fairseqs_task_loads_it(prepared):
     """The stock task, with documents as they are and packed into blocks."""
     from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
     output, _ = prepared
     for mode in ("eos", "none"):
-        task = LanguageModelingTask.setup_task(LanguageModelingConfig(data=str(output), sample_break_mode=mode, tokens_per_sample=4096))
+        plain = {"dataset_impl": None, "use_plasma_view": False, "seed": 1}  # whose defaults stand elsewhere in fairseq's configuration
+        settings = LanguageModelingConfig(data=str(output), sample_break_mode=mode, tokens_per_sample=4096, **plain)
+        task = LanguageModelingTask.setup_task(settings)
         task.load_dataset("train")
         tokens = np.concatenate([task.dataset("train")[i]["target"].numpy() for i in range(len(task.dataset("train")))])
         np.testing.assert_array_equal(tokens, np.concatenate(list(IndexedDataset(output / "train"))))
     tokenizer = load_tokenizer(output)
-    assert [task.dictionary[i] for i in tokenizer.encode(documents[0])] == [tokenizer.dictionary.symbols[i] for i in tokenizer.encode(documents[0])]
+    assert task.dictionary.symbols == tokenizer.dictionary.symbols
 
 
 def test_fairseq_preprocess_makes_the_same_of_the_pieces(prepared, tmp_path, run_cli, documents):
@@ -97,9 +103,8 @@ def test_fairseq_preprocess_makes_the_same_of_the_pieces(prepared, tmp_path, run
     tokenizer = load_tokenizer(output)
     lines = [" ".join(tokenizer.dictionary.symbols[i] for i in tokenizer.encode(text)) for text in documents]
     (tmp_path / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = run_cli(
-        ["fairseq-preprocess", "--only-source", "--srcdict", output / "dict.txt", "--trainpref", tmp_path / "train.txt", "--destdir", tmp_path / "bin"]
-    )
+    command = ["fairseq-preprocess", "--only-source", "--srcdict", output / "dict.txt"]
+    done = run_cli([*command, "--trainpref", tmp_path / "train.txt", "--destdir", tmp_path / "bin"])
     assert done.returncode == 0, done.stderr
     theirs = IndexedDataset(tmp_path / "bin" / "train")
     assert [item.tolist() for item in theirs] == [[*tokenizer.encode(text), 2] for text in documents]
@@ -131,21 +136,18 @@ def test_the_seed_changes_the_splits(prepared, jsonl, tmp_path):
     assert texts(tmp_path / "data", "test") != texts(output, "test")
 
 
-def test_duplicates_and_empty_documents_are_dropped(prepared, documents, jsonl, tmp_path):
-    """From several sources of different kinds; the first of equal documents stays where it is."""
-    output, _ = prepared
-    (tmp_path / "again.csv").write_text("text\n\" \"\n" + "\n".join(json.dumps(t).replace('\\"', '""') for t in ["x"]) + "\n\n")
+def test_duplicates_and_empty_documents_are_dropped(documents, jsonl, tmp_path):
+    """From several sources of different kinds."""
+    (tmp_path / "again.csv").write_text('text\n" "\nx\n\n')
     (tmp_path / "one.txt").write_text(documents[7])
     result = prepare(config(tmp_path / "data", jsonl, jsonl, tmp_path / "again.csv", tmp_path / "one.txt"), workers=1)
     assert (result["documents_read"], result["duplicates"], result["empty"]) == (2 * len(documents) + 3, len(documents) + 1, 1)
-    found = sum((texts(tmp_path / "data", split) for split in ("train", "valid", "test")), [])
-    assert sorted(found) == sorted([*documents, "x"])
+    assert sorted(all_texts(tmp_path / "data")) == sorted([*documents, "x"])
 
 
 def test_max_documents(jsonl, documents, tmp_path):
     prepare(config(tmp_path / "data", jsonl, max_documents=100, test="0"), workers=1)
-    found = texts(tmp_path / "data", "train") + texts(tmp_path / "data", "valid")
-    assert sorted(found) == sorted(documents[:100])
+    assert sorted(all_texts(tmp_path / "data")) == sorted(documents[:100])
     assert not (tmp_path / "data" / "test.bin").exists()
 
 
@@ -157,8 +159,7 @@ def test_given_tokenizers(prepared, jsonl, gpt2_folder, documents, tmp_path):
     assert again["config"]["vocab_size"] is None
     result = prepare(config(tmp_path / "gpt2", jsonl, gpt2_bpe=str(gpt2_folder)), workers=2)
     assert result["tokenizer"]["kind"] == "gpt2_bpe" and (tmp_path / "gpt2" / "encoder.json").exists()
-    found = sum((texts(tmp_path / "gpt2", split) for split in ("train", "valid", "test")), [])
-    assert sorted(found) == sorted(documents)
+    assert sorted(all_texts(tmp_path / "gpt2")) == sorted(documents)
 
 
 def test_a_dictionary_beside_a_tokenizer_is_kept(prepared, jsonl, tmp_path):
@@ -208,13 +209,13 @@ def test_other_settings_are_refused_unless_forced(jsonl, tmp_path, documents):
     before = content(output)
     with pytest.raises(UserError, match=r"was prepared with other settings: seed 1 \(now 2\); use another --output, or --force"):
         prepare(config(output, jsonl, seed=2), workers=1)
-    with pytest.raises(UserError, match="none of 1 documents to train on|split empty|no document to train on"):
+    with pytest.raises(UserError, match=r"none of 1 documents to train on|split empty|no document to train on"):
         prepare(config(output, jsonl, max_documents=1), workers=1, force=True)
     assert content(output) == before
     result = prepare(config(output, jsonl, test="0", seed=2), workers=1, force=True)
     assert set(result["splits"]) == {"train", "valid"}
     assert sorted(p.name for p in output.iterdir()) == sorted([*result["files"], "prepare.json"])
-    assert sorted(texts(output, "train") + texts(output, "valid")) == sorted(documents)
+    assert sorted(all_texts(output)) == sorted(documents)
 
 
 def test_changed_sources_are_refused_unless_forced(tmp_path, documents):
@@ -348,7 +349,7 @@ def test_what_was_tokenised_before_a_kill_is_not_tokenised_again(prepared, jsonl
 
     refused = start(tmp_path, jsonl.parent / "gone.jsonl", workers)
     assert "no such file" in refused.communicate()[1]
-    with pytest.raises(UserError, match=r"holds unfinished work with other settings: .*seed 1 \(now 3\); use another --output, or --force to drop"):
+    with pytest.raises(UserError, match=r"holds unfinished work with .*seed 1 \(now 3\); use another --output, or --force to drop"):
         prepare(config(tmp_path / "data", jsonl, seed=3), workers=1)
     said = start(tmp_path, jsonl, workers).communicate()[0]
     assert said == f"going on after document {saved['counts']['read']}\n"
@@ -416,7 +417,7 @@ def test_a_killed_worker_is_told_and_the_work_kept(jsonl, tmp_path, prepared, mo
                 worker.kill()
 
     monkeypatch.setattr(corpus._Run, "_save", save_then_kill)
-    with pytest.raises(Interrupted, match="a worker process was killed, perhaps for want of memory; run the command again with fewer --workers"):
+    with pytest.raises(Interrupted, match=r"a worker process was killed, .* run the command again with fewer --workers"):
         prepare(config(tmp_path / "data", jsonl), workers=2)
     said = []
     prepare(config(tmp_path / "data", jsonl), workers=1, say=said.append)

@@ -80,7 +80,7 @@ def test_order_and_repetition_change_no_split(valid, test):
 
 
 def test_more_documents_move_none_between_splits_of_fractions():
-    assert splits("0.1", "0.1", DOCUMENTS + [b"new"])[:5000] == splits("0.1", "0.1")
+    assert splits("0.1", "0.1", [*DOCUMENTS, b"new"])[:5000] == splits("0.1", "0.1")
 
 
 def test_the_seed_moves_them():

@@ -15,8 +15,8 @@ from momentum_lm.data.tokenizer import GPT2Tokenizer, SentencePieceTokenizer, lo
 from momentum_lm.data.vocabulary import train_sentencepiece
 from momentum_lm.errors import UserError
 
-AWKWARD = [0, 1, 9, 10, 11, 12, 13, 28, 32, 32, 32, 0x85, 0xA0, 0x301, 0x200B, 0x2028, 0x2029, 0x2047, 0x2581, 0x2585, 0x3000, 0xFEFF, 0xFFFD, 0x10FFFF]
-TEXTS = ["", " ", "\n", "\n\n\n", "  two  spaces ", "a\tb\r\nc", "▁▁", "a▁ b", "<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "don't we'll", "日本語 😀", "é"]
+AWKWARD = [0, 1, 9, 10, 11, 12, 13, 28, 32, 32, 32, 0x85, 0xA0, 0x301, 0x200B, 0x2028, 0x2029, 0x2047, 0x2581, 0x2585, 0xFEFF, 0xFFFD]
+TEXTS = ["", " ", "\n", "\n\n\n", "  two  spaces ", "a\tb\r\nc", "▁▁", "a▁ b", "<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "we'll", "日 😀é"]
 
 
 def random_text(rng):
@@ -65,7 +65,8 @@ def test_half_a_surrogate_pair_is_refused_not_changed(tokenizer):
 
 
 def test_trained_model_has_fairseqs_ids_and_size(sentencepiece_model, documents):
-    model, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model)), SentencePieceTokenizer(sentencepiece_model)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    tokenizer = SentencePieceTokenizer(sentencepiece_model)
     assert tokenizer.vocab_size == model.get_piece_size() == 600
     assert tokenizer.dictionary.symbols == [model.id_to_piece(i) for i in range(600)]
     assert tokenizer.encode(documents[0]) == model.encode(documents[0])

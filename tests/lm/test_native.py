@@ -1,4 +1,5 @@
-"""Checkpoints of every form that fairseq has written, as tensors and options; real fairseq's are in tests/cli/test_evaluate.py."""
+"""Checkpoints of every form that fairseq has written, as tensors and options; real fairseq's are in
+tests/cli/test_evaluate.py."""
 
 import argparse
 

@@ -34,7 +34,7 @@ class Balanced(HTMLParser):
 
 @pytest.fixture
 def figure():
-    return figures.perplexity_figure({"vanilla": [(64, 30.0), (256, 20.0)], "momentum": [(256, 19.0), (64, 28.0)]})
+    return figures.draw(figures.perplexity_panel({"vanilla": [(64, 30.0), (256, 20.0)], "momentum": [(256, 19.0), (64, 28.0)]}))
 
 
 def test_page_is_whole_and_needs_no_network(figure, tmp_path):
@@ -70,7 +70,8 @@ def test_series_differ_without_colour(figure):
 
 def test_loss_figure_shares_looks_between_seeds(tmp_path):
     curves = {"a seed 1": [(0, 9.0), (1000, 7.0)], "a seed 2": [(0, 9.0), (1000, 7.1)], "b seed 1": [(0, 9.0)], "c": []}
-    figure = figures.loss_figure(curves, {"unigram": 6.5})
+    figure = figures.draw(figures.loss_panel(curves, {"unigram": 6.5}), figures.perplexity_panel({"a": [(1, 2.0)]}))
+    assert len(figure.axes) == 2
     lines = figure.axes[0].get_lines()
     assert lines[0].get_linestyle() == lines[1].get_linestyle() != lines[2].get_linestyle()
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["a", "b", "c"]

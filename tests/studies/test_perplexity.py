@@ -204,7 +204,7 @@ def test_nothing_is_ever_scored_wrongly(lm, data, tmp_path, spoil, message):
 
 
 def test_bad_arguments(lm, data, tmp_path):
-    with pytest.raises(UserError, match="--context-lengths 65: .*from 1 to 64"):
+    with pytest.raises(UserError, match=r"--context-lengths 65: .*from 1 to 64"):
         evaluate(lm, data, tmp_path / "out", (4, 65))
     with pytest.raises(UserError, match=r"no split 'test' \(there: valid\)"):
         evaluate(lm, data, tmp_path / "out", splits=("valid", "test"))

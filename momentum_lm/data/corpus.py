@@ -172,7 +172,7 @@ class _Run:
                 stack.callback(writers[split].close)
             bar = stack.enter_context(self._bar("tokenising"))
             saved_at = time.monotonic()
-            for chunk, parts in encode_in_order(chunks, self.work, workers or len(os.sched_getaffinity(0))):
+            for chunk, parts in encode_in_order(chunks, self.work, workers or _cpus()):
                 for index, part in parts.items():
                     tally = state["splits"][SPLITS[index]]
                     writers[SPLITS[index]].add_many(part.ids, part.sizes)
@@ -220,6 +220,10 @@ class _Run:
         with self.progress(total=total, desc=label, unit="B", unit_scale=True) as bar:
             yield bar
             bar.update((total or bar.n) - bar.n)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _NoBar:

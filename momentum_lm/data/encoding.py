@@ -105,7 +105,7 @@ def encode_in_order(
         for chunk in chunks:
             while under_way and sum(c.size for c, _ in under_way) + chunk.size > 2 * CHUNK * workers:
                 yield _next(under_way)
-            under_way.append((chunk, pool.submit(_encode_here, chunk.documents)))
+            under_way.append((chunk, _submit(pool, chunk)))
             while under_way and (under_way[0][1].done() or len(under_way) > 2 * workers):
                 yield _next(under_way)
         while under_way:
@@ -114,6 +114,15 @@ def encode_in_order(
         raise Interrupted("a worker process was killed, perhaps for want of memory; run the command again with fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, chunk: Chunk) -> Future[dict[int, Encoded]]:
+    """Ctrl-C is this process's to handle: workers, which start here, inherit that it is blocked for now."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode_here, chunk.documents)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _next(under_way: deque[tuple[Chunk, Future[dict[int, Encoded]]]]) -> tuple[Chunk, dict[int, Encoded]]:
@@ -126,7 +135,6 @@ _worker_tokenizer: Tokenizer
 
 def _start_worker(tokenizer_folder: str) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = load_tokenizer(tokenizer_folder)
 

@@ -11,7 +11,7 @@ from omegaconf import II, DictConfig, OmegaConf
 from torch import Tensor
 
 from momentum_lm.modules import Cache, Decoder, DecoderConfig
-from momentum_lm.modules.decoder import ACTIVATIONS, MOMENTUM_KINDS, POSITIONS
+from momentum_lm.modules.decoder import ACTIVATIONS, DEFAULT_ETA, MOMENTUM_KINDS, POSITIONS
 
 # layers, width, heads; the feed-forward is four times the width. From 125m on: the fairseq dense LMs.
 SIZES = {
@@ -23,7 +23,6 @@ SIZES = {
     "6_7b": (32, 4096, 32),
     "13b": (40, 5120, 40),
 }
-DEFAULT_ETA = 0.5
 
 
 def _option(default: Any, text: str) -> Any:

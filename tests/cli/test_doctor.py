@@ -34,8 +34,7 @@ def test_without_the_hook_there_are_problems_and_remedies(run_cli):
     result = run_cli(["momentum-lm", "doctor"], env={"FAIRSEQ_COMPAT": "0"})
     assert result.returncode == 1
     assert "problem  fairseq hook" in result.stdout and "remedy: unset FAIRSEQ_COMPAT" in result.stdout
-    if sys.version_info >= (3, 11):
-        assert "cannot be imported: ValueError: mutable default" in result.stdout
+    assert "cannot be imported: ValueError: mutable default" in result.stdout
     assert result.stdout.strip().endswith("problems")
 
 

@@ -8,7 +8,6 @@ import torch
 import fairseq_compat
 
 
-
 @pytest.fixture(scope="module")
 def checkpoint(data, run_cli, tmp_path_factory, flags, json_lines):
     folder = tmp_path_factory.mktemp("momentum")

@@ -12,7 +12,6 @@ import torch
 
 import fairseq_compat
 
-
 MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned"]
 
 

@@ -240,7 +240,8 @@ def evaluation_jobs(settings: Settings, output: Path) -> dict[tuple[str, int], J
             folder = output / "runs" / f"{model}-seed{seed}"
             command = [
                 tool("fairseq-eval"), "--task", "lm_perplexity", str(output / "data"), "--path", str(folder / "checkpoint_last.pt"),
-                "--context-lengths", lengths, "--split", "valid", "--device", "cpu", "--results-dir", str(folder / "perplexity"),
+                "--context-lengths", lengths, "--split", "valid", "--device", "cpu", "--batch-tokens", "2048",
+                "--results-dir", str(folder / "perplexity"),
             ]  # fmt: skip
             jobs[model, seed] = Job("evaluate", command, folder, max(1, cores() // 2))
     return jobs

@@ -32,7 +32,7 @@ def fetch_corpus(name: str, folder: str | os.PathLike[str]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary, atomic_write(target) as file:
             for text in _CORPORA[name](Path(temporary)):
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"text": text}) + "\n")
     return target
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -38,10 +38,8 @@ def workplace(output: Path, wanted: dict[str, Any], force: bool) -> Iterator[Pat
     created = not output.exists()
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another prepare is at work in {output}; wait for it, or use another --output") from error
+        if not _locked(lock):
+            raise UserError(f"another prepare is at work in {output}; wait for it, or use another --output")
         before = read_json(work / "config.json")
         if before is not None and before != wanted and not force and _has_results(work):
             other = difference(before, wanted)
@@ -70,8 +68,20 @@ def _has_results(work: Path) -> bool:
 
 def clear_away(output: Path, wanted: dict[str, Any]) -> None:
     """Removes the empty workplace of a run that was killed after its last file had been moved."""
-    if (read_json(output / ".prepare" / "config.json") or {}) == wanted:
-        shutil.rmtree(output / ".prepare")
+    work = output / ".prepare"
+    if (read_json(work / "config.json") or {}) == wanted:
+        with open(work / "lock", "w") as lock:
+            if _locked(lock):
+                shutil.rmtree(work)
+
+
+def _locked(file: IO[str]) -> bool:
+    """Takes the lock, which ends with the process if not before. False if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def complete(work: Path, wanted: dict[str, Any], state: dict[str, Any]) -> None:
@@ -122,13 +132,13 @@ def publish(work: Path, output: Path) -> dict[str, Any]:
 
 
 def difference(before: Any, now: dict[str, Any]) -> str:
+    """What keeps two recorded settings apart, in words that follow "prepared with"."""
     if not isinstance(before, dict):
         return "other settings"
-    names = [name for name in now if before.get(name) != now[name]]
-    if "source_fingerprint" in names and before.get("sources") == now["sources"]:
+    names = [name for name in now if before.get(name) != now[name] and name not in ("files", "source_bytes", "source_fingerprint")]
+    if not names:
         return "a source whose content has changed since"
-    shown = [f"{name} {json.dumps(before.get(name))} (now {json.dumps(now[name])})" for name in names if name != "source_fingerprint"]
-    return "other settings: " + ", ".join(shown)
+    return "other settings: " + ", ".join(f"{name} {json.dumps(before.get(name))} (now {json.dumps(now[name])})" for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -51,8 +51,8 @@ def test_a_file_can_be_fetched_beside_another(wheel, tmp_path):
 @pytest.mark.parametrize(
     "requirement, digest, member, message",
     [
-        ("some-data==1.0", "0" * 64, "some_data/a.txt", "some-data==1.0 on this package index is not the file with sha256 0000.*; do not use it"),
-        ("some-data==2.0", None, "some_data/a.txt", r"pip could not fetch some-data==2\.0 \(ERROR: No matching .*check the network, or PIP_INDEX"),
+        ("some-data==1.0", "0" * 64, "some_data/a.txt", "some-data==1.0 on this package index is not the file with sha256 0000"),
+        ("some-data==2.0", None, "some_data/a.txt", r"pip could not fetch some-data==2\.0 \(ERROR: No matching .*check the network"),
         ("some-data==1.0", None, "some_data/c.txt", r"some-data==1\.0 has no some_data/c\.txt inside; check the name"),
     ],
 )

@@ -151,7 +151,7 @@ BAD = {
     "csv short row": ("t.csv", b'id,text\n1,"a\nb"\n2\n', {}, r"t\.csv:4: 1 columns, the header has 2"),
     "csv quote": ("t.csv", b'id,text\n1,"a\n2,b\n', {}, r"t\.csv:3: not proper CSV .*look for an unclosed quote"),
     "json": ("t.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, r"t\.jsonl:2: not a JSON record .*mend or remove the line"),
-    "json array": ("t.json", b'[{"text": "a"}]', {}, r"t\.json:1: expected a JSON object .* got list; make the array JSON Line, as with"),
+    "json array": ("t.json", b'[{"text": "a"}]', {}, r"t\.json:1: expected a JSON object .* got list; make the array JSON Lines"),
     "json array of lines": ("t.json", b'[\n{"text": "a"}\n]', {}, r"t\.json:1: not a JSON record .*this is one JSON array: .*jq -c"),
     "json value": ("t.jsonl", b"3\n", {}, r"t\.jsonl:1: expected a JSON object with the column 'text', got int"),
     "json deep": ("t.jsonl", b"[" * 200_000, {}, r"t\.jsonl:1: (JSON nested too deeply|not a JSON record)"),

@@ -22,7 +22,7 @@ VOCAB, LENGTHS = 40, (5, 1, 13, 2, 30, 7)
 @pytest.fixture
 def lm(tmp_path):
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(VOCAB, dim=16, ffn_dim=16, layers=2, heads=2, max_positions=64, momentum_kind="ema"))
+    model = Decoder(DecoderConfig(VOCAB, dim=16, ffn_dim=16, layers=2, heads=2, max_positions=64, momentum_kind="ema", momentum_eta=0.7))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     path = tmp_path / "model" / "model.pt"
@@ -107,7 +107,7 @@ def test_records(lm, data, tmp_path):
     evaluate(lm, data, tmp_path / "out")
     results = read_results(tmp_path / "out")
     assert results["task"] == "lm_perplexity"
-    assert results["model"]["architecture"]["momentum_eta"] == 0.5
+    assert results["model"]["architecture"]["momentum_eta"] == 0.7
     assert [run["context_length"] for run in results["runs"]] == [4, 16]
     for run in results["runs"]:
         nll, tokens = document_sums(tmp_path / "out", run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -37,6 +38,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     with atomic_write(path) as file:
         json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def file_sha256(*paths: str | os.PathLike[str]) -> str:
+    """SHA-256 of the files' contents one after another, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

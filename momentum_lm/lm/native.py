@@ -17,6 +17,7 @@ from torch import Tensor
 
 from momentum_lm.data.tokenizer import Tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
+from momentum_lm.files import file_sha256
 from momentum_lm.modules import Decoder, DecoderConfig
 from momentum_lm.modules.decoder import document_ids
 
@@ -76,8 +77,6 @@ class NativeLM:
     @cached_property
     def sha256(self) -> str:
         """Digest of the checkpoint file, which tells one checkpoint from another wherever it lies."""
-        from momentum_lm.report.records import file_sha256
-
         return file_sha256(self.path)
 
     @cached_property

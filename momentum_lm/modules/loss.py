@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits held at a time, in elements: large enough for efficient products, small beside everything else that training holds.
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+# Rows of logits held at a time on a CPU: measured, the fastest at vocabularies of 8k and 51k (64 to 1024 cost up to 25% more).
+CPU_ROWS = 256
+# Elsewhere a kernel must be fed: so many logits at a time, small beside everything else that training holds.
+CHUNK_LOGITS = 2**28
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -68,7 +70,7 @@ def chunked_cross_entropy(
     reduction: str = "sum",
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """``F.cross_entropy(hidden @ weight.T, targets)`` holding ``chunk_tokens`` rows of logits at a time (None: by CHUNK_LOGITS).
+    """``F.cross_entropy(hidden @ weight.T, targets)`` holding ``chunk_tokens`` rows of logits at a time (None: a good number).
 
     Args:
         hidden: (..., C). weight: (V, C), the output embedding. targets: (...) token ids; ``ignore_index`` counts for nothing.
@@ -84,7 +86,7 @@ def chunked_cross_entropy(
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_LOGITS.get(hidden.device.type, 2**24) // weight.shape[0])
+        chunk_tokens = CPU_ROWS if hidden.device.type == "cpu" else max(CPU_ROWS, CHUNK_LOGITS // weight.shape[0])
     if not torch.is_grad_enabled():
         rows, weight = rows.detach(), weight.detach()
     if reduction == "sum":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -81,16 +80,6 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(data, dict) or not {"task", "model", "config", "runs"} <= data.keys():
         raise UserError(f"{path} is not a results file: it needs task, model, config and runs")
     return data
-
-
-def file_sha256(*paths: str | os.PathLike[str]) -> str:
-    """SHA-256 of the files' contents one after another, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -27,9 +27,9 @@ from momentum_lm.analysis.statistics import bootstrap_mean_ci
 from momentum_lm.data.dictionary import EOS, PAD, Dictionary
 from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.errors import UserError
-from momentum_lm.files import atomic_write
+from momentum_lm.files import atomic_write, file_sha256
 from momentum_lm.lm.protocol import LanguageModel
-from momentum_lm.report.records import Results, file_sha256
+from momentum_lm.report.records import Results
 
 TASK = "lm_perplexity"
 _RESAMPLES = 2000

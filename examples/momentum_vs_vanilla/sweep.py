@@ -1,7 +1,7 @@
 """Which momentum, if any, lowers perplexity? Trains every variant on equal tokens with stock ``fairseq-train`` and compares.
 
-    python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --tokens 1.2e6 --seeds 1
-    python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --tokens 1.2e6 --seeds 1,2,3 --variants vanilla,ema_0.5
+    python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --splits valid
+    python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --seeds 1,2,3 --variants vanilla,ema_0.3
 
 DATA comes from ``momentum-lm prepare``. Variants and seeds may be added by later calls: what is finished is not run again.
 Selection uses the ``valid`` split; quote the ``test`` split.
@@ -9,6 +9,7 @@ Selection uses the ``valid`` split; quote the ``test`` split.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -19,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
+
+from momentum_lm.analysis.statistics import t_interval
 
 ETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 VARIANTS: dict[str, list[str]] = {
@@ -83,7 +86,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--variants", default="all", help="comma-separated, or all: " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", default="1")
-    parser.add_argument("--tokens", type=float, default=1.2e6, help="training tokens per run")
+    parser.add_argument("--tokens", type=float, default=8e5, help="training tokens per run")
     parser.add_argument(
         "--lr",
         type=float,
@@ -127,21 +130,28 @@ def main() -> None:
             rows += [{"variant": name, "seed": seed, **run} for run in evaluate(args.data, folder(name, seed), split, args.context_lengths)]
     (args.output / f"results_{args.tokens:.3g}.json").write_text(json.dumps({"tokens": args.tokens, "lr": args.lr, "runs": rows}, indent=1))
     for split in args.splits.split(","):
-        print(f"\n{split} perplexity after {args.tokens:.3g} tokens: mean over seeds (lowest-highest)")
-        print(
-            "| variant | n | "
-            + " | ".join(f"context {c}" for c in args.context_lengths.split(","))
-            + " |\n|---|---|"
-            + "---|" * len(args.context_lengths.split(","))
-        )
-        for name in names:
-            cells = []
-            for length in args.context_lengths.split(","):
-                values = [r["perplexity"] for r in rows if (r["variant"], r["split"], r["context_length"]) == (name, split, int(length))]
-                cells.append(
-                    f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else f"{values[0]:.1f}"
-                )
-            print(f"| {name} | {len(args.seeds.split(','))} | " + " | ".join(cells) + " |")
+        for length in map(int, args.context_lengths.split(",")):
+            print(f"\n{split}, context {length}, after {args.tokens:.3g} tokens\n{table(rows, names, split, length)}")
+
+
+def table(rows: list[dict], names: list[str], split: str, length: int) -> str:
+    """Markdown: perplexity (geometric mean over seeds) and its ratio to vanilla's, with Student's interval over paired seeds."""
+    logs: dict[str, dict[int, float]] = {name: {} for name in names}
+    for row in rows:
+        if (row["split"], row["context_length"]) == (split, length):
+            logs[row["variant"]][row["seed"]] = math.log(row["perplexity"])
+    lines = ["| variant | seeds | perplexity | against vanilla | 95% interval |", "|---|---|---|---|---|"]
+    for name in names:
+        mean = math.exp(statistics.mean(logs[name].values()))
+        differences = [value - logs["vanilla"][seed] for seed, value in logs[name].items() if seed in logs.get("vanilla", {})]
+        ratio = interval = ""
+        if differences and name != "vanilla":
+            ratio = f"{math.exp(statistics.mean(differences)) - 1:+.1%}"
+            if len(differences) > 1:
+                bounds = t_interval(differences)
+                interval = f"{math.exp(bounds.low) - 1:+.1%} to {math.exp(bounds.high) - 1:+.1%}"
+        lines.append(f"| {name} | {len(logs[name])} | {mean:.1f} | {ratio} | {interval} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Every command of README.md runs: as it stands where that is cheap, and with a small model and corpus where it is not."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+# Words that come last win: what makes a README command small enough for a test.
+SMALLER = {
+    "momentum-lm prepare": ["--vocab-size", "400", "--valid", "20", "--test", "0"],
+    "fairseq-train": "--decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2 --cpu "
+    "--max-update 2 --total-num-update 20 --warmup-updates 1 --update-freq 1 --tokens-per-sample 64 --batch-size 2 --num-workers 0".split(),
+    "fairseq-eval": ["--context-lengths", "16,32"],
+    "momentum-lm doctor": [],
+}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    for block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+def test_the_commands_of_the_readme_run_in_order(run_cli, documents, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for i, document in enumerate(documents):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(document)
+    ran = []
+    for words in commands():
+        kind = next((k for k in SMALLER if " ".join(words).startswith(k)), None)
+        if kind is None:
+            continue
+        result = run_cli([*words, *SMALLER[kind]], cwd=tmp_path)
+        assert result.returncode == 0, f"{words}: {result.stderr[-2000:]}"
+        ran.append(kind)
+    assert set(ran) == set(SMALLER)
+    assert (tmp_path / "results" / "report.html").exists()
+
+
+def test_every_other_command_is_one_that_another_test_runs():
+    """The two scripts and the two pip commands: tests/test_quickstart.py, .ci/run itself and tests/test_install.py."""
+    known = ["bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install .", "pip install --no-deps fairseq==0.12.2"]
+    others = [" ".join(w) for w in commands() if not any(" ".join(w).startswith(k) for k in SMALLER)]
+    assert sorted(others) == sorted(known)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_blocks_run(block):
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["average"].shape == names["values"].shape
+    assert torch.isfinite(names["logits"]).all()
+
+
+def test_every_file_that_the_readme_names_is_there():
+    paths = re.findall(r"(?:\]\(|`)((?:examples|scripts|benchmarks|momentum_lm)/[\w./-]+)", README)
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path

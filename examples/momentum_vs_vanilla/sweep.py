@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from momentum_lm.analysis.statistics import t_interval
+from momentum_lm.files import write_json
 
 ETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 VARIANTS: dict[str, list[str]] = {
@@ -128,7 +129,10 @@ def main() -> None:
     for name, seed in tqdm(jobs, desc="evaluating", unit="run"):
         for split in args.splits.split(","):
             rows += [{"variant": name, "seed": seed, **run} for run in evaluate(args.data, folder(name, seed), split, args.context_lengths)]
-    (args.output / f"results_{args.tokens:.3g}.json").write_text(json.dumps({"tokens": args.tokens, "lr": args.lr, "runs": rows}, indent=1))
+    stored = args.output / f"results_{args.tokens:.3g}.json"
+    earlier = json.loads(stored.read_text())["runs"] if stored.exists() else []
+    merged = {(r["variant"], r["seed"], r["split"], r["context_length"]): r for r in [*earlier, *rows]}
+    write_json(stored, {"tokens": args.tokens, "lr": args.lr, "runs": list(merged.values())})
     for split in args.splits.split(","):
         for length in map(int, args.context_lengths.split(",")):
             print(f"\n{split}, context {length}, after {args.tokens:.3g} tokens\n{table(rows, names, split, length)}")

@@ -306,15 +306,20 @@ def alive(pid):
         return False
 
 
-@pytest.mark.parametrize("workers, step", [(1, 0.03), (2, 0.3)])
+@pytest.mark.parametrize("workers, step", [(1, 0.04), (2, 0.1)])
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(prepared, jsonl, tmp_path, workers, step):
     """kill -9 a little later each time, through sampling, training, tokenising and moving the files, until it gets to the end."""
     output, _ = prepared
+    (tmp_path / "timed").mkdir()
+    began = time.monotonic()
+    timed = start(tmp_path / "timed", jsonl, workers)
+    assert timed.communicate() and timed.returncode == 0
+    whole = time.monotonic() - began  # delays are shares of it, so that they mean the same on any machine
     said, kills = [], 0
-    for attempt in range(200):
+    for attempt in range(1, 200):
         process = start(tmp_path, jsonl, workers)
         try:
-            out, err = process.communicate(timeout=0.2 + step * attempt)
+            out, err = process.communicate(timeout=whole * step * attempt)
             said += out.splitlines()
             assert process.returncode == 0, err
             break

@@ -174,6 +174,50 @@ def _checkpoint_writing(module: ModuleType) -> None:
     manager.copy = staticmethod(copy)
 
 
+def _chosen_task(module: ModuleType) -> None:
+    """``--task`` and ``--criterion`` of fairseq-validate change nothing where a checkpoint keeps its options in ``cfg``.
+
+    (They do where it keeps them in ``args``, fairseq's older form.) Here they do for tasks with ``for_any_checkpoint = True``: the others
+    keep what the checkpoint was trained with. Options of the checkpoint's task stay, for the new task to read.
+    """
+    import functools
+    from argparse import Namespace
+
+    stock = module.overwrite_args_by_name
+
+    @functools.wraps(stock)
+    def overwrite_args_by_name(cfg: Any, overrides: dict[str, Any]) -> None:
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+        from fairseq.tasks import TASK_REGISTRY
+        from omegaconf import open_dict
+
+        stock(cfg, overrides)
+        if getattr(TASK_REGISTRY.get(overrides.get("task")), "for_any_checkpoint", False):
+            chosen = convert_namespace_to_omegaconf(Namespace(**{**cfg.task, **overrides}))
+            with open_dict(cfg):
+                cfg.task, cfg.criterion = chosen.task, chosen.criterion
+
+    module.overwrite_args_by_name = overwrite_args_by_name  # type: ignore[attr-defined]
+
+
+def _gathering_on_cpu(module: ModuleType) -> None:
+    """fairseq-validate in several processes gathers its sums in a GPU's memory, even with ``--cpu``."""
+    import functools
+
+    stock = module.all_gather_list
+
+    @functools.wraps(stock)
+    def all_gather_list(data: Any, group: Any = None, max_size: int = 16384) -> list[Any]:
+        if module.torch.cuda.is_available():
+            return stock(data, group, max_size)
+        group = group or module.get_global_group()
+        gathered: list[Any] = [None] * module.get_world_size(group)
+        module.dist.all_gather_object(gathered, data, group)
+        return gathered
+
+    module.all_gather_list = all_gather_list  # type: ignore[attr-defined]
+
+
 def _broadcast(module: ModuleType) -> None:
     """On resuming, rank 0 sends the checkpoint's configuration (omegaconf objects) to the others: no file, and the same job."""
     import functools
@@ -301,8 +345,8 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq": (_quiet, _user_errors, _plugins),
     "fairseq.utils": (_user_dir,),
     "fairseq.options": (_options,),
-    "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing),
-    "fairseq.distributed.utils": (_broadcast,),
+    "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing, _chosen_task),
+    "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu),
     "fairseq.models.distributed_fairseq_model": (_ddp_on_cpu,),
     "fairseq.modules.transformer_layer": (_encoder_mask_type,),
     "fairseq.modules.dynamic_crf_layer": (_numpy_names,),

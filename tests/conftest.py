@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in what the tests start
 
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job; the programs that tests interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +65,68 @@ def run_cli(cli_command, tmp_path_factory):
         return subprocess.run(command, env=environment, **settings)
 
     return run
+
+
+# A small random decoder with a real tokenizer, and questions to ask it.
+
+TEXTS = [
+    "a film that is good and long", "a bad film", "the plot is thin but the actors are very good indeed", "dull",
+    "nobody should see this bad and dull film twice", "good", "the actors are thin", "very long and very dull plot", "see this film",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A folder with a SentencePiece model of 330 pieces."""
+    from momentum_lm.data.vocabulary import train_sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["Positive", "Negative", "Review:", "Sentiment:", *" ".join(TEXTS).split()]
+    draw = random.Random(0)
+    sentences = [" ".join(draw.choices(words, k=draw.randrange(3, 12))) for _ in range(2000)]
+    (folder / "sentencepiece.model").write_bytes(train_sentencepiece(sentences, 330))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_lm(tokenizer_folder):
+    """make_lm(**DecoderConfig's) -> NativeLM; its checkpoint lies beside the tokenizer."""
+    from momentum_lm.data.tokenizer import load_tokenizer
+    from momentum_lm.lm.native import NativeLM
+    from momentum_lm.modules import Decoder, DecoderConfig
+
+    shape = {"dim": 32, "ffn_dim": 48, "layers": 2, "heads": 4, "max_positions": 160, "momentum_kind": "ema", "momentum_eta": 0.7}
+
+    def make(**changes):
+        torch.manual_seed(0)
+        model = Decoder(DecoderConfig(load_tokenizer(tokenizer_folder).vocab_size, **{**shape, **changes})).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.25)
+        path = tokenizer_folder / f"model{len(list(tokenizer_folder.glob('*.pt')))}.pt"
+        torch.save({"model": {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()}}, path)
+        return NativeLM(model, path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lm(make_lm):
+    return make_lm()
+
+
+@pytest.fixture(scope="session")
+def examples():
+    """Labels of one token and of several, some of which begin others; a gold label that varies."""
+    from momentum_lm.data.classification import Example
+
+    labels = (" Positive", " Negative", " Negative film", " Pos")
+    return [Example(i, (f"Review: {text} Sentiment:",), labels, i % 4) for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="session")
+def choices():
+    """Each example with its own choices; the last like Winogrande: its own inputs, one continuation."""
+    from momentum_lm.data.classification import Example
+
+    own = [Example(i, (f"{text} is",), tuple(f" {other}" for other in TEXTS[i + 1 : i + 3 + i % 2]), 1) for i, text in enumerate(TEXTS[:5])]
+    return [*own, Example(5, ("the film", "the plot"), (" is very long",) * 2, 0)]

@@ -6,7 +6,7 @@ import argparse
 
 from momentum_lm.errors import UserError
 
-from .options import add_model_arguments, add_output_arguments, load_model, positive_integers
+from .options import add_model_arguments, add_output_arguments, integers, load_native_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     from momentum_lm.report.perplexity import write_report
     from momentum_lm.studies import perplexity
 
-    lengths = positive_integers(args.context_lengths, "--context-lengths")
+    lengths = integers(args.context_lengths, "--context-lengths", 1, "256,512")
     if args.batch_tokens < 1:
         raise UserError(f"--batch-tokens {args.batch_tokens}: must be at least 1")
-    lm = load_model(args)
+    lm = load_native_model(args)
     packed = lm.packed_documents if args.packed_documents == "auto" else args.packed_documents == "yes"
     results = perplexity.evaluate(
         lm, args.data, args.results_dir, lengths, args.split.split(","), args.batch_tokens, packed, args.seed, args.force

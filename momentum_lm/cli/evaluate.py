@@ -11,11 +11,16 @@ from collections.abc import Sequence
 from momentum_lm.errors import UserError, main_guard
 
 # name: (module with add_arguments(parser) and run(args), what it answers). A module is imported only when its task is asked for.
-TASKS = {"lm_perplexity": ("momentum_lm.cli.eval_perplexity", "perplexity on binarised text at several context lengths")}
+TASKS = {
+    "lm_perplexity": ("momentum_lm.cli.eval_perplexity", "perplexity on binarised text at several context lengths"),
+    "icl_classification": ("momentum_lm.cli.eval_classification", "in-context classification of labelled data"),
+}
 _EXAMPLE = """\
-example:
+examples:
   fairseq-eval --task lm_perplexity data/reviews --path checkpoints/checkpoint_best.pt \\
       --context-lengths 256,512,1024 --results-dir results/perplexity
+  fairseq-eval --task icl_classification --hf-model gpt2 --datasets mr,trec --shots 0,4,16 --seeds 1,2,3 \\
+      --results-dir results/icl
 
 `fairseq-eval --task TASK --help` shows the task's own flags. An interrupted evaluation goes on where it stopped.
 """

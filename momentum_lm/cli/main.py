@@ -14,6 +14,7 @@ _COMMANDS = {
     "prepare": "turn text into the binarised data that fairseq-train reads",
     "convert": "convert published checkpoints to and from fairseq's format",
     "report": "put evaluation results side by side",
+    "datasets": "list the data sets for in-context learning, or show a prompt of one",
     "doctor": "check this installation and say how to mend it",
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from momentum_lm.errors import UserError
@@ -10,15 +12,23 @@ from momentum_lm.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from momentum_lm.lm.huggingface import HuggingFaceLM
     from momentum_lm.lm.native import NativeLM
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = False) -> None:
     """Flags that say which model, on what device."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--path", required=True, metavar="CKPT", help="checkpoint file, or a folder with one (model.pt, checkpoint_best.pt, ...)"
+    which = group.add_mutually_exclusive_group(required=True) if huggingface else group
+    which.add_argument(
+        "--path", required=not huggingface, metavar="CKPT", help="checkpoint file, or a folder with one (model.pt, checkpoint_best.pt, ...)"
     )
+    if huggingface:
+        which.add_argument("--hf-model", metavar="NAME", help="a causal model of Hugging Face: name on the hub, or folder")
+        group.add_argument("--hf-gguf-file", metavar="FILE", help="the GGUF file of --hf-model to load")
+        group.add_argument(
+            "--tokenizer", metavar="DIR", help="tokenizer of --path (default: beside the checkpoint, or in the data that it was trained on)"
+        )
     group.add_argument(
         "--model-overrides", default="{}", metavar="DICT",
         help="options that the checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': 8}\" (default: %(default)s)",
@@ -29,7 +39,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one (default: %(default)s)"
     )
-    group.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of weights and computation (default: %(default)s)")
+    group.add_argument(
+        "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of weights and computation (default: %(default)s)"
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,31 +52,55 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of bootstrap intervals (default: %(default)s)")
 
 
-def load_model(args: argparse.Namespace) -> NativeLM:
-    """The model that the flags of :func:`add_model_arguments` name."""
-    import torch
-
+def load_native_model(args: argparse.Namespace) -> NativeLM:
+    """The checkpoint that ``--path`` names."""
     from momentum_lm.lm.native import load_native
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    return load_native(args.path, args.model_overrides, args.trust_checkpoint, device(args.device), dtype)
+    tokenizer = getattr(args, "tokenizer", None)
+    return load_native(args.path, args.model_overrides, args.trust_checkpoint, device(args.device), _dtype(args), tokenizer)
+
+
+def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
+    """The model that the flags of :func:`add_model_arguments` name."""
+    if args.path is not None:
+        return load_native_model(args)
+    from momentum_lm.lm.huggingface import load_huggingface
+
+    return load_huggingface(args.hf_model, args.hf_gguf_file, device(args.device), _dtype(args), args.trust_checkpoint)
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
 
 
 def device(name: str) -> torch.device:
-    """The device that ``--device`` means. Raises UserError for a GPU that is not there."""
+    """The device that ``--device`` means; under torchrun each process has its own GPU. Raises UserError for a GPU that is not there."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu, or see `momentum-lm doctor`")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def positive_integers(text: str, flag: str) -> list[int]:
-    """``256,512`` -> [256, 512]. Raises UserError naming the flag."""
+def integers(text: str, flag: str, least: int = 0, example: str = "0,4,16") -> list[int]:
+    """``256,512`` -> [256, 512]. Raises UserError naming the flag for anything else, or a number below ``least``."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
-        values = [0]
-    if min(values) < 1:
-        raise UserError(f"{flag} {text}: give whole numbers above 0 with commas between, such as 256,512")
+        values = []
+    if not values or min(values) < least:
+        raise UserError(f"{flag} {text}: give whole numbers from {least} on with commas between, such as {example}")
     return values
+
+
+def choices(text: str, flag: str, known: Sequence[str]) -> list[str]:
+    """``a,b`` -> ["a", "b"]. Raises UserError naming the flag for a name that is not known."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"{flag} {name}: choose from {', '.join(known)}")
+    return names

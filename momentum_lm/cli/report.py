@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from momentum_lm.errors import main_guard
+from momentum_lm.errors import UserError, main_guard
+
+_EPILOG = """examples:
+  momentum-lm report results/vanilla results/momentum --output compare.html
+  momentum-lm report results/smollm2 --between calibration=none,batch
+  momentum-lm report results/smollm2 --between shots=4,16"""
 
 
 @main_guard
@@ -14,22 +19,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare."""
     parser = argparse.ArgumentParser(
         prog="momentum-lm report",
-        description="Compares the results of `fairseq-eval --task lm_perplexity`; differences are from the first, with a paired bootstrap.",
-        epilog="example:\n  momentum-lm report results/vanilla results/momentum --output compare.html",
+        description="Compares results of one task of fairseq-eval; differences are from the first, paired, with intervals.",
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a --results-dir of fairseq-eval")
+    parser.add_argument(
+        "--between", metavar="NAME=A,B,...", help="compare settings within one RUN of icl_classification: calibration or shots"
+    )
     parser.add_argument("--output", metavar="FILE", help="also write an HTML page")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     args = parser.parse_args(argv)
 
-    from momentum_lm.report.perplexity import Comparison
+    from momentum_lm.report import classification, perplexity
+    from momentum_lm.report.classification_comparison import ClassificationComparison, parse_between
+    from momentum_lm.report.common import read_runs
 
-    comparison = Comparison(args.runs, seed=args.seed)
+    task = read_runs(args.runs, [perplexity.TASK, classification.TASK])[0]["task"]
+    comparison: perplexity.Comparison | ClassificationComparison
+    notes: Sequence[str] = ()
+    if task == classification.TASK:
+        between = None if args.between is None else parse_between(args.between)
+        comparison = ClassificationComparison(args.runs, between=between, seed=args.seed)
+        notes = comparison.notes
+    elif args.between is not None:
+        raise UserError(f"--between is for results of {classification.TASK}, and {args.runs[0]} holds those of {task}")
+    else:
+        comparison = perplexity.Comparison(args.runs, seed=args.seed)
     table = comparison.table()
     print(table.markdown() if args.markdown else table.text())
+    for note in notes:
+        print(f"\n{note}")
     if args.output:
         comparison.write_page(args.output)
         print(f"\n{args.output}")

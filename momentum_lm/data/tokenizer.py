@@ -254,8 +254,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return HuggingFaceTokenizer(folder / "tokenizer.json", dictionary)
     raise UserError(
         f"{folder} holds no tokenizer: copy there the files that the model's data was made with (dict.txt, and sentencepiece.model or "
-        "encoder.json and vocab.bpe)"
+        "encoder.json and vocab.bpe), or name their folder with --tokenizer"
     )
+
+
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether :func:`load_tokenizer` would find a tokenizer's files in a folder."""
+    folder = Path(folder)
+    return any(folder.glob("*.model")) or any((folder / name).exists() for name in ("encoder.json", "vocab.bpe", "tokenizer.json"))
 
 
 def _one_line(piece: str) -> str:

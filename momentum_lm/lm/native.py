@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momentum_lm.data.tokenizer import Tokenizer, load_tokenizer
+from momentum_lm.data.dictionary import BOS, EOS
+from momentum_lm.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
 from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.modules.attention import Cache
 from momentum_lm.modules.decoder import document_ids
+
+from .scoring import target_log_probs
 
 CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
 _OPTIONS = (  # those of fairseq's and our own options that say what a decoder computes
@@ -31,12 +36,29 @@ _IGNORED = re.compile(r"(version|embed_positions\._float_tensor|.*\.momentum\.fi
 
 
 class NativeLM:
-    """A decoder in evaluation mode, and where it came from."""
+    """A decoder in evaluation mode, and where it came from.
 
-    def __init__(self, model: Decoder, path: Path, packed_documents: bool = False) -> None:
-        self.model = model.eval().requires_grad_(False)
+    ``bos`` is what its training inputs began with: ``</s>`` unless fairseq's ``--add-bos-token`` was given. Where a checkpoint does not
+    say, it is ``<s>``, as in the authors' experiments. Demonstrations are separated by ``</s>``, as documents are in training. A model
+    ``in_training`` is left as it is: whoever asks it something sees to its evaluation mode.
+    """
+
+    separator = (EOS,)
+
+    def __init__(
+        self,
+        model: Decoder,
+        path: Path,
+        packed_documents: bool = False,
+        bos: tuple[int, ...] = (BOS,),
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        in_training: bool = False,
+    ) -> None:
+        self.model = model if in_training else model.eval().requires_grad_(False)
         self.path = path
         self.packed_documents = packed_documents  # whether it was trained on packed documents
+        self.bos = bos
+        self.tokenizer_path = Path(tokenizer_path) if tokenizer_path else path
 
     @property
     def name(self) -> str:
@@ -81,8 +103,50 @@ class NativeLM:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer beside the checkpoint. Raises UserError where there is none."""
-        return load_tokenizer(self.path)
+        """The tokenizer of the model. Raises UserError where there is none, or one of another model."""
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        if tokenizer.vocab_size != self.vocab_size:
+            raise UserError(
+                f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has {self.vocab_size}: "
+                "name the folder of the data that the model was trained on with --tokenizer"
+            )
+        return tokenizer
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Dictionary ids of each text."""
+        return self.tokenizer.encode_batch(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of dictionary ids, with the names of special tokens."""
+        special = {BOS: "<s>", EOS: "</s>"}
+        runs = itertools.groupby(ids, lambda token: special.get(token, ""))
+        return "".join(name * len(list(run)) if name else self.tokenizer.decode(run) for name, run in runs)
+
+    def row_bytes(self, prefix: int, length: int) -> int:
+        """Keys, values and mask of one layer over the whole row, and one block's activations."""
+        c = self.config
+        return self.dtype.itemsize * (4 * c.dim * (prefix + length) + length * (6 * c.dim + 2 * c.ffn_dim)) + 3 * 4 * c.vocab_size
+
+    @torch.inference_mode()
+    def encode_prefix(self, ids: Sequence[int]) -> Cache:
+        """Keys, values and momentum state after the tokens."""
+        cache = self.model.new_cache()
+        self.model.features(torch.tensor([list(ids)], device=self.device), cache, left_padded=False)
+        return cache
+
+    @torch.inference_mode()
+    def log_probs(
+        self, tokens: Tensor, padding: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: Cache | None = None
+    ) -> Tensor:
+        """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
+        inputs = tokens.masked_fill(padding, self.config.padding_idx).to(self.device)
+        cache = None if prefix is None else prefix.expand(len(tokens), frozen=True)
+        hidden = self.model.features(inputs, cache, left_padded=bool(padding[:, 0].any()))
+
+        def logits_at(row: Tensor, position: Tensor) -> Tensor:
+            return self.model.output_projection(hidden[row.to(self.device), position.to(self.device)])
+
+        return target_log_probs(logits_at, rows, positions, targets, self.vocab_size)
 
     @torch.inference_mode()
     def token_losses(self, tokens: Tensor, targets: Tensor, packed_documents: bool = False) -> Tensor:
@@ -103,13 +167,15 @@ def load_native(
     trust: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> NativeLM:
     """Reads a checkpoint file, or the one in a folder (``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``).
 
     The architecture comes from the checkpoint; where it holds none, shapes come from the tensors and the rest from
     ``overrides``: fairseq's model options as a mapping or as the text of a Python dict, such as
     ``{'decoder_attention_heads': 8}``. ``trust`` lifts the limit on what a checkpoint may hold (see
-    ``fairseq_compat.load_checkpoint``). ``dtype`` None is fp32, whatever was saved.
+    ``fairseq_compat.load_checkpoint``). ``dtype`` None is fp32, whatever was saved. ``tokenizer`` is a folder or file for
+    ``load_tokenizer``; None is beside the checkpoint, or else in the data that the checkpoint says it was trained on.
 
     Raises UserError for a missing or damaged checkpoint, and for a model that the decoder cannot represent.
     """
@@ -134,7 +200,11 @@ def load_native(
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     model.to(device=device, dtype=dtype or torch.float32)
-    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)))
+    bos = BOS if not task_cfg or task_cfg.get("add_bos_token") else EOS
+    if tokenizer is None and not has_tokenizer(path.parent):
+        data = str(task_cfg.get("data") or "").split(os.pathsep)[0]
+        tokenizer = data if data and has_tokenizer(data) else None
+    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)), (bos,), tokenizer)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:

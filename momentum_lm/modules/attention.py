@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 @dataclass
 class LayerCache:
-    """One layer's past: keys and values (B, H, S, D), keys already rotated, and the momentum state."""
+    """One layer's past: keys and values (B, H, S, D), keys already rotated, and the momentum state. ``frozen``: nothing is added."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
     momentum: Tensor | None = None
+    frozen: bool = False
 
 
 @dataclass
@@ -27,14 +28,19 @@ class Cache:
     length: int = 0
     padding: Tensor | None = None  # (B, S) True at padding; None when there is none
     positions: Tensor | None = None  # (B,) number of real tokens so far
+    frozen: bool = False  # only ever read: the tokens of a call follow it, and are forgotten
 
     def reorder(self, index: Tensor) -> None:
         """Replaces row b by row ``index[b]`` (beam search), in place. The number of rows may change."""
         self._map(lambda tensor: tensor.index_select(0, index))
 
-    def expand(self, batch: int) -> Cache:
-        """A new cache for ``batch`` rows that share this one-row prefix, without copying it. This one stays as it is."""
-        copy = Cache([LayerCache(c.keys, c.values, c.momentum) for c in self.layers], self.length, self.padding, self.positions)
+    def expand(self, batch: int, frozen: bool = False) -> Cache:
+        """A new cache for ``batch`` rows that share this one-row prefix, without copying it. This one stays as it is.
+
+        ``frozen``: the new one is only read. No layer then keeps its rows' keys and values, and rows may be padded on the right.
+        """
+        layers = [LayerCache(c.keys, c.values, c.momentum, frozen) for c in self.layers]
+        copy = Cache(layers, self.length, self.padding, self.positions, frozen)
         copy._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
         return copy
 
@@ -109,7 +115,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             if cache.keys is not None and cache.values is not None:
                 keys, values = torch.cat([cache.keys, k], 2), torch.cat([cache.values, v], 2)
-            cache.keys, cache.values = keys, values
+            if not cache.frozen:
+                cache.keys, cache.values = keys, values
         out = F.scaled_dot_product_attention(
             q,
             keys,
@@ -121,7 +128,7 @@ class CausalSelfAttention(nn.Module):
 
         if self.momentum is not None:
             average, state = self.momentum(v, None if cache is None else cache.momentum, segment_ids, padding)
-            if cache is not None:
+            if cache is not None and not cache.frozen:
                 cache.momentum = state
             if self.measure:
                 norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in (average, out)]

@@ -269,7 +269,8 @@ class Decoder(nn.Module):
         if left_padded is None:
             left_padded = bool(is_padding[:, 0].any())
         padding = is_padding if left_padded else None
-        if cache is not None and length > 1 and bool(is_padding[:, -1].any()):
+        frozen = cache is not None and cache.frozen
+        if cache is not None and not frozen and length > 1 and bool(is_padding[:, -1].any()):
             raise ValueError("tokens that go into a cache must be padded on the left, not on the right")
 
         if left_padded or cache is not None or segment_ids is not None:
@@ -293,7 +294,7 @@ class Decoder(nn.Module):
                 x = checkpoint(functools.partial(layer, **arguments), x, use_reentrant=False)
             else:
                 x = layer(x, **arguments)
-        if cache is not None:
+        if cache is not None and not frozen:
             cache.length += length
         return self.layer_norm(x)
 
@@ -308,7 +309,8 @@ class Decoder(nn.Module):
         if cache is None:
             return (count - 1).clamp(min=0)
         offset = 0 if cache.positions is None else cache.positions[:, None]
-        cache.positions = (offset + count)[:, -1]
+        if not cache.frozen:
+            cache.positions = (offset + count)[:, -1]
         return (offset + count - 1).clamp(min=0)
 
     def _mask(
@@ -320,7 +322,9 @@ class Decoder(nn.Module):
             batch = (padding if padding is not None else cache.padding).shape[0]  # type: ignore[union-attr]
             old = cache.padding if cache.padding is not None else torch.zeros(batch, past, dtype=torch.bool, device=device)
             new = padding if padding is not None else torch.zeros(batch, length, dtype=torch.bool, device=device)
-            padding = cache.padding = torch.cat([old, new], 1)
+            padding = torch.cat([old, new], 1)
+            if not cache.frozen:
+                cache.padding = padding
         if padding is None and segment_ids is None and (past == 0 or length == 1):
             return None
         query = torch.arange(past, past + length, device=device)[:, None]

@@ -4,14 +4,18 @@ marker."""
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from momentum_lm.files import atomic_write
@@ -34,15 +38,16 @@ _STYLE: dict[str, Any] = {
 Panel = Callable[[Any], None]  # draws into a matplotlib Axes
 
 
-def draw(*panels: Panel) -> Figure:
-    """One figure with the panels side by side."""
+def draw(*panels: Panel, size: tuple[float, float] = (6.4, 4.0)) -> Figure:
+    """One figure with the panels side by side, each of ``size`` (inches)."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4 * len(panels), 4.0), layout="constrained")
+        figure = Figure(figsize=(size[0] * len(panels), size[1]), layout="constrained")
         for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             place.grid(True, color="#888888", alpha=0.25, linewidth=0.6)
             place.margins(y=0.08)
             panel(place)
-            place.legend(frameon=False)
+            if place.get_legend_handles_labels()[0] and place.get_legend() is None:
+                place.legend(frameon=False)
         return figure
 
 
@@ -87,6 +92,88 @@ def loss_panel(curves: Mapping[str, Sequence[tuple[float, float]]], levels: Mapp
     return panel
 
 
+@dataclass(frozen=True)
+class AccuracyPoint:
+    """Accuracy at one number of shots: mean, 95% interval, and the value of each seed, all as fractions."""
+
+    shots: int
+    mean: float
+    low: float
+    high: float
+    seeds: Sequence[float] = ()
+
+
+def accuracy_panel(
+    lines: Mapping[str, Sequence[AccuracyPoint]], title: str = "", level: tuple[str, float] | None = None, what: str | None = None
+) -> Panel:
+    """Accuracy in percent over shots: for each name a line, bars for its interval and faint dots for the seeds; one or two lines
+    have bands between their bars, more would blur each other.
+
+    ``level``: name and height of what needs no model, dashed. ``what`` the names are, above them. Shots are spaced by
+    log(1 + shots), which has a place for 0.
+    """
+
+    def panel(axes: Any) -> None:
+        axes.set(xlabel="demonstrations in the prompt (shots)", ylabel="accuracy (%)", title=title)
+        every = sorted({point.shots for points in lines.values() for point in points})
+        for index, (name, points) in enumerate(lines.items()):
+            if not points:
+                continue
+            ordered = sorted(points, key=lambda point: point.shots)
+            colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+            shift = 0.07 * (index - (len(lines) - 1) / 2)  # side by side where they would hide each other
+            places = [math.log2(1 + point.shots) + shift for point in ordered]
+            mean, low, high = (100 * np.array([getattr(p, name) for p in ordered]) for name in ("mean", "low", "high"))
+            if len(lines) <= 2:
+                axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.vlines(places, low, high, color=colour, linewidth=1.2, alpha=0.75)
+            dots = [(place, 100 * value) for place, point in zip(places, ordered, strict=True) for value in point.seeds]
+            if dots:
+                axes.scatter(*zip(*dots, strict=True), s=16, color=colour, alpha=0.4, linewidth=0)
+            axes.plot(places, mean, label=name, marker=marker, markersize=5, **_line(index))
+        if level is not None:
+            name, height = level
+            axes.axhline(100 * height, color="#888888", linewidth=1.2, linestyle=(0, (4, 3)), label=f"{name} {100 * height:.1f}")
+        axes.xaxis.set_major_locator(FixedLocator([math.log2(1 + shots) for shots in every]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value - 1:.0f}"))
+        axes.margins(x=0.06)
+        entries = len(axes.get_legend_handles_labels()[0])  # below the axes: nowhere within is free for certain
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(3, entries), title=what)
+
+    return panel
+
+
+def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], title: str = "") -> Panel:
+    """A confusion matrix, gold class by row: in each cell the percentage of its row, unless 0, which is also its shade.
+
+    counts (C, C) with as many labels. The shade is never so dark that the page's text colour, dark or light, is hard to read on it.
+    """
+
+    def panel(axes: Any) -> None:
+        table = np.asarray(counts, dtype=np.float64)
+        totals = table.sum(axis=1)
+        shares = table / np.maximum(totals, 1)[:, None]
+        size = 10 if len(labels) <= 6 else 9 if len(labels) <= 10 else 8
+        for row, column in np.ndindex(*table.shape):
+            share = shares[row, column]
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_COLOURS[0], alpha=0.7 * share, linewidth=0))
+            if share >= 0.005:
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=size)
+        names = [label if len(label) <= 18 else label[:17] + "…" for label in labels]
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) * len(names) > 30 else {}
+        axes.set_xticks(range(len(names)), names, fontsize=size, **turned)
+        rows = [f"{name} ({total:,.0f})" for name, total in zip(names, totals, strict=True)]
+        axes.set_yticks(range(len(names)), rows, fontsize=size)
+        axes.set(xlabel="predicted", ylabel="gold (examples)", title=title, aspect="equal")
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
+        axes.grid(False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(True)
+        axes.spines[:].set_color("#888888")
+
+    return panel
+
+
 def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a picture on a white ground, atomically."""
     with atomic_write(path, "wb") as file:
@@ -95,14 +182,15 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """An ``<svg>`` element for an HTML page: transparent, its text in the page's colour, as wide as the page lets it
-    be."""
+    """An ``<svg>`` element for an HTML page: transparent, its text in the page's colour, as wide as the figure is or the page
+    lets it be."""
     with matplotlib.rc_context(_STYLE):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r'(<svg[^>]*?) width="([^"]*)"', r'\1 style="max-width: \2"', svg, count=1)
 
 
 def _line(index: int) -> dict[str, Any]:

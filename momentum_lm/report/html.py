@@ -16,15 +16,18 @@ _CSS = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e3e7ec; --soft: #98a2ae; --page: #14171b; --line: #333a43; --panel: #1d2127; }
 }
-body { margin: 0 auto; max-width: 56rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+p, ul, pre { max-width: 54rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 0.5rem 0; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: 0.5rem 0; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
+@media (max-width: 40rem) { table { font-size: 0.8rem; } }
 caption { text-align: left; color: var(--soft); padding-bottom: 0.3rem; }
 th, td { padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; } .number { text-align: right; }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; max-width: 42rem; display: block; }
-figcaption, .note { color: var(--soft); font-size: 0.9rem; }
+figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
+figcaption, .note { color: var(--soft); font-size: 0.9rem; } details { margin: 0.4rem 0; } summary { cursor: pointer; }
 pre { background: var(--panel); padding: 0.7rem; white-space: pre-wrap; border-radius: 4px; font-size: 0.85rem; }
 """
 
@@ -37,6 +40,16 @@ class Paragraph:
 
     def html(self) -> str:
         return f"<p>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Points:
+    """Plain sentences, one under another."""
+
+    texts: Sequence[str]
+
+    def html(self) -> str:
+        return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in self.texts) + "</ul>"
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,18 @@ class Picture:
         return f"<figure>{svg}<figcaption>{html.escape(self.caption)}</figcaption></figure>"
 
 
-Part = Paragraph | Code | Picture | Table
+@dataclass(frozen=True)
+class Folded:
+    """Parts that the reader unfolds by a line that says what they are."""
+
+    line: str
+    parts: Sequence[Paragraph | Points | Code | Picture | Table]
+
+    def html(self) -> str:
+        return f"<details><summary>{html.escape(self.line)}</summary>{''.join(map(_part, self.parts))}</details>"
+
+
+Part = Paragraph | Points | Code | Picture | Table | Folded
 
 
 def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
@@ -70,7 +94,7 @@ def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
     body = []
     for heading, parts in sections.items():
         body.append(f"<h2>{html.escape(heading)}</h2>" if heading else "")
-        body += [f'<div class="scroll">{part.html()}</div>' if isinstance(part, Table) else part.html() for part in parts]
+        body += map(_part, parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -83,3 +107,7 @@ def write_page(path: str | os.PathLike[str], title: str, sections: Mapping[str, 
     """Writes :func:`page` atomically."""
     with atomic_write(path) as file:
         file.write(page(title, sections))
+
+
+def _part(part: Part) -> str:
+    return f'<div class="scroll">{part.html()}</div>' if isinstance(part, Table) else part.html()

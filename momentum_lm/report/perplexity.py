@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +14,16 @@ from numpy.typing import NDArray
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
 
+from .common import read_runs, replace_events, short_names
 from .figures import draw, perplexity_panel, save_png, to_svg
 from .html import Code, Paragraph, Part, Picture, write_page
 from .records import read_results
 from .tables import Table
 
+if TYPE_CHECKING:
+    from .tensorboard import TrainingLog
+
+TASK = "lm_perplexity"
 _PROTOCOL = (
     "The documents of a split, one after another, are cut into blocks of the context length; each block is scored without what came "
     "before it, and every token once. Intervals: 95%, bootstrap over documents."
@@ -66,16 +70,13 @@ class Comparison:
 
     A difference comes with its paired bootstrap over documents where both runs scored the same data; where they did
     not, it has none, and perplexities over different tokens must not be compared at all. Raises UserError for folders
-    of other tasks.
+    of other tasks, and for those without a finished run.
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike[str]], names: Sequence[str] | None = None, seed: int = 0) -> None:
         self.folders = [Path(folder) for folder in folders]
-        self.results = [read_results(folder) for folder in self.folders]
-        for folder, results in zip(self.folders, self.results, strict=True):
-            if results["task"] != "lm_perplexity":
-                raise UserError(f"{folder} holds results of {results['task']}, which cannot stand beside perplexities")
-        self.names = list(names) if names else _short_names(self.folders)
+        self.results = read_runs(self.folders, [TASK])
+        self.names = list(names) if names else short_names(self.folders)
         self.seed = seed
         self.differences: dict[tuple[str, int, str], PairedDifference] = {}  # by split, context length and name
         for index in range(1, len(self.folders)):
@@ -150,32 +151,16 @@ def _series(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
     return series
 
 
-def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' paths without the parts that all of them share at the beginning and at the end."""
-    parts = [list(folder.resolve().parts) for folder in folders]
-    if len({tuple(p) for p in parts}) < len(parts):
-        raise UserError("the same results folder is named twice")
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    for end in (-1, 0):
-        while len({p[end] for p in parts if p}) == 1 and all(parts):
-            for p in parts:
-                del p[end]
-    return ["/".join(p) or "." for p in parts]
-
-
 def _write_events(folder: Path, results: Mapping[str, Any]) -> None:
-    """TensorBoard events of all runs, perplexity over context length, in place of older ones."""
-    from .tensorboard import TrainingLog
+    """TensorBoard events of all runs: perplexity over context length."""
 
-    fresh, final = folder / ".tensorboard.new", folder / "tensorboard"
-    shutil.rmtree(fresh, ignore_errors=True)
-    hparams = {"model": results["model"]["path"], "dtype": results["config"]["dtype"], **results["model"]["architecture"]}
-    with TrainingLog(fresh, hparams) as log:
+    def write(log: TrainingLog) -> None:
         for run in sorted(results["runs"], key=lambda run: run["context_length"]):
             log.scalars({f"{run['split']}/perplexity": run["perplexity"]}, run["context_length"])
             if run["bits_per_byte"] is not None:
                 log.scalars({f"{run['split']}/bits_per_byte": run["bits_per_byte"]}, run["context_length"])
         log.hparams_with_metrics({f"{r['split']}/perplexity_at_{r['context_length']}": r["perplexity"] for r in results["runs"]}, 0)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(fresh, final)
+
+    replace_events(
+        folder, {"model": results["model"]["path"], "dtype": results["config"]["dtype"], **results["model"]["architecture"]}, write
+    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from momentum_lm.errors import UserError
-from momentum_lm.files import write_json
+from momentum_lm.files import atomic_write, write_json
 
 RESULTS = "results.json"
+PREDICTIONS = "predictions.jsonl"
 
 
 class Results:
@@ -20,8 +22,9 @@ class Results:
 
     ``config`` holds everything that the numbers depend on, apart from what ``key`` names. Opening a folder whose
     results have the same task, model and config goes on with them; a folder with others is refused unless ``force``,
-    which begins anew. Entries called ``path`` are for the reader and not compared. Nothing is written, and with
-    ``force`` nothing replaced, before the first run is added.
+    which begins anew. Entries called ``path`` or ``command`` are for the reader and not compared, and of
+    ``config.datasets`` those that both have: a later evaluation may add others. Nothing is written, and with ``force``
+    nothing replaced, before the first run is added. ``summarise`` maps the runs to ``summary``, an entry beside them.
 
     Raises UserError for a folder of other results, or a file that cannot be read.
     """
@@ -34,8 +37,10 @@ class Results:
         config: Mapping[str, Any],
         key: Iterable[str],
         force: bool = False,
+        summarise: Callable[[list[dict[str, Any]]], Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self._summarise = summarise
         self.key = tuple(key)
         self.data: dict[str, Any] = {"task": task, "model": _plain(model), "config": _plain(config), "runs": []}
         if not force and (self.folder / RESULTS).exists():
@@ -48,6 +53,8 @@ class Results:
                         "choose another --results-dir, or add --force to replace them"
                     )
             self.data["runs"] = old["runs"]
+            if "datasets" in old["config"]:
+                self.data["config"]["datasets"] = old["config"]["datasets"] | self.data["config"]["datasets"]
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -63,8 +70,49 @@ class Results:
         run = _plain(run)
         kept = [old for old in self.runs if any(old[name] != run[name] for name in self.key)]
         self.data["runs"] = [*kept, run]
+        if self._summarise is not None:
+            self.data["summary"] = self._summarise(self.runs)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / RESULTS, self.data)
+
+
+class Predictions:
+    """``predictions.jsonl``: one line for every example of every finished run of a :class:`Results`.
+
+    Opening it removes the lines of runs that are not finished, or that are not all there. ``runs`` holds the keys of those that are.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self.path = results.folder / PREDICTIONS
+        self.key = results.key
+        lines: dict[tuple[Any, ...] | None, int] = collections.Counter(run for run, _ in self._lines())
+        finished = {tuple(run[name] for name in self.key): run["num_examples"] for run in results.runs}
+        self.runs = {run for run, count in finished.items() if lines[run] == count}
+        if lines.keys() - self.runs:
+            with atomic_write(self.path) as file:
+                file.writelines(line for run, line in self._lines() if run in self.runs)
+
+    def add(self, run: tuple[Any, ...], lines: Iterable[Mapping[str, Any]]) -> None:
+        """Appends the lines of one run, and waits until they are on disk. The run itself is to be added to the results next."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.runs.add(run)
+
+    def _lines(self) -> Iterator[tuple[tuple[Any, ...] | None, str]]:
+        """(run's key, line); None for a line that was cut short."""
+        if not self.path.exists():
+            return
+        with open(self.path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    yield tuple(entry[name] for name in self.key), line
+                except (ValueError, KeyError, TypeError):
+                    yield None, line
 
 
 def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -91,7 +139,8 @@ def _plain(value: Any) -> Any:
 def _difference(old: Any, new: Any, name: str) -> str:
     """The first place where two JSON values differ, in words; empty if none."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = (_difference(old.get(k), new.get(k), f"{name}.{k}") for k in sorted((old.keys() | new.keys()) - {"path"}))
+        keys = old.keys() & new.keys() if name == "config.datasets" else (old.keys() | new.keys()) - {"path", "command"}
+        found = (_difference(old.get(k), new.get(k), f"{name}.{k}") for k in sorted(keys))
         return next((text for text in found if text), "")
     return "" if old == new else f"{name}: {_brief(old)} there, {_brief(new)} now"
 

@@ -28,7 +28,7 @@ from momentum_lm.data.dictionary import EOS, PAD, Dictionary
 from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, file_sha256
-from momentum_lm.lm.protocol import LanguageModel
+from momentum_lm.lm.protocol import PerplexityModel
 from momentum_lm.report.records import Results
 
 TASK = "lm_perplexity"
@@ -47,7 +47,7 @@ class Split:
     bytes: int | None
 
 
-def load_split(data: str | os.PathLike[str], name: str, lm: LanguageModel) -> Split:
+def load_split(data: str | os.PathLike[str], name: str, lm: PerplexityModel) -> Split:
     """Opens ``DATA/<name>.bin``. Raises UserError if it is missing or empty, or its dictionary is not the model's."""
     folder = Path(data)
     if not folder.is_dir():
@@ -101,7 +101,7 @@ def batches(
 
 
 def score_documents(
-    lm: LanguageModel,
+    lm: PerplexityModel,
     dataset: IndexedDataset,
     context_length: int,
     batch_tokens: int = 16384,
@@ -137,14 +137,14 @@ def score_documents(
     return totals
 
 
-def check_context_length(lm: LanguageModel, context_length: int) -> None:
+def check_context_length(lm: PerplexityModel, context_length: int) -> None:
     """Raises UserError unless the model can be given that many tokens."""
     if not 1 <= context_length <= lm.max_positions:
         raise UserError(f"--context-lengths {context_length}: {lm.name} takes from 1 to {lm.max_positions} tokens")
 
 
 def evaluate(
-    lm: LanguageModel,
+    lm: PerplexityModel,
     data: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     context_lengths: Sequence[int],

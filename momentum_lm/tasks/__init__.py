@@ -2,6 +2,7 @@
 
 from momentum_lm import criterions, optim
 
+from .icl_classification import IclClassificationTask
 from .momentum_language_modeling import MomentumLanguageModelingTask
 
-__all__ = ["MomentumLanguageModelingTask", "criterions", "optim"]
+__all__ = ["IclClassificationTask", "MomentumLanguageModelingTask", "criterions", "optim"]

@@ -1,7 +1,11 @@
-"""``--task momentum_language_modeling``: fairseq's language modelling with bf16 autocast, packed documents and more to look at."""
+"""``--task momentum_language_modeling``: fairseq's language modelling with bf16 autocast, packed documents and more to look at.
+
+``--icl-eval-datasets mr,trec --icl-eval-interval 1000`` evaluates in-context classification while the model trains.
+"""
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -9,7 +13,8 @@ import torch
 from fairseq import utils
 from fairseq.data.indexed_dataset import infer_dataset_impl
 from fairseq.dataclass import ChoiceEnum
-from fairseq.logging import metrics
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics, progress_bar
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
@@ -31,12 +36,32 @@ class MomentumLanguageModelingConfig(LanguageModelingConfig):
         default="auto",
         metadata={"help": "compute in bf16 with fp32 weights; auto: on GPUs that have bf16, unless --fp16, --bf16 or --amp is given"},
     )
+    icl_eval_datasets: Optional[str] = field(
+        default=None,
+        metadata={"help": "evaluate in-context classification during training: data sets with commas between, as of fairseq-eval --datasets"},
+    )
+    icl_eval_interval: int = field(default=1000, metadata={"help": "evaluate after every N updates"})
+    icl_eval_shots: str = field(default="0,4", metadata={"help": "demonstrations in a prompt: one number or more"})
+    icl_eval_seeds: str = field(default="1", metadata={"help": "of the draws of demonstrations; accuracies are means over them"})
+    icl_eval_limit: int = field(default=200, metadata={"help": "evaluate at most N examples of each data set, a seeded sample"})
+    icl_eval_data_dir: Optional[str] = field(
+        default=None, metadata={"help": "use DIR/<dataset>/{train,validation}.{jsonl,csv,parquet} where it is there, not the hub"}
+    )
+    icl_eval_sampling: ChoiceEnum(["random", "balanced"]) = field(  # type: ignore[valid-type]
+        default="random", metadata={"help": "balanced: as many demonstrations of each label"}
+    )
+    icl_eval_max_field_tokens: Optional[int] = field(default=None, metadata={"help": "shorten each text of the data to N tokens"})
     fp16: bool = II("common.fp16")
     bf16: bool = II("common.bf16")
     amp: bool = II("common.amp")
     cpu: bool = II("common.cpu")
     log_interval: int = II("common.log_interval")
+    log_format: Optional[str] = II("common.log_format")
+    no_progress_bar: bool = II("common.no_progress_bar")
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
+    wandb_project: Optional[str] = II("common.wandb_project")
+    max_tokens: Optional[int] = II("dataset.max_tokens")
+    ddp_backend: str = II("distributed_training.ddp_backend")
 
 
 @register_task("momentum_language_modeling", dataclass=MomentumLanguageModelingConfig)
@@ -46,6 +71,7 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
     def __init__(self, args: Any, dictionary: Any, output_dictionary: Any = None, targets: Any = None) -> None:
         super().__init__(args, dictionary, output_dictionary, targets)
         self.monitor: TrainingMonitor | None = None
+        self.icl_evaluation: Any = None
 
     @classmethod
     def setup_dictionary(cls, args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -65,6 +91,10 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         model = super().build_model(cfg, from_checkpoint)
         self.monitor = TrainingMonitor(model, cfg, self.args)
+        if self.args.icl_eval_datasets and not from_checkpoint:  # those are evaluated, not trained
+            from .icl_evaluation import IclEvaluation
+
+            self.icl_evaluation = IclEvaluation(model, self.args)
         return model
 
     def train_step(
@@ -78,14 +108,42 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         assert self.monitor is not None
         self.monitor.before_step(update_num)
-        with self._precision(sample):
+        with self._precision(_device(sample)):
             result = super().train_step(self._packed(sample), model, criterion, optimizer, update_num, ignore_grad)
         for name, value in self.monitor.after_step(sample["ntokens"]).items():
             metrics.log_scalar(name, value, priority=1500, round=4)
         return result
 
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        super().optimizer_step(optimizer, model, update_num)
+        if self.icl_evaluation is not None and self.icl_evaluation.due(update_num + 1):
+            assert self.monitor is not None
+            began = time.monotonic()
+            with self._precision(self.icl_evaluation.lm.device.type):
+                values = self.icl_evaluation()
+            self._log_evaluation(values, update_num + 1)
+            self.monitor.leave_out(time.monotonic() - began)
+
+    def _log_evaluation(self, values: dict[str, float], update: int) -> None:
+        """A line of fairseq's log, its TensorBoard (the run ``icl``) and ours, by the first process alone."""
+        assert self.monitor is not None
+        if distributed_utils.get_global_rank() != 0:
+            return
+        args = self.args
+        bar = progress_bar.progress_bar(
+            [],
+            log_format=args.log_format,
+            prefix=f"update {update}",
+            tensorboard_logdir=args.tensorboard_logdir and os.path.join(args.tensorboard_logdir, "icl"),
+            default_log_format="simple" if args.no_progress_bar else "tqdm",
+            wandb_project=args.wandb_project,
+        )
+        with progress_bar.rename_logger(progress_bar.logger, "icl"):
+            bar.print({**values, "num_updates": update}, step=update)
+        self.monitor.record(values, update)
+
     def valid_step(self, sample: dict[str, Any], model: Any, criterion: Any) -> tuple[torch.Tensor, int, dict[str, Any]]:
-        with self._precision(sample):
+        with self._precision(_device(sample)):
             return super().valid_step(self._packed(sample), model, criterion)
 
     def _packed(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -97,9 +155,12 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
             "net_input": {**sample["net_input"], "segment_ids": document_ids(tokens, self.dictionary.eos())},
         }
 
-    def _precision(self, sample: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-        device = sample["net_input"]["src_tokens"].device.type
+    def _precision(self, device: str) -> contextlib.AbstractContextManager[Any]:
         args = self.args
         plain = not (args.fp16 or args.bf16 or args.amp)
         on = args.autocast == "bf16" or (args.autocast == "auto" and plain and device == "cuda" and torch.cuda.is_bf16_supported())
         return torch.autocast(device, torch.bfloat16) if on else contextlib.nullcontext()
+
+
+def _device(sample: dict[str, Any]) -> str:
+    return sample["net_input"]["src_tokens"].device.type

@@ -100,6 +100,16 @@ class TrainingMonitor:
             self._writer().scalars(values, self.update)
         return values
 
+    def record(self, values: dict[str, float], update: int) -> None:
+        """Other numbers for our TensorBoard log."""
+        if self._writer() is not None:
+            self._writer().scalars(values, update)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that is not training's, and does not count for its speed."""
+        if self.started is not None:
+            self.started += seconds
+
     def _speed(self) -> dict[str, float]:
         device = next(self.model.parameters()).device
         now = time.monotonic()

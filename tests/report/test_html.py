@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from momentum_lm.report import figures
-from momentum_lm.report.html import Code, Paragraph, Picture, page, write_page
+from momentum_lm.report.html import Code, Folded, Paragraph, Picture, Points, page, write_page
 from momentum_lm.report.tables import Table
 
 VOID = {"meta", "link", "br", "img"}
@@ -39,13 +39,15 @@ def figure():
 
 def test_page_is_whole_and_needs_no_network(figure, tmp_path):
     parts = [Paragraph("a < b & c"), Code("x = '<y>'"), Table(["m"], [["1"]]), Picture(figures.to_svg(figure), 'says "more"')]
+    parts += [Points(["one < two", "three"]), Folded("more & more", [Code("folded"), Table(["n"], [["2"]])])]
     write_page(tmp_path / "report.html", "Title <t>", {"": [Paragraph("first")], "Heading": parts})
     text = (tmp_path / "report.html").read_text()
     parser = Balanced()
     parser.feed(text)
     assert parser.stack == []
-    assert {"svg", "table", "pre", "figure"} <= parser.seen and not {"script", "link", "img"} & parser.seen
+    assert {"svg", "table", "pre", "figure", "details", "ul"} <= parser.seen and not {"script", "link", "img"} & parser.seen
     assert "a < b & c" in parser.text and "x = '<y>'" in parser.text and "Title <t>" in parser.text
+    assert {"one < two", "more & more", "folded"} <= set(parser.text) and text.count('<div class="scroll"><table>') == 2
     assert 'aria-label="says &quot;more&quot;"' in text
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     fetched = re.findall(r"(?:src|href)=[\"'](?!#)[^\"']*|url\((?!#)[^)]*|@import[^;]*", text)
@@ -56,7 +58,8 @@ def test_page_is_whole_and_needs_no_network(figure, tmp_path):
 def test_svg_takes_the_pages_colours_and_is_deterministic(figure):
     svg = figures.to_svg(figure)
     assert svg.startswith("<svg") and "currentColor" in svg and "#010203" not in svg
-    assert re.match(r"<svg[^>]*>", svg)[0].count("height=") == 0
+    opening = re.match(r"<svg[^>]*>", svg)[0]
+    assert " height=" not in opening and " width=" not in opening and 'style="max-width: 460.8pt"' in opening
     for label in ("context length (tokens)", "vanilla", "momentum", ">64<", ">256<"):
         assert label in svg
     assert svg == figures.to_svg(figure)
@@ -78,3 +81,38 @@ def test_loss_figure_shares_looks_between_seeds(tmp_path):
     figures.save_png(figure, tmp_path / "loss.png")
     pixels = np.asarray(Image.open(io.BytesIO((tmp_path / "loss.png").read_bytes())).convert("L"))
     assert pixels[0, 0] == 255 and pixels.min() < 100 and pixels.std() > 10  # something dark was drawn on white
+
+
+POINTS = [figures.AccuracyPoint(16, 0.8, 0.7, 0.9, (0.75, 0.85)), figures.AccuracyPoint(0, 0.5, 0.4, 0.6)]
+
+
+def test_accuracy_figure():
+    lines = {"none": POINTS, "batch": [figures.AccuracyPoint(4, 0.6, 0.55, 0.65)], "absent": []}
+    axes = figures.draw(figures.accuracy_panel(lines, "mr", ("majority", 0.51), "calibration")).axes[0]
+    assert axes.get_title() == "mr" and [line.get_label() for line in axes.get_lines()] == ["none", "batch", "majority 51.0"]
+    line = axes.get_lines()[0]
+    assert list(line.get_ydata()) == [50.0, 80.0]  # in the order of shots
+    assert np.diff(line.get_xdata()) == pytest.approx([np.log2(17)])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "4", "16"]
+    assert axes.get_legend().get_title().get_text() == "calibration"
+    bars, dots = axes.collections[:2]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[40.0, 60.0], [70.0, 90.0]]
+    assert dots.get_offsets()[:, 1].tolist() == [75.0, 85.0]
+
+
+def test_a_band_only_where_few_lines_share_the_figure():
+    for count, bands in ((1, 1), (2, 2), (3, 0)):
+        axes = figures.draw(figures.accuracy_panel({str(i): POINTS for i in range(count)})).axes[0]
+        assert sum(hasattr(c, "get_paths") and type(c).__name__ == "FillBetweenPolyCollection" for c in axes.collections) == bands
+        assert len({(line.get_linestyle(), line.get_marker()) for line in axes.get_lines()}) == count
+
+
+def test_confusion_figure():
+    axes = figures.draw(figures.confusion_panel([[3, 1, 0], [0, 0, 0], [0, 5, 5]], ["a", "b", "c" * 30], "title")).axes[0]
+    cells = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axes.texts}
+    assert cells == {(0, 0): "75", (0, 1): "25", (2, 1): "50", (2, 2): "50"}  # zeros, and a class without examples, are blank
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a (4)", "b (0)", "c" * 17 + "… (10)"]
+    assert axes.get_ylim() == (2.5, -0.5) and axes.get_legend() is None
+    shades = {tuple(map(int, np.add(p.get_xy(), 0.5))): p.get_alpha() for p in axes.patches}
+    assert shades[0, 0] == pytest.approx(0.7 * 0.75) and max(shades.values()) <= 0.7  # text stays readable on it
+    assert "<image" not in figures.to_svg(axes.figure)

@@ -1,0 +1,65 @@
+"""``momentum-lm datasets``: lists the data sets for in-context learning, or shows a prompt of one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from momentum_lm.errors import UserError, main_guard
+
+SEPARATOR = "\n\n"  # of Hugging Face models; fairseq's have </s> instead
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table of all data sets, or of one its description and a sample prompt for each of its templates."""
+    parser = argparse.ArgumentParser(prog="momentum-lm datasets", description="Lists the data sets, or shows a prompt of one.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a name of the list, or a YAML file of your own")
+    parser.add_argument("--data-dir", metavar="DIR", help="use DIR/NAME/{train,validation}.{jsonl,csv,parquet}, not the hub")
+    parser.add_argument("--template", metavar="TEMPLATE", help="show this variant only (default: each)")
+    parser.add_argument("--shots", type=int, default=2, metavar="N", help="demonstrations (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="draws them, and the query (default: %(default)s)")
+    parser.add_argument("--sampling", default="random", choices=["random", "balanced"], help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.shots < 0:
+        raise UserError(f"--shots {args.shots}: must not be negative")
+    print(_sample(args) if args.name else _table())
+    return 0
+
+
+def _table() -> str:
+    from momentum_lm.data.dataset_yaml import available, load_spec
+    from momentum_lm.report.tables import Table
+
+    rows = []
+    for spec in map(load_spec, available()):
+        classes = str(len(spec.labels)) if spec.labels else "choices"
+        hub = spec.hub.id + (f" {spec.hub.subset}" if spec.hub.subset else "") if spec.hub else ""
+        rows.append([spec.name, spec.task, classes, hub, spec.licence])
+    lines = [Table(["name", "task", "classes", "hub", "licence"], rows).text(), "", "`momentum-lm datasets NAME` shows a prompt."]
+    return "\n".join(lines)
+
+
+def _sample(args: argparse.Namespace) -> str:
+    from momentum_lm.data.classification import load_dataset
+    from momentum_lm.data.dataset_yaml import load_spec
+    from momentum_lm.icl.demonstrations import evaluation_subset, select
+
+    spec = load_spec(args.name, args.template or "code")
+    hub = spec.hub.id if spec.hub else "none"
+    lines = [f"{spec.name}: {spec.description}", f"hub: {hub}; licence: {spec.licence}; {spec.path}"]
+    for template in [spec.template] if args.template else spec.templates:
+        splits = ["train", "evaluation"] if args.shots else ["evaluation"]
+        data = load_dataset(args.name, args.data_dir, template, splits=splits)
+        labels = len(spec.labels) if spec.labels else None
+        shown = select(data.train, args.shots, args.seed, args.sampling, labels)
+        query = evaluation_subset(data.evaluation, 1, args.seed)[0]
+        inputs = query.inputs if len(query.inputs) == 1 else (query.inputs[query.gold],)
+        prompt = SEPARATOR.join(["".join(example.pair(example.gold)) for example in shown] + list(inputs))
+        choices = query.continuations if len(query.inputs) == 1 else query.inputs
+        sizes = ", ".join(f"{len(examples):,} to {verb}" for examples, verb in ((data.train, "show"), (data.evaluation, "ask")) if examples)
+        lines += ["", f"--- template {template} ({sizes}; row {query.index} is asked)", prompt, "---"]
+        lines += [f"{'*' if i == query.gold else ' '} {choice!r}" for i, choice in enumerate(choices)]
+        if len(query.inputs) > 1:
+            lines.append(f"  each followed by {query.continuations[0]!r}, which is scored")
+    return "\n".join(lines)

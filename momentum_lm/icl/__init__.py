@@ -1,0 +1,1 @@
+"""In-context learning: prompts, demonstrations, scores and their calibration."""

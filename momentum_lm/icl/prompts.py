@@ -1,0 +1,165 @@
+"""Prompts as token ids: what all queries begin with, once, and what is each query's own."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from momentum_lm.data.classification import Example
+from momentum_lm.errors import UserError
+from momentum_lm.lm.protocol import LanguageModel
+
+_AT_ONCE = 256  # queries whose whole prompts are held as text and tokens at a time
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """``bos`` begins every prompt; ``separator`` stands after every demonstration: token ids, or text."""
+
+    bos: tuple[int, ...]
+    separator: str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One continuation of one query: the tokens after the shared prefix, of which those from ``start`` on are scored."""
+
+    tokens: array[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """``queries[i][c]`` after ``prefix`` is what the model is asked about choice c of example i.
+
+    ``shots`` is how many demonstrations fitted.
+    """
+
+    prefix: list[int]
+    queries: list[list[Request]]
+    shots: int
+
+    def longest(self) -> tuple[int, int]:
+        """(tokens of the longest prompt, its query)."""
+        return max((len(self.prefix) + len(request.tokens), i) for i, query in enumerate(self.queries) for request in query)
+
+    def sha256(self) -> str:
+        """Digest of all token ids: equal digests ask a model the same."""
+        digest = hashlib.sha256(array("i", self.prefix).tobytes())
+        for query in self.queries:
+            for request in query:
+                digest.update(b"%d,%d;" % (request.start, len(request.tokens)))
+                digest.update(request.tokens.tobytes())
+        return digest.hexdigest()
+
+
+def demonstration_text(example: Example) -> str:
+    """An example with its label."""
+    return "".join(example.pair(example.gold))
+
+
+def fit(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], longest_query: int) -> list[Example]:
+    """The first demonstrations that leave room for the longest query in the model's context.
+
+    The authors' rule: another one is added while context + demonstration + longest query, in tokens, stay below the model's maximum.
+    """
+    size = len(form.bos)
+    separator = len(form.separator) if isinstance(form.separator, tuple) else len(lm.encode([form.separator])[0])
+    for count, tokens in enumerate(lm.encode([demonstration_text(example) for example in demonstrations])):
+        size += len(tokens) + separator
+        if size + longest_query >= lm.max_positions:
+            return list(demonstrations[:count])
+    return list(demonstrations)
+
+
+def longest_query(lm: LanguageModel, examples: Sequence[Example]) -> int:
+    """Tokens of the longest query with its longest continuation."""
+    longest = 0
+    for some in _batched(examples):
+        texts = ["".join(example.pair(choice)) for example in some for choice in range(len(example.continuations))]
+        longest = max(longest, *map(len, lm.encode(texts)))
+    return longest
+
+
+def build(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], examples: Sequence[Example]) -> Prompts:
+    """The prompts for ``examples`` after ``demonstrations``, which should fit (see :func:`fit`).
+
+    Text between special tokens is encoded as a whole, as it would be in training, and the prefix is what all prompts turn out to
+    share: so the ids are those of the full text whatever the tokenizer does at its seams. A continuation's tokens are those in which a
+    prompt with it differs from the prompt without. Raises UserError naming the example whose prompt is longer than the model's context
+    or has no token to predict from.
+    """
+    head, text = list(form.bos), ""
+    demos = [demonstration_text(example) for example in demonstrations]
+    if isinstance(form.separator, str):
+        text = "".join(demo + form.separator for demo in demos)
+    else:
+        for tokens in lm.encode(demos):
+            head += [*tokens, *form.separator]
+
+    prefix: list[int] | None = None
+    queries: list[list[Request]] = []
+    for some in _batched(examples):
+        found = [_whole(head, query) for query in _encode(lm, text, some)]
+        for example, query in zip(some, found, strict=True):
+            for tokens, start in query:
+                _check(lm, example, tokens, start)
+                kept = tokens[: start - 1] if prefix is None else prefix[: _common(prefix, tokens[: start - 1])]
+                if prefix is not None and len(kept) < len(prefix):  # what turns out not to be shared goes back to the queries
+                    lost = prefix[len(kept) :]
+                    queries = [[Request(array("i", lost) + old.tokens, old.start + len(lost)) for old in query] for query in queries]
+                prefix = kept
+        cut = len(prefix or [])
+        queries += [[Request(array("i", tokens[cut:]), start - cut) for tokens, start in query] for query in found]
+    return Prompts(prefix or [], queries, len(demonstrations))
+
+
+def _encode(lm: LanguageModel, text: str, examples: Sequence[Example]) -> list[list[tuple[list[int], int]]]:
+    """(tokens, where the continuation begins among them) of ``text`` with each example's choices."""
+    texts: dict[str, int] = {}  # every text once: choices mostly share their input
+    for example in examples:
+        for choice in range(len(example.continuations)):
+            given, continuation = example.pair(choice)
+            texts.setdefault(text + given, len(texts))
+            texts.setdefault(text + given + continuation, len(texts))
+    tokens = lm.encode(list(texts))
+    queries = []
+    for example in examples:
+        query = []
+        for choice in range(len(example.continuations)):
+            given, continuation = example.pair(choice)
+            whole = tokens[texts[text + given + continuation]]
+            query.append((whole, _common(tokens[texts[text + given]], whole)))
+        queries.append(query)
+    return queries
+
+
+def _whole(head: list[int], query: list[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
+    return [(head + tokens, len(head) + start) for tokens, start in query]
+
+
+def _check(lm: LanguageModel, example: Example, tokens: list[int], start: int) -> None:
+    where = f"example {example.index}"
+    if start == 0:
+        raise UserError(f"{where} has no token before its continuation; give the template some text there, or add --bos yes")
+    if start == len(tokens):
+        raise UserError(f"{where} has a continuation without tokens; mend its text in the data")
+    if len(tokens) > lm.max_positions:
+        raise UserError(
+            f"{where} has a prompt of {len(tokens)} tokens, but {lm.name} takes {lm.max_positions}; shorten texts with --max-field-tokens"
+        )
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens with which both begin."""
+    short = min(len(a), len(b))
+    if a[:short] == b[:short]:
+        return short
+    return next(i for i in range(short) if a[i] != b[i])
+
+
+def _batched(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), _AT_ONCE):
+        yield examples[start : start + _AT_ONCE]

@@ -1,0 +1,201 @@
+"""Any causal language model of Hugging Face ``transformers``, by name or folder, GGUF files included."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momentum_lm.errors import UserError
+from momentum_lm.files import file_sha256
+
+from .scoring import target_log_probs
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_ENDLESS = 1 << 20  # tokenizers without a limit give one far above any model's
+
+
+class SharedPrefix:
+    """Keys and values of one row, which rows of any number read without a copy of their own, and which no row adds to."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.length: int = cache.get_seq_length()
+        for layer in cache.layers:
+            layer.update = _reader(layer)
+
+
+class HuggingFaceLM:
+    """A causal model of ``transformers`` in evaluation mode. Prompts begin as its tokenizer begins a text; demonstrations are
+    separated by an empty line (by ``</s>`` for XGLM, the form in which fairseq's dense LMs are published: they never saw line breaks).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, sha256: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name, self.sha256 = name, sha256
+        self.config = model.config.get_text_config(decoder=True)
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self.separator: str | tuple[int, ...] = (tokenizer.eos_token_id,) if self.config.model_type == "xglm" else "\n\n"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output embedding."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @cached_property
+    def max_positions(self) -> int:
+        """The longest input that the model was made for, in tokens."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        limits = [value for name in names if isinstance(value := getattr(self.config, name, None), int)]
+        limit = getattr(self.tokenizer, "model_max_length", _ENDLESS)
+        return min([*limits, *([int(limit)] if limit < _ENDLESS else [])], default=2048)
+
+    @cached_property
+    def bos(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts before a text."""
+        plain, special = self.tokenizer("a", add_special_tokens=False).input_ids, self.tokenizer("a").input_ids
+        before = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+        return tuple(special[:before])
+
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        """Whether all that the model remembers is keys and values, which rows can share. Others read each prompt as a whole."""
+        from transformers import DynamicCache
+
+        if getattr(self.model, "_is_stateful", False):
+            return False
+        layers = DynamicCache(config=self.model.config).layers
+        return all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in layers)
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says of the model."""
+        architecture = {k: v for k, v in self.config.to_dict().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {"path": self.name, "sha256": self.sha256, "parameters": parameters, "architecture": architecture}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        return self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, with special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def row_bytes(self, prefix: int, length: int) -> int:
+        """Keys, values and mask of one layer over the whole row, and one block's activations."""
+        config = self.config
+        dim = int(getattr(config, "hidden_size", 1024))
+        ffn = int(getattr(config, "intermediate_size", None) or 4 * dim)
+        return self.dtype.itemsize * (4 * dim * (prefix + length) + length * (6 * dim + 3 * ffn)) + 4 * 4 * self.vocab_size
+
+    @torch.inference_mode()
+    def encode_prefix(self, ids: Sequence[int]) -> SharedPrefix | tuple[int, ...]:
+        """Keys and values of the tokens; the tokens themselves where rows cannot share those."""
+        from transformers import DynamicCache
+
+        if not self.shares_prefixes:
+            return tuple(ids)
+        cache = DynamicCache()  # without the configuration it keeps every token: a window is the mask's affair
+        last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
+        self.model(torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True, **last)
+        return SharedPrefix(cache)
+
+    @torch.inference_mode()
+    def log_probs(
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        prefix: SharedPrefix | tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
+        # Padding on the left would stand between prefix and row, where a sliding window counts it: it goes to the right.
+        shift = padding.long().argmin(1)
+        order = (torch.arange(tokens.shape[1]) + shift[:, None]) % tokens.shape[1]
+        tokens, positions = tokens.masked_fill(padding, 0).gather(1, order), positions - shift[rows]
+        given: dict[str, Any] = {"use_cache": False}
+        if isinstance(prefix, SharedPrefix):
+            given = {"past_key_values": prefix.cache, "use_cache": True}
+        elif prefix is not None:
+            tokens, positions = torch.cat([torch.tensor(prefix).expand(len(tokens), -1), tokens], 1), positions + len(prefix)
+        columns, column = torch.unique(positions, return_inverse=True)
+        if self._takes_logits_to_keep:
+            given["logits_to_keep"] = columns.to(self.device)
+        else:
+            column = positions
+        logits = self.model(tokens.to(self.device), **given).logits
+
+        def logits_at(row: Tensor, place: Tensor) -> Tensor:
+            return logits[row.to(self.device), place.to(self.device)]
+
+        return target_log_probs(logits_at, rows, column, targets, logits.shape[-1])
+
+
+def load_huggingface(
+    name: str,
+    gguf_file: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> HuggingFaceLM:
+    """Loads a causal model and its tokenizer from the hub or a folder; ``gguf_file`` is the name of a file there.
+
+    ``dtype`` None is fp32. ``trust_remote_code`` lets the model run code of its own. Raises UserError where transformers is not installed
+    or does not load the model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("--hf-model needs transformers: pip install 'momentum_lm[transformers]'") from error
+    given: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file:
+        given["gguf_file"] = gguf_file
+        folder = Path(name)
+        if folder.is_dir() and not (folder / gguf_file).exists():
+            raise UserError(f"--hf-gguf-file {gguf_file}: {folder} holds no such file")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **given)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"--hf-model {name} does not load: {reason}") from error
+    return HuggingFaceLM(model.to(device), tokenizer, name, _digest(name, gguf_file, model))
+
+
+def _digest(name: str, gguf_file: str | None, model: Any) -> str:
+    """Of the files of a folder that say what the model computes; of name and commit for a model of the hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return hashlib.sha256(f"{name} {getattr(model.config, '_commit_hash', None)}".encode()).hexdigest()
+    if gguf_file:
+        return file_sha256(folder / gguf_file)
+    weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    return file_sha256(*weights, folder / "config.json")
+
+
+def _reader(layer: Any) -> Any:
+    """A cache layer's ``update`` that adds nothing to it."""
+
+    def update(keys: Tensor, values: Tensor, *unused: Any, **unused_too: Any) -> tuple[Tensor, Tensor]:
+        kept = (part.expand(len(keys), -1, -1, -1) for part in (layer.keys, layer.values))
+        return tuple(torch.cat([old, new], -2) for old, new in zip(kept, (keys, values), strict=True))  # type: ignore[return-value]
+
+    return update

@@ -1,0 +1,266 @@
+"""In-context classification side by side: several results folders, or several settings of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from momentum_lm.analysis.classification import AccuracyDifference, compare_accuracy
+from momentum_lm.analysis.statistics import Interval
+from momentum_lm.errors import UserError
+
+from .classification import INTERVALS, TASK, Run, baseline, cells, interval_text, percent, points, results_table, summarise_cell
+from .common import Folder, read_runs, short_names
+from .figures import accuracy_panel, draw, to_svg
+from .html import Code, Folded, Paragraph, Part, Picture, Points, write_page
+from .predictions import Answers, read_answers, run_key
+from .tables import Table
+
+VARIABLES = ("shots", "calibration")
+_READING = (
+    "{intervals} Differences are in percentage points from {first}, over the same examples, paired by seed and order of demonstrations. "
+    "The interval over examples (cluster bootstrap: an example is drawn with all its runs) says what other examples would give with these "
+    "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on these examples. "
+    "p: exact McNemar test where there is one pair of runs, else of the bootstrap, and then at least 0.0002."
+)
+
+Place = tuple[Any, ...]  # of a row: dataset, shots and calibration, but for what the sides differ in
+
+
+@dataclass(frozen=True)
+class Side:
+    """What stands beside others: a name, its folder, and its runs by place, seed and order."""
+
+    name: str
+    folder: Path
+    runs: dict[Place, dict[tuple[int, int], Run]]
+
+
+class ClassificationComparison:
+    """Accuracies of two or more sides; differences are from the first.
+
+    The sides are ``folders``, or with ``between``, such as ``("calibration", ["none", "batch"])`` or ``("shots", [4, 16])``, settings
+    within the one folder named. Raises UserError for folders of other tasks, for settings that a folder does not hold, for sides
+    without a run in common, and for sides that evaluated different examples or differ in their gold labels.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Folder],
+        names: Sequence[str] | None = None,
+        between: tuple[str, Sequence[Any]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.results = read_runs(folders, [TASK])
+        self.seed = seed
+        self.varied = between[0] if between else None
+        self.notes: list[str] = []
+        paths = [Path(folder) for folder in folders]
+        if between is None:
+            named = list(names) if names else short_names(folders)
+            self.sides = [Side(n, p, self._places(r["runs"])) for n, p, r in zip(named, paths, self.results, strict=True)]
+        else:
+            self.sides = list(self._settings(paths, *between))
+        self.differences: dict[tuple[Place, int], AccuracyDifference] = {}  # by place and number of the side
+        self.pairs: dict[tuple[Place, int], list[tuple[Run, Run]]] = {}
+        if len(self.sides) > 1:
+            self._compare()
+
+    def table(self) -> Table:
+        """A row for each place and side; that of :func:`results_table` for a single side."""
+        if len(self.sides) == 1:
+            return results_table(self.results[0]["runs"])
+        rows = []
+        for place in self._all_places():
+            for number, side in enumerate(self.sides):
+                if place not in side.runs:
+                    continue
+                runs = list(side.runs[place].values())
+                cell = summarise_cell(runs)
+                left = [*map(str, place), side.name, percent(cell["mean"]), interval_text(cell["ci95"])]
+                rows.append(left + _difference_cells(self.differences.get((place, number))))
+        headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [self.varied or "results"]
+        headings += ["accuracy %", "95% interval", f"vs {self.sides[0].name}", "95% over examples", "p", "95% over seeds"]
+        return Table(headings, rows)
+
+    def write_page(self, path: str | os.PathLike[str]) -> None:
+        """One HTML page: the table, how to read it, figures, every pair of runs, and in what the sides' configurations differ."""
+        reading = [_READING.format(intervals=INTERVALS, first=self.sides[0].name)] if len(self.sides) > 1 else []
+        top: list[Part] = [self.table(), *map(Paragraph, reading)]
+        sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
+        for dataset in dict.fromkeys(place[0] for place in self._all_places() if self.varied != "shots"):
+            sections[dataset] = list(self._figures(dataset))
+        if self.pairs:
+            sections["Every pair of runs"] = [Folded(f"{sum(map(len, self.pairs.values()))} pairs", [self._pairs_table()])]
+        sections["What was measured"] = [Code(self._origins())]
+        write_page(path, "In-context classification, side by side", sections)
+
+    def _settings(self, folders: Sequence[Path], variable: str, values: Sequence[Any]) -> Iterator[Side]:
+        if variable not in VARIABLES:
+            raise UserError(f"--between {variable}: choose one of {' or '.join(VARIABLES)}")
+        if len(folders) != 1:
+            raise UserError("--between compares settings within one results folder; name one")
+        if len(values) < 2 or len(set(values)) < len(values):
+            raise UserError(f"--between {variable}={','.join(map(str, values))}: name two or more different values")
+        runs = self.results[0]["runs"]
+        there = list(dict.fromkeys(run[variable] for run in runs))
+        for value in values:
+            if value not in there:
+                raise UserError(f"--between {variable}: {folders[0]} has no runs with {value}, only with {', '.join(map(str, there))}")
+            yield Side(str(value), folders[0], self._places([run for run in runs if run[variable] == value]))
+
+    def _places(self, runs: Sequence[Run]) -> dict[Place, dict[tuple[int, int], Run]]:
+        names = [name for name in ("dataset", *VARIABLES) if name != self.varied]
+        found: dict[Place, dict[tuple[int, int], Run]] = {}
+        for chosen in cells(runs).values():
+            place = tuple(chosen[0][name] for name in names)
+            found[place] = {(run["seed"], run["order"]): run for run in chosen}
+        return found
+
+    def _all_places(self) -> list[Place]:
+        """Rows of all sides, in the order of the first that has them."""
+        return list(dict.fromkeys(place for side in self.sides for place in side.runs))
+
+    def _compare(self) -> None:
+        for place in self._all_places():
+            for number, side in enumerate(self.sides[1:], 1):
+                pairs = self._pair(place, side)
+                if pairs:
+                    self.pairs[place, number] = pairs
+        if not self.pairs:
+            raise UserError(
+                f"{' and '.join(side.name for side in self.sides)} have no dataset, shots, calibration, seed and order in common"
+            )
+        wanted: dict[int, list[Run]] = {}
+        for (_, number), pairs in self.pairs.items():
+            wanted.setdefault(0, []).extend(first for first, _ in pairs)
+            wanted.setdefault(number, []).extend(other for _, other in pairs)
+        answers = {number: read_answers(self.sides[number].folder, runs) for number, runs in wanted.items()}
+        for (place, number), pairs in self.pairs.items():
+            first = [answers[0][run_key(run)] for run, _ in pairs]
+            other = [answers[number][run_key(run)] for _, run in pairs]
+            for (run, _), one, two in zip(pairs, first, other, strict=True):
+                self._check_examples(run["dataset"], self.sides[number], one, two)
+            self.differences[place, number] = compare_accuracy(
+                np.stack([each.right for each in other]),
+                np.stack([each.right for each in first]),
+                [_draw(*pair)[0] for pair in pairs],
+                seed=self.seed,
+            )
+
+    def _pair(self, place: Place, side: Side) -> list[tuple[Run, Run]]:
+        """Runs that belong together. Without demonstrations all runs are the same one, which goes with any draw of the other side."""
+        first, other = self.sides[0].runs.get(place, {}), side.runs.get(place, {})
+        if not first or not other:
+            return []
+        zero, also = (next(iter(runs.values())) for runs in (first, other))
+        if zero["shots"] == also["shots"] == 0:
+            return [(zero, also)]
+        if zero["shots"] == 0:
+            return [(zero, run) for run in other.values()]
+        if also["shots"] == 0:
+            return [(run, also) for run in first.values()]
+        pairs = [(run, other[draw]) for draw, run in first.items() if draw in other]
+        where = ", ".join(f"{value} shots" if isinstance(value, int) else value for value in place)
+        alone = len(first) + len(other) - 2 * len(pairs)
+        if alone:
+            self.notes.append(f"{where}: {alone} runs of {self.sides[0].name} or {side.name} have no counterpart and are not compared.")
+        shown = sum(a["demonstrations"] != b["demonstrations"] for a, b in pairs)
+        if shown and self.varied != "shots":
+            self.notes.append(f"{where}: {self.sides[0].name} and {side.name} saw other demonstrations in {shown} of {len(pairs)} pairs.")
+        return pairs
+
+    def _check_examples(self, dataset: str, side: Side, one: Answers, two: Answers) -> None:
+        names = self.sides[0].name, side.name
+        only = np.setxor1d(one.index, two.index)
+        if only.size:
+            owner = names[0] if only[0] in one.index else names[1]
+            raise UserError(
+                f"{dataset}: {names[0]} evaluated {one.index.size:,} examples and {names[1]} {two.index.size:,}, and example {only[0]} is "
+                f"only in {owner}; evaluate both on the same examples (--limit, --protocol)"
+            )
+        differing = np.flatnonzero(one.gold != two.gold)
+        if differing.size:
+            at = differing[0]
+            raise UserError(
+                f"{dataset}: the gold labels of {differing.size:,} examples differ, first that of example {one.index[at]} "
+                f"({one.gold[at]} in {names[0]}, {two.gold[at]} in {names[1]}); evaluate both on the same data"
+            )
+
+    def _figures(self, dataset: str) -> Iterator[Picture]:
+        """Accuracy over shots, one line a side; a picture for each calibration, unless the sides are calibrations."""
+        pictures: dict[str, dict[str, Any]] = {}
+        level = None
+        for side in self.sides:
+            runs = [run for place, chosen in side.runs.items() if place[0] == dataset for run in chosen.values()]
+            level = level or (baseline(runs[0]) if runs else None)
+            for calibration, line in points(runs).items():
+                title = dataset if self.varied else f"{dataset}, calibration {calibration}"
+                pictures.setdefault(title, {})[side.name] = line
+        for title, lines in pictures.items():
+            figure = draw(accuracy_panel(lines, title, level, self.varied), size=(5.8, 4.4))
+            yield Picture(to_svg(figure), f"Accuracy on {title}: mean and 95% interval; faint dots are seeds.")
+
+    def _pairs_table(self) -> Table:
+        first = self.sides[0].name
+        rows = []
+        for (place, number), pairs in self.pairs.items():
+            for pair, test in zip(pairs, self.differences[place, number].tests, strict=True):
+                seed, order = _draw(*pair)
+                accuracies = [percent(run["accuracy"]) for run in pair]
+                numbers = [str(test.only_b), str(test.only_a), f"{test.p_value:.2g}"]
+                rows.append([*map(str, place), self.sides[number].name, str(seed), str(order), *accuracies, *numbers])
+        headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [self.varied or "results", "seed", "order"]
+        headings += [f"{first} %", "this %", f"only {first} right", "only this right", "McNemar p"]
+        return Table(headings, rows)
+
+    def _origins(self) -> str:
+        """Each side's model, and the entries of the configurations that are not the same in all."""
+        if self.varied:
+            return f"{self.sides[0].folder}: {self.results[0]['model']['path']}"
+        configs = [{k: v for k, v in results["config"].items() if k not in ("datasets", "command")} for results in self.results]
+        differing = [key for key in dict.fromkeys(key for config in configs for key in config) if _values(configs, key) > 1]
+        lines = []
+        for side, results, config in zip(self.sides, self.results, configs, strict=True):
+            lines.append(f"{side.name}: {results['model']['path']}")
+            lines += [f"  {key}: {json.dumps(config.get(key), ensure_ascii=False)}" for key in differing]
+        return "\n".join(lines)
+
+
+def parse_between(text: str) -> tuple[str, list[Any]]:
+    """``calibration=none,batch`` as the variable and its values. Raises UserError for anything else."""
+    variable, sign, values = text.partition("=")
+    if variable not in VARIABLES or not sign or not all(values.split(",")):
+        raise UserError(f"--between {text}: say for example calibration=none,batch or shots=4,16")
+    if variable != "shots":
+        return variable, values.split(",")
+    if not all(value.isdecimal() for value in values.split(",")):
+        raise UserError(f"--between {text}: shots are whole numbers")
+    return variable, [int(value) for value in values.split(",")]
+
+
+def _draw(first: Run, other: Run) -> tuple[int, int]:
+    """Seed and order of the demonstrations of a pair."""
+    run = first if first["shots"] else other
+    return run["seed"], run["order"]
+
+
+def _difference_cells(difference: AccuracyDifference | None) -> list[str]:
+    if difference is None:
+        return [""] * 4
+    over_examples, over_seeds = (_points_text(i) for i in (difference.over_examples, difference.over_seeds))
+    return [f"{100 * difference.difference:+.1f}", over_examples, f"{difference.p_value:.2g}", over_seeds]
+
+
+def _points_text(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
+
+
+def _values(configs: Sequence[Mapping[str, Any]], key: str) -> int:
+    return len({json.dumps(config.get(key)) for config in configs})

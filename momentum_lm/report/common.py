@@ -1,0 +1,65 @@
+"""What the reports of all tasks share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from momentum_lm.errors import UserError
+
+from .records import read_results
+
+if TYPE_CHECKING:
+    from .tensorboard import TrainingLog
+
+Folder = str | os.PathLike[str]
+
+
+def read_runs(folders: Sequence[Folder], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """The results of all folders. Raises UserError unless they are of one task, one of ``tasks``, and hold finished runs."""
+    found: list[dict[str, Any]] = []
+    for folder in folders:
+        results = read_results(folder)
+        if results["task"] not in tasks:
+            raise UserError(f"{folder} holds results of {results['task']}, and not of {' or '.join(tasks)}")
+        if found and results["task"] != found[0]["task"]:
+            raise UserError(
+                f"{folder} holds results of {results['task']}, which cannot stand beside those of {found[0]['task']} "
+                f"in {folders[0]}; name folders of one task"
+            )
+        if not results["runs"]:
+            raise UserError(f"{folder} holds no finished run of {results['task']}; run the evaluation again")
+        found.append(results)
+    return found
+
+
+def short_names(folders: Sequence[Folder]) -> list[str]:
+    """The folders' paths without the parts that all of them share at the beginning and at the end.
+
+    Raises UserError where two are the same.
+    """
+    parts = [list(Path(folder).resolve().parts) for folder in folders]
+    if len({tuple(p) for p in parts}) < len(parts):
+        raise UserError("the same results folder is named twice")
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    for end in (-1, 0):
+        while len({p[end] for p in parts if p}) == 1 and all(parts):
+            for p in parts:
+                del p[end]
+    return ["/".join(p) or "." for p in parts]
+
+
+def replace_events(folder: Folder, hparams: Mapping[str, Any], write: Callable[[TrainingLog], None]) -> None:
+    """Puts what ``write`` logs into ``tensorboard`` of a results folder, in place of older events."""
+    from .tensorboard import TrainingLog  # which imports torch
+
+    fresh, final = Path(folder) / ".tensorboard.new", Path(folder) / "tensorboard"
+    shutil.rmtree(fresh, ignore_errors=True)
+    with TrainingLog(fresh, hparams) as log:
+        write(log)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(fresh, final)

@@ -1,0 +1,77 @@
+"""``predictions.jsonl`` of a results folder, read line by line."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from momentum_lm.errors import UserError
+
+from .records import PREDICTIONS
+
+KEY = ("dataset", "seed", "shots", "order", "calibration")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one run answered: index, gold and predicted class of its examples, each (n,), in the order of their indices."""
+
+    index: NDArray[np.int64]
+    gold: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        return self.gold == self.predicted
+
+
+def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a run, or a line of predictions, from those of others."""
+    return tuple(run[name] for name in KEY)
+
+
+def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Answers]:
+    """{:func:`run_key`: answers} of these runs of a folder; memory grows with their answers, not with the file's other lines.
+
+    Raises UserError where the file is missing or damaged, or lacks answers of a run.
+    """
+    path = Path(folder) / PREDICTIONS
+    found: dict[tuple[Hashable, ...], tuple[array[int], array[int], array[int]]]
+    found = {run_key(run): (array("q"), array("q"), array("q")) for run in runs}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    entry = json.loads(line)
+                    columns = found.get(run_key(entry))
+                    if columns is not None:
+                        for column, name in zip(columns, ("index", "gold", "pred"), strict=True):
+                            column.append(entry[name])
+                except (ValueError, KeyError, TypeError) as error:
+                    if not line.endswith("\n"):
+                        break  # an evaluation that goes on, or was interrupted, in a run that is not asked for
+                    raise UserError(f"{path}, line {number} is damaged ({error}); run the evaluation again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; run the evaluation again") from error
+    answers = {}
+    for run in runs:
+        key = run_key(run)
+        index, gold, predicted = (np.array(column, dtype=np.int64) for column in found[key])
+        examples = len(np.unique(index))
+        if not examples == len(index) == run["num_examples"]:
+            which = ", ".join(f"{name} {value}" for name, value in zip(KEY, key, strict=True))
+            raise UserError(
+                f"{path} answers {examples:,} examples in {len(index):,} lines for {which}, but {run['num_examples']:,} were evaluated; "
+                "run the evaluation again"
+            )
+        order = np.argsort(index)
+        answers[key] = Answers(index[order], gold[order], predicted[order])
+    return answers

@@ -1,0 +1,349 @@
+"""How well does a model classify what its prompt shows it how to? The protocol of the paper's Tables 1 and 7, with spread and intervals.
+
+A *unit* is one dataset with one draw of demonstrations: number of shots, seed, order. Its queries are scored once, batch by batch, into a
+journal, and every calibration is computed from those scores; what is finished is never scored again. Zero shots leave nothing to draw:
+they are scored once and stand for every seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from momentum_lm.analysis.classification import accuracy, confusion_matrix, macro_f1, majority_rate
+from momentum_lm.analysis.statistics import wilson_interval
+from momentum_lm.data.classification import Example, LabelledDataset
+from momentum_lm.errors import UserError
+from momentum_lm.files import write_json
+from momentum_lm.icl import calibration, scoring
+from momentum_lm.icl.demonstrations import evaluation_subset, select
+from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query
+from momentum_lm.icl.scoring import Scores
+from momentum_lm.lm.protocol import LanguageModel
+from momentum_lm.report.classification import summary
+from momentum_lm.report.records import Predictions, Results
+
+from .journal import Journal
+from .processes import Processes
+
+TASK = "icl_classification"
+KEY = ("dataset", "seed", "shots", "order", "calibration")
+CONTENT_FREE = ("N/A", "[MASK]", "")  # the three inputs of Zhao et al., arXiv 2102.09690
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of a model.
+
+    ``protocol`` ``paper``: demonstrations and evaluated examples are drawn as by the authors' code. ``score``: ``mean`` or ``sum`` of a
+    continuation's log-probabilities. ``limit``: at most so many evaluated examples. ``bos`` and ``separator`` None: the model's own.
+    ``batch_tokens`` None: by the memory there is.
+    """
+
+    shots: tuple[int, ...] = (0, 4, 16)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    orders: int = 1
+    sampling: str = "random"
+    protocol: str = "default"
+    score: str = "mean"
+    calibrations: tuple[str, ...] = ("none",)
+    limit: int | None = None
+    bos: tuple[int, ...] | None = None
+    separator: str | tuple[int, ...] | None = None
+    batch_tokens: int | None = None
+    padding_side: str = "right"
+
+    def form(self, lm: LanguageModel) -> PromptFormat:
+        """How prompts are put together for a model."""
+        return PromptFormat(lm.bos if self.bos is None else self.bos, lm.separator if self.separator is None else self.separator)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One draw of demonstrations for one dataset."""
+
+    dataset: str
+    shots: int
+    seed: int
+    order: int
+
+    @property
+    def name(self) -> str:
+        """Also the stem of its files."""
+        return f"{self.dataset}-{self.shots}shot" + (f"-seed{self.seed}-order{self.order}" if self.shots else "")
+
+
+class Questions:
+    """What is asked about one dataset: the evaluated examples, after each unit's demonstrations.
+
+    Raises UserError, naming the dataset, where the data does not allow what the settings ask.
+    """
+
+    def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings) -> None:
+        self.lm, self.spec, self.train, self.settings = lm, dataset.spec, dataset.train, settings
+        self.examples = evaluation_subset(dataset.evaluation, settings.limit, protocol_paper=settings.protocol == "paper")
+        self.partial = any(len(example.inputs) > 1 for example in self.examples)
+        self.content_free = []
+        if self.spec.labels:
+            inputs = map(self.spec.content_free, CONTENT_FREE)
+            self.content_free = [Example(-1, (text,), self.examples[0].continuations, 0) for text in inputs]
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest query with its continuation."""
+        return longest_query(self.lm, [*self.examples, *self.content_free])
+
+    @property
+    def size(self) -> int:
+        """Queries of one unit."""
+        return len(self.examples) + len(self.content_free)
+
+    def prompts(self, form: PromptFormat, unit: Unit) -> tuple[list[Example], Prompts]:
+        """The demonstrations that fit, and the prompts of all examples and then of the content-free inputs."""
+        settings = self.settings
+        sampling = "random" if settings.protocol == "paper" else settings.sampling  # the authors' draw too
+        labels = len(self.spec.labels) if self.spec.labels else None
+        try:
+            drawn = select(self.train, unit.shots, unit.seed, sampling, labels, unit.order)
+            demonstrations = fit(self.lm, form, drawn, self.longest)
+            return demonstrations, build(self.lm, form, demonstrations, [*self.examples, *self.content_free])
+        except UserError as error:
+            raise UserError(f"{unit.dataset}: {error}") from error
+
+    def domain_prompts(self, form: PromptFormat) -> Prompts:
+        """The same continuations after nothing but the end of the template (Holtzman et al., arXiv 2104.08315)."""
+        examples = self.examples[:1] if self.spec.labels else self.examples
+        premise = self.spec.domain_premise
+        if not premise and not form.bos:  # something must come before the first token: what comes before any text
+            premise = form.separator if isinstance(form.separator, str) else self.lm.decode(form.separator)
+        return build(self.lm, form, [], [Example(e.index, (premise,), e.continuations, e.gold) for e in examples])
+
+    def allows(self, name: str) -> bool:
+        """Whether a calibration means anything here."""
+        if name == "domain_pmi":
+            return not self.partial
+        return name == "none" or self.spec.labels is not None
+
+    def colliding(self) -> list[tuple[str, str]]:
+        """Pairs of label words whose first tokens are the same."""
+        labels = self.examples[0].continuations if self.spec.labels else ()
+        first = [tokens[:1] for tokens in self.lm.encode(list(labels))]
+        return [(labels[i].strip(), labels[j].strip()) for i, j in itertools.combinations(range(len(labels)), 2) if first[i] == first[j]]
+
+
+def units(datasets: Sequence[str], settings: Settings) -> Iterator[Unit]:
+    """All units, those without demonstrations once."""
+    for dataset, shots in itertools.product(datasets, dict.fromkeys(settings.shots)):
+        if shots == 0:
+            yield Unit(dataset, 0, settings.seeds[0], 0)
+            continue
+        for seed, order in itertools.product(dict.fromkeys(settings.seeds), range(settings.orders)):
+            yield Unit(dataset, shots, seed, order)
+
+
+def evaluate(
+    lm: LanguageModel,
+    datasets: Sequence[LabelledDataset],
+    settings: Settings,
+    folder: str | os.PathLike[str],
+    command: str | None = None,
+    force: bool = False,
+    show_progress: bool = True,
+) -> bool:
+    """Scores every unit that ``folder`` does not hold yet; writes results.json, predictions.jsonl and samples.json there.
+
+    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises UserError for
+    prompts that do not fit, results of other settings in ``folder``, and whatever the data or the model does not allow.
+    """
+    form = settings.form(lm)
+    questions = {data.spec.name: Questions(lm, data, settings) for data in datasets}
+    with Processes() as processes:
+        recorder, todo = None, None
+        if processes.first:
+            config = _config(lm, datasets, settings, form, command)
+            recorder = _Recorder(Results(folder, TASK, lm.describe(), config, KEY, force, summary), settings, questions)
+            todo = [unit for unit in units(list(questions), settings) if recorder.lacks(unit)]
+            for name in dict.fromkeys(unit.dataset for unit in todo):
+                _warn(questions[name], settings)
+        todo = processes.from_first(todo) or []
+        total = sum(questions[unit.dataset].size for unit in todo)
+        with tqdm(total=total, unit="query", disable=not (todo and show_progress and processes.first)) as bar:
+            scorer = _Scorer(lm, settings, os.path.join(folder, "scores"), processes, bar)
+            for unit in todo:
+                bar.set_description(unit.name)
+                began = time.perf_counter()
+                asked = questions[unit.dataset]
+                demonstrations, prompts = asked.prompts(form, unit)
+                if len(demonstrations) < unit.shots and processes.first:
+                    _warn_fit(unit, len(demonstrations), lm)
+                scores = scorer(prompts, unit.name)
+                domain = None
+                if "domain_pmi" in settings.calibrations and asked.allows("domain_pmi"):
+                    domain = scorer(asked.domain_prompts(form), f"{unit.dataset}-domain", counted=False)
+                if recorder is not None and scores is not None:
+                    recorder.add(unit, demonstrations, prompts, scores, domain, time.perf_counter() - began)
+        return processes.first
+
+
+class _Scorer:
+    """Scores prompts by way of a journal; the processes share the batches. Gives rank 0 the scores, the others None."""
+
+    def __init__(self, lm: LanguageModel, settings: Settings, folder: str, processes: Processes, bar: tqdm[Any]) -> None:
+        self.lm, self.settings, self.folder, self.processes, self.bar = lm, settings, folder, processes, bar
+
+    def __call__(self, prompts: Prompts, name: str, counted: bool = True) -> Scores | None:
+        """``counted``: whether the progress bar expects these queries."""
+        lm, processes, begin = self.lm, self.processes, self.bar.n
+        journal = Journal(self.folder, name, _fingerprint(lm, prompts), processes.rank)
+        scores = journal.scores()
+        if not processes.from_first(scores is not None):
+            budget = self.settings.batch_tokens or journal.batch_tokens or scoring.token_budget(lm, prompts)
+            batches = scoring.plan(prompts, processes.from_first(budget))
+            journal.begin(processes.from_first(budget))
+
+            def finished(number: int, sums: Mapping[int, list[float]]) -> None:
+                journal.add(number, sums)
+                self.bar.update(len(sums) * processes.world)  # the others keep about the same pace
+
+            mine = range(processes.rank, len(batches), processes.world)
+            self.bar.update(sum(len(batches[number]) for number in journal.batches))
+            scoring.score(lm, prompts, batches, self.settings.padding_side, finished, [n for n in mine if n not in journal.batches])
+            parts = processes.gather({number: journal.batches[number] for number in mine})
+            if processes.first:
+                scores = scoring.collect(prompts, {q: sums for part in parts for batch in part.values() for q, sums in batch.items()})
+                journal.finish(scores)
+        self.bar.n = begin + (len(prompts.queries) if counted else 0)
+        self.bar.refresh()
+        return scores if processes.first else None
+
+
+class _Recorder:
+    """Turns scores into runs, predictions and sample prompts on disk."""
+
+    def __init__(self, results: Results, settings: Settings, questions: dict[str, Questions]) -> None:
+        self.results, self.settings, self.questions = results, settings, questions
+        self.predictions = Predictions(results)
+
+    def lacks(self, unit: Unit) -> bool:
+        """Whether a unit has results to come."""
+        return any(key not in self.predictions.runs for key in self._keys(unit))
+
+    def add(
+        self, unit: Unit, demonstrations: Sequence[Example], prompts: Prompts, scores: Scores, domain: Scores | None, seconds: float
+    ) -> None:
+        """Records every calibration of a unit that is not there yet."""
+        asked, kind = self.questions[unit.dataset], self.settings.score
+        count = len(asked.examples)
+        values = scores.values(kind)
+        self._sample(unit, asked.examples[0], prompts)
+        shared = {
+            "shots_fitted": len(demonstrations),
+            "demonstrations": [example.index for example in demonstrations],
+            "prefix_tokens": len(prompts.prefix),
+            "seconds": round(seconds, 3),
+        }
+        for key in self._keys(unit):
+            if key in self.predictions.runs:
+                continue
+            prior = None if domain is None else domain.values(kind)
+            calibrated = calibration.apply(key[-1], values[:count], values[count:] if asked.spec.labels else None, prior)
+            names = dict(zip(KEY, key, strict=True))
+            setting = "in_context" if unit.shots else "zero_shot"
+            predicted = np.nanargmax(calibrated, axis=1)
+            lines = (
+                {
+                    **names,
+                    "setting": setting,
+                    "index": e.index,
+                    "gold": e.gold,
+                    "pred": int(p),
+                    "scores": [x for x in row if x == x],
+                }  # no NaN
+                for e, p, row in zip(asked.examples, predicted, calibrated.tolist(), strict=True)
+            )
+            self.predictions.add(key, lines)
+            self.results.add({**names, **measure(asked, predicted), **shared})
+
+    def _keys(self, unit: Unit) -> list[tuple[Any, ...]]:
+        """The runs that a unit gives: one for each calibration, and without demonstrations for each seed."""
+        seeds = dict.fromkeys(self.settings.seeds) if unit.shots == 0 else [unit.seed]
+        names = [name for name in self.settings.calibrations if self.questions[unit.dataset].allows(name)]
+        return [(unit.dataset, seed, unit.shots, unit.order, name) for seed in seeds for name in names]
+
+    def _sample(self, unit: Unit, example: Example, prompts: Prompts) -> None:
+        """Keeps the first prompt of each dataset and number of shots, for people to look at."""
+        path = self.results.folder / "samples.json"
+        samples = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if any((sample["dataset"], sample["shots"]) == (unit.dataset, unit.shots) for sample in samples):
+            return
+        request = prompts.queries[0][example.gold]
+        text = self.questions[unit.dataset].lm.decode([*prompts.prefix, *request.tokens[: request.start]])
+        sample = {"dataset": unit.dataset, "shots": unit.shots, "seed": unit.seed, "prompt": text}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, [*samples, {**sample, "continuations": list(example.continuations), "gold": example.gold}])
+
+
+def measure(asked: Questions, predicted: NDArray[np.int64]) -> dict[str, Any]:
+    """Accuracy with Wilson's interval over examples, macro-F1, confusion counts, and what needs no model to reach."""
+    gold = np.array([example.gold for example in asked.examples])
+    right = int((gold == predicted).sum())
+    interval = wilson_interval(right, len(gold))
+    result = {"num_examples": len(gold), "accuracy": accuracy(gold, predicted), "ci95": [interval.low, interval.high]}
+    if asked.spec.labels is None:
+        chance = float(np.mean([1 / len(example.continuations) for example in asked.examples]))
+        return result | {"macro_f1": None, "confusion": None, "majority": None, "chance": chance}
+    return result | {
+        "macro_f1": macro_f1(gold, predicted),
+        "confusion": confusion_matrix(gold, predicted, len(asked.spec.labels)).tolist(),
+        "majority": majority_rate(gold),
+    }
+
+
+def _fingerprint(lm: LanguageModel, prompts: Prompts) -> str:
+    """Of everything that scores depend on."""
+    model = {name: value for name, value in lm.describe().items() if name != "path"}
+    return hashlib.sha256(f"{json.dumps(model, sort_keys=True)} {lm.dtype} {prompts.sha256()}".encode()).hexdigest()
+
+
+def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
+    _log.warning("%s: only %d of %d demonstrations fit in the model's %d tokens", unit.name, fitted, unit.shots, lm.max_positions)
+
+
+def _warn(asked: Questions, settings: Settings) -> None:
+    name = asked.spec.name
+    for one, other in asked.colliding():
+        _log.warning("%s: the labels %r and %r begin with the same token; the tokens after it decide between them", name, one, other)
+    for left_out in (c for c in settings.calibrations if not asked.allows(c)):
+        reason = "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
+        _log.warning("%s: no calibration %s, because %s", name, left_out, reason)
+
+
+def _config(
+    lm: LanguageModel, datasets: Sequence[LabelledDataset], settings: Settings, form: PromptFormat, command: str | None
+) -> dict[str, Any]:
+    return {
+        "protocol": settings.protocol,
+        "sampling": "random" if settings.protocol == "paper" else settings.sampling,
+        "score": settings.score,
+        "limit": settings.limit,
+        "bos": list(form.bos),
+        "separator": form.separator,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "datasets": {
+            data.spec.name: {"labels": data.spec.labels, "template": data.spec.template, "source": data.source} for data in datasets
+        },
+        "command": command,
+    }

@@ -1,0 +1,91 @@
+import pytest
+
+from momentum_lm.data.classification import Example
+from momentum_lm.data.dictionary import BOS, EOS
+from momentum_lm.errors import UserError
+from momentum_lm.icl.prompts import PromptFormat, Request, build, demonstration_text, fit, longest_query
+
+FORMS = {"tokens": PromptFormat((BOS,), (EOS,)), "text": PromptFormat((), "\n\n"), "bos_text": PromptFormat((EOS,), " ")}
+
+
+def whole(lm, form, demonstrations, given):
+    """The ids of a full prompt, put together the plain way."""
+    texts = [demonstration_text(example) for example in demonstrations]
+    if isinstance(form.separator, str):
+        return [*form.bos, *lm.encode(["".join(text + form.separator for text in texts) + given])[0]]
+    parts = [token for text in texts for token in [*lm.encode([text])[0], *form.separator]]
+    return [*form.bos, *parts, *lm.encode([given])[0]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shots", [0, 1, 3])
+@pytest.mark.parametrize("which", ["examples", "choices"])
+def test_prefix_and_request_make_the_whole_prompt(lm, which, shots, form, request):
+    questions, form = request.getfixturevalue(which), FORMS[form]
+    demonstrations = request.getfixturevalue("examples")[:shots]
+    prompts = build(lm, form, demonstrations, questions)
+    assert prompts.shots == shots
+    for example, query in zip(questions, prompts.queries, strict=True):
+        assert len(query) == len(example.continuations)
+        for choice, asked in enumerate(query):
+            given, continuation = example.pair(choice)
+            assert prompts.prefix + list(asked.tokens) == whole(lm, form, demonstrations, given + continuation)
+            before = whole(lm, form, demonstrations, given)
+            assert prompts.prefix + list(asked.tokens[: asked.start]) == before  # with this tokenizer words are not joined
+            assert asked.start >= 1, "something must be left to predict from"
+    if which == "examples":  # all of these begin alike after the demonstrations, and that is shared too
+        assert len(prompts.prefix) >= len(whole(lm, form, demonstrations, "Review:")) - 1
+
+
+def test_what_is_shared_shrinks_as_queries_arrive(lm):
+    labels = (" good",)
+    many = [Example(i, ("the plot is thin",), labels, 0) for i in range(300)] + [Example(300, ("the actors are",), labels, 0)]
+    prompts = build(lm, FORMS["text"], [], many)
+    assert lm.decode(prompts.prefix) == "the"
+    assert lm.decode([*prompts.prefix, *prompts.queries[0][0].tokens]) == "the plot is thin good"
+    assert lm.decode([*prompts.prefix, *prompts.queries[300][0].tokens]) == "the actors are good"
+
+
+def test_a_continuation_that_joins_its_input(lm):
+    """Without a space between them the tokens of input and continuation may not be theirs alone; what differs is scored."""
+    (query,) = build(lm, FORMS["text"], [], [Example(0, ("the act",), ("ors", " is"), 0)]).queries
+    joined, apart = query
+    assert lm.decode(joined.tokens[joined.start :]).endswith("ors") and lm.decode(apart.tokens[apart.start :]) == " is"
+
+
+def test_fit_follows_the_authors_rule(make_lm, examples):
+    lm, form = make_lm(max_positions=60), FORMS["tokens"]
+    longest = longest_query(lm, examples)
+    assert longest == max(len(lm.encode(["".join(e.pair(c))])[0]) for e in examples for c in range(4))
+    size, expected = 1, 0
+    for example in examples:
+        size += len(lm.encode([demonstration_text(example)])[0]) + 1
+        if size + longest >= 60:
+            break
+        expected += 1
+    fitted = fit(lm, form, examples, longest)
+    assert 0 < expected < len(examples) and fitted == examples[:expected]
+    assert build(lm, form, fitted, examples).longest()[0] < 60
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example(7, ("long " * 200,), (" good",), 0), r"example 7 has a prompt of \d+ tokens, but .* takes 160; .*--max-field-tokens"),
+        (Example(7, ("",), (" good",), 0), "example 7 has no token before its continuation; .*--bos"),
+        (Example(7, ("a film",), ("",), 0), "example 7 has a continuation without tokens"),
+    ],
+)
+def test_what_cannot_be_asked(lm, example, message):
+    with pytest.raises(UserError, match=message):
+        build(lm, FORMS["text"], [], [example])
+
+
+def test_digest_tells_prompts_apart(lm, examples):
+    base = build(lm, FORMS["tokens"], examples[:2], examples)
+    assert base.sha256() == build(lm, FORMS["tokens"], examples[:2], examples).sha256()
+    others = [build(lm, FORMS["text"], examples[:2], examples), build(lm, FORMS["tokens"], examples[1:3], examples)]
+    others.append(build(lm, FORMS["tokens"], examples[:2], examples[:-1]))
+    moved = [[Request(r.tokens, r.start - (r.start > 1)) for r in query] for query in base.queries]
+    others.append(type(base)(base.prefix, moved, base.shots))
+    assert len({base.sha256(), *(other.sha256() for other in others)}) == 5

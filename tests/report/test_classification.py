@@ -1,0 +1,136 @@
+"""Summary and table by hand; page, pictures and events read back."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from momentum_lm.analysis.statistics import t_interval, wilson_interval
+from momentum_lm.errors import UserError
+from momentum_lm.report import classification as c
+from momentum_lm.report.records import read_results
+
+
+def run(accuracy, seed=1, shots=4, order=0, calibration="none", dataset="mr", n=100, **more):
+    return {"dataset": dataset, "seed": seed, "shots": shots, "order": order, "calibration": calibration, "num_examples": n,
+            "accuracy": accuracy, "macro_f1": accuracy / 2, "majority": 0.5, "shots_fitted": shots, **more}  # fmt: skip
+
+
+def test_summary_averages_orders_then_seeds():
+    runs = [run(0.6), run(0.8, order=1), run(0.9, seed=2), run(0.3, calibration="batch"), run(0.3, seed=2, calibration="batch")]
+    entry = c.summary(runs)["mr"]["4"]
+    assert entry["calibration"] == "none" and entry["num_seeds"] == 2 and entry["over"] == "seeds"
+    assert (entry["mean"], entry["min"], entry["max"]) == pytest.approx((0.8, 0.7, 0.9))  # (0.7 + 0.9) / 2, not 2.3 / 3
+    assert entry["sd"] == pytest.approx(0.2 / np.sqrt(2))
+    assert entry["ci95"] == [0.0, 1.0]  # Student's with one degree of freedom goes beyond, and is cut
+    assert entry["by_calibration"]["none"] == {k: v for k, v in entry.items() if k not in ("calibration", "by_calibration")}
+    batch = entry["by_calibration"]["batch"]
+    wilson = wilson_interval(30, 100)
+    assert batch["over"] == "examples" and batch["ci95"] == [wilson.low, wilson.high]  # seeds that agree do not remove all doubt
+    assert json.loads(json.dumps(c.summary(runs))) == c.summary(runs)
+
+
+def test_summary_intervals():
+    three = c.summarise_cell([run(a, seed=s) for s, a in enumerate((0.70, 0.72, 0.74))])
+    expected = t_interval([0.70, 0.72, 0.74])
+    assert three["ci95"] == pytest.approx([expected.low, expected.high]) and three["over"] == "seeds"
+    wilson = wilson_interval(61, 100)
+    for runs in ([run(0.61)], [run(0.61, seed=s, shots=0) for s in (1, 2, 3)], [run(0.6, order=0), run(0.62, order=1)]):
+        cell = c.summarise_cell(runs)
+        assert cell["ci95"] == [wilson.low, wilson.high] and cell["over"] == "examples" and cell["sd"] is None
+    assert c.summarise_cell([run(0.61, seed=s, shots=0) for s in (1, 2, 3)])["num_seeds"] == 3
+
+
+def test_table_lets_the_interval_decide():
+    runs = [run(0.55), run(0.65, calibration="batch"), run(0.65, dataset="piqa", majority=None, chance=0.5, macro_f1=None)]
+    runs.append(run(0.61, shots=16, shots_fitted=9))
+    table = c.results_table(runs)
+    cells = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [(r["dataset"], r["shots"], r["calibration"], r["beats it?"]) for r in cells] == [
+        ("mr", "4", "none", "NO"),  # 55 is above 50, but its interval is not
+        ("mr", "4", "batch", "yes"),
+        ("mr", "9 of 16", "none", "yes"),
+        ("piqa", "4", "none", "yes"),
+    ]
+    assert cells[0]["accuracy %"] == "55.0" and cells[0]["baseline %"] == "50.0 majority" and cells[0]["over"] == "100 examples"
+    assert cells[3]["baseline %"] == "50.0 chance" and cells[3]["macro-F1 %"] == ""
+    assert c.verdicts(runs) == [
+        "mr, 4 shots, calibration none: 55.0% (45.2 to 64.4) does not beat the majority class (50.0%).",
+        "mr: of 16 demonstrations only 9 fitted into the model's context.",
+    ]
+
+
+def test_report(write_results):
+    folder = write_results(datasets=("mr", "trec", "piqa"), fitted=12)
+    samples = [
+        {"dataset": "mr", "shots": 4, "seed": 1, "prompt": "Review: <b>fine</b>\nSentiment:", "continuations": [" Negative", " Positive"],
+         "gold": 1},
+        {"dataset": "mr", "shots": 0, "seed": 1, "prompt": "Review: x", "continuations": [" Negative"], "gold": 0},
+    ]  # fmt: skip
+    (folder / "samples.json").write_text(json.dumps(samples))
+    table = c.write_report(folder)
+    assert len(table.rows) == 2 * 3 * 2 + 3
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"accuracy-mr.png", "accuracy-trec.png", "accuracy-piqa.png", "confusion-mr.png", "confusion-trec.png"}
+    for name in pictures:
+        pixels = np.asarray(Image.open(io.BytesIO((folder / name).read_bytes())).convert("L"))
+        assert pixels[0, 0] == 255 and pixels.std() > 5, name
+    page = (folder / "report.html").read_text()
+    for text in ("models/results", "does not beat the majority class", "only 12 fitted", "45 runs</summary>",
+                 "Review: &lt;b&gt;fine&lt;/b&gt;\nSentiment:", "mr, 4 shots, seed 1", "mr, 0 shots</summary>", "fairseq-eval --task x",
+                 "Right: &quot; Positive&quot;.", "majority", "chance 50.0"):  # fmt: skip
+        assert text in page, text
+    assert page.index("<table") < page.index("<svg")
+    assert not re.findall(r"(?:src|href)=[\"'](?!#)", page)
+
+
+def test_report_of_one_setting(write_results):
+    """The least there can be: one shot count, one seed, one calibration, no samples."""
+    folder = write_results(datasets=("mr",), shots=(0,), seeds=(5,), calibrations=("none",))
+    assert len(c.write_report(folder).rows) == 1
+    assert "Prompts as the model saw them" not in (folder / "report.html").read_text()
+
+
+def test_confusions_are_summed_over_seeds(write_results):
+    folder = write_results(datasets=("trec",), calibrations=("none",))
+    runs = read_results(folder)["runs"]
+    ((caption, _),) = c._confusions(runs, ["Entity", "Person", "Number"]).items()
+    assert "16 shots" in caption and "3 runs together" in caption
+    c.write_report(folder)
+    page = (folder / "report.html").read_text()
+    gold = np.sum([r["confusion"] for r in runs if r["shots"] == 16], axis=0).sum(axis=1)
+    for label, count in zip(("Entity", "Person", "Number"), gold, strict=True):
+        assert f"{label} ({count})" in page
+
+
+def test_events(write_results):
+    folder = write_results(datasets=("mr",))
+    for _ in range(2):
+        c.write_report(folder)
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    summary = read_results(folder)["summary"]["mr"]
+    for name in ("none", "batch"):
+        means = {int(shots): entry["by_calibration"][name]["mean"] for shots, entry in summary.items()}
+        assert {e.step: e.value for e in events.Scalars(f"mr/accuracy/{name}")} == pytest.approx(means)
+        assert [e.value for e in events.Scalars(f"hparam/mr/accuracy/{name}_at_16")] == pytest.approx([means[16]])
+    seeds = [e.value for s in (1, 2, 3) for e in events.Scalars(f"mr/accuracy/none/seed{s}") if e.step == 16]
+    assert np.mean(seeds) == pytest.approx(summary["16"]["mean"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+@pytest.mark.parametrize(
+    "content", ["[", "{}", '[{"dataset": "mr"}]', '[{"dataset": "m", "shots": 0, "prompt": "", "continuations": [], "gold": 0}]']
+)
+def test_damaged_samples_are_named(write_results, content):
+    folder = write_results(datasets=("mr",), shots=(0,))
+    (folder / "samples.json").write_text(content)
+    if content == "{}":
+        c.write_report(folder)  # nothing in it
+        return
+    with pytest.raises(UserError, match=r"samples\.json is damaged"):
+        c.write_report(folder)

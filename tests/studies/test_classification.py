@@ -1,0 +1,267 @@
+"""A small random model on real files: what is computed, what is kept, and what is not computed again."""
+
+import hashlib
+import itertools
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from momentum_lm.data.classification import load_dataset
+from momentum_lm.data.dictionary import EOS
+from momentum_lm.errors import UserError
+from momentum_lm.report.records import read_results
+from momentum_lm.studies.classification import Settings, Unit, evaluate, units
+
+WORDS = ["good", "bad", "dull", "long", "thin", "film", "plot", "actors", "very", "the"]
+FILMS = """\
+name: films
+description: made-up reviews
+licence: none
+files: {train: train.jsonl, evaluation: validation.jsonl}
+label: label
+labels: [Negative, Positive]
+templates:
+  code: "Review: {text} Sentiment:"
+"""
+PICK = """\
+name: pick
+description: made-up choices
+licence: none
+files: {train: train.jsonl, evaluation: validation.jsonl}
+label: label
+choices: [one, two]
+templates:
+  code: "the {text} is"
+"""
+
+
+def write(folder, name, yaml, rows):
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / f"{name}.yaml").write_text(yaml)
+    for split, count in (("train", 12), ("validation", 24)):
+        (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(rows(split, i)) + "\n" for i in range(count)))
+    return str(folder / name / f"{name}.yaml")
+
+
+def text(*key):
+    draw = np.random.default_rng(list(hashlib.sha256(repr(key).encode()).digest()))
+    return " ".join(draw.choice(WORDS, size=draw.integers(1, 9)))
+
+
+@pytest.fixture
+def films(tmp_path):
+    return load_dataset(
+        write(tmp_path, "films", FILMS, lambda split, i: {"text": text(split, i), "label": int(text(split, i, "label") > "f")})
+    )
+
+
+@pytest.fixture
+def pick(tmp_path):
+    return load_dataset(
+        write(tmp_path, "pick", PICK, lambda split, i: {"text": text(split, i), "one": text(i), "two": text(i, 2), "label": i % 2})
+    )
+
+
+SETTINGS = Settings(shots=(0, 2), seeds=(1, 2), batch_tokens=120, sampling="balanced", calibrations=("none", "batch"))
+
+
+def run(lm, datasets, settings, folder, **more):
+    evaluate(lm, datasets, settings, folder, show_progress=False, **more)
+    return read_results(folder)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def calls(lm, monkeypatch):
+    """How many batches went through the model."""
+    seen = []
+    log_probs = lm.log_probs
+    monkeypatch.setattr(lm, "log_probs", lambda *a: (seen.append(len(a[0])), log_probs(*a))[1])
+    return seen
+
+
+def test_runs_and_predictions(lm, films, tmp_path):
+    results = run(lm, [films], SETTINGS, tmp_path / "out")
+    keys = [(r["seed"], r["shots"], r["calibration"]) for r in results["runs"]]
+    assert sorted(keys) == sorted((s, k, c) for s in (1, 2) for k in (0, 2) for c in ("none", "batch"))
+    found = lines(tmp_path / "out")
+    assert len(found) == 8 * 24
+    gold = [example.gold for example in films.evaluation]
+    for one in results["runs"]:
+        mine = [x for x in found if all(x[k] == one[k] for k in ("dataset", "seed", "shots", "order", "calibration"))]
+        assert [x["index"] for x in mine] == list(range(24)) and [x["gold"] for x in mine] == gold
+        assert all(
+            x["pred"] == int(np.argmax(x["scores"])) and x["setting"] == ("in_context" if one["shots"] else "zero_shot") for x in mine
+        )
+        right = np.mean([x["pred"] == x["gold"] for x in mine])
+        assert one["accuracy"] == pytest.approx(right) and one["ci95"][0] < right < one["ci95"][1]
+        assert np.sum(one["confusion"]) == 24 and np.trace(one["confusion"]) == round(24 * right)
+        assert one["majority"] == max(np.bincount(gold)) / 24 and one["num_examples"] == 24
+    assert results["summary"]["films"]["2"]["num_seeds"] == 2
+    zero = [[x["scores"] for x in found if (x["seed"], x["shots"], x["calibration"]) == (seed, 0, "none")] for seed in (1, 2)]
+    assert zero[0] == zero[1]
+
+
+def test_scores_are_those_of_the_full_prompt(lm, films, tmp_path):
+    """The whole way from files to scores, against the prompt written out by hand."""
+    results = run(lm, [films], SETTINGS, tmp_path / "out")
+    one = next(r for r in results["runs"] if (r["seed"], r["shots"], r["calibration"]) == (2, 2, "none"))
+    assert sorted(films.train[i].gold for i in one["demonstrations"]) == [0, 1]
+    head = list(lm.bos)
+    for i in one["demonstrations"]:
+        head += [*lm.encode(["".join(films.train[i].pair(films.train[i].gold))])[0], EOS]
+    for line in [x for x in lines(tmp_path / "out") if (x["seed"], x["shots"], x["calibration"]) == (2, 2, "none")]:
+        given = head + lm.encode(films.evaluation[line["index"]].inputs)[0]
+        for label, score in zip((" Negative", " Positive"), line["scores"], strict=True):
+            tokens = lm.encode([label])[0]
+            with torch.no_grad():
+                log_probs = lm.model(torch.tensor([given + tokens]))[0].log_softmax(-1)[len(given) - 1 : -1]
+            assert score == pytest.approx(log_probs.gather(1, torch.tensor(tokens)[:, None]).mean().item(), abs=1e-4)
+    sample = json.loads((tmp_path / "out" / "samples.json").read_text())[1]
+    assert (
+        sample["prompt"].count("</s>") == 2
+        and sample["prompt"].startswith("<s>Review:")
+        and sample["prompt"].endswith("Sentiment:")
+        and sample["shots"] == 2
+    )
+
+
+@pytest.mark.parametrize("change", [{"batch_tokens": 1}, {"batch_tokens": 10_000}, {"padding_side": "left"}, {"batch_tokens": None}])
+def test_batches_and_padding_change_no_prediction(lm, films, tmp_path, change):
+    outputs = []
+    for name, settings in (("a", SETTINGS), ("b", Settings(**{**SETTINGS.__dict__, **change}))):
+        run(lm, [films], settings, tmp_path / name)
+        outputs.append(lines(tmp_path / name))
+    for one, other in zip(*outputs, strict=True):
+        assert one["pred"] == other["pred"]
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+
+
+def test_an_interrupted_evaluation_goes_on(lm, films, tmp_path, calls, monkeypatch):
+    run(lm, [films], SETTINGS, tmp_path / "whole")
+    total = len(calls)
+    assert total > 6
+    counted = lm.log_probs
+    stopped = 0
+    for stop in (1, 3, 2, 4):  # batches until each interruption
+        begun = itertools.count()
+
+        def interrupted(*args, begun=begun, stop=stop):
+            if next(begun) == stop:
+                raise KeyboardInterrupt
+            return counted(*args)
+
+        monkeypatch.setattr(lm, "log_probs", interrupted)
+        try:
+            run(lm, [films], SETTINGS, tmp_path / "parts")
+            break
+        except KeyboardInterrupt:
+            stopped += 1
+            if stopped == 2:  # as kill -9 may leave them
+                (journal,) = (tmp_path / "parts" / "scores").glob("*.jsonl")
+                journal.write_bytes(journal.read_bytes() + b'{"batch": 99, "sums": {"0": [-1.')
+                if (tmp_path / "parts" / "predictions.jsonl").exists():
+                    with open(tmp_path / "parts" / "predictions.jsonl", "a") as file:
+                        file.write('{"dataset": "films", "seed": 2, "shots": 2, "order": 0, "calibration": "none", "ind')
+    monkeypatch.setattr(lm, "log_probs", counted)
+    run(lm, [films], SETTINGS, tmp_path / "parts")
+    assert stopped >= 2 and len(calls) == 2 * total, "a finished batch was computed again"
+    assert (tmp_path / "parts" / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    done = [[{k: v for k, v in r.items() if k != "seconds"} for r in read_results(tmp_path / name)["runs"]] for name in ("whole", "parts")]
+    assert done[0] == done[1]
+    assert not list((tmp_path / "parts" / "scores").glob("*.jsonl"))
+
+
+def test_what_is_there_is_not_computed_again(lm, films, pick, tmp_path, calls):
+    out = tmp_path / "out"
+    run(lm, [films], SETTINGS, out)
+    before = len(calls)
+    run(lm, [films], SETTINGS, out)
+    assert len(calls) == before
+    more = run(lm, [films], Settings(**{**SETTINGS.__dict__, "calibrations": ("none", "batch", "contextual")}), out)
+    assert len(calls) == before and len(more["runs"]) == 12, "calibrations come from the same scores"
+    (out / "predictions.jsonl").unlink()
+    run(lm, [films], SETTINGS, out)
+    assert len(calls) == before and len(lines(out)) == 8 * 24
+    wider = run(lm, [films, pick], Settings(**{**SETTINGS.__dict__, "calibrations": ("none",), "seeds": (1, 3)}), out)
+    assert len(calls) > before
+    assert {(r["dataset"], r["seed"]) for r in wider["runs"]} == {("films", 1), ("films", 2), ("films", 3), ("pick", 1), ("pick", 3)}
+    assert set(wider["config"]["datasets"]) == {"films", "pick"}
+
+
+def test_other_settings_do_not_mix(lm, make_lm, films, tmp_path):
+    out = tmp_path / "out"
+    first = run(lm, [films], SETTINGS, out)
+    kept = (out / "results.json").read_bytes(), (out / "predictions.jsonl").read_bytes()
+    for change in ({"score": "sum"}, {"limit": 10}, {"separator": " "}):
+        with pytest.raises(UserError, match=r"holds other results \(config\..*--force"):
+            run(lm, [films], Settings(**{**SETTINGS.__dict__, **change}), out)
+    assert kept == ((out / "results.json").read_bytes(), (out / "predictions.jsonl").read_bytes())
+    changed = make_lm(momentum_eta=0.2)  # the same tensors, computed with otherwise: the old scores must not be found
+    with pytest.raises(UserError, match=r"holds other results \(model.architecture.momentum_eta"):
+        run(changed, [films], SETTINGS, out)
+    again = run(changed, [films], SETTINGS, out, force=True)
+    assert len(again["runs"]) == len(first["runs"]) and len(lines(out)) == 8 * 24
+    assert kept[1] != (out / "predictions.jsonl").read_bytes()
+
+
+def test_choices_of_their_own(lm, pick, tmp_path, caplog):
+    settings = Settings(shots=(0, 2), seeds=(1,), calibrations=("none", "contextual", "domain_pmi", "batch"), batch_tokens=120)
+    with caplog.at_level(logging.WARNING):
+        results = run(lm, [pick], settings, tmp_path / "out")
+    assert {r["calibration"] for r in results["runs"]} == {"none", "domain_pmi"}
+    assert "pick: no calibration contextual, because every example has its own choices" in caplog.text
+    assert all(r["macro_f1"] is None and r["confusion"] is None and r["chance"] == 0.5 for r in results["runs"])
+    raw, pmi = ([x["scores"] for x in lines(tmp_path / "out") if (x["shots"], x["calibration"]) == (0, c)] for c in ("none", "domain_pmi"))
+    premise = lm.encode([pick.spec.domain_premise])[0]
+    for example, one, other in zip(pick.evaluation, raw, pmi, strict=True):
+        for continuation, before, after in zip(example.continuations, one, other, strict=True):
+            tokens = lm.encode([continuation])[0]
+            with torch.no_grad():
+                log_probs = lm.model(torch.tensor([[*lm.bos, *premise, *tokens]]))[0].log_softmax(-1)[len(lm.bos) + len(premise) - 1 : -1]
+            assert before - after == pytest.approx(log_probs.gather(1, torch.tensor(tokens)[:, None]).mean().item(), abs=1e-4)
+
+
+def test_demonstrations_that_do_not_fit_are_left_out(make_lm, films, tmp_path, caplog):
+    lm = make_lm(max_positions=70)
+    with caplog.at_level(logging.WARNING):
+        results = run(lm, [films], Settings(shots=(8,), seeds=(1,)), tmp_path / "out")
+    (one,) = results["runs"]
+    assert 0 < one["shots_fitted"] == len(one["demonstrations"]) < 8 == one["shots"]
+    assert f"films-8shot-seed1-order0: only {one['shots_fitted']} of 8 demonstrations fit in the model's 70 tokens" in caplog.text
+
+
+def test_warns_of_labels_that_begin_alike(lm, tmp_path, caplog):
+    yaml = FILMS.replace("[Negative, Positive]", "[very good, very bad]")
+    data = load_dataset(write(tmp_path, "films", yaml, lambda split, i: {"text": text(split, i), "label": i % 2}))
+    with caplog.at_level(logging.WARNING):
+        run(lm, [data], Settings(shots=(0,), seeds=(1,)), tmp_path / "out")
+    assert "films: the labels 'very good' and 'very bad' begin with the same token" in caplog.text
+
+
+def test_a_prompt_that_is_too_long_names_its_dataset(make_lm, films, tmp_path):
+    lm = make_lm(max_positions=12)
+    message = r"^films: example \d+ has a prompt of \d+ tokens, but .* takes 12; shorten texts with --max-field-tokens"
+    with pytest.raises(UserError, match=message):
+        run(lm, [films], Settings(shots=(0,), seeds=(1,)), tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_units_draw_what_they_must():
+    settings = Settings(shots=(0, 4), seeds=(1, 2), orders=2)
+    found = list(units(["mr"], settings))
+    assert found == [Unit("mr", 0, 1, 0), *(Unit("mr", 4, seed, order) for seed in (1, 2) for order in (0, 1))]
+    assert len({unit.name for unit in found}) == 5
+
+
+def test_orders_are_permutations(lm, films, tmp_path):
+    results = run(lm, [films], Settings(shots=(6,), seeds=(1,), orders=3), tmp_path / "out")
+    drawn = [r["demonstrations"] for r in sorted(results["runs"], key=lambda r: r["order"])]
+    assert len({tuple(d) for d in drawn}) == 3 and len({tuple(sorted(d)) for d in drawn}) == 1
+    assert results["summary"]["films"]["6"]["num_seeds"] == 1

@@ -8,6 +8,7 @@ from setuptools import Distribution, find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "momentum_lm/__init__.py").read_text("utf-8"), re.MULTILINE)
 README = ROOT / "README.md"
+TRANSFORMERS = ["transformers>=4.56", "gguf", "accelerate"]  # other people's models
 
 
 class WithData(Distribution):
@@ -54,8 +55,8 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "transformers": ["transformers", "gguf", "accelerate"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "setuptools>=77"],
+        "transformers": TRANSFORMERS,
+        "dev": [*TRANSFORMERS, "pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "setuptools>=77"],
     },
     entry_points={
         "console_scripts": [

@@ -137,11 +137,11 @@ def _run(lm: LanguageModel, queries: list[list[_Row]], prefix: object, side: str
     wanted = []  # (row, column, target)
     for i, row in enumerate(rows):
         shift = longest - len(row.tokens) if side == "left" else 0
-        place = slice(shift, shift + len(row.tokens))
-        tokens[i, place], padding[i, place] = row.tokens, False
-        wanted += [(i, shift + position, target) for _, position, target in row.wanted]
-    index = torch.tensor(wanted).unbind(1)
-    values = iter(lm.log_probs(torch.from_numpy(tokens), torch.from_numpy(padding), *index, prefix).double().tolist())
+        span = slice(shift, shift + len(row.tokens))
+        tokens[i, span], padding[i, span] = row.tokens, False
+        wanted += [(i, shift + position, token) for _, position, token in row.wanted]
+    place, column, target = torch.tensor(wanted).unbind(1)
+    values = iter(lm.log_probs(torch.from_numpy(tokens), torch.from_numpy(padding), place, column, target, prefix).double().tolist())
     results = []
     for query in queries:
         sums = [0.0] * (1 + max(choice for row in query for choice, _, _ in row.wanted))

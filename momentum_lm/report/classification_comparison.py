@@ -86,7 +86,7 @@ class ClassificationComparison:
                 left = [*map(str, place), side.name, percent(cell["mean"]), interval_text(cell["ci95"])]
                 rows.append(left + _difference_cells(self.differences.get((place, number))))
         headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [self.varied or "results"]
-        headings += ["accuracy %", "95% interval", f"vs {self.sides[0].name}", "95% over examples", "p", "95% over seeds"]
+        headings += ["accuracy %", "95% interval", f"vs {self.sides[0].name}", "95% over examples", "p over examples", "95% over seeds"]
         return Table(headings, rows)
 
     def write_page(self, path: str | os.PathLike[str]) -> None:

@@ -58,7 +58,7 @@ class IclClassificationTask(FairseqTask):
         parser.add_argument("data", help="folder of the model's dict.txt and tokenizer")
         others = set(parser._actions)
         add_question_arguments(parser)
-        parser.add_argument("--score", default="mean", choices=["mean", "sum"], help="of a label's log-probabilities (default: %(default)s)")
+        parser.add_argument("--score", default="mean", choices=["mean", "sum"], help="of a label's log-probabilities")
         parser.set_defaults(shots="0")
         for action in set(parser._actions) - others:
             action.dest = PREFIX + action.dest
@@ -195,7 +195,11 @@ class PromptDataset(FairseqDataset):
         lengths = torch.tensor([len(row) for row in rows])
         return {
             "net_input": {"src_tokens": collate_tokens([torch.tensor(row) for row in rows], self.pad), "src_lengths": lengths},
-            **{"queries": queries, "choices": choices, "rows": at, "positions": positions, "targets": targets},
+            "queries": queries,
+            "choices": choices,
+            "rows": at,
+            "positions": positions,
+            "targets": targets,
             "weights": torch.tensor(list(self._weights(samples)), dtype=torch.float64),
             "gold": torch.tensor([item.gold for item in samples]),
             "nsentences": len(samples),

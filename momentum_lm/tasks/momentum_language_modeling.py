@@ -38,7 +38,7 @@ class MomentumLanguageModelingConfig(LanguageModelingConfig):
     )
     icl_eval_datasets: Optional[str] = field(
         default=None,
-        metadata={"help": "evaluate in-context classification during training: data sets with commas between, as of fairseq-eval --datasets"},
+        metadata={"help": "evaluate in-context classification during training, on these data sets (as --datasets of fairseq-eval)"},
     )
     icl_eval_interval: int = field(default=1000, metadata={"help": "evaluate after every N updates"})
     icl_eval_shots: str = field(default="0,4", metadata={"help": "demonstrations in a prompt: one number or more"})

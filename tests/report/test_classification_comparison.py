@@ -35,7 +35,7 @@ def test_two_folders(write_results, answer, better):
     table = rows(comparison)
     assert len(table) == 2 * 3 * 2 * 2 and comparison.notes == []
     assert [row["results"] for row in table[:4]] == ["a", "b", "a", "b"]
-    assert table[0]["vs a"] == table[0]["p"] == ""
+    assert table[0]["vs a"] == table[0]["p over examples"] == ""
     gold = np.random.default_rng(2).integers(0, 2, 60)  # of mr
     right = [[f(gold, s, 16, 0, "none") == gold for s in (1, 2, 3)] for f in (better, answer)]
     expected = compare_accuracy(*right, [1, 2, 3])

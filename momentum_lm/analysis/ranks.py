@@ -1,0 +1,108 @@
+"""Agreement between two rankings: Kendall's tau-b and overlap of the top k, for many rows at once. NumPy only."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+_CELLS = 500_000  # entries ranked at once: the temporaries of a block stay within some 30 MB
+
+
+def kendall_tau(a: ArrayLike, b: ArrayLike) -> Floats:
+    """Kendall's tau-b along the last axis: (concordant - discordant pairs) / sqrt(pairs not tied in a * pairs not tied in b).
+
+    a, b (..., n), broadcast against each other -> (...). This is what ``scipy.stats.kendalltau`` calls its statistic, and without ties
+    it is the paper's (Pc - Pd) / (n (n - 1) / 2), section 4.6. Pairs are counted in whole numbers, in O(n log n). NaN where nothing can
+    be ranked: fewer than two entries, all entries of a or b equal, or a NaN among them. Raises ValueError for unequal n.
+    """
+    first, second = _paired(a, b)
+    shape, n = first.shape[:-1], first.shape[-1]
+    if n < 2:
+        return np.full(shape, np.nan)
+    x, y = first.reshape(-1, n), second.reshape(-1, n)
+    step = max(1, _CELLS // n)
+    blocks = [_tau_rows(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step)]
+    return np.concatenate(blocks).reshape(shape) if blocks else np.empty(shape)
+
+
+def recall_at_k(found: ArrayLike, wanted: ArrayLike, k: int) -> Floats:
+    """Share of the k largest entries of ``wanted`` that are among the k largest of ``found``, along the last axis.
+
+    found, wanted (..., n), broadcast against each other -> (...). Of equal entries the first ones count as larger. Where n < k (the
+    authors' code stops there) k is n, and recall is 1. Raises ValueError for k < 1, no entries, or unequal n.
+    """
+    first, second = _paired(found, wanted)
+    k = min(k, first.shape[-1])
+    if k < 1:
+        raise ValueError("recall@k needs k >= 1 and at least one entry")
+    return (_top(first, k) & _top(second, k)).sum(-1) / k
+
+
+def chance_recall(n: int, k: int) -> float:
+    """What :func:`recall_at_k` is expected to be for unrelated rankings of n entries: k / n, at most 1."""
+    return min(1.0, k / n)
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.ndim == 0 or second.ndim == 0 or first.shape[-1] != second.shape[-1]:
+        raise ValueError(f"need as many entries in both rankings, got shapes {first.shape} and {second.shape}")
+    one, other = np.broadcast_arrays(first, second)
+    return one, other
+
+
+def _top(values: Floats, k: int) -> NDArray[np.bool_]:
+    chosen = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(chosen, np.argsort(-values, axis=-1, kind="stable")[..., :k], True, axis=-1)
+    return chosen
+
+
+def _tau_rows(x: Floats, y: Floats) -> Floats:
+    """Knight's algorithm (JASA 61, 1966) on (rows, n): order by x, then count the inversions that are left in y."""
+    undefined = np.isnan(x).any(1) | np.isnan(y).any(1)
+    order = np.lexsort((y, x), axis=-1)  # by x, and by y where x is tied: then no pair tied in x is an inversion of y
+    x, y = (np.take_along_axis(v, order, axis=1) for v in (x, y))
+    new_x, new_y = (v[:, 1:] != v[:, :-1] for v in (x, y))
+    ties_x, ties_both = _tied_pairs(new_x), _tied_pairs(new_x | new_y)
+    order = np.argsort(y, axis=1, kind="stable")  # stable: entries tied in y get ranks in the order they stand in, so are no inversion
+    y = np.take_along_axis(y, order, axis=1)
+    ties_y = _tied_pairs(y[:, 1:] != y[:, :-1])
+    rank = np.empty(order.shape, dtype=np.int32)
+    np.put_along_axis(rank, order, np.arange(order.shape[1], dtype=np.int32)[None], axis=1)
+
+    pairs = order.shape[1] * (order.shape[1] - 1) // 2
+    score = pairs - ties_x - ties_y + ties_both - 2 * _inversions(rank)
+    undefined |= (ties_x == pairs) | (ties_y == pairs)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tau = score / np.sqrt((pairs - ties_x).astype(np.float64) * (pairs - ties_y))  # one root: equal rankings give 1 exactly
+    return np.where(undefined, np.nan, tau)
+
+
+def _tied_pairs(new: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Pairs of equal entries in sorted rows, from where (rows, n - 1) an entry differs from the one before it."""
+    position = np.arange(1, new.shape[1] + 1)
+    start = np.maximum.accumulate(np.where(new, position, 0), axis=1)
+    return (position - start).sum(axis=1)  # an entry is tied with those of its run that stand before it
+
+
+def _inversions(rank: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Pairs i < j with rank_i > rank_j in rows (rows, n) that are permutations of 0..n-1.
+
+    Radix sort from the highest bit: two ranks that agree above a bit and differ in it are an inversion if the one with the bit stands
+    first, so each bit's inversions are how far its zeros have to move to the front of their group. Rows are filled up to a power of two
+    with larger ranks at their end, which adds none; then every group holds as many zeros as ones.
+    """
+    rows, n = rank.shape
+    bits = (n - 1).bit_length()
+    line = np.tile(np.arange(1 << bits, dtype=np.int32), (rows, 1))
+    line[:, :n] = rank
+    total = np.zeros(rows)
+    for bit in reversed(range(bits)):
+        half = 1 << bit
+        groups = line.reshape(rows, -1, 2 * half)
+        high = (groups & half).astype(bool)
+        total += ((~high).astype(np.float64) @ np.arange(2.0 * half)).sum(axis=1) - groups.shape[1] * (half * (half - 1) / 2)
+        line = np.stack([groups[~high].reshape(rows, -1, half), groups[high].reshape(rows, -1, half)], axis=2)
+    return total.astype(np.int64)  # exact: whole numbers far below 2^53

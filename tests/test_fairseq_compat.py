@@ -1,6 +1,7 @@
 """Each patch, on what fails without it. ``without`` puts fairseq's own piece back to see it fail."""
 
 import argparse
+import dataclasses
 import os
 import re
 import shutil
@@ -199,6 +200,30 @@ def test_broadcast_of_a_resumed_configuration(run_cli, tmp_path):
     assert without.returncode and "omegaconf" in without.stderr and "received" not in without.stdout
 
 
+GATHER = """
+import os, sys
+rank = int(os.fork() == 0)
+import torch, fairseq
+from fairseq.distributed import utils
+if sys.argv[2] == "without":
+    utils.all_gather_list = utils.all_gather_list.__wrapped__
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+found = utils.all_gather_list([{"ncorrect": rank, "loss": 0.5}] * (1 + rank))
+print(f"gathered {found}\\n", end="", flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+sys.exit(rank == 0 and os.wait()[1] != 0)
+"""
+
+
+def test_gathering_without_a_gpu(run_cli, tmp_path):
+    result = run_cli(["python", "-c", GATHER, tmp_path / "a", "with"], env={"CUDA_VISIBLE_DEVICES": ""})
+    parts = [[{"ncorrect": 0, "loss": 0.5}], [{"ncorrect": 1, "loss": 0.5}] * 2]
+    assert result.returncode == 0 and result.stdout.count(f"gathered {parts}") == 2, result.stderr
+    without = run_cli(["python", "-c", GATHER, tmp_path / "b", "without"], env={"CUDA_VISIBLE_DEVICES": ""})
+    assert without.returncode and "gathered" not in without.stdout and re.search("cuda|CUDA|type torch", without.stderr)
+
+
 # Options
 
 
@@ -279,6 +304,37 @@ def test_stock_fairseq_loads_a_legacy_models_checkpoint(plain, fairseq, monkeypa
         checkpoint_utils.load_checkpoint_to_cpu(str(plain))
 
 
+@pytest.fixture(params=["cfg", "args"])
+def trained(request, tmp_path):
+    """A checkpoint of language modelling, in the present form and in the older one."""
+    options = {"data": "old", "tokens_per_sample": 32, "add_bos_token": True}
+    cfg = {"task": {**options, "_name": "language_modeling"}, "criterion": {"_name": "cross_entropy"}, "model": {"dropout": 0.1}}
+    old = {"task": "language_modeling", "criterion": "cross_entropy", "arch": "transformer_lm", "max_target_positions": 32}
+    state = {"cfg": cfg} if request.param == "cfg" else {"args": argparse.Namespace(**options, **old)}
+    history = [{"num_updates": 0, "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}]
+    torch.save({"model": {}, "optimizer_history": history, "extra_state": {"epoch": 1}, **state}, tmp_path / "trained.pt")
+    return tmp_path / "trained.pt"
+
+
+def test_a_task_for_any_checkpoint_replaces_the_checkpoints_own(trained, fairseq, monkeypatch):
+    from fairseq import checkpoint_utils
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    def load(**overrides):
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(trained), {"data": "new", "dropout": 0.0, **overrides})
+        cfg = convert_namespace_to_omegaconf(state["args"]) if "args" in state else state["cfg"]
+        return cfg.task._name, cfg.task.data, cfg.task.add_bos_token, cfg.criterion._name
+
+    ours = {"task": "icl_classification", "criterion": "icl_classification", "icl_shots": "4"}
+    assert load(**ours) == ("icl_classification", "new", True, "icl_classification")
+    assert load() == ("language_modeling", "new", True, "cross_entropy")
+    if "cfg" in fairseq_compat.load_checkpoint(trained):
+        other = {"task": "momentum_language_modeling", "criterion": "chunked_cross_entropy"}
+        assert load(**other)[0] == "language_modeling"  # a task that trains stays what it was
+        monkeypatch.setattr(checkpoint_utils, "overwrite_args_by_name", checkpoint_utils.overwrite_args_by_name.__wrapped__)
+        assert load(**ours) == ("language_modeling", "new", True, "cross_entropy")
+
+
 def test_code_in_a_checkpoint_runs_only_on_request(tmp_path, monkeypatch):
     monkeypatch.delenv("FAIRSEQ_TRUST_CHECKPOINT", raising=False)
     marker, path = tmp_path / "owned", tmp_path / "hostile.pt"
@@ -296,6 +352,37 @@ def test_code_in_a_checkpoint_runs_only_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("FAIRSEQ_TRUST_CHECKPOINT", "1")
     load_checkpoint(path)
     assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["__import__('os').getcwd()", "[].append(1)", "x", "(lambda: 1)()", "",
+     "9**9", "[0] * 'a'", "[" * 5000, "[0] * 10**12", "[0] * (10 * 9"],
+)
+def test_options_are_plain_values(text, fairseq, monkeypatch):
+    monkeypatch.delenv("FAIRSEQ_TRUST_CHECKPOINT", raising=False)
+    with pytest.raises(CheckpointError, match="--trust-checkpoint") as caught:
+        fairseq.utils.eval_str_list(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_that_fairseq_itself_evaluates_mean_what_they_meant(fairseq):
+    """Those of every architecture, among them sums of repeated lists."""
+    fields = [f for configuration in fairseq.models.MODEL_DATACLASS_REGISTRY.values() for f in dataclasses.fields(configuration)]
+    texts = {field.default for field in fields if isinstance(field.default, str)}
+    for arch in ("fconv", "fconv_wmt_en_fr", "fconv_lm", "fconv_lm_dauphin_wikitext103", "fconv_self_att_wp"):
+        args = argparse.Namespace()
+        fairseq.models.ARCH_CONFIG_REGISTRY[arch](args)
+        texts |= {value for value in vars(args).values() if isinstance(value, str)}
+    lists = [text for text in texts if text.startswith("[")]
+    assert len(lists) >= 10 and any("] * 2 + [" in text for text in lists)
+    for text in [*lists, "(0.9, 0.98)", "1e-3,2", "-1", "None", "True", "{'a': [1]}", " 3"]:
+        assert fairseq_compat._plain_value(text) == eval(text)
+    from fairseq import utils
+    from fairseq.models import fconv
+
+    assert fconv.eval is utils.eval is fairseq_compat._plain_value
+    assert utils.eval_bool("True") is True and utils.eval_bool(True, default="stock") == "stock"
 
 
 @pytest.mark.parametrize("kind", ["half", "tail", "empty", "text", "zeros", "pickle of a list", "absent", "folder"])
@@ -451,6 +538,7 @@ def train(run_cli, tmp_path_factory):
         fixed = [folder / "data", "--task", "language_modeling", "--arch", arch, *shape, "--decoder-attention-heads", "2"]
         return run_cli([*command, *fixed, *settings, "--cpu", "--disable-validation", *more], **kwargs)
 
+    run.data = folder / "data"
     return run
 
 
@@ -465,6 +553,23 @@ def test_train_refuses_a_hostile_checkpoint_in_one_line(train, tmp_path):
     assert marker.exists()
 
 
+def test_options_in_a_checkpoint_run_no_code(train, run_cli, tmp_path):
+    trained = train("--save-dir", tmp_path / "out")
+    assert trained.returncode == 0, trained.stderr
+    state = load_checkpoint(tmp_path / "out/checkpoint_last.pt")
+    assert state["cfg"]["model"]["_name"] == "transformer_lm"
+    code = f"__import__('os').system('touch {tmp_path}/OWNED')"
+    for changes in ({"character_embeddings": True, "character_filters": code}, {"adaptive_softmax_cutoff": code}):
+        torch.save({**state, "cfg": {**state["cfg"], "model": state["cfg"]["model"] | changes}}, tmp_path / "hostile.pt")
+        words = ["fairseq-eval-lm", train.data, "--path", tmp_path / "hostile.pt", "--cpu", "--gen-subset", "valid"]
+        refused = run_cli(words)
+        assert refused.returncode == 1 and "Traceback" not in refused.stderr
+        assert refused.stderr.splitlines()[-1].startswith('error: "__import__') and "--trust-checkpoint" in refused.stderr
+        assert not (tmp_path / "OWNED").exists()
+    run_cli([*words, "--trust-checkpoint"])
+    assert (tmp_path / "OWNED").exists()
+
+
 def test_train_names_a_torn_checkpoint_and_a_missing_one(train, tmp_path):
     save = ("--save-dir", tmp_path / "out")
     first = train(*save)
@@ -474,10 +579,40 @@ def test_train_names_a_torn_checkpoint_and_a_missing_one(train, tmp_path):
     torn = train(*save)
     assert torn.returncode == 1
     assert torn.stderr.strip().splitlines()[-1].startswith(f"error: {last} (5,000 bytes) is torn")
-    missing = train("--restore-file", "elsewhere.pt", *save)
-    assert missing.returncode == 1
-    assert missing.stderr.strip().splitlines()[-1] == "error: --restore-file elsewhere.pt does not exist"
+    for name in ("elsewhere.pt", "typo/checkpoint_last.pt"):
+        missing = train("--restore-file", name, *save)
+        assert missing.returncode == 1
+        assert missing.stderr.strip().splitlines()[-1] == f"error: --restore-file {name} does not exist"
     assert last.stat().st_size == 5000
+
+
+def test_suffix_of_a_sharded_checkpoint_counts(fairseq, tmp_path):
+    """Each process of a sharded run reads a file of its own, whose name is the given one with a suffix."""
+    from fairseq import checkpoint_utils
+
+    (tmp_path / "a-shard0.pt").write_bytes(b"")
+    config = OmegaConf.create({"restore_file": f"{tmp_path}/a.pt", "reset_optimizer": False})
+    trainer = argparse.Namespace(checkpoint_suffix="-shard1")
+    with pytest.raises(CheckpointError, match=r"a-shard1\.pt does not exist"):
+        checkpoint_utils.load_checkpoint(config, trainer)
+    trainer.checkpoint_suffix = "-shard0"
+    with pytest.raises(Exception, match="reset_lr_scheduler"):  # fairseq's own code goes on to the next option
+        checkpoint_utils.load_checkpoint(config, trainer)
+
+
+def test_weights_that_do_not_fit_are_explained_by_the_model(train, tmp_path):
+    """fairseq's trainer says only that it cannot load them."""
+    first = train("--save-dir", tmp_path / "a", "--untie-embeddings", arch="gpt_lm_tiny")
+    assert first.returncode == 0, first.stderr
+    tied = train("--save-dir", tmp_path / "b", "--restore-file", tmp_path / "a/checkpoint_last.pt", arch="gpt_lm_tiny")
+    assert tied.returncode == 1 and "Traceback" not in tied.stderr
+    assert tied.stderr.splitlines()[-1].startswith("error: ") and "--untie-embeddings" in tied.stderr.splitlines()[-1]
+
+
+def test_wrong_arguments_are_one_line(train, tmp_path):
+    result = train("--no-such-flag", "--save-dir", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "error: unrecognized arguments: --no-such-flag; fairseq-train --help lists the options\n"
 
 
 def test_module_command_says_how_to_use_it(run_cli):

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 from momentum_lm.errors import UserError, main_guard
 
+from .options import Parser, check_seed
+
 SEPARATOR = "\n\n"  # of Hugging Face models; fairseq's have </s> instead
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table of all data sets, or of one its description and a sample prompt for each of its templates."""
-    parser = argparse.ArgumentParser(prog="momentum-lm datasets", description="Lists the data sets, or shows a prompt of one.")
+    parser = Parser(prog="momentum-lm datasets", description="Lists the data sets, or shows a prompt of one.")
     parser.add_argument("name", nargs="?", metavar="NAME", help="a name of the list, or a YAML file of your own")
     parser.add_argument("--data-dir", metavar="DIR", help="use DIR/NAME/{train,validation}.{jsonl,csv,parquet}, not the hub")
     parser.add_argument("--template", metavar="TEMPLATE", help="show this variant only (default: each)")
@@ -23,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.shots < 0:
         raise UserError(f"--shots {args.shots}: must not be negative")
+    check_seed(args.seed)
     print(_sample(args) if args.name else _table())
     return 0
 

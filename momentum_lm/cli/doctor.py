@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -17,7 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from momentum_lm.cpu import bf16_instructions, usable_cpus
 from momentum_lm.errors import main_guard
+
+from .options import Parser
 
 FAIRSEQ = "0.12.2"
 _INSTALL_FAIRSEQ = f"pip install --no-deps fairseq=={FAIRSEQ}"
@@ -129,7 +131,7 @@ def check_fairseq() -> Iterator[Check]:
 def check_torch() -> Iterator[Check]:
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of CUDA's that is not there
         yield Check("problem", "torch", f"cannot be imported: {error}", "pip install 'torch>=2.6'")
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
@@ -147,15 +149,9 @@ def check_torch() -> Iterator[Check]:
         if shutil.which("nvidia-smi"):
             remedy = "install a CUDA build of torch (pytorch.org/get-started), and check that nvidia-smi works"
             yield Check("warn", "device cuda", "a driver is installed, but torch sees no GPU", remedy)
-        yield Check("ok", "device cpu", f"{os.cpu_count()} cores, {_cpu_bf16()}")
-
-
-def _cpu_bf16() -> str:
-    try:
-        flags = set(re.findall(r"\b(?:amx_bf16|avx512_bf16|bf16)\b", Path("/proc/cpuinfo").read_text("utf-8")))
-    except OSError:
-        return "bf16 support unknown"
-    return f"bf16 in hardware ({', '.join(sorted(flags))})" if flags else "no bf16 in hardware: train in fp32"
+        found = ", ".join(bf16_instructions())
+        bf16 = f"bf16 in hardware ({found}): train with --autocast bf16" if found else "no bf16 in hardware: train in fp32"
+        yield Check("ok", "device cpu", f"{usable_cpus()} cores, {bf16}")
 
 
 def check_apex() -> Iterator[Check]:
@@ -169,14 +165,21 @@ def check_apex() -> Iterator[Check]:
 
 
 def check_triton() -> Iterator[Check]:
+    if importlib.util.find_spec("triton"):
+        yield Check("ok", "triton", _version("triton"))
+        return
     import torch
 
-    if importlib.util.find_spec("triton"):
-        yield Check("ok", "triton", importlib.metadata.version("triton"))
-    elif torch.cuda.is_available():
+    if torch.cuda.is_available():
         yield Check("warn", "triton", "not installed: no fused kernels on the GPU", "pip install triton")
     else:
         yield Check("ok", "triton", "not installed (needed on a GPU only)")
+
+
+def _version(module: str) -> str:
+    """Of the distribution that a module comes from: triton is also published as pytorch-triton, tensorboard as tb-nightly."""
+    names = importlib.metadata.packages_distributions().get(module, [])
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(names)) or "of unknown version"
 
 
 def check_tensorboard() -> Iterator[Check]:
@@ -190,7 +193,7 @@ def check_tensorboard() -> Iterator[Check]:
     except (ImportError, OSError, AttributeError, TypeError) as error:
         yield Check("problem", "tensorboard", f"cannot write events: {error}", "pip install --upgrade tensorboard")
         return
-    yield Check("ok", "tensorboard", f"{importlib.metadata.version('tensorboard')}, writes events ({size} bytes)")
+    yield Check("ok", "tensorboard", f"{_version('tensorboard')}, writes events ({size} bytes)")
 
 
 def check_sentencepiece() -> Iterator[Check]:
@@ -224,16 +227,26 @@ CHECKS: list[Callable[[], Iterator[Check]]] = [
 ]
 
 
+def _complete(check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """What a check finds; where it cannot be made itself, that is the problem, and the others go on."""
+    try:
+        yield from check()
+    except Exception as error:  # whatever a broken installation raises
+        detail = f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"
+        remedy = "mend the problems above first, or install anew: pip install ."
+        yield Check("problem", check.__name__.removeprefix("check_"), detail, remedy)
+
+
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``momentum-lm doctor``: exit status 1 if there is a problem, else 0 (warnings do not count)."""
-    parser = argparse.ArgumentParser(prog="momentum-lm doctor", description=__doc__.split(": ")[1], allow_abbrev=False)
+    parser = Parser(prog="momentum-lm doctor", description=__doc__.split(": ")[1])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     args = parser.parse_args(argv)
 
     found: list[Check] = []
     for check in CHECKS:
-        for result in check():
+        for result in _complete(check):
             found.append(result)
             if not args.json:
                 print(f"{result.status:8} {result.name:14} {result.detail}", flush=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.errors import UserError
+from momentum_lm.icl.calibration import CALIBRATIONS
 
 from .options import add_model_arguments, add_output_arguments, choices, integers, load_model
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from momentum_lm.studies.classification import Settings
 
 FAIRSEQ_BOS = {"<s>": (BOS,), "</s>": (EOS,)}
-CALIBRATIONS = ("none", "contextual", "domain_pmi", "batch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
-    """What the flags of :func:`add_question_arguments` ask. Raises UserError naming the flag."""
+    """What the flags of :func:`add_question_arguments` ask. Raises UserError naming the flag, or the data set that there is not."""
+    from momentum_lm.data.classification import load_spec
     from momentum_lm.studies.classification import Settings
 
     for flag in ("limit", "max_field_tokens", "batch_tokens"):
@@ -108,6 +109,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.bos in FAIRSEQ_BOS and args.path is None:
         raise UserError(f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no")
+    for name in args.datasets.split(","):
+        load_spec(name, _template(args))  # now, not after a large model was read
     paper = args.protocol == "paper"
     return Settings(
         shots=tuple(integers(args.shots, "--shots")),
@@ -126,11 +129,14 @@ def load_datasets(args: argparse.Namespace, lm: LanguageModel) -> list[LabelledD
     """The data that the flags name, its texts shortened where asked."""
     from momentum_lm.data.classification import load_dataset
 
-    template = "code" if args.protocol == "paper" else args.template
     return [
-        load_dataset(name, args.data_dir, template, shortener(lm, args.max_field_tokens))
+        load_dataset(name, args.data_dir, _template(args), shortener(lm, args.max_field_tokens))
         for name in dict.fromkeys(args.datasets.split(","))
     ]
+
+
+def _template(args: argparse.Namespace) -> str:
+    return "code" if args.protocol == "paper" else args.template
 
 
 def shortener(lm: LanguageModel, tokens: int | None) -> Callable[[str], str] | None:

@@ -6,7 +6,7 @@ import argparse
 
 from momentum_lm.errors import UserError
 
-from .options import add_model_arguments, add_output_arguments, integers, load_native_model
+from .options import add_model_arguments, add_output_arguments, check_seed, integers, load_native_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--packed-documents", default="auto", choices=["auto", "yes", "no"],
         help="no document of a block sees another; auto: as the model was trained (default: %(default)s)",
     )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="of bootstrap intervals (default: %(default)s)")
     add_model_arguments(parser)
     add_output_arguments(parser)
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     lengths = integers(args.context_lengths, "--context-lengths", 1, "256,512")
     if args.batch_tokens < 1:
         raise UserError(f"--batch-tokens {args.batch_tokens}: must be at least 1")
+    check_seed(args.seed)
     lm = load_native_model(args)
     packed = lm.packed_documents if args.packed_documents == "auto" else args.packed_documents == "yes"
     results = perplexity.evaluate(

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 
 from momentum_lm.errors import UserError, main_guard
 
+from .options import Parser
+
 # name: (module with add_arguments(parser) and run(args), what it answers). A module is imported only when its task is asked for.
 TASKS = {
     "lm_perplexity": ("momentum_lm.cli.eval_perplexity", "perplexity on binarised text at several context lengths"),
     "icl_classification": ("momentum_lm.cli.eval_classification", "in-context classification of labelled data"),
+    "icl_finetune_analysis": ("momentum_lm.cli.eval_finetune_analysis", "whether in-context learning does what finetuning does"),
 }
 _EXAMPLE = """\
 examples:
@@ -30,12 +33,10 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``fairseq-eval``. Raises UserError for impossible flags."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser = Parser(prog="fairseq-eval", add_help=False)
     chooser.add_argument("--task")
     task = chooser.parse_known_args(argv)[0].task
-    parser = argparse.ArgumentParser(
-        prog="fairseq-eval", epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(prog="fairseq-eval", epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = "; ".join(f"{name}: {text}" for name, (_, text) in TASKS.items())
     parser.add_argument("--task", choices=TASKS, required=True, help=tasks)
     if task not in TASKS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from momentum_lm.errors import UserError
 
@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 
     from momentum_lm.lm.huggingface import HuggingFaceLM
     from momentum_lm.lm.native import NativeLM
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads flags, which must be written out. Raises UserError where they are wrong, for ``main_guard`` to show in one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls for a wrong flag."""
+        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = False) -> None:
@@ -49,7 +60,6 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results")
     group.add_argument("--results-dir", required=True, metavar="OUT", help="gets results.json, figures, report.html and TensorBoard events")
     group.add_argument("--force", action="store_true", help="replace results of another model or configuration in --results-dir")
-    group.add_argument("--seed", type=int, default=0, help="of bootstrap intervals (default: %(default)s)")
 
 
 def load_native_model(args: argparse.Namespace) -> NativeLM:
@@ -95,6 +105,13 @@ def integers(text: str, flag: str, least: int = 0, example: str = "0,4,16") -> l
     if not values or min(values) < least:
         raise UserError(f"{flag} {text}: give whole numbers from {least} on with commas between, such as {example}")
     return values
+
+
+def check_seed(seed: int) -> int:
+    """``--seed``. Raises UserError for one that NumPy does not take."""
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must not be negative")
+    return seed
 
 
 def choices(text: str, flag: str, known: Sequence[str]) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from momentum_lm.errors import UserError, main_guard
 
+from .options import Parser
+
 _EPILOG = """
 sources: text files, folders (all .txt and .md in them), .csv .tsv .jsonl .parquet with the text in --column, each but parquet also as
 .gz or .zst; or a data set of the Hugging Face hub, hf:NAME[:CONFIG][@SPLIT] or its bare name (needs: pip install datasets).
@@ -26,7 +28,7 @@ while a document of 8 MiB, the longest allowed, is tokenised, 350 MB for it.
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="momentum-lm prepare",
         description="Tokenises text into fairseq's binarised format: train, valid and test, dict.txt, the tokenizer, prepare.json.",
         epilog=_EPILOG,
@@ -67,16 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from momentum_lm.data.corpus import PrepareConfig, prepare
+    from momentum_lm.files import naming
 
     workers, force = args.pop("workers"), args.pop("force")
     config = PrepareConfig(**args | {"sources": tuple(args["sources"])})
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines, and none from a short run
     bar = functools.partial(tqdm, file=sys.stderr, mininterval=pace, delay=pace)
-    try:
+    with naming(config.output):
         result = prepare(config, workers, force, progress=bar, say=functools.partial(print, file=sys.stderr))
-    except OSError as error:
-        where = error.filename or config.output
-        raise UserError(f"{where}: {error.strerror or error}; mend that and run the same command again: it goes on") from error
     print(summary(result, config.output))
     return 0
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from momentum_lm.errors import UserError, main_guard
 
+from .options import Parser, check_seed
+
 _EPILOG = """examples:
   momentum-lm report results/vanilla results/momentum --output compare.html
   momentum-lm report results/smollm2 --between calibration=none,batch
@@ -17,12 +19,11 @@ _EPILOG = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``momentum-lm report``. Raises UserError for folders that hold no results, or results that do not
     compare."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="momentum-lm report",
         description="Compares results of one task of fairseq-eval; differences are from the first, paired, with intervals.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a --results-dir of fairseq-eval")
     parser.add_argument(
@@ -32,13 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     args = parser.parse_args(argv)
+    check_seed(args.seed)
 
-    from momentum_lm.report import classification, perplexity
+    from momentum_lm.report import classification, icl_vs_finetuning, perplexity
     from momentum_lm.report.classification_comparison import ClassificationComparison, parse_between
     from momentum_lm.report.common import read_runs
+    from momentum_lm.report.finetuning_comparison import FinetuningComparison
 
-    task = read_runs(args.runs, [perplexity.TASK, classification.TASK])[0]["task"]
-    comparison: perplexity.Comparison | ClassificationComparison
+    task = read_runs(args.runs, [perplexity.TASK, classification.TASK, icl_vs_finetuning.TASK])[0]["task"]
+    comparison: perplexity.Comparison | ClassificationComparison | FinetuningComparison
     notes: Sequence[str] = ()
     if task == classification.TASK:
         between = None if args.between is None else parse_between(args.between)
@@ -46,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes = comparison.notes
     elif args.between is not None:
         raise UserError(f"--between is for results of {classification.TASK}, and {args.runs[0]} holds those of {task}")
+    elif task == icl_vs_finetuning.TASK:
+        comparison = FinetuningComparison(args.runs)
+        notes = comparison.notes
     else:
         comparison = perplexity.Comparison(args.runs, seed=args.seed)
     table = comparison.table()

@@ -18,7 +18,10 @@ class ChunkedCrossEntropy(CrossEntropyCriterion):
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
         from momentum_lm.models import MomentumLanguageModel
 
-        if not isinstance(getattr(model, "module", model), MomentumLanguageModel):
+        inner = model
+        while not isinstance(inner, MomentumLanguageModel) and hasattr(inner, "module"):  # one in another: fairseq's wrapper, torch's DDP
+            inner = inner.module
+        if not isinstance(inner, MomentumLanguageModel):
             raise UserError(
                 "--criterion chunked_cross_entropy works with --arch gpt_lm_* and momentum_lm_*; others: --criterion cross_entropy"
             )

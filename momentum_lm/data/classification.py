@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from momentum_lm.data.dataset_spec import DatasetSpec, Example, Hub
 from momentum_lm.data.dataset_yaml import SPLITS, available, load_spec
+from momentum_lm.data.hub import hub_answers
 from momentum_lm.data.packaged_datasets import PACKAGED
 from momentum_lm.data.tables import SUFFIXES, read_rows
 from momentum_lm.errors import UserError
@@ -113,7 +113,6 @@ def _provide(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None) -> str:
 
 
 def _hub_rows(spec: DatasetSpec, hub: Hub, split: str, remedy: str) -> Rows:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else it tells of every retry
     try:
         with _quick_offline(hub):
             data = _load_split(hub, split)
@@ -140,16 +139,13 @@ def _load_split(hub: Hub, split: str) -> Any:
 
 @contextlib.contextmanager
 def _quick_offline(hub: Hub) -> Iterator[None]:
-    """Without a network the libraries try again for 20 seconds a split; told that there is none, they look in their cache at once."""
+    """Without a network the libraries, told so, look in their cache at once."""
     import datasets
     import huggingface_hub
 
     modules: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
     before = [module.HF_HUB_OFFLINE for module in modules]
-    try:
-        if not os.path.isdir(hub.id):
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception:  # of requests or of httpx, by the version of huggingface_hub
+    if not os.path.isdir(hub.id) and not hub_answers():
         for module in modules:
             module.HF_HUB_OFFLINE = True
     try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from momentum_lm.cpu import usable_cpus
 from momentum_lm.data.dictionary import Dictionary
 from momentum_lm.data.encoding import CHUNK, Chunk, DocumentStream, encode_in_order
 from momentum_lm.data.indexed import IndexedDatasetWriter
@@ -172,7 +172,7 @@ class _Run:
                 stack.callback(writers[split].close)
             bar = stack.enter_context(self._bar("tokenising"))
             saved_at = time.monotonic()
-            for chunk, parts in encode_in_order(chunks, self.work, workers or _cpus()):
+            for chunk, parts in encode_in_order(chunks, self.work, workers or usable_cpus()):
                 for index, part in parts.items():
                     tally = state["splits"][SPLITS[index]]
                     writers[SPLITS[index]].add_many(part.ids, part.sizes)
@@ -220,10 +220,6 @@ class _Run:
         with self.progress(total=total, desc=label, unit="B", unit_scale=True) as bar:
             yield bar
             bar.update((total or bar.n) - bar.n)
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _NoBar:

@@ -37,9 +37,10 @@ class Lesson:
 
 @dataclass
 class Finetuning:
-    """What happened: the loss before each step, and, if asked for, each lesson's attention queries at that time,
-    per lesson and layer (T, H * D), scaled."""
+    """What happened: the parameters that learn, the loss before each step, and, if asked for, each lesson's attention queries at that
+    time, per lesson and layer (T, H * D), scaled."""
 
+    parameters: list[nn.Parameter] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     queries: list[list[Tensor]] = field(default_factory=list)
 
@@ -63,7 +64,7 @@ def finetuned(
     """
     chosen = _choose(model, parameters)
     before = [parameter.detach().clone() for parameter, _ in chosen]
-    done = Finetuning()
+    done = Finetuning([parameter for parameter, _ in chosen])
     try:
         for parameter, _ in chosen:
             parameter.requires_grad_(True)
@@ -90,14 +91,18 @@ def _step(
     trace = AttentionTrace()
     with torch.enable_grad(), tracing(model, trace) if keep else contextlib.nullcontext():
         if layerwise:
-            outputs = _block_outputs(model, tokens)
-            loss = torch.stack([F.cross_entropy(_unembed(model, h[0, predicting]).float(), targets) for h in outputs]).sum()
+            outputs = [h[0, predicting] for h in _block_outputs(model, tokens)]
+            losses, slopes = zip(*(_slope(model, h, targets) for h in outputs), strict=True)
+            loss = torch.stack(losses).sum()
         else:
-            loss = F.cross_entropy(_logits(model, tokens)[0, predicting].float(), targets)
+            outputs, slopes = [F.cross_entropy(_logits(model, tokens)[0, predicting].float(), targets)], (None,)
+            loss = outputs[0].detach()
     value = loss.item()
     if not torch.isfinite(loss):
         raise Diverged(f"the loss is {value} after {len(done.losses)} steps at learning rate {rate:g}")
-    gradients = torch.autograd.grad(loss, [parameter for parameter, _ in chosen], allow_unused=True)
+    learning = [(output, slope) for output, slope in zip(outputs, slopes, strict=True) if output.requires_grad]
+    ends, starts = ([pair[i] for pair in learning] for i in (0, 1))
+    gradients = torch.autograd.grad(ends, [parameter for parameter, _ in chosen], starts, allow_unused=True)
     with torch.no_grad():
         for (parameter, mask), gradient in zip(chosen, gradients, strict=True):
             if gradient is not None:
@@ -105,6 +110,13 @@ def _step(
     done.losses.append(value)
     if keep:
         done.queries.append([layer[0] for layer in trace.queries])
+
+
+def _slope(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of predicting from one block's output (N, C), and its gradient there: one block's logits are held at a time."""
+    leaf = hidden.detach().requires_grad_(True)
+    loss = F.cross_entropy(_unembed(model, leaf).float(), targets)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:

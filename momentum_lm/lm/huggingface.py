@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from momentum_lm.data.hub import hub_answers
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
 
@@ -171,6 +172,8 @@ def load_huggingface(
         folder = Path(name)
         if folder.is_dir() and not (folder / gguf_file).exists():
             raise UserError(f"--hf-gguf-file {gguf_file}: {folder} holds no such file")
+    if not Path(name).is_dir() and not hub_answers():
+        given["local_files_only"] = True  # what earlier downloads left
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import itertools
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from momentum_lm.files import file_sha256
 from momentum_lm.modules import Decoder, DecoderConfig
 from momentum_lm.modules.attention import Cache
 from momentum_lm.modules.decoder import document_ids
+from momentum_lm.modules.momentum import NOTES
 
 from .scoring import target_log_probs
 
@@ -32,7 +34,7 @@ _OPTIONS = (  # those of fairseq's and our own options that say what a decoder c
     *("position", "no_scale_embedding", "untie_embeddings", "max_target_positions"),
     *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
 )
-_IGNORED = re.compile(r"(version|embed_positions\._float_tensor|.*\.momentum\.fixed_log_decay)$")
+_IGNORED = re.compile(r"(version|embed_positions\._float_tensor)$")
 
 
 class NativeLM:
@@ -183,7 +185,7 @@ def load_native(
 
     path = find_checkpoint(path)
     try:
-        state = load_checkpoint(path, trust=trust)
+        state = load_checkpoint(path, trust=trust, mmap=True)  # the optimizer's state, twice the model, is never read
     except CheckpointError as error:
         raise UserError(str(error)) from error
     tensors = _tensors(state, path)
@@ -193,6 +195,9 @@ def load_native(
         options = options | _parse_overrides(overrides, options)
         if not model_cfg and "decoder_attention_heads" not in options:
             raise UserError("the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': N}\"")
+        fixed = options.get("momentum_kind") == "ema" and not options.get("momentum_learned")
+        if not model_cfg and fixed and "momentum_eta" not in options:
+            raise UserError("the checkpoint does not say its momentum's decay: add --model-overrides \"{'momentum_eta': ETA}\"")
         for name in ("tokens_per_sample", "max_target_positions"):
             options.setdefault(name, task_cfg.get(name))
         config = DecoderConfig.from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
@@ -278,10 +283,20 @@ def _options_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
     if momentum:
         options["momentum_kind"] = "multi_ema" if "delta" in momentum else "ema"
         options["momentum_learned"] = "decay_logit" in momentum
+        options["momentum_normalize"] = "normalized" in momentum
+        if "fixed_log_decay" in momentum:
+            options["momentum_eta"] = _eta(float(momentum["fixed_log_decay"][0]))
         options["momentum_gate"] = "zero" if "gate" in momentum else "none"
         if options["momentum_kind"] == "ema":
-            options["decoder_attention_heads"] = next(iter(momentum.values())).shape[0]
+            options["decoder_attention_heads"] = next(tensor.shape[0] for tensor in momentum.values() if tensor.dim())
     return options
+
+
+def _eta(log_decay: float) -> float:
+    """The shortest decimal number whose logarithm is the fp32 number ``log_decay``."""
+    candidates = (float(f"{math.exp(log_decay):.{digits}g}") for digits in range(1, 18))
+    fitting = (eta for eta in candidates if 0 < eta < 1 and float(torch.tensor(math.log(eta))) == log_decay)
+    return next(fitting, math.exp(log_decay))
 
 
 def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,7 +321,9 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
 def _build(config: DecoderConfig, tensors: dict[str, Tensor]) -> Decoder:
     with torch.random.fork_rng(devices=[]):  # initial values are drawn and thrown away; the caller's generator stays as it was
         model = Decoder(config)
-    expected = model.state_dict()
+    tensors, expected = (  # without the notes, which old checkpoints lack and a model goes without
+        {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in NOTES} for state in (tensors, model.state_dict())
+    )
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         lack, extra = (f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) for names in (missing, unknown))
@@ -316,8 +333,5 @@ def _build(config: DecoderConfig, tensors: dict[str, Tensor]) -> Decoder:
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(expected[name].shape)} by the architecture"
             raise UserError(f"its tensors do not fit its architecture: {name} is {shapes}")
-    output, embedding = tensors["output_projection.weight"], tensors["embed_tokens.weight"]
-    if config.tie_embeddings and output is not embedding and not torch.equal(output, embedding):
-        raise UserError("its output projection differs from its embedding, but its architecture ties them")
     model.load_state_dict(tensors)
     return model

@@ -6,7 +6,7 @@ Only the query rows that are asked for are multiplied with the keys: never a T x
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,37 +22,71 @@ _NAME = "momentum_lm_trace"
 class AttentionTrace:
     """Fills up while a model runs under :func:`tracing`; one entry a layer.
 
-    ``positions`` (B,): the column of each row that is looked at; None: every column, and then queries only.
+    ``positions`` (N, P): the columns of the first N rows that are looked at; None: every row and column, and then queries only.
 
-    outputs: (B, C) attention output after its output projection, before dropout and residual; momentum included
-    logits: (B, H, S) fp32, q k^T with the query already scaled, over all keys, a prefix's first; columns after the position are
+    outputs: (N, P, C) attention output after its output projection, before dropout and residual; momentum included
+    logits: (N, P, H, S) fp32, q k^T with the query already scaled, over all keys, a prefix's first; columns after the position are
         those of the future or of padding and mean nothing
-    queries: (B, H * D) scaled queries, or (B, T, H * D) without positions
-    inputs: (B, T, C) what goes into the projections, if ``keep_inputs``
+    queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is fused and it does
+        turn them), or (B, T, H * D) without positions
+    With ``projections``, inputs: (B, T, C) what goes into the projections; keys, values: (B, T, Hkv * D) what comes out, before rotary
+        positions; empty where a model has no projections of their own for them
+    With ``relax``, heads, relaxed: (N, P, H, D) fp32 softmax attention, and the same without softmax and without the queries' scale
+        (section 3.1 of the paper); relaxed_outputs: (N, P, C) the latter in place of the former in ``outputs``
     """
 
-    def __init__(self, positions: Tensor | None = None, keep_inputs: bool = False) -> None:
-        self.positions, self.keep_inputs = positions, keep_inputs
+    def __init__(self, positions: Tensor | None = None, projections: bool = False, relax: bool = False) -> None:
+        self.positions, self.projections, self.relax = positions, projections, relax
         self.outputs: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.queries: list[Tensor] = []
         self.inputs: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.heads: list[Tensor] = []
+        self.relaxed: list[Tensor] = []
+        self.relaxed_outputs: list[Tensor] = []
 
-    def attention(self, query: Tensor, key: Tensor, scale: float) -> None:
-        """query (B, H, T, D), key (B, H or fewer, S, D), both as they are multiplied."""
-        scaled = query.detach() * scale
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Tensor | None = None) -> None:
+        """query (B, H, T, D), key and value (B, H or fewer, S, D) as they are used; plain (B, T, H * D): the query before rotary."""
+        plain = query.transpose(1, 2).flatten(2) if plain is None else plain.flatten(2)
         if self.positions is None:
-            self.queries.append(scaled.transpose(1, 2).flatten(2))
+            self.queries.append(plain.detach() * scale)
             return
-        row = scaled[torch.arange(len(scaled), device=scaled.device), :, self.positions.to(scaled.device)]  # (B, H, D)
-        self.queries.append(row.flatten(1))
-        groups = row.unflatten(1, (key.shape[1], -1)).float()  # heads that share their keys side by side
-        self.logits.append(torch.einsum("bkgd,bksd->bkgs", groups, key.detach().float()).flatten(1, 2))
+        self.queries.append(self._at(plain) * scale)
+        count, groups = len(self.positions), key.shape[1]
+        row = self._at(query.transpose(1, 2)).unflatten(2, (groups, -1)).float() * scale  # (N, P, G, H / G, D): heads that share keys
+        logits = torch.einsum("npgkd,ngsd->npgks", row, key[:count].detach().float())
+        self.logits.append(logits.flatten(2, 3))
+        if self.relax:
+            values = value[:count].detach().float()
+            column = torch.arange(key.shape[2], device=key.device)
+            last = self.positions.to(key.device) + key.shape[2] - query.shape[2]  # positions count from the end of a prefix
+            future = (column > last[..., None])[:, :, None, None]
+            weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+            self.heads.append(torch.einsum("npgks,ngsd->npgkd", weights, values).flatten(2, 3))
+            weights = logits.masked_fill(future, 0.0) / scale
+            self.relaxed.append(torch.einsum("npgks,ngsd->npgkd", weights, values).flatten(2, 3))
 
     def output(self, value: Tensor) -> None:
         """value (B, T, C)."""
         if self.positions is not None:
-            self.outputs.append(value.detach()[torch.arange(len(value), device=value.device), self.positions.to(value.device)])
+            self.outputs.append(self._at(value))
+
+    def relaxed_output(self, project: nn.Module, mixed: Tensor | None = None) -> None:
+        """project: the output projection; mixed (B, T, H * D): what went into it, where that is more than softmax attention."""
+        if self.relax and self.positions is not None:
+            joined = self.relaxed[-1].flatten(2)
+            if mixed is not None:
+                joined = joined + self._at(mixed).float() - self.heads[-1].flatten(2)
+            with torch.no_grad():
+                self.relaxed_outputs.append(project(joined.to(self.outputs[-1].dtype)))
+
+    def _at(self, value: Tensor) -> Tensor:
+        """(B, T, ...) -> (N, P, ...)."""
+        assert self.positions is not None
+        columns = self.positions.to(value.device)
+        return value.detach()[torch.arange(len(columns), device=value.device)[:, None], columns]
 
 
 @contextlib.contextmanager
@@ -72,29 +106,56 @@ def _native(model: Decoder, trace: AttentionTrace) -> Iterator[None]:
         attention: Any = layer.self_attn
         seen: dict[str, Tensor] = {}
 
-        def project(name: str, seen: dict[str, Tensor]) -> Any:
-            return lambda module, given, result: seen.__setitem__(name, result)
-
         def finish(module: Any, given: Any, options: dict[str, Any], result: Tensor, seen: dict[str, Tensor] = seen) -> None:
-            query, key = (seen[name].unflatten(-1, (module.heads, -1)).transpose(1, 2) for name in ("q", "k"))
+            query, key, value = (seen[name].unflatten(-1, (module.heads, -1)).transpose(1, 2) for name in "qkv")
             rotation, cache = options.get("rotation"), options.get("cache")
             if rotation is not None:
                 query, key = Rotary.rotate(query, *rotation), Rotary.rotate(key, *rotation)
             if cache is not None and cache.keys is not None:  # a cache that is not frozen holds these keys already
                 key = torch.cat([cache.keys, key], 2) if cache.frozen else cache.keys
-            trace.attention(query, key, query.shape[-1] ** -0.5)
+                value = torch.cat([cache.values, value], 2) if cache.frozen else cache.values
+            trace.attention(query, key, value, query.shape[-1] ** -0.5, seen["q"])
             trace.output(result)
-            if trace.keep_inputs:
-                trace.inputs.append(given[0].detach())
+            trace.relaxed_output(module.out_proj, None if module.momentum is None else seen["mixed"])
+            if trace.projections:
+                for kept, tensor in ((trace.inputs, given[0]), (trace.keys, seen["k"]), (trace.values, seen["v"])):
+                    kept.append(tensor.detach())
 
-        handles.append(attention.q_proj.register_forward_hook(project("q", seen)))
-        handles.append(attention.k_proj.register_forward_hook(project("k", seen)))
+        for name in "qkv":
+            handles.append(getattr(attention, f"{name}_proj").register_forward_hook(_keep_result(seen, name)))
+        handles.append(attention.out_proj.register_forward_pre_hook(_keep_given(seen, "mixed")))
         handles.append(attention.register_forward_hook(finish, with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _keep_result(seen: dict[str, Tensor], name: str) -> Any:
+    return lambda module, given, result: seen.__setitem__(name, result)
+
+
+def _keep_given(seen: dict[str, Tensor], name: str) -> Any:
+    return lambda module, given: seen.__setitem__(name, given[0])
+
+
+_QUERY = ("q_norm", "q_layernorm", "q_proj", "query", "q_lin")  # the last step before rotary positions, by its names in transformers
+_KEY = ("k_proj", "key", "k_lin")
+_VALUE = ("v_proj", "value", "v_lin")
+_OUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin")
+
+
+def child(module: Any, names: Sequence[str]) -> nn.Module | None:
+    """The first of a module's children under one of ``names``."""
+    return next((found for name in names if isinstance(found := getattr(module, name, None), nn.Module)), None)
+
+
+def key_value_projections(model: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """Each layer's key and value projections, ``weight`` (Hkv * D, C); nothing for a model whose projections hold queries too."""
+    modules: list[Any] = [layer.self_attn for layer in model.layers] if isinstance(model, Decoder) else attention_modules(model)
+    pairs = [(key, value) for m in modules if (key := child(m, _KEY)) is not None and (value := child(m, _VALUE)) is not None]
+    return pairs if len(pairs) == len(modules) else []
 
 
 _active: list[AttentionTrace] = []  # the trace that the registered attention function writes to
@@ -109,9 +170,12 @@ def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
     model.set_attn_implementation(_NAME)
     try:
         for module in attention_modules(model):
-            handles.append(module.register_forward_hook(lambda m, given, result: trace.output(result[0])))
-            if trace.keep_inputs:
-                handles.append(module.register_forward_hook(_keep_input(trace), with_kwargs=True))
+            seen: dict[str, Tensor] = {}
+            for name, found in (("q", child(module, _QUERY)), ("k", child(module, _KEY)), ("v", child(module, _VALUE))):
+                if found is not None:
+                    handles.append(found.register_forward_hook(_keep_result(seen, name)))
+            handles.append(module.register_forward_pre_hook(_begin(seen), with_kwargs=True))
+            handles.append(module.register_forward_hook(_finish(trace, seen), with_kwargs=True))
         _active.append(trace)
         try:
             yield
@@ -121,6 +185,32 @@ def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         model.set_attn_implementation(before)
+
+
+def _begin(seen: dict[str, Tensor]) -> Any:
+    def hook(module: nn.Module, given: Any, options: dict[str, Any]) -> None:
+        seen.clear()
+        # Only a query that is to be turned is wanted before: others may be scaled between projection and attention (OPT).
+        module.__dict__["_momentum_lm_seen"] = seen if options.get("position_embeddings") is not None else {}
+
+    return hook
+
+
+def _finish(trace: AttentionTrace, seen: dict[str, Tensor]) -> Any:
+    def hook(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        trace.output(result[0] if isinstance(result, tuple) else result)
+        project = child(module, _OUT)
+        if project is not None:
+            trace.relaxed_output(project)
+        if trace.projections:
+            trace.inputs.append((given[0] if given else options["hidden_states"]).detach())
+            if "k" in seen and "v" in seen:
+                trace.keys.append(seen["k"].detach())
+                trace.values.append(seen["v"].detach())
+        seen.clear()
+        module.__dict__.pop("_momentum_lm_seen", None)
+
+    return hook
 
 
 def attention_modules(model: Any) -> list[nn.Module]:
@@ -141,13 +231,6 @@ def attention_modules(model: Any) -> list[nn.Module]:
     return found
 
 
-def _keep_input(trace: AttentionTrace) -> Any:
-    def hook(module: Any, given: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
-        trace.inputs.append((given[0] if given else options["hidden_states"]).detach())
-
-    return hook
-
-
 def _register() -> None:
     """Tells transformers of an attention function that computes what SDPA does and lets the trace look."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -157,7 +240,8 @@ def _register() -> None:
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> Any:
         if _active:
             scale = options.get("scaling")
-            _active[-1].attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+            plain = module.__dict__.get("_momentum_lm_seen", {}).get("q")
+            _active[-1].attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, plain)
         else:
             _seen.append(module)
         return sdpa_attention_forward(module, query, key, value, *given, **options)

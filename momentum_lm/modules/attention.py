@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .precision import Float32
+
 
 @dataclass
 class LayerCache:
@@ -51,7 +53,7 @@ class Cache:
         self.positions = None if self.positions is None else fn(self.positions)
 
 
-class Rotary(nn.Module):
+class Rotary(Float32):
     """Rotary position embedding (arXiv 2104.09864): dimension pairs (i, i + D/2) turn by position * 10000^(-2i/D)."""
 
     frequency: Tensor

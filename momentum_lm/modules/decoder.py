@@ -91,12 +91,20 @@ class DecoderConfig:
     def from_fairseq(cls, cfg: Mapping[str, Any], vocab_size: int, padding_idx: int = 1, eos_idx: int = 2) -> DecoderConfig:
         """The configuration of a fairseq model, ours or a stock ``transformer_lm*``, from its ``cfg.model`` as a mapping.
 
-        Raises UserError, naming the option, for a stock option that this decoder does not have.
+        Raises UserError, naming the option, for a stock option that this decoder does not have, and for a value that is no number.
         """
 
         def get(name: str, default: Any) -> Any:
             value = cfg.get(name)
             return default if value is None else value
+
+        def number(kind: type, name: str, default: Any) -> Any:
+            value = get(name, default)
+            try:
+                return kind(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                what = "whole number" if kind is int else "number"
+                raise UserError(f"--{name.replace('_', '-')} {value!r}: must be a {what}") from error
 
         unsupported = {
             "character_embeddings": False,
@@ -120,31 +128,31 @@ class DecoderConfig:
                 raise UserError(f"the model was trained with --{name.replace('_', '-')}, which this decoder does not have")
         if "decoder_normalize_before" in cfg and not cfg["decoder_normalize_before"]:
             raise UserError("the model normalises after each block (no --decoder-normalize-before); this decoder normalises before")
-        dim = int(get("decoder_embed_dim", 512))
+        dim = number(int, "decoder_embed_dim", 512)
         for name in ("decoder_input_dim", "decoder_output_dim"):
-            if int(get(name, dim)) != dim:
+            if number(int, name, dim) != dim:
                 raise UserError(f"the model's --{name.replace('_', '-')} differs from --decoder-embed-dim, which this decoder cannot do")
         stock = "position" not in cfg
         tied = get("share_decoder_input_output_embed", False) if stock else not get("untie_embeddings", False)
         return cls(
             vocab_size=vocab_size,
             dim=dim,
-            ffn_dim=int(get("decoder_ffn_embed_dim", 4 * dim)),
-            layers=int(get("decoder_layers", 6)),
-            heads=int(get("decoder_attention_heads", 8)),
-            max_positions=int(get("max_target_positions", get("tokens_per_sample", 1024))),
+            ffn_dim=number(int, "decoder_ffn_embed_dim", 4 * dim),
+            layers=number(int, "decoder_layers", 6),
+            heads=number(int, "decoder_attention_heads", 8),
+            max_positions=number(int, "max_target_positions", get("tokens_per_sample", 1024)),
             padding_idx=padding_idx,
             eos_idx=eos_idx,
             position=("learned" if get("decoder_learned_pos", False) else "sinusoidal") if stock else str(cfg["position"]),
             activation=str(get("activation_fn", "relu")),
             tie_embeddings=bool(tied),
             scale_embeddings=not get("no_scale_embedding", False),
-            dropout=float(get("dropout", 0.1)),
-            attention_dropout=float(get("attention_dropout", 0.0)),
-            activation_dropout=float(get("activation_dropout", 0.0)),
+            dropout=number(float, "dropout", 0.1),
+            attention_dropout=number(float, "attention_dropout", 0.0),
+            activation_dropout=number(float, "activation_dropout", 0.0),
             checkpoint_activations=bool(get("checkpoint_activations", False)),
             momentum_kind=str(get("momentum_kind", "none")),
-            momentum_eta=float(get("momentum_eta", DEFAULT_ETA)),
+            momentum_eta=number(float, "momentum_eta", DEFAULT_ETA),
             momentum_learned=bool(get("momentum_learned", False)),
             momentum_normalize=bool(get("momentum_normalize", False)),
             momentum_gate=str(get("momentum_gate", "none")),
@@ -343,12 +351,17 @@ class Decoder(nn.Module):
 
 
 def _accept_fairseq_keys(module: Decoder, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """fairseq checkpoints hold two entries that are no parameters, and old ones lack the tied output embedding."""
+    """fairseq checkpoints hold two entries that are no parameters, and old ones lack the tied output embedding.
+
+    Raises UserError for a checkpoint of an untied model, one of whose two embeddings a tied model would lose.
+    """
     state.pop(f"{prefix}version", None)
     state.pop(f"{prefix}embed_positions._float_tensor", None)
     embedding = state.get(f"{prefix}embed_tokens.weight")
     if embedding is not None and module.output_projection.weight is module.embed_tokens.weight:
-        state.setdefault(f"{prefix}output_projection.weight", embedding)
+        output = state.setdefault(f"{prefix}output_projection.weight", embedding)
+        if output.shape == embedding.shape and not torch.allclose(output, embedding, rtol=0, atol=0, equal_nan=True):
+            raise UserError("the checkpoint's output projection differs from its embedding: such a model needs --untie-embeddings")
 
 
 def sinusoids(rows: Tensor, dim: int) -> Tensor:

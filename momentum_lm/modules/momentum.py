@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,20 +11,29 @@ from torch import Tensor, nn
 
 from momentum_lm import ops
 
+from .precision import Float32
 
-class _Float32(nn.Module):
-    """A module whose parameters and buffers stay in fp32 through ``.half()`` and ``.bfloat16()``: bf16 rounds a decay of 0.999 to 1."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            half = moved.dtype in (torch.bfloat16, torch.float16)
-            return tensor.to(moved.device) if half else moved
-
-        return super()._apply(keep_precision, *args, **kwargs)
+# Tensors of a checkpoint that only tell those who have nothing else what the flags were. A model goes by its flags.
+NOTES = ("fixed_log_decay", "normalized")
 
 
-class MomentumEMA(_Float32):
+class _Momentum(Float32):
+    """What both kinds share: fp32, and what they take from a checkpoint."""
+
+    gate: nn.Parameter | None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = self.state_dict(prefix=prefix)
+        if self.gate is not None and not any(name in state_dict for name in own):
+            state_dict.update(own)  # a model that was trained without momentum, which a gate of 0 leaves as it is
+        for note in NOTES:
+            state_dict.pop(prefix + note, None)
+            if prefix + note in own:
+                state_dict[prefix + note] = own[prefix + note]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MomentumEMA(_Momentum):
     """``gate[h] * scale[h] * sum_{i<t} eta[h]^(t-i) v_i``, one decay per head.
 
     Source: arXiv 2212.10559, section 5 (one fixed eta, scale 1, no gate). ``learned`` makes eta a parameter, kept as a logit;
@@ -39,7 +47,8 @@ class MomentumEMA(_Float32):
         self.normalize = normalize
         logit = torch.full((heads,), math.log(eta) - math.log1p(-eta))
         self.decay_logit = nn.Parameter(logit) if learned else None
-        self.register_buffer("fixed_log_decay", None if learned else torch.full((heads,), math.log(eta)), persistent=False)
+        self.register_buffer("fixed_log_decay", None if learned else torch.full((heads,), math.log(eta)))
+        self.register_buffer("normalized", torch.ones(()) if normalize else None)
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
 
     def log_decay(self) -> Tensor:
@@ -78,7 +87,7 @@ class MomentumEMA(_Float32):
         return self.log_decay().detach().exp()
 
 
-class MomentumMultiEMA(_Float32):
+class MomentumMultiEMA(_Momentum):
     """Eight learned decays per channel with signed learned weights, the current token included.
 
     Source: the class that an author of arXiv 2212.10559 posted (microsoft/LMOps, issue 9): decay ``sigmoid(delta)`` with

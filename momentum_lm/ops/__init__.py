@@ -64,6 +64,7 @@ def multi_ema(
 
     Returns:
         out (B, T, C) in the dtype of ``values`` and the state after the last token (B, C, N), fp32 (fp64 for fp64 values).
+        Sums are kept in that dtype, under autocast too; those of the gradients if the backward pass runs outside autocast.
 
     Raises:
         ValueError: shapes that do not fit, T = 0, or a ``log_decay`` in half precision.

@@ -12,6 +12,7 @@ from omegaconf import II
 from torch import Tensor
 
 from momentum_lm.errors import UserError
+from momentum_lm.modules import MomentumMultiEMA
 
 
 @dataclass
@@ -28,17 +29,25 @@ class FusedAdamWConfig(FairseqDataclass):
     lr: List[float] = II("optimization.lr")
 
 
+def _is_matrix(parameter: Tensor) -> bool:
+    """Whether it is one that maps vectors to vectors: not the (C, 8) decays and weights of multi_ema.
+
+    The shape alone tells: --fp16 and --bf16 give the optimizer copies without names or attributes.
+    """
+    return parameter.dim() >= 2 and parameter.shape[-1] != MomentumMultiEMA.ORDER
+
+
 @register_optimizer("fused_adamw", dataclass=FusedAdamWConfig)
 class FusedAdamW(FairseqOptimizer):
-    """AdamW (arXiv 1711.05101). Weight decay applies to parameters of two or more dimensions. Raises UserError for impossible flags."""
+    """AdamW (arXiv 1711.05101). Weight decay applies to matrices (see _is_matrix). Raises UserError for impossible flags."""
 
     def __init__(self, cfg: Any, params: Iterable[Any]) -> None:
         super().__init__(cfg)
         params = list(params)
-        matrices = [p for p in params if p.dim() >= 2]
-        if cfg.weight_decay and not matrices:
+        matrices = [p for p in params if _is_matrix(p)]
+        if cfg.weight_decay and all(p.dim() < 2 for p in params):
             raise UserError("--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike")
-        groups = [{"params": matrices}, {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+        groups = [{"params": matrices}, {"params": [p for p in params if not _is_matrix(p)], "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         if cfg.adam_backend == "apex":
             try:
@@ -70,7 +79,7 @@ class FusedAdamW(FairseqOptimizer):
         super().load_state_dict(state_dict, overrides)
         if decay is not None:
             for group in self.param_groups:
-                if group["params"][0].dim() >= 2:
+                if _is_matrix(group["params"][0]):
                     group["weight_decay"] = decay
 
     @property

@@ -17,13 +17,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
 from momentum_lm.files import atomic_write
 
 # Okabe and Ito's colours that have contrast on white and on near-black alike
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK = "#010203"  # stands for the page's text colour, put in when a figure goes into a page
 _STYLE: dict[str, Any] = {
     "font.size": 10,
@@ -38,11 +39,16 @@ _STYLE: dict[str, Any] = {
 Panel = Callable[[Any], None]  # draws into a matplotlib Axes
 
 
-def draw(*panels: Panel, size: tuple[float, float] = (6.4, 4.0)) -> Figure:
-    """One figure with the panels side by side, each of ``size`` (inches)."""
+def draw(*panels: Panel, size: tuple[float, float] = (6.4, 4.0), columns: int | None = None) -> Figure:
+    """One figure with the panels side by side, in rows of ``columns`` if given, each of ``size`` (inches)."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(size[0] * len(panels), size[1]), layout="constrained")
-        for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        columns = min(columns or len(panels), len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).ravel()
+        for unused in places[len(panels) :]:
+            unused.set_axis_off()
+        for place, panel in zip(places, panels, strict=False):
             place.grid(True, color="#888888", alpha=0.25, linewidth=0.6)
             place.margins(y=0.08)
             panel(place)
@@ -58,7 +64,7 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
         axes.set(xlabel="context length (tokens)", ylabel=f"perplexity per token ({split}), lower is better")
         for index, (name, points) in enumerate(series.items()):
             lengths, values = zip(*sorted(points), strict=True)
-            axes.plot(lengths, values, label=name, marker=_MARKERS[index % len(_MARKERS)], markersize=5, **_line(index))
+            axes.plot(lengths, values, label=name, marker=MARKERS[index % len(MARKERS)], markersize=5, **line_style(index))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted({length for points in series.values() for length, _ in points})))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -82,7 +88,7 @@ def loss_panel(curves: Mapping[str, Sequence[tuple[float, float]]], levels: Mapp
             model = name.split(" seed")[0]
             label = None if model in looks else model
             tokens, losses = zip(*points, strict=True) if points else ((), ())
-            axes.plot(tokens, losses, label=label, alpha=0.9, **_line(looks.setdefault(model, len(looks))))
+            axes.plot(tokens, losses, label=label, alpha=0.9, **line_style(looks.setdefault(model, len(looks))))
         for name, level in (levels or {}).items():
             axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (2, 2)))
             axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right")
@@ -120,7 +126,7 @@ def accuracy_panel(
             if not points:
                 continue
             ordered = sorted(points, key=lambda point: point.shots)
-            colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             shift = 0.07 * (index - (len(lines) - 1) / 2)  # side by side where they would hide each other
             places = [math.log2(1 + point.shots) + shift for point in ordered]
             mean, low, high = (100 * np.array([getattr(p, name) for p in ordered]) for name in ("mean", "low", "high"))
@@ -130,7 +136,7 @@ def accuracy_panel(
             dots = [(place, 100 * value) for place, point in zip(places, ordered, strict=True) for value in point.seeds]
             if dots:
                 axes.scatter(*zip(*dots, strict=True), s=16, color=colour, alpha=0.4, linewidth=0)
-            axes.plot(places, mean, label=name, marker=marker, markersize=5, **_line(index))
+            axes.plot(places, mean, label=name, marker=marker, markersize=5, **line_style(index))
         if level is not None:
             name, height = level
             axes.axhline(100 * height, color="#888888", linewidth=1.2, linestyle=(0, (4, 3)), label=f"{name} {100 * height:.1f}")
@@ -156,7 +162,7 @@ def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], titl
         size = 10 if len(labels) <= 6 else 9 if len(labels) <= 10 else 8
         for row, column in np.ndindex(*table.shape):
             share = shares[row, column]
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_COLOURS[0], alpha=0.7 * share, linewidth=0))
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=COLOURS[0], alpha=0.7 * share, linewidth=0))
             if share >= 0.005:
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=size)
         names = [label if len(label) <= 18 else label[:17] + "…" for label in labels]
@@ -181,6 +187,13 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(file, format="png", dpi=150, facecolor="white", metadata={"Software": None})
 
 
+def to_pixels(figure: Figure) -> NDArray[np.uint8]:
+    """The picture on a white ground: (height, width, 3), red, green, blue."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def to_svg(figure: Figure) -> str:
     """An ``<svg>`` element for an HTML page: transparent, its text in the page's colour, as wide as the figure is or the page
     lets it be."""
@@ -193,8 +206,9 @@ def to_svg(figure: Figure) -> str:
     return re.sub(r'(<svg[^>]*?) width="([^"]*)"', r'\1 style="max-width: \2"', svg, count=1)
 
 
-def _line(index: int) -> dict[str, Any]:
-    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.6}
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, dashes and width of the line with this number, as ``plot`` takes them."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.6}
 
 
 def _short(number: float) -> str:

@@ -27,8 +27,10 @@ caption { text-align: left; color: var(--soft); padding-bottom: 0.3rem; }
 th, td { padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; } .number { text-align: right; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 0.2rem 1.6rem; }
 figcaption, .note { color: var(--soft); font-size: 0.9rem; } details { margin: 0.4rem 0; } summary { cursor: pointer; }
 pre { background: var(--panel); padding: 0.7rem; white-space: pre-wrap; border-radius: 4px; font-size: 0.85rem; }
+@media print { figure, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 0.7rem; } }
 """
 
 
@@ -76,17 +78,27 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side, as many in a row as can be read."""
+
+    pictures: Sequence[Picture]
+
+    def html(self) -> str:
+        return f'<div class="gallery">{"".join(picture.html() for picture in self.pictures)}</div>'
+
+
+@dataclass(frozen=True)
 class Folded:
     """Parts that the reader unfolds by a line that says what they are."""
 
     line: str
-    parts: Sequence[Paragraph | Points | Code | Picture | Table]
+    parts: Sequence[Paragraph | Points | Code | Picture | Gallery | Table]
 
     def html(self) -> str:
         return f"<details><summary>{html.escape(self.line)}</summary>{''.join(map(_part, self.parts))}</details>"
 
 
-Part = Paragraph | Points | Code | Picture | Table | Folded
+Part = Paragraph | Points | Code | Picture | Gallery | Table | Folded
 
 
 def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
+from momentum_lm.files import NPZ_ERRORS
 
 from .common import read_runs, replace_events, short_names
 from .figures import draw, perplexity_panel, save_png, to_svg
@@ -126,7 +127,7 @@ def document_sums(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> tup
     try:
         with np.load(path) as arrays:
             nll, tokens = arrays["nll"], arrays["tokens"]
-    except (OSError, ValueError, KeyError) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"cannot read {path} ({error}); delete it and run the evaluation again") from error
     return nll[tokens > 0], tokens[tokens > 0]
 

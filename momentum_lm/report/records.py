@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from momentum_lm.errors import UserError
-from momentum_lm.files import atomic_write, write_json
+from momentum_lm.files import atomic_write, check_writable, naming, write_json
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
+_READ = {  # what the reports read of a run
+    "lm_perplexity": "split context_length perplexity ci95 bits_per_byte num_tokens num_documents data_sha256 documents".split(),
+    "icl_classification": "dataset seed shots order calibration shots_fitted num_examples accuracy ci95 macro_f1 majority "
+    "confusion".split(),
+    "icl_finetune_analysis": "dataset seed shots num_examples finetune_lr accuracy rec2ftp rec2ftp_ci95 rec2ftp_chance paper corrected "
+    "baselines".split(),
+}
 
 
 class Results:
@@ -26,7 +33,7 @@ class Results:
     ``config.datasets`` those that both have: a later evaluation may add others. Nothing is written, and with ``force``
     nothing replaced, before the first run is added. ``summarise`` maps the runs to ``summary``, an entry beside them.
 
-    Raises UserError for a folder of other results, or a file that cannot be read.
+    Raises UserError for a folder of other results, a file that cannot be read, or a folder that cannot be written.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class Results:
             self.data["runs"] = old["runs"]
             if "datasets" in old["config"]:
                 self.data["config"]["datasets"] = old["config"]["datasets"] | self.data["config"]["datasets"]
+        check_writable(self.folder, "--results-dir")  # now, not after hours of scoring
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -77,25 +85,27 @@ class Results:
 
 
 class Predictions:
-    """``predictions.jsonl``: one line for every example of every finished run of a :class:`Results`.
+    """``predictions.jsonl``: one line, or ``settings`` of them, for every example of every finished run of a :class:`Results`.
 
-    Opening it removes the lines of runs that are not finished, or that are not all there. ``runs`` holds the keys of those that are.
+    ``runs`` holds the keys of the runs that are finished and all there; the lines of others are removed when the next run is added.
     """
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: Results, settings: int = 1) -> None:
         self.path = results.folder / PREDICTIONS
         self.key = results.key
         lines: dict[tuple[Any, ...] | None, int] = collections.Counter(run for run, _ in self._lines())
         finished = {tuple(run[name] for name in self.key): run["num_examples"] for run in results.runs}
-        self.runs = {run for run, count in finished.items() if lines[run] == count}
-        if lines.keys() - self.runs:
-            with atomic_write(self.path) as file:
-                file.writelines(line for run, line in self._lines() if run in self.runs)
+        self.runs = {run for run, count in finished.items() if lines[run] == settings * count}
+        self._others = bool(lines.keys() - self.runs)
 
     def add(self, run: tuple[Any, ...], lines: Iterable[Mapping[str, Any]]) -> None:
         """Appends the lines of one run, and waits until they are on disk. The run itself is to be added to the results next."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
+        if self._others:
+            with atomic_write(self.path) as file:
+                file.writelines(line for kept, line in self._lines() if kept in self.runs)
+            self._others = False
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             for line in lines:
                 file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
             file.flush()
@@ -127,7 +137,21 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); delete it or choose another folder") from error
     if not isinstance(data, dict) or not {"task", "model", "config", "runs"} <= data.keys():
         raise UserError(f"{path} is not a results file: it needs task, model, config and runs")
+    if problem := _damage(data):
+        raise UserError(f"{path} is damaged ({problem}); delete it or choose another folder")
     return data
+
+
+def _damage(data: dict[str, Any]) -> str:
+    """What is not as :class:`Results` writes it, in words; empty if nothing."""
+    for name, kind in (("task", str), ("model", dict), ("config", dict), ("runs", list)):
+        if not isinstance(data[name], kind):
+            return f"{name} is a {type(data[name]).__name__}"
+    for number, run in enumerate(data["runs"]):
+        lacks = [name for name in _READ.get(data["task"], ()) if not isinstance(run, dict) or name not in run]
+        if lacks:
+            return f"run {number} has no {lacks[0]}"
+    return ""
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
@@ -52,6 +54,10 @@ class TrainingLog:
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Text, shown as Markdown in the Text tab."""
         self._open().add_text(tag, markdown, step)
+
+    def image(self, tag: str, pixels: NDArray[np.uint8], step: int = 0) -> None:
+        """A picture, (height, width, 3), shown in the Images tab."""
+        self._open().add_image(tag, pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Puts everything written so far on disk."""

@@ -7,6 +7,8 @@ they are scored once and stand for every seed.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -32,13 +34,12 @@ from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query
 from momentum_lm.icl.scoring import Scores
 from momentum_lm.lm.protocol import LanguageModel
-from momentum_lm.report.classification import summary
+from momentum_lm.report.classification import TASK, summary
 from momentum_lm.report.records import Predictions, Results
 
 from .journal import Journal
 from .processes import Processes
 
-TASK = "icl_classification"
 KEY = ("dataset", "seed", "shots", "order", "calibration")
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three inputs of Zhao et al., arXiv 2102.09690
 _log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Questions:
         self.lm, self.spec, self.train, self.settings = lm, dataset.spec, dataset.train, settings
         self.examples = evaluation_subset(dataset.evaluation, settings.limit, protocol_paper=settings.protocol == "paper")
         self.partial = any(len(example.inputs) > 1 for example in self.examples)
+        self._drawn: dict[Unit, list[Example]] = {}
         self.content_free = []
         if self.spec.labels:
             inputs = map(self.spec.content_free, CONTENT_FREE)
@@ -111,17 +113,35 @@ class Questions:
         """Queries of one unit."""
         return len(self.examples) + len(self.content_free)
 
+    def draw(self, unit: Unit) -> list[Example]:
+        """The unit's demonstrations, whether they fit or not."""
+        if unit not in self._drawn:
+            settings = self.settings
+            sampling = "random" if settings.protocol == "paper" else settings.sampling  # the authors' draw too
+            labels = len(self.spec.labels) if self.spec.labels else None
+            with self._named():
+                self._drawn[unit] = select(self.train, unit.shots, unit.seed, sampling, labels, unit.order)
+        return self._drawn[unit]
+
     def prompts(self, form: PromptFormat, unit: Unit) -> tuple[list[Example], Prompts]:
         """The demonstrations that fit, and the prompts of all examples and then of the content-free inputs."""
-        settings = self.settings
-        sampling = "random" if settings.protocol == "paper" else settings.sampling  # the authors' draw too
-        labels = len(self.spec.labels) if self.spec.labels else None
-        try:
-            drawn = select(self.train, unit.shots, unit.seed, sampling, labels, unit.order)
+        drawn = self.draw(unit)
+        with self._named():
             demonstrations = fit(self.lm, form, drawn, self.longest)
             return demonstrations, build(self.lm, form, demonstrations, [*self.examples, *self.content_free])
+
+    def check(self, form: PromptFormat, unit: Unit) -> None:
+        """Raises UserError for demonstrations that cannot be drawn and queries that do not fit: before anything is scored."""
+        self.draw(unit)
+        if len(form.bos) + self.longest > self.lm.max_positions:
+            self.prompts(form, dataclasses.replace(unit, shots=0))  # raises, naming the example
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except UserError as error:
-            raise UserError(f"{unit.dataset}: {error}") from error
+            raise UserError(f"{self.spec.name}: {error}") from error
 
     def domain_prompts(self, form: PromptFormat) -> Prompts:
         """The same continuations after nothing but the end of the template (Holtzman et al., arXiv 2104.08315)."""
@@ -173,12 +193,15 @@ def evaluate(
     with Processes() as processes:
         recorder, todo = None, None
         if processes.first:
-            config = _config(lm, datasets, settings, form, command)
+            config = configuration(lm, datasets, settings, form, command)
             recorder = _Recorder(Results(folder, TASK, lm.describe(), config, KEY, force, summary), settings, questions)
             todo = [unit for unit in units(list(questions), settings) if recorder.lacks(unit)]
+        todo = processes.from_first(todo) or []
+        for unit in todo:
+            questions[unit.dataset].check(form, unit)
+        if processes.first:
             for name in dict.fromkeys(unit.dataset for unit in todo):
                 _warn(questions[name], settings)
-        todo = processes.from_first(todo) or []
         total = sum(questions[unit.dataset].size for unit in todo)
         with tqdm(total=total, unit="query", disable=not (todo and show_progress and processes.first)) as bar:
             scorer = _Scorer(lm, settings, os.path.join(folder, "scores"), processes, bar)
@@ -331,9 +354,10 @@ def _warn(asked: Questions, settings: Settings) -> None:
         _log.warning("%s: no calibration %s, because %s", name, left_out, reason)
 
 
-def _config(
+def configuration(
     lm: LanguageModel, datasets: Sequence[LabelledDataset], settings: Settings, form: PromptFormat, command: str | None
 ) -> dict[str, Any]:
+    """``config`` of a record: everything that scores depend on beside the model."""
     return {
         "protocol": settings.protocol,
         "sampling": "random" if settings.protocol == "paper" else settings.sampling,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from momentum_lm.files import atomic_write
+from momentum_lm.files import NPZ_ERRORS, atomic_write, naming
 from momentum_lm.icl.scoring import Scores
 
 
@@ -35,7 +35,7 @@ class Journal:
             with np.load(path) as arrays:
                 if str(arrays["fingerprint"]) == self.fingerprint:
                     return Scores(arrays["sums"], arrays["counts"])
-        except (OSError, ValueError, KeyError):  # none, or damaged: it is scored anew
+        except NPZ_ERRORS:  # none, or damaged: it is scored anew
             pass
         return None
 
@@ -53,7 +53,7 @@ class Journal:
     def add(self, number: int, sums: Mapping[int, list[float]]) -> None:
         """Records a finished batch: {query: sums of its choices}."""
         self.batches[number] = dict(sums)
-        with open(self._mine, "a", encoding="utf-8") as file:
+        with naming(self._mine), open(self._mine, "a", encoding="utf-8") as file:
             file.write(_line(number, sums))
 
     def finish(self, scores: Scores) -> None:

@@ -29,9 +29,9 @@ from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, file_sha256
 from momentum_lm.lm.protocol import PerplexityModel
+from momentum_lm.report.perplexity import TASK
 from momentum_lm.report.records import Results
 
-TASK = "lm_perplexity"
 _RESAMPLES = 2000
 _WORST = 700.0  # nats for one token: beyond, its perplexity is no longer a number
 _log = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ def batches(
         targets, owners = tokens[offset : offset + last - first], owners[offset : offset + last - first]
         inputs = np.concatenate([[tokens[offset - 1] if offset else EOS], targets[:-1]])
         blocks = np.arange(first, last, context_length)
-        inputs[blocks[np.isin(blocks, starts)] - first] = EOS
+        begins = starts[np.searchsorted(starts, blocks, "right") - 1] == blocks  # documents that begin where a block does
+        inputs[blocks[begins] - first] = EOS
         count = len(blocks)
         pad = (0, count * context_length - len(targets))
         yield tuple(  # type: ignore[misc]
@@ -126,7 +127,9 @@ def score_documents(
         losses = lm.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets), packed_documents).double().numpy()
         if not losses.max() < _WORST:  # NaN too
             raise UserError(f"{lm.name} gives probabilities of 0 or NaN at context length {context_length}: its weights are broken")
-        totals += np.bincount(documents[real], weights=losses[real], minlength=len(dataset))
+        begun = documents[real].min()  # successive documents: only their totals are touched, however many there are
+        sums = np.bincount(documents[real] - begun, weights=losses[real])
+        totals[begun : begun + len(sums)] += sums
         scored += int(real.sum())
         if progress is not None:
             progress.update(int(real.sum()))
@@ -222,12 +225,15 @@ def _record(split: Split, context_length: int, nll: NDArray[np.float64], seed: i
 
 
 def _text_bytes(folder: Path, split: str, tokens: int) -> int | None:
-    """Bytes of the split's text by ``prepare.json``; None without one, or where it speaks of other data."""
+    """Bytes of the split's text by ``prepare.json``; None without one, or where it speaks of other data or not of this split."""
     path = folder / "prepare.json"
     if not path.exists():
         return None
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))["splits"][split]
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        if split not in splits:  # made beside it by other means
+            return None
+        entry = splits[split]
         counted, size = int(entry["tokens"]), int(entry["bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

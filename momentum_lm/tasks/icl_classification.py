@@ -55,6 +55,12 @@ class IclClassificationTask(FairseqTask):
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
+        others = set(parser._actions)
+        if any("--arch" in action.option_strings for action in others):
+            raise UserError(
+                f"--task {NAME} evaluates a checkpoint, with fairseq-validate; to see the accuracy in training, "
+                "use --task momentum_language_modeling --icl-eval-datasets"
+            )
         parser.add_argument("data", help="folder of the model's dict.txt and tokenizer")
         others = set(parser._actions)
         add_question_arguments(parser)
@@ -83,11 +89,6 @@ class IclClassificationTask(FairseqTask):
         self.max_length = 0
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        if not from_checkpoint:
-            raise UserError(
-                f"--task {NAME} evaluates a checkpoint with fairseq-validate; to see the accuracy in training, "
-                "use --task momentum_language_modeling --icl-eval-datasets"
-            )
         model = super().build_model(cfg, from_checkpoint)
         self.max_length = int(model.max_positions())
         return model

@@ -24,6 +24,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.icl import scoring
 from momentum_lm.icl.prompts import Prompts
 from momentum_lm.lm.native import NativeLM
+from momentum_lm.modules import Decoder
 from momentum_lm.studies.classification import Questions, Settings, units
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class IclEvaluation:
             value = args[f"icl_eval_{flag}"]
             if value is not None and value < 1:
                 raise UserError(f"--icl-eval-{flag.replace('_', '-')} {value}: must be at least 1")
+        if not isinstance(getattr(model, "decoder", None), Decoder):
+            raise UserError("--icl-eval-datasets works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these")
         if args.ddp_backend == "fully_sharded":
             raise UserError("--icl-eval-datasets needs the whole model in each process: use another --ddp-backend than fully_sharded")
         folder = utils.split_paths(args.data)[0]

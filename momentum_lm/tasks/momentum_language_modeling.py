@@ -15,6 +15,7 @@ from fairseq.data.indexed_dataset import infer_dataset_impl
 from fairseq.dataclass import ChoiceEnum
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics, progress_bar
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
@@ -89,7 +90,12 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
         return super().load_dataset(split, epoch, combine, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        """As fairseq's. Raises UserError for a model that cannot keep documents apart, and is asked to."""
+        from momentum_lm.models import MomentumLanguageModel
+
         model = super().build_model(cfg, from_checkpoint)
+        if self.args.packed_documents and not isinstance(model, MomentumLanguageModel):
+            raise UserError("--packed-documents works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these")
         self.monitor = TrainingMonitor(model, cfg, self.args)
         if self.args.icl_eval_datasets and not from_checkpoint:  # those are evaluated, not trained
             from .icl_evaluation import IclEvaluation
@@ -108,8 +114,15 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         assert self.monitor is not None
         self.monitor.before_step(update_num)
-        with self._precision(_device(sample)):
-            result = super().train_step(self._packed(sample), model, criterion, optimizer, update_num, ignore_grad)
+        model.train()
+        model.set_num_updates(update_num)
+        # fairseq's train_step switches autocast off for the forward pass, and would leave it on for the backward pass.
+        with torch.autograd.profiler.record_function("forward"), self._training_precision(_device(sample), optimizer):
+            result = loss, _, _ = criterion(model, self._packed(sample))
+        if ignore_grad:
+            loss *= 0
+        with torch.autograd.profiler.record_function("backward"):
+            optimizer.backward(loss)
         for name, value in self.monitor.after_step(sample["ntokens"]).items():
             metrics.log_scalar(name, value, priority=1500, round=4)
         return result
@@ -119,7 +132,7 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
         if self.icl_evaluation is not None and self.icl_evaluation.due(update_num + 1):
             assert self.monitor is not None
             began = time.monotonic()
-            with self._precision(self.icl_evaluation.lm.device.type):
+            with self._training_precision(self.icl_evaluation.lm.device.type, optimizer):
                 values = self.icl_evaluation()
             self._log_evaluation(values, update_num + 1)
             self.monitor.leave_out(time.monotonic() - began)
@@ -155,10 +168,15 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
             "net_input": {**sample["net_input"], "segment_ids": document_ids(tokens, self.dictionary.eos())},
         }
 
+    def _training_precision(self, device: str, optimizer: Any) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cuda") if isinstance(optimizer, AMPOptimizer) else self._precision(device)
+
     def _precision(self, device: str) -> contextlib.AbstractContextManager[Any]:
         args = self.args
         plain = not (args.fp16 or args.bf16 or args.amp)
-        on = args.autocast == "bf16" or (args.autocast == "auto" and plain and device == "cuda" and torch.cuda.is_bf16_supported())
+        # emulated, as before Ampere, it would be slower than fp32
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        on = args.autocast == "bf16" or (args.autocast == "auto" and plain and fast)
         return torch.autocast(device, torch.bfloat16) if on else contextlib.nullcontext()
 
 

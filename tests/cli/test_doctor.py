@@ -106,3 +106,39 @@ def test_tensorboard_really_writes(tmp_path, monkeypatch):
     assert check.status == "ok" and "writes events" in check.detail
     monkeypatch.setattr(doctor.tempfile, "tempdir", os.fspath(tmp_path / "nowhere"))
     assert found(doctor.check_tensorboard(), "tensorboard").status == "problem"
+
+
+def test_without_torch_every_check_is_still_made(run_cli, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    result = run_cli(["momentum-lm", "doctor", "--json"], env={"PYTHONPATH": tmp_path})
+    assert result.returncode == 1, result.stderr
+    by_name = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    for name in ("torch", "fairseq", "tensorboard"):
+        assert by_name[name]["status"] == "problem" and "No module named 'torch'" in by_name[name]["detail"], by_name[name]
+    assert by_name["torch"]["remedy"] == "pip install 'torch>=2.6'"
+    assert by_name["sentencepiece"]["status"] == "ok" and {"python", "requirements", "apex", "triton", "g++"} <= set(by_name)
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_check_that_breaks_is_a_problem_itself(monkeypatch, capsys):
+    def check_driver():
+        yield doctor.Check("ok", "card", "there")
+        raise RuntimeError("the driver is\ntoo old")
+
+    monkeypatch.setattr(doctor, "CHECKS", [check_driver, doctor.check_python])
+    assert doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert "ok       card" in out and "ok       python" in out
+    assert "problem  driver         cannot be checked: RuntimeError: the driver is too old" in out
+
+
+def test_triton_of_another_distribution(tmp_path, monkeypatch):
+    if doctor.importlib.util.find_spec("triton"):
+        pytest.skip("this environment has a triton of its own")
+    (tmp_path / "triton.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert found(doctor.check_triton(), "triton") == doctor.Check("ok", "triton", "of unknown version")
+    write_distribution(tmp_path, "pytorch_triton", "3.9.0")
+    (tmp_path / "pytorch_triton-3.9.0.dist-info/top_level.txt").write_text("triton\n")
+    assert found(doctor.check_triton(), "triton") == doctor.Check("ok", "triton", "pytorch_triton 3.9.0")

@@ -152,7 +152,9 @@ def test_interrupted_evaluation_goes_on(data, models, tmp_path, monkeypatch, cap
         ({"--path": "absent.pt"}, "absent.pt"),
         ({"--split": "test"}, "no split 'test'"),
         ({"--model-overrides": "{"}, "--model-overrides"),
+        ({"--model-overrides": "{'momentum_eta': 'a'}"}, "small.pt: --momentum-eta 'a': must be a number"),
         ({"--batch-tokens": "0"}, "--batch-tokens 0"),
+        ({"--seed": "-1"}, "--seed -1: must not be negative"),
         pytest.param(
             {"--device": "cuda"}, "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
         ),
@@ -180,7 +182,7 @@ def test_help(capsys):
             assert evaluate.main(arguments) == 0
         text = capsys.readouterr().out
         assert "lm_perplexity" in text
-        assert "example:" in text
+        assert "examples:" in text
     assert "--context-lengths" in text
     assert "default: 256,512,1024" in text
 

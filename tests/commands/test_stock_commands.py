@@ -8,35 +8,47 @@ import torch
 import fairseq_compat
 
 
+@pytest.fixture(scope="module", params=["stock", "ours"])
+def kind(request):
+    """Whose task, criterion and optimizer."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def checkpoint(data, run_cli, tmp_path_factory, flags, json_lines):
+def task(kind):
+    return {"stock": "language_modeling", "ours": "momentum_language_modeling"}[kind]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(kind, data, run_cli, tmp_path_factory, flags, json_lines):
     folder = tmp_path_factory.mktemp("momentum")
-    result = run_cli(flags(data, folder, "--arch", "momentum_lm_tiny", updates=30))
+    result = run_cli(flags(data, folder, "--arch", "momentum_lm_tiny", task=kind, updates=30))
     assert result.returncode == 0, result.stderr
     losses = [float(line["loss"]) for line in json_lines(result)]
     assert len(losses) == 30 and losses[-1] < losses[0] - 1
     return folder / "checkpoint_best.pt"
 
 
-def test_train_and_checkpoint(checkpoint):
+def test_train_and_checkpoint(checkpoint, task):
     state = fairseq_compat.load_checkpoint(checkpoint)
+    assert state["cfg"]["task"]["_name"] == task
     assert state["cfg"]["model"]["_name"] == "momentum_lm_tiny" and state["cfg"]["model"]["momentum_eta"] > 0
     assert all(torch.isfinite(v).all() for v in state["model"].values())
 
 
-def test_train_again_goes_on(checkpoint, data, run_cli, tmp_path, flags, json_lines):
-    result = run_cli(flags(data, tmp_path, "--arch", "momentum_lm_tiny", "--restore-file", checkpoint, updates=32))
+def test_train_again_goes_on(checkpoint, kind, data, run_cli, tmp_path, flags, json_lines):
+    result = run_cli(flags(data, tmp_path, "--arch", "momentum_lm_tiny", "--restore-file", checkpoint, task=kind, updates=32))
     assert result.returncode == 0, result.stderr
     assert [line["num_updates"] for line in json_lines(result)] == ["31", "32"]
 
 
-def test_validate(checkpoint, data, run_cli, json_lines):
+def test_validate(checkpoint, task, data, run_cli, json_lines):
     result = run_cli(
         [
             "fairseq-validate",
             data,
             "--task",
-            "language_modeling",
+            task,
             "--path",
             checkpoint,
             "--tokens-per-sample",
@@ -53,11 +65,13 @@ def test_validate(checkpoint, data, run_cli, json_lines):
     assert 2 < float(line["valid_loss"]) < 9
 
 
-def test_eval_lm(checkpoint, data, run_cli):
+def test_eval_lm(checkpoint, task, data, run_cli):
     result = run_cli(
         [
             "fairseq-eval-lm",
             data,
+            "--task",
+            task,
             "--path",
             checkpoint,
             "--tokens-per-sample",
@@ -74,13 +88,13 @@ def test_eval_lm(checkpoint, data, run_cli):
     assert 10 < perplexity < 500
 
 
-def test_generate(checkpoint, data, run_cli):
+def test_generate(checkpoint, task, data, run_cli):
     result = run_cli(
         [
             "fairseq-generate",
             data,
             "--task",
-            "language_modeling",
+            task,
             "--path",
             checkpoint,
             "--gen-subset",
@@ -108,13 +122,13 @@ def test_generate(checkpoint, data, run_cli):
     assert hypotheses and all(h[:3] == t[:3] for h, t in zip(hypotheses, targets, strict=True))
 
 
-def test_interactive(checkpoint, data, run_cli):
+def test_interactive(checkpoint, task, data, run_cli):
     result = run_cli(
         [
             "fairseq-interactive",
             data,
             "--task",
-            "language_modeling",
+            task,
             "--path",
             checkpoint,
             "--beam",

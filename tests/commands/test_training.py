@@ -51,9 +51,9 @@ def test_same_seed_same_run_other_seed_other_run(data, run_cli, tmp_path, flags,
 def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(data, run_cli, tmp_path, cli_command, flags, json_lines):
     more = [*MODEL, "--save-interval-updates", "2", "--keep-interval-updates", "2", "--disable-validation"]
     updates = 300
-    straight = run_cli(flags(data, tmp_path / "straight", *more, updates=updates))
+    straight = run_cli(flags(data, tmp_path / "straight", *more, task="ours", updates=updates))
     assert straight.returncode == 0, straight.stderr
-    command, environment = cli_command(flags(data, tmp_path / "killed", *more, updates=updates))
+    command, environment = cli_command(flags(data, tmp_path / "killed", *more, task="ours", updates=updates))
     moment = random.Random(0)
     log, reached, kills = "", 0, 0
     while kills < 20:
@@ -76,26 +76,29 @@ def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(data, run_
         reached = max([start, *done])
         if reached >= updates:
             break
-    last = run_cli(flags(data, tmp_path / "killed", *more, updates=updates))
+    last = run_cli(flags(data, tmp_path / "killed", *more, task="ours", updates=updates))
     assert last.returncode == 0, last.stderr
     assert kills == 20 and same(weights(tmp_path / "straight/checkpoint_last.pt"), weights(tmp_path / "killed/checkpoint_last.pt"))
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
-def test_two_processes_are_one_with_twice_the_batch(backend, data, run_cli, cli_command, tmp_path, flags, losses):
-    one = run_cli(flags(data, tmp_path / "one", *MODEL, "--update-freq", "2", "--tensorboard-logdir", tmp_path / "one/tb", updates=20))
+@pytest.mark.parametrize("task", ["stock", "ours"])
+def test_two_processes_are_one_with_twice_the_batch(task, data, run_cli, cli_command, tmp_path, flags):
+    def logged(name, *words):
+        return flags(data, tmp_path / name, *MODEL, *words, "--tensorboard-logdir", tmp_path / name / "tb", task=task, updates=10)
+
+    one = run_cli(logged("one", "--update-freq", "2"))
     assert one.returncode == 0, one.stderr
-    more = [*MODEL, "--distributed-backend", "gloo", "--ddp-backend", backend, "--tensorboard-logdir", tmp_path / "two/tb"]
-    command, environment = cli_command(flags(data, tmp_path / "two", *more, updates=20))
-    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 --no-python".split(), *command]
-    two = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
-    assert two.returncode == 0, two.stderr[-3000:]
-    alone, together = (curve(tmp_path / name / "tb" / "train_inner") for name in ("one", "two"))
-    assert len(alone) == 20
-    assert together == pytest.approx(alone, abs=1e-4)
-    a, b = weights(tmp_path / "one/checkpoint_last.pt"), weights(tmp_path / "two/checkpoint_last.pt")
-    assert max(float((a[k].float() - b[k].float()).abs().max()) for k in a) < 1e-4
+    alone = curve(tmp_path / "one/tb/train_inner")
+    assert len(alone) == 10
+    for backend in ("pytorch_ddp", "legacy_ddp"):
+        command, environment = cli_command(logged(backend, "--distributed-backend", "gloo", "--ddp-backend", backend))
+        launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 --no-python".split(), *command]
+        two = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+        assert two.returncode == 0, two.stderr[-3000:]
+        assert curve(tmp_path / backend / "tb/train_inner") == pytest.approx(alone, abs=1e-4)
+        a, b = weights(tmp_path / "one/checkpoint_last.pt"), weights(tmp_path / backend / "checkpoint_last.pt")
+        assert max(float((a[k].float() - b[k].float()).abs().max()) for k in a) < 1e-4
 
 
 def test_bf16_autocast_follows_fp32(data, run_cli, tmp_path, flags, losses):

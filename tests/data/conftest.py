@@ -22,6 +22,15 @@ def make_documents(count, seed=0, words=40):
 
 
 @pytest.fixture(scope="session")
+def fairseq_data():
+    """fairseq's own readers and writers. Tests that compare with them are skipped where it is not installed."""
+    pytest.importorskip("fairseq")
+    import fairseq.data
+
+    return fairseq.data
+
+
+@pytest.fixture(scope="session")
 def documents():
     return make_documents(300)
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fairseq.data import Dictionary as FairseqDictionary
-from fairseq.data.indexed_dataset import MMapIndexedDataset
 
 from momentum_lm.data.corpus import PrepareConfig, prepare
+from momentum_lm.data.dictionary import Dictionary
 from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.data.tokenizer import load_tokenizer
 from momentum_lm.errors import UserError
@@ -75,14 +74,15 @@ def test_prepare_json(prepared, documents):
 
 def test_dictionary_counts_the_training_tokens(prepared):
     output, _ = prepared
-    dictionary = FairseqDictionary.load(str(output / "dict.txt"))
+    dictionary = Dictionary.load(output / "dict.txt")
     counted = np.bincount(np.concatenate(list(IndexedDataset(output / "train"))), minlength=len(dictionary))
-    assert dictionary.count[4:] == counted[4:].tolist()
-    assert sum(dictionary.count[4:]) > 1000
+    assert dictionary.counts[4:] == counted[4:].tolist()
+    assert sum(dictionary.counts[4:]) > 1000
 
 
 def test_fairseqs_task_loads_it(prepared):
     """The stock task, with documents as they are and packed into blocks."""
+    pytest.importorskip("fairseq")
     from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
     output, _ = prepared
@@ -99,6 +99,7 @@ def test_fairseqs_task_loads_it(prepared):
 
 def test_fairseq_preprocess_makes_the_same_of_the_pieces(prepared, tmp_path, run_cli, documents):
     """Its output with our dict.txt as --srcdict is read by us, and has our ids."""
+    pytest.importorskip("fairseq")
     output, _ = prepared
     tokenizer = load_tokenizer(output)
     lines = [" ".join(tokenizer.dictionary.symbols[i] for i in tokenizer.encode(text)) for text in documents]
@@ -164,8 +165,6 @@ def test_given_tokenizers(prepared, jsonl, gpt2_folder, documents, tmp_path):
 
 def test_a_dictionary_beside_a_tokenizer_is_kept(prepared, jsonl, tmp_path):
     """So that data fits a checkpoint whose dictionary has its own order."""
-    from momentum_lm.data.dictionary import Dictionary
-
     output, _ = prepared
     symbols = load_tokenizer(output).dictionary.symbols[4:]
     (tmp_path / "model").mkdir()
@@ -177,7 +176,6 @@ def test_a_dictionary_beside_a_tokenizer_is_kept(prepared, jsonl, tmp_path):
 
 
 def test_large_vocabularies_take_wider_tokens(jsonl, tmp_path, gpt2_folder):
-    from momentum_lm.data.dictionary import Dictionary
     from momentum_lm.data.tokenizer import GPT2Tokenizer
 
     folder = tmp_path / "model"
@@ -188,7 +186,7 @@ def test_large_vocabularies_take_wider_tokens(jsonl, tmp_path, gpt2_folder):
     Dictionary([f"filler{i}" for i in range(70000)] + own).save(folder / "dict.txt")
     prepare(config(tmp_path / "data", jsonl, gpt2_bpe=str(folder)), workers=1)
     assert IndexedDataset(tmp_path / "data" / "train").dtype == np.uint32
-    assert int(MMapIndexedDataset(str(tmp_path / "data" / "train"))[0][0]) > 70000
+    assert int(IndexedDataset(tmp_path / "data" / "train")[0][0]) > 70000
 
 
 # --- running again

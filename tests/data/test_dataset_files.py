@@ -180,7 +180,7 @@ def test_domain_premise(name, template, premise):
 
 def test_content_free_inputs():
     assert load_spec("cb", "code").content_free("N/A") == "N/A Question: N/A. True, False, or Neither? Answer:"
-    assert load_spec("agnews").content_free("") == f"{AGNEWS}\nNews: \nType:"
+    assert load_spec("agnews", "paper").content_free("") == f"{AGNEWS}\nNews: \nType:"
     with pytest.raises(ValueError, match="arce has no fixed labels"):
         load_spec("arce").content_free("N/A")
 

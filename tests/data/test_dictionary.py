@@ -1,7 +1,6 @@
 """dict.txt as fairseq reads and writes it."""
 
 import pytest
-from fairseq.data import Dictionary as FairseqDictionary
 
 from momentum_lm.data.dictionary import Dictionary
 from momentum_lm.errors import UserError
@@ -13,8 +12,8 @@ def same(ours, theirs):
     assert all(ours.index(symbol) == theirs.index(symbol) for symbol in [*ours.symbols, "not there"])
 
 
-def test_reads_what_fairseq_writes(tmp_path):
-    theirs = FairseqDictionary()
+def test_reads_what_fairseq_writes(tmp_path, fairseq_data):
+    theirs = fairseq_data.Dictionary()
     for symbol, count in (("▁the", 7), ("#", 3), ("a b", 2), ("\u2028", 1)):
         theirs.add_symbol(symbol, count)
     theirs.pad_to_multiple_(8)
@@ -22,17 +21,17 @@ def test_reads_what_fairseq_writes(tmp_path):
     same(Dictionary.load(tmp_path / "dict.txt"), theirs)
 
 
-def test_fairseq_reads_what_it_writes(tmp_path):
+def test_fairseq_reads_what_it_writes(tmp_path, fairseq_data):
     ours = Dictionary(["▁the", "#", "a b", "\u2028", "\x0b", "▁the", "<unk>"], [7, 3, 2, 1, 0, 5, 6])
     ours.save(tmp_path / "dict.txt")
-    theirs = FairseqDictionary.load(str(tmp_path / "dict.txt"))
+    theirs = fairseq_data.Dictionary.load(str(tmp_path / "dict.txt"))
     same(ours, theirs)
     assert (tmp_path / "dict.txt").read_text().count("#fairseq:overwrite") == 2
     same(Dictionary.load(tmp_path / "dict.txt"), theirs)
 
 
-def test_padding_is_fairseqs():
-    theirs = FairseqDictionary()
+def test_padding_is_fairseqs(fairseq_data):
+    theirs = fairseq_data.Dictionary()
     theirs.add_symbol("a", 5)
     theirs.pad_to_multiple_(8)
     same(Dictionary(["a"], [5]).padded(8), theirs)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from fairseq.data import indexed_dataset as fairseq_indexed
 
 from momentum_lm.data.indexed import IndexedDataset, IndexedDatasetWriter, token_dtype
 from momentum_lm.errors import UserError
@@ -21,14 +20,14 @@ def write(prefix, items, vocab_size):
 
 
 @pytest.mark.parametrize("vocab_size", [5, 65499, 65500, 4294967294, 4294967295])
-def test_token_type_is_fairseqs(vocab_size):
-    assert token_dtype(vocab_size) == np.dtype(fairseq_indexed.best_fitting_int_dtype(vocab_size))
+def test_token_type_is_fairseqs(vocab_size, fairseq_data):
+    assert token_dtype(vocab_size) == np.dtype(fairseq_data.indexed_dataset.best_fitting_int_dtype(vocab_size))
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70000])
-def test_same_bytes_as_fairseqs_builder(tmp_path, vocab_size):
+def test_same_bytes_as_fairseqs_builder(tmp_path, vocab_size, fairseq_data):
     items = documents(vocab_size)
-    builder = fairseq_indexed.make_builder(str(tmp_path / "theirs.bin"), "mmap", vocab_size=vocab_size)
+    builder = fairseq_data.indexed_dataset.make_builder(str(tmp_path / "theirs.bin"), "mmap", vocab_size=vocab_size)
     for item in items:
         builder.add_item(torch.from_numpy(item))
     builder.finalize(str(tmp_path / "theirs.idx"))
@@ -38,10 +37,10 @@ def test_same_bytes_as_fairseqs_builder(tmp_path, vocab_size):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.bin", "ours.idx", "theirs.bin", "theirs.idx"]
 
 
-def test_each_reads_what_the_other_wrote(tmp_path):
+def test_each_reads_what_the_other_wrote(tmp_path, fairseq_data):
     items = documents(70000)
     write(tmp_path / "data", items, 70000)
-    ours, theirs = IndexedDataset(tmp_path / "data"), fairseq_indexed.MMapIndexedDataset(str(tmp_path / "data"))
+    ours, theirs = IndexedDataset(tmp_path / "data"), fairseq_data.indexed_dataset.MMapIndexedDataset(str(tmp_path / "data"))
     assert len(ours) == len(theirs) == len(items)
     assert ours.sizes.tolist() == theirs.sizes.tolist() == [len(item) for item in items]
     assert ours.num_tokens == sum(map(len, items))

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import sentencepiece
-from fairseq.data import Dictionary as FairseqDictionary
 
 from momentum_lm.data.dictionary import Dictionary
 from momentum_lm.data.packages import fetch_package_file
@@ -113,7 +112,7 @@ def test_a_model_made_elsewhere(tmp_path, documents):
     assert again.encode(text) == tokenizer.encode(text)
     assert again.decode(tokenizer.encode("ban\nis")) == "ban\nis"
     assert 3 in tokenizer.encode("日本") and "\ufffd" in tokenizer.decode(tokenizer.encode("日本"))
-    assert FairseqDictionary.load(str(tmp_path / "dict.txt")).symbols == tokenizer.dictionary.symbols
+    assert Dictionary.load(tmp_path / "dict.txt").symbols == tokenizer.dictionary.symbols
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
@@ -129,7 +128,7 @@ def test_ids_follow_dict_txt(tmp_path, sentencepiece_model, gpt2_folder, kind):
     lacking = own.dictionary.symbols[own.encode("z")[-1]]
     order = random.Random(0).sample([s for s in symbols if s != lacking], len(symbols) - 1)
     Dictionary(order).padded(8).save(tmp_path / "dict.txt")
-    theirs = FairseqDictionary.load(str(tmp_path / "dict.txt"))
+    theirs = Dictionary.load(tmp_path / "dict.txt")
     tokenizer = load_tokenizer(tmp_path)
     text = "the ban is\nover  there"
     assert tokenizer.encode(text) == [theirs.index(own.dictionary.symbols[i]) for i in own.encode(text)]

@@ -2,6 +2,9 @@
 tests/cli/test_evaluate.py."""
 
 import argparse
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +101,10 @@ def test_old_tensor_names(tmp_path, tied):
         {"position": "learned", "max_positions": 50},
         {"tie_embeddings": False, "max_positions": 2048},
         {"momentum_kind": "ema", "momentum_learned": True, "momentum_gate": "zero", "max_positions": 2048},
+        {"momentum_kind": "ema", "momentum_eta": 0.7, "max_positions": 2048},
+        {"momentum_kind": "ema", "momentum_eta": 0.123456789, "momentum_normalize": True, "max_positions": 2048},
+        {"momentum_kind": "ema", "momentum_eta": 0.999, "momentum_gate": "zero", "max_positions": 2048},
+        {"momentum_kind": "ema", "momentum_learned": True, "momentum_normalize": True, "max_positions": 2048},
         {"momentum_kind": "multi_ema", "max_positions": 2048},
     ],
 )
@@ -106,12 +113,26 @@ def test_shapes_from_tensors(tmp_path, changes):
     path = save(tmp_path / "model.pt", model)
     lm = load_native(tmp_path, overrides="{'decoder_attention_heads': 4}")
     assert_same(lm, model)
-    assert lm.config == model.config
+    eta = lm.config.momentum_eta
+    assert lm.config == replace(model.config, momentum_eta=eta) and eta == pytest.approx(model.config.momentum_eta, rel=1e-7)
     if changes.get("momentum_kind") == "ema":
-        assert load_native(path).config == model.config  # momentum's parameters tell the heads
+        assert load_native(path).config == lm.config  # momentum's parameters tell the heads
     else:
         with pytest.raises(UserError, match=r"model\.pt: .*decoder_attention_heads"):
             load_native(path)
+
+
+def test_an_old_checkpoint_has_no_decay_in_its_tensors(tmp_path):
+    """With the options that lie beside them it loads; without them, a gate tells that there is momentum, but not which."""
+    model = decoder(momentum_kind="ema", momentum_eta=0.7, momentum_gate="zero")
+    tensors = {name: tensor for name, tensor in weights(model).items() if not name.endswith("fixed_log_decay")}
+    assert len(tensors) == len(weights(model)) - 2
+    torch.save({"model": tensors, "cfg": {"model": OURS | {"momentum_gate": "zero"}}}, tmp_path / "with.pt")
+    assert_same(load_native(tmp_path / "with.pt"), model)
+    torch.save({"model": tensors}, tmp_path / "without.pt")
+    with pytest.raises(UserError, match=r"without\.pt: .*momentum_eta"):
+        load_native(tmp_path / "without.pt")
+    assert_same(load_native(tmp_path / "without.pt", {"momentum_eta": 0.7}), model)
 
 
 def test_overrides_beat_the_checkpoint(tmp_path):
@@ -124,7 +145,9 @@ def test_overrides_beat_the_checkpoint(tmp_path):
     ("overrides", "message"),
     [("{'a':", "is not a Python dict"), ("[1]", "is not a Python dict"), ("__import__('os')", "is not a Python dict"),
      ("{1: 2}", "is not a Python dict"), ("{'decoder_attention_head': 2}", "did you mean 'decoder_attention_heads'"),
-     ("{'decoder_attention_heads': 5}", "multiple")],
+     ("{'decoder_attention_heads': 5}", "multiple"), ("{'decoder_layers': 'x'}", r"c\.pt: --decoder-layers 'x': must be a whole number"),
+     ("{'momentum_eta': 'a'}", "--momentum-eta 'a': must be a number"), ("{'decoder_embed_dim': [1]}", r"--decoder-embed-dim \[1\]"),
+     ("{'max_target_positions': 1e999}", "--max-target-positions inf: must be a whole number")],
 )  # fmt: skip
 def test_bad_overrides(tmp_path, overrides, message):
     path = save(tmp_path / "c.pt", decoder(), {"model": OURS | {"momentum_kind": "none"}})
@@ -139,6 +162,9 @@ def test_dtype_and_padding(tmp_path):
     lm = load_native(tmp_path, dtype=torch.bfloat16)
     assert lm.dtype == torch.bfloat16
     assert lm.model.layers[0].self_attn.momentum.decay_logit.dtype == torch.float32
+    rotary = OURS | {"position": "rotary", "momentum_kind": "none"}
+    save(tmp_path / "rotary.pt", decoder(position="rotary"), {"model": rotary})
+    assert load_native(tmp_path / "rotary.pt", dtype=torch.bfloat16).model.rotary.frequency.dtype == torch.float32
     inputs, targets = torch.nn.functional.pad(TOKENS, (0, 3), value=1), torch.nn.functional.pad(TOKENS.roll(1, 1), (0, 3), value=1)
     losses = lm.token_losses(inputs, targets)
     assert losses.dtype == torch.float32
@@ -153,6 +179,20 @@ def test_loading_leaves_the_random_generator_alone(tmp_path):
     torch.manual_seed(3)
     load_native(path)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_optimizers_state_is_not_read(tmp_path):
+    """Peak memory above the model's own: that of a checkpoint whose other parts are 200 MB."""
+    path = save(tmp_path / "c.pt", decoder(momentum_kind="ema"), {"model": OURS}, last_optimizer_state={"m": torch.ones(50_000_000)})
+    code = (
+        "import resource, sys; from momentum_lm.lm.native import load_native\n"
+        "import fairseq_compat, torch\n"
+        "load_native(sys.argv[1]); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "load_native(sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    small = save(tmp_path / "small.pt", decoder(momentum_kind="ema"), {"model": OURS})
+    done = subprocess.run([sys.executable, "-c", code, small, path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50_000  # KB
 
 
 def missing(model):

@@ -85,7 +85,7 @@ def test_old_keys_and_missing_ties_are_handled(data):
 
 def test_momentum_has_the_parameters_of_vanilla(data):
     vanilla, momentum = (build(data, "--arch", f"{name}_lm_tiny")[0] for name in ("gpt", "momentum"))
-    for (name, a), (other, b) in zip(vanilla.state_dict().items(), momentum.state_dict().items(), strict=True):
+    for (name, a), (other, b) in zip(vanilla.named_parameters(), momentum.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b)
     momentum.load_state_dict(vanilla.state_dict(), strict=True)
 

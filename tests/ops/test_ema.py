@@ -119,6 +119,20 @@ def test_only_inputs_are_saved_for_the_backward_pass():
         assert sum(saved) == values.numel() + 2
 
 
+@pytest.mark.parametrize("state,segments", [(False, False), (True, True)])
+def test_no_tensor_grows_faster_than_the_sequence(state, segments, largest_tensor):
+    """Outputs and gradients of the values, the decay and the state; a T x T matrix would be 256 times as large at the second length."""
+    sizes = []
+    for length in (256, 4096):
+        values, log_decay, initial, ids = inputs(1, 2, length, 2, 0.9, state, segments, torch.float32)
+        with largest_tensor() as largest:
+            out, final = ema(values, log_decay, initial, ids)
+            (out.square().sum() + final.square().sum()).backward()
+        assert log_decay.grad is not None
+        sizes.append(largest.size)
+    assert sizes[1] <= 16 * sizes[0] < 4096 * 4096
+
+
 @pytest.mark.parametrize(
     "change,word",
     [

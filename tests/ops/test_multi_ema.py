@@ -67,3 +67,32 @@ def test_a_segment_is_blind_to_the_one_before_it_bit_for_bit():
     changed[:, :21] *= 1000
     one, other = (multi_ema(v, log_decay, weight, None, ids)[0][:, 21:] for v in (values, changed))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("state,segments", [(False, False), (True, True)])
+def test_no_tensor_grows_faster_than_the_sequence(state, segments, largest_tensor):
+    """Outputs and all gradients; a T x T matrix would be 256 times as large at the second length."""
+    sizes = []
+    for length in (256, 4096):
+        values, log_decay, weight, initial, ids = inputs(length, state, segments, batch=1, channels=2, order=4)
+        with largest_tensor() as largest:
+            out, final = multi_ema(values, log_decay, weight, initial, ids)
+            (out.square().sum() + final.square().sum()).backward()
+        assert weight.grad is not None
+        sizes.append(largest.size)
+    assert sizes[1] <= 16 * sizes[0] < 4096 * 4096
+
+
+@pytest.mark.parametrize("state,segments", [(False, False), (True, True)])
+def test_autocast_changes_neither_outputs_nor_gradients(state, segments):
+    """As in training: the forward pass alone runs under autocast."""
+    arguments = inputs(100, state, segments)
+    values, log_decay, weight, initial = (None if a is None else a.detach().float().requires_grad_() for a in arguments[:4])
+    leaves = [a for a in (values, log_decay, weight, initial) if a is not None]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, final = multi_ema(values, log_decay, weight, initial, arguments[4])
+        results.append([out, final, *torch.autograd.grad(out.square().sum() + final.square().sum(), leaves)])
+    for plain, cast in zip(*results, strict=True):
+        assert cast.dtype == torch.float32 and torch.equal(plain, cast)

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from fairseq.optim.adam import FairseqAdam
+from fairseq.optim.fp16_optimizer import FP16Optimizer
 from omegaconf import OmegaConf
 
 import momentum_lm
 from momentum_lm.errors import UserError
+from momentum_lm.modules import Decoder, DecoderConfig
 
 momentum_lm.register()
 
@@ -61,6 +63,23 @@ def test_weight_decay_is_for_matrices_alone():
     step(plain), step(decayed)
     for a, b in zip(plain.params_in_order, decayed.params_in_order, strict=True):
         assert torch.equal(a, b) == (a.dim() == 1)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_weight_decay_leaves_momentum_alone(copied):
+    """Also in fp32 copies of half-precision parameters, which keep no name and no attribute."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(50, 16, 32, 1, 2, momentum_kind="multi_ema", momentum_gate="zero"))
+    params = list(model.parameters())
+    if copied:
+        params = FP16Optimizer.build_fp32_params(config(), [p.detach().bfloat16() for p in params], flatten=False)
+    before = [p.detach().clone() for p in params]
+    optimizer = FusedAdamW(config(weight_decay=0.5), params)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    decayed = {name for (name, _), old, new in zip(model.named_parameters(), before, params, strict=True) if not torch.equal(old, new)}
+    assert decayed == {name for name, p in model.named_parameters() if p.dim() == 2 and "momentum" not in name} and len(decayed) == 7
 
 
 def test_state_continues_where_it_stopped_with_todays_flags():

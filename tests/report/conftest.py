@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from momentum_lm.analysis.classification import accuracy, confusion_matrix, macro_f1, majority_rate
+from momentum_lm.analysis.metrics import rec2ftp
 from momentum_lm.analysis.statistics import wilson_interval
+from momentum_lm.report import finetuning_summary
 from momentum_lm.report.classification import summary
 
 LABELS = {"mr": ["Negative", "Positive"], "trec": ["Entity", "Person", "Number"], "piqa": None}
@@ -72,6 +74,66 @@ def write_results(tmp_path):
         }  # fmt: skip
         (folder / "results.json").write_text(json.dumps(results))
         (folder / "predictions.jsonl").write_text("".join(line + "\n" for line in lines))
+        return folder
+
+    return write
+
+
+def _analysed(dataset="sst2", seed=1, shots=4, depth=6, heads=4, examples=100, controls=("untrained", "shuffled_labels", "lcgd")):
+    """A run of ICL against finetuning with numbers like those of small models: similarities fall with depth, null controls lie lower."""
+    rng = np.random.default_rng([seed, shots, len(dataset)])
+    noisy = lambda level, noise=0.02: (level * np.linspace(1.4, 0.6, depth) + rng.normal(0, noise, depth)).round(4).tolist()  # noqa: E731
+    zero, icl, ft = (rng.random(examples) < share for share in (0.55, 0.75, 0.65))
+    right = [tuple(map(bool, each)) for each in zip(zero, icl, ft, strict=True)]
+    cells = [[[right.count((bool(z), bool(i), bool(f))) for f in (0, 1)] for i in (0, 1)] for z in (0, 1)]
+    recall = rec2ftp(zero, icl, ft, n_resamples=50)
+    paper = {name: noisy(level) for name, level in {"simaou": 0.2, "simam": 0.5, "simam_before": 0.45, "kendall": 0.2,
+             "kendall_example": 0.3, "recall_at_k": 0.6, "recall_at_k_example": 0.7}.items()}  # fmt: skip
+    paper |= {name: noisy(0.0, 0.002) for name in ("simaou_random", "kendall_random")}
+    corrected = {name: noisy(level) for name, level in {"simaou": 0.1, "simaou_relaxed": 0.1, "simam": 0.5, "simam_before": 0.5,
+                 "simam_delta": 0.2, "simam_delta_centred": 0.15, "kendall": 0.2, "kendall_example": 0.3, "recall_at_k": 0.2,
+                 "recall_at_k_example": 0.1, "dw_similarity": 0.1, "dw_similarity_random": 0.05, "relaxation_cosine": 0.4,
+                 "relaxation_ratio": 2.0}.items()}  # fmt: skip
+    corrected |= {name: noisy(0.0, 0.002) for name in ("simaou_random", "kendall_random", "kendall_example_random")}
+    for values in (corrected["simam_delta"], corrected["simam_delta_centred"]):
+        values[0] = None  # with rotary positions the first layer's maps do not differ
+    around = lambda values: [[None if v is None else v + d for d in (-0.01, 0.01)] for v in values]  # noqa: E731
+    ends = {f"{part}_ci95": {name: around(values) for name, values in found.items()} for part, found in
+            (("paper", paper), ("corrected", corrected))}  # fmt: skip
+    names = ("simaou", "simam", "simam_delta", "simam_delta_centred", "kendall", "kendall_example", "dw_similarity")
+    levels = {"untrained": 0.3, "shuffled_labels": 0.9, "lcgd": 1.2, "all_parameters": 1.1}
+    mean = {name: float(np.nanmean(np.array(corrected[name], dtype=float))) for name in names}
+    baselines = {c: {"accuracy": {}, "corrected": {name: noisy(levels[c] * mean[name]) for name in names}} for c in controls}
+    maps = rng.normal(0.1, 0.2, (depth, heads)).round(4).tolist()
+    maps[0][1] = None
+    return {"dataset": dataset, "seed": seed, "shots": shots, "num_examples": examples, "finetune_lr": 0.003,
+            "accuracy": {"zero_shot": float(zero.mean()), "in_context": float(icl.mean()), "finetuned": float(ft.mean())},
+            "rec2ftp": recall.value, "rec2ftp_ci95": [recall.wilson.low, recall.wilson.high], "rec2ftp_chance": recall.chance,
+            "rec2ftp_counts": {"cells": cells}, "paper": paper, "corrected": corrected, **ends,
+            "heads": {"simam_delta_centred": maps, "kendall": maps, "dw_similarity": maps}, "baselines": baselines}  # fmt: skip
+
+
+@pytest.fixture
+def analysed():
+    """analysed(dataset, seed, shots, ...) -> a run of ICL against finetuning."""
+    return _analysed
+
+
+@pytest.fixture
+def write_analysis(tmp_path):
+    """write(runs, name) -> folder of ICL against finetuning; ``runs`` as of ``analysed``."""
+
+    def write(runs, name="analysis"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        results = {
+            "task": "icl_finetune_analysis",
+            "model": {"path": f"models/{name}", "sha256": "ab", "parameters": 10, "architecture": {"hidden_size": 8}},
+            "config": {"finetune_lr": [0.01, 0.003], "finetune_loss": "sequence", "datasets": {}, "command": "fairseq-eval --task y"},
+            "runs": runs,
+            "summary": finetuning_summary.summary(runs),
+        }
+        (folder / "results.json").write_text(json.dumps(results, allow_nan=False))
         return folder
 
     return write

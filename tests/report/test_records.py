@@ -62,6 +62,41 @@ def test_bad_files_are_named(tmp_path, content):
         read_results(tmp_path)
 
 
+RUN = {"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "bits_per_byte": None, "num_tokens": 10, "num_documents": 1,
+       "data_sha256": "0", "documents": "documents/valid-8.npz"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"runs": [{}]}, "run 0 has no split"),
+        ({"runs": [RUN, {k: v for k, v in RUN.items() if k != "ci95"}]}, "run 1 has no ci95"),
+        ({"runs": [3]}, "run 0 has no split"),
+        ({"runs": {}}, "runs is a dict"),
+        ({"config": None}, "config is a NoneType"),
+        ({"task": []}, "task is a list"),
+        ({"task": "icl_classification"}, "run 0 has no dataset"),
+    ],
+)
+def test_what_the_reports_would_stumble_over_is_named(tmp_path, change, problem):
+    data = {"task": "lm_perplexity", "model": MODEL, "config": CONFIG, "runs": [RUN]} | change
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    if problem is None:
+        assert read_results(tmp_path)["runs"] == [RUN]
+        return
+    with pytest.raises(UserError, match=rf"results\.json is damaged \({problem}\); delete it"):
+        read_results(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--results-dir .*file/out cannot be written: Not a directory; choose another folder"):
+        open_results(tmp_path / "file" / "out")
+    open_results(tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"ab")
     (tmp_path / "b").write_bytes(b"c")

@@ -195,6 +195,25 @@ def test_what_is_there_is_not_computed_again(lm, films, pick, tmp_path, calls):
     assert set(wider["config"]["datasets"]) == {"films", "pick"}
 
 
+@pytest.mark.parametrize("keep", [0, 10, -40])
+def test_damaged_scores_are_computed_again(lm, films, tmp_path, calls, keep):
+    """As a full disk or a broken copy leaves them."""
+    first = run(lm, [films], SETTINGS, tmp_path / "out")
+    before = len(calls)
+    for path in (tmp_path / "out" / "scores").glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:keep])
+    again = run(lm, [films], Settings(**{**SETTINGS.__dict__, "calibrations": ("none", "batch", "contextual")}), tmp_path / "out")
+    assert len(calls) == 2 * before
+    assert again["runs"][: len(first["runs"])] == first["runs"] and len(again["runs"]) == 12
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_scoring(lm, films, tmp_path, calls):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--results-dir .*file/out cannot be written: Not a directory"):
+        run(lm, [films], SETTINGS, tmp_path / "file" / "out")
+    assert not calls
+
+
 def test_other_settings_do_not_mix(lm, make_lm, films, tmp_path):
     out = tmp_path / "out"
     first = run(lm, [films], SETTINGS, out)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -98,6 +99,33 @@ def test_documents_without_an_end_begin_like_fairseqs(tmp_path):
     assert owners.tolist() == [[0, 0, 0], [2, 2, 2]]
 
 
+@pytest.mark.parametrize("sizes", [[3, 0, 0, 3], [0, 3, 3, 0], [1, 2, 3, 6], [6, 5, 1]])
+def test_blocks_begin_with_an_end_of_sentence_where_documents_begin(tmp_path, sizes):
+    with IndexedDatasetWriter(tmp_path / "valid", VOCAB) as writer:
+        for size in sizes:
+            writer.add(np.arange(5, 5 + size))
+    stream = np.concatenate([np.arange(5, 5 + size) for size in sizes])
+    starts = set(np.cumsum([0, *sizes[:-1]]).tolist())
+    expected = [2 if at in starts else stream[at - 1] for at in range(0, len(stream), 3)]
+    for rows in (1, 2, 9):
+        found = [i for inputs, _, _ in perplexity.batches(IndexedDataset(tmp_path / "valid"), 3, rows) for i in inputs[:, 0]]
+        assert found == expected
+
+
+def test_a_batch_costs_the_same_however_many_documents_there_are(lm, tmp_path, monkeypatch):
+    """Else a split of a million documents would take hours before the model had a say."""
+    monkeypatch.setattr(lm, "token_losses", lambda tokens, targets, packed: torch.ones(targets.shape))
+    seconds = {}
+    for count in (1_000, 400_000):
+        with IndexedDatasetWriter(tmp_path / str(count), VOCAB) as writer:
+            writer.add_many(np.full(count, 2), np.ones(count, dtype=np.int64))
+        dataset = IndexedDataset(tmp_path / str(count))
+        began = time.process_time()
+        assert perplexity.score_documents(lm, dataset, 4, 4 * 250).sum() == count
+        seconds[count] = (time.process_time() - began) / (count / 1000)
+    assert seconds[400_000] < 5 * seconds[1_000] + 0.002
+
+
 def evaluate(lm, data, out, lengths=(4, 16), **more):
     return perplexity.evaluate(lm, data, out, lengths, show_progress=False, **more)
 
@@ -152,6 +180,20 @@ def test_stale_byte_counts_give_no_bits_per_byte(lm, data, tmp_path, caplog):
     (data / "prepare.json").write_text(json.dumps({"splits": {"valid": {"documents": 6, "tokens": 57, "bytes": 200}}}))
     assert evaluate(lm, data, tmp_path / "out").runs[0]["bits_per_byte"] is None
     assert "57 tokens" in caplog.text
+
+
+def test_a_split_that_prepare_did_not_make_has_no_bits_per_byte(lm, data, tmp_path):
+    (data / "prepare.json").write_text(json.dumps({"splits": {"valid": {"documents": 6, "tokens": 58, "bytes": 200}}}))
+    write(data, split="extra")
+    runs = evaluate(lm, data, tmp_path / "out", (4,), splits=("valid", "extra")).runs
+    assert [run["bits_per_byte"] is None for run in runs] == [False, True]
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused_before_scoring(lm, data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(lm, "token_losses", None)  # would fail if it were called
+    with pytest.raises(UserError, match=r"--results-dir .*file/out cannot be written: Not a directory"):
+        evaluate(lm, data, tmp_path / "file" / "out")
 
 
 def break_weights(lm, data):

@@ -1,0 +1,120 @@
+"""``fairseq-eval --task icl_finetune_analysis``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from momentum_lm.errors import UserError
+
+from .eval_classification import add_question_arguments, add_speed_arguments, load_datasets, settings_from
+from .options import add_model_arguments, add_output_arguments, choices, load_model
+
+if TYPE_CHECKING:
+    from momentum_lm.report.tables import Table
+
+CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd", "all_parameters")
+LARGE = 1_000_000_000  # parameters from which on a second, untrained, model is only loaded if asked for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this task."""
+    add_question_arguments(parser)
+    add_speed_arguments(parser)
+    parser.set_defaults(shots="16")
+    group = parser.add_argument_group("finetuning")
+    group.add_argument(
+        "--finetune-lr", default="auto", metavar="LR,LR,...",
+        help="learning rate, or several to choose from by accuracy on training examples that are not demonstrations, or with --protocol "
+        "paper on the evaluated ones (default: 0.1,0.03,0.01,...,0.0001)",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr-examples", type=int, default=100, metavar="N", help="training examples to choose the learning rate on (default: %(default)s)"
+    )
+    group.add_argument(
+        "--finetune-loss", default="sequence", choices=["sequence", "label"],
+        help="what a demonstration teaches: all its tokens, as in the authors' code, or its label (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--finetune-parameters", default="kv", metavar="WHICH",
+        help="kv: key and value projections, as in the paper; all; or a regular expression for names (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--controls", metavar="C,C,...",
+        help=f"what the similarities are to be compared with: none, or some of {', '.join(CONTROLS)} (default: all but the last, and "
+        "without untrained from a billion parameters on)",
+    )  # fmt: skip
+    group.add_argument("--score", default="mean", choices=["mean", "sum"], help="of a label's log-probabilities (default: %(default)s)")
+    add_model_arguments(parser, huggingface=True)
+    add_output_arguments(parser)
+    parser.add_argument("--save-traces", action="store_true", help="write attention outputs and metrics by example to OUT/traces/*.npz")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Analyses, writes the report, prints its table."""
+    import dataclasses
+
+    from momentum_lm.studies import icl_vs_finetuning as study
+
+    if args.lr_examples < 1:
+        raise UserError(f"--lr-examples {args.lr_examples}: must be at least 1")
+    names = None if args.controls is None else () if args.controls == "none" else choices(args.controls, "--controls", CONTROLS)
+    settings = study.Settings(
+        questions=dataclasses.replace(settings_from(args), score=args.score),
+        rates=study.GRID if args.finetune_lr == "auto" else rates(args.finetune_lr),
+        held_out=args.lr_examples,
+        loss=args.finetune_loss,
+        parameters=args.finetune_parameters,
+        save_traces=args.save_traces,
+    )
+    lm = load_model(args)
+    if names is None:
+        large = sum(parameter.numel() for parameter in lm.model.parameters()) >= LARGE
+        names = [name for name in study.DEFAULT_CONTROLS if not (large and name == "untrained")]
+    settings = dataclasses.replace(settings, controls=tuple(names))
+    command = shlex.join(["fairseq-eval", *sys.argv[1:]])
+    if study.analyse(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force):
+        print(_table(args.results_dir).text())
+    return 0
+
+
+def _table(folder: str) -> Table:
+    """The report's table; where this installation has no report for the task, the summary's means."""
+    if importlib.util.find_spec("momentum_lm.report.icl_vs_finetuning"):
+        table: Table = importlib.import_module("momentum_lm.report.icl_vs_finetuning").write_report(folder)
+        return table
+    from momentum_lm.report.records import read_results
+    from momentum_lm.report.tables import Table
+
+    rows = []
+    for dataset, by_shots in read_results(folder)["summary"].items():
+        for shots, entry in by_shots.items():
+            cells = [dataset, shots, str(entry["num_seeds"])]
+            cells += [_number(entry["accuracy"][setting]) for setting in ("zero_shot", "in_context", "finetuned")]
+            cells.append(_number(entry["rec2ftp"]))
+            names = (("paper", "simaou"), ("corrected", "simaou"), ("paper", "simam"), ("corrected", "simam_delta"), ("paper", "kendall"),
+                     ("corrected", "kendall"))  # fmt: skip
+            cells += [_number(entry[part].get(name)) for part, name in names]
+            rows.append(cells)
+    columns = ["data", "shots", "seeds", "zero-shot", "in context", "finetuned", "Rec2FTP", "SimAOU paper", "corrected", "SimAM paper",
+               "delta", "Kendall paper", "corrected"]  # fmt: skip
+    return Table(columns, rows)
+
+
+def _number(spread: dict[str, float | None] | None) -> str:
+    return "" if spread is None or spread["mean"] is None else f"{spread['mean']:.3f}"
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """``0.01,0.003`` -> (0.01, 0.003). Raises UserError naming the flag for anything but positive numbers."""
+    try:
+        values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < math.inf for value in values):
+        raise UserError(f"--finetune-lr {text}: give positive numbers with commas between, such as 0.01,0.003")
+    return values

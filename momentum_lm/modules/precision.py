@@ -1,0 +1,21 @@
+"""What must not lose precision where a model is in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Float32(nn.Module):
+    """A module whose parameters and buffers stay in fp32 through ``.half()`` and ``.bfloat16()``: bf16 rounds a decay of 0.999 to 1."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if half else moved
+
+        return super()._apply(keep_precision, *args, **kwargs)

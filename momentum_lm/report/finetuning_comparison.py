@@ -1,0 +1,99 @@
+"""ICL against finetuning side by side: the summaries of several results folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+
+from .common import Folder, read_runs, short_names
+from .figures import draw, to_svg
+from .finetuning_summary import EVIDENCE, METRICS, SETTINGS, TASK, Run, accuracy, bands, metric, number, rec2ftp, settings
+from .html import Code, Gallery, Paragraph, Part, Picture, Points, write_page
+from .layer_figures import Curve, layer_panel
+from .tables import Table
+
+_READING = (
+    "Numbers are means over layers, then over seeds, with Student's 95% intervals over seeds; for one seed, and where all seeds agree, "
+    "over examples. Metrics are in the corrected form unless the heading says otherwise. Differences between results are not tested: "
+    "where intervals do not meet there is one, where they do there may be."
+)
+
+
+class FinetuningComparison:
+    """The summaries of ``folders`` beside each other. ``notes`` say where they are not of the same settings.
+
+    Raises UserError for folders of other tasks, or a folder that is named twice.
+    """
+
+    def __init__(self, folders: Sequence[Folder], names: Sequence[str] | None = None) -> None:
+        self.results = read_runs(folders, [TASK])
+        self.names = list(names) if names else short_names(folders)
+        self.sides = [settings(results["runs"]) for results in self.results]
+        self.places = list(dict.fromkeys(place for side in self.sides for place in side))
+        self.notes = list(self._notes())
+
+    def table(self) -> Table:
+        """A row for each dataset, number of shots and folder."""
+        rows = []
+        for dataset, shots in self.places:
+            for name, side in zip(self.names, self.sides, strict=True):
+                if (dataset, shots) in side:
+                    rows.append([dataset, str(shots), name, *_cells(side[dataset, shots])])
+        headings = ["dataset", "shots", "results", "seeds", "examples", *SETTINGS.values(), "Rec2FTP", "SimAOU, authors' form"]
+        return Table([*headings, *(METRICS[name] for name in EVIDENCE)], rows)
+
+    def write_page(self, path: str | os.PathLike[str]) -> None:
+        """One HTML page: the table, how to read it, corrected metrics by layer with a line a folder, and what was measured."""
+        top: list[Part] = [self.table(), Paragraph(_READING)]
+        sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
+        for dataset, shots in self.places:
+            pictures = [self._picture(dataset, shots, name) for name in EVIDENCE]
+            sections[f"{dataset}, {shots} shots"] = [Gallery([picture for picture in pictures if picture])]
+        sections["What was measured"] = [Code(self._origins())]
+        write_page(path, "In-context learning against finetuning, side by side", sections)
+
+    def _picture(self, dataset: str, shots: int, name: str) -> Picture | None:
+        lines = {}
+        for look, (title, side) in enumerate(zip(self.names, self.sides, strict=True)):
+            band = bands(side[dataset, shots], name, "corrected") if (dataset, shots) in side else None
+            if band is not None:
+                lines[title] = Curve(band[0], band[1], band[2], look)
+        if not lines:
+            return None
+        return Picture(to_svg(draw(layer_panel(lines, METRICS[name]), size=(4.6, 3.9))), f"{METRICS[name]}, corrected, by layer.")
+
+    def _notes(self) -> list[str]:
+        """Settings that not every folder has, and those of other seeds or numbers of examples."""
+        notes = []
+        for place in self.places:
+            where = f"{place[0]}, {place[1]} shots"
+            found = {name: side[place] for name, side in zip(self.names, self.sides, strict=True) if place in side}
+            missing = [name for name in self.names if name not in found]
+            if missing:
+                notes.append(f"{where}: not in {' and '.join(missing)}.")
+            if len({tuple((run["seed"], run["num_examples"]) for run in runs) for runs in found.values()}) > 1:
+                notes.append(f"{where}: not all of the same seeds and numbers of examples.")
+        return notes
+
+    def _origins(self) -> str:
+        """Each side's model, and the entries of the configurations that are not the same in all."""
+        configs = [{k: v for k, v in results["config"].items() if k not in ("datasets", "command")} for results in self.results]
+        keys = dict.fromkeys(key for config in configs for key in config)
+        differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
+        lines = []
+        for name, results, config in zip(self.names, self.results, configs, strict=True):
+            lines.append(f"{name}: {results['model']['path']}")
+            lines += [f"  {key}: {json.dumps(config.get(key), ensure_ascii=False)}" for key in differing]
+        return "\n".join(lines)
+
+
+def _cells(runs: Sequence[Run]) -> list[str]:
+    return [
+        str(len(runs)),
+        f"{runs[0]['num_examples']:,}",
+        *(number(accuracy(runs, setting), percent=True) for setting in SETTINGS),
+        number(rec2ftp(runs), percent=True) or "nothing to recover",
+        number(metric(runs, "simaou", "paper")),
+        *(number(metric(runs, name)) for name in EVIDENCE),
+    ]

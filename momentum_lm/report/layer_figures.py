@@ -1,0 +1,142 @@
+"""Figures of ICL against finetuning: similarities by layer and by head, and which errors both repair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from .figures import COLOURS, MARKERS, Panel, line_style
+
+_NEUTRAL = "#888888"  # as far from white as from black
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One value a layer with the ends of its interval, (L,) each; NaN where there is none. ``look`` numbers colour, line and marker."""
+
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    look: int = 0
+
+
+def layer_panel(curves: Mapping[str, Curve], title: str = "", ylabel: str = "") -> Panel:
+    """A value over layers, numbered from 1: a line and a band for each name; zero is marked."""
+
+    def panel(axes: Any) -> None:
+        axes.set(xlabel="layer", ylabel=ylabel)
+        axes.set_title(title, fontsize=10.5, loc="left")
+        axes.axhline(0, color=_NEUTRAL, linewidth=0.9)
+        for number, (name, curve) in enumerate(curves.items()):
+            layers = np.arange(1, len(curve.mean) + 1)
+            style, first = line_style(curve.look), number == 0
+            style |= {"linewidth": 2.0 if first else 1.2, "zorder": 4 if first else 3}
+            axes.fill_between(layers, curve.low, curve.high, color=style["color"], alpha=0.22 if first else 0.09, linewidth=0)
+            axes.plot(
+                layers,
+                curve.mean,
+                label=name if len(curves) > 1 else None,
+                marker=MARKERS[curve.look % len(MARKERS)],
+                markersize=3,
+                **style,
+            )
+            axes.set_xlim(0.4, len(layers) + 0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if len(curves) > 1:
+            below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3}
+            axes.legend(frameon=False, fontsize=8.5, columnspacing=1.2, **below)
+
+    return panel
+
+
+def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
+    """Which of zero-shot's errors finetuning (columns) and in-context learning (rows) put right: areas are numbers of examples.
+
+    cells (2, 2, 2) counts examples by whether zero-shot, in context and finetuned are right. The height of the dark part of the left
+    column is Rec2FTP; were it as high as in the whole, dashed, finetuning's repairs would say nothing about ICL's.
+    """
+    wrong = np.asarray(cells, dtype=np.float64)[0]  # [icl, ft]
+    columns = (("finetuning repairs", wrong[:, 1], COLOURS[0]), ("finetuning does not", wrong[:, 0], COLOURS[1]))
+
+    def panel(axes: Any) -> None:
+        axes.set_title(title, fontsize=10.5, loc="left")
+        axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="repaired in context (%)")
+        axes.grid(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+        total, gap = wrong.sum(), 0.012
+        if total == 0:
+            axes.set_xticks([])
+            axes.text(0.5, 0.5, "zero-shot is right about every example", ha="center", va="center")
+            return
+        left, ticks = 0.0, []
+        for name, column, colour in columns:
+            count = column.sum()
+            width = count / total * (1 - gap * bool(wrong[:, 0].sum() and wrong[:, 1].sum()))
+            bottom = 0.0
+            for share, alpha in ((column[1], 0.62), (column[0], 0.16)):
+                height = share / count if count else 0.0
+                axes.add_patch(Rectangle((left, bottom), width, height, facecolor=colour, alpha=alpha, linewidth=0))
+                if height > 0.06 and width > 0.05:
+                    axes.text(left + width / 2, bottom + height / 2, f"{share:,.0f}", ha="center", va="center", fontsize=11)
+                bottom += height
+            text = f"{name}\n{count:,.0f} of {total:,.0f}"
+            if count:
+                ticks.append((left + width / 2, text))
+                left += width + gap
+        places, texts = zip(*ticks, strict=True)
+        axes.set_xticks(places, texts)
+        for label, place in zip(axes.get_xticklabels(), places, strict=True):
+            label.set_ha("left" if place < 0.14 else "right" if place > 0.86 else "center")
+        axes.tick_params(axis="x", length=0)
+        chance = wrong[1].sum() / total
+        axes.axhline(chance, color=_NEUTRAL, linewidth=1.4, linestyle=(0, (4, 3)), label=f"of all errors: {100 * chance:.1f}% (chance)")
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), fontsize=8.5)
+
+    return panel
+
+
+def heads_panel(values: ArrayLike, title: str = "") -> Panel:
+    """values (L, H), a value for each layer and head: blue above zero, orange below, the stronger the farther; a cross for NaN."""
+    table = np.asarray(values, dtype=np.float64)
+    finite = np.abs(table[np.isfinite(table)])
+    limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+    def squares(axes: Any, rows: NDArray[np.float64], boxes: Sequence[tuple[float, float, float, float]]) -> None:
+        for sign, colour in ((1, COLOURS[0]), (-1, COLOURS[1])):
+            for value, (x, y, width, height) in zip(rows.ravel(), boxes, strict=True):
+                if np.isfinite(value) and sign * value > 0:
+                    alpha = 0.05 + 0.85 * abs(value) / limit
+                    axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, alpha=min(1.0, alpha), linewidth=0))
+
+    def panel(axes: Any) -> None:
+        layers, heads = table.shape
+        axes.set_title(title, fontsize=10.5, loc="left")
+        axes.grid(False)
+        squares(axes, table, [(h + 0.5, layer + 0.5, 1, 1) for layer in range(layers) for h in range(heads)])
+        lost = [(h + 1, layer + 1) for layer, h in np.argwhere(~np.isfinite(table))]
+        if lost:
+            axes.scatter(*zip(*lost, strict=True), marker="x", s=9, color=_NEUTRAL, linewidth=0.7)
+        axes.set(xlim=(0.5, heads + 0.5), ylim=(0.5, layers + 0.5), xlabel="head", ylabel="layer")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.spines[:].set_visible(True)
+        axes.spines[:].set_color(_NEUTRAL)
+        scale = axes.inset_axes((1.03, 0.0, 0.045, 1.0))
+        steps = np.linspace(-limit, limit, 33)
+        height = 2 * limit / 33
+        squares(scale, steps, [(0.0, value - height / 2, 1.0, height) for value in steps])
+        scale.set(xlim=(0, 1), ylim=(-limit - height / 2, limit + height / 2), xticks=[])
+        scale.yaxis.tick_right()
+        scale.set_yticks([-limit, 0, limit], [f"−{limit:.2g}", "0", f"+{limit:.2g}"])
+        scale.grid(False)
+        scale.spines[:].set_visible(True)
+        scale.spines[:].set_color(_NEUTRAL)
+
+    return panel

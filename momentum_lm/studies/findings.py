@@ -1,0 +1,140 @@
+"""What was found about one finetuned model, and the records made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from momentum_lm.analysis import metrics
+from momentum_lm.analysis.per_example import PerExample, nullable, spread_over_seeds
+from momentum_lm.analysis.statistics import wilson_interval
+from momentum_lm.data.classification import Example
+from momentum_lm.icl.scoring import Scores
+
+SETTINGS = ("zero_shot", "in_context", "finetuned")
+PARTS = ("paper", "corrected", "heads")  # metrics by layer in the authors' form, corrected, and the latter's by layer and head
+Run = Mapping[str, Any]
+
+
+class Findings:
+    """Scores in the three settings and metrics by example; ``broken``: the finetuned model gives no finite probabilities."""
+
+    def __init__(self, examples: int) -> None:
+        self.metrics = {part: PerExample(examples) for part in PARTS}
+        self.sums: dict[str, dict[int, list[float]]] = {setting: {} for setting in SETTINGS}
+        self.outputs: dict[int, NDArray[np.float16]] = {}
+        self.losses: list[float] = []
+        self.scores: dict[str, Scores] = {}
+        self.broken = False
+
+    @classmethod
+    def join(cls, parts: Sequence[Findings], losses: list[float]) -> Findings:
+        """The findings of several processes about one model."""
+        whole = cls(parts[0].metrics["paper"].examples)
+        whole.losses = losses
+        for part in parts:
+            whole.broken |= part.broken
+            whole.outputs |= part.outputs
+            for setting in SETTINGS:
+                whole.sums[setting] |= part.sums[setting]
+            for name in PARTS:
+                whole.metrics[name].merge(part.metrics[name].arrays)
+        return whole
+
+    def finite(self, setting: str) -> bool:
+        """Whether the model gave a probability to every choice."""
+        return all(np.isfinite(sums).all() for sums in self.sums[setting].values())
+
+    def lines(self, examples: Sequence[Example], score: str) -> Iterator[dict[str, Any]]:
+        """Every example's prediction in every setting."""
+        for setting in SETTINGS:
+            table = self.scores[setting].values(score)
+            for example, row, pred in zip(examples, table.tolist(), np.nanargmax(table, axis=1), strict=True):
+                scores = [x for x in row if x == x]
+                yield {"setting": setting, "index": example.index, "gold": example.gold, "pred": int(pred), "scores": scores}
+
+    def report(self, examples: Sequence[Example], score: str) -> dict[str, Any]:
+        """Accuracies, Rec2FTP and the metrics by layer, with intervals over examples."""
+        gold = np.array([example.gold for example in examples])
+        right = {setting: np.nanargmax(self.scores[setting].values(score), axis=1) == gold for setting in SETTINGS}
+        recall = metrics.rec2ftp(*(right[setting] for setting in SETTINGS))
+        result: dict[str, Any] = {
+            "accuracy": {setting: float(values.mean()) for setting, values in right.items()},
+            "accuracy_ci95": {setting: _ends(wilson_interval(int(values.sum()), len(gold))) for setting, values in right.items()},
+            "rec2ftp": recall.value,
+            "rec2ftp_ci95": _ends(recall.wilson),
+            "rec2ftp_bootstrap_ci95": _ends(recall.bootstrap),
+            "rec2ftp_chance": recall.chance,
+            "rec2ftp_counts": {"recovered": recall.recovered, "recoverable": recall.recoverable, "cells": recall.cells.tolist()},
+            "finetune_losses": self.losses,
+        }
+        if recall.value is None:
+            result["note"] = "finetuning put nothing right that was wrong zero-shot, so there is nothing for Rec2FTP to recover"
+        for part in ("paper", "corrected"):
+            kept = self.metrics[part]
+            bands = {name: kept.bands(name) for name in kept}
+            result[part] = {name: nullable(band.estimate) for name, band in bands.items()}
+            result[f"{part}_ci95"] = {
+                name: [nullable(np.array(ends)) for ends in zip(band.low, band.high, strict=True)] for name, band in bands.items()
+            }
+        heads = self.metrics["heads"]
+        result["heads"] = {name: nullable(heads.mean(name)) for name in heads}
+        return result
+
+
+def record(main: Findings, baselines: Mapping[str, Findings | None], examples: Sequence[Example], score: str) -> dict[str, Any]:
+    """One entry of ``runs``, without what names it. A baseline that diverged is null."""
+    result = {"num_examples": len(examples), **main.report(examples, score)}
+    result["baselines"] = {name: None if found is None else found.report(examples, score) for name, found in baselines.items()}
+    return result
+
+
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
+    """{dataset: {shots: means over seeds, with Student's intervals}}: of accuracies, Rec2FTP, and every metric's mean over layers, for
+    the finetuned model and, under ``baselines``, for the controls."""
+    result: dict[str, Any] = {}
+    for dataset, shots in dict.fromkeys((run["dataset"], run["shots"]) for run in runs):
+        some = [run for run in runs if (run["dataset"], run["shots"]) == (dataset, shots)]
+        entry: dict[str, Any] = {"num_seeds": len(some), **_means(some)}
+        names = dict.fromkeys(name for run in some for name in run["baselines"])
+        found = {name: [run["baselines"][name] for run in some if run["baselines"].get(name)] for name in names}
+        entry["baselines"] = {name: _means(kept) for name, kept in found.items() if kept}
+        result.setdefault(dataset, {})[str(shots)] = entry
+    return result
+
+
+def _means(runs: Sequence[Run]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"accuracy": {s: _spread([run["accuracy"][s] for run in runs], True) for s in SETTINGS}}
+    entry["rec2ftp"] = _spread([run["rec2ftp"] for run in runs], True)
+    for part in ("paper", "corrected"):
+        names = dict.fromkeys(name for run in runs for name in run[part])
+        entry[part] = {name: _spread([_over_layers(run[part].get(name)) for run in runs]) for name in names}
+    return entry
+
+
+def _over_layers(values: Sequence[float | None] | None) -> float | None:
+    known = [value for value in values or [] if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _spread(values: Sequence[float | None], share: bool = False) -> dict[str, Any]:
+    """mean, ci95 (null for fewer than two seeds), sd, min, max and number of values that there are; a share's interval is cut to [0, 1]."""
+    spread = spread_over_seeds(np.array([np.nan if value is None else value for value in values], dtype=np.float64))
+    low, high = float(spread.bands.low), float(spread.bands.high)
+    if share:
+        low, high = max(low, 0.0) if low == low else low, min(high, 1.0) if high == high else high
+    return {
+        "mean": nullable(spread.bands.estimate),
+        "ci95": None if low != low else [low, high],
+        "sd": nullable(spread.sd),
+        "min": nullable(spread.least),
+        "max": nullable(spread.greatest),
+        "num": int(spread.bands.size),
+    }
+
+
+def _ends(interval: Any) -> list[float] | None:
+    return None if interval is None else [interval.low, interval.high]

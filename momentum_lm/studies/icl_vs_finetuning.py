@@ -1,0 +1,332 @@
+"""Does a model learn in context as if it were finetuned? The comparison of arXiv 2212.10559, section 4, in the authors' form and corrected.
+
+A *unit* is one dataset with one draw of demonstrations. Each of its batches of queries is asked zero-shot, in context and of every
+finetuned model in turn; metrics are computed there and then, and nothing larger than a number per example, layer and head is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from momentum_lm.data.classification import Example, LabelledDataset
+from momentum_lm.errors import UserError
+from momentum_lm.files import atomic_write
+from momentum_lm.icl import scoring
+from momentum_lm.icl.demonstrations import evaluation_subset, select
+from momentum_lm.icl.finetuning import Diverged, Lesson
+from momentum_lm.icl.prompts import PromptFormat, build, demonstration_text, fit, longest_query
+from momentum_lm.lm.protocol import LanguageModel
+from momentum_lm.report.records import Predictions, Results
+
+from . import classification
+from .findings import SETTINGS, Findings, record, summary
+from .finetuning_rate import Choice, choose
+from .processes import Processes
+from .similarity import Rows, Student, measure
+from .traces import Learned, Seen, TracedModel, align, ask, demonstration_matrices, unshared
+from .untrained import untrained
+
+TASK = "icl_finetune_analysis"
+KEY = ("dataset", "seed", "shots")
+DEFAULT_CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd")
+GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+CPU_TOKENS = 512  # a batch's, on a CPU: what is seen of two settings and one model is held at a time
+TRACE_BYTES = 256 << 20  # that a batch's traces may take
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of a model. ``rates``: one learning rate, or a grid to choose from, on ``held_out`` training examples or, by
+    ``questions.protocol`` ``paper``, on the evaluated ones. ``loss``: ``sequence`` or ``label``. ``parameters``: as of ``finetuned``.
+    ``controls``: ``all_parameters`` is another; random updates are always among the results."""
+
+    questions: classification.Settings = field(default_factory=classification.Settings)
+    rates: tuple[float, ...] = GRID
+    held_out: int = 100
+    loss: str = "sequence"
+    parameters: str = "kv"
+    controls: tuple[str, ...] = DEFAULT_CONTROLS
+    save_traces: bool = False
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One draw of demonstrations for one dataset."""
+
+    dataset: str
+    seed: int
+    shots: int
+
+    @property
+    def name(self) -> str:
+        """Also the stem of its files."""
+        return f"{self.dataset}-{self.shots}shot-seed{self.seed}"
+
+
+def analyse(
+    lm: TracedModel,
+    datasets: Sequence[LabelledDataset],
+    settings: Settings,
+    folder: str | os.PathLike[str],
+    command: str | None = None,
+    force: bool = False,
+    show_progress: bool = True,
+) -> bool:
+    """Analyses every unit that ``folder`` does not hold yet; writes results.json and predictions.jsonl there.
+
+    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises UserError for zero
+    shots, demonstrations of which none fits, results of other settings in ``folder``, learning rates that all diverge, and whatever the
+    data or the model does not allow. The model's weights are as before when it is over.
+    """
+    asked = settings.questions
+    if 0 in asked.shots:
+        raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
+    form = asked.form(lm)
+    with Processes() as processes:
+        units = [Unit(data.spec.name, seed, shots) for data in datasets for shots in asked.shots for seed in asked.seeds]
+        todo: list[Unit] | None = None
+        if processes.first:
+            results = Results(folder, TASK, lm.describe(), _config(lm, datasets, settings, form, command), KEY, force, summary)
+            predictions = Predictions(results, len(SETTINGS))
+            todo = [unit for unit in dict.fromkeys(units) if (unit.dataset, unit.seed, unit.shots) not in predictions.runs]
+        todo = processes.from_first(todo) or []
+        other = untrained(lm) if todo and "untrained" in settings.controls else None
+        loaded = {data.spec.name: data for data in datasets}
+        for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
+            began = time.perf_counter()
+            study = _Study(lm, loaded[unit.dataset], settings, form, unit, processes)
+            rate = study.rate()
+            findings = study.findings(lm, rate.rate, True)
+            baselines = {name: found for name, found in findings.items() if name != "finetuned"}
+            if other is not None:
+                baselines["untrained"] = study.findings(other, rate.rate, False).get("finetuned")
+            if processes.first:
+                main = findings["finetuned"]
+                assert main is not None
+                run = record(main, baselines, study.examples, asked.score)
+                if settings.save_traces:
+                    save_traces(Path(folder) / "traces" / f"{unit.name}.npz", main)
+                about = study.about(rate) | {"seconds": round(time.perf_counter() - began, 3)}
+                key = dict(zip(KEY, (unit.dataset, unit.seed, unit.shots), strict=True))
+                predictions.add(tuple(key.values()), ({**key, **line} for line in main.lines(study.examples, asked.score)))
+                results.add({**key, **about, **run})
+        return processes.first
+
+
+class _Study:
+    """One unit: its demonstrations, its prompts in both settings, and what models make of them."""
+
+    def __init__(
+        self, lm: TracedModel, data: LabelledDataset, settings: Settings, form: PromptFormat, unit: Unit, processes: Processes
+    ) -> None:
+        self.lm, self.data, self.settings, self.form, self.unit, self.processes = lm, data, settings, form, unit, processes
+        asked = settings.questions
+        paper = asked.protocol == "paper"
+        self.examples = evaluation_subset(data.evaluation, asked.limit, protocol_paper=paper)
+        labels = len(data.spec.labels) if data.spec.labels else None
+        try:
+            drawn = select(data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels)
+            self.demonstrations = fit(lm, form, drawn, longest_query(lm, self.examples))
+            if not self.demonstrations:
+                raise UserError(
+                    f"no demonstration fits beside the longest query in the {lm.max_positions} tokens of {lm.name}; "
+                    "shorten texts with --max-field-tokens"
+                )
+            self.in_context = build(lm, form, self.demonstrations, self.examples)
+            self.zero_shot = unshared(build(lm, form, [], self.examples))
+        except UserError as error:
+            raise UserError(f"{unit.dataset}: {error}") from error
+        if len(self.demonstrations) < unit.shots and processes.first:
+            _log.warning("%s: only %d demonstrations fit; finetuning learns these too", unit.name, len(self.demonstrations))
+        self.tokens = lm.encode([demonstration_text(example) for example in self.demonstrations])
+        self.lessons = self._lessons(self.demonstrations)
+        self.aligned = align(self._whole(0), self.tokens, len(form.bos))
+        if self.aligned is None and processes.first:
+            _log.warning("%s: the demonstrations have other tokens in the prompt than alone; no attention to them is compared", unit.name)
+
+    def about(self, rate: Choice) -> dict[str, Any]:
+        """What a record says of this unit beside what was found."""
+        return {
+            "shots_fitted": len(self.demonstrations),
+            "demonstrations": [example.index for example in self.demonstrations],
+            "finetune_lr": rate.rate,
+            "lr_selected_on": rate.selected_on,
+            "lr_grid": rate.grid,
+        }
+
+    def rate(self) -> Choice:
+        """The learning rate, chosen where there are several."""
+        settings, asked = self.settings, self.settings.questions
+        if asked.protocol == "paper":
+            examples, source = self.examples, "evaluation"
+        else:
+            shown = {example.index for example in self.demonstrations}
+            order = np.random.default_rng([self.unit.seed, 2]).permutation(len(self.data.train))
+            rest = [self.data.train[i] for i in order if self.data.train[i].index not in shown]
+            examples, source = rest[: settings.held_out], "train"
+        budget = asked.batch_tokens
+        arguments = (settings.rates, settings.parameters, asked.score, budget, self.processes, self.unit.name)
+        return choose(self.lm, self.form, self.lessons, examples, source, *arguments)
+
+    def findings(self, lm: TracedModel, rate: float, controls: bool) -> dict[str, Findings | None]:
+        """By the finetuned models' names: ``finetuned`` and, with ``controls``, those; None for one that diverges.
+
+        Raises UserError where ``finetuned`` itself diverges and ``controls`` are asked for, that is for the model under study.
+        """
+        settings, processes, begin = self.settings, self.processes, len(self.form.bos)
+        students = self._students(lm, rate, controls)
+        if "finetuned" not in students:
+            return {}
+        prefix = lm.encode_prefix(self.in_context.prefix) if self.in_context.prefix else None
+        found = {name: Findings(len(self.examples)) for name in students}
+        first, matrices = True, None
+        batches = self._batches()
+        for number in range(processes.rank, len(batches), processes.world):
+            batch = batches[number]
+            zero_shot = ask(lm, self.zero_shot, batch, None, projections=True, relax=True)
+            icl = ask(lm, self.in_context, batch, prefix, relax=True)
+            if first and zero_shot.trace.keys:
+                first = False
+                heads = _key_heads(zero_shot)
+                end = self.rows(0).query(1)[1].start
+                matrices = demonstration_matrices(lm, self._whole(0)[:end], begin, heads, [self.unit.seed, 3])
+            rows = [self.rows(query) for query in batch]
+            for name, student in students.items():
+                with student.learned.applied():
+                    ft = ask(lm, self.zero_shot, batch, None, relax=name == "finetuned")
+                into, main = found[name], name == "finetuned"
+                into.sums["zero_shot"] |= zero_shot.sums
+                into.sums["in_context"] |= icl.sums
+                into.sums["finetuned"] |= ft.sums
+                if not all(np.isfinite(list(ft.sums[query])).all() for query in batch):
+                    into.broken = True
+                    continue
+                with np.errstate(over="ignore", invalid="ignore"):
+                    measure(zero_shot, icl, ft, batch, rows, self.aligned, student, matrices, self.unit.seed, main, into.metrics)
+                if main and settings.save_traces and controls:
+                    for query, *outputs in zip(batch, *(np.moveaxis(s.outputs, 1, 0) for s in (zero_shot, icl, ft)), strict=True):
+                        into.outputs[query] = np.stack(outputs).astype(np.float16)
+        return self._merged(lm, found, rate, students, controls)
+
+    def _merged(
+        self, lm: LanguageModel, found: dict[str, Findings], rate: float, students: dict[str, Student], controls: bool
+    ) -> dict[str, Findings | None]:
+        result: dict[str, Findings | None] = {}
+        for name, part in found.items():
+            others = self.processes.gather(part)
+            if not self.processes.first:
+                continue
+            whole = Findings.join(others, students[name].learned.losses)
+            for setting in ("zero_shot", "in_context"):
+                if not whole.finite(setting):
+                    raise UserError(f"{lm.name} gives probabilities of 0 or NaN: its weights are broken, or too large for {lm.dtype}")
+            for setting, prompts in (("zero_shot", self.zero_shot), ("in_context", self.in_context), ("finetuned", self.zero_shot)):
+                whole.scores[setting] = scoring.collect(prompts, whole.sums[setting])
+            if whole.broken and name == "finetuned" and controls:
+                raise UserError(f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller --finetune-lr")
+            result[name] = None if whole.broken else whole
+        return result
+
+    def _students(self, lm: TracedModel, rate: float, controls: bool) -> dict[str, Student]:
+        chosen, students = self.settings.parameters, {}
+        wanted: list[tuple[str, Sequence[Lesson], str, bool]] = [("finetuned", self.lessons, chosen, False)]
+        if controls:
+            shuffled = self._lessons(_shuffled(self.demonstrations, self.data.spec.labels is not None, self.unit.seed))
+            known = {
+                "shuffled_labels": (shuffled, chosen, False),
+                "lcgd": (self.lessons, chosen, True),
+                "all_parameters": (self.lessons, "all", False),
+            }
+            wanted += [(name, *what) for name, what in known.items() if name in self.settings.controls]
+        for name, lessons, parameters, layerwise in wanted:
+            same = [len(lesson.tokens) for lesson in lessons] == [len(lesson.tokens) for lesson in self.lessons]
+            try:
+                learned = Learned(lm, lessons, rate, parameters, layerwise, keep_queries=same and self.aligned is not None)
+            except Diverged as error:
+                if name == "finetuned" and controls:
+                    raise UserError(f"{self.unit.name}: {error}; try a smaller --finetune-lr") from error
+                if self.processes.first:
+                    _log.warning("%s: %s diverges (%s); going on without it", self.unit.name, name, error)
+                continue
+            update = learned.update(lm.model)
+            students[name] = Student(name, learned, self.aligned if same else None, len(self.form.bos), update)
+        return students
+
+    def _lessons(self, demonstrations: Sequence[Example]) -> list[Lesson]:
+        bos = list(self.form.bos)
+        found = []
+        texts = [text for example in demonstrations for text in (demonstration_text(example), example.pair(example.gold)[0])]
+        encoded = iter(self.lm.encode(texts))
+        for whole, given in zip(encoded, encoded, strict=True):
+            shared = next((i for i, (a, b) in enumerate(zip(whole, given, strict=False)) if a != b), min(len(whole), len(given)))
+            start = max(1, len(bos)) if self.settings.loss == "sequence" else max(1, len(bos) + shared)
+            found.append(Lesson([*bos, *whole], start))
+        return found
+
+    def _batches(self) -> list[list[int]]:
+        asked, config = self.settings.questions, self.lm.describe()["architecture"]
+        longest = max(len(query[0].tokens) for query in self.zero_shot.queries)
+        layers = next((int(config[name]) for name in ("layers", "num_hidden_layers", "n_layer") if name in config), 24)
+        heads = next((int(config[name]) for name in ("heads", "num_attention_heads", "n_head") if name in config), 16)
+        row = 2 * 4 * layers * heads * (len(self.in_context.prefix) + longest)
+        most = scoring.token_budget(self.lm, self.in_context)
+        most = most if self.lm.device.type == "cuda" else min(most, CPU_TOKENS)
+        budget = asked.batch_tokens or min(most, max(1, TRACE_BYTES // row) * longest)
+        return scoring.plan(self.zero_shot, self.processes.from_first(budget))
+
+    def _whole(self, query: int) -> list[int]:
+        return [*self.in_context.prefix, *self.in_context.queries[query][0].tokens]
+
+    def rows(self, query: int) -> Rows:
+        """The prompts of an example, token by token."""
+        zero, context = self.zero_shot.queries[query][0], self.in_context.queries[query][0]
+        start = len(self.in_context.prefix) + context.start
+        return Rows(zero.tokens, self._whole(query), zero.start, start, len(self.form.bos))
+
+
+def _key_heads(seen: Seen) -> int:
+    """Key/value heads: what is as wide as the query heads, of the keys' width."""
+    width = seen.trace.heads[0].shape[-1]
+    return seen.trace.keys[0].shape[-1] // width
+
+
+def _shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:
+    """The demonstrations with their labels dealt out anew; where each has its own choices, one of the wrong ones instead."""
+    draw = np.random.default_rng([seed, 1])
+    if fixed:
+        gold = [example.gold for example in demonstrations]
+        labels = [gold[i] for i in draw.permutation(len(gold))]
+    else:
+        labels = [int((e.gold + draw.integers(1, max(2, len(e.continuations)))) % len(e.continuations)) for e in demonstrations]
+    return [Example(e.index, e.inputs, e.continuations, label) for e, label in zip(demonstrations, labels, strict=True)]
+
+
+def save_traces(path: Path, findings: Findings) -> None:
+    """Attention outputs (n, 3 settings, L, 2 positions, C) in half precision, and every metric by example."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {f"{part}/{name}": values for part, kept in findings.metrics.items() for name, values in kept.arrays.items()}
+    with atomic_write(path, "wb") as file:
+        np.savez_compressed(file, outputs=np.stack([findings.outputs[i] for i in sorted(findings.outputs)]), **arrays)
+
+
+def _config(
+    lm: LanguageModel, datasets: Sequence[LabelledDataset], settings: Settings, form: PromptFormat, command: str | None
+) -> dict[str, Any]:
+    shared = classification.configuration(lm, datasets, settings.questions, form, command)
+    return shared | {
+        "finetune_lr": list(settings.rates),
+        "finetune_loss": settings.loss,
+        "finetune_parameters": settings.parameters,
+        "held_out": settings.held_out,
+        "controls": list(settings.controls),
+    }

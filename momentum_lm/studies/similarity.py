@@ -1,0 +1,183 @@
+"""The metrics of ICL against finetuning for batches of examples, from what :mod:`.traces` saw of them in the three settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from momentum_lm.analysis import metrics
+from momentum_lm.analysis.per_example import PerExample
+
+from .traces import PAPER, PREDICTING, Aligned, Floats, Learned, Seen, common_suffix, finetuning_similarity, to_numpy
+
+KENDALL_EXAMPLES = 100  # the authors rank attention for no more examples
+NOISE = 1e-4  # of simam_delta: with rotary positions the first layer's maps differ by rounding alone
+POSITIONS = {"paper": PAPER, "corrected": PREDICTING}
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The prompts of one example with its first choice, token by token, and where that choice begins in each."""
+
+    zero_shot: Sequence[int]
+    in_context: Sequence[int]
+    zero_shot_start: int
+    in_context_start: int
+    begin: int  # tokens before the query in ``zero_shot``: BOS
+
+    def query(self, position: int) -> tuple[slice, slice]:
+        """Columns of the query's own tokens in both prompts: those with which both end, up to the position that is looked at."""
+        zero, context = self.zero_shot, self.in_context
+        if position == PREDICTING:
+            zero, context = zero[: self.zero_shot_start], context[: self.in_context_start]
+        count = min(common_suffix(zero, context), len(zero) - self.begin)
+        return slice(len(zero) - count, len(zero)), slice(len(context) - count, len(context))
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """First column, and the one after the last, of the query's tokens in the zero-shot prompt without its choice."""
+        return self.begin, self.zero_shot_start
+
+
+class Student:
+    """A finetuned model as the metrics need it: its queries while it was trained, in order of the prompt's tokens, and its update.
+
+    queries: (L, N, H * D) scaled, None where the lessons are not what the prompt shows.
+    """
+
+    def __init__(self, name: str, learned: Learned, aligned: Aligned | None, begin: int, update: list[tuple[torch.Tensor, ...]]) -> None:
+        self.name, self.learned, self.update = name, learned, update
+        self.queries: Floats | None = None
+        if aligned is not None and learned.queries:
+            lessons = [
+                np.stack([to_numpy(layer[begin + span.start : begin + span.stop]) for layer in lesson])
+                for lesson, span in zip(learned.queries, aligned.kept, strict=True)
+            ]
+            self.queries = np.concatenate(lessons, axis=1)
+        learned.queries = []
+
+
+def measure(
+    zero_shot: Seen,
+    icl: Seen,
+    ft: Seen,
+    batch: Sequence[int],
+    rows: Sequence[Rows],
+    aligned: Aligned | None,
+    student: Student,
+    matrices: tuple[Floats, Floats] | None,
+    seed: int,
+    baselines: bool,
+    into: dict[str, PerExample],
+) -> None:
+    """Adds the metrics of a batch to ``into["paper"]``, ``into["corrected"]`` (L,) and ``into["heads"]`` (L, H).
+
+    ``baselines``: random updates, similarities before finetuning and the relaxation, which are the same for every finetuned model.
+    """
+    products = _products(ft, student)
+    spans = [row.own for row in rows]
+    weights: dict[str, Floats] = {}
+    if matrices is not None and student.update and zero_shot.trace.keys:
+        weights["dw_similarity"] = finetuning_similarity(zero_shot.trace, student.update, matrices[0], spans)
+        weights["dw_similarity_random"] = finetuning_similarity(zero_shot.trace, student.update, matrices[1], spans)
+    for i, (example, row) in enumerate(zip(batch, rows, strict=True)):
+        key = [seed, example]
+        paper = _paper(zero_shot, icl, ft, i, row, key, baselines)
+        corrected, heads = _corrected(zero_shot, icl, ft, i, row, key, baselines)
+        if aligned is not None and products is not None:
+            if example < KENDALL_EXAMPLES:
+                context = np.stack([layer[i, PAPER][:, aligned.context].sum(0) for layer in icl.logits])
+                paper |= _attention(context, products[0][i], aligned.lengths, key, False, baselines)
+            context = np.stack([layer[i, PREDICTING][:, aligned.context] for layer in icl.logits])
+            found = _attention(context, products[1][i], aligned.lengths, key, True, baselines)
+            heads["kendall"] = found["kendall"]
+            corrected |= {name: _mean(value) for name, value in found.items()}
+        for name, value in weights.items():
+            corrected[name] = _mean(value[i])
+        if "dw_similarity" in weights:
+            heads["dw_similarity"] = weights["dw_similarity"][i]
+        if baselines:
+            corrected |= _relaxation(zero_shot, icl, ft, i)
+        for part, values in (("paper", paper), ("corrected", corrected), ("heads", heads)):
+            into[part].add(example, values)
+
+
+def _paper(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool) -> Values:
+    h_zs, h_icl, h_ft = (seen.outputs[:, i, PAPER] for seen in (zero_shot, icl, ft))
+    m_zs, m_icl, m_ft = _maps(zero_shot, icl, ft, i, row, PAPER)
+    found: Values = {"simaou": metrics.simaou(h_icl, h_ft, h_zs, normalize=True), "simam": metrics.simam(m_icl, m_ft).mean(-1)}
+    if baselines:
+        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=True)
+        found["simam_before"] = metrics.simam(m_icl, m_zs).mean(-1)
+    return found
+
+
+def _corrected(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool) -> tuple[Values, Values]:
+    h_zs, h_icl, h_ft = (seen.outputs[:, i, PREDICTING] for seen in (zero_shot, icl, ft))
+    m_zs, m_icl, m_ft = _maps(zero_shot, icl, ft, i, row, PREDICTING)
+    heads: Values = {
+        "simam": metrics.simam(m_icl, m_ft),
+        "simam_delta": metrics.simam_delta(m_icl, m_ft, m_zs, noise=NOISE),
+        "simam_delta_centred": metrics.simam_delta(m_icl, m_ft, m_zs, centred=True, noise=NOISE),
+    }
+    if baselines:
+        heads["simam_before"] = metrics.simam(m_icl, m_zs)
+    found: Values = {name: _mean(value) for name, value in heads.items()}
+    found["simaou"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False)
+    if baselines:
+        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=False)
+    return found, heads
+
+
+def _maps(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, position: int) -> list[NDArray[np.float32]]:
+    """(L, H, n) logits over the query's own tokens."""
+    short, long = row.query(position)
+    columns = ((zero_shot, short), (icl, long), (ft, short))
+    return [np.stack([layer[i, position][:, span] for layer in seen.logits]) for seen, span in columns]
+
+
+def _products(ft: Seen, student: Student) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """The finetuned model's attention to training tokens, (N, L, n) as in the authors' code and (N, L, H, n) with one factor D^-0.5."""
+    if student.queries is None:
+        return None
+    heads = ft.logits[0].shape[2]
+    scale = (ft.queries.shape[-1] // heads) ** 0.5
+    tests = [ft.queries[:, :, position].transpose(1, 0, 2) for position in (PAPER, PREDICTING)]
+    return metrics.query_products(student.queries, tests[0]), metrics.query_products(student.queries, tests[1] * scale, heads)
+
+
+def _attention(
+    icl: NDArray[np.float32], ft: NDArray[np.float64], lengths: Sequence[int], key: Sequence[int], corrected: bool, baselines: bool
+) -> Values:
+    found = {"": metrics.training_attention(icl, ft, lengths, corrected)}
+    if baselines:
+        found["_random"] = metrics.random_training_attention(icl, lengths, key, corrected)
+    names = {"kendall": "kendall", "kendall_example": "kendall_example", "recall_at_k": "recall", "recall_at_k_example": "recall_example"}
+    return {name + suffix: getattr(value, field) for suffix, value in found.items() for name, field in names.items()}
+
+
+def _relaxation(zero_shot: Seen, icl: Seen, ft: Seen, i: int) -> Values:
+    """How far attention without softmax is from attention, in context, and SimAOU of the outputs that it would give."""
+    found: Values = {}
+    exact, relaxed = (np.stack([to_numpy(x[i, PREDICTING]) for x in layers]) for layers in (icl.trace.heads, icl.trace.relaxed))
+    found["relaxation_cosine"] = _mean(metrics.cosine(relaxed, exact))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.linalg.norm(relaxed, axis=-1) / np.linalg.norm(exact, axis=-1)
+    found["relaxation_ratio"] = _mean(np.where(np.isfinite(ratio), ratio, np.nan))
+    if icl.trace.relaxed_outputs:
+        h_icl, h_ft, h_zs = (np.stack([to_numpy(x[i, PREDICTING]) for x in seen.trace.relaxed_outputs]) for seen in (icl, ft, zero_shot))
+        found["simaou_relaxed"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False)
+    return found
+
+
+def _mean(values: NDArray[Any]) -> NDArray[Any]:
+    """Over heads, the last axis, without those that have no value."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, values, 0.0).sum(-1) / known.sum(-1))

@@ -1,0 +1,240 @@
+"""What a model answers and what its attention does meanwhile, in one forward pass a batch; and where tokens of two prompts correspond."""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from momentum_lm.icl.finetuning import Diverged, Lesson, finetuned
+from momentum_lm.icl.prompts import Prompts, Request
+from momentum_lm.lm.protocol import LanguageModel
+from momentum_lm.lm.tracing import AttentionTrace, key_value_projections, tracing
+
+Floats = NDArray[np.float32]
+PAPER, PREDICTING = 0, 1  # the two positions of a row that are looked at: the last token of its first choice, and the query's last
+
+
+class TracedModel(LanguageModel, Protocol):
+    """A language model whose module can be looked into and finetuned."""
+
+    @property
+    def model(self) -> Any: ...
+
+
+@dataclass
+class Seen:
+    """One batch of N queries in one setting: ``sums`` as :func:`momentum_lm.icl.scoring.score` gives them, and for L layers and the
+    P = 2 positions outputs (L, N, P, C), logits (one (N, P, H, S) a layer) and queries (L, N, P, H * D); ``trace`` holds the rest."""
+
+    sums: dict[int, list[float]]
+    outputs: Floats
+    logits: list[Floats]
+    queries: Floats
+    trace: AttentionTrace
+
+
+def ask(lm: TracedModel, prompts: Prompts, batch: Sequence[int], prefix: Any, projections: bool = False, relax: bool = False) -> Seen:
+    """Scores the queries of a batch and looks at the attention of each one's first choice.
+
+    ``prefix``: ``lm.encode_prefix(prompts.prefix)``, or None for prompts without. Sums are not finite where the model is broken.
+    """
+    rows = [list(prompts.queries[query][0].tokens) for query in batch]  # one a query, in front; then what they do not answer
+    positions = torch.tensor(
+        [[len(prompts.queries[query][0].tokens) - 1, prompts.queries[query][0].start - 1] for query in batch], dtype=torch.long
+    )
+    wanted: list[tuple[int, int, int]] = []  # (row, column, target)
+    owners: list[tuple[int, int]] = []  # (query, choice) of each
+    for i, query in enumerate(batch):
+        own = [i]
+        for choice, request in enumerate(prompts.queries[query]):
+            given = list(request.tokens[:-1])
+            row = next((r for r in own if rows[r][: len(given)] == given), None)
+            if row is None:
+                rows.append(given)
+                row = len(rows) - 1
+                own.append(row)
+            for column in range(request.start, len(request.tokens)):
+                wanted.append((row, column - 1, request.tokens[column]))
+                owners.append((query, choice))
+    longest = max(map(len, rows))
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    padding = torch.ones(len(rows), longest, dtype=torch.bool)
+    for r, row_tokens in enumerate(rows):
+        tokens[r, : len(row_tokens)] = torch.tensor(row_tokens)
+        padding[r, : len(row_tokens)] = False
+    shift = len(prefix) if isinstance(prefix, tuple) else 0  # such a model reads its prefix again with every row
+    trace = AttentionTrace(positions + shift, projections, relax)
+    place, column_, target = torch.tensor(wanted).unbind(1)
+    with tracing(lm.model, trace):
+        values = lm.log_probs(tokens, padding, place, column_, target, prefix).double().tolist()
+    sums: dict[int, list[float]] = {query: [0.0] * len(prompts.queries[query]) for query in batch}
+    for (query, choice), value in zip(owners, values, strict=True):
+        sums[query][choice] += value
+    logits = [to_numpy(layer) for layer in trace.logits]
+    return Seen(sums, stacked(trace.outputs), logits, stacked(trace.queries), trace)
+
+
+def to_numpy(tensor: Tensor) -> Floats:
+    """float32 on the CPU."""
+    return tensor.detach().float().cpu().numpy()
+
+
+def stacked(layers: Sequence[Tensor]) -> Floats:
+    """One array with the layers in front."""
+    return np.stack([to_numpy(layer) for layer in layers])
+
+
+def unshared(prompts: Prompts) -> Prompts:
+    """The same prompts, each of them whole."""
+    head = array("i", prompts.prefix)
+    queries = [[Request(head + request.tokens, request.start + len(head)) for request in query] for query in prompts.queries]
+    return Prompts([], queries, prompts.shots)
+
+
+def common_suffix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens with which both end."""
+    count = 0
+    for x, y in zip(reversed(a), reversed(b), strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Where the demonstrations' tokens stand: ``context`` indices in the prompt; ``kept[i]`` the slice of lesson i's own tokens that is
+    found there (all of them, unless a tokenizer joins what stands at a seam)."""
+
+    context: NDArray[np.int64]
+    kept: list[slice]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each demonstration."""
+        return [span.stop - span.start for span in self.kept]
+
+
+def align(prompt: Sequence[int], demonstrations: Sequence[Sequence[int]], begin: int) -> Aligned | None:
+    """Finds each demonstration's tokens in the prompt, in order, from ``begin`` on; None where a tokenizer makes them too different."""
+    found: list[int] = []
+    kept: list[slice] = []
+    place = begin
+    for tokens in demonstrations:
+        trims = sorted(((i, j) for i in range(3) for j in range(3) if i + j < len(tokens)), key=sum)
+        hit = None
+        for first, last in trims:
+            part = list(tokens[first : len(tokens) - last])
+            window = range(place, min(place + 8, len(prompt) - len(part) + 1))  # separators are short
+            start = next((s for s in window if list(prompt[s : s + len(part)]) == part), None)
+            if start is not None:
+                hit = start, slice(first, len(tokens) - last)
+                break
+        if hit is None:
+            return None
+        start, span = hit
+        found += range(start, start + span.stop - span.start)
+        kept.append(span)
+        place = start + span.stop - span.start
+    return Aligned(np.array(found, dtype=np.int64), kept)
+
+
+class Learned:
+    """Weights after finetuning, kept beside the model's own and put in their place only for as long as :meth:`applied` lasts.
+
+    queries: per lesson and layer (T, H * D), if kept; losses: before each step.
+    """
+
+    def __init__(
+        self, lm: TracedModel, lessons: Sequence[Lesson], rate: float, parameters: str, layerwise: bool = False, keep_queries: bool = False
+    ) -> None:
+        with finetuned(lm.model, lessons, rate, parameters, layerwise, keep_queries) as done:
+            self._parameters = done.parameters
+            self._values = [parameter.detach().clone() for parameter in done.parameters]
+        self.losses, self.queries = done.losses, done.queries
+        if not all(bool(torch.isfinite(value).all()) for value in self._values):
+            raise Diverged(f"weights are no longer finite after {len(self.losses)} steps at learning rate {rate:g}")
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with these weights. Tensors change places, so that what was there is there again, to the bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self._parameters):
+            parameter.data, self._values[i] = self._values[i], parameter.data
+
+    def update(self, model: Any) -> list[tuple[Tensor, ...]]:
+        """Per layer the change of key weight, key bias, value weight and value bias (zeros where there is none); nothing for a model
+        without such projections."""
+        pairs = key_value_projections(model)
+        before = [_weights(pair) for pair in pairs]
+        with self.applied():
+            after = [_weights(pair) for pair in pairs]
+        return [tuple(b - a for a, b in zip(one, other, strict=True)) for one, other in zip(before, after, strict=True)]
+
+
+def _weights(pair: tuple[nn.Module, nn.Module]) -> tuple[Tensor, ...]:
+    found: list[Tensor] = []
+    for module in pair:
+        weight: Any = module.weight
+        bias: Any = getattr(module, "bias", None)
+        found += [weight.detach().float(), weight.new_zeros(weight.shape[0]).float() if bias is None else bias.detach().float()]
+    return tuple(found)
+
+
+def demonstration_matrices(lm: TracedModel, context: Sequence[int], begin: int, heads: int, seed: Sequence[int]) -> tuple[Floats, Floats]:
+    """dW_ICL of every layer and key/value head, (L, G, D, D), of the prompt's tokens from ``begin`` on: all demonstrations. Also what
+    the same keys and values give when the keys are dealt out among the tokens at random."""
+    trace = AttentionTrace(torch.tensor([[len(context) - 1]]), projections=True)
+    with tracing(lm.model, trace):
+        _run(lm, context)
+    order = torch.from_numpy(np.random.default_rng(list(seed)).permutation(len(context) - begin))
+    found: list[list[Floats]] = [[], []]
+    for keys, values in zip(trace.keys, trace.values, strict=True):
+        k, v = (x[0, begin:].float().unflatten(-1, (heads, -1)) for x in (keys, values))
+        for kept, dealt in zip(found, (k, k[order.to(k.device)]), strict=True):
+            kept.append(to_numpy(torch.einsum("tgd,tge->gde", v, dealt)))
+    return np.array(found[0]), np.array(found[1])
+
+
+def _run(lm: TracedModel, tokens: Sequence[int]) -> None:
+    row = torch.tensor([list(tokens)])
+    last = torch.tensor([len(tokens) - 1])
+    lm.log_probs(row, torch.zeros_like(row, dtype=torch.bool), torch.tensor([0]), last, row[0, -1:], None)
+
+
+def finetuning_similarity(
+    zero_shot: AttentionTrace, update: Sequence[tuple[Tensor, ...]], icl: Floats, spans: Sequence[tuple[int, int]]
+) -> Floats:
+    """cos(dW_ICL, dW_FT) in the Frobenius inner product, (N, L, G): per example, layer and key/value head.
+
+    dW_FT = (W_V + dW_V) X X^T (W_K + dW_K)^T - W_V X X^T W_K^T (Eq. 13) as V^T dK + dV^T (K + dK), which has no difference of large terms;
+    X are the tokens from spans[n][0] up to spans[n][1] of the zero-shot row. icl (L, G, D, D). NaN for a zero update.
+    """
+    result = []
+    groups = icl.shape[1]
+    for layer, changes in enumerate(update):
+        inputs, keys, values = (found[layer][: len(spans)].float() for found in (zero_shot.inputs, zero_shot.keys, zero_shot.values))
+        columns = torch.arange(inputs.shape[1])
+        mask = torch.stack([(columns >= first) & (columns < end) for first, end in spans])[..., None].to(inputs.device)
+        change_k, change_v = F.linear(inputs, *changes[:2]) * mask, F.linear(inputs, *changes[2:]) * mask
+        k, v, dk, dv = (x.unflatten(-1, (groups, -1)) for x in (keys * mask, values * mask, change_k, change_v))
+        matrices = torch.einsum("ntgd,ntge->ngde", v, dk) + torch.einsum("ntgd,ntge->ngde", dv, k + dk)
+        flat, other = to_numpy(matrices).reshape(len(spans), groups, -1), icl[layer].reshape(groups, -1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            result.append((flat * other).sum(-1) / (np.linalg.norm(flat, axis=-1) * np.linalg.norm(other, axis=-1)))
+    return np.stack(result, axis=1)

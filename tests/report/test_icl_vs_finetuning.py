@@ -1,0 +1,225 @@
+"""Estimates by hand; tables, page, pictures and events read back."""
+
+import copy
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from momentum_lm.analysis.statistics import t_interval, wilson_interval
+from momentum_lm.errors import UserError
+from momentum_lm.report import finetuning_summary as f
+from momentum_lm.report import icl_vs_finetuning as r
+from momentum_lm.report import published as p
+from momentum_lm.report.figures import draw, to_pixels, to_svg
+from momentum_lm.report.layer_figures import heads_panel, overlap_panel
+
+
+def by_name(table, column):
+    at = list(table.columns).index(column)
+    return {row[at]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+
+
+def run(simaou=(0.1, 0.3), seed=1, random=(0.0, 0.0), **more):
+    ends = [[v - 0.05, v + 0.15] if v is not None else None for v in simaou]
+    return {"dataset": "sst2", "seed": seed, "shots": 4, "num_examples": 50, "finetune_lr": 0.01,
+            "accuracy": {"zero_shot": 0.5, "in_context": 0.8, "finetuned": 0.6}, "rec2ftp": 0.75, "rec2ftp_ci95": [0.5, 0.9],
+            "rec2ftp_chance": 0.6, "cells": [[[5, 2], [10, 8]], [[1, 2], [3, 19]]], "paper": {"simaou": [0.4, 0.6]},
+            "corrected": {"simaou": list(simaou), "simaou_random": list(random)}, "corrected_ci95": {"simaou": ends},
+            "baselines": {"untrained": {"corrected": {"simaou": [0.1, 0.1]}}, "lcgd": None}, **more}  # fmt: skip
+
+
+def test_metric_is_the_mean_over_layers_then_over_seeds():
+    runs = [run((0.1, 0.3)), run((0.2, None), seed=2), run((0.4, 0.8), seed=3)]
+    found = f.metric(runs, "simaou")
+    expected = t_interval([0.2, 0.2, 0.6])
+    assert found["mean"] == pytest.approx(1 / 3) and found["over"] == "seeds" and found["num"] == 3
+    assert found["ci95"] == pytest.approx([expected.low, expected.high])
+    assert f.metric(runs, "kendall") == {"mean": None, "ci95": None, "over": None, "sd": None, "min": None, "max": None, "num": 0}
+
+
+def test_one_seed_has_the_interval_over_examples():
+    found = f.metric([run((0.1, 0.3, None))], "simaou")
+    assert found["mean"] == pytest.approx(0.2) and found["over"] == "examples" and found["sd"] is None
+    assert found["ci95"] == pytest.approx([0.15, 0.35])
+    assert f.metric([run()], "simaou", "paper")["ci95"] is None  # no interval was recorded
+    gap = f.difference([run()], "simaou", "untrained")
+    assert gap["mean"] == pytest.approx(0.1) and gap["ci95"] == pytest.approx([0.05, 0.25])
+    band = f.bands([run((0.1, None))], "simaou", "corrected")
+    np.testing.assert_allclose(band, [[0.1, np.nan], [0.05, np.nan], [0.25, np.nan]])
+
+
+def test_differences_are_paired_by_seed():
+    runs = [run((0.2 + x, 0.2 + x), seed=s, random=(x, x + 0.01 * s)) for s, x in enumerate((0.0, 0.3, 0.6))]
+    gap = f.difference(runs, "simaou", "random")  # seeds differ by far more than the metric from its control
+    expected = t_interval([0.2, 0.195, 0.19])
+    assert gap["ci95"] == pytest.approx([expected.low, expected.high]) and f.place(gap) == "above"
+    assert f.place(f.difference(runs, "simaou", "untrained")) == "level"
+    assert f.difference(runs, "simaou", "lcgd")["num"] == 0  # it diverged
+
+
+@pytest.mark.parametrize(("ends", "side"), [([0.01, 0.2], "above"), ([-0.2, -0.01], "below"), ([-0.1, 0.1], "level"), (None, "unknown")])
+def test_place(ends, side):
+    assert f.place({"ci95": ends}) == side
+
+
+def test_summary():
+    runs = [run(seed=s, simaou=(0.1 * s, 0.1)) for s in (1, 2)] + [run(dataset="trec", rec2ftp=None, rec2ftp_ci95=None)]
+    found = f.summary(runs)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    entry = found["sst2"]["4"]
+    assert entry["num_seeds"] == 2 and entry["num_examples"] == 50
+    wilson = wilson_interval(25, 50)
+    assert entry["accuracy"]["zero_shot"]["ci95"] == [wilson.low, wilson.high]
+    assert entry["rec2ftp"]["mean"] == 0.75 and entry["rec2ftp"]["ci95"] == [0.5, 0.9]
+    assert entry["corrected"]["simaou"]["mean"] == pytest.approx(0.125) and entry["paper"]["simaou"]["mean"] == 0.5
+    assert entry["baselines"] == {"untrained": {"simaou": f.metric(runs[:2], "simaou", control="untrained")}, "lcgd": {}}
+    assert entry["differences"]["simaou"]["untrained"]["mean"] == pytest.approx(0.025)
+    assert found["trec"]["4"]["rec2ftp"]["mean"] is None
+
+
+def test_baselines_may_hold_their_metrics_directly():
+    flat = run(baselines={"untrained": {"simaou": [0.1, 0.3]}})
+    assert f.over_layers(flat, "simaou", control="untrained") == pytest.approx(0.2)
+    assert f.over_layers(flat, "simaou", "paper", "untrained") is None
+
+
+def test_verdicts_follow_the_intervals():
+    clear = " ".join(f.verdict([run()]))
+    assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
+    assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 75.0% (50.0 to 90.0)." in clear
+    assert "60.0% of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
+    assert "SimAOU, corrected, is 0.200 (0.150 to 0.350) (0.500 in the authors' form): above random (0.000), untrained (0.100)." in clear
+    low = " ".join(f.verdict([run((0.0, 0.1), rec2ftp_ci95=[0.65, 0.9])]))
+    assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
+    nothing = run(rec2ftp=None, rec2ftp_ci95=None, cells=[[[5, 0], [10, 0]], [[1, 2], [3, 19]]])
+    assert "nothing for Rec2FTP to recover" in " ".join(f.verdict([nothing]))
+    (predictions, simaou) = f.headlines([run(), run((0.0, 0.1), dataset="trec")])
+    assert "in 0 of 2 settings" in predictions
+    assert "0.050 to 0.200" in simaou and "against random in 1 of 2, untrained in 1 of 2 settings" in simaou
+
+
+def test_no_minus_before_zero():
+    assert f.three(-0.0001) == "0.000" and f.three(-0.0006) == "-0.001"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "model", "average"),
+    [("rec2ftp", "1.3B", 85.56), ("rec2ftp", "2.7B", 89.39), ("simaou", "1.3B", 0.186), ("simaou", "2.7B", 0.225),
+     ("simam", "1.3B", 0.442), ("simam", "2.7B", 0.434), ("simam_before", "1.3B", 0.338), ("simam_before", "2.7B", 0.355),
+     ("kendall", "1.3B", 0.193), ("kendall", "2.7B", 0.214)],
+)  # fmt: skip
+def test_published_numbers_have_the_published_averages(quantity, model, average):
+    values = [p.published(quantity, model, dataset) for dataset in p.DATASETS]
+    assert np.mean(values) == pytest.approx(average, abs=0.006 if quantity == "rec2ftp" else 0.0011)
+    with pytest.raises(KeyError):
+        p.published(quantity, model, "trec")
+
+
+def test_tables(analysed):
+    runs = [analysed(seed=s) for s in (1, 2, 3)] + [analysed("trec", seed=s) for s in (1, 2, 3)]
+    table = r.results_table(runs)
+    assert len(table.rows) == 24 and [row[0] for row in table.rows] == ["sst2"] * 12 + ["trec"] * 12
+    row = by_name(table, "metric")["SimAOU"]  # trec's, the last
+    assert row["corrected"] == f.number(f.metric(runs[3:], "simaou"))
+    assert row["authors' form"] == f.number(f.metric(runs[3:], "simaou", "paper"))
+    assert row["untrained"] == f.three(f.metric(runs[3:], "simaou", control="untrained")["mean"])
+    assert list(table.columns).count("its control") == 2 and "before" in by_name(table, "metric")["SimAM"]["its control"]
+    gaps = by_name(r.difference_table(runs[:3]), "corrected, minus")["SimAOU"]
+    gap = f.difference(runs[:3], "simaou", "shuffled_labels")
+    assert gaps["shuffled labels"] == f"{gap['mean']:+.3f} ({gap['ci95'][0]:+.3f} to {gap['ci95'][1]:+.3f})"
+    first = by_name(r.accuracy_table(runs), "dataset")["sst2"]
+    cells = f.cells(runs[:3])
+    assert first["recovered"] == f"{cells[0, 1, 1]} of {cells[0, :, 1].sum()}" and first["learning rates"] == "0.003"
+    beside = by_name(r.paper_table(runs), "")
+    assert {row["dataset"] for row in beside.values()} == {"sst2"}
+    assert (beside["SimAOU"]["paper, 1.3B"], beside["SimAOU"]["paper, 2.7B"]) == ("0.110", "0.195")
+    assert beside["accuracy, in context"]["paper, 2.7B"] == "95.0%" and beside["SimAM, before finetuning"]["paper, 1.3B"] == "0.555"
+    assert beside["Kendall, tokens, random"]["here, authors' form"] == f.number(f.metric(runs[:3], "kendall", "paper", "random"))
+    assert r.paper_table(runs[3:]) is None
+
+
+def test_report(write_analysis, analysed):
+    runs = [analysed(seed=s) for s in (1, 2)] + [analysed("trec")]
+    folder = write_analysis(runs)
+    table = r.write_report(folder)
+    assert table == r.results_table(runs)
+    kinds = ("layers", "layers-paper", "heads", "overlap")
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {f"{kind}-{stem}.png" for kind in kinds for stem in ("sst2-4shot", "trec-4shot")}
+    for name in pictures:
+        pixels = np.asarray(Image.open(io.BytesIO((folder / name).read_bytes())).convert("L"))
+        assert pixels[0, 0] == 255 and pixels.std() > 5, name
+    page = (folder / "report.html").read_text()
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings == ["What this says", "Predictions", "sst2, 4 shots", "trec, 4 shots", "Beside the paper", "How it was measured",
+                        "Every run", "Configuration", "How to run it again"]  # fmt: skip
+    # per setting: 12 panels corrected, 6 in the authors' form, 3 of heads, 1 of predictions
+    assert page.count("<svg") == 2 * (12 + 6 + 3 + 1)
+    for text in ("models/analysis", "3 runs</summary>", "fairseq-eval --task y", "arXiv 2212.10559 v3", "shuffled labels", "LCGD",
+                 "2 seeds together", "finetuning repairs", *f.verdict(runs[2:])[:1]):  # fmt: skip
+        assert text in page, text
+    assert not re.findall(r"(?:src|href)=[\"'](?!#)", page)
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    curve = {e.step: e.value for e in events.Scalars("sst2-4shot/corrected/simam_delta")}
+    expected = np.mean([np.array(run["corrected"]["simam_delta"][1:]) for run in runs[:2]], axis=0)
+    assert list(curve) == [2, 3, 4, 5, 6] and list(curve.values()) == pytest.approx(expected.tolist())  # undefined in the first layer
+    untrained = [e.value for e in events.Scalars("trec-4shot/corrected/simaou/untrained")]
+    assert untrained == pytest.approx(runs[2]["baselines"]["untrained"]["corrected"]["simaou"])
+    assert len(events.Scalars("trec-4shot/paper/kendall/random")) == 6
+    (value,) = events.Scalars("hparam/sst2-4shot/rec2ftp")
+    assert value.value == pytest.approx(np.mean([run["rec2ftp"] for run in runs[:2]]))
+    assert set(events.Tags()["images"]) == {name.removesuffix(".png") for name in pictures}
+    image = Image.open(io.BytesIO(events.Images("overlap-sst2-4shot")[0].encoded_image_string))
+    assert image.size == (540, 440)
+
+
+def test_report_of_the_least_there_can_be(write_analysis, analysed):
+    """One seed, no control, no heads, nothing to recover."""
+    bare = copy.deepcopy(analysed("trec", controls=()))
+    bare |= {"rec2ftp": None, "rec2ftp_ci95": None, "rec2ftp_chance": None, "heads": {}, "baselines": {}}
+    bare["rec2ftp_counts"]["cells"] = [[[0, 0], [0, 0]], [[10, 10], [10, 70]]]
+    folder = write_analysis([bare])
+    r.write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert "nothing to recover" in page and "zero-shot is right about every example" in page and "Beside the paper" not in page
+    assert not list(folder.glob("heads-*"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "texts"),
+    [
+        (((5, 3), (2, 7)), ["10 of 17", "7 of 17", "52.9%"]),
+        (((9, 0), (1, 0)), ["10 of 10", "10.0%"]),
+        (((0, 4), (0, 6)), ["10 of 10", "60.0%"]),
+    ],
+)
+def test_overlap(wrong, texts):
+    svg = to_svg(draw(overlap_panel([wrong, [[1, 1], [1, 1]]])))
+    for text in texts:
+        assert text in svg, text
+
+
+def test_overlap_areas_are_counts():
+    """The darkest blue is what both repair."""
+    pixels = to_pixels(draw(overlap_panel([[[10, 10], [10, 70]], [[0, 0], [0, 0]]]), size=(6, 6))).astype(int)
+    blue = (pixels[..., 2] - pixels[..., 0]) > 60
+    orange = (pixels[..., 0] - pixels[..., 2]) > 60
+    assert blue.sum() / orange.sum() == pytest.approx(7, rel=0.06)
+
+
+def test_heads_show_sign_and_size():
+    svg = to_svg(draw(heads_panel([[0.5, -0.25], [None, 0.0]])))
+    assert "+0.5" in svg and "−0.5" in svg
+    assert to_svg(draw(heads_panel([[None, None]])))  # nothing defined
+
+
+def test_other_tasks_are_refused(write_results):
+    with pytest.raises(UserError, match="holds results of icl_classification, and not of icl_finetune_analysis"):
+        r.write_report(write_results(datasets=("mr",), shots=(0,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -60,6 +61,27 @@ def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{flag} {os.fspath(folder)} cannot be written: {error.strerror or error}; choose another folder") from error
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps other programs that ask for the same out of ``folder`` meanwhile; the lock ends with this process, however it ends.
+
+    Raises UserError if another one has it: perhaps a worker that outlived its killed launcher.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder} is being written by process {file.read().strip()}; wait until it ends, or end it") from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from momentum_lm.errors import UserError, main_guard
-from momentum_lm.files import NPZ_ERRORS, atomic_write, check_writable, naming, write_json
+from momentum_lm.files import NPZ_ERRORS, atomic_write, check_writable, locked, naming, write_json
 
 
 def told(work, capsys):
@@ -84,3 +86,16 @@ def test_json_is_whole_or_as_before(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    other = "import sys, time; from momentum_lm.files import locked\nwith locked(sys.argv[1]): print('has it', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", other, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "has it\n"
+    refused = pytest.raises(UserError, match=rf"out is being written by process {process.pid}; wait until it ends, or end it")
+    with refused, locked(tmp_path / "out"):
+        pass
+    process.kill()  # as kill -9
+    process.wait()
+    with locked(tmp_path / "out"):
+        pass

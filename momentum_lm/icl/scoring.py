@@ -19,7 +19,7 @@ from momentum_lm.lm.protocol import LanguageModel
 from .prompts import Prompts, Request
 
 CPU_MEMORY = 256 << 20  # bytes that a batch may take beside the model and the cache
-CPU_TOKENS = 1024  # more at once are not faster on a CPU
+CPU_TOKENS = 256  # more at once are not faster on a CPU
 GPU_SHARE = 0.4  # of the memory that is free when scoring begins
 
 

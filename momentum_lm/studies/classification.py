@@ -28,7 +28,7 @@ from momentum_lm.analysis.classification import accuracy, confusion_matrix, macr
 from momentum_lm.analysis.statistics import wilson_interval
 from momentum_lm.data.classification import Example, LabelledDataset
 from momentum_lm.errors import UserError
-from momentum_lm.files import write_json
+from momentum_lm.files import locked, write_json
 from momentum_lm.icl import calibration, scoring
 from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query
@@ -190,7 +190,7 @@ def evaluate(
     """
     form = settings.form(lm)
     questions = {data.spec.name: Questions(lm, data, settings) for data in datasets}
-    with Processes() as processes:
+    with Processes() as processes, contextlib.ExitStack() as stack:
         recorder, todo = None, None
         if processes.first:
             config = configuration(lm, datasets, settings, form, command)
@@ -199,7 +199,8 @@ def evaluate(
         todo = processes.from_first(todo) or []
         for unit in todo:
             questions[unit.dataset].check(form, unit)
-        if processes.first:
+        if processes.first and todo:
+            stack.enter_context(locked(folder))
             for name in dict.fromkeys(unit.dataset for unit in todo):
                 _warn(questions[name], settings)
         total = sum(questions[unit.dataset].size for unit in todo)

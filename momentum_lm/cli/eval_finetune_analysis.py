@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import shlex
 import sys
-from typing import TYPE_CHECKING
 
 from momentum_lm.errors import UserError
 
 from .eval_classification import add_question_arguments, add_speed_arguments, load_datasets, settings_from
 from .options import add_model_arguments, add_output_arguments, choices, load_model
-
-if TYPE_CHECKING:
-    from momentum_lm.report.tables import Table
 
 CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd", "all_parameters")
 LARGE = 1_000_000_000  # parameters from which on a second, untrained, model is only loaded if asked for
@@ -58,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Analyses, writes the report, prints its table."""
     import dataclasses
 
+    from momentum_lm.report.icl_vs_finetuning import write_report
     from momentum_lm.studies import icl_vs_finetuning as study
 
     if args.lr_examples < 1:
@@ -78,35 +74,9 @@ def run(args: argparse.Namespace) -> int:
     settings = dataclasses.replace(settings, controls=tuple(names))
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
     if study.analyse(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force):
-        print(_table(args.results_dir).text())
+        print(write_report(args.results_dir).text())
+        print(f"\n{args.results_dir}/report.html")
     return 0
-
-
-def _table(folder: str) -> Table:
-    """The report's table; where this installation has no report for the task, the summary's means."""
-    if importlib.util.find_spec("momentum_lm.report.icl_vs_finetuning"):
-        table: Table = importlib.import_module("momentum_lm.report.icl_vs_finetuning").write_report(folder)
-        return table
-    from momentum_lm.report.records import read_results
-    from momentum_lm.report.tables import Table
-
-    rows = []
-    for dataset, by_shots in read_results(folder)["summary"].items():
-        for shots, entry in by_shots.items():
-            cells = [dataset, shots, str(entry["num_seeds"])]
-            cells += [_number(entry["accuracy"][setting]) for setting in ("zero_shot", "in_context", "finetuned")]
-            cells.append(_number(entry["rec2ftp"]))
-            names = (("paper", "simaou"), ("corrected", "simaou"), ("paper", "simam"), ("corrected", "simam_delta"), ("paper", "kendall"),
-                     ("corrected", "kendall"))  # fmt: skip
-            cells += [_number(entry[part].get(name)) for part, name in names]
-            rows.append(cells)
-    columns = ["data", "shots", "seeds", "zero-shot", "in context", "finetuned", "Rec2FTP", "SimAOU paper", "corrected", "SimAM paper",
-               "delta", "Kendall paper", "corrected"]  # fmt: skip
-    return Table(columns, rows)
-
-
-def _number(spread: dict[str, float | None] | None) -> str:
-    return "" if spread is None or spread["mean"] is None else f"{spread['mean']:.3f}"
 
 
 def rates(text: str) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 from momentum_lm.files import atomic_write
 
@@ -187,11 +188,10 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(file, format="png", dpi=150, facecolor="white", metadata={"Software": None})
 
 
-def to_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """The picture on a white ground: (height, width, 3), red, green, blue."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+def read_png(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """What :func:`save_png` wrote: (height, width, 3), red, green, blue."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def to_svg(figure: Figure) -> str:

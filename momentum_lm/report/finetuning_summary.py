@@ -71,16 +71,17 @@ def over_layers(run: Run, metric: str, part: str = "corrected", control: str | N
 
 
 def bands(runs: Sequence[Run], metric: str, part: str, control: str | None = None) -> NDArray[np.float64] | None:
-    """Mean, low and high by layer, (3, L): Student's interval over seeds; for one seed that of the run over its examples, if it has one."""
-    rows = [row for row in (layers(run, metric, part, control) for run in runs) if row is not None]
+    """Mean, low and high by layer, (3, L): Student's interval over seeds; for one seed its own over examples, if recorded."""
+    found = [(run, row) for run in runs if (row := layers(run, metric, part, control)) is not None]
+    rows = [row for _, row in found]
     if not rows or all(np.isnan(row).all() for row in rows):
         return None
     if len(rows) > 1:
         spread = spread_over_seeds(np.stack(rows)).bands
         return np.stack([spread.estimate, spread.low, spread.high])
-    ends = None
-    if control in (None, "random", "before"):
-        ends = runs[0].get(f"{part}_ci95", {}).get(metric if control is None else f"{metric}_{control}")
+    own = control in (None, "random", "before")
+    source = found[0][0] if own else found[0][0]["baselines"][control]
+    ends = source.get(f"{part}_ci95", {}).get(f"{metric}_{control}" if own and control else metric)
     low_high = _ends(ends) if ends else np.full((2, rows[0].size), np.nan)
     return np.stack([rows[0], *low_high])
 
@@ -195,15 +196,8 @@ def headlines(runs: Sequence[Run]) -> list[str]:
                 counts.append(f"{title} in {places.count('above')} of {len(places)}")
         values = [value["mean"] for chosen in groups if (value := metric(chosen, name))["mean"] is not None]
         if values:
-            line = f"{METRICS[name]}, corrected: {_range(values)}; "
-            sentences.append(
-                line
-                + (
-                    f"its whole difference interval is above zero against {', '.join(counts)} settings."
-                    if counts
-                    else "no control was run."
-                )
-            )
+            found = f"the interval of its difference is above zero against {', '.join(counts)} settings" if counts else "no control was run"
+            sentences.append(f"{METRICS[name]}, corrected: {_range(values)}; {found}.")
     return sentences
 
 
@@ -225,7 +219,7 @@ def verdict(runs: Sequence[Run]) -> list[str]:
             continue
         authors = metric(runs, name, "paper")["mean"] if name == "simaou" else None
         text = f"{METRICS[name]}, corrected, is {number(value)}"
-        text += f" ({three(authors)} in the authors' form)" if authors is not None else ""
+        text += f", and {three(authors)} in the authors' form" if authors is not None else ""
         sides: dict[str, list[str]] = {}
         for control, title in NULLS.items():
             gap = difference(runs, name, control)
@@ -262,8 +256,8 @@ def number(value: Estimate, percent: bool = False) -> str:
 
 
 def three(value: float) -> str:
-    """Three decimals, and no minus before a zero."""
-    return f"{round(value, 3) + 0.0:.3f}"
+    """Three decimals, none from a hundred on, and no minus before a zero."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{round(value, 3) + 0.0:.3f}"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -30,7 +30,9 @@ figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: bloc
 .gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 0.2rem 1.6rem; }
 figcaption, .note { color: var(--soft); font-size: 0.9rem; } details { margin: 0.4rem 0; } summary { cursor: pointer; }
 pre { background: var(--panel); padding: 0.7rem; white-space: pre-wrap; border-radius: 4px; font-size: 0.85rem; }
-@media print { figure, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 0.7rem; } }
+@media print {
+  figure, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 0.7rem; } th, td { white-space: normal; }
+}
 """
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .common import read_runs, replace_events
-from .figures import Panel, draw, save_png, to_pixels, to_svg
+from .figures import Panel, draw, read_png, save_png, to_svg
 from .finetuning_summary import (
     CONTROLS,
     METRICS,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["TASK", "summary", "write_report"]
 
 HEADS = ("simam_delta_centred", "simam_delta", "kendall", "dw_similarity")
+_HEADS_ARE = {"dw_similarity": "key/value head"}
 _MAIN = "ICL and FT"
 _OWN = ("random", "before")  # controls that are metrics of the run itself, and of which a metric has one
 _LOOKS = {name: place for place, name in enumerate(("random", "untrained", "shuffled_labels", "lcgd", "all_parameters"), 1)}
@@ -151,12 +152,12 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
         "Predictions": [accuracy_table(runs)],
     }
     beside = paper_table(runs)
-    pictures: dict[str, Figure] = {}
+    pictures: list[str] = []
     for (dataset, shots), chosen in groups.items():
         found = _pictures(chosen, f"{dataset}-{shots}shot")
         for name, figure in found.items():
             save_png(figure, folder / f"{name}.png")
-        pictures |= found
+        pictures += found
         sections[f"{dataset}, {shots} shots"] = _section(chosen)
     if beside is not None:
         note = f"Source: {SOURCE}: models of 1.3B and 2.7B parameters, one seed a cell, seed and learning rate chosen on these examples."
@@ -186,7 +187,7 @@ def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str,
 def panels(runs: Sequence[Run], part: str = "corrected") -> dict[str, Panel]:
     """{metric: panel of its lines over layers}, of the metrics that the runs have."""
     found = {name: curves(runs, name, part) for name in METRICS}
-    return {name: layer_panel(lines, METRICS[name]) for name, lines in found.items() if _MAIN in lines}
+    return {name: layer_panel(lines, METRICS[name], log=name == "relaxation_ratio") for name, lines in found.items() if _MAIN in lines}
 
 
 def _pictures(runs: Sequence[Run], stem: str) -> dict[str, Figure]:
@@ -207,8 +208,8 @@ def _section(runs: Sequence[Run]) -> list[Part]:
     together = f" {len(runs)} seeds together." if len(runs) > 1 else ""
     overlap = Picture(
         to_svg(draw(overlap_panel(counts), size=(5.4, 4.4))),
-        "Zero-shot's errors: by column whether finetuning repairs them, dark what ICL repairs; areas are numbers of examples. The left "
-        f"column's dark height is Rec2FTP. {spoiled}{together}",
+        "Zero-shot's errors: by column whether finetuning repairs them, in strong colour what ICL repairs; areas are numbers of "
+        f"examples. The height of the strong blue is Rec2FTP. {spoiled}{together}",
     )
     parts: list[Part] = [
         Points(verdict(runs)),
@@ -233,7 +234,7 @@ def _layer_picture(panel: Panel, title: str, form: str) -> Picture:
 
 def _head_panels(runs: Sequence[Run]) -> dict[str, Panel]:
     tables = {name: mean_heads(runs, name) for name in HEADS}
-    return {name: heads_panel(table, METRICS[name]) for name, table in tables.items() if table is not None}
+    return {name: heads_panel(table, METRICS[name], _HEADS_ARE.get(name, "head")) for name, table in tables.items() if table is not None}
 
 
 def _controls(runs: Sequence[Run]) -> list[str]:
@@ -303,7 +304,7 @@ def _runs_table(runs: Sequence[Run]) -> Table:
     return Table(["dataset", "shots", "seed", "learning rate", *SETTINGS.values(), "Rec2FTP", *names], rows)
 
 
-def _write_events(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, Figure]) -> None:
+def _write_events(folder: Path, results: Mapping[str, Any], pictures: Sequence[str]) -> None:
     """Scalars over layers: <dataset>-<shots>shot/<part>/<metric>, with the control's name after it; the figures; summaries for HParams."""
 
     def write(log: TrainingLog) -> None:
@@ -324,8 +325,8 @@ def _write_events(folder: Path, results: Mapping[str, Any], pictures: Mapping[st
                             final[tag] = metric(chosen, name, part)["mean"]
             values = {setting: accuracy(chosen, setting)["mean"] for setting in SETTINGS} | {"rec2ftp": rec2ftp(chosen)["mean"]}
             final |= {f"{stem}/{name}": value for name, value in values.items() if value is not None}
-        for name, figure in pictures.items():
-            log.image(name, to_pixels(figure))
+        for name in pictures:
+            log.image(name, read_png(folder / f"{name}.png"))
         log.hparams_with_metrics(final, 0)
 
     config = {key: value for key, value in results["config"].items() if key not in ("datasets", "command")}

@@ -26,13 +26,13 @@ class Curve:
     look: int = 0
 
 
-def layer_panel(curves: Mapping[str, Curve], title: str = "", ylabel: str = "") -> Panel:
-    """A value over layers, numbered from 1: a line and a band for each name; zero is marked."""
+def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False) -> Panel:
+    """A value over layers, numbered from 1: a line and a band for each name; zero is marked, or one on a ``log`` scale."""
 
     def panel(axes: Any) -> None:
-        axes.set(xlabel="layer", ylabel=ylabel)
+        axes.set(xlabel="layer", yscale="log" if log else "linear")
         axes.set_title(title, fontsize=10.5, loc="left")
-        axes.axhline(0, color=_NEUTRAL, linewidth=0.9)
+        axes.axhline(int(log), color=_NEUTRAL, linewidth=0.9)
         for number, (name, curve) in enumerate(curves.items()):
             layers = np.arange(1, len(curve.mean) + 1)
             style, first = line_style(curve.look), number == 0
@@ -58,8 +58,8 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", ylabel: str = "") 
 def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
     """Which of zero-shot's errors finetuning (columns) and in-context learning (rows) put right: areas are numbers of examples.
 
-    cells (2, 2, 2) counts examples by whether zero-shot, in context and finetuned are right. The height of the dark part of the left
-    column is Rec2FTP; were it as high as in the whole, dashed, finetuning's repairs would say nothing about ICL's.
+    cells (2, 2, 2) counts examples by whether zero-shot, in context and finetuned are right. The height of the strong part of the
+    left column is Rec2FTP; were it as high as in the whole, dashed, finetuning's repairs would say nothing about ICL's.
     """
     wrong = np.asarray(cells, dtype=np.float64)[0]  # [icl, ft]
     columns = (("finetuning repairs", wrong[:, 1], COLOURS[0]), ("finetuning does not", wrong[:, 0], COLOURS[1]))
@@ -102,7 +102,7 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
     return panel
 
 
-def heads_panel(values: ArrayLike, title: str = "") -> Panel:
+def heads_panel(values: ArrayLike, title: str = "", xlabel: str = "head") -> Panel:
     """values (L, H), a value for each layer and head: blue above zero, orange below, the stronger the farther; a cross for NaN."""
     table = np.asarray(values, dtype=np.float64)
     finite = np.abs(table[np.isfinite(table)])
@@ -123,7 +123,7 @@ def heads_panel(values: ArrayLike, title: str = "") -> Panel:
         lost = [(h + 1, layer + 1) for layer, h in np.argwhere(~np.isfinite(table))]
         if lost:
             axes.scatter(*zip(*lost, strict=True), marker="x", s=9, color=_NEUTRAL, linewidth=0.7)
-        axes.set(xlim=(0.5, heads + 0.5), ylim=(0.5, layers + 0.5), xlabel="head", ylabel="layer")
+        axes.set(xlim=(0.5, heads + 0.5), ylim=(0.5, layers + 0.5), xlabel=xlabel, ylabel="layer")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.spines[:].set_visible(True)

@@ -6,6 +6,7 @@ finetuned model in turn; metrics are computed there and then, and nothing larger
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from momentum_lm.data.classification import Example, LabelledDataset
 from momentum_lm.errors import UserError
-from momentum_lm.files import atomic_write
+from momentum_lm.files import atomic_write, locked
 from momentum_lm.icl import scoring
 from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.finetuning import Diverged, Lesson
@@ -92,7 +93,7 @@ def analyse(
     if 0 in asked.shots:
         raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
     form = asked.form(lm)
-    with Processes() as processes:
+    with Processes() as processes, contextlib.ExitStack() as stack:
         units = [Unit(data.spec.name, seed, shots) for data in datasets for shots in asked.shots for seed in asked.seeds]
         todo: list[Unit] | None = None
         if processes.first:
@@ -100,7 +101,8 @@ def analyse(
             predictions = Predictions(results, len(SETTINGS))
             todo = [unit for unit in dict.fromkeys(units) if (unit.dataset, unit.seed, unit.shots) not in predictions.runs]
         todo = processes.from_first(todo) or []
-        other = untrained(lm) if todo and "untrained" in settings.controls else None
+        if processes.first and todo:
+            stack.enter_context(locked(folder))
         loaded = {data.spec.name: data for data in datasets}
         for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
             began = time.perf_counter()
@@ -108,8 +110,8 @@ def analyse(
             rate = study.rate()
             findings = study.findings(lm, rate.rate, True)
             baselines = {name: found for name, found in findings.items() if name != "finetuned"}
-            if other is not None:
-                baselines["untrained"] = study.findings(other, rate.rate, False).get("finetuned")
+            if "untrained" in settings.controls:  # made anew each time: beside it only the model itself is held
+                baselines["untrained"] = study.findings(untrained(lm), rate.rate, False).get("finetuned")
             if processes.first:
                 main = findings["finetuned"]
                 assert main is not None

@@ -73,7 +73,7 @@ def test_partial_evaluation_shows_what_is_scored(folder, capsys):
         (["mr", "--template", "papr"], "mr.yaml: no template 'papr'; there are: paper, code"),
         (["mr", "--shots", "-1"], "error: --shots -1: must not be negative"),
         (["mr", "--shots", "7"], "error: 7 shots (--shots): the training split has no more than 6 examples"),
-        (["winogrande", "--seed", "-1"], "error: seed -1 (--seeds): must not be negative"),
+        (["winogrande", "--seed", "-1"], "error: --seed -1: must not be negative"),
     ],
 )
 def test_mistakes_are_one_line(folder, argv, message, capsys):

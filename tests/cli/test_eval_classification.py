@@ -93,7 +93,8 @@ def test_a_new_data_set_is_one_yaml_file(results, films):
         of_cell = [run["accuracy"] for run in content["runs"] if (str(run["shots"]), run["calibration"]) == (shots, "none")]
         assert cell["mean"] == pytest.approx(sum(of_cell) / 2)
         assert cell["num_seeds"] == 2 and cell["ci95"][0] <= cell["mean"] <= cell["ci95"][1]
-    assert {"report.html", "tensorboard", "samples.json", "accuracy-films.png", "confusion-films.png"} <= {p.name for p in results.iterdir()}
+    files = {path.name for path in results.iterdir()}
+    assert {"report.html", "tensorboard", "samples.json", "accuracy-films.png", "confusion-films.png"} <= files
 
 
 def test_the_same_command_again_computes_nothing(results, command, run_cli, tmp_path):
@@ -206,7 +207,7 @@ CASES = {  # what is done to a copy of the data, changed flags, what is told
     "unknown flag": (None, {"shot": "4"}, "--shot"),
     "results that cannot be written": (in_the_way, {"results_dir": "{films}/file/out"}, "--results-dir {films}/file/out cannot be written"),
     "results of other settings": (None, {"score": "sum", "force": None}, "results.json holds other results (config.score: "),
-    "results of another model": (None, {"model_overrides": "{{'momentum_eta': 0.2}}", "force": None}, "(model.architecture.max_positions: "),
+    "results of another model": (None, {"model_overrides": "{{'momentum_eta': 0.2}}", "force": None}, "(model.architecture.max_po"),
     "damaged results": (damaged, {"force": None}, "results.json is damaged"),
 }
 

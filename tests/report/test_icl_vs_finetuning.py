@@ -15,7 +15,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.report import finetuning_summary as f
 from momentum_lm.report import icl_vs_finetuning as r
 from momentum_lm.report import published as p
-from momentum_lm.report.figures import draw, to_pixels, to_svg
+from momentum_lm.report.figures import draw, read_png, save_png, to_svg
 from momentum_lm.report.layer_figures import heads_panel, overlap_panel
 
 
@@ -93,7 +93,7 @@ def test_verdicts_follow_the_intervals():
     assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
     assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 75.0% (50.0 to 90.0)." in clear
     assert "60.0% of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
-    assert "SimAOU, corrected, is 0.200 (0.150 to 0.350) (0.500 in the authors' form): above random (0.000), untrained (0.100)." in clear
+    assert "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), untrained (0.100)." in clear
     low = " ".join(f.verdict([run((0.0, 0.1), rec2ftp_ci95=[0.65, 0.9])]))
     assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
     nothing = run(rec2ftp=None, rec2ftp_ci95=None, cells=[[[5, 0], [10, 0]], [[1, 2], [3, 19]]])
@@ -103,8 +103,16 @@ def test_verdicts_follow_the_intervals():
     assert "0.050 to 0.200" in simaou and "against random in 1 of 2, untrained in 1 of 2 settings" in simaou
 
 
+def test_a_control_of_one_seed_has_its_own_interval():
+    lone = run(baselines={"untrained": {"corrected": {"simaou": [0.1, 0.2]}, "corrected_ci95": {"simaou": [[0.0, 0.3], None]}}})
+    np.testing.assert_allclose(f.bands([lone], "simaou", "corrected", "untrained"), [[0.1, 0.2], [0.0, np.nan], [0.3, np.nan]])
+    diverged = run(seed=0, baselines={"untrained": None})
+    assert f.bands([diverged, lone], "simaou", "corrected", "untrained")[0].tolist() == [0.1, 0.2]
+    assert f.difference([diverged, lone], "simaou", "untrained")["num"] == 1
+
+
 def test_no_minus_before_zero():
-    assert f.three(-0.0001) == "0.000" and f.three(-0.0006) == "-0.001"
+    assert f.three(-0.0001) == "0.000" and f.three(-0.0006) == "-0.001" and f.three(26993.4) == "26,993"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,7 @@ def test_report(write_analysis, analysed):
     assert value.value == pytest.approx(np.mean([run["rec2ftp"] for run in runs[:2]]))
     assert set(events.Tags()["images"]) == {name.removesuffix(".png") for name in pictures}
     image = Image.open(io.BytesIO(events.Images("overlap-sst2-4shot")[0].encoded_image_string))
-    assert image.size == (540, 440)
+    assert image.size == (810, 660)
 
 
 def test_report_of_the_least_there_can_be(write_analysis, analysed):
@@ -206,9 +214,10 @@ def test_overlap(wrong, texts):
         assert text in svg, text
 
 
-def test_overlap_areas_are_counts():
+def test_overlap_areas_are_counts(tmp_path):
     """The darkest blue is what both repair."""
-    pixels = to_pixels(draw(overlap_panel([[[10, 10], [10, 70]], [[0, 0], [0, 0]]]), size=(6, 6))).astype(int)
+    save_png(draw(overlap_panel([[[10, 10], [10, 70]], [[0, 0], [0, 0]]]), size=(6, 6)), tmp_path / "overlap.png")
+    pixels = read_png(tmp_path / "overlap.png").astype(int)
     blue = (pixels[..., 2] - pixels[..., 0]) > 60
     orange = (pixels[..., 0] - pixels[..., 2]) > 60
     assert blue.sum() / orange.sum() == pytest.approx(7, rel=0.06)

@@ -5,14 +5,12 @@ import gzip
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from momentum_lm.cli.evaluate import main
 from momentum_lm.data.classification import Example, LabelledDataset, load_dataset
 from momentum_lm.data.dictionary import BOS
 from momentum_lm.errors import UserError
@@ -241,15 +239,34 @@ def test_a_model_of_transformers(tokenizer_folder, films, tmp_path, family):
     assert np.shape(found["heads"]["kendall"]) == (2, 4)
 
 
+SCRIPT = """\
+import sys
+from momentum_lm.data.classification import load_dataset
+from momentum_lm.lm.native import load_native
+from momentum_lm.studies import classification
+from momentum_lm.studies.icl_vs_finetuning import Settings, analyse
+
+model, data, folder = sys.argv[1:]
+asked = classification.Settings(shots=(3,), seeds=(1,), limit=12, batch_tokens=200)
+settings = Settings(asked, rates=(0.3, 0.1), held_out=8, controls=("shuffled_labels",), save_traces=True)
+lm = load_native(model, {"decoder_attention_heads": 4})
+analyse(lm, [load_dataset("mr", data, "code")], settings, folder, show_progress=False)
+"""
+
+
 def test_two_processes(golden_model, run_cli, tmp_path):
     """Under torchrun examples are shared out; the numbers are those of one process."""
-    flags = ["--task", "icl_finetune_analysis", "--path", golden_model, "--model-overrides", "{'decoder_attention_heads': 4}",
-             "--datasets", "mr", "--data-dir", GOLDEN, "--shots", "3", "--seeds", "1", "--limit", "12", "--lr-examples", "8",
-             "--finetune-lr", "0.3,0.1", "--batch-tokens", "200", "--device", "cpu"]  # fmt: skip
-    script = Path(sys.executable).parent / "fairseq-eval"
-    done = run_cli(["torchrun", "--nproc-per-node", "2", script, *flags, "--results-dir", tmp_path / "two"])
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = run_cli(["torchrun", "--nproc-per-node", "2", script, golden_model, GOLDEN, tmp_path / "two"])
     assert done.returncode == 0, done.stderr
-    assert main([*map(str, flags), "--results-dir", str(tmp_path / "one")]) == 0
-    one, two = (read_results(tmp_path / name) for name in ("one", "two"))
+    lm = load_native(golden_model, {"decoder_attention_heads": 4})
+    asked = classification.Settings(shots=(3,), seeds=(1,), limit=12, batch_tokens=200)
+    settings = Settings(asked, rates=(0.3, 0.1), held_out=8, controls=("shuffled_labels",), save_traces=True)
+    one = run(lm, [load_dataset("mr", str(GOLDEN), "code")], settings, tmp_path / "one")
+    two = read_results(tmp_path / "two")
     assert one["runs"][0] | {"seconds": 0} == two["runs"][0] | {"seconds": 0}
     assert (tmp_path / "one" / "predictions.jsonl").read_bytes() == (tmp_path / "two" / "predictions.jsonl").read_bytes()
+    traces = [np.load(tmp_path / name / "traces" / "mr-3shot-seed1.npz") for name in ("one", "two")]
+    for name in traces[0]:
+        np.testing.assert_array_equal(traces[0][name], traces[1][name])

@@ -106,7 +106,7 @@ def build(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Exampl
         for example, query in zip(some, found, strict=True):
             for tokens, start in query:
                 _check(lm, example, tokens, start)
-                kept = tokens[: start - 1] if prefix is None else prefix[: _common(prefix, tokens[: start - 1])]
+                kept = tokens[: start - 1] if prefix is None else prefix[: common_length(prefix, tokens[: start - 1])]
                 if prefix is not None and len(kept) < len(prefix):  # what turns out not to be shared goes back to the queries
                     lost = prefix[len(kept) :]
                     queries = [[Request(array("i", lost) + old.tokens, old.start + len(lost)) for old in query] for query in queries]
@@ -131,7 +131,7 @@ def _encode(lm: LanguageModel, text: str, examples: Sequence[Example]) -> list[l
         for choice in range(len(example.continuations)):
             given, continuation = example.pair(choice)
             whole = tokens[texts[text + given + continuation]]
-            query.append((whole, _common(tokens[texts[text + given]], whole)))
+            query.append((whole, common_length(tokens[texts[text + given]], whole)))
         queries.append(query)
     return queries
 
@@ -152,7 +152,7 @@ def _check(lm: LanguageModel, example: Example, tokens: list[int], start: int) -
         )
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """The number of tokens with which both begin."""
     short = min(len(a), len(b))
     if a[:short] == b[:short]:

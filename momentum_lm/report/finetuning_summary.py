@@ -140,7 +140,7 @@ def rec2ftp(runs: Sequence[Run]) -> Estimate:
 
 def cells(runs: Sequence[Run]) -> NDArray[np.int64]:
     """Examples of all seeds by whether zero-shot, in context and finetuned are right about them: (2, 2, 2)."""
-    counts = [run["cells"] if "cells" in run else run["rec2ftp_counts"]["cells"] for run in runs]
+    counts = [run["rec2ftp_counts"]["cells"] for run in runs]
     return np.sum(np.asarray(counts, dtype=np.int64), axis=0)
 
 

@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from momentum_lm.analysis import metrics
-from momentum_lm.analysis.per_example import PerExample, nullable, spread_over_seeds
+from momentum_lm.analysis.per_example import PerExample, nullable
 from momentum_lm.analysis.statistics import wilson_interval
 from momentum_lm.data.classification import Example
 from momentum_lm.icl.scoring import Scores
 
 SETTINGS = ("zero_shot", "in_context", "finetuned")
 PARTS = ("paper", "corrected", "heads")  # metrics by layer in the authors' form, corrected, and the latter's by layer and head
-Run = Mapping[str, Any]
 
 
 class Findings:
@@ -90,50 +89,6 @@ def record(main: Findings, baselines: Mapping[str, Findings | None], examples: S
     result = {"num_examples": len(examples), **main.report(examples, score)}
     result["baselines"] = {name: None if found is None else found.report(examples, score) for name, found in baselines.items()}
     return result
-
-
-def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """{dataset: {shots: means over seeds, with Student's intervals}}: of accuracies, Rec2FTP, and every metric's mean over layers, for
-    the finetuned model and, under ``baselines``, for the controls."""
-    result: dict[str, Any] = {}
-    for dataset, shots in dict.fromkeys((run["dataset"], run["shots"]) for run in runs):
-        some = [run for run in runs if (run["dataset"], run["shots"]) == (dataset, shots)]
-        entry: dict[str, Any] = {"num_seeds": len(some), **_means(some)}
-        names = dict.fromkeys(name for run in some for name in run["baselines"])
-        found = {name: [run["baselines"][name] for run in some if run["baselines"].get(name)] for name in names}
-        entry["baselines"] = {name: _means(kept) for name, kept in found.items() if kept}
-        result.setdefault(dataset, {})[str(shots)] = entry
-    return result
-
-
-def _means(runs: Sequence[Run]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"accuracy": {s: _spread([run["accuracy"][s] for run in runs], True) for s in SETTINGS}}
-    entry["rec2ftp"] = _spread([run["rec2ftp"] for run in runs], True)
-    for part in ("paper", "corrected"):
-        names = dict.fromkeys(name for run in runs for name in run[part])
-        entry[part] = {name: _spread([_over_layers(run[part].get(name)) for run in runs]) for name in names}
-    return entry
-
-
-def _over_layers(values: Sequence[float | None] | None) -> float | None:
-    known = [value for value in values or [] if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _spread(values: Sequence[float | None], share: bool = False) -> dict[str, Any]:
-    """mean, ci95 (null for fewer than two seeds), sd, min, max and number of values that there are; a share's interval is cut to [0, 1]."""
-    spread = spread_over_seeds(np.array([np.nan if value is None else value for value in values], dtype=np.float64))
-    low, high = float(spread.bands.low), float(spread.bands.high)
-    if share:
-        low, high = max(low, 0.0) if low == low else low, min(high, 1.0) if high == high else high
-    return {
-        "mean": nullable(spread.bands.estimate),
-        "ci95": None if low != low else [low, high],
-        "sd": nullable(spread.sd),
-        "min": nullable(spread.least),
-        "max": nullable(spread.greatest),
-        "num": int(spread.bands.size),
-    }
 
 
 def _ends(interval: Any) -> list[float] | None:

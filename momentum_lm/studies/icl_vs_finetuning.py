@@ -24,19 +24,19 @@ from momentum_lm.files import atomic_write, locked
 from momentum_lm.icl import scoring
 from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.finetuning import Diverged, Lesson
-from momentum_lm.icl.prompts import PromptFormat, build, demonstration_text, fit, longest_query
+from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstration_text, fit, longest_query
 from momentum_lm.lm.protocol import LanguageModel
+from momentum_lm.report.finetuning_summary import TASK, summary
 from momentum_lm.report.records import Predictions, Results
 
 from . import classification
-from .findings import SETTINGS, Findings, record, summary
+from .findings import SETTINGS, Findings, record
 from .finetuning_rate import Choice, choose
 from .processes import Processes
 from .similarity import Rows, Student, measure
 from .traces import Learned, Seen, TracedModel, align, ask, demonstration_matrices, unshared
 from .untrained import untrained
 
-TASK = "icl_finetune_analysis"
 KEY = ("dataset", "seed", "shots")
 DEFAULT_CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd")
 GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -270,8 +270,7 @@ class _Study:
         texts = [text for example in demonstrations for text in (demonstration_text(example), example.pair(example.gold)[0])]
         encoded = iter(self.lm.encode(texts))
         for whole, given in zip(encoded, encoded, strict=True):
-            shared = next((i for i, (a, b) in enumerate(zip(whole, given, strict=False)) if a != b), min(len(whole), len(given)))
-            start = max(1, len(bos)) if self.settings.loss == "sequence" else max(1, len(bos) + shared)
+            start = max(1, len(bos) + (0 if self.settings.loss == "sequence" else common_length(given, whole)))
             found.append(Lesson([*bos, *whole], start))
         return found
 

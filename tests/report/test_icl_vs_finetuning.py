@@ -28,7 +28,7 @@ def run(simaou=(0.1, 0.3), seed=1, random=(0.0, 0.0), **more):
     ends = [[v - 0.05, v + 0.15] if v is not None else None for v in simaou]
     return {"dataset": "sst2", "seed": seed, "shots": 4, "num_examples": 50, "finetune_lr": 0.01,
             "accuracy": {"zero_shot": 0.5, "in_context": 0.8, "finetuned": 0.6}, "rec2ftp": 0.75, "rec2ftp_ci95": [0.5, 0.9],
-            "rec2ftp_chance": 0.6, "cells": [[[5, 2], [10, 8]], [[1, 2], [3, 19]]], "paper": {"simaou": [0.4, 0.6]},
+            "rec2ftp_chance": 0.6, "rec2ftp_counts": {"cells": [[[5, 2], [10, 8]], [[1, 2], [3, 19]]]}, "paper": {"simaou": [0.4, 0.6]},
             "corrected": {"simaou": list(simaou), "simaou_random": list(random)}, "corrected_ci95": {"simaou": ends},
             "baselines": {"untrained": {"corrected": {"simaou": [0.1, 0.1]}}, "lcgd": None}, **more}  # fmt: skip
 

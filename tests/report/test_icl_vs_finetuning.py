@@ -96,7 +96,7 @@ def test_verdicts_follow_the_intervals():
     assert "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), untrained (0.100)." in clear
     low = " ".join(f.verdict([run((0.0, 0.1), rec2ftp_ci95=[0.65, 0.9])]))
     assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
-    nothing = run(rec2ftp=None, rec2ftp_ci95=None, cells=[[[5, 0], [10, 0]], [[1, 2], [3, 19]]])
+    nothing = run(rec2ftp=None, rec2ftp_ci95=None, rec2ftp_counts={"cells": [[[5, 0], [10, 0]], [[1, 2], [3, 19]]]})
     assert "nothing for Rec2FTP to recover" in " ".join(f.verdict([nothing]))
     (predictions, simaou) = f.headlines([run(), run((0.0, 0.1), dataset="trec")])
     assert "in 0 of 2 settings" in predictions

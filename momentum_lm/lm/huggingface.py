@@ -17,6 +17,8 @@ from momentum_lm.data.hub import hub_answers
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
 
+from .inference import grouped_attention, inference, register_attention
+
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _ENDLESS = 1 << 20  # tokenizers without a limit give one far above any model's
 
@@ -42,7 +44,7 @@ class HuggingFaceLM:
         self.name, self.sha256 = name, sha256
         self.config = model.config.get_text_config(decoder=True)
         if self.config._attn_implementation == "sdpa" and model.device.type == "cpu":
-            model.set_attn_implementation(_register_attention())
+            model.set_attn_implementation(register_attention("sdpa_grouped", grouped_attention))
         parameters = inspect.signature(model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         self.separator: str | tuple[int, ...] = (tokenizer.eos_token_id,) if self.config.model_type == "xglm" else "\n\n"
@@ -106,7 +108,7 @@ class HuggingFaceLM:
         ffn = int(getattr(config, "intermediate_size", None) or 4 * dim)
         return self.dtype.itemsize * (4 * dim * (prefix + length) + length * (6 * dim + 3 * ffn)) + 4 * 4 * self.vocab_size
 
-    @torch.inference_mode()
+    @inference
     def encode_prefix(self, ids: Sequence[int]) -> SharedPrefix | tuple[int, ...]:
         """Keys and values of the tokens; the tokens themselves where rows cannot share those."""
         from transformers import DynamicCache
@@ -118,7 +120,7 @@ class HuggingFaceLM:
         self.model(torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True, **last)
         return SharedPrefix(cache)
 
-    @torch.inference_mode()
+    @inference
     def log_probs(
         self,
         tokens: Tensor,
@@ -181,24 +183,6 @@ def load_huggingface(
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"--hf-model {name} does not load: {reason}") from error
     return HuggingFaceLM(model.to(device), tokenizer, name, _digest(name, gguf_file, model))
-
-
-def _register_attention() -> str:
-    """Name of an attention of ``transformers`` whose heads share keys and values in place: beside a mask its own copies them for each
-    head, a fifth of the time on a CPU."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any) -> Any:
-        if attention_mask is None or query.shape[1] == key.shape[1]:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=given.get("scaling"), enable_gqa=True)
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("sdpa_grouped", attention)
-    AttentionMaskInterface.register("sdpa_grouped", sdpa_mask)
-    return "sdpa_grouped"
 
 
 def _digest(name: str, gguf_file: str | None, model: Any) -> str:

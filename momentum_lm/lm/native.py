@@ -26,6 +26,7 @@ from momentum_lm.modules.attention import Cache
 from momentum_lm.modules.decoder import document_ids
 from momentum_lm.modules.momentum import NOTES
 
+from .inference import inference
 from .scoring import target_log_probs
 
 CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
@@ -129,14 +130,14 @@ class NativeLM:
         c = self.config
         return self.dtype.itemsize * (4 * c.dim * (prefix + length) + length * (6 * c.dim + 2 * c.ffn_dim)) + 3 * 4 * c.vocab_size
 
-    @torch.inference_mode()
+    @inference
     def encode_prefix(self, ids: Sequence[int]) -> Cache:
         """Keys, values and momentum state after the tokens."""
         cache = self.model.new_cache()
         self.model.features(torch.tensor([list(ids)], device=self.device), cache, left_padded=False)
         return cache
 
-    @torch.inference_mode()
+    @inference
     def log_probs(
         self, tokens: Tensor, padding: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: Cache | None = None
     ) -> Tensor:
@@ -150,7 +151,7 @@ class NativeLM:
 
         return target_log_probs(logits_at, rows, positions, targets, self.vocab_size)
 
-    @torch.inference_mode()
+    @inference
     def token_losses(self, tokens: Tensor, targets: Tensor, packed_documents: bool = False) -> Tensor:
         """-log p of each target in nats, (B, T) fp32 on the CPU; 0 where the target is padding.
 

@@ -16,6 +16,8 @@ from momentum_lm.errors import UserError
 from momentum_lm.modules import Decoder
 from momentum_lm.modules.attention import Rotary
 
+from .inference import grouped_attention, register_attention
+
 _NAME = "momentum_lm_trace"
 
 
@@ -166,8 +168,7 @@ _seen: list[nn.Module] = []
 def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
     before = model.config._attn_implementation
     handles = []
-    _register()
-    model.set_attn_implementation(_NAME)
+    model.set_attn_implementation(register_attention(_NAME, _attend))
     try:
         for module in attention_modules(model):
             seen: dict[str, Tensor] = {}
@@ -217,9 +218,8 @@ def attention_modules(model: Any) -> list[nn.Module]:
     """The attention modules of a transformers model, in the order in which they run: found by running it on one token."""
     found = model.__dict__.get("_momentum_lm_attention")
     if found is None:
-        _register()
         before = model.config._attn_implementation
-        model.set_attn_implementation(_NAME)
+        model.set_attn_implementation(register_attention(_NAME, _attend))
         _seen.clear()
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
@@ -231,20 +231,12 @@ def attention_modules(model: Any) -> list[nn.Module]:
     return found
 
 
-def _register() -> None:
-    """Tells transformers of an attention function that computes what SDPA does and lets the trace look."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> Any:
-        if _active:
-            scale = options.get("scaling")
-            plain = module.__dict__.get("_momentum_lm_seen", {}).get("q")
-            _active[-1].attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, plain)
-        else:
-            _seen.append(module)
-        return sdpa_attention_forward(module, query, key, value, *given, **options)
-
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> Any:
+    """SDPA that lets the trace look."""
+    if _active:
+        scale = options.get("scaling")
+        plain = module.__dict__.get("_momentum_lm_seen", {}).get("q")
+        _active[-1].attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, plain)
+    else:
+        _seen.append(module)
+    return grouped_attention(module, query, key, value, *given, **options)

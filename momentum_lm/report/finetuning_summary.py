@@ -51,14 +51,13 @@ def settings(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
 def layers(run: Run, metric: str, part: str = "corrected", control: str | None = None) -> NDArray[np.float64] | None:
     """A metric by layer, (L,), NaN where undefined; None where the run has no such metric or control.
 
-    ``control``: ``random`` and ``before`` are metrics of the run itself, the rest are its ``baselines``, which are corrected.
+    ``control``: ``random`` and ``before`` are metrics of the run itself, the rest are its ``baselines``.
     """
     values: Any
     if control in ("random", "before"):
         values = run[part].get(f"{metric}_{control}")
     elif control is not None:
-        found = (run["baselines"] or {}).get(control) or {}
-        values = found.get(part, found if part == "corrected" else {}).get(metric)
+        values = ((run["baselines"] or {}).get(control) or {}).get(part, {}).get(metric)
     else:
         values = run[part].get(metric)
     return None if values is None else np.asarray(values, dtype=np.float64)

@@ -137,8 +137,8 @@ def difference_table(runs: Sequence[Run]) -> Table:
 
 
 def write_report(folder: str | os.PathLike[str]) -> Table:
-    """Writes ``report.html``, ``layers-``, ``overlap-`` and ``heads-<dataset>-<shots>shot.png`` and TensorBoard events beside a
-    ``results.json``; returns its table of metrics.
+    """Writes ``report.html``, ``layers-``, ``overlap-``, ``heads-`` and ``attention-<dataset>-<shots>shot.png`` and TensorBoard events
+    beside a ``results.json``; returns its table of metrics.
 
     Raises UserError for results of other tasks, or without a finished run.
     """
@@ -191,12 +191,13 @@ def panels(runs: Sequence[Run], part: str = "corrected") -> dict[str, Panel]:
 
 
 def _pictures(runs: Sequence[Run], stem: str) -> dict[str, Figure]:
-    drawn = {f"layers-{stem}": panels(runs), f"layers-paper-{stem}": panels(runs, "paper"), f"heads-{stem}": _head_panels(runs)}
-    figures = {
-        name: draw(*found.values(), size=(4.6, 3.9) if "layers" in name else (4.2, 3.6), columns=3)
-        for name, found in drawn.items()
-        if found
+    drawn = {
+        f"layers-{stem}": (panels(runs), (4.6, 3.9), 3),
+        f"layers-paper-{stem}": (panels(runs, "paper"), (4.6, 3.9), 3),
+        f"heads-{stem}": (_head_panels(runs), (4.2, 3.6), 3),
+        f"attention-{stem}": (attention_panels(runs[0]), (4.2, 3.6), 2),
     }
+    figures = {name: draw(*found.values(), size=size, columns=columns) for name, (found, size, columns) in drawn.items() if found}
     return figures | {f"overlap-{stem}": draw(overlap_panel(cells(runs), f"Zero-shot's errors, {stem}"), size=(5.4, 4.4))}
 
 
@@ -225,7 +226,32 @@ def _section(runs: Sequence[Run]) -> list[Part]:
         Picture(to_svg(draw(panel, size=(4.2, 3.6))), f"{METRICS[name]}, corrected; blue positive, orange negative, × undefined.")
         for name, panel in _head_panels(runs).items()
     ]
-    return [*parts, Gallery(heads)] if heads else parts
+    if heads:
+        parts.append(Gallery(heads))
+    return [*parts, *_attention(runs[0])]
+
+
+def _attention(run: Run) -> list[Part]:
+    """Single examples: which demonstrations they attend to, in context and by finetuning."""
+    pictures = [
+        Picture(to_svg(draw(panel, size=(4.2, 3.6))), title + ": blue more than an equal share, orange less.")
+        for title, panel in attention_panels(run).items()
+    ]
+    if not pictures:
+        return []
+    labels = ", ".join(f"{number} {label}" for number, label in enumerate(run["demonstration_labels"], 1))
+    return [Folded("Attention of single examples to the demonstrations", [Gallery(pictures), Paragraph(f"Demonstrations: {labels}.")])]
+
+
+def attention_panels(run: Run) -> dict[str, Panel]:
+    """{title: panel} of the attention that single examples give to each demonstration by layer, mean over heads, less an equal share."""
+    found = {}
+    for example in run.get("attention", []):
+        for setting in ("in_context", "finetuned"):
+            shares = np.array(example[setting])
+            title = f"Example {example['index']}, {SETTINGS[setting]}"
+            found[title] = heads_panel(shares - 1 / shares.shape[1], title, "demonstration")
+    return found
 
 
 def _layer_picture(panel: Panel, title: str, form: str) -> Picture:

@@ -25,6 +25,7 @@ class Findings:
         self.metrics = {part: PerExample(examples) for part in PARTS}
         self.sums: dict[str, dict[int, list[float]]] = {setting: {} for setting in SETTINGS}
         self.outputs: dict[int, NDArray[np.float16]] = {}
+        self.shares: dict[int, NDArray[np.float32]] = {}
         self.losses: list[float] = []
         self.scores: dict[str, Scores] = {}
         self.broken = False
@@ -37,6 +38,7 @@ class Findings:
         for part in parts:
             whole.broken |= part.broken
             whole.outputs |= part.outputs
+            whole.shares |= part.shares
             for setting in SETTINGS:
                 whole.sums[setting] |= part.sums[setting]
             for name in PARTS:
@@ -85,10 +87,19 @@ class Findings:
 
 
 def record(main: Findings, baselines: Mapping[str, Findings | None], examples: Sequence[Example], score: str) -> dict[str, Any]:
-    """One entry of ``runs``, without what names it. A baseline that diverged is null."""
+    """One entry of ``runs``, without what names it. A baseline that diverged is null. ``attention``: the shares of attention that a few
+    examples give to each demonstration, (L, M), in context and by finetuning, as means over heads."""
     result = {"num_examples": len(examples), **main.report(examples, score)}
+    result["attention"] = [
+        {"index": examples[i].index, "in_context": _rounded(shares[0]), "finetuned": _rounded(shares[1])}
+        for i, shares in sorted(main.shares.items())
+    ]
     result["baselines"] = {name: None if found is None else found.report(examples, score) for name, found in baselines.items()}
     return result
+
+
+def _rounded(values: NDArray[np.float32]) -> list[list[float]]:
+    return [[round(value, 5) for value in row] for row in values.tolist()]
 
 
 def _ends(interval: Any) -> list[float] | None:

@@ -40,7 +40,6 @@ from .untrained import untrained
 KEY = ("dataset", "seed", "shots")
 DEFAULT_CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd")
 GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
-CPU_TOKENS = 512  # a batch's, on a CPU: what is seen of two settings and one model is held at a time
 TRACE_BYTES = 256 << 20  # that a batch's traces may take
 _log = logging.getLogger(__name__)
 
@@ -161,6 +160,7 @@ class _Study:
         return {
             "shots_fitted": len(self.demonstrations),
             "demonstrations": [example.index for example in self.demonstrations],
+            "demonstration_labels": [example.continuations[example.gold].strip() for example in self.demonstrations],
             "finetune_lr": rate.rate,
             "lr_selected_on": rate.selected_on,
             "lr_grid": rate.grid,
@@ -214,7 +214,9 @@ class _Study:
                     into.broken = True
                     continue
                 with np.errstate(over="ignore", invalid="ignore"):
-                    measure(zero_shot, icl, ft, batch, rows, self.aligned, student, matrices, self.unit.seed, main, into.metrics)
+                    into.shares |= measure(
+                        zero_shot, icl, ft, batch, rows, self.aligned, student, matrices, self.unit.seed, main, into.metrics
+                    )
                 if main and settings.save_traces and controls:
                     for query, *outputs in zip(batch, *(np.moveaxis(s.outputs, 1, 0) for s in (zero_shot, icl, ft)), strict=True):
                         into.outputs[query] = np.stack(outputs).astype(np.float16)
@@ -281,7 +283,6 @@ class _Study:
         heads = next((int(config[name]) for name in ("heads", "num_attention_heads", "n_head") if name in config), 16)
         row = 2 * 4 * layers * heads * (len(self.in_context.prefix) + longest)
         most = scoring.token_budget(self.lm, self.in_context)
-        most = most if self.lm.device.type == "cuda" else min(most, CPU_TOKENS)
         budget = asked.batch_tokens or min(most, max(1, TRACE_BYTES // row) * longest)
         return scoring.plan(self.zero_shot, self.processes.from_first(budget))
 

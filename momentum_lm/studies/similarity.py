@@ -16,6 +16,7 @@ from momentum_lm.analysis.per_example import PerExample
 from .traces import PAPER, PREDICTING, Aligned, Floats, Learned, Seen, common_suffix, finetuning_similarity, to_numpy
 
 KENDALL_EXAMPLES = 100  # the authors rank attention for no more examples
+SHOWN_EXAMPLES = 3  # of which attention to each demonstration is kept, to be drawn
 NOISE = 1e-4  # of simam_delta: with rotary positions the first layer's maps differ by rounding alone
 POSITIONS = {"paper": PAPER, "corrected": PREDICTING}
 Values = dict[str, Any]
@@ -75,11 +76,13 @@ def measure(
     seed: int,
     baselines: bool,
     into: dict[str, PerExample],
-) -> None:
+) -> dict[int, Floats]:
     """Adds the metrics of a batch to ``into["paper"]``, ``into["corrected"]`` (L,) and ``into["heads"]`` (L, H).
 
-    ``baselines``: random updates, similarities before finetuning and the relaxation, which are the same for every finetuned model.
+    ``baselines``: random updates, similarities before finetuning and the relaxation, which are the same for every finetuned model. Then
+    returns {example: shares of attention (2, L, M) that ICL and FT give to the M demonstrations} of the first examples.
     """
+    shares: dict[int, Floats] = {}
     products = _products(ft, student)
     spans = [row.own for row in rows]
     weights: dict[str, Floats] = {}
@@ -96,6 +99,8 @@ def measure(
                 paper |= _attention(context, products[0][i], aligned.lengths, key, False, baselines)
             context = np.stack([layer[i, PREDICTING][:, aligned.context] for layer in icl.logits])
             found = _attention(context, products[1][i], aligned.lengths, key, True, baselines)
+            if baselines and example < SHOWN_EXAMPLES:
+                shares[example] = _shares(np.stack([context, products[1][i]]), aligned.lengths)
             heads["kendall"] = found["kendall"]
             corrected |= {name: _mean(value) for name, value in found.items()}
         for name, value in weights.items():
@@ -106,6 +111,12 @@ def measure(
             corrected |= _relaxation(zero_shot, icl, ft, i)
         for part, values in (("paper", paper), ("corrected", corrected), ("heads", heads)):
             into[part].add(example, values)
+    return shares
+
+
+def _shares(logits: NDArray[Any], lengths: Sequence[int]) -> Floats:
+    """(..., H, n) logits over the demonstrations' tokens -> (..., M): softmax, summed over each one's tokens, the mean over heads."""
+    return metrics.example_sums(metrics.softmax(logits), lengths).mean(-2).astype(np.float32)
 
 
 def _paper(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool) -> Values:

@@ -36,6 +36,15 @@ def test_tau_is_the_definition(n, values):
     np.testing.assert_allclose(ranks.kendall_tau(a, b[0, 0]), mixed, rtol=0, atol=1e-14)  # broadcast
 
 
+@pytest.mark.parametrize("n", [256, 300, 1024, 1025, 2500])
+def test_tau_of_long_rows(n):
+    """Beside all pairs' signs: however inversions are counted."""
+    a, b = np.random.default_rng(n).normal(size=(2, 3, n))
+    expected = [(np.sign(x[:, None] - x) * np.sign(y[:, None] - y)).sum() / (n * (n - 1)) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(ranks.kendall_tau(a, b), expected, rtol=0, atol=1e-14)
+    assert ranks.kendall_tau(a[0], -a[0]) == -1 and ranks.kendall_tau(a[0], np.exp(a[0])) == 1
+
+
 @pytest.mark.parametrize("values", [3, 50, None])
 def test_tau_is_scipys(values):
     scipy_stats = pytest.importorskip("scipy.stats")

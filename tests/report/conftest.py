@@ -106,11 +106,14 @@ def _analysed(dataset="sst2", seed=1, shots=4, depth=6, heads=4, examples=100, c
     baselines = {c: {"accuracy": {}, "corrected": {name: noisy(levels[c] * mean[name]) for name in names}} for c in controls}
     maps = rng.normal(0.1, 0.2, (depth, heads)).round(4).tolist()
     maps[0][1] = None
+    shares = rng.dirichlet(np.ones(4), (2, 2, depth)).tolist()
+    attention = [{"index": index, "in_context": a, "finetuned": b} for index, (a, b) in zip((17, 3), shares, strict=True)]
     return {"dataset": dataset, "seed": seed, "shots": shots, "num_examples": examples, "finetune_lr": 0.003,
             "accuracy": {"zero_shot": float(zero.mean()), "in_context": float(icl.mean()), "finetuned": float(ft.mean())},
             "rec2ftp": recall.value, "rec2ftp_ci95": [recall.wilson.low, recall.wilson.high], "rec2ftp_chance": recall.chance,
             "rec2ftp_counts": {"cells": cells}, "paper": paper, "corrected": corrected, **ends,
-            "heads": {"simam_delta_centred": maps, "kendall": maps, "dw_similarity": maps}, "baselines": baselines}  # fmt: skip
+            "heads": {"simam_delta_centred": maps, "kendall": maps, "dw_similarity": maps}, "baselines": baselines,
+            "attention": attention, "demonstration_labels": ["bad", "good", "bad", "good"]}  # fmt: skip
 
 
 @pytest.fixture

@@ -82,12 +82,6 @@ def test_summary():
     assert found["trec"]["4"]["rec2ftp"]["mean"] is None
 
 
-def test_baselines_may_hold_their_metrics_directly():
-    flat = run(baselines={"untrained": {"simaou": [0.1, 0.3]}})
-    assert f.over_layers(flat, "simaou", control="untrained") == pytest.approx(0.2)
-    assert f.over_layers(flat, "simaou", "paper", "untrained") is None
-
-
 def test_verdicts_follow_the_intervals():
     clear = " ".join(f.verdict([run()]))
     assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
@@ -156,7 +150,7 @@ def test_report(write_analysis, analysed):
     folder = write_analysis(runs)
     table = r.write_report(folder)
     assert table == r.results_table(runs)
-    kinds = ("layers", "layers-paper", "heads", "overlap")
+    kinds = ("layers", "layers-paper", "heads", "overlap", "attention")
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures == {f"{kind}-{stem}.png" for kind in kinds for stem in ("sst2-4shot", "trec-4shot")}
     for name in pictures:
@@ -166,8 +160,9 @@ def test_report(write_analysis, analysed):
     headings = re.findall("<h2>(.*?)</h2>", page)
     assert headings == ["What this says", "Predictions", "sst2, 4 shots", "trec, 4 shots", "Beside the paper", "How it was measured",
                         "Every run", "Configuration", "How to run it again"]  # fmt: skip
-    # per setting: 12 panels corrected, 6 in the authors' form, 3 of heads, 1 of predictions
-    assert page.count("<svg") == 2 * (12 + 6 + 3 + 1)
+    # per setting: 12 panels corrected, 6 in the authors' form, 3 of heads, 1 of predictions, 2 for each of 2 examples
+    assert page.count("<svg") == 2 * (12 + 6 + 3 + 1 + 4)
+    assert "Example 17, in context" in page and "Demonstrations: 1 bad, 2 good, 3 bad, 4 good." in page
     for text in ("models/analysis", "3 runs</summary>", "fairseq-eval --task y", "arXiv 2212.10559 v3", "shuffled labels", "LCGD",
                  "2 seeds together", "finetuning repairs", *f.verdict(runs[2:])[:1]):  # fmt: skip
         assert text in page, text
@@ -191,13 +186,13 @@ def test_report(write_analysis, analysed):
 def test_report_of_the_least_there_can_be(write_analysis, analysed):
     """One seed, no control, no heads, nothing to recover."""
     bare = copy.deepcopy(analysed("trec", controls=()))
-    bare |= {"rec2ftp": None, "rec2ftp_ci95": None, "rec2ftp_chance": None, "heads": {}, "baselines": {}}
+    bare |= {"rec2ftp": None, "rec2ftp_ci95": None, "rec2ftp_chance": None, "heads": {}, "baselines": {}, "attention": []}
     bare["rec2ftp_counts"]["cells"] = [[[0, 0], [0, 0]], [[10, 10], [10, 70]]]
     folder = write_analysis([bare])
     r.write_report(folder)
     page = (folder / "report.html").read_text()
     assert "nothing to recover" in page and "zero-shot is right about every example" in page and "Beside the paper" not in page
-    assert not list(folder.glob("heads-*"))
+    assert not list(folder.glob("heads-*")) and not list(folder.glob("attention-*"))
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,11 @@ def test_everything_is_recorded_and_the_weights_are_restored(lm, films, tmp_path
                 assert low is None or low <= value <= high
     assert np.shape(found["heads"]["simam_delta"]) == np.shape(found["heads"]["kendall"]) == (2, 4)
     alone = found["corrected"]["simaou"]
+    assert [entry["index"] for entry in found["attention"]] == [films.evaluation[i].index for i in range(3)]
+    for entry in found["attention"]:
+        shares = np.array([entry["in_context"], entry["finetuned"]])
+        assert shares.shape == (2, 2, 3) and (shares > 0).all() and not np.allclose(*shares)
+        np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-4)
     for name in found["baselines"]:
         assert not np.allclose(found["baselines"][name]["corrected"]["simaou"], alone)  # each is a model of its own
     assert results["summary"]["films"]["3"]["corrected"]["simaou"]["mean"] == pytest.approx(np.mean(alone))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
+import sys
 from pathlib import Path
 
 
@@ -19,3 +22,11 @@ def bf16_instructions() -> list[str]:
     except OSError:
         return []
     return sorted(set(re.findall(r"\b(?:amx_bf16|avx512_bf16|bf16)\b", text)))
+
+
+def return_memory() -> None:
+    """Gives the system back what is no longer used: the C library of Linux keeps it, in pieces into which other tensors do not fit."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
+    if trim is not None:
+        trim(0)

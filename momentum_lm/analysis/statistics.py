@@ -143,6 +143,23 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, sample.size)
 
 
+def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Student's interval for sum(numerators) / sum(denominators) over a few independent runs, in each of which both may vary: of the
+    ratio's linearisation, its residuals numerator - ratio * denominator (Cochran, Sampling Techniques, chapter 6).
+
+    numerators, denominators (n,). Raises ValueError for n < 2, unequal lengths, or denominators that are not positive.
+    """
+    above, below = _vector(numerators, "numerators"), _vector(denominators, "denominators")
+    if above.size < 2 or above.size != below.size:
+        raise ValueError(f"need at least two runs, and both numbers of each, got {above.size} and {below.size}")
+    if not (below > 0).all():
+        raise ValueError("denominators must be positive")
+    ratio = float(above.sum() / below.sum())
+    spread = float((above - ratio * below).std(ddof=1))
+    half = t_quantile(0.5 + confidence / 2, above.size - 1) * spread / math.sqrt(above.size) / float(below.mean())
+    return Interval(ratio, ratio - half, ratio + half, above.size)
+
+
 def t_quantile(probability: float, degrees: int) -> float:
     """The quantile of Student's t for a whole number of degrees of freedom, by bisection of its closed-form
     distribution.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from momentum_lm.analysis.per_example import column_means, spread_over_seeds
-from momentum_lm.analysis.statistics import t_interval, wilson_interval
+from momentum_lm.analysis.statistics import ratio_interval, t_interval, wilson_interval
 
 Run = Mapping[str, Any]
 Setting = tuple[str, int]  # dataset, shots
@@ -132,15 +132,32 @@ def accuracy(runs: Sequence[Run], setting: str) -> Estimate:
 
 
 def rec2ftp(runs: Sequence[Run]) -> Estimate:
-    """:func:`estimate` over the seeds under which finetuning put something right."""
-    defined = [run for run in runs if run["rec2ftp"] is not None]
-    return estimate([run["rec2ftp"] for run in runs], defined[0]["rec2ftp_ci95"] if defined else None, share=True)
+    """Of what finetuning puts right under all seeds together, the share that ICL puts right; each seed counts by how much that is."""
+    return _share([(kept[0, 1, 1], kept[0, :, 1].sum()) for kept in map(_cells, runs)], runs[0]["rec2ftp_ci95"])
+
+
+def chance(runs: Sequence[Run]) -> Estimate:
+    """Of all zero-shot errors under all seeds together, the share that ICL puts right: what Rec2FTP would be by chance."""
+    return _share([(kept[0, 1].sum(), kept[0].sum()) for kept in map(_cells, runs)])
+
+
+def _share(counts: Sequence[tuple[int, int]], over_examples: Sequence[float] | None = None) -> Estimate:
+    """:func:`estimate` of part / whole of all seeds together, from (part, whole) of each; those with nothing to share are left out."""
+    known = [(int(part), int(whole)) for part, whole in counts if whole]
+    found = estimate([part / whole for part, whole in known], over_examples, share=True)
+    if found["over"] == "seeds":
+        interval = ratio_interval([part for part, _ in known], [whole for _, whole in known])
+        found |= {"mean": interval.estimate, "ci95": [max(0.0, interval.low), min(1.0, interval.high)]}
+    return found
 
 
 def cells(runs: Sequence[Run]) -> NDArray[np.int64]:
     """Examples of all seeds by whether zero-shot, in context and finetuned are right about them: (2, 2, 2)."""
-    counts = [run["rec2ftp_counts"]["cells"] for run in runs]
-    return np.sum(np.asarray(counts, dtype=np.int64), axis=0)
+    return np.sum([_cells(run) for run in runs], axis=0)
+
+
+def _cells(run: Run) -> NDArray[np.int64]:
+    return np.asarray(run["rec2ftp_counts"]["cells"], dtype=np.int64)
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
@@ -153,7 +170,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         entry: dict[str, Any] = {"num_seeds": len(chosen), "num_examples": chosen[0]["num_examples"]}
         entry["accuracy"] = {setting: accuracy(chosen, setting) for setting in SETTINGS}
         entry["rec2ftp"] = rec2ftp(chosen)
-        entry["rec2ftp_chance"] = estimate([run["rec2ftp_chance"] for run in chosen], share=True)
+        entry["rec2ftp_chance"] = chance(chosen)
         entry |= {part: {name: metric(chosen, name, part) for name in names[part]} for part in PARTS}
         entry["baselines"] = {
             control: {n: e for n in names["corrected"] if (e := metric(chosen, n, control=control))["num"]} for control in controls
@@ -180,10 +197,10 @@ def headlines(runs: Sequence[Run]) -> list[str]:
     """A sentence for each kind of evidence, over all settings."""
     groups = list(settings(runs).values())
     sentences = []
-    pairs = [(rec2ftp(chosen), estimate([run["rec2ftp_chance"] for run in chosen])) for chosen in groups]
-    defined = [(recall, chance["mean"]) for recall, chance in pairs if recall["ci95"] is not None and chance["mean"] is not None]
+    pairs = [(rec2ftp(chosen)["ci95"], chance(chosen)["mean"]) for chosen in groups]
+    defined = [(ends, level) for ends, level in pairs if ends is not None and level is not None]
     if defined:
-        count = sum(recall["ci95"][0] > chance for recall, chance in defined)
+        count = sum(ends[0] > level for ends, level in defined)
         sentences.append(
             f"Predictions: Rec2FTP lies above chance (what ICL repairs of all zero-shot errors) in {count} of {len(defined)} settings."
         )
@@ -236,13 +253,13 @@ def _rec2ftp_sentence(runs: Sequence[Run]) -> str:
     recovered, recoverable = int(counts[0, 1, 1]), int(counts[0, :, 1].sum())
     if recoverable == 0:
         return "Finetuning puts nothing right that was wrong zero-shot, so there is nothing for Rec2FTP to recover."
-    value, chance = rec2ftp(runs), estimate([run["rec2ftp_chance"] for run in runs])["mean"]
+    value, level = rec2ftp(runs), chance(runs)["mean"]
     text = f"Of {recoverable:,} errors that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is {number(value, percent=True)}."
-    if chance is None or value["ci95"] is None:
+    if level is None or value["ci95"] is None:
         return text
     low, high = value["ci95"]
-    words = "lies above it" if low > chance else "lies below it" if high < chance else "cannot be told from it"
-    return f"{text} ICL repairs {100 * chance:.1f}% of all zero-shot errors, which is chance; Rec2FTP {words}."
+    words = "lies above it" if low > level else "lies below it" if high < level else "cannot be told from it"
+    return f"{text} ICL repairs {100 * level:.1f}% of all zero-shot errors, which is chance; Rec2FTP {words}."
 
 
 def number(value: Estimate, percent: bool = False) -> str:

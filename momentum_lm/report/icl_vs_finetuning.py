@@ -23,6 +23,7 @@ from .finetuning_summary import (
     accuracy,
     bands,
     cells,
+    chance,
     difference,
     headlines,
     mean_heads,
@@ -64,7 +65,7 @@ _MEASURED = (
     "outputs first (which makes unrelated updates look alike), and compares attention summed over heads. The corrected form looks at the "
     "token that predicts the choice, compares updates as they are, ranks attention head by head, and takes chance out of recall.",
     "Rec2FTP: of the errors that FT repairs, the share that ICL repairs too. Chance: the share of all zero-shot errors that ICL repairs, "
-    "which is what Rec2FTP would be if the two had nothing to do with each other.",
+    "which is what Rec2FTP would be if the two had nothing to do with each other. Both are of all seeds' examples together.",
     "SimAOU: cosine of what ICL and what FT change in a layer's attention output. SimAM: cosine of attention logits over the query's own "
     "tokens; SimAM-delta: of what ICL and FT change in them (Deutch et al., arXiv 2311.07772); centred: without each row's mean, on which "
     "no attention depends.",
@@ -93,15 +94,14 @@ def accuracy_table(runs: Sequence[Run]) -> Table:
     """One row for each dataset and number of shots: accuracies and Rec2FTP, in percent."""
     rows = []
     for (dataset, shots), chosen in settings(runs).items():
-        counts, recall = cells(chosen), rec2ftp(chosen)
-        chance = [run["rec2ftp_chance"] for run in chosen if run["rec2ftp_chance"] is not None]
+        counts, recall, level = cells(chosen), rec2ftp(chosen), chance(chosen)["mean"]
         rates = [f"{run['finetune_lr']:g}" for run in chosen]
         rows.append(
             [
                 *(dataset, str(shots), str(len(chosen)), f"{chosen[0]['num_examples']:,}"),
                 *(number(accuracy(chosen, setting), percent=True) for setting in SETTINGS),
                 number(recall, percent=True) or "nothing to recover",
-                f"{100 * float(np.mean(chance)):.1f}%" if chance else "",
+                "" if level is None else f"{100 * level:.1f}%",
                 f"{counts[0, 1, 1]:,} of {counts[0, :, 1].sum():,}",
                 ", ".join(dict.fromkeys(rates)),
             ]

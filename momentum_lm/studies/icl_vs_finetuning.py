@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from momentum_lm.cpu import return_memory
 from momentum_lm.data.classification import Example, LabelledDataset
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, locked
@@ -108,9 +109,11 @@ def analyse(
             study = _Study(lm, loaded[unit.dataset], settings, form, unit, processes)
             rate = study.rate()
             findings = study.findings(lm, rate.rate, True)
+            return_memory()
             baselines = {name: found for name, found in findings.items() if name != "finetuned"}
             if "untrained" in settings.controls:  # made anew each time: beside it only the model itself is held
                 baselines["untrained"] = study.findings(untrained(lm), rate.rate, False).get("finetuned")
+                return_memory()
             if processes.first:
                 main = findings["finetuned"]
                 assert main is not None

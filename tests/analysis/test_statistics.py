@@ -103,3 +103,23 @@ def test_paired_bootstrap_coverage_and_power():
 def test_paired_bootstrap_refuses(a, b, weights, message):
     with pytest.raises(ValueError, match=message):
         st.paired_bootstrap(a, b, weights)
+
+
+def test_ratio_interval_is_that_of_the_mean_where_denominators_agree():
+    found, expected = st.ratio_interval([1.0, 4.0, 2.0], [10, 10, 10]), st.t_interval([0.1, 0.4, 0.2])
+    assert (found.estimate, found.low, found.high, found.size) == pytest.approx((expected.estimate, expected.low, expected.high, 3))
+    with pytest.raises(ValueError, match="two runs"):
+        st.ratio_interval([1], [2])
+    with pytest.raises(ValueError, match="positive"):
+        st.ratio_interval([1, 0], [2, 0])
+
+
+def test_ratio_interval_covers():
+    """95 of 100 intervals hold the ratio, where runs are of very unequal size."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        sizes = rng.integers(5, 60, 12)
+        found = st.ratio_interval(rng.binomial(sizes, 0.4), sizes)
+        hits += found.low <= 0.4 <= found.high
+    assert 0.91 < hits / 400 < 0.99

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from momentum_lm.analysis.statistics import t_interval, wilson_interval
+from momentum_lm.analysis.statistics import ratio_interval, t_interval, wilson_interval
 from momentum_lm.errors import UserError
 from momentum_lm.report import finetuning_summary as f
 from momentum_lm.report import icl_vs_finetuning as r
@@ -27,10 +27,13 @@ def by_name(table, column):
 def run(simaou=(0.1, 0.3), seed=1, random=(0.0, 0.0), **more):
     ends = [[v - 0.05, v + 0.15] if v is not None else None for v in simaou]
     return {"dataset": "sst2", "seed": seed, "shots": 4, "num_examples": 50, "finetune_lr": 0.01,
-            "accuracy": {"zero_shot": 0.5, "in_context": 0.8, "finetuned": 0.6}, "rec2ftp": 0.75, "rec2ftp_ci95": [0.5, 0.9],
-            "rec2ftp_chance": 0.6, "rec2ftp_counts": {"cells": [[[5, 2], [10, 8]], [[1, 2], [3, 19]]]}, "paper": {"simaou": [0.4, 0.6]},
+            "accuracy": {"zero_shot": 0.5, "in_context": 0.8, "finetuned": 0.6}, "rec2ftp": 0.8, "rec2ftp_ci95": [0.5, 0.9],
+            "rec2ftp_chance": 0.72, "rec2ftp_counts": {"cells": [[[5, 2], [10, 8]], [[1, 2], [3, 19]]]}, "paper": {"simaou": [0.4, 0.6]},
             "corrected": {"simaou": list(simaou), "simaou_random": list(random)}, "corrected_ci95": {"simaou": ends},
             "baselines": {"untrained": {"corrected": {"simaou": [0.1, 0.1]}}, "lcgd": None}, **more}  # fmt: skip
+
+
+NOTHING = {"rec2ftp": None, "rec2ftp_ci95": None, "rec2ftp_counts": {"cells": [[[5, 0], [10, 0]], [[1, 2], [3, 19]]]}}  # to recover
 
 
 def test_metric_is_the_mean_over_layers_then_over_seeds():
@@ -68,30 +71,38 @@ def test_place(ends, side):
 
 
 def test_summary():
-    runs = [run(seed=s, simaou=(0.1 * s, 0.1)) for s in (1, 2)] + [run(dataset="trec", rec2ftp=None, rec2ftp_ci95=None)]
+    runs = [run(seed=s, simaou=(0.1 * s, 0.1)) for s in (1, 2)] + [run(dataset="trec", **NOTHING)]
     found = f.summary(runs)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     entry = found["sst2"]["4"]
     assert entry["num_seeds"] == 2 and entry["num_examples"] == 50
     wilson = wilson_interval(25, 50)
     assert entry["accuracy"]["zero_shot"]["ci95"] == [wilson.low, wilson.high]
-    assert entry["rec2ftp"]["mean"] == 0.75 and entry["rec2ftp"]["ci95"] == [0.5, 0.9]
+    assert entry["rec2ftp"]["mean"] == 0.8 and entry["rec2ftp"]["ci95"] == [0.5, 0.9]
     assert entry["corrected"]["simaou"]["mean"] == pytest.approx(0.125) and entry["paper"]["simaou"]["mean"] == 0.5
     assert entry["baselines"] == {"untrained": {"simaou": f.metric(runs[:2], "simaou", control="untrained")}, "lcgd": {}}
     assert entry["differences"]["simaou"]["untrained"]["mean"] == pytest.approx(0.025)
     assert found["trec"]["4"]["rec2ftp"]["mean"] is None
 
 
+def test_rec2ftp_is_of_all_seeds_together():
+    """One repair that ICL shares in one seed, none of nine in another: 1 of 10, and not one half."""
+    few = [run(seed=s, rec2ftp_counts={"cells": [[[5, n - k], [5, k]], [[0, 0], [0, 0]]]}) for s, k, n in ((1, 1, 1), (2, 0, 9), (3, 0, 0))]
+    found = f.rec2ftp(few)
+    interval = ratio_interval([1, 0], [1, 9])
+    assert found["mean"] == 0.1 and found["num"] == 2 and found["ci95"] == [max(0, interval.low), min(1, interval.high)]
+    assert f.chance(few)["mean"] == pytest.approx(16 / 40)
+
+
 def test_verdicts_follow_the_intervals():
     clear = " ".join(f.verdict([run()]))
     assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
-    assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 75.0% (50.0 to 90.0)." in clear
-    assert "60.0% of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
+    assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 80.0% (50.0 to 90.0)." in clear
+    assert "72.0% of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
     assert "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), untrained (0.100)." in clear
-    low = " ".join(f.verdict([run((0.0, 0.1), rec2ftp_ci95=[0.65, 0.9])]))
+    low = " ".join(f.verdict([run((0.0, 0.1), rec2ftp_ci95=[0.75, 0.9])]))
     assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
-    nothing = run(rec2ftp=None, rec2ftp_ci95=None, rec2ftp_counts={"cells": [[[5, 0], [10, 0]], [[1, 2], [3, 19]]]})
-    assert "nothing for Rec2FTP to recover" in " ".join(f.verdict([nothing]))
+    assert "nothing for Rec2FTP to recover" in " ".join(f.verdict([run(**NOTHING)]))
     (predictions, simaou) = f.headlines([run(), run((0.0, 0.1), dataset="trec")])
     assert "in 0 of 2 settings" in predictions
     assert "0.050 to 0.200" in simaou and "against random in 1 of 2, untrained in 1 of 2 settings" in simaou
@@ -177,7 +188,8 @@ def test_report(write_analysis, analysed):
     assert untrained == pytest.approx(runs[2]["baselines"]["untrained"]["corrected"]["simaou"])
     assert len(events.Scalars("trec-4shot/paper/kendall/random")) == 6
     (value,) = events.Scalars("hparam/sst2-4shot/rec2ftp")
-    assert value.value == pytest.approx(np.mean([run["rec2ftp"] for run in runs[:2]]))
+    cells = f.cells(runs[:2])
+    assert value.value == pytest.approx(cells[0, 1, 1] / cells[0, :, 1].sum())
     assert set(events.Tags()["images"]) == {name.removesuffix(".png") for name in pictures}
     image = Image.open(io.BytesIO(events.Images("overlap-sst2-4shot")[0].encoded_image_string))
     assert image.size == (810, 660)

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from momentum_lm.errors import UserError
-from momentum_lm.lm.tracing import AttentionTrace, attention_modules, tracing
+from momentum_lm.lm.tracing import FUSED, AttentionTrace, attention_modules, fused_heads, split_fused, tracing
 from momentum_lm.modules import Decoder
 
 _SEPARATE = re.compile(r"(.*\.)?(self_attn|attn|attention)\.(\w+\.)*(k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)")
-_FUSED = {"c_attn": "blocks", "query_key_value": "heads"}  # names of projections that hold queries too, and where
 
 
 class Diverged(ValueError):
@@ -135,11 +134,11 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
         return chosen
     found: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if _SEPARATE.fullmatch(name)]
     for name, parameter in named.items():
-        kind = _FUSED.get(name.split(".")[-2]) if name.count(".") else None
-        if kind:
-            found.append((parameter, _key_value_mask(model, parameter, kind)))
+        projection = name.split(".")[-2] if "." in name else ""
+        if projection in FUSED:
+            found.append((parameter, _key_value_mask(model, name, parameter, projection)))
     if not found:
-        looked_for = ", ".join(["k_proj", "v_proj", "key", "value", *_FUSED])
+        looked_for = ", ".join(["k_proj", "v_proj", "key", "value", *FUSED])
         raise UserError(
             f"{type(model).__name__} has no key and value projections under the names {looked_for}; "
             f"give a regular expression for them with --finetune-parameters (names are like {next(iter(named))})"
@@ -147,14 +146,16 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
     return found
 
 
-def _key_value_mask(model: Any, parameter: nn.Parameter, kind: str) -> Tensor:
-    """1 at keys and values: three blocks along the last dimension (GPT-2), or the three of each head (GPT-NeoX, BLOOM)."""
+def _key_value_mask(model: Any, name: str, parameter: nn.Parameter, projection: str) -> Tensor:
+    """1 at keys and values of a weight or bias that holds queries too."""
     mask = torch.zeros_like(parameter)
-    if kind == "blocks":
-        mask[..., parameter.shape[-1] // 3 :] = 1
-        return mask
-    heads = model.config.num_attention_heads
-    mask.view(heads, 3, -1)[:, 1:] = 1
+    turned = mask.t() if mask.dim() == 2 and mask.shape[0] > mask.shape[1] else mask  # what a linear layer gives is its first dimension
+    width = model.config.hidden_size
+    if turned.shape[-1] != 3 * width:
+        raise UserError(f"--finetune-parameters kv: {name} holds fewer keys and values than queries; give a regular expression, or all")
+    heads = fused_heads(model, projection)
+    place = torch.arange(3 * width, device=mask.device)
+    turned[..., torch.cat(split_fused(place, heads)[1:])] = 1
     return mask
 
 

@@ -6,8 +6,10 @@ similar length. Choices that share their beginning share a row of the batch: lab
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from momentum_lm.lm.protocol import LanguageModel
 
 from .prompts import Prompts, Request
 
+T = TypeVar("T")
 CPU_MEMORY = 256 << 20  # bytes that a batch may take beside the model and the cache
 CPU_TOKENS = 256  # more at once are not faster on a CPU
 GPU_SHARE = 0.4  # of the memory that is free when scoring begins
@@ -109,21 +112,21 @@ def collect(prompts: Prompts, sums: Mapping[int, list[float]]) -> Scores:
     return Scores(table, counts)
 
 
-def _score_batch(lm: LanguageModel, prompts: Prompts, batch: Sequence[int], prefix: object, side: str) -> Iterator[tuple[int, list[float]]]:
-    """Halves the batch where a GPU's memory does not hold it."""
+def halving(run: Callable[[Sequence[int]], T], batch: Sequence[int]) -> list[T]:
+    """``run``'s results of the batch, or of its halves, and theirs, where a GPU's memory does not hold it."""
     try:
-        found = _run(lm, [_rows(prompts.queries[query]) for query in batch], prefix, side)
+        return [run(batch)]
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
-        found = None
-    if found is None:  # outside the handler, which keeps what was allocated alive
-        torch.cuda.empty_cache()
-        middle = len(batch) // 2
-        yield from _score_batch(lm, prompts, batch[:middle], prefix, side)
-        yield from _score_batch(lm, prompts, batch[middle:], prefix, side)
-        return
-    for query, sums in zip(batch, found, strict=True):
+    torch.cuda.empty_cache()  # outside the handler, which keeps what was allocated alive
+    middle = len(batch) // 2
+    return halving(run, batch[:middle]) + halving(run, batch[middle:])
+
+
+def _score_batch(lm: LanguageModel, prompts: Prompts, batch: Sequence[int], prefix: object, side: str) -> Iterator[tuple[int, list[float]]]:
+    parts = halving(lambda some: _run(lm, [_rows(prompts.queries[query]) for query in some], prefix, side), batch)
+    for query, sums in zip(batch, itertools.chain(*parts), strict=True):
         if not np.isfinite(sums).all():
             raise UserError(f"{lm.name} gives probabilities of 0 or NaN: its weights are broken, or too large for {lm.dtype}")
         yield query, sums

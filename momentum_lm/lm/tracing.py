@@ -29,7 +29,7 @@ class AttentionTrace:
     outputs: (N, P, C) attention output after its output projection, before dropout and residual; momentum included
     logits: (N, P, H, S) fp32, q k^T with the query already scaled, over all keys, a prefix's first; columns after the position are
         those of the future or of padding and mean nothing
-    queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is fused and it does
+    queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is not found and it does
         turn them), or (B, T, H * D) without positions
     With ``projections``, inputs: (B, T, C) what goes into the projections; keys, values: (B, T, Hkv * D) what comes out, before rotary
         positions; empty where a model has no projections of their own for them
@@ -138,6 +138,10 @@ def _keep_result(seen: dict[str, Tensor], name: str) -> Any:
     return lambda module, given, result: seen.__setitem__(name, result)
 
 
+def _keep_parts(seen: dict[str, Tensor], heads: int | None) -> Any:
+    return lambda module, given, result: seen.update(zip("qkv", split_fused(result, heads), strict=True))
+
+
 def _keep_given(seen: dict[str, Tensor], name: str) -> Any:
     return lambda module, given: seen.__setitem__(name, given[0])
 
@@ -146,6 +150,7 @@ _QUERY = ("q_norm", "q_layernorm", "q_proj", "query", "q_lin")  # the last step 
 _KEY = ("k_proj", "key", "k_lin")
 _VALUE = ("v_proj", "value", "v_lin")
 _OUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin")
+FUSED = {"c_attn": "blocks", "query_key_value": "heads"}  # projections to queries, keys and values at once, and how these lie in them
 
 
 def child(module: Any, names: Sequence[str]) -> nn.Module | None:
@@ -153,11 +158,47 @@ def child(module: Any, names: Sequence[str]) -> nn.Module | None:
     return next((found for name in names if isinstance(found := getattr(module, name, None), nn.Module)), None)
 
 
-def key_value_projections(model: Any) -> list[tuple[nn.Module, nn.Module]]:
-    """Each layer's key and value projections, ``weight`` (Hkv * D, C); nothing for a model whose projections hold queries too."""
+def split_fused(values: Tensor, heads: int | None) -> tuple[Tensor, ...]:
+    """Queries, keys and values (..., H * D) of what a projection gives at once, (..., 3 * H * D): in turn, or in turn for each head."""
+    return values.chunk(3, -1) if heads is None else tuple(x.flatten(-2) for x in values.unflatten(-1, (heads, 3, -1)).unbind(-2))
+
+
+def fused_heads(model: Any, name: str) -> int | None:
+    """The heads by which :func:`split_fused` is to split what the projection of this name gives, or weights of it."""
+    return model.config.num_attention_heads if FUSED[name] == "heads" else None
+
+
+def _fused(module: Any) -> tuple[str, Any] | None:
+    """Name and module of the projection that gives queries, keys and values at once, as many of each."""
+    for name in FUSED:
+        projection: Any = getattr(module, name, None)
+        shape = () if projection is None else projection.weight.shape
+        if shape and max(shape) == 3 * min(shape):
+            return name, projection
+    return None
+
+
+def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
+    """Per layer weight and bias of the keys' projection and of the values', (Hkv * D, C) and (Hkv * D,), fp32; zeros where there is no
+    bias. Nothing for a model in which they are not found."""
     modules: list[Any] = [layer.self_attn for layer in model.layers] if isinstance(model, Decoder) else attention_modules(model)
-    pairs = [(key, value) for m in modules if (key := child(m, _KEY)) is not None and (value := child(m, _VALUE)) is not None]
-    return pairs if len(pairs) == len(modules) else []
+    found: list[tuple[Tensor, ...]] = []
+    for module in modules:
+        pair: list[Any] = [child(module, _KEY), child(module, _VALUE)]
+        fused = _fused(module)
+        if None not in pair:
+            parts = [(part.weight, getattr(part, "bias", None)) for part in pair]
+        elif fused is not None:
+            name, projection = fused
+            heads, bias = fused_heads(model, name), getattr(projection, "bias", None)
+            weight = projection.weight.t() if isinstance(projection, nn.Linear) else projection.weight  # GPT-2's is stored turned
+            biases = (None,) * 3 if bias is None else split_fused(bias, heads)
+            parts = [(w.t(), b) for w, b in zip(split_fused(weight, heads), biases, strict=True)][1:]
+        else:
+            return []
+        each = [(w.detach().float(), w.new_zeros(len(w)).float() if b is None else b.detach().float()) for w, b in parts]
+        found.append(each[0] + each[1])
+    return found
 
 
 _active: list[AttentionTrace] = []  # the trace that the registered attention function writes to
@@ -175,6 +216,9 @@ def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
             for name, found in (("q", child(module, _QUERY)), ("k", child(module, _KEY)), ("v", child(module, _VALUE))):
                 if found is not None:
                     handles.append(found.register_forward_hook(_keep_result(seen, name)))
+            fused = _fused(module)
+            if fused is not None:
+                handles.append(fused[1].register_forward_hook(_keep_parts(seen, fused_heads(model, fused[0]))))
             handles.append(module.register_forward_pre_hook(_begin(seen), with_kwargs=True))
             handles.append(module.register_forward_hook(_finish(trace, seen), with_kwargs=True))
         _active.append(trace)

@@ -26,6 +26,7 @@ from momentum_lm.icl import scoring
 from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.finetuning import Diverged, Lesson
 from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstration_text, fit, longest_query
+from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.finetuning_summary import TASK, summary
 from momentum_lm.report.records import Predictions, Results
@@ -154,7 +155,7 @@ class _Study:
             _log.warning("%s: only %d demonstrations fit; finetuning learns these too", unit.name, len(self.demonstrations))
         self.tokens = lm.encode([demonstration_text(example) for example in self.demonstrations])
         self.lessons = self._lessons(self.demonstrations)
-        self.aligned = align(self._whole(0), self.tokens, len(form.bos))
+        self.aligned = align(self.whole(0), self.tokens, len(form.bos))
         if self.aligned is None and processes.first:
             _log.warning("%s: the demonstrations have other tokens in the prompt than alone; no attention to them is compared", unit.name)
 
@@ -188,42 +189,15 @@ class _Study:
 
         Raises UserError where ``finetuned`` itself diverges and ``controls`` are asked for, that is for the model under study.
         """
-        settings, processes, begin = self.settings, self.processes, len(self.form.bos)
+        processes = self.processes
         students = self._students(lm, rate, controls)
         if "finetuned" not in students:
             return {}
-        prefix = lm.encode_prefix(self.in_context.prefix) if self.in_context.prefix else None
-        found = {name: Findings(len(self.examples)) for name in students}
-        first, matrices = True, None
+        look = _Look(self, lm, students, self.settings.save_traces and controls)
         batches = self._batches()
         for number in range(processes.rank, len(batches), processes.world):
-            batch = batches[number]
-            zero_shot = ask(lm, self.zero_shot, batch, None, projections=True, relax=True)
-            icl = ask(lm, self.in_context, batch, prefix, relax=True)
-            if first and zero_shot.trace.keys:
-                first = False
-                heads = _key_heads(zero_shot)
-                end = self.rows(0).query(1)[1].start
-                matrices = demonstration_matrices(lm, self._whole(0)[:end], begin, heads, [self.unit.seed, 3])
-            rows = [self.rows(query) for query in batch]
-            for name, student in students.items():
-                with student.learned.applied():
-                    ft = ask(lm, self.zero_shot, batch, None, relax=name == "finetuned")
-                into, main = found[name], name == "finetuned"
-                into.sums["zero_shot"] |= zero_shot.sums
-                into.sums["in_context"] |= icl.sums
-                into.sums["finetuned"] |= ft.sums
-                if not all(np.isfinite(list(ft.sums[query])).all() for query in batch):
-                    into.broken = True
-                    continue
-                with np.errstate(over="ignore", invalid="ignore"):
-                    into.shares |= measure(
-                        zero_shot, icl, ft, batch, rows, self.aligned, student, matrices, self.unit.seed, main, into.metrics
-                    )
-                if main and settings.save_traces and controls:
-                    for query, *outputs in zip(batch, *(np.moveaxis(s.outputs, 1, 0) for s in (zero_shot, icl, ft)), strict=True):
-                        into.outputs[query] = np.stack(outputs).astype(np.float16)
-        return self._merged(lm, found, rate, students, controls)
+            halving(look, batches[number])
+        return self._merged(lm, look.found, rate, students, controls)
 
     def _merged(
         self, lm: LanguageModel, found: dict[str, Findings], rate: float, students: dict[str, Student], controls: bool
@@ -289,14 +263,53 @@ class _Study:
         budget = asked.batch_tokens or min(most, max(1, TRACE_BYTES // row) * longest)
         return scoring.plan(self.zero_shot, self.processes.from_first(budget))
 
-    def _whole(self, query: int) -> list[int]:
+    def whole(self, query: int) -> list[int]:
+        """An example's prompt in context, with its first choice."""
         return [*self.in_context.prefix, *self.in_context.queries[query][0].tokens]
 
     def rows(self, query: int) -> Rows:
         """The prompts of an example, token by token."""
         zero, context = self.zero_shot.queries[query][0], self.in_context.queries[query][0]
         start = len(self.in_context.prefix) + context.start
-        return Rows(zero.tokens, self._whole(query), zero.start, start, len(self.form.bos))
+        return Rows(zero.tokens, self.whole(query), zero.start, start, len(self.form.bos))
+
+
+class _Look:
+    """Asks a model and its students about batches of examples, and keeps what the metrics make of it in ``found``. To look again at an
+    example changes nothing."""
+
+    def __init__(self, study: _Study, lm: TracedModel, students: dict[str, Student], keep_outputs: bool) -> None:
+        self.study, self.lm, self.students, self.keep_outputs = study, lm, students, keep_outputs
+        self.found = {name: Findings(len(study.examples)) for name in students}
+        self.prefix = lm.encode_prefix(study.in_context.prefix) if study.in_context.prefix else None
+        self.matrices: tuple[Any, Any] | None = None
+
+    def __call__(self, batch: Sequence[int]) -> None:
+        study, lm, seed = self.study, self.lm, self.study.unit.seed
+        zero_shot = ask(lm, study.zero_shot, batch, None, projections=True, relax=True)
+        icl = ask(lm, study.in_context, batch, self.prefix, relax=True)
+        if self.matrices is None and zero_shot.trace.keys:
+            end = study.rows(0).query(1)[1].start
+            heads = _key_heads(zero_shot)
+            self.matrices = demonstration_matrices(lm, study.whole(0)[:end], len(study.form.bos), heads, [seed, 3])
+        rows = [study.rows(query) for query in batch]
+        for name, student in self.students.items():
+            main, into = name == "finetuned", self.found[name]
+            with student.learned.applied():
+                ft = ask(lm, study.zero_shot, batch, None, relax=main)
+            into.sums["zero_shot"] |= zero_shot.sums
+            into.sums["in_context"] |= icl.sums
+            into.sums["finetuned"] |= ft.sums
+            if not all(np.isfinite(list(ft.sums[query])).all() for query in batch):
+                into.broken = True
+                continue
+            with np.errstate(over="ignore", invalid="ignore"):
+                into.shares |= measure(
+                    zero_shot, icl, ft, batch, rows, study.aligned, student, self.matrices, seed, main, into.metrics
+                )
+            if main and self.keep_outputs:
+                for query, *outputs in zip(batch, *(np.moveaxis(s.outputs, 1, 0) for s in (zero_shot, icl, ft)), strict=True):
+                    into.outputs[query] = np.stack(outputs).astype(np.float16)
 
 
 def _key_heads(seen: Seen) -> int:

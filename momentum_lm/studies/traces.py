@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from momentum_lm.icl.finetuning import Diverged, Lesson, finetuned
 from momentum_lm.icl.prompts import Prompts, Request
 from momentum_lm.lm.protocol import LanguageModel
-from momentum_lm.lm.tracing import AttentionTrace, key_value_projections, tracing
+from momentum_lm.lm.tracing import AttentionTrace, key_value_weights, tracing
 
 Floats = NDArray[np.float32]
 PAPER, PREDICTING = 0, 1  # the two positions of a row that are looked at: the last token of its first choice, and the query's last
@@ -178,22 +178,11 @@ class Learned:
             parameter.data, self._values[i] = self._values[i], parameter.data
 
     def update(self, model: Any) -> list[tuple[Tensor, ...]]:
-        """Per layer the change of key weight, key bias, value weight and value bias (zeros where there is none); nothing for a model
-        without such projections."""
-        pairs = key_value_projections(model)
-        before = [_weights(pair) for pair in pairs]
+        """Per layer the change of key weight, key bias, value weight and value bias; nothing where they are not found."""
+        before = key_value_weights(model)
         with self.applied():
-            after = [_weights(pair) for pair in pairs]
+            after = key_value_weights(model)
         return [tuple(b - a for a, b in zip(one, other, strict=True)) for one, other in zip(before, after, strict=True)]
-
-
-def _weights(pair: tuple[nn.Module, nn.Module]) -> tuple[Tensor, ...]:
-    found: list[Tensor] = []
-    for module in pair:
-        weight: Any = module.weight
-        bias: Any = getattr(module, "bias", None)
-        found += [weight.detach().float(), weight.new_zeros(weight.shape[0]).float() if bias is None else bias.detach().float()]
-    return tuple(found)
 
 
 def demonstration_matrices(lm: TracedModel, context: Sequence[int], begin: int, heads: int, seed: Sequence[int]) -> tuple[Floats, Floats]:

@@ -8,7 +8,7 @@ import torch
 
 from momentum_lm.analysis import metrics
 from momentum_lm.errors import UserError
-from momentum_lm.lm.tracing import AttentionTrace, attention_modules, tracing
+from momentum_lm.lm.tracing import AttentionTrace, attention_modules, key_value_weights, tracing
 
 TOKENS = torch.randint(4, 300, (3, 9), generator=torch.Generator().manual_seed(2))
 POSITIONS = torch.tensor([8, 3, 5])
@@ -141,6 +141,32 @@ def test_huggingface(family, prefix):
             expected = weights[i][row, :, prefix + position, seen]
             close(trace.logits[i][row, 0, :, seen].softmax(-1), expected, atol=1e-5, rtol=1e-4)
             close(trace.outputs[i][row, 0], outputs[i][row, prefix + position], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox", "opt"])
+def test_keys_and_values_are_those_of_the_weights(family):
+    """Wherever a family keeps them: beside what attention itself is given, without positions that turn keys."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = configurations(transformers)[family]
+    if family == "neox":
+        config.rope_parameters["partial_rotary_factor"] = 0.0
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    trace, cache = AttentionTrace(POSITIONS[:, None], projections=True), transformers.DynamicCache()
+    with torch.no_grad(), tracing(model, trace):
+        model(TOKENS, past_key_values=cache, use_cache=True)
+    weights = key_value_weights(model)
+    assert len(weights) == 2
+    seen = zip(trace.inputs, trace.keys, trace.values, weights, cache.layers, strict=True)
+    for inputs, keys, values, (w_k, b_k, w_v, b_v), layer in seen:
+        close(torch.nn.functional.linear(inputs, w_k, b_k), keys, atol=1e-5, rtol=1e-4)
+        close(torch.nn.functional.linear(inputs, w_v, b_v), values, atol=1e-5, rtol=1e-4)
+        close(values, layer.values.transpose(1, 2).flatten(2))
+        if family != "llama":
+            close(keys, layer.keys.transpose(1, 2).flatten(2))
 
 
 def test_queries_and_keys_are_those_before_rotation():

@@ -17,7 +17,7 @@ from momentum_lm.data.hub import hub_answers
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
 
-from .inference import grouped_attention, inference, register_attention, shared_keys
+from .inference import grouped_attention, inference, register_attention
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _ENDLESS = 1 << 20  # tokenizers without a limit give one far above any model's
@@ -136,7 +136,6 @@ class HuggingFaceLM:
         order = (torch.arange(tokens.shape[1]) + shift[:, None]) % tokens.shape[1]
         tokens, positions = tokens.masked_fill(padding, 0).gather(1, order), positions - shift[rows]
         given: dict[str, Any] = {"use_cache": False}
-        shared = prefix.length if isinstance(prefix, SharedPrefix) else 0
         if isinstance(prefix, SharedPrefix):
             given = {"past_key_values": prefix.cache, "use_cache": True}
         elif prefix is not None:
@@ -147,8 +146,7 @@ class HuggingFaceLM:
         output: Any = self.model.get_output_embeddings()
         hook = output.register_forward_pre_hook(lambda module, inputs: (inputs[0][row, place][None],))
         try:
-            with shared_keys(shared):
-                logits = self.model(tokens.to(self.device), **given).logits[0]
+            logits = self.model(tokens.to(self.device), **given).logits[0]
         finally:
             hook.remove()
         return F.log_softmax(logits.float(), -1)[which.to(self.device), targets.to(self.device)].cpu()

@@ -17,6 +17,7 @@ SMALLER = {
     "--max-update 2 --total-num-update 20 --warmup-updates 1 --update-freq 1 --tokens-per-sample 64 --batch-size 2 --num-workers 0".split(),
     "fairseq-eval --task lm_perplexity": ["--context-lengths", "16,32"],
     "fairseq-eval --task icl_classification": ["--max-field-tokens", "4", "--limit", "10"],
+    "fairseq-eval --task icl_finetune_analysis": "--shots 2 --max-field-tokens 4 --limit 6 --finetune-lr 0.1,0.01 --lr-examples 4".split(),
     "momentum-lm report": [],
     "momentum-lm doctor": [],
 }
@@ -53,7 +54,9 @@ def test_the_commands_of_the_readme_run_in_order(run_cli, documents, tmp_path):
         assert result.returncode == 0, f"{words}: {result.stderr[-2000:]}"
         ran.append(kind)
     assert set(ran) == set(SMALLER)
-    assert (tmp_path / "results" / "report.html").exists() and (tmp_path / "results" / "icl" / "report.html").exists()
+    assert (tmp_path / "results" / "report.html").exists() and all(
+        (tmp_path / "results" / name / "report.html").exists() for name in ("icl", "analysis")
+    )
 
 
 def test_every_other_command_is_one_that_another_test_runs():

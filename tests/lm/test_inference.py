@@ -9,40 +9,15 @@ from momentum_lm.lm import inference
 pytest.importorskip("transformers")
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """Counts how often attention is computed in two parts."""
-    calls = []
-    real = inference._attend_in_two
-    monkeypatch.setattr(inference, "_attend_in_two", lambda *given: calls.append(1) or real(*given))
-    return calls
-
-
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_attention_to_what_rows_share(groups, batch, counted):
+def test_heads_that_share_keys(groups):
     torch.manual_seed(0)
-    shared, own = 11, 5
-    query = torch.randn(batch, 6, own, 8)
-    prefix, rest = torch.randn(2, 1, groups, shared, 8), torch.randn(2, batch, groups, own, 8)
-    key, value = torch.cat([3 * prefix.expand(2, batch, -1, -1, -1), rest], 3)
-    mask = torch.ones(batch, 1, own, shared + own, dtype=torch.bool).tril(shared)
-    exact = [x.double() for x in (query, key, value)]
-    expected = F.scaled_dot_product_attention(*exact, mask, scale=0.5, enable_gqa=True).transpose(1, 2).float()
-    with torch.inference_mode():
-        plain, _ = inference.grouped_attention(None, query, key, value, mask, scaling=0.5)
-        assert not counted
-        with inference.shared_keys(shared):
-            found, _ = inference.grouped_attention(None, query, key, value, mask, scaling=0.5)
-            assert counted == [1] and found.shape == (batch, own, 6, 8)
-            windowed = mask & torch.ones_like(mask).triu(4)  # a sliding window: not every row sees all that they share
-            window, _ = inference.grouped_attention(None, query, key, value, windowed, scaling=0.5)
-            assert counted == [1]
-    torch.testing.assert_close(plain, expected, atol=2e-5, rtol=0)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
-    torch.testing.assert_close(
-        window, F.scaled_dot_product_attention(query, key, value, windowed, scale=0.5, enable_gqa=True).transpose(1, 2)
-    )
+    query, (key, value) = torch.randn(3, 6, 5, 8), torch.randn(2, 3, groups, 16, 8)
+    mask = torch.ones(3, 1, 5, 16, dtype=torch.bool).tril(11)
+    found, _ = inference.grouped_attention(type("Module", (), {"num_key_value_groups": 6 // groups}), query, key, value, mask, scaling=0.5)
+    exact = query.double(), *(x.double().repeat_interleave(6 // groups, 1) for x in (key, value))
+    expected = F.scaled_dot_product_attention(*exact, mask, scale=0.5).transpose(1, 2)
+    torch.testing.assert_close(found, expected.float(), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (2, 3, 24), (1, 24), (0, 24)])

@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
 
 def usable_cpus() -> int:
     """The CPUs that this process may use."""
@@ -24,9 +26,21 @@ def bf16_instructions() -> list[str]:
     return sorted(set(re.findall(r"\b(?:amx_bf16|avx512_bf16|bf16)\b", text)))
 
 
+def map_large_tensors() -> None:
+    """From now on memory for tensors of 2 MiB and more goes back to the system when they are freed.
+
+    The C library of Linux raises that limit to 32 MiB as a program goes on, and keeps what is below: weights that come and go then leave
+    holes into which others do not fit.
+    """
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if set_option is not None:
+            set_option(_M_MMAP_THRESHOLD, 2 << 20)
+
+
 def return_memory() -> None:
-    """Gives the system back what is no longer used: the C library of Linux keeps it, in pieces into which other tensors do not fit."""
+    """Gives the system back what is no longer used of the memory that the C library of Linux keeps."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

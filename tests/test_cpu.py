@@ -26,16 +26,35 @@ def test_bf16_instructions_are_those_of_the_kernels_list():
     assert bf16_instructions() == sorted(words & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
-def test_what_was_freed_goes_back_to_the_system():
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    kept = []
-    blocks = [bytearray(100_000) for _ in range(2000)]  # 200 MB in pieces too small to be mapped one by one
-    kept.append(bytearray(100_000))  # what lies behind them keeps the heap from shrinking by itself
-    del blocks
+
+def fill(size):
+    """200 MB in pieces, and one that lies behind them, which keeps the heap from shrinking by itself."""
+    return [b"x" * size for _ in range(200_000_000 // size)], b"x" * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_what_was_freed_goes_back_to_the_system():
+    pieces, _last = fill(100_000)
+    del pieces
     before = resident()
     return_memory()
     assert resident() < before - 100_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_large_tensors_go_back_when_they_are_freed():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from momentum_lm.cpu import map_large_tensors\n"
+        "from test_cpu import fill, resident\n"
+        "{}\n"
+        "piece = b'x' * 30_000_000; del piece\n"  # from now on the C library would keep pieces of less than that
+        "pieces, last = fill(4_000_000); full = resident(); del pieces; print(full - resident() > 150_000_000)"
+    )
+    for call, freed in (("map_large_tensors()", "True\n"), ("", "False\n")):
+        command = [sys.executable, "-c", code.format(call), os.path.dirname(__file__)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == freed, call

@@ -259,7 +259,10 @@ def main() -> int:
     if args.part:
         import torch
 
+        from momentum_lm.cpu import map_large_tensors
+
         torch.set_num_threads(args.threads)
+        map_large_tensors()  # as fairseq-eval does; for both
         if args.part == "prompts":
             Path(args.asked).write_text(json.dumps(prompts(args)))
             print("{}")

@@ -27,7 +27,7 @@ def bf16_instructions() -> list[str]:
 
 
 def map_large_tensors() -> None:
-    """From now on memory for tensors of 2 MiB and more goes back to the system when they are freed.
+    """For a program's main: from now on memory for tensors of 2 MiB and more goes back to the system when they are freed.
 
     The C library of Linux raises that limit to 32 MiB as a program goes on, and keeps what is below: weights that come and go then leave
     holes into which others do not fit.

@@ -32,13 +32,14 @@ def recall_at_k(found: ArrayLike, wanted: ArrayLike, k: int) -> Floats:
     """Share of the k largest entries of ``wanted`` that are among the k largest of ``found``, along the last axis.
 
     found, wanted (..., n), broadcast against each other -> (...). Of equal entries the first ones count as larger. Where n < k (the
-    authors' code stops there) k is n, and recall is 1. Raises ValueError for k < 1, no entries, or unequal n.
+    authors' code stops there) k is n, and recall is 1. NaN for rows with a NaN. Raises ValueError for k < 1, no entries, or unequal n.
     """
     first, second = _paired(found, wanted)
     k = min(k, first.shape[-1])
     if k < 1:
         raise ValueError("recall@k needs k >= 1 and at least one entry")
-    return (_top(first, k) & _top(second, k)).sum(-1) / k
+    recall = (_top(first, k) & _top(second, k)).sum(-1) / k
+    return np.where(np.isnan(first).any(-1) | np.isnan(second).any(-1), np.nan, recall)
 
 
 def chance_recall(n: int, k: int) -> float:

@@ -145,19 +145,30 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
 def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: float = 0.95) -> Interval:
     """Student's interval for sum(numerators) / sum(denominators) over a few independent runs, in each of which both may vary: of the
-    ratio's linearisation, its residuals numerator - ratio * denominator (Cochran, Sampling Techniques, chapter 6).
+    ratio's linearisation (Cochran, Sampling Techniques, chapter 6).
 
-    numerators, denominators (n,). Raises ValueError for n < 2, unequal lengths, or denominators that are not positive.
+    numerators, denominators (n,). Raises ValueError for n < 2, unequal lengths, negative denominators or none that is positive.
     """
+    return t_interval(_linearised(numerators, denominators), confidence)
+
+
+def ratio_difference_interval(
+    numerators: ArrayLike, denominators: ArrayLike, other_numerators: ArrayLike, other_denominators: ArrayLike, confidence: float = 0.95
+) -> Interval:
+    """Student's interval for the difference of two such ratios of the same runs, whose ups and downs they share. All (n,)."""
+    first, second = _linearised(numerators, denominators), _linearised(other_numerators, other_denominators)
+    return t_interval(first - second, confidence)
+
+
+def _linearised(numerators: ArrayLike, denominators: ArrayLike) -> NDArray[np.float64]:
+    """A value a run, whose mean is the ratio of the sums and whose spread is the ratio's, to first order."""
     above, below = _vector(numerators, "numerators"), _vector(denominators, "denominators")
     if above.size < 2 or above.size != below.size:
         raise ValueError(f"need at least two runs, and both numbers of each, got {above.size} and {below.size}")
-    if not (below > 0).all():
-        raise ValueError("denominators must be positive")
-    ratio = float(above.sum() / below.sum())
-    spread = float((above - ratio * below).std(ddof=1))
-    half = t_quantile(0.5 + confidence / 2, above.size - 1) * spread / math.sqrt(above.size) / float(below.mean())
-    return Interval(ratio, ratio - half, ratio + half, above.size)
+    if (below < 0).any() or not below.any():
+        raise ValueError("denominators must be positive, or some of them zero")
+    ratio = above.sum() / below.sum()
+    return np.asarray(ratio + (above - ratio * below) / below.mean())
 
 
 def t_quantile(probability: float, degrees: int) -> float:

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Analyses, writes the report, prints its table."""
     import dataclasses
 
+    from momentum_lm.cpu import map_large_tensors
     from momentum_lm.report.icl_vs_finetuning import write_report
     from momentum_lm.studies import icl_vs_finetuning as study
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         parameters=args.finetune_parameters,
         save_traces=args.save_traces,
     )
+    map_large_tensors()  # finetuned and untrained weights come and go
     lm = load_model(args)
     if names is None:
         large = sum(parameter.numel() for parameter in lm.model.parameters()) >= LARGE

@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare."""
     parser = Parser(
         prog="momentum-lm report",
-        description="Compares results of one task of fairseq-eval; differences are from the first, paired, with intervals.",
+        description="Compares results of one task of fairseq-eval: differences from the first, paired, with intervals; for "
+        "icl_finetune_analysis the numbers side by side, untested.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from momentum_lm.errors import UserError
-from momentum_lm.lm.tracing import FUSED, AttentionTrace, attention_modules, fused_heads, split_fused, tracing
+from momentum_lm.lm.tracing import AttentionTrace, attention_modules, fused_heads, fused_name, split_fused, tracing
 from momentum_lm.modules import Decoder
 
 _SEPARATE = re.compile(r"(.*\.)?(self_attn|attn|attention)\.(\w+\.)*(k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)")
@@ -134,11 +134,10 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
         return chosen
     found: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if _SEPARATE.fullmatch(name)]
     for name, parameter in named.items():
-        projection = name.split(".")[-2] if "." in name else ""
-        if projection in FUSED:
-            found.append((parameter, _key_value_mask(model, name, parameter, projection)))
+        if "." in name and name.split(".")[-2] == fused_name(model):
+            found.append((parameter, _key_value_mask(model, parameter)))
     if not found:
-        looked_for = ", ".join(["k_proj", "v_proj", "key", "value", *FUSED])
+        looked_for = ", ".join(["k_proj", "v_proj", "key", "value"])
         raise UserError(
             f"{type(model).__name__} has no key and value projections under the names {looked_for}; "
             f"give a regular expression for them with --finetune-parameters (names are like {next(iter(named))})"
@@ -146,16 +145,12 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
     return found
 
 
-def _key_value_mask(model: Any, name: str, parameter: nn.Parameter, projection: str) -> Tensor:
+def _key_value_mask(model: Any, parameter: nn.Parameter) -> Tensor:
     """1 at keys and values of a weight or bias that holds queries too."""
     mask = torch.zeros_like(parameter)
     turned = mask.t() if mask.dim() == 2 and mask.shape[0] > mask.shape[1] else mask  # what a linear layer gives is its first dimension
-    width = model.config.hidden_size
-    if turned.shape[-1] != 3 * width:
-        raise UserError(f"--finetune-parameters kv: {name} holds fewer keys and values than queries; give a regular expression, or all")
-    heads = fused_heads(model, projection)
-    place = torch.arange(3 * width, device=mask.device)
-    turned[..., torch.cat(split_fused(place, heads)[1:])] = 1
+    place = torch.arange(turned.shape[-1], device=mask.device)
+    turned[..., torch.cat(split_fused(place, fused_heads(model))[1:])] = 1
     return mask
 
 

@@ -21,10 +21,10 @@ class OneDNNLinear(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if function is F.linear and not kwargs and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
-            rows, weight, bias = args if len(args) == 3 else (*args, None)
-            if rows.dtype == weight.dtype == torch.float32 and rows.layout == weight.layout == torch.strided and _on_cpu(rows, weight):
-                return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        if function is F.linear and not kwargs and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            given = [x for x in args if x is not None]
+            if torch.backends.mkldnn.is_available() and all(map(_is_plain, given)) and all(x.is_contiguous() for x in given[1:]):
+                return torch.ops.mkldnn._linear_pointwise(*args, *[None] * (3 - len(args)), "none", [], "")
         return function(*args, **(kwargs or {}))
 
 
@@ -62,6 +62,6 @@ def register_attention(name: str, attention: Callable[..., Any]) -> str:
     return name
 
 
-def _on_cpu(rows: Tensor, weight: Tensor) -> bool:
-    # oneDNN refuses what is empty and reads dense rows alone.
-    return rows.device.type == weight.device.type == "cpu" and rows.numel() > 0 and weight.is_contiguous()
+def _is_plain(x: Tensor) -> bool:
+    """What oneDNN takes: it refuses what is empty."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,8 @@ _QUERY = ("q_norm", "q_layernorm", "q_proj", "query", "q_lin")  # the last step 
 _KEY = ("k_proj", "key", "k_lin")
 _VALUE = ("v_proj", "value", "v_lin")
 _OUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin")
-FUSED = {"c_attn": "blocks", "query_key_value": "heads"}  # projections to queries, keys and values at once, and how these lie in them
+# By model_type: the projection to queries, keys and values at once, and how these lie in it. Others' with these names lie otherwise.
+FUSED = {"gpt2": ("c_attn", "blocks"), "gpt_neox": ("query_key_value", "heads"), "bloom": ("query_key_value", "heads")}
 
 
 def child(module: Any, names: Sequence[str]) -> nn.Module | None:
@@ -163,19 +164,14 @@ def split_fused(values: Tensor, heads: int | None) -> tuple[Tensor, ...]:
     return values.chunk(3, -1) if heads is None else tuple(x.flatten(-2) for x in values.unflatten(-1, (heads, 3, -1)).unbind(-2))
 
 
-def fused_heads(model: Any, name: str) -> int | None:
-    """The heads by which :func:`split_fused` is to split what the projection of this name gives, or weights of it."""
-    return model.config.num_attention_heads if FUSED[name] == "heads" else None
+def fused_name(model: Any) -> str | None:
+    """The name of a model's projections to queries, keys and values at once; None where it has none of a known layout."""
+    return FUSED.get(getattr(model.config, "model_type", ""), (None,))[0]
 
 
-def _fused(module: Any) -> tuple[str, Any] | None:
-    """Name and module of the projection that gives queries, keys and values at once, as many of each."""
-    for name in FUSED:
-        projection: Any = getattr(module, name, None)
-        shape = () if projection is None else projection.weight.shape
-        if shape and max(shape) == 3 * min(shape):
-            return name, projection
-    return None
+def fused_heads(model: Any) -> int | None:
+    """The heads by which :func:`split_fused` is to split what such a projection gives, or its weights."""
+    return model.config.num_attention_heads if FUSED[model.config.model_type][1] == "heads" else None
 
 
 def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
@@ -185,13 +181,12 @@ def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
     found: list[tuple[Tensor, ...]] = []
     for module in modules:
         pair: list[Any] = [child(module, _KEY), child(module, _VALUE)]
-        fused = _fused(module)
+        projection = child(module, [fused_name(model) or ""])
         if None not in pair:
             parts = [(part.weight, getattr(part, "bias", None)) for part in pair]
-        elif fused is not None:
-            name, projection = fused
-            heads, bias = fused_heads(model, name), getattr(projection, "bias", None)
-            weight = projection.weight.t() if isinstance(projection, nn.Linear) else projection.weight  # GPT-2's is stored turned
+        elif projection is not None:
+            heads, bias, stored = fused_heads(model), getattr(projection, "bias", None), cast(Tensor, projection.weight)
+            weight = stored.t() if isinstance(projection, nn.Linear) else stored  # GPT-2's is stored turned
             biases = (None,) * 3 if bias is None else split_fused(bias, heads)
             parts = [(w.t(), b) for w, b in zip(split_fused(weight, heads), biases, strict=True)][1:]
         else:
@@ -216,9 +211,9 @@ def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
             for name, found in (("q", child(module, _QUERY)), ("k", child(module, _KEY)), ("v", child(module, _VALUE))):
                 if found is not None:
                     handles.append(found.register_forward_hook(_keep_result(seen, name)))
-            fused = _fused(module)
+            fused = child(module, [fused_name(model) or ""])
             if fused is not None:
-                handles.append(fused[1].register_forward_hook(_keep_parts(seen, fused_heads(model, fused[0]))))
+                handles.append(fused.register_forward_hook(_keep_parts(seen, fused_heads(model))))
             handles.append(module.register_forward_pre_hook(_begin(seen), with_kwargs=True))
             handles.append(module.register_forward_hook(_finish(trace, seen), with_kwargs=True))
         _active.append(trace)

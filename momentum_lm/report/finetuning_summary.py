@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from momentum_lm.analysis.per_example import column_means, spread_over_seeds
-from momentum_lm.analysis.statistics import ratio_interval, t_interval, wilson_interval
+from momentum_lm.analysis.statistics import ratio_difference_interval, ratio_interval, t_interval, wilson_interval
 
 Run = Mapping[str, Any]
 Setting = tuple[str, int]  # dataset, shots
@@ -133,21 +133,44 @@ def accuracy(runs: Sequence[Run], setting: str) -> Estimate:
 
 def rec2ftp(runs: Sequence[Run]) -> Estimate:
     """Of what finetuning puts right under all seeds together, the share that ICL puts right; each seed counts by how much that is."""
-    return _share([(kept[0, 1, 1], kept[0, :, 1].sum()) for kept in map(_cells, runs)], runs[0]["rec2ftp_ci95"])
+    return _share(*_repairs(runs)[:2])
 
 
 def chance(runs: Sequence[Run]) -> Estimate:
     """Of all zero-shot errors under all seeds together, the share that ICL puts right: what Rec2FTP would be by chance."""
-    return _share([(kept[0, 1].sum(), kept[0].sum()) for kept in map(_cells, runs)])
+    return _share(*_repairs(runs)[2:])
 
 
-def _share(counts: Sequence[tuple[int, int]], over_examples: Sequence[float] | None = None) -> Estimate:
-    """:func:`estimate` of part / whole of all seeds together, from (part, whole) of each; those with nothing to share are left out."""
-    known = [(int(part), int(whole)) for part, whole in counts if whole]
-    found = estimate([part / whole for part, whole in known], over_examples, share=True)
-    if found["over"] == "seeds":
-        interval = ratio_interval([part for part, _ in known], [whole for _, whole in known])
-        found |= {"mean": interval.estimate, "ci95": [max(0.0, interval.low), min(1.0, interval.high)]}
+def above_chance(runs: Sequence[Run]) -> Estimate:
+    """Rec2FTP minus chance, paired by seed. For one seed chance counts as known: its own doubt is left out."""
+    recall, level = rec2ftp(runs), chance(runs)
+    if recall["mean"] is None or level["mean"] is None:
+        return estimate([])
+    gap = recall["mean"] - level["mean"]
+    if recall["over"] == "seeds":
+        recovered, recoverable, repaired, wrong = _repairs(runs)
+        interval = ratio_difference_interval(recovered, recoverable, repaired, wrong)
+        return estimate([gap]) | {"ci95": [interval.low, interval.high], "over": "seeds", "num": len(runs)}
+    return estimate([gap], [end - level["mean"] for end in recall["ci95"]])
+
+
+def _repairs(runs: Sequence[Run]) -> list[NDArray[np.int64]]:
+    """By seed: repaired by ICL of what finetuning repairs, what that is, repaired by ICL of all zero-shot errors, and these."""
+    wrong = np.stack([_cells(run)[0] for run in runs])  # (n, ICL, FT)
+    return [wrong[:, 1, 1], wrong[:, :, 1].sum(1), wrong[:, 1].sum(1), wrong.sum((1, 2))]
+
+
+def _share(parts: NDArray[np.int64], wholes: NDArray[np.int64]) -> Estimate:
+    """:func:`estimate` of part / whole of all seeds together. Where no two seeds differ the interval is Wilson's."""
+    known = wholes > 0
+    found = estimate((parts[known] / wholes[known]).tolist(), share=True)
+    if not known.any():
+        return found
+    wilson = wilson_interval(int(parts.sum()), int(wholes.sum()))
+    found |= {"mean": wilson.estimate, "ci95": [wilson.low, wilson.high], "over": "examples"}
+    if found["max"] > found["min"]:
+        interval = ratio_interval(parts, wholes)
+        found |= {"ci95": [max(0.0, interval.low), min(1.0, interval.high)], "over": "seeds"}
     return found
 
 
@@ -161,8 +184,9 @@ def _cells(run: Run) -> NDArray[np.int64]:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """The ``summary`` of results.json: {dataset: {shots: {"num_seeds", "num_examples", "accuracy", "rec2ftp", "rec2ftp_chance", "paper",
-    "corrected", "baselines", "differences"}}}, of :func:`estimate`; ``differences`` are corrected minus control, by metric and control."""
+    """The ``summary`` of results.json: {dataset: {shots: {"num_seeds", "num_examples", "accuracy", "rec2ftp", "rec2ftp_chance",
+    "rec2ftp_above_chance", "paper", "corrected", "baselines", "differences"}}}, of :func:`estimate`; ``differences`` are corrected minus
+    control, by metric and control."""
     found: dict[str, Any] = {}
     for (dataset, shots), chosen in settings(runs).items():
         names = {part: list(dict.fromkeys(name for run in chosen for name in run[part])) for part in PARTS}
@@ -170,7 +194,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         entry: dict[str, Any] = {"num_seeds": len(chosen), "num_examples": chosen[0]["num_examples"]}
         entry["accuracy"] = {setting: accuracy(chosen, setting) for setting in SETTINGS}
         entry["rec2ftp"] = rec2ftp(chosen)
-        entry["rec2ftp_chance"] = chance(chosen)
+        entry |= {"rec2ftp_chance": chance(chosen), "rec2ftp_above_chance": above_chance(chosen)}
         entry |= {part: {name: metric(chosen, name, part) for name in names[part]} for part in PARTS}
         entry["baselines"] = {
             control: {n: e for n in names["corrected"] if (e := metric(chosen, n, control=control))["num"]} for control in controls
@@ -197,12 +221,11 @@ def headlines(runs: Sequence[Run]) -> list[str]:
     """A sentence for each kind of evidence, over all settings."""
     groups = list(settings(runs).values())
     sentences = []
-    pairs = [(rec2ftp(chosen)["ci95"], chance(chosen)["mean"]) for chosen in groups]
-    defined = [(ends, level) for ends, level in pairs if ends is not None and level is not None]
-    if defined:
-        count = sum(ends[0] > level for ends, level in defined)
+    places = [place(gap) for chosen in groups if (gap := above_chance(chosen))["num"]]
+    if places:
+        count = places.count("above")
         sentences.append(
-            f"Predictions: Rec2FTP lies above chance (what ICL repairs of all zero-shot errors) in {count} of {len(defined)} settings."
+            f"Predictions: Rec2FTP lies above chance (what ICL repairs of all zero-shot errors) in {count} of {len(places)} settings."
         )
     for name in EVIDENCE:
         counts = []
@@ -253,13 +276,12 @@ def _rec2ftp_sentence(runs: Sequence[Run]) -> str:
     recovered, recoverable = int(counts[0, 1, 1]), int(counts[0, :, 1].sum())
     if recoverable == 0:
         return "Finetuning puts nothing right that was wrong zero-shot, so there is nothing for Rec2FTP to recover."
-    value, level = rec2ftp(runs), chance(runs)["mean"]
-    text = f"Of {recoverable:,} errors that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is {number(value, percent=True)}."
-    if level is None or value["ci95"] is None:
-        return text
-    low, high = value["ci95"]
-    words = "lies above it" if low > level else "lies below it" if high < level else "cannot be told from it"
-    return f"{text} ICL repairs {100 * level:.1f}% of all zero-shot errors, which is chance; Rec2FTP {words}."
+    value, level, gap = rec2ftp(runs), chance(runs), above_chance(runs)
+    words = {"above": "lies above it", "below": "lies below it", "level": "cannot be told from it"}[place(gap)]
+    return (
+        f"Of {recoverable:,} errors that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is {number(value, percent=True)}. "
+        f"ICL repairs {number(level, percent=True)} of all zero-shot errors, which is chance; Rec2FTP {words}."
+    )
 
 
 def number(value: Estimate, percent: bool = False) -> str:

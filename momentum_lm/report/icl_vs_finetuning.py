@@ -103,7 +103,7 @@ def accuracy_table(runs: Sequence[Run]) -> Table:
                 number(recall, percent=True) or "nothing to recover",
                 "" if level is None else f"{100 * level:.1f}%",
                 f"{counts[0, 1, 1]:,} of {counts[0, :, 1].sum():,}",
-                ", ".join(dict.fromkeys(rates)),
+                ", ".join(rates),
             ]
         )
     headings = ["dataset", "shots", "seeds", "examples", *SETTINGS.values(), "Rec2FTP", "chance", "recovered", "learning rates"]

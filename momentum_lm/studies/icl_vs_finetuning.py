@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from momentum_lm.cpu import map_large_tensors, return_memory
+from momentum_lm.cpu import return_memory
 from momentum_lm.data.classification import Example, LabelledDataset
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, locked
@@ -94,7 +94,6 @@ def analyse(
     if 0 in asked.shots:
         raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
     form = asked.form(lm)
-    map_large_tensors()  # finetuned and untrained weights come and go
     with Processes() as processes, contextlib.ExitStack() as stack:
         units = [Unit(data.spec.name, seed, shots) for data in datasets for shots in asked.shots for seed in asked.seeds]
         todo: list[Unit] | None = None

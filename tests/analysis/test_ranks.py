@@ -113,3 +113,7 @@ def test_chance_recall():
     simulated = ranks.recall_at_k(rng.random((4000, 8)), np.arange(8.0), 5).mean()
     assert simulated == pytest.approx(ranks.chance_recall(8, 5), abs=0.01)
     assert (ranks.chance_recall(8, 5), ranks.chance_recall(6, 5), ranks.chance_recall(3, 5)) == (0.625, 5 / 6, 1)
+
+
+def test_recall_of_what_cannot_be_ranked():
+    assert np.isnan(ranks.recall_at_k([1, np.nan, 3, 2], [1, 2, 3, 4], 2)) and np.isnan(ranks.recall_at_k([1.0, 2], [np.nan, 1], 2))

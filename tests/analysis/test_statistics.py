@@ -111,7 +111,7 @@ def test_ratio_interval_is_that_of_the_mean_where_denominators_agree():
     with pytest.raises(ValueError, match="two runs"):
         st.ratio_interval([1], [2])
     with pytest.raises(ValueError, match="positive"):
-        st.ratio_interval([1, 0], [2, 0])
+        st.ratio_interval([1, 0], [0, 0])
 
 
 def test_ratio_interval_covers():
@@ -123,3 +123,13 @@ def test_ratio_interval_covers():
         found = st.ratio_interval(rng.binomial(sizes, 0.4), sizes)
         hits += found.low <= 0.4 <= found.high
     assert 0.91 < hits / 400 < 0.99
+
+
+def test_what_two_ratios_share_is_no_doubt_about_their_difference():
+    rng = np.random.default_rng(0)
+    ups = rng.normal(0, 0.2, 8)
+    sizes = np.full(8, 1000)
+    gap = st.ratio_difference_interval((0.5 + ups) * sizes, sizes, (0.4 + ups) * sizes, sizes)
+    assert (gap.estimate, gap.low, gap.high) == pytest.approx((0.1, 0.1, 0.1))
+    apart = st.ratio_difference_interval((0.5 + ups) * sizes, sizes, (0.4 - ups) * sizes, sizes)
+    assert apart.high - apart.low > 0.3

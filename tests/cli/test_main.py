@@ -1,4 +1,7 @@
+import os
 import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -62,3 +65,12 @@ def test_no_command_shows_the_usage(capsys):
 def test_version(run_cli, capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == run_cli(["momentum-lm", "--version"]).stdout == f"momentum-lm {__version__}\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes")
+def test_a_pipe_that_is_closed_ends_it_quietly():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "momentum_lm.cli.main", "--help"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141

@@ -33,9 +33,10 @@ def test_linear_layers(shape, bias):
     torch.testing.assert_close(run(layer, rows), layer(rows).detach(), atol=1e-5, rtol=1e-5)
     layer, rows = layer.double(), rows.double()
     assert torch.equal(run(layer, rows), layer(rows))
-    view = torch.nn.functional.linear
-    weight = torch.randn(24, 40).t()  # not contiguous, as where GPT-2's projections are turned
-    torch.testing.assert_close(inference.inference(view)(rows.float(), weight), view(rows.float(), weight), atol=1e-5, rtol=1e-5)
+    weight, bias = torch.randn(24, 40).t(), torch.randn(80)[::2]  # not contiguous, as where GPT-2's projections are turned
+    for given in ((weight,), (weight.contiguous(), bias)):
+        found = inference.inference(F.linear)(rows.float(), *given)
+        torch.testing.assert_close(found, F.linear(rows.float(), *given), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -49,4 +50,7 @@ def test_linear_layers_are_onednns_where_no_gradient_is_asked_for(monkeypatch):
         assert not calls and layer.weight.grad is not None
         with torch.no_grad():
             layer(torch.randn(3, 4))
+            assert calls == [1]
+            with torch.autocast("cpu", torch.bfloat16):  # the caller's choice stands
+                assert layer(torch.randn(3, 4)).dtype == torch.bfloat16
     assert calls == [1]

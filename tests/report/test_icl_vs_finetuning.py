@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from momentum_lm.analysis.statistics import ratio_interval, t_interval, wilson_interval
+from momentum_lm.analysis.statistics import ratio_difference_interval, ratio_interval, t_interval, wilson_interval
 from momentum_lm.errors import UserError
 from momentum_lm.report import finetuning_summary as f
 from momentum_lm.report import icl_vs_finetuning as r
@@ -27,7 +27,7 @@ def by_name(table, column):
 def run(simaou=(0.1, 0.3), seed=1, random=(0.0, 0.0), **more):
     ends = [[v - 0.05, v + 0.15] if v is not None else None for v in simaou]
     return {"dataset": "sst2", "seed": seed, "shots": 4, "num_examples": 50, "finetune_lr": 0.01,
-            "accuracy": {"zero_shot": 0.5, "in_context": 0.8, "finetuned": 0.6}, "rec2ftp": 0.8, "rec2ftp_ci95": [0.5, 0.9],
+            "accuracy": {"zero_shot": 0.5, "in_context": 0.8, "finetuned": 0.6}, "rec2ftp": 0.8, "rec2ftp_ci95": [0.490, 0.943],
             "rec2ftp_chance": 0.72, "rec2ftp_counts": {"cells": [[[5, 2], [10, 8]], [[1, 2], [3, 19]]]}, "paper": {"simaou": [0.4, 0.6]},
             "corrected": {"simaou": list(simaou), "simaou_random": list(random)}, "corrected_ci95": {"simaou": ends},
             "baselines": {"untrained": {"corrected": {"simaou": [0.1, 0.1]}}, "lcgd": None}, **more}  # fmt: skip
@@ -78,7 +78,7 @@ def test_summary():
     assert entry["num_seeds"] == 2 and entry["num_examples"] == 50
     wilson = wilson_interval(25, 50)
     assert entry["accuracy"]["zero_shot"]["ci95"] == [wilson.low, wilson.high]
-    assert entry["rec2ftp"]["mean"] == 0.8 and entry["rec2ftp"]["ci95"] == [0.5, 0.9]
+    assert entry["rec2ftp"]["mean"] == 0.8 and entry["rec2ftp"]["ci95"] == [(w := wilson_interval(16, 20)).low, w.high]
     assert entry["corrected"]["simaou"]["mean"] == pytest.approx(0.125) and entry["paper"]["simaou"]["mean"] == 0.5
     assert entry["baselines"] == {"untrained": {"simaou": f.metric(runs[:2], "simaou", control="untrained")}, "lcgd": {}}
     assert entry["differences"]["simaou"]["untrained"]["mean"] == pytest.approx(0.025)
@@ -89,18 +89,23 @@ def test_rec2ftp_is_of_all_seeds_together():
     """One repair that ICL shares in one seed, none of nine in another: 1 of 10, and not one half."""
     few = [run(seed=s, rec2ftp_counts={"cells": [[[5, n - k], [5, k]], [[0, 0], [0, 0]]]}) for s, k, n in ((1, 1, 1), (2, 0, 9), (3, 0, 0))]
     found = f.rec2ftp(few)
-    interval = ratio_interval([1, 0], [1, 9])
-    assert found["mean"] == 0.1 and found["num"] == 2 and found["ci95"] == [max(0, interval.low), min(1, interval.high)]
+    interval = ratio_interval([1, 0, 0], [1, 9, 0])
+    assert found["mean"] == pytest.approx(0.1) and found["num"] == 2
+    assert found["ci95"] == pytest.approx([max(0, interval.low), min(1, interval.high)])
     assert f.chance(few)["mean"] == pytest.approx(16 / 40)
+    gap = ratio_difference_interval([1, 0, 0], [1, 9, 0], [6, 5, 5], [11, 19, 10])
+    assert f.above_chance(few)["mean"] == pytest.approx(0.1 - 0.4) and f.above_chance(few)["ci95"] == pytest.approx([gap.low, gap.high])
+    for order in (few[:1] + few[2:], few[2:] + few[:1]):  # the only seed that has one, wherever it stands
+        assert f.rec2ftp(order)["ci95"] == pytest.approx([(w := wilson_interval(1, 1)).low, w.high])
 
 
 def test_verdicts_follow_the_intervals():
     clear = " ".join(f.verdict([run()]))
     assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
-    assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 80.0% (50.0 to 90.0)." in clear
-    assert "72.0% of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
+    assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 80.0% (49.0 to 94.3)." in clear
+    assert "72.0% (52.4 to 85.7) of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
     assert "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), untrained (0.100)." in clear
-    low = " ".join(f.verdict([run((0.0, 0.1), rec2ftp_ci95=[0.75, 0.9])]))
+    low = " ".join(f.verdict([run((0.0, 0.1), rec2ftp_counts={"cells": [[[50, 0], [0, 20]], [[0, 0], [0, 0]]]})]))
     assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
     assert "nothing for Rec2FTP to recover" in " ".join(f.verdict([run(**NOTHING)]))
     (predictions, simaou) = f.headlines([run(), run((0.0, 0.1), dataset="trec")])
@@ -147,7 +152,7 @@ def test_tables(analysed):
     assert gaps["shuffled labels"] == f"{gap['mean']:+.3f} ({gap['ci95'][0]:+.3f} to {gap['ci95'][1]:+.3f})"
     first = by_name(r.accuracy_table(runs), "dataset")["sst2"]
     cells = f.cells(runs[:3])
-    assert first["recovered"] == f"{cells[0, 1, 1]} of {cells[0, :, 1].sum()}" and first["learning rates"] == "0.003"
+    assert first["recovered"] == f"{cells[0, 1, 1]} of {cells[0, :, 1].sum()}" and first["learning rates"] == "0.003, 0.003, 0.003"
     beside = by_name(r.paper_table(runs), "")
     assert {row["dataset"] for row in beside.values()} == {"sst2"}
     assert (beside["SimAOU"]["paper, 1.3B"], beside["SimAOU"]["paper, 2.7B"]) == ("0.110", "0.195")

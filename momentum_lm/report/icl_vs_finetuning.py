@@ -75,7 +75,8 @@ _MEASURED = (
     "ratio of lengths, of what a head puts out in context without and with softmax.",
     "Controls. Random: a random zero-mean update, a random order of tokens, or keys dealt out anew among tokens (in the authors' form "
     "updates and weights are from 0 to 1). Before finetuning: the model as it was, in FT's place. Untrained: the same architecture with "
-    "fresh weights. Shuffled labels: finetuned on demonstrations whose labels were dealt out anew. LCGD: finetuned with a loss for every "
+    "fresh weights. Shuffled labels: finetuned on demonstrations whose labels were dealt out anew: "
+    "some fall to where they were, of two balanced labels about half. LCGD: finetuned with a loss for every "
     "layer that stays in the layer. All parameters: all are finetuned. Only what exceeds the first four speaks for ICL as finetuning; "
     "the last two are other ways of learning.",
 )

@@ -161,7 +161,9 @@ class _Study:
 
     def about(self, rate: Choice) -> dict[str, Any]:
         """What a record says of this unit beside what was found."""
+        pairs = zip(self.demonstrations, self._shuffled(), strict=True)
         return {
+            "labels_changed_by_shuffling": sum(one.gold != other.gold for one, other in pairs),
             "shots_fitted": len(self.demonstrations),
             "demonstrations": [example.index for example in self.demonstrations],
             "demonstration_labels": [example.continuations[example.gold].strip() for example in self.demonstrations],
@@ -222,7 +224,7 @@ class _Study:
         chosen, students = self.settings.parameters, {}
         wanted: list[tuple[str, Sequence[Lesson], str, bool]] = [("finetuned", self.lessons, chosen, False)]
         if controls:
-            shuffled = self._lessons(_shuffled(self.demonstrations, self.data.spec.labels is not None, self.unit.seed))
+            shuffled = self._lessons(self._shuffled())
             known = {
                 "shuffled_labels": (shuffled, chosen, False),
                 "lcgd": (self.lessons, chosen, True),
@@ -242,6 +244,9 @@ class _Study:
             update = learned.update(lm.model)
             students[name] = Student(name, learned, self.aligned if same else None, len(self.form.bos), update)
         return students
+
+    def _shuffled(self) -> list[Example]:
+        return shuffled(self.demonstrations, self.data.spec.labels is not None, self.unit.seed)
 
     def _lessons(self, demonstrations: Sequence[Example]) -> list[Lesson]:
         bos = list(self.form.bos)
@@ -318,8 +323,9 @@ def _key_heads(seen: Seen) -> int:
     return seen.trace.keys[0].shape[-1] // width
 
 
-def _shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:
-    """The demonstrations with their labels dealt out anew; where each has its own choices, one of the wrong ones instead."""
+def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:
+    """The demonstrations with their labels dealt out anew, of which some may fall to where they were; where each has its own choices, one
+    of the wrong ones instead."""
     draw = np.random.default_rng([seed, 1])
     if fixed:
         gold = [example.gold for example in demonstrations]

@@ -106,6 +106,7 @@ def test_everything_is_recorded_and_the_weights_are_restored(lm, films, tmp_path
                 assert low is None or low <= value <= high
     assert np.shape(found["heads"]["simam_delta"]) == np.shape(found["heads"]["kendall"]) == (2, 4)
     alone = found["corrected"]["simaou"]
+    assert 0 <= found["labels_changed_by_shuffling"] <= 3 == len(found["demonstration_labels"])
     assert [entry["index"] for entry in found["attention"]] == [films.evaluation[i].index for i in range(3)]
     for entry in found["attention"]:
         shares = np.array([entry["in_context"], entry["finetuned"]])

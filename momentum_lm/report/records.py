@@ -18,8 +18,7 @@ _READ = {  # what the reports read of a run
     "lm_perplexity": "split context_length perplexity ci95 bits_per_byte num_tokens num_documents data_sha256 documents".split(),
     "icl_classification": "dataset seed shots order calibration shots_fitted num_examples accuracy ci95 macro_f1 majority "
     "confusion".split(),
-    "icl_finetune_analysis": "dataset seed shots num_examples finetune_lr accuracy rec2ftp rec2ftp_ci95 rec2ftp_chance paper corrected "
-    "baselines".split(),
+    "icl_finetune_analysis": "dataset seed shots num_examples finetune_lr accuracy rec2ftp_counts paper corrected baselines".split(),
 }
 
 

@@ -195,6 +195,7 @@ class _Study:
         students = self._students(lm, rate, controls)
         if "finetuned" not in students:
             return {}
+        return_memory()
         look = _Look(self, lm, students, self.settings.save_traces and controls)
         batches = self._batches()
         for number in range(processes.rank, len(batches), processes.world):

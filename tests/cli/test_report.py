@@ -23,8 +23,9 @@ def write(folder, accuracy, task="icl_classification", shots=(0, 4)):
         runs = [{"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "bits_per_byte": None, "num_tokens": 10,
                  "num_documents": 1, "data_sha256": "0", "documents": "documents/valid-8.npz"}]  # fmt: skip
     if task == "icl_finetune_analysis":
-        runs = [{"dataset": "mr", "seed": 1, "shots": 4, "num_examples": 10, "finetune_lr": 0.1, "rec2ftp": None, "rec2ftp_ci95": None,
-                 "accuracy": {"zero_shot": 0.5, "in_context": accuracy / 10, "finetuned": 0.5}, "rec2ftp_chance": None, "baselines": {},
+        runs = [{"dataset": "mr", "seed": 1, "shots": 4, "num_examples": 10, "finetune_lr": 0.1, "rec2ftp": None, "baselines": {},
+                 "accuracy": {"zero_shot": 0.5, "in_context": accuracy / 10, "finetuned": 0.5},
+                 "rec2ftp_counts": {"cells": [[[5, 0], [0, 0]], [[0, 0], [0, 5]]]},
                  "paper": {"simaou": [0.1, 0.3]}, "corrected": {"simaou": [0.0, 0.1]}}]  # fmt: skip
     config = {"datasets": {"mr": {"labels": ["a", "b"]}}}
     (folder / "results.json").write_text(json.dumps({"task": task, "model": {"path": "m"}, "config": config, "runs": runs}))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .ranks import kendall_tau, recall_at_k
+from .ranks import chance_recall, kendall_tau, recall_at_k
 from .statistics import Interval, wilson_interval
 
 Floats = NDArray[np.float64]
@@ -284,7 +284,8 @@ def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _above_chance(recall: Floats, n: int, k: int) -> Floats:
-    return np.full(recall.shape, np.nan) if k >= n else (recall - k / n) / (1 - k / n)
+    chance = chance_recall(n, k)
+    return np.full(recall.shape, np.nan) if chance == 1 else (recall - chance) / (1 - chance)
 
 
 # ---- the weights of relaxed linear attention

@@ -81,10 +81,15 @@ def _ranks(x: Floats, y: Floats) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     order = np.argsort(x, axis=1)
     x, y = (np.take_along_axis(v, order, axis=1) for v in (x, y))
     order = np.argsort(y, axis=1)
-    rank = np.empty(order.shape, dtype=np.int32)
-    np.put_along_axis(rank, order, np.arange(order.shape[1], dtype=np.int32)[None], axis=1)
     plain: NDArray[np.bool_] = np.all([(np.diff(v, axis=1) > 0).all(1) for v in (x, np.take_along_axis(y, order, axis=1))], axis=0)
-    return rank, plain
+    return _places(order), plain
+
+
+def _places(order: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The inverse of each row, a permutation."""
+    places = np.empty(order.shape, dtype=np.int32)
+    np.put_along_axis(places, order, np.arange(order.shape[1], dtype=np.int32)[None], axis=1)
+    return places
 
 
 def _tau_of_tied(x: Floats, y: Floats) -> Floats:
@@ -96,11 +101,8 @@ def _tau_of_tied(x: Floats, y: Floats) -> Floats:
     order = np.argsort(y, axis=1, kind="stable")  # stable: entries tied in y get ranks in the order they stand in, so are no inversion
     y = np.take_along_axis(y, order, axis=1)
     ties_y = _tied_pairs(y[:, 1:] != y[:, :-1])
-    rank = np.empty(order.shape, dtype=np.int32)
-    np.put_along_axis(rank, order, np.arange(order.shape[1], dtype=np.int32)[None], axis=1)
-
     pairs = order.shape[1] * (order.shape[1] - 1) // 2
-    score = pairs - ties_x - ties_y + ties_both - 2 * _inversions(rank)
+    score = pairs - ties_x - ties_y + ties_both - 2 * _inversions(_places(order))
     undefined |= (ties_x == pairs) | (ties_y == pairs)
     with np.errstate(invalid="ignore", divide="ignore"):
         tau = score / np.sqrt((pairs - ties_x).astype(np.float64) * (pairs - ties_y))  # one root: equal rankings give 1 exactly

@@ -29,6 +29,10 @@ class CheckpointError(ValueError):
     user_error = True  # shown as one line, without a traceback
 
 
+class TornCheckpoint(CheckpointError):
+    """One that is missing, cut short or no checkpoint at all, as opposed to one that is refused."""
+
+
 def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, mmap: bool = False) -> dict[str, Any]:
     """Reads a checkpoint without running code from it: tensors and the few plain types that fairseq's trainer saves.
 
@@ -51,7 +55,7 @@ def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, m
     try:
         open(path, "rb").close()
     except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
+        raise TornCheckpoint(f"cannot read checkpoint {path}: {error.strerror}") from error
     try:
         with torch.serialization.safe_globals(allowed):
             mmap = mmap and zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
@@ -67,12 +71,12 @@ def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, m
                 f"checkpoint {path} holds {refused[1]}, which is not on the list of types known to be safe: loading it can "
                 "run code. If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
             ) from error
-        raise CheckpointError(
+        raise TornCheckpoint(
             f"{path} ({os.path.getsize(path):,} bytes) is torn or not a checkpoint; use another one, such as an earlier "
             "checkpoint_*.pt beside it"
         ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dict")
+        raise TornCheckpoint(f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
 
 
@@ -160,20 +164,29 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
-    def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
-        return load_checkpoint(file.name)  # fairseq only ever maps to the CPU here
+    mmap = False
 
-    stock = module.load_checkpoint
+    def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
+        return load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
+
+    stock, stock_to_cpu = module.load_checkpoint, module.load_checkpoint_to_cpu
+
+    @functools.wraps(stock_to_cpu)
+    def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
+        nonlocal mmap
+        mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
+        return stock_to_cpu(path, arg_overrides, load_on_all_ranks)
 
     @functools.wraps(stock)
     def load_checkpoint_of_training(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         # fairseq starts from scratch without a word. That is right for the default, the run's own last one, and for no other.
         path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
-        if cfg.restore_file != "checkpoint_last.pt" and not module.PathManager.isfile(path):
+        if cfg.restore_file != "checkpoint_last.pt" and not any(map(module.PathManager.isfile, (path, cfg.restore_file))):
             raise CheckpointError(f"--restore-file {path} does not exist")
         return stock(cfg, trainer, **kwargs)
 
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
+    module.load_checkpoint_to_cpu = load_checkpoint_to_cpu  # type: ignore[attr-defined]
     module.load_checkpoint = load_checkpoint_of_training  # type: ignore[attr-defined]
 
 

@@ -17,3 +17,4 @@ def register() -> None:
 
     for package in ("models", "criterions", "optim", "tasks"):
         importlib.import_module(f"{__name__}.{package}")
+    importlib.import_module(f"{__name__}.training").install()

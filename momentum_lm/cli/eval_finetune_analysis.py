@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Analyses, writes the report, prints its table."""
     import dataclasses
 
-    from momentum_lm.cpu import map_large_tensors
+    from momentum_lm.cpu import map_large_tensors, return_memory
     from momentum_lm.report.icl_vs_finetuning import write_report
     from momentum_lm.studies import icl_vs_finetuning as study
 
@@ -75,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
         names = [name for name in study.DEFAULT_CONTROLS if not (large and name == "untrained")]
     settings = dataclasses.replace(settings, controls=tuple(names))
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
-    if study.analyse(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force):
+    writes = study.analyse(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force)
+    del lm
+    return_memory()  # what the figures need comes in its place
+    if writes:
         print(write_report(args.results_dir).text())
         print(f"\n{args.results_dir}/report.html")
     return 0

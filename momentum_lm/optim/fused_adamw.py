@@ -10,6 +10,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from momentum_lm.errors import UserError
 from momentum_lm.modules import MomentumMultiEMA
@@ -76,6 +77,8 @@ class FusedAdamW(FairseqOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
         overrides = dict(optimizer_overrides or {})
         decay = overrides.pop("weight_decay", None)
+        if any(isinstance(p, DTensor) for p in self.params):
+            state_dict = self._parts(state_dict)
         super().load_state_dict(state_dict, overrides)
         if decay is not None:
             for group in self.param_groups:
@@ -104,4 +107,17 @@ class FusedAdamW(FairseqOptimizer):
         return norm
 
     def _grads(self) -> list[Tensor]:
-        return [p.grad for p in self.params if p.grad is not None]
+        """Of fully sharded parameters this process's part, without a copy."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+
+    def _parts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state whose tensors are divided as the parameters are; it may hold whole ones or this process's parts."""
+        from momentum_lm.training.sharding import part_like
+
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = {
+            index: {key: part_like(value, params[index]) if value.dim() else value for key, value in entry.items()}
+            for index, entry in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}

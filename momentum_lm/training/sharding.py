@@ -1,0 +1,164 @@
+"""``--ddp-backend fully_sharded``: weights, gradients and optimizer state divided among the processes, with torch's FSDP2.
+
+Each parameter is cut along its first dimension into equal parts (the last ones may be smaller, or empty), one for each process. A
+sharded checkpoint (--use-sharded-state) holds one process's parts; parts of all processes, concatenated, are the ordinary checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from momentum_lm.errors import UserError
+from momentum_lm.modules.precision import Float32
+
+
+class FullySharded(nn.Module):
+    """A model divided among the processes of ``group``, as fairseq's trainer expects one; forwards everything else to the model.
+
+    Blocks (what the model keeps in ``nn.ModuleList``) are gathered one at a time, forward and backward. ``dtype``: weights are gathered
+    in it (the parts and the sums of gradients stay fp32), except modules that must keep fp32; None: as they are. ``use_sharded_state``:
+    its state dict is this process's part; otherwise the whole, on the CPU of the first process, and empty elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        use_sharded_state: bool = False,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        super().__init__()
+        self.use_sharded_state = use_sharded_state
+        self.group = group
+        mesh = DeviceMesh.from_group(group, device.type)
+        # Autocast gives each operation its inputs' precision; FSDP casting them would take the residual stream down to bf16.
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        for module in model.modules():
+            if dtype is not None and isinstance(module, Float32) and any(True for _ in module.parameters()):
+                fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+            for block in blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        self.module = model.to(device)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every process must call it: the parts are gathered, unless ``use_sharded_state``."""
+        return self._collected(self.module.state_dict())
+
+    def local_metadata_dict(self) -> dict[str, Any]:
+        """What joining needs to know: which process's parts these are, of how many, and the names of the entries that are divided."""
+        divided = [name for name, value in self.module.state_dict().items() if isinstance(value, DTensor)]
+        return {"rank": self.group.rank(), "world_size": self.group.size(), "divided": divided if self.use_sharded_state else []}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True, model_cfg: Any = None) -> Any:  # type: ignore[override]
+        """``state``: whole or this process's part, entry by entry."""
+        own = self.module.state_dict()
+        state = {name: part_like(value, own.get(name)) for name, value in state.items()}
+        extra = {} if model_cfg is None else {"model_cfg": model_cfg}
+        return self.module.load_state_dict(state, strict=strict, **extra)
+
+    def gather_full_optim_state_dict(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state, whole or in parts as :meth:`state_dict`'s. Every process must call it."""
+        return self._collected(optimizer.state_dict())
+
+    def get_shard_from_optim_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
+        """fairseq's trainer asks for it before FusedAdamW.load_state_dict, which takes the parts itself."""
+        return state
+
+    def _collected(self, state: dict[str, Any]) -> dict[str, Any]:
+        if self.use_sharded_state:
+            return _map_tensors(state, lambda value: value.to_local() if isinstance(value, DTensor) else value)
+        first = self.group.rank() == 0
+
+        def whole(value: Tensor) -> Tensor:
+            if not isinstance(value, DTensor):
+                return value
+            gathered = value.detach().full_tensor()
+            return gathered.cpu() if first else gathered.new_empty(0)
+
+        state = _map_tensors(state, whole)
+        return state if first else {}
+
+
+def part_like(value: Any, own: Any) -> Any:
+    """``value``, a whole tensor or this process's part, as a part of the divided tensor ``own``; as it is if ``own`` is not divided.
+
+    Raises UserError if it is neither.
+    """
+    if not isinstance(own, DTensor) or not isinstance(value, Tensor):
+        return value
+    local = own.to_local()
+    if value.shape != local.shape:
+        if value.shape != own.shape:
+            raise UserError(f"an entry of the checkpoint has shape {tuple(value.shape)}, where {tuple(own.shape)} is needed")
+        mesh = own.device_mesh
+        size = -(-own.shape[0] // mesh.size())
+        start = min(size * mesh.get_local_rank(), own.shape[0])
+        value = value[start : start + local.shape[0]]
+    value = value.to(local.device, copy=True)
+    return DTensor.from_local(value, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride())
+
+
+def join_shards(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One ordinary checkpoint from those that the processes of a run wrote with --use-sharded-state, in any order.
+
+    Raises UserError if one is missing, if some are of other updates than the rest, or if they are no parts.
+    """
+    states = list(shards)
+    metadata = [state.get("fsdp_metadata") or {} for state in states]
+    if not states or any("rank" not in m or not m.get("divided") for m in metadata):
+        raise UserError("these are not the parts of a sharded checkpoint, as fairseq-train --use-sharded-state writes them")
+    world = metadata[0]["world_size"]
+    missing = sorted(set(range(world)) - {m["rank"] for m in metadata})
+    if missing or len(states) != world or any(m["world_size"] != world for m in metadata):
+        raise UserError(f"the checkpoint has {world} parts, and of these {missing or 'some'} are missing or doubled")
+    updates = {state["optimizer_history"][-1]["num_updates"] for state in states}
+    if len(updates) > 1:
+        raise UserError(f"the parts are of different updates ({', '.join(map(str, sorted(updates)))}): a save was interrupted; take earlier ones")
+    states = [state for _, state in sorted(zip((m["rank"] for m in metadata), states, strict=True), key=lambda pair: pair[0])]
+    first = dict(states[0])
+    del first["fsdp_metadata"]
+    divided = set(metadata[0]["divided"])
+    first["model"] = {
+        name: torch.cat([state["model"][name] for state in states]) if name in divided else value for name, value in first["model"].items()
+    }
+    if first.get("last_optimizer_state"):
+        optimizer = dict(first["last_optimizer_state"])
+        parts = [state["last_optimizer_state"]["state"] for state in states]
+        # of a parameter's state only the step count is one number, the same everywhere
+        optimizer["state"] = {
+            index: {key: torch.cat([part[index][key] for part in parts]) if value.dim() else value for key, value in entry.items()}
+            for index, entry in optimizer["state"].items()
+        }
+        first["last_optimizer_state"] = optimizer
+    return first
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(entry, change) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(entry, change) for entry in value)
+    return value

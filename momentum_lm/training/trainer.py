@@ -1,0 +1,315 @@
+"""fairseq's trainer, with what long runs on many machines need: FSDP2, and an answer to bad batches, torn checkpoints and preemption."""
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer as FairseqTrainer
+from torch import Tensor
+
+import fairseq_compat
+from fairseq_compat import CheckpointError
+from momentum_lm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SKIPS_IN_A_ROW = 5  # then the run stops
+RECOVERY = 50  # updates without a bad batch after which a halved learning rate is doubled again
+
+
+class _BadBatch(Exception):
+    """The gradient of a batch is not finite. Not one of the errors that fairseq's train_step handles itself."""
+
+
+class Trainer(FairseqTrainer):
+    """Everything that fairseq's does, and:
+
+    - ``--ddp-backend fully_sharded`` through :class:`~momentum_lm.training.sharding.FullySharded`;
+    - a batch whose gradient is not finite is left out and written down in ``SAVE_DIR/bad_batches.jsonl``, and the learning rate halved for a
+      while; after ``SKIPS_IN_A_ROW`` of them the run ends (with --fp16 and --amp the loss scale is lowered instead, as fairseq does);
+    - SIGTERM or SIGUSR1 ends the run after the current update, with a checkpoint; a second one at once;
+    - where the run's last checkpoint is torn or missing, the newest whole one is taken.
+    """
+
+    _ready = False
+
+    def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None) -> None:
+        if cfg.distributed_training.ddp_backend == "fully_sharded":
+            _check_sharded_options(cfg)
+        self.skipped = {"in_a_row": 0, "halvings": 0, "finite_since": 0}
+        self._whole_rate: float | None = None  # what the schedule says, while the learning rate is halved
+        self.signalled = False  # this process got a signal
+        self.stopping = False  # and now every process knows
+        self._config_of_stop: dict[str, Any] = {}
+        super().__init__(cfg, task, model, criterion, quantizer)
+        self._ready = True  # fairseq's constructor would look for fairscale
+        if self.is_fsdp:
+            # each reads what it needs of the file itself, instead of the first sending all of it to all
+            cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    # Fully sharded
+
+    @property
+    def is_fsdp(self) -> bool:
+        return self._ready and super().is_fsdp and self.data_parallel_world_size > 1
+
+    @property
+    def model(self) -> Any:
+        if self._wrapped_model is None and self.is_fsdp:
+            from .sharding import FullySharded
+
+            options = self.cfg.distributed_training
+            precision = getattr(self.task, "autocast_dtype", None)
+            self._wrapped_model = FullySharded(
+                self._model,
+                self.data_parallel_process_group,
+                self.device,
+                None if precision is None else precision(self.device.type),
+                options.use_sharded_state,
+                not options.no_reshard_after_forward,
+            )
+        return super().model
+
+    def _build_optimizer(self) -> None:
+        super()._build_optimizer()
+        if self.is_fsdp and type(self._optimizer).__name__ != "FusedAdamW":
+            raise UserError("--ddp-backend fully_sharded works with --optimizer fused_adamw")
+
+    def clip_grad_norm(self, clip_norm: float) -> Tensor:
+        """The norm of the gradient of all processes, on the CPU. Raises _BadBatch if it is not finite."""
+
+        def over_processes(norm: Tensor) -> Tensor:
+            square = norm.to(self.device).float() ** 2
+            dist.all_reduce(square, group=self.data_parallel_process_group)
+            return square.sqrt()
+
+        half = self.cfg.common.fp16 or self.cfg.common.amp
+        try:
+            norm = self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=over_processes if self.is_fsdp else None)
+        except OverflowError as error:  # fairseq would go on to a GPU that may not be there
+            logger.info(f"gradient overflow: {error}")
+            raise _BadBatch from error
+        if half:
+            return norm
+        norm = norm.cpu()  # the one wait for the device in an update: what fairseq asks later is here already
+        if not math.isfinite(norm):
+            raise _BadBatch
+        return norm
+
+    def _check_grad_norms(self, grad_norm: Tensor) -> None:
+        if self.get_num_updates() % self.cfg.common.log_interval == 0:
+            super()._check_grad_norms(grad_norm.to(self.device))
+
+    # Bad batches
+
+    def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
+        try:
+            output = super().train_step(samples, raise_oom)
+        except _BadBatch as error:
+            self.zero_grad()
+            if error.__cause__ is None:  # no matter of loss scale
+                self._after_bad_batch(samples)
+            output = None
+        else:
+            self._after_good_batch()
+        if self.data_parallel_world_size == 1:
+            self.stopping = self.signalled
+        if self.stopping and not self._config_of_stop:
+            self._stop_after_this_update()
+        return output
+
+    def _after_bad_batch(self, samples: list[Any]) -> None:
+        skipped = self.skipped
+        skipped.update(in_a_row=skipped["in_a_row"] + 1, halvings=skipped["halvings"] + 1, finite_since=0)
+        ids = [int(i) for sample in samples if sample for i in sample.get("id", [])]
+        path = os.path.join(self.cfg.checkpoint.save_dir, "bad_batches.jsonl")
+        record = {"update": self.get_num_updates(), "process": self.data_parallel_rank, "ids": ids}
+        with open(path, "a", encoding="utf-8") as file:  # one short line, appended: processes of one machine do not mix theirs
+            file.write(json.dumps(record) + "\n")
+        self.lr_step_update()
+        what = f"the gradient at update {record['update']} is not finite (NaN or infinity); samples are listed in {path}"
+        if skipped["in_a_row"] >= SKIPS_IN_A_ROW:
+            raise UserError(f"{what}; {SKIPS_IN_A_ROW} batches in a row: stopped. Lower --lr, or raise --warmup-updates, or look at the data")
+        logger.warning(f"{what}; batch left out, learning rate halved to {self.get_lr():.3g} for {RECOVERY} updates")
+
+    def _after_good_batch(self) -> None:
+        skipped = self.skipped
+        skipped["in_a_row"] = 0
+        if skipped["halvings"]:
+            skipped["finite_since"] += 1
+            if skipped["finite_since"] == RECOVERY:
+                skipped.update(halvings=skipped["halvings"] - 1, finite_since=0)
+                self.lr_step_update()
+
+    def lr_step_update(self) -> Any:
+        if self._whole_rate is not None:
+            self.optimizer.set_lr(self._whole_rate)  # some schedules only read it
+            self._whole_rate = None
+        rate = super().lr_step_update()
+        if self.skipped["halvings"]:
+            self._whole_rate = self.optimizer.get_lr()
+            self.optimizer.set_lr(self._whole_rate / 2 ** self.skipped["halvings"])
+            metrics.log_scalar("lr", self.optimizer.get_lr(), weight=0, priority=300)
+        return rate
+
+    # Preemption
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.signalled = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def _aggregate_logging_outputs(self, logging_outputs: list[Any], *sums: Any, ignore: bool = False) -> Any:
+        """fairseq's sum over processes, once in an update; here it also tells all of them whether one got a signal."""
+        outputs, (*totals, signalled) = super()._aggregate_logging_outputs(logging_outputs, *sums, float(self.signalled), ignore=ignore)
+        self.stopping = bool(signalled > 0)
+        return outputs, totals
+
+    def _stop_after_this_update(self) -> None:
+        """fairseq's loop ends, and saves, at the last update; validation would take time that may not be left."""
+        logger.info("got a signal to stop: saving a checkpoint, then the end")
+        cfg = self.cfg
+        self._config_of_stop = {"max_update": cfg.optimization.max_update, "disable_validation": cfg.dataset.disable_validation}
+        cfg.optimization.max_update = max(1, self.get_num_updates())
+        cfg.dataset.disable_validation = True
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._config_of_stop and state["cfg"]:
+            state["cfg"]["optimization"]["max_update"] = self._config_of_stop["max_update"]
+            state["cfg"]["dataset"]["disable_validation"] = self._config_of_stop["disable_validation"]
+        state["extra_state"]["skipped"] = self.skipped
+        return state
+
+    # Checkpoints
+
+    def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> None:
+        if self.is_fsdp and sys.exc_info()[0] is not None:
+            return  # crash.pt: gathering the parts takes all processes, and this one alone failed
+        super().save_checkpoint(filename, extra_state)
+
+    def consolidate_optimizer(self) -> None:
+        if not self.is_fsdp:
+            super().consolidate_optimizer()
+        elif sys.exc_info()[0] is None and not self.cfg.checkpoint.no_save_optimizer_state:
+            self._gathered_optim_state = self.model.gather_full_optim_state_dict(self.optimizer)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
+        """As fairseq's, but takes the newest whole one where the run's last is torn or missing, and says so.
+
+        Raises CheckpointError if none is whole, UserError if only parts for another number of processes are there.
+        """
+        if os.path.basename(filename) == f"checkpoint_last{self.checkpoint_suffix}.pt":
+            filename = self._newest_whole(os.path.dirname(filename))
+        elif not os.path.exists(filename) and self.is_fsdp:
+            filename = re.sub(r"-shard\d+\.pt$", ".pt", filename)  # --restore-file of a whole one
+        extra_state = super().load_checkpoint(filename, *args, **kwargs)
+        if extra_state is not None:
+            self.skipped.update(extra_state.get("skipped", {}))
+        return extra_state
+
+    def _newest_whole(self, folder: str) -> str:
+        """Of the checkpoints in ``folder`` the newest that every process can read; if there is none at all, the last one's path."""
+        divided = self.is_fsdp and self.cfg.distributed_training.use_sharded_state
+        names = self._from_first(lambda: saved_checkpoints(folder))
+        suffixes = {suffix for _, suffix in names}
+        if divided and "-shard0" in suffixes:
+            wanted = "-shard0"
+        elif "" in suffixes or not names:
+            wanted = ""  # whole ones will do for a divided run too
+        else:
+            raise UserError(
+                f"{folder} holds checkpoints in parts (--use-sharded-state) and this run takes whole ones: "
+                f"momentum-lm convert {folder}/checkpoint_last-shard0.pt {folder}/checkpoint_last.pt"
+            )
+        torn: list[str] = []
+        for name, suffix in names:
+            if suffix != wanted:
+                continue
+            path = os.path.join(folder, name + (suffix and f"-shard{self.data_parallel_rank}") + ".pt")
+            updates = self._from_all(lambda path=path: self._updates_in(path), everywhere=bool(suffix))
+            if updates[0] is not None and len(set(updates)) == 1:
+                if torn or name != "checkpoint_last":
+                    logger.warning(f"{', '.join(torn) or 'checkpoint_last'} in {folder} is torn or missing: going on from {path}")
+                return path
+            torn.append(name)
+        if torn:
+            raise CheckpointError(f"no checkpoint in {folder} is whole ({', '.join(torn)}); move them away to start anew")
+        return os.path.join(folder, f"checkpoint_last{self.checkpoint_suffix}.pt")
+
+    def _updates_in(self, path: str) -> int | None:
+        """After how many updates the checkpoint was saved; None if it is torn or missing."""
+        try:
+            state = fairseq_compat.load_checkpoint(path, mmap=True)
+        except fairseq_compat.TornCheckpoint:
+            return None
+        world = (state.get("fsdp_metadata") or {}).get("world_size", 0)
+        if "-shard" in path and world != self.data_parallel_world_size:
+            raise UserError(
+                f"{path} is of {world} parts, and this run has {self.data_parallel_world_size} processes: join them with "
+                f"momentum-lm convert {path} OUT.pt, and give --restore-file OUT.pt"
+            )
+        return int(state["optimizer_history"][-1].get("num_updates", 0))
+
+    def _from_first(self, ask: Callable[[], Any]) -> Any:
+        """What the first process answers, on all of them."""
+        return self._from_all(ask, everywhere=False)[0]
+
+    def _from_all(self, ask: Callable[[], Any], everywhere: bool = True) -> list[Any]:
+        """Every process's answer, or the first one's alone. An error of one of them is raised on all."""
+        mine: Any = None
+        if everywhere or self.data_parallel_rank == 0:
+            try:
+                mine = ask()
+            except (UserError, CheckpointError) as error:
+                mine = error
+        if self.data_parallel_world_size == 1:
+            answers = [mine]
+        else:
+            answers = [None] * self.data_parallel_world_size
+            dist.all_gather_object(answers, mine, group=self.data_parallel_process_group)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers if everywhere else answers[:1]
+
+
+def saved_checkpoints(folder: str) -> list[tuple[str, str]]:
+    """(name, "" or "-shard0") of the checkpoints to go on from in ``folder``: the last, then those of updates and epochs, newest first."""
+    found = []
+    for file in os.scandir(folder) if os.path.isdir(folder) else ():
+        match = re.fullmatch(r"(checkpoint_last|checkpoint_\d+_\d+|checkpoint\d+)(|-shard0)\.pt", file.name)
+        if match:
+            found.append((match[1] != "checkpoint_last", -file.stat().st_mtime, match[1], match[2]))
+    return [(name, suffix) for _, _, name, suffix in sorted(found)]
+
+
+def _check_sharded_options(cfg: Any) -> None:
+    """Raises UserError for options that fully sharded training does not have here."""
+    common, options = cfg.common, cfg.distributed_training
+    unsupported = {
+        "--fp16": common.fp16,
+        "--bf16": common.bf16,
+        "--amp": common.amp,
+        "--cpu-offload": options.cpu_offload,
+        "--zero-sharding": options.zero_sharding != "none",
+        "--store-ema": cfg.ema.store_ema,
+        "--use-bmuf": cfg.optimization.use_bmuf,
+    }
+    for flag, given in unsupported.items():
+        if given:
+            raise UserError(
+                f"{flag} does not go with --ddp-backend fully_sharded; for half precision use --task momentum_language_modeling --autocast bf16"
+            )

@@ -1,0 +1,234 @@
+"""Several processes, divided models, killed workers and signals: every run ends where the undisturbed one does."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fairseq_compat
+from momentum_lm.training.sharding import join_shards
+
+MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned", "--disable-validation"]
+BACKENDS = {"ddp": ["--ddp-backend", "pytorch_ddp"], "sharded": ["--ddp-backend", "fully_sharded"]}
+
+
+def state(path):
+    return fairseq_compat.load_checkpoint(path)
+
+
+def difference(a, b):
+    """The largest one between two checkpoints' weights."""
+    a, b = a["model"], b["model"]
+    assert a.keys() == b.keys()
+    return max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
+
+
+def curve(folder):
+    """{update: logged loss}, in full precision; of an update that was done twice, the last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return {event.step: event.value for event in EventAccumulator(str(folder / "tb" / "train_inner")).Reload().Scalars("loss")}
+
+
+@pytest.fixture(scope="module")
+def launch(cli_command):
+    """launch(processes, command, *torchrun's flags) -> the started torchrun, its output in one pipe."""
+
+    def start(processes, command, *words):
+        # without it torch 2.13's torchrun starts workers again on the store in which the dead ones' addresses still are
+        command, environment = cli_command(command, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1})
+        agent = [sys.executable, *"-m torch.distributed.run --standalone --no-python".split(), "--nproc_per_node", str(processes), *words]
+        return subprocess.Popen([*agent, *command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finish():
+    """finish(process, read) -> its output, of which ``read`` was read already; it must succeed."""
+
+    def wait(process, read=""):
+        output = read + process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-4000:]
+        return output
+
+    return wait
+
+
+@pytest.fixture(scope="module")
+def command(data, flags):
+    """command(save_dir, *more, updates=50) -> fairseq-train's words, on gloo."""
+
+    def make(save_dir, *more, updates=50):
+        words = ["--distributed-backend", "gloo", "--clip-norm", "1.0", "--tensorboard-logdir", save_dir / "tb"]
+        return flags(data, save_dir, *MODEL, *words, *more, task="ours", updates=updates)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight(command, run_cli, tmp_path_factory):
+    """straight(processes) -> (loss curve, checkpoint) of one process with as many batches in an update."""
+    made = {}
+
+    def run(processes):
+        if processes not in made:
+            folder = tmp_path_factory.mktemp("straight")
+            result = run_cli(command(folder, "--update-freq", processes))
+            assert result.returncode == 0, result.stderr[-3000:]
+            made[processes] = curve(folder), state(folder / "checkpoint_last.pt")
+        return made[processes]
+
+    return run
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_worker_costs_a_restart_and_nothing_else(backend, processes, command, launch, finish, straight, tmp_path):
+    """torchrun starts all workers again, they go on from the last checkpoint, and the curve is that of one process to 1e-4."""
+    words = [*BACKENDS[backend], "--save-interval-updates", "10", "--keep-interval-updates", "1"]
+    process = launch(processes, command(tmp_path, *words), "--max-restarts", "2", "--monitor-interval", "0.1")
+    output, killed = "", False
+    for line in process.stdout:
+        output += line
+        if not killed and '"num_updates": "25"' in line:
+            workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "fairseq-train"], capture_output=True, text=True).stdout.split()
+            assert len(workers) == processes
+            os.kill(int(workers[-1]), signal.SIGKILL)
+            killed = True
+    finish(process, output)
+    assert killed and re.search(r"Loaded checkpoint .* @ 20 updates", output), output[-3000:]
+    expected, checkpoint = straight(processes)
+    assert len(expected) == 50 and curve(tmp_path) == pytest.approx(expected, abs=1e-4)
+    ended = state(tmp_path / "checkpoint_last.pt")
+    assert difference(ended, checkpoint) < 1e-4
+    assert ended["optimizer_history"][-1]["num_updates"] == 50
+
+
+def test_parts_join_to_the_whole_and_either_goes_on(command, launch, finish, straight, run_cli, tmp_path):
+    """Three processes: the parts are of different sizes, and some of them empty."""
+    sharded = ["--ddp-backend", "fully_sharded"]
+    finish(launch(3, command(tmp_path, *sharded, "--use-sharded-state", updates=20)))
+    parts = sorted(tmp_path.glob("checkpoint_last*"))
+    assert [p.name for p in parts] == [f"checkpoint_last-shard{i}.pt" for i in range(3)]
+    sizes = [sum(t.numel() for t in state(p)["model"].values()) for p in parts]
+    whole = join_shards(state(p) for p in reversed(parts))
+    assert "fsdp_metadata" not in whole
+    joined = tmp_path / "joined.pt"
+    result = run_cli(["momentum-lm", "convert", parts[1], joined])
+    assert result.returncode == 0 and "3 parts, 20 updates" in result.stdout, result.stderr
+    assert difference(state(joined), whole) == 0
+    assert max(sizes) < 0.5 * sum(t.numel() for t in whole["model"].values())
+    refused = run_cli(["momentum-lm", "convert", parts[1], joined])
+    assert refused.returncode == 2 and "--force" in refused.stderr
+
+    # other numbers of processes say what to do, and then do it; the parts go on by themselves
+    lost = launch(2, command(tmp_path, *sharded, "--use-sharded-state"))
+    output = lost.communicate(timeout=120)[0]
+    assert lost.returncode != 0 and "error: " in output and "is of 3 parts" in output and "momentum-lm convert" in output
+    alone = run_cli(command(tmp_path))
+    assert alone.returncode != 0 and "momentum-lm convert" in alone.stderr
+    output = finish(launch(3, command(tmp_path, *sharded, "--use-sharded-state")))
+    assert "@ 20 updates" in output
+    assert difference(join_shards(state(p) for p in parts), straight(3)[1]) < 1e-4
+    other = tmp_path / "other"
+    output = finish(launch(2, command(other, *sharded, "--use-sharded-state", "--restore-file", joined, updates=22)))
+    assert "@ 20 updates" in output
+    one = tmp_path / "one"
+    assert run_cli(command(one, "--update-freq", "2", "--restore-file", joined, updates=22)).returncode == 0
+    assert difference(join_shards(state(p) for p in sorted(other.glob("checkpoint_last*"))), state(one / "checkpoint_last.pt")) < 1e-4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_saves_and_ends_all(number, command, launch, finish, tmp_path):
+    process = launch(2, command(tmp_path, *BACKENDS["ddp"], updates=100000))
+    for line in process.stdout:
+        if '"num_updates": "5"' in line:
+            workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "fairseq-train"], capture_output=True, text=True).stdout.split()
+            os.kill(int(workers[1]), number)
+            break
+    output = finish(process)
+    assert "got a signal" in output
+    saved = state(tmp_path / "checkpoint_last.pt")
+    updates = saved["optimizer_history"][-1]["num_updates"]
+    assert 5 <= updates < 100000 and saved["cfg"]["optimization"]["max_update"] == 100000
+    assert saved["cfg"]["dataset"]["disable_validation"] is True
+    again = finish(launch(2, command(tmp_path, *BACKENDS["ddp"], updates=updates + 2)))
+    assert f"@ {updates} updates" in again
+
+
+def test_a_torn_checkpoint_gives_way_to_the_newest_whole_one(command, run_cli, losses, tmp_path):
+    words = ["--save-interval-updates", "4", "--keep-interval-updates", "3"]
+    first = run_cli(command(tmp_path, *words, updates=10))
+    assert first.returncode == 0
+    last = tmp_path / "checkpoint_last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    (tmp_path / "checkpoint_1_8.pt").write_bytes(b"")
+    result = run_cli(command(tmp_path, *words, updates=10))
+    assert re.search(r"checkpoint_last, checkpoint_1_8 in .* torn or missing: going on from .*checkpoint_1_4", result.stdout + result.stderr)
+    assert list(losses(result)) == [5, 6, 7, 8, 9, 10] and losses(result).items() <= losses(first).items()
+    for path in tmp_path.glob("checkpoint*.pt"):
+        path.write_bytes(b"torn")
+    result = run_cli(command(tmp_path, *words, updates=12))
+    assert result.returncode != 0 and "error: no checkpoint in" in result.stderr
+    assert all(path.read_bytes() == b"torn" for path in tmp_path.glob("checkpoint*.pt"))
+
+
+POISON = '''
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+
+@register_criterion("poisoned", dataclass=CrossEntropyCriterionConfig)
+class Poisoned(CrossEntropyCriterion):
+    """Not a number whenever sample POISON is in the batch."""
+    def forward(self, model, sample, reduce=True):
+        loss, size, log = super().forward(model, sample, reduce)
+        if any(int(i) % EVERY == 0 for i in sample["id"]):
+            loss = loss * float("nan")
+        return loss, size, log
+'''
+
+
+@pytest.fixture
+def poisoned(tmp_path):
+    """poisoned(every) -> flags of a criterion that gives NaN for every so many samples."""
+
+    def make(every):
+        folder = tmp_path / f"poison{every}"
+        folder.mkdir()
+        (folder / "__init__.py").write_text(POISON.replace("EVERY", str(every)))
+        return ["--user-dir", folder, "--criterion", "poisoned"]
+
+    return make
+
+
+def test_bad_batches_are_left_out_and_written_down(command, poisoned, run_cli, json_lines, tmp_path):
+    result = run_cli(command(tmp_path / "run", *poisoned(37), updates=80))
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()]
+    assert records and all(any(i % 37 == 0 for i in record["ids"]) for record in records)
+    lines = json_lines(result)
+    assert [int(line["num_updates"]) for line in lines] == list(range(1, 81))
+    assert all(torch.isfinite(t).all() for t in state(tmp_path / "run" / "checkpoint_last.pt")["model"].values())
+    rates = {int(line["num_updates"]): float(line["lr"]) for line in lines}
+    first = records[0]["update"]
+    assert rates[first + 1] == pytest.approx(0.005) and {0.01} >= {rate for update, rate in rates.items() if update <= first}
+    assert not (tmp_path / "run" / "crash.pt").exists()
+
+
+def test_a_run_of_nothing_but_bad_batches_stops(command, poisoned, run_cli, tmp_path):
+    result = run_cli(command(tmp_path / "run", *poisoned(1), updates=80))
+    assert result.returncode != 0 and result.stderr.splitlines()[-1].startswith("error: the gradient at update 0 is not finite")
+    assert len((tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()) == 5
+    assert not list((tmp_path / "run").glob("checkpoint*.pt"))
+
+
+def test_fully_sharded_refuses_what_it_does_not_have(command, run_cli, tmp_path):
+    for words in (["--fp16"], ["--cpu-offload"], ["--icl-eval-datasets", "mr"]):
+        result = run_cli(command(tmp_path, "--ddp-backend", "fully_sharded", *words))
+        assert result.returncode != 0 and f"error: {words[0]} does not go with --ddp-backend fully_sharded" in result.stderr

@@ -56,11 +56,14 @@ class Student:
         self.name, self.learned, self.update = name, learned, update
         self.queries: Floats | None = None
         if aligned is not None and learned.queries:
-            lessons = [
-                np.stack([to_numpy(layer[begin + span.start : begin + span.stop]) for layer in lesson])
-                for lesson, span in zip(learned.queries, aligned.kept, strict=True)
-            ]
-            self.queries = np.concatenate(lessons, axis=1)
+            first = learned.queries[0][0]
+            self.queries = np.empty((len(learned.queries[0]), sum(aligned.lengths), first.shape[-1]), dtype=to_numpy(first[:0]).dtype)
+            place = 0
+            for span in aligned.kept:
+                lesson, end = learned.queries.pop(0), place + span.stop - span.start  # popped: they are as large as what is made of them
+                for layer, queries in enumerate(lesson):
+                    self.queries[layer, place:end] = to_numpy(queries[begin + span.start : begin + span.stop])
+                place = end
         learned.queries = []
 
 

@@ -1,112 +1,158 @@
-"""Cost of a training step, side by side: ours with and without momentum, and stock fairseq of the same shape.
+"""Cost of a training step, side by side: ours with and without momentum, a plain torch GPT and stock fairseq of the same shape.
 
     python benchmarks/train_step.py [--shape 125m] [--length 1024] [--batch 4] [--steps 2] [--json OUT.json]
+    python benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20     # bf16 autocast, compiled
 
 Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each ratio is
 between medians of one run. CPU time, summed over threads, is what to read where other work shares the machine. A step is forward,
-backward, gradient norm and AdamW on random tokens, in fp32.
+backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with --fp16, the fastest that it has.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 
 VARIANTS = {
     "stock fairseq transformer_lm_gpt": ("transformer_lm_gpt", "cross_entropy", "adam"),
+    "plain torch GPT": None,
     "gpt_lm": ("gpt_lm", "chunked_cross_entropy", "fused_adamw"),
     "momentum_lm": ("momentum_lm", "chunked_cross_entropy", "fused_adamw"),
+    "matrix products alone": None,
 }
+STOCK, PLAIN, OURS, MOMENTUM, PRODUCTS = VARIANTS
 
 
-def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[float]]:
-    """Times the steps of one variant with fairseq's own task, criterion and optimizer."""
-    import tempfile
-
+def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None]:
+    """step(number) of one of fairseq's architectures, with fairseq's own task, criterion and optimizer."""
     import torch
-    from fairseq import criterions, optim, options, tasks
+    from fairseq import criterions, optim, options, tasks, utils
     from fairseq.data import Dictionary
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     import momentum_lm
-    from momentum_lm.models.language_model import SIZES
+    from momentum_lm.modules.sizes import SIZES
 
     momentum_lm.register()
-    torch.set_num_threads(args.threads)
     arch, criterion_name, optimizer_name = VARIANTS[variant]
     layers, width, heads = SIZES[args.shape]
-    flags = [
-        "--decoder-layers",
-        layers,
-        "--decoder-embed-dim",
-        width,
-        "--decoder-ffn-embed-dim",
-        4 * width,
-        "--decoder-attention-heads",
-        heads,
-    ]
-    if arch == "transformer_lm_gpt":
-        flags += ["--share-decoder-input-output-embed", "--dropout", 0, "--attention-dropout", 0]
+    stock = variant == STOCK
+    words = ["--decoder-layers", layers, "--decoder-embed-dim", width, "--decoder-ffn-embed-dim", 4 * width]
+    words += ["--decoder-attention-heads", heads]
+    if stock:
+        words += ["--share-decoder-input-output-embed", "--dropout", 0, "--attention-dropout", 0]
     else:
         arch = f"{arch}_{args.shape}"
+    if args.device == "cpu":
+        words += ["--cpu"]
+    elif stock:
+        words += ["--fp16"]
+    elif args.compile:
+        words += ["--compile"]
     folder = tempfile.mkdtemp()
     dictionary = Dictionary()
     for i in range(args.vocab - 4):
         dictionary.add_symbol(str(i))
     dictionary.save(f"{folder}/dict.txt")
     words = [
-        folder,
-        "--task",
-        "language_modeling",
-        "--arch",
-        arch,
-        "--criterion",
-        criterion_name,
-        "--optimizer",
-        optimizer_name,
-        "--cpu",
-        "--lr",
-        "1e-4",
-        "--adam-betas",
-        "(0.9, 0.98)",
-        "--tokens-per-sample",
-        args.length,
-        *flags,
-    ]
-    parsed = options.parse_args_and_arch(options.get_training_parser(), [str(w) for w in words])
-    cfg = convert_namespace_to_omegaconf(parsed)
+        folder, "--task", "language_modeling" if stock else "momentum_language_modeling", "--arch", arch, "--criterion", criterion_name,
+        "--optimizer", optimizer_name, "--lr", "1e-4", "--adam-betas", "(0.9, 0.98)", "--tokens-per-sample", args.length,
+        "--log-interval", 10**9, *words,
+    ]  # fmt: skip
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), [str(w) for w in words]))
     task = tasks.setup_task(cfg.task)
     torch.manual_seed(0)
-    model = task.build_model(cfg.model)
+    model = task.build_model(cfg.model).to(args.device)
     criterion = criterions.build_criterion(cfg.criterion, task)
-    optimizer = optim.build_optimizer(cfg.optimizer, list(model.parameters()))
-    tokens = torch.randint(4, args.vocab, (args.batch, args.length + 1))
+    params = list(model.parameters())
+    if cfg.common.fp16:
+        model = model.half()
+        optimizer = optim.FP16Optimizer.build_optimizer(cfg, params)
+    else:
+        optimizer = optim.build_optimizer(cfg.optimizer, params)
+    tokens = random_tokens(args)
     sample = {
         "net_input": {"src_tokens": tokens[:, :-1].contiguous(), "src_lengths": torch.full((args.batch,), args.length)},
         "target": tokens[:, 1:].contiguous(),
         "ntokens": args.batch * args.length,
         "nsentences": args.batch,
     }
+    if args.device == "cuda":
+        sample = utils.move_to_cuda(sample)
 
-    times, busy = [], []
-    for step in range(args.steps + 1):  # the first allocates
-        start, started = time.perf_counter(), time.process_time()
+    def step(number: int) -> None:
         optimizer.zero_grad()
-        task.train_step(sample, model, criterion, optimizer, step)
+        task.train_step(sample, model, criterion, optimizer, number)
         optimizer.multiply_grads(1 / sample["ntokens"])
         optimizer.clip_grad_norm(1.0)
         optimizer.step()
+
+    return step
+
+
+def plain_step(args: argparse.Namespace) -> Callable[[int], None]:
+    """The same for a GPT in plain torch: SDPA, fused AdamW, norms by foreach; on a GPU compiled, in bf16 autocast."""
+    import torch
+    from plain_gpt import PlainGPT
+
+    from momentum_lm.modules.sizes import SIZES
+
+    model = PlainGPT(args.vocab, args.length, *SIZES[args.shape]).to(args.device)
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.98), fused=True)
+    forward = torch.compile(model) if args.device == "cuda" and args.compile else model
+    tokens = random_tokens(args).to(args.device)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else contextlib.nullcontext():
+            loss = forward(tokens[:, :-1], tokens[:, 1:])
+        (loss / (args.batch * args.length)).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def products_step(args: argparse.Namespace) -> Callable[[int], None]:
+    import torch
+    from plain_gpt import MatrixProducts
+
+    from momentum_lm.modules.sizes import SIZES
+
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    products = MatrixProducts(args.vocab, args.length, *SIZES[args.shape], args.batch, args.device, dtype)
+    return lambda number: products()
+
+
+def random_tokens(args: argparse.Namespace):
+    import torch
+
+    return torch.randint(4, args.vocab, (args.batch, args.length + 1), generator=torch.Generator().manual_seed(0))
+
+
+def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[float]]:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    step = {PLAIN: plain_step, PRODUCTS: products_step}.get(variant, lambda args: fairseq_step(variant, args))(args)
+    times, busy = [], []
+    warm = 5 if args.device == "cuda" else 1  # the first allocate and compile
+    for number in range(args.steps + warm):
+        start, started = time.perf_counter(), time.process_time()
+        step(number)
+        wait()
         times.append(time.perf_counter() - start)
         busy.append(time.process_time() - started)
-    return {
-        "seconds": times[1:],
-        "cpu_seconds": busy[1:],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "imported_mib": args.base,
-    }
+    peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": times[warm:], "cpu_seconds": busy[warm:], "peak_mib": peak}
 
 
 def main() -> None:
@@ -118,10 +164,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process")
     parser.add_argument("--rounds", type=int, default=3, help="processes per variant")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", default=True, action=argparse.BooleanOptionalAction, help="on a GPU; stock fairseq never")
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.variant:
         print(json.dumps(measure(args.variant, args)))
         return
@@ -136,30 +183,43 @@ def main() -> None:
         {v: statistics.median(s for r in rows for s in r[key]) for v, rows in results.items()} for key in ("seconds", "cpu_seconds")
     )
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
-    print(
-        f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, fp32, "
-        f"{args.threads} threads, {args.rounds} x {args.steps} steps"
-    )
+    where = f"{args.threads} threads, fp32" if args.device == "cpu" else "bf16 autocast" + ", compiled" * args.compile
+    print(f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, {where}, {args.rounds} x {args.steps} steps")
     for variant in VARIANTS:
         spread = [s for r in results[variant] for s in r["seconds"]]
         rate = args.batch * args.length / seconds[variant]
-        print(
-            f"{variant:34} {seconds[variant]:7.2f} s ({min(spread):.2f}-{max(spread):.2f})"
-            f"  {rate:7.0f} tokens/s  peak {memory[variant]:6.0f} MiB"
-        )
-    stock, plain, momentum = VARIANTS
+        line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s  peak {memory[variant]:6.0f} MiB"
+        print(line + mfu(rate, args))
     ratios = {
-        "step time, momentum_lm / gpt_lm": seconds[momentum] / seconds[plain],
-        "CPU time, momentum_lm / gpt_lm": busy[momentum] / busy[plain],
-        "step time, gpt_lm / stock": seconds[plain] / seconds[stock],
-        "CPU time, gpt_lm / stock": busy[plain] / busy[stock],
-        "peak memory, gpt_lm / stock": memory[plain] / memory[stock],
+        "step time, momentum_lm / gpt_lm": seconds[MOMENTUM] / seconds[OURS],
+        "CPU time, momentum_lm / gpt_lm": busy[MOMENTUM] / busy[OURS],
+        "tokens/s, gpt_lm / stock": seconds[STOCK] / seconds[OURS],
+        "tokens/s, gpt_lm / plain torch GPT": seconds[PLAIN] / seconds[OURS],
+        "step time, gpt_lm / its matrix products alone": seconds[OURS] / seconds[PRODUCTS],
+        "peak memory, gpt_lm / stock": memory[OURS] / memory[STOCK],
+        "peak memory, gpt_lm / plain torch GPT": memory[OURS] / memory[PLAIN],
     }
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f}")
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"arguments": vars(args), "results": results, "ratios": ratios}, file, indent=1)
+
+
+def mfu(rate: float, args: argparse.Namespace) -> str:
+    """Share of the GPU's peak in bf16 that its data sheet gives, where it is known."""
+    if args.device == "cpu":
+        return ""
+    import torch
+
+    from momentum_lm.modules.sizes import SIZES
+    from momentum_lm.planning.costs import flops_per_token
+    from momentum_lm.planning.hardware import peak_flops
+
+    layers, dim, _ = SIZES[args.shape]
+    peak = peak_flops(torch.cuda.get_device_name())
+    flops = flops_per_token(12 * layers * dim**2 + args.vocab * dim, layers, dim, args.length)
+    return f"  MFU {rate * flops / peak:.1%}" if peak else ""
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from momentum_lm.errors import UserError, main_guard
 
 _COMMANDS = {
     "prepare": "turn text into the binarised data that fairseq-train reads",
-    "convert": "convert published checkpoints to and from fairseq's format",
+    "convert": "join the parts of a sharded checkpoint into an ordinary one",
+    "plan": "memory, time and command of a training run, before it starts",
     "report": "put evaluation results side by side",
     "datasets": "list the data sets for in-context learning, or show a prompt of one",
+    "preflight": "check the machines of a run against each other before it starts",
     "doctor": "check this installation and say how to mend it",
 }
 

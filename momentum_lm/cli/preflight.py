@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, least in (("nodes", 1), ("rank", 0)):
         value = getattr(args, name)
         if value is None or not str(value).isdigit() or int(value) < least:
-            raise UserError(f"--{name} {value}: a number from {least} on is needed, here or in the environment")
+            raise UserError(f"--{name} {value or 'is missing'}: a number from {least} on is needed, here or in the environment")
     nodes, rank = int(args.nodes), int(args.rank)
     if rank >= nodes:
         raise UserError(f"--rank {rank}: of {nodes} nodes the last is {nodes - 1}")

@@ -12,17 +12,7 @@ from torch import Tensor
 
 from momentum_lm.modules import Cache, Decoder, DecoderConfig
 from momentum_lm.modules.decoder import ACTIVATIONS, DEFAULT_ETA, MOMENTUM_KINDS, POSITIONS
-
-# layers, width, heads; the feed-forward is four times the width. From 125m on: the fairseq dense LMs.
-SIZES = {
-    "tiny": (3, 192, 3),
-    "125m": (12, 768, 12),
-    "350m": (24, 1024, 16),
-    "1_3b": (24, 2048, 32),
-    "2_7b": (32, 2560, 32),
-    "6_7b": (32, 4096, 32),
-    "13b": (40, 5120, 40),
-}
+from momentum_lm.modules.sizes import Size, architecture, architectures
 
 
 def _option(default: Any, text: str) -> Any:
@@ -134,14 +124,13 @@ class MomentumLanguageModel(FairseqLanguageModel):
         return self.decoder.max_positions()
 
 
-def _register(name: str, size: tuple[int, int, int], momentum_kind: str) -> None:
-    layers, width, heads = size
+def _register(name: str, size: Size, momentum_kind: str) -> None:
     defaults = {
         "_name": name,
-        "decoder_layers": layers,
-        "decoder_embed_dim": width,
-        "decoder_ffn_embed_dim": 4 * width,
-        "decoder_attention_heads": heads,
+        "decoder_layers": size.layers,
+        "decoder_embed_dim": size.dim,
+        "decoder_ffn_embed_dim": 4 * size.dim,
+        "decoder_attention_heads": size.heads,
         "momentum_kind": momentum_kind,
     }
     types = {f.name: f.type for f in dataclasses.fields(LanguageModelConfig)}
@@ -157,8 +146,6 @@ def _register(name: str, size: tuple[int, int, int], momentum_kind: str) -> None
     register_model(name, dataclass=config)(type(name, (MomentumLanguageModel,), {"__doc__": MomentumLanguageModel.__doc__}))
 
 
-ARCHITECTURES: list[str] = []
-for _prefix, _kind in (("gpt_lm", "none"), ("momentum_lm", "ema")):
-    for _size, _shape in SIZES.items():
-        ARCHITECTURES.append(f"{_prefix}_{_size}")
-        _register(ARCHITECTURES[-1], _shape, _kind)
+ARCHITECTURES = architectures()
+for _name in ARCHITECTURES:
+    _register(_name, *architecture(_name))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from momentum_lm.errors import UserError
 
 from .attention import Cache, CausalSelfAttention, LayerCache, Rotary
+from .feedforward import activated_linear
 from .loss import chunked_cross_entropy
 from .momentum import MomentumEMA, MomentumMultiEMA
 
@@ -187,8 +188,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, **attention: Any) -> Tensor:
         """x (B, T, C) -> (B, T, C); the rest goes to :meth:`CausalSelfAttention.forward`."""
         x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), **attention))
-        inner = self.activation_dropout(self.activation(self.fc1(self.final_layer_norm(x))))
-        return x + self.dropout(self.fc2(inner))
+        inner = self.fc1(self.final_layer_norm(x))
+        if self.training and self.activation_dropout.p > 0:
+            return x + self.dropout(self.fc2(self.activation_dropout(self.activation(inner))))
+        return x + self.dropout(activated_linear(inner, self.fc2.weight, self.fc2.bias, self.activation))
 
 
 class Decoder(nn.Module):

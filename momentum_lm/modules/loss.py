@@ -15,6 +15,11 @@ CPU_ROWS = 256
 CHUNK_LOGITS = 2**28
 
 
+def default_chunk(device_type: str, vocab_size: int) -> int:
+    """Rows of logits that are held at a time."""
+    return CPU_ROWS if device_type == "cpu" else max(CPU_ROWS, CHUNK_LOGITS // vocab_size)
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Gradients are formed chunk by chunk while the logits are there, so that nothing is computed twice."""
 
@@ -86,7 +91,7 @@ def chunked_cross_entropy(
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if chunk_tokens is None:
-        chunk_tokens = CPU_ROWS if hidden.device.type == "cpu" else max(CPU_ROWS, CHUNK_LOGITS // weight.shape[0])
+        chunk_tokens = default_chunk(hidden.device.type, weight.shape[0])
     if not torch.is_grad_enabled():
         rows, weight = rows.detach(), weight.detach()
     if reduction == "sum":

@@ -13,32 +13,11 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 from omegaconf import OmegaConf
+from torch.distributed.tensor import DTensor
 
 from momentum_lm.modules import CausalSelfAttention
-
-# Dense bf16 FLOP/s from the data sheets, without sparsity; a name not in it gets no MFU.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "V100": 125e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's peak in bf16 (fp16 on V100), where its name is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
-def flops_per_token(parameters: int, layers: int, dim: int, length: int) -> float:
-    """Forward and backward: 6 per parameter that multiplies, and 12 * layers * dim * length for attention (arXiv 2204.02311, app. B)."""
-    return 6 * parameters + 12 * layers * dim * length
+from momentum_lm.planning.costs import flops_per_token
+from momentum_lm.planning.hardware import peak_flops
 
 
 class TrainingMonitor:
@@ -89,6 +68,8 @@ class TrainingMonitor:
             if attention.momentum is None:
                 continue
             decay, ratio = attention.momentum.decays().float(), float(attention.momentum_ratio)
+            if isinstance(decay, DTensor):
+                decay = decay.full_tensor()
             decays.append(float(decay.mean()))
             ratios.append(ratio)
             if self._writer() is not None:
@@ -117,7 +98,7 @@ class TrainingMonitor:
         if self.started is not None:
             rate = self.tokens / (now - self.started) * distributed_utils.get_data_parallel_world_size()
             values["tokens_per_second"] = rate
-            peak = peak_flops(device)
+            peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
             if peak is not None:
                 peak *= distributed_utils.get_data_parallel_world_size()
                 values["mfu"] = rate * flops_per_token(self.parameters, *self.shape, self.length) / peak

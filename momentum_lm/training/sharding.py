@@ -41,7 +41,7 @@ class FullySharded(nn.Module):
         self.use_sharded_state = use_sharded_state
         self.group = group
         mesh = DeviceMesh.from_group(group, device.type)
-        # Autocast gives each operation its inputs' precision; FSDP casting them would take the residual stream down to bf16.
+        # Embeddings and the final norm stay as they are, and no block's input is cast: both would take the residual stream down to bf16.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for module in model.modules():
             if dtype is not None and isinstance(module, Float32) and any(True for _ in module.parameters()):
@@ -49,7 +49,7 @@ class FullySharded(nn.Module):
         for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
             for block in blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
         self.module = model.to(device)
 
     def __getattr__(self, name: str) -> Any:

@@ -33,10 +33,10 @@ def test_help_imports_nothing_heavy(run_cli):
 
 
 def test_only_commands_that_exist_are_offered():
-    assert {"prepare", "datasets", "report", "doctor"} <= set(commands()) <= {"prepare", "datasets", "convert", "report", "doctor"}
+    assert set(commands()) == {"prepare", "convert", "plan", "report", "datasets", "preflight", "doctor"}
 
 
-@pytest.mark.parametrize("name", ["prepare", "datasets", "report", "doctor"])
+@pytest.mark.parametrize("name", ["prepare", "plan", "datasets", "report", "doctor"])
 def test_each_command_explains_itself(name, run_cli):
     result = run_cli(["momentum-lm", name, "--help"])
     assert result.returncode == 0 and result.stdout.startswith(f"usage: momentum-lm {name}"), result.stderr

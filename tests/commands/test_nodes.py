@@ -133,7 +133,7 @@ def test_preflight_without_a_head_says_where_it_looked(start):
 
 @pytest.mark.parametrize(
     "words,word",
-    [(["--head", "nohost"], "--head HOST:PORT"), (["--head", "h:1"], "--nodes None"), (["--head", "h:1", "--nodes", "2", "--rank", "2"], "--rank 2")],
+    [(["--head", "nohost"], "--head HOST:PORT"), (["--head", "h:1"], "--nodes is missing"), (["--head", "h:1", "--nodes", "2", "--rank", "2"], "--rank 2")],
 )
 def test_preflight_says_what_is_missing(words, word, run_cli):
     result = run_cli(["momentum-lm", "preflight", *words], env={"HEAD": "", "NODES": "", "SLURM_NNODES": "", "NODE_RANK": ""})

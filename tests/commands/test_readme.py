@@ -18,6 +18,7 @@ SMALLER = {
     "fairseq-eval --task lm_perplexity": ["--context-lengths", "16,32"],
     "fairseq-eval --task icl_classification": ["--max-field-tokens", "4", "--limit", "10"],
     "fairseq-eval --task icl_finetune_analysis": "--shots 2 --max-field-tokens 4 --limit 6 --finetune-lr 0.1,0.01 --lr-examples 4".split(),
+    "momentum-lm plan": [],
     "momentum-lm report": [],
     "momentum-lm doctor": [],
 }

@@ -87,7 +87,7 @@ def straight(command, run_cli, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_killed_worker_costs_a_restart_and_nothing_else(backend, processes, command, launch, finish, straight, tmp_path):
     """torchrun starts all workers again, they go on from the last checkpoint, and the curve is that of one process to 1e-4."""
@@ -108,6 +108,15 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(backend, processes, co
     ended = state(tmp_path / "checkpoint_last.pt")
     assert difference(ended, checkpoint) < 1e-4
     assert ended["optimizer_history"][-1]["num_updates"] == 50
+
+
+def test_weights_that_travel_in_bf16_train_as_fp32_ones_do(command, launch, finish, straight, tmp_path):
+    finish(launch(2, command(tmp_path, *BACKENDS["sharded"], "--autocast", "bf16", updates=20)))
+    expected = straight(2)[0]
+    losses = curve(tmp_path)
+    assert len(losses) == 20 and losses != {update: expected[update] for update in losses}
+    assert all(loss == pytest.approx(expected[update], rel=0.02) for update, loss in losses.items())
+    assert {t.dtype for t in state(tmp_path / "checkpoint_last.pt")["model"].values()} == {torch.float32}
 
 
 def test_parts_join_to_the_whole_and_either_goes_on(command, launch, finish, straight, run_cli, tmp_path):

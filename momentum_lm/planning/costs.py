@@ -1,0 +1,56 @@
+"""Parameters and floating-point operations of a decoder."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from momentum_lm.modules import Decoder, DecoderConfig, MomentumMultiEMA
+from momentum_lm.ops.chunked import CHUNK
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters. ``embedding``: tokens and learned positions, and the output projection if it is not the embedding."""
+
+    embedding: int
+    other: int
+    momentum: int  # of other
+    block: int  # of other, in one block
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.other
+
+
+def count_parameters(config: DecoderConfig) -> Parameters:
+    """Counts those of the decoder itself, built without memory."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    sizes = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
+    embedding = sum(size for name, size in sizes.items() if name.startswith(("embed_", "output_projection.")))
+    momentum = sum(size for name, size in sizes.items() if ".momentum." in name)
+    block = sum(parameter.numel() for parameter in decoder.layers[0].parameters())
+    return Parameters(embedding, sum(sizes.values()) - embedding, momentum, block)
+
+
+def multiplying(config: DecoderConfig, parameters: Parameters) -> int:
+    """The parameters that multiply each token: all but an embedding that is only looked up."""
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    if config.position == "learned":
+        looked_up += (config.max_positions + config.padding_idx + 1) * config.dim
+    return parameters.total - looked_up
+
+
+def flops_per_token(parameters: int, layers: int, dim: int, length: int) -> float:
+    """Forward and backward: 6 per parameter that multiplies, and 12 * layers * dim * length for attention (arXiv 2204.02311, app. B)."""
+    return 6 * parameters + 12 * layers * dim * length
+
+
+def momentum_flops_per_token(config: DecoderConfig) -> int:
+    """Forward and backward, of ops/chunked.py's matrix products. The kernel has four times as many, and waits for memory nevertheless."""
+    if config.momentum_kind == "none":
+        return 0
+    passes = 3 if config.momentum_learned or config.momentum_kind == "multi_ema" else 2
+    per_channel = CHUNK + (2 * MomentumMultiEMA.ORDER if config.momentum_kind == "multi_ema" else 1)
+    return passes * 2 * per_channel * config.dim * config.layers

@@ -1,0 +1,58 @@
+"""What momentum moves to and from memory, which is what it costs: its operations are few."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from momentum_lm.modules import Decoder, DecoderConfig
+
+
+def kernel_traffic(config: DecoderConfig, tokens: int, bf16: bool = True) -> int:
+    """Bytes that ``ema`` moves in one block, forward and backward, in ops/triton.py (``multi_ema`` has no kernel).
+
+    Forward, twice with checkpointing: values and attention's output are read, their sum is written. Backward: the gradient is read, that
+    of the values is written, and autograd adds it to attention's (two read, one written); a learned decay reads the values again.
+    """
+    tensors = 3 * (1 + config.checkpoint_activations) + 5 + config.momentum_learned
+    return tensors * tokens * config.dim * (2 if bf16 else 4)
+
+
+def torch_traffic(config: DecoderConfig, batch: int, length: int, bf16: bool = True) -> int:
+    """Bytes that momentum moves in one block, forward and backward, by torch's operations one after another, each of which reads its inputs
+    and writes its outputs: those of a block with momentum less those of one without."""
+    plain = replace(config, layers=1, momentum_kind="none", momentum_learned=False, momentum_normalize=False, momentum_gate="none")
+    moved = []
+    for one in (replace(config, layers=1), plain):
+        with FakeTensorMode():
+            decoder = Decoder(one)
+            tokens = torch.zeros(batch, length, dtype=torch.long)
+            with _Traffic() as traffic:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = decoder.features(tokens, left_padded=False).sum()
+                loss.backward()
+        moved.append(traffic.bytes)
+    return moved[0] - moved[1]
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes read and written by operations that make or change a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        there = {t.untyped_storage()._cdata for t in inputs}
+        if func._schema.is_mutable or any(t.untyped_storage()._cdata not in there for t in outputs):
+            self.bytes += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in inputs + outputs)
+        return out

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "momentum_lm/__init__.py").read_text("utf-8"), re.MULTILINE)
 README = ROOT / "README.md"
 TRANSFORMERS = ["transformers>=4.56", "gguf", "accelerate"]  # other people's models
+TRITON = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"  # torch for CUDA brings its own, torch for CPUs none
 
 
 class WithData(Distribution):
@@ -56,7 +57,7 @@ setup(
     ],
     extras_require={
         "transformers": TRANSFORMERS,
-        "dev": [*TRANSFORMERS, "pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "setuptools>=77"],
+        "dev": [*TRANSFORMERS, TRITON, "pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "setuptools>=77"],
     },
     entry_points={
         "console_scripts": [

@@ -45,7 +45,8 @@ class MatrixProducts:
     def __init__(self, vocab: int, length: int, layers: int, dim: int, heads: int, batch: int, device: str, dtype: torch.dtype) -> None:
         rows = batch * length
         self.linear = []
-        for inner, outer, times in ((dim, 3 * dim, layers), (dim, dim, layers), (dim, 4 * dim, layers), (4 * dim, dim, layers), (dim, vocab, 1)):
+        in_a_block = ((dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim))
+        for inner, outer, times in [*((*shape, layers) for shape in in_a_block), (dim, vocab, 1)]:
             x, w, g = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, inner), (outer, inner), (rows, outer)))
             self.linear.append((x, w, g, times))
         self.layers = layers

@@ -188,8 +188,8 @@ def main() -> None:
     for variant in VARIANTS:
         spread = [s for r in results[variant] for s in r["seconds"]]
         rate = args.batch * args.length / seconds[variant]
-        line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s  peak {memory[variant]:6.0f} MiB"
-        print(line + mfu(rate, args))
+        line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s"
+        print(f"{line}  peak {memory[variant]:6.0f} MiB{mfu(rate, args)}")
     ratios = {
         "step time, momentum_lm / gpt_lm": seconds[MOMENTUM] / seconds[OURS],
         "CPU time, momentum_lm / gpt_lm": busy[MOMENTUM] / busy[OURS],

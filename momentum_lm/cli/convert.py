@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = join_shards([first, *others])
     with atomic_write(args.output, "wb") as file:
         torch.save(state, file)
-    print(f"{args.output}: {world} parts, {state['optimizer_history'][-1]['num_updates']:,} updates, {os.path.getsize(args.output):,} bytes")
+    updates = state["optimizer_history"][-1]["num_updates"]
+    print(f"{args.output}: {world} parts, {updates:,} updates, {os.path.getsize(args.output):,} bytes")
     return 0
 
 

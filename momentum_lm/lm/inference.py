@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# oneDNN keeps what it prepared for each shape, half a megabyte for each number of rows, 1,024 of them: hundreds of megabytes over an
+# evaluation. It reads these when it is first used; the layers of a model need about ten at a time.
+for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
 
 
 class OneDNNLinear(TorchFunctionMode):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .precision import Float32
+from .precision import Float32, autocast_once
 
 
 @dataclass
@@ -79,7 +79,7 @@ class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention, ``Attn`` or, with ``momentum``, ``MoAttn = Attn + EMA(V)`` (arXiv 2212.10559, section 5).
 
     Parameter names are those of fairseq's MultiheadAttention. ``momentum`` is a module that maps
-    (values (B, H, T, D), state, segment_ids, padding) to (an addition of the same shape, state).
+    (values (B, H, T, D), state, segment_ids, padding, addend) to (an average of the same shape plus the addend, state).
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, momentum: nn.Module | None = None) -> None:
@@ -109,6 +109,7 @@ class CausalSelfAttention(nn.Module):
         mask: (B, 1, T, S) True where attention is allowed; None: causal, which must fit T = S, or T = 1 and everything allowed.
         padding: (B, T) True at padding on the left, which the EMA must not see. cache is updated in place.
         """
+        x = autocast_once(x)
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         if rotation is not None:
             q, k = Rotary.rotate(q, *rotation), Rotary.rotate(k, *rotation)
@@ -129,11 +130,12 @@ class CausalSelfAttention(nn.Module):
         )
 
         if self.momentum is not None:
-            average, state = self.momentum(v, None if cache is None else cache.momentum, segment_ids, padding)
+            past = (v, None if cache is None else cache.momentum, segment_ids, padding)
+            if self.measure:
+                with torch.no_grad():
+                    norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (self.momentum(*past)[0], out)]
+                    self.momentum_ratio = norms[0] / norms[1]
+            out, state = self.momentum(*past, addend=out)
             if cache is not None and not cache.frozen:
                 cache.momentum = state
-            if self.measure:
-                norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in (average, out)]
-                self.momentum_ratio = norms[0] / norms[1]
-            out = out + average  # a new buffer: attention's backward pass keeps its output
         return self.out_proj(out.transpose(1, 2).flatten(2))

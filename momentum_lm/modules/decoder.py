@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from momentum_lm.errors import UserError
+from momentum_lm.ops.naive import run_numbers
 
 from .attention import Cache, CausalSelfAttention, LayerCache, Rotary
 from .feedforward import activated_linear
@@ -276,6 +277,8 @@ class Decoder(nn.Module):
         length = tokens.shape[1]
         if cache is not None and segment_ids is not None:
             raise ValueError("packed documents cannot be continued from a cache")
+        if segment_ids is not None:
+            segment_ids = run_numbers(segment_ids)  # so that equal numbers mean the same run
         is_padding = tokens.eq(config.padding_idx)
         if left_padded is None:
             left_padded = bool(is_padding[:, 0].any())

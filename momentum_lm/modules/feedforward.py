@@ -44,8 +44,8 @@ class _ActivatedLinear(torch.autograd.Function):
 def activated_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Any) -> Tensor:
     """``F.linear(activation(x), weight, bias)``; in training it keeps ``x`` alone, for one more activation in the backward pass.
 
-    x (..., F), weight (C, F), bias (C,) -> (..., C). Compiled, or with another activation than GELU and ReLU, it is the plain expression: the
-    compiler itself decides what to keep.
+    x (..., F), weight (C, F), bias (C,) -> (..., C). Compiled, or with another activation than GELU and ReLU, it is the plain expression:
+    the compiler itself decides what to keep.
     """
     if torch.is_grad_enabled() and activation in _DERIVATIVES and not torch.compiler.is_compiling():
         return _ActivatedLinear.apply(x, weight, bias, activation)

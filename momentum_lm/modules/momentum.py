@@ -61,12 +61,18 @@ class MomentumEMA(_Momentum):
         state: Tensor | None = None,
         segment_ids: Tensor | None = None,
         padding: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """values (B, H, T, D), state (B, H, D) or None -> (EMA (B, H, T, D), state after the last token).
+        """values (B, H, T, D), state (B, H, D) or None -> (EMA, plus ``addend``, (B, H, T, D), state after the last token).
 
         padding: (B, T) True at padding on the left, which is neither seen nor any time to the average.
         """
         log_decay = self.log_decay()
+        factor = torch.expm1(-log_decay) if self.normalize else None
+        if self.gate is not None:
+            factor = self.gate if factor is None else factor * self.gate
+        if padding is None and factor is None:
+            return ops.ema(values, log_decay, state, segment_ids, addend)
         if padding is None:
             out, state = ops.ema(values, log_decay, state, segment_ids)
         else:
@@ -77,10 +83,9 @@ class MomentumEMA(_Momentum):
                 out = out + (before[..., None] * state[:, :, None]).to(out.dtype)
                 final = final + elapsed[:, :, -1:] * state
             state = final
-        factor = torch.expm1(-log_decay) if self.normalize else None
-        if self.gate is not None:
-            factor = self.gate if factor is None else factor * self.gate
-        return (out if factor is None else out * factor.to(out.dtype)[:, None, None]), state
+        if factor is not None:
+            out = out * factor.to(out.dtype)[:, None, None]
+        return (out if addend is None else out + addend), state
 
     def decays(self) -> Tensor:
         """The decays, flat, for logging."""
@@ -108,8 +113,9 @@ class MomentumMultiEMA(_Momentum):
         state: Tensor | None = None,
         segment_ids: Tensor | None = None,
         padding: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """values (B, H, T, D), state (B, H*D, 8) or None -> (EMA (B, H, T, D), state after the last token); padding as in MomentumEMA."""
+        """values (B, H, T, D), state (B, H*D, 8) or None -> as MomentumEMA, with its padding and addend."""
         heads = values.shape[1]
         merged = values.transpose(1, 2).flatten(2)  # (B, T, H*D)
         weight = self.gamma / math.sqrt(self.gamma.shape[0])
@@ -129,7 +135,8 @@ class MomentumMultiEMA(_Momentum):
             out = out[:, None]
         else:
             out, state = ops.multi_ema(merged, log_decay, weight, state, segment_ids)
-        return out.unflatten(2, (heads, -1)).transpose(1, 2), state
+        out = out.unflatten(2, (heads, -1)).transpose(1, 2)
+        return (out if addend is None else out + addend), state
 
     def decays(self) -> Tensor:
         """The decays, flat, for logging."""

@@ -19,3 +19,9 @@ class Float32(nn.Module):
             return tensor.to(moved.device) if half else moved
 
         return super()._apply(keep_precision, *args, **kwargs)
+
+
+def autocast_once(x: Tensor) -> Tensor:
+    """``x`` as autocast casts it for a matrix product. For several products it would make as many copies, and autograd keep them all."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

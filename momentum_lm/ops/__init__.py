@@ -1,6 +1,8 @@
-"""The exponential moving average of attention values (momentum attention), in plain torch. README.md derives it."""
+"""The exponential moving average of attention values (momentum attention). README.md derives it."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -10,22 +12,34 @@ from .naive import ema_naive, multi_ema_naive
 
 __all__ = ["ema", "ema_naive", "multi_ema", "multi_ema_naive", "multi_ema_step"]
 
+_TRITON = importlib.util.find_spec("triton") is not None
 
-def ema(values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+
+def ema(
+    values: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Strictly causal exponential moving average of attention values, per head.
 
-    ``out[b,h,t] = sum_{i<t, same segment} exp((t-i) log_decay[h]) values[b,h,i]  (+ exp(t log_decay[h]) initial_state[b,h])``
+    ``out[b,h,t] = sum_{i<t, same segment} exp((t-i) log_decay[h]) values[b,h,i]  (+ exp(t log_decay[h]) initial_state[b,h])``,
+    plus ``addend[b,h,t]``.
+
+    A fused Triton kernel on GPUs of compute capability 8.0 or later, in fp32, bf16 and fp16; plain torch everywhere else.
 
     Args:
         values: (B, H, T, D), any floating dtype, any strides, T >= 1.
         log_decay: (H,), fp32 or fp64, finite and < 0 (not checked: that would wait for the device).
         initial_state: (B, H, D), the state that an earlier call returned; it belongs to the first token's segment.
         segment_ids: (B, T) integers; a segment is a run of equal ids and the average starts anew with each.
+        addend: (B, H, T, D), floating: attention's output. Sum and average are rounded together, once; it is left as it is.
 
     Returns:
-        out (B, H, T, D) in the dtype of ``values``, and the state after the last token (B, H, D), fp32 (fp64 for fp64 values):
-        ``exp(log_decay) (out[T-1] + values[T-1])``. Sums are kept in that dtype, under autocast too. Both are differentiable
-        (once) in values, log_decay and initial_state; memory is linear in T.
+        out (B, H, T, D) in the dtype of ``addend``, without one of ``values``, and the state after the last token (B, H, D), fp32
+        (fp64 for fp64 values): ``exp(log_decay) (out[T-1] - addend[T-1] + values[T-1])``. Sums are kept in that dtype, under autocast
+        too. Both are differentiable (once) in values, log_decay, initial_state and addend; memory is linear in T.
 
     Raises:
         ValueError: shapes that do not fit, T = 0, or a ``log_decay`` in half precision (0.999 would become 1).
@@ -41,7 +55,14 @@ def ema(values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, 
         _check("initial_state", initial_state, (batch, heads, dim))
     if segment_ids is not None:
         _check("segment_ids", segment_ids, (batch, length))
-    return ema_chunked(values, log_decay, initial_state, segment_ids)
+    if addend is not None:
+        _check("addend", addend, (batch, heads, length, dim))
+    if _has_kernel(values, addend):
+        from .triton import SUPPORTED, ema_triton  # only here: nothing but CUDA tensors needs Triton
+
+        if SUPPORTED:
+            return ema_triton(values, log_decay, initial_state, segment_ids, addend)
+    return ema_chunked(values, log_decay, initial_state, segment_ids, addend)
 
 
 def multi_ema(
@@ -89,6 +110,15 @@ def multi_ema_step(values: Tensor, log_decay: Tensor, weight: Tensor, state: Ten
     """One token of :func:`multi_ema`: values (B, C), log_decay and weight (C, N), state (B, C, N) -> out (B, C), state."""
     state = log_decay.exp() * state + values.to(state.dtype)[..., None]
     return (weight * state).sum(-1).to(values.dtype), state
+
+
+def _has_kernel(values: Tensor, addend: Tensor | None) -> bool:
+    return (
+        _TRITON
+        and values.is_cuda
+        and values.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and (addend is None or addend.dtype == values.dtype)
+    )
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .naive import run_numbers
+
 CHUNK = 32
 # Masking a Toeplitz matrix per document costs (chunk) floats per channel and token, so packed multi_ema takes short chunks.
 PACKED_MULTI_CHUNK = 8
@@ -82,7 +84,12 @@ class _EMA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, log_decay: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
+        ctx: Any,
+        values: Tensor,
+        log_decay: Tensor,
+        initial_state: Tensor | None,
+        segment_ids: Tensor | None,
+        addend: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(values, log_decay, initial_state, segment_ids)
         ctx.set_materialize_grads(False)
@@ -90,14 +97,16 @@ class _EMA(torch.autograd.Function):
         with torch.autocast(values.device.type, enabled=False):  # decay powers in bf16 would be wrong by tens of percent
             state = None if initial_state is None else initial_state.to(dtype)
             out, final_state = _ema(values.to(dtype), log_decay.to(dtype), state, segment_ids)
-        return out.to(values.dtype), final_state
+        if addend is None:
+            return out.to(values.dtype), final_state
+        return out.add_(addend).to(addend.dtype), final_state  # rounded once; not into the addend, which attention keeps for its gradient
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         values, log_decay, initial_state, segment_ids = ctx.saved_tensors
         if grad_out is None and grad_final is None:
-            return None, None, None, None
+            return (None,) * 5
         dtype = torch.promote_types(values.dtype, torch.float32)
         log_eta = log_decay.to(dtype)
         g = values.new_zeros(values.shape, dtype=dtype) if grad_out is None else grad_out.to(dtype)
@@ -116,14 +125,20 @@ class _EMA(torch.autograd.Function):
                 grad_log_decay = grad_log_decay.to(log_decay.dtype)
             if ctx.needs_input_grad[2]:
                 grad_initial = (g + grad_values)[:, :, 0].to(initial_state.dtype)
-        return grad_values.to(values.dtype), grad_log_decay, grad_initial, None
+        return grad_values.to(values.dtype), grad_log_decay, grad_initial, None, grad_out if ctx.needs_input_grad[4] else None
 
 
 def ema_chunked(
-    values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, segment_ids: Tensor | None = None
+    values: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same function and arguments as :func:`momentum_lm.ops.ema`. Once differentiable."""
-    return _EMA.apply(values, log_decay, initial_state, segment_ids)
+    if segment_ids is not None:
+        segment_ids = run_numbers(segment_ids)
+    return _EMA.apply(values, log_decay, initial_state, segment_ids, addend)
 
 
 def multi_ema_chunked(
@@ -135,6 +150,8 @@ def multi_ema_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Same function and arguments as :func:`momentum_lm.ops.multi_ema`, by automatic differentiation of chunk products."""
     dtype = torch.promote_types(values.dtype, torch.float32)
+    if segment_ids is not None:
+        segment_ids = run_numbers(segment_ids)
     with torch.autocast(values.device.type, enabled=False):
         state = None if initial_state is None else initial_state.to(dtype)
         out, final = _multi_ema(values.to(dtype), log_decay.to(dtype), weight.to(dtype), state, segment_ids)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
+def run_numbers(ids: Tensor) -> Tensor:
+    """(B, T) ids -> the number, from 0, of the run of equal ids that each lies in: equal ids in two places are two segments."""
+    return F.pad((ids[:, 1:] != ids[:, :-1]).cumsum(1), (1, 0))
+
+
 def ema_naive(
-    values: Tensor, log_decay: Tensor, initial_state: Tensor | None = None, segment_ids: Tensor | None = None
+    values: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same function and arguments as :func:`momentum_lm.ops.ema`, in O(T^2) time and memory, by automatic differentiation.
 
@@ -22,6 +32,7 @@ def ema_naive(
     weight_htt = torch.exp(lag.clamp(min=0) * log_eta[:, None, None]).masked_fill(lag <= 0, 0.0)
     weight_bhtt = weight_htt[None]
     if segment_ids is not None:
+        segment_ids = run_numbers(segment_ids)
         same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
         weight_bhtt = weight_bhtt.masked_fill(~same_segment[:, None], 0.0)
     out = weight_bhtt @ v
@@ -29,11 +40,13 @@ def ema_naive(
     if initial_state is not None:
         weight_bht = torch.exp(t * log_eta[:, None])[None]
         if segment_ids is not None:
-            weight_bht = weight_bht.masked_fill((segment_ids != segment_ids[:, :1])[:, None], 0.0)
+            weight_bht = weight_bht.masked_fill((segment_ids > 0)[:, None], 0.0)
         out = out + weight_bht[..., None] * initial_state.to(dtype)[:, :, None]
 
     final_state = torch.exp(log_eta)[:, None] * (out[:, :, -1] + v[:, :, -1])
-    return out.to(values.dtype), final_state
+    if addend is not None:
+        out = out + addend
+    return out.to(values.dtype if addend is None else addend.dtype), final_state
 
 
 def multi_ema_naive(

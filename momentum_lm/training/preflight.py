@@ -38,12 +38,12 @@ class Place:
 def preflight(place: Place, timeout: float, megabytes: int = 64, say: Any = print) -> None:
     """Every machine calls it, within ``timeout`` seconds of each other. Node 0 listens where training's rendezvous will.
 
-    Checks that all come, that each reaches each by TCP, that versions and GPUs are alike, and that an all-reduce of ``megabytes`` MB over all
-    of them ends. Raises UserError naming the nodes and hosts that do not, on all that can hear of it. Ends within about 3 ``timeout``.
+    Checks that all come, that each reaches each by TCP, that versions and GPUs are alike, and that an all-reduce of ``megabytes`` MB over
+    all of them ends. Raises UserError naming the nodes and hosts that do not, on all that can hear of it. Ends within about 3 ``timeout``.
     """
     deadline = time.monotonic() + timeout
     mine = {"host": socket.gethostname(), **_versions()}
-    with _listening() as (port, come):
+    with _listening() as port:
         store = _store(place, timeout)
         mine |= {"address": _address_towards(place), "port": port}
         store.set(f"node/{place.rank}", json.dumps(mine))
@@ -64,7 +64,8 @@ def preflight(place: Place, timeout: float, megabytes: int = 64, say: Any = prin
     seconds = _all_reduce(place, store, timeout, megabytes, here)
     if place.rank == 0:
         rate = 2 * megabytes * (place.nodes - 1) / place.nodes / seconds
-        say(f"preflight: {place.nodes} nodes reach each other; all-reduce of {megabytes} MB: {seconds * 1e3:.0f} ms ({rate:.0f} MB/s a node)")
+        took = f"{seconds * 1e3:.0f} ms ({rate:.0f} MB/s a node)"
+        say(f"preflight: {place.nodes} nodes reach each other; all-reduce of {megabytes} MB: {took}")
     _last_words(place, store, timeout)
 
 
@@ -79,7 +80,7 @@ def _versions() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[tuple[int, threading.Thread]]:
+def _listening() -> Iterator[int]:
     """A port of this machine that accepts connections and closes them."""
     server = socket.create_server(("", 0), backlog=1024)
 
@@ -88,10 +89,9 @@ def _listening() -> Iterator[tuple[int, threading.Thread]]:
             while True:
                 server.accept()[0].close()
 
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
+    threading.Thread(target=accept, daemon=True).start()
     try:
-        yield server.getsockname()[1], thread
+        yield server.getsockname()[1]
     finally:
         server.close()
 
@@ -106,7 +106,8 @@ def _store(place: Place, timeout: float) -> dist.TCPStore:
         if place.rank == 0:
             raise UserError(f"{who} cannot listen at {place.head}:{place.port}: {reason}; choose another port with --head") from error
         raise UserError(
-            f"{who} cannot reach node 0 at {place.head}:{place.port} within {timeout:g} s: {reason}; is it up, is the name right, is the port open?"
+            f"{who} cannot reach node 0 at {place.head}:{place.port} within {timeout:g} s: {reason}; "
+            "is it up, is the name right, is the port open?"
         ) from error
 
 
@@ -184,8 +185,8 @@ def _all_reduce(place: Place, store: dist.TCPStore, timeout: float, megabytes: i
     except RuntimeError as error:
         hint = "NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO" if gpu else "GLOO_SOCKET_IFNAME"
         raise UserError(
-            f"{here[place.rank]}: the machines reach each other, but an all-reduce over {backend} failed ({str(error).splitlines()[0][:200]}); "
-            f"try {hint}"
+            f"{here[place.rank]}: the machines reach each other, but an all-reduce over {backend} failed "
+            f"({str(error).splitlines()[0][:200]}); try {hint}"
         ) from error
     if total != place.nodes**2:
         raise UserError(f"{here[place.rank]}: an all-reduce gave {total:g} instead of {place.nodes**2}: faulty hardware")

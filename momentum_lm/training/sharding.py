@@ -134,7 +134,8 @@ def join_shards(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
         raise UserError(f"the checkpoint has {world} parts, and of these {missing or 'some'} are missing or doubled")
     updates = {state["optimizer_history"][-1]["num_updates"] for state in states}
     if len(updates) > 1:
-        raise UserError(f"the parts are of different updates ({', '.join(map(str, sorted(updates)))}): a save was interrupted; take earlier ones")
+        found = ", ".join(map(str, sorted(updates)))
+        raise UserError(f"the parts are of different updates ({found}): a save was interrupted; take earlier ones")
     states = [state for _, state in sorted(zip((m["rank"] for m in metadata), states, strict=True), key=lambda pair: pair[0])]
     first = dict(states[0])
     del first["fsdp_metadata"]

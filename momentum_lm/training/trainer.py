@@ -35,8 +35,8 @@ class Trainer(FairseqTrainer):
     """Everything that fairseq's does, and:
 
     - ``--ddp-backend fully_sharded`` through :class:`~momentum_lm.training.sharding.FullySharded`;
-    - a batch whose gradient is not finite is left out and written down in ``SAVE_DIR/bad_batches.jsonl``, and the learning rate halved for a
-      while; after ``SKIPS_IN_A_ROW`` of them the run ends (with --fp16 and --amp the loss scale is lowered instead, as fairseq does);
+    - a batch whose gradient is not finite is left out and written down in ``SAVE_DIR/bad_batches.jsonl``, and the learning rate halved
+      for a while; after ``SKIPS_IN_A_ROW`` of them the run ends (with --fp16 and --amp the loss scale is lowered instead, as in fairseq);
     - SIGTERM or SIGUSR1 ends the run after the current update, with a checkpoint; a second one at once;
     - where the run's last checkpoint is torn or missing, the newest whole one is taken.
     """
@@ -142,7 +142,7 @@ class Trainer(FairseqTrainer):
         self.lr_step_update()
         what = f"the gradient at update {record['update']} is not finite (NaN or infinity); samples are listed in {path}"
         if skipped["in_a_row"] >= SKIPS_IN_A_ROW:
-            raise UserError(f"{what}; {SKIPS_IN_A_ROW} batches in a row: stopped. Lower --lr, or raise --warmup-updates, or look at the data")
+            raise UserError(f"{what}; {SKIPS_IN_A_ROW} batches in a row: stopped. Lower --lr, raise --warmup-updates, or look at the data")
         logger.warning(f"{what}; batch left out, learning rate halved to {self.get_lr():.3g} for {RECOVERY} updates")
 
     def _after_good_batch(self) -> None:
@@ -311,5 +311,6 @@ def _check_sharded_options(cfg: Any) -> None:
     for flag, given in unsupported.items():
         if given:
             raise UserError(
-                f"{flag} does not go with --ddp-backend fully_sharded; for half precision use --task momentum_language_modeling --autocast bf16"
+                f"{flag} does not go with --ddp-backend fully_sharded; "
+                "for half precision use --task momentum_language_modeling --autocast bf16"
             )

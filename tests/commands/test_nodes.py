@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sysconfig
 import time
 import uuid
 from pathlib import Path
@@ -53,14 +54,14 @@ def start(cli_command, nodes):
 
     def run(node, command, **environment):
         command, environment = cli_command(command, {"GLOO_SOCKET_IFNAME": "eth0", "HEAD": f"{nodes[0][1]}:29511", **environment})
-        environment["PATH"] = f"{os.path.dirname(cli_command(['torchrun'])[0][0])}:{environment['PATH']}"
+        environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"
         inside = ["ip", "netns", "exec", nodes[node][0], *command]
         return subprocess.Popen(inside, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     return run
 
 
-def small(save, updates):
+def small(updates):
     """What makes the recipe a test: words that come last win."""
     words = "--arch momentum_lm_tiny --decoder-layers 2 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2 "
     words += "--tokens-per-sample 32 --batch-size 4 --update-freq 1 --warmup-updates 5 --total-num-update 1000 --lr 1e-2 --cpu "
@@ -72,7 +73,7 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
     began = {}
     processes = []
     for node in range(2):
-        command = ["/bin/bash", TRAIN, data, tmp_path / "two", *small(tmp_path / "two", 40)]
+        command = ["/bin/bash", TRAIN, data, tmp_path / "two", *small(40)]
         processes.append(start(node, command, NODES=2, NODE_RANK=node, GPUS=1, ADDRESS=nodes[node][1], JOB="test"))
     output = ""
     for line in processes[0].stdout:
@@ -88,16 +89,11 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
     processes[0].wait(timeout=120)
     assert [process.returncode for process in processes] == [0, 0], "".join(outputs)[-4000:]
     assert began["again"] - began["killed"] < 90  # the other node's worker ended too, and both came back
-    one = run_cli(["/bin/bash", TRAIN, data, tmp_path / "one", *small(tmp_path / "one", 40), "--update-freq", "2"], env={"GPUS": 1, **path(start)})
+    command = ["/bin/bash", TRAIN, data, tmp_path / "one", *small(40), "--update-freq", "2"]
+    one = run_cli(command, env={"GPUS": 1, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"})
     assert one.returncode == 0, one.stderr[-3000:]
     a, b = (fairseq_compat.load_checkpoint(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4 and all(torch.isfinite(v).all() for v in b.values())
-
-
-def path(start):
-    import sysconfig
-
-    return {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
 
 
 def check(start, ranks, *words):
@@ -133,7 +129,11 @@ def test_preflight_without_a_head_says_where_it_looked(start):
 
 @pytest.mark.parametrize(
     "words,word",
-    [(["--head", "nohost"], "--head HOST:PORT"), (["--head", "h:1"], "--nodes is missing"), (["--head", "h:1", "--nodes", "2", "--rank", "2"], "--rank 2")],
+    [
+        (["--head", "nohost"], "--head HOST:PORT"),
+        (["--head", "h:1"], "--nodes is missing"),
+        (["--head", "h:1", "--nodes", "2", "--rank", "2"], "--rank 2"),
+    ],
 )
 def test_preflight_says_what_is_missing(words, word, run_cli):
     result = run_cli(["momentum-lm", "preflight", *words], env={"HEAD": "", "NODES": "", "SLURM_NNODES": "", "NODE_RANK": ""})

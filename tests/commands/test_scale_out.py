@@ -28,6 +28,12 @@ def difference(a, b):
     return max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
 
 
+def workers_of(process):
+    """The processes that torchrun has started, in their order."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "fairseq-train"], capture_output=True, text=True, check=True)
+    return [int(word) for word in found.stdout.split()]
+
+
 def curve(folder):
     """{update: logged loss}, in full precision; of an update that was done twice, the last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -97,9 +103,7 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(backend, processes, co
     for line in process.stdout:
         output += line
         if not killed and '"num_updates": "25"' in line:
-            workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "fairseq-train"], capture_output=True, text=True).stdout.split()
-            assert len(workers) == processes
-            os.kill(int(workers[-1]), signal.SIGKILL)
+            os.kill(workers_of(process)[processes - 1], signal.SIGKILL)
             killed = True
     finish(process, output)
     assert killed and re.search(r"Loaded checkpoint .* @ 20 updates", output), output[-3000:]
@@ -158,8 +162,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(number, command, launch, fin
     process = launch(2, command(tmp_path, *BACKENDS["ddp"], updates=100000))
     for line in process.stdout:
         if '"num_updates": "5"' in line:
-            workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "fairseq-train"], capture_output=True, text=True).stdout.split()
-            os.kill(int(workers[1]), number)
+            os.kill(workers_of(process)[1], number)
             break
     output = finish(process)
     assert "got a signal" in output
@@ -179,7 +182,8 @@ def test_a_torn_checkpoint_gives_way_to_the_newest_whole_one(command, run_cli, l
     last.write_bytes(last.read_bytes()[:5000])
     (tmp_path / "checkpoint_1_8.pt").write_bytes(b"")
     result = run_cli(command(tmp_path, *words, updates=10))
-    assert re.search(r"checkpoint_last, checkpoint_1_8 in .* torn or missing: going on from .*checkpoint_1_4", result.stdout + result.stderr)
+    said = "checkpoint_last, checkpoint_1_8 in .* torn or missing: going on from .*checkpoint_1_4"
+    assert re.search(said, result.stdout + result.stderr)
     assert list(losses(result)) == [5, 6, 7, 8, 9, 10] and losses(result).items() <= losses(first).items()
     for path in tmp_path.glob("checkpoint*.pt"):
         path.write_bytes(b"torn")

@@ -56,6 +56,41 @@ def test_low_precision_is_the_exact_result_rounded(dtype, tolerance, eta):
     torch.testing.assert_close(final.double(), exact_final, rtol=1e-5, atol=1e-5 * scale.item())
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 2**-8)])
+def test_addend(dtype, tolerance):
+    """Added before rounding, to a buffer of its own, whatever its precision; the gradient is that of the sum."""
+    values, log_decay, initial, ids = inputs(2, 2, 70, 3, 0.999, True, True, dtype)
+    log_decay, initial = log_decay.detach(), initial.detach()
+    addend = torch.randn(2, 2, 70, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+    before = addend.detach().clone()
+    out, final = ema(values, log_decay, initial, ids, addend)
+    exact, exact_final = ema_naive(values.double(), log_decay, initial, ids, addend.double())
+    assert out.dtype == dtype and torch.equal(addend, before)
+    sums = 1e-12 if dtype == torch.float64 else 1e-5
+    assert ((out.double() - exact).abs() <= tolerance * exact.abs() + sums * exact.abs().max()).all()
+    torch.testing.assert_close(final.double(), exact_final, rtol=sums, atol=sums)
+    grad = torch.randn_like(out)
+    assert torch.equal(torch.autograd.grad(out, addend, grad, retain_graph=True)[0], grad)
+    wide = addend.detach().double()
+    assert ema(values, log_decay, initial, ids, wide)[0].dtype == torch.float64
+
+
+def test_equal_ids_in_two_places_are_two_segments():
+    """Whether they lie in one chunk or chunks apart; ids that never repeat say the same."""
+    for lengths in ([5, 7, 9], [40, 40, 70], [1, 64, 1, 30]):
+        values, log_decay, initial, _ = inputs(1, 2, sum(lengths), 3, 0.99, True, False)
+        again = torch.cat([torch.full((n,), i % 2) for i, n in enumerate(lengths)])[None]
+        once = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+        for function in (ema, ema_naive):
+            for ours, expected in zip(function(values, log_decay, initial, again), function(values, log_decay, initial, once), strict=True):
+                assert torch.equal(ours, expected)
+        start = 0
+        for n in lengths:
+            alone, _ = ema_naive(values[:, :, start : start + n], log_decay, initial if start == 0 else None)
+            torch.testing.assert_close(ema(values, log_decay, initial, again)[0][:, :, start : start + n], alone, rtol=0, atol=1e-12)
+            start += n
+
+
 def test_autocast_leaves_the_sums_in_fp32():
     values, log_decay, _, _ = inputs(1, 2, 300, 4, 0.999, False, False, torch.float32)
     log_decay = log_decay.detach().float()
@@ -142,6 +177,7 @@ def test_no_tensor_grows_faster_than_the_sequence(state, segments, largest_tenso
         (lambda v, d, s, i: (v, d.bfloat16(), s, i), "float32"),
         (lambda v, d, s, i: (v, d, s[:, :1], i), "initial_state"),
         (lambda v, d, s, i: (v, d, s, i[:, 1:]), "segment_ids"),
+        (lambda v, d, s, i: (v, d, s, i, v[:1]), "addend"),
     ],
 )
 def test_wrong_arguments_are_named(change, word):

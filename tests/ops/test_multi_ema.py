@@ -69,6 +69,14 @@ def test_a_segment_is_blind_to_the_one_before_it_bit_for_bit():
     assert torch.equal(one, other)
 
 
+def test_equal_ids_in_two_places_are_two_segments():
+    values, log_decay, weight, state, _ = inputs(45, True, False)
+    ids = torch.cat([torch.full((n,), i % 2) for i, n in enumerate([3, 2, 20, 20])]).expand(2, -1)
+    results = [f(values, log_decay, weight, state, ids) for f in (multi_ema, multi_ema_naive)]
+    for ours, oracle in zip(*results, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("state,segments", [(False, False), (True, True)])
 def test_no_tensor_grows_faster_than_the_sequence(state, segments, largest_tensor):
     """Outputs and all gradients; a T x T matrix would be 256 times as large at the second length."""

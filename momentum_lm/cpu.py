@@ -35,7 +35,7 @@ def map_large_tensors() -> None:
     if sys.platform == "linux":
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if set_option is not None:
-            set_option(_M_MMAP_THRESHOLD, 512 << 10)
+            set_option(_M_MMAP_THRESHOLD, 2 << 20)
 
 
 def return_memory() -> None:

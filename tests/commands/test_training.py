@@ -111,6 +111,22 @@ def test_bf16_autocast_follows_fp32(data, run_cli, tmp_path, flags, losses):
     assert all(v.dtype == torch.float32 for v in weights(tmp_path / "bf16/checkpoint_last.pt").values())
 
 
+def test_fp16_lowers_its_loss_scale_until_it_fits_and_keeps_decays_in_fp32(data, run_cli, tmp_path, flags, json_lines):
+    words = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 2**22, "--autocast", "none", "--clip-norm", "1.0"]
+    plain = run_cli(flags(data, tmp_path / "plain", *MODEL, "--autocast", "none", "--clip-norm", "1.0", task="ours", updates=8))
+    half = run_cli(flags(data, tmp_path / "half", *MODEL, *words, task="ours", updates=8))
+    assert half.returncode == 0, half.stderr[-3000:]
+    assert "gradient overflow" in half.stdout + half.stderr and not (tmp_path / "half" / "bad_batches.jsonl").exists()
+    lines = json_lines(half)
+    scales = [float(line["loss_scale"]) for line in lines]
+    assert [int(line["num_updates"]) for line in lines] == list(range(1, 9)) and max(scales) < 2**22
+    # other batches than in fp32, since those of an overflow are left out, but the same course
+    ends = [float(json_lines(result)[-1]["loss"]) for result in (plain, half)]
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)
+    kept = weights(tmp_path / "half/checkpoint_last.pt")
+    assert {v.dtype for k, v in kept.items() if k.endswith("momentum.decay_logit")} == {torch.float32}
+
+
 def test_packed_documents_change_the_loss_and_nothing_else(data, run_cli, tmp_path, flags, losses):
     loose, packed = (
         run_cli(flags(data, tmp_path / str(i), *MODEL, *more, task="ours", updates=3))

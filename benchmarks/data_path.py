@@ -199,7 +199,7 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=51200)
     parser.add_argument("--break-mode", default="none", choices=["none", "eos", "complete"])
     parser.add_argument("--workers", default="0,1,2", help="numbers of processes that help")
-    parser.add_argument("--seconds", type=float, default=2, help="of reading, for each of these numbers")
+    parser.add_argument("--seconds", type=float, default=1, help="of reading, for each of these numbers")
     parser.add_argument("--consumed", type=float, default=600e3, help="tokens/s that a model takes of one process")
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)

@@ -7,6 +7,8 @@ tokens (int32 each) and their offsets in ``.bin`` in bytes (int64 each). In this
 
 from __future__ import annotations
 
+import bisect
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -132,50 +134,90 @@ class IndexedDatasetWriter:
             self.discard()
 
 
-class IndexedDataset:
-    """Items of ``PREFIX.bin`` and ``PREFIX.idx`` as read-only arrays of token ids over the mapped file: nothing is read until used.
+def check_files(path_prefix: str | os.PathLike[str]) -> None:
+    """What can be told of the two files in constant time, from the index's header and end and from their lengths.
 
-    ``sizes`` (items,) int32 are the items' lengths in tokens. Raises UserError naming the file where one is missing, cut short or
-    not of this format.
+    Raises UserError naming the file where one is missing, cut short or not of this format.
     """
+    _, _, end = _header(os.fspath(path_prefix))
+    _check_length(os.fspath(path_prefix), end)
 
-    def __init__(self, path_prefix: str | os.PathLike[str]) -> None:
-        self.prefix = os.fspath(path_prefix)
-        index, data = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
-        for path in (index, data):
-            if not path.is_file():
-                raise UserError(f"{path} is missing; make it with `momentum-lm prepare` or `fairseq-preprocess --dataset-impl mmap`")
-        with open(index, "rb") as file:
-            header = file.read(_HEADER.size)
+
+def _header(prefix: str) -> tuple[np.dtype, int, int]:
+    """The ids' type, the number of items, and the bytes of ``.bin`` that they fill by what the index says of the last one."""
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, data):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; make it with `momentum-lm prepare` or `fairseq-preprocess --dataset-impl mmap`")
+    with open(index, "rb") as file:
+        header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):
             raise UserError(f"{index} is not an index of fairseq's mmap format; make it anew with `--dataset-impl mmap`")
         _, version, code, items = _HEADER.unpack(header)
         if version != 1 or code not in _TYPES:
             raise UserError(f"{index} has version {version} and type code {code}, which this program does not know; make it anew")
-        self.dtype = np.dtype(_TYPES[code])
+        dtype = np.dtype(_TYPES[code])
         if index.stat().st_size != _HEADER.size + 12 * items:
             raise UserError(
                 f"{index} says {items} items and should have {_HEADER.size + 12 * items} bytes, but has {index.stat().st_size}: "
                 "it is cut short or damaged; copy or make it anew"
             )
-        raw = np.memmap(index, mode="r", dtype=np.uint8) if items else np.empty(_HEADER.size, dtype=np.uint8)
+        if not items:
+            return dtype, 0, 0
+        file.seek(_HEADER.size + 4 * (items - 1))
+        (size,) = struct.unpack("<i", file.read(4))
+        file.seek(-8, os.SEEK_END)
+        (offset,) = struct.unpack("<q", file.read(8))
+        return dtype, items, offset + size * dtype.itemsize
+
+
+def _check_length(prefix: str, end: int) -> None:
+    length = os.path.getsize(f"{prefix}.bin")
+    if length < end:
+        raise UserError(f"{prefix}.bin has {length} bytes, but {prefix}.idx needs {end}: it is cut short; copy or make it anew")
+
+
+class IndexedDataset:
+    """Items of ``PREFIX.bin`` and ``PREFIX.idx`` as read-only arrays of token ids over the mapped file: nothing is read until used.
+
+    ``sizes`` (items,) int32 are the items' lengths in tokens. Opening reads the index once, in memory that does not grow with it. Raises
+    UserError naming the file where one is missing, cut short or not of this format.
+    """
+
+    def __init__(self, path_prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(path_prefix)
+        self.dtype, items, end = _header(self.prefix)
+        index = f"{self.prefix}.idx"
+        raw = np.memmap(index, mode="r", dtype=np.uint8).view(np.ndarray) if items else np.empty(_HEADER.size, dtype=np.uint8)
         middle = _HEADER.size + 4 * items
         self.sizes: NDArray[np.int32] = raw[_HEADER.size : middle].view("<i4")
         self._offsets: NDArray[np.int64] = raw[middle:].view("<i8")
-        ends = np.cumsum(self.sizes, dtype="<i8") * self.dtype.itemsize
-        if items and (self.sizes.min() < 0 or self._offsets[0] or (self._offsets[1:] != ends[:-1]).any()):
+        if not self._offsets_fit():
             raise UserError(f"{index} is damaged: its offsets do not fit its sizes; copy or make it anew")
-        end = int(ends[-1]) if items else 0
-        if data.stat().st_size < end:
-            raise UserError(f"{data} has {data.stat().st_size} bytes, but {index} needs {end}: it is cut short; copy or make it anew")
-        self._data: NDArray[np.generic] = (
-            np.memmap(data, mode="r", dtype=self.dtype, shape=end // self.dtype.itemsize) if end else np.empty(0, self.dtype)
-        )
+        _check_length(self.prefix, end)
+        self._data: NDArray[np.generic] = np.empty(0, self.dtype)
+        if end:
+            with open(f"{self.prefix}.bin", "rb") as file:
+                self._map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
+            self._data = np.frombuffer(self._map, self.dtype)
+
+    def _offsets_fit(self) -> bool:
+        end = 0
+        for start in range(0, len(self), _BLOCK):
+            sizes, offsets = (array[start : start + _BLOCK] for array in (self.sizes, self._offsets))
+            ends = end + np.cumsum(sizes, dtype="<i8") * self.dtype.itemsize
+            if sizes.min() < 0 or offsets[0] != end or (offsets[1:] != ends[:-1]).any():
+                return False
+            end = int(ends[-1])
+        return True
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
+        return type(self), (self.prefix,)  # to another process goes the name, not the tokens
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all items together."""
-        return int(self.sizes.sum(dtype=np.int64))
+        return len(self._data)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -184,6 +226,21 @@ class IndexedDataset:
         """Token ids (T,) of one item, a view of the mapped file in its own type: ``astype`` before arithmetic."""
         start = int(self._offsets[item]) // self.dtype.itemsize
         return self._data[start : start + int(self.sizes[item])]
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.generic]:
+        """Token ids (stop - start,) by their positions in the file, whatever the items; a view, as of one item."""
+        return self._data[start:stop]
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Has the system read the tokens of these positions, if they are not in memory yet, and no more of the file; returns at once."""
+        first = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < stop:
+            self._map.madvise(mmap.MADV_WILLNEED, first, stop * self.dtype.itemsize - first)
+
+    def item_at(self, position: int) -> tuple[int, int]:
+        """The item that the token at ``position`` belongs to, and the token's place in it."""
+        item = bisect.bisect_right(self._offsets, position * self.dtype.itemsize) - 1
+        return item, position - int(self._offsets[item]) // self.dtype.itemsize
 
     def blocks(self, size: int = 1 << 22) -> Iterator[NDArray[np.generic]]:
         """All token ids in order, read ``size`` at a time whatever the items, so that memory stays at one block."""

@@ -11,20 +11,19 @@ from typing import Any, Optional
 
 import torch
 from fairseq import utils
-from fairseq.data.indexed_dataset import infer_dataset_impl
 from fairseq.dataclass import ChoiceEnum
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics, progress_bar
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
-from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import II
 
-from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.errors import UserError
 from momentum_lm.modules.decoder import document_ids
 
 from .monitor import TrainingMonitor
+from .token_data import TokenDataTask
 
 
 @dataclass
@@ -62,11 +61,12 @@ class MomentumLanguageModelingConfig(LanguageModelingConfig):
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
     wandb_project: Optional[str] = II("common.wandb_project")
     max_tokens: Optional[int] = II("dataset.max_tokens")
+    train_subset: str = II("dataset.train_subset")
     ddp_backend: str = II("distributed_training.ddp_backend")
 
 
 @register_task("momentum_language_modeling", dataclass=MomentumLanguageModelingConfig)
-class MomentumLanguageModelingTask(LanguageModelingTask):
+class MomentumLanguageModelingTask(TokenDataTask):
     """Takes the data that ``language_modeling`` takes."""
 
     def __init__(self, args: Any, dictionary: Any, output_dictionary: Any = None, targets: Any = None) -> None:
@@ -81,14 +81,6 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
                 raise UserError(f"{folder} holds no dict.txt; make data with `momentum-lm prepare` or `fairseq-preprocess --only-source`")
         return super().setup_dictionary(args, **kwargs)
 
-    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
-        """As fairseq's. Raises UserError naming the file where data is missing, cut short, damaged or empty."""
-        paths = utils.split_paths(self.args.data)
-        prefix = os.path.join(paths[(epoch - 1) % len(paths)], split)
-        if infer_dataset_impl(prefix) in (None, "mmap") and IndexedDataset(prefix).num_tokens == 0:
-            raise UserError(f"{prefix}.bin holds no tokens; make it anew from text that is not empty")
-        return super().load_dataset(split, epoch, combine, **kwargs)
-
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """As fairseq's. Raises UserError for a model that cannot keep documents apart, and is asked to."""
         from momentum_lm.models import MomentumLanguageModel
@@ -98,6 +90,8 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
             raise UserError("--packed-documents works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these")
         self.monitor = TrainingMonitor(model, cfg, self.args)
         if self.args.icl_eval_datasets and not from_checkpoint:  # those are evaluated, not trained
+            if self.args.ddp_backend == "fully_sharded":
+                raise UserError("--icl-eval-datasets does not go with --ddp-backend fully_sharded: evaluate checkpoints with fairseq-eval")
             from .icl_evaluation import IclEvaluation
 
             self.icl_evaluation = IclEvaluation(model, self.args)
@@ -171,13 +165,18 @@ class MomentumLanguageModelingTask(LanguageModelingTask):
     def _training_precision(self, device: str, optimizer: Any) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cuda") if isinstance(optimizer, AMPOptimizer) else self._precision(device)
 
-    def _precision(self, device: str) -> contextlib.AbstractContextManager[Any]:
+    def autocast_dtype(self, device: str) -> torch.dtype | None:
+        """What matrix products are computed in on ``device`` ("cpu", "cuda"), or None: as the weights are."""
         args = self.args
         plain = not (args.fp16 or args.bf16 or args.amp)
         # emulated, as before Ampere, it would be slower than fp32
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         on = args.autocast == "bf16" or (args.autocast == "auto" and plain and fast)
-        return torch.autocast(device, torch.bfloat16) if on else contextlib.nullcontext()
+        return torch.bfloat16 if on else None
+
+    def _precision(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        dtype = self.autocast_dtype(device)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
 def _device(sample: dict[str, Any]) -> str:

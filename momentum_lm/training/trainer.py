@@ -135,6 +135,7 @@ class Trainer(FairseqTrainer):
         skipped = self.skipped
         skipped.update(in_a_row=skipped["in_a_row"] + 1, halvings=skipped["halvings"] + 1, finite_since=0)
         ids = [int(i) for sample in samples if sample for i in sample.get("id", [])]
+        os.makedirs(self.cfg.checkpoint.save_dir, exist_ok=True)  # only the first process's machine has it for sure
         path = os.path.join(self.cfg.checkpoint.save_dir, "bad_batches.jsonl")
         record = {"update": self.get_num_updates(), "process": self.data_parallel_rank, "ids": ids}
         with open(path, "a", encoding="utf-8") as file:  # one short line, appended: processes of one machine do not mix theirs

@@ -1,0 +1,225 @@
+"""What fairseq's trainer draws its batches from: ``momentum_lm.data.blocks`` as fairseq's datasets, iterator and task.
+
+Blocks of a fixed length (``--sample-break-mode none``, the default) are cut and batched by us, and are the same as fairseq's. Other break
+modes, shortened documents and other targets than the next token are left to fairseq's classes, over documents that are read by us.
+"""
+
+import inspect
+import logging
+import os
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.data import FairseqDataset, MonolingualDataset, TokenBlockDataset
+from fairseq.data.indexed_dataset import infer_dataset_impl
+from fairseq.data.iterators import EpochBatchIterator
+from fairseq.data.shorten_dataset import maybe_shorten_dataset
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from numpy.typing import NDArray
+
+from momentum_lm.data.blocks import BlockBatches, Documents, ShardedBatches, TokenBlocks
+from momentum_lm.data.indexed import IndexedDataset, check_files, token_dtype
+from momentum_lm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class DocumentDataset(FairseqDataset):
+    """Documents as tensors, for fairseq to cut."""
+
+    def __init__(self, documents: Documents) -> None:
+        self.documents = documents
+        self.sizes = documents.sizes
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, item: int) -> torch.Tensor:
+        return torch.from_numpy(self.documents[int(item)])
+
+
+class BlockDataset(FairseqDataset):
+    """Blocks as fairseq's MonolingualDataset takes them: source, next tokens, and none of the tokens before."""
+
+    def __init__(self, blocks: TokenBlocks) -> None:
+        self.blocks = blocks
+        self.sizes = np.full(len(blocks), blocks.block_size, np.uint16 if blocks.block_size < 65535 else np.uint32)
+        self.sizes[-1] = blocks.last_size
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, block: int) -> tuple[torch.Tensor, torch.Tensor, None]:
+        inputs, targets = self.blocks[int(block)]
+        return torch.from_numpy(inputs), torch.from_numpy(targets), None
+
+
+class TokenDataset(MonolingualDataset):
+    """fairseq's, with batches whose samples are read from the disk together, and that ``--num-workers`` hand over as bytes."""
+
+    def __getitems__(self, samples: list[int]) -> list[Any]:
+        """A batch, as torch's DataLoader asks for it."""
+        if isinstance(self.dataset, BlockDataset):
+            self.dataset.blocks.read_ahead(samples)
+        return [self[sample] for sample in samples]
+
+    def collater(self, samples: list[Any]) -> dict[str, Any]:
+        return _Batch(super().collater(samples))
+
+
+class _Batch(dict):
+    """A batch that goes to another process as one tensor of bytes. torch would send each of its tensors in shared memory of its own, as
+    int64, which takes the training process longer than to make the batch itself. (Bytes by themselves would go through a pipe, on which
+    their sender waits for ever when the training process is killed.)
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (torch.frombuffer(bytearray(pickle.dumps(utils.apply_to_sample(_Ids, dict(self)))), dtype=torch.uint8),)
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)  # torch copies a batch to pin its memory
+
+
+def _unpacked(packed: torch.Tensor) -> dict[str, Any]:
+    batch: dict[str, Any] = pickle.loads(packed.numpy())
+    return batch
+
+
+class _Ids:
+    """Token ids, pickled in the smallest type."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.array = tensor.numpy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _tensor, (self.array.astype(token_dtype(int(self.array.max(initial=0)) + 1)),)
+
+
+def _tensor(ids: NDArray[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+class BlockIterator(EpochBatchIterator):
+    """fairseq's iterator over ``BlockBatches``. To set it to any batch of an epoch takes as long as to shuffle the epoch's batches.
+
+    Its state also holds how many batches all processes together have had, so that another number of processes goes on after these.
+    """
+
+    def __init__(self, dataset: Any, batches: BlockBatches, **kwargs: Any) -> None:
+        super().__init__(dataset, dataset.collater, (), **kwargs)
+        self._frozen_batches = batches
+        self._resumed, self._missing = 0, 0  # in this epoch, so many batches short of what as many iterations of all processes have
+
+    def ordered_batches(self, epoch: int, fix_batches_to_gpus: bool, shuffle: bool) -> ShardedBatches:
+        """What this process gets in ``epoch``."""
+        before = self._missing if epoch == self._resumed else 0
+        return self._frozen_batches.of_process(self.num_shards, self.shard_id, self.seed + epoch if shuffle else None, before)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        missing = self._missing if state["epoch"] == self._resumed else 0
+        return {**state, "batches_in_epoch": max(0, state["iterations_in_epoch"] * self.num_shards - missing)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        batches = state_dict.get("batches_in_epoch", state_dict.get("iterations_in_epoch", 0) * self.num_shards)
+        iterations = -(-batches // self.num_shards)
+        self._resumed, self._missing = state_dict["epoch"], iterations * self.num_shards - batches
+        super().load_state_dict({**state_dict, "iterations_in_epoch": iterations})
+
+
+class TokenDataTask(LanguageModelingTask):
+    """Language modelling of token files. In ``args``, beside fairseq's options of the task, is ``train_subset``."""
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        """As fairseq's, but reads no token yet. Raises UserError naming the file that is missing, cut short, damaged or empty."""
+        folders = utils.split_paths(self.args.data)
+        prefix = os.path.join(folders[(epoch - 1) % len(folders)], split)
+        if not {self.args.dataset_impl, infer_dataset_impl(prefix)} <= {None, "mmap"}:
+            return super().load_dataset(split, epoch, combine, **kwargs)
+        if split == self.args.train_subset:
+            for folder in folders:  # now, rather than in the epoch whose turn it is
+                check_files(os.path.join(folder, split))
+        documents = _documents(prefix, combine, len(self.dictionary))
+        args, fixed = self.args, self.args.sample_break_mode in (None, "none")
+        whole = DocumentDataset(documents)
+        kept = maybe_shorten_dataset(whole, split, args.shorten_data_split_list, args.shorten_method, args.tokens_per_sample, args.seed)
+        if fixed and kept is whole and self.targets == ["future"]:
+            cut = BlockDataset(TokenBlocks(documents, args.tokens_per_sample, self.dictionary.eos()))
+        else:
+            cut = TokenBlockDataset(
+                kept,
+                kept.sizes,
+                args.tokens_per_sample,
+                pad=self.dictionary.pad(),
+                eos=self.dictionary.eos(),
+                break_mode=args.sample_break_mode,
+                include_targets=True,
+                use_plasma_view=args.use_plasma_view,
+                split_path=prefix,
+                plasma_path=args.plasma_path,
+            )
+        rows = args.batch_size_valid if "valid" in split else args.batch_size
+        self.datasets[split] = TokenDataset(
+            cut,
+            cut.sizes,
+            self.dictionary,
+            self.output_dictionary,
+            add_eos_for_other_targets=not fixed,
+            shuffle=True,
+            targets=self.targets,
+            add_bos_token=args.add_bos_token,
+            fixed_pad_length=args.tokens_per_sample if args.pad_to_fixed_length else None,
+            pad_to_bsz=rows if args.pad_to_fixed_bsz else None,
+        )
+
+    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> EpochBatchIterator:
+        """As fairseq's; over blocks of a fixed length, a ``BlockIterator``."""
+        bound = inspect.signature(super().get_batch_iterator).bind(*args, **kwargs)
+        bound.apply_defaults()
+        asked = SimpleNamespace(**bound.arguments)
+        if not _ours(asked):
+            return super().get_batch_iterator(*args, **kwargs)
+        known, cached = self.dataset_to_epoch_iter, not (asked.disable_iterator_cache or asked.update_epoch_batch_itr)
+        if cached and asked.dataset in known:
+            return known[asked.dataset]
+        iterator = BlockIterator(
+            asked.dataset,
+            BlockBatches(
+                asked.dataset.dataset.blocks, asked.max_sentences, asked.max_tokens, asked.required_batch_size_multiple, asked.seed
+            ),
+            seed=asked.seed,
+            num_shards=asked.num_shards,
+            shard_id=asked.shard_id,
+            num_workers=asked.num_workers,
+            epoch=asked.epoch,
+            buffer_size=asked.data_buffer_size,
+            skip_remainder_batch=asked.skip_remainder_batch,
+            reuse_dataloader=getattr(self.cfg, "reuse_dataloader", True),
+        )
+        if cached:
+            known[asked.dataset] = iterator
+        return iterator
+
+
+def _documents(prefix: str, combine: bool, vocab_size: int) -> Documents:
+    """Those of the files ``PREFIX`` and, to ``combine``, PREFIX1, PREFIX2 and so on, as many as there are."""
+    names = [prefix]
+    while combine and any(os.path.exists(f"{prefix}{len(names)}.{end}") for end in ("idx", "bin")):
+        names.append(f"{prefix}{len(names)}")
+    documents = Documents([IndexedDataset(name) for name in names], vocab_size)
+    if documents.num_tokens == 0:
+        raise UserError(f"{prefix}.bin holds no tokens; make it anew from text that is not empty")
+    logger.info("found %s documents, %s tokens in: %s", f"{len(documents):,}", f"{documents.num_tokens:,}", ", ".join(names))
+    return documents
+
+
+def _ours(asked: SimpleNamespace) -> bool:
+    """Whether the batches are ours to make. To leave out samples that are too long, or to complain of them, is fairseq's."""
+    if not (isinstance(asked.dataset, TokenDataset) and isinstance(asked.dataset.dataset, BlockDataset)) or asked.grouped_shuffling:
+        return False
+    limits = [limit for limit in (asked.max_tokens, asked.max_positions) if limit is not None]
+    return all(isinstance(limit, (int, float)) and asked.dataset.dataset.blocks.longest <= limit for limit in limits)

@@ -112,14 +112,16 @@ def _plain_value(text: str) -> Any:
 
 
 def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """``path`` is the old file until the new one is whole on disk. A leftover ``.tmp`` is never read, only overwritten."""
+    """``path`` is the old file until the new one is whole on disk. A leftover ``.tmp`` is never read, nor written into."""
     temporary = path + ".tmp"
+    if os.path.lexists(temporary):
+        os.unlink(temporary)  # it may be another name of a checkpoint
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _rename(temporary, path)
     except BaseException as error:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -129,9 +131,16 @@ def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
             message = f"cannot write checkpoint {path}: {reason}; what was there before is untouched"
             raise CheckpointError(message) from error
         raise
+
+
+def _rename(temporary: str, path: str) -> None:
+    """In one step, and so that a power cut does not undo it."""
+    os.replace(temporary, path)
     directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
-        os.fsync(directory)  # makes the rename itself survive a power cut
+        os.fsync(directory)
+    except OSError:
+        pass  # some network file systems cannot
     finally:
         os.close(directory)
 
@@ -185,6 +194,14 @@ def _checkpoint_loading(module: ModuleType) -> None:
             raise CheckpointError(f"--restore-file {path} does not exist")
         return stock(cfg, trainer, **kwargs)
 
+    stock_name = module.get_maybe_sharded_checkpoint_filename
+
+    @functools.wraps(stock_name)
+    def checkpoint_filename(filename: str, *args: Any, **kwargs: Any) -> Any:
+        # fairseq prefers a part that lies beside the whole one that was asked for
+        return filename if module.PathManager.isfile(filename) else stock_name(filename, *args, **kwargs)
+
+    module.get_maybe_sharded_checkpoint_filename = checkpoint_filename  # type: ignore[attr-defined]
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu  # type: ignore[attr-defined]
     module.load_checkpoint = load_checkpoint_of_training  # type: ignore[attr-defined]
@@ -210,8 +227,16 @@ def _checkpoint_writing(module: ModuleType) -> None:
 
         if remote(src_path) or remote(dst_path):
             return stock_copy(src_path, dst_path, overwrite)
-        with open(src_path, "rb") as source:
-            _write_atomically(dst_path, lambda file: shutil.copyfileobj(source, file, 1 << 24))
+        if os.path.exists(dst_path) and os.path.samefile(src_path, dst_path):
+            return dst_path
+        try:  # one file of two names: checkpoints are replaced, and never written into
+            if os.path.lexists(dst_path + ".tmp"):
+                os.unlink(dst_path + ".tmp")
+            os.link(src_path, dst_path + ".tmp")
+            _rename(dst_path + ".tmp", dst_path)
+        except OSError:  # a file system without links
+            with open(src_path, "rb") as source:
+                _write_atomically(dst_path, lambda file: shutil.copyfileobj(source, file, 1 << 24))
         return dst_path
 
     module.torch_persistent_save = save  # type: ignore[attr-defined]

@@ -430,19 +430,27 @@ def test_checkpoints_are_written_beside_and_renamed(fairseq, tmp_path, monkeypat
     checkpoint_utils.torch_persistent_save({"model": torch.ones(2)}, first, async_write=True)
     assert PathManager.copy(first, last, overwrite=True)
     assert load_checkpoint(last)["model"].tolist() == [1, 1]
-    expected = []
+    assert os.path.samefile(first, last)  # a copy is another name
+    expected = [("fsync", first + ".tmp")]
     for path in (first, last):
-        expected += [("fsync", path + ".tmp"), ("replace", path + ".tmp", path), ("fsync", str(tmp_path))]
+        expected += [("replace", path + ".tmp", path), ("fsync", str(tmp_path))]
     assert events == expected
+    checkpoint_utils.torch_persistent_save({"model": torch.zeros(2)}, first)  # and stays as it is when the first is written anew
+    assert load_checkpoint(last)["model"].tolist() == [1, 1] and load_checkpoint(first)["model"].tolist() == [0, 0]
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_1_2.pt", "checkpoint_last.pt"]
 
 
+NO_LINK = """
+def no_link(*names):
+    raise OSError("this file system has no hard links")
+"""
 FULL_DISK = """
-import resource, signal, sys, torch, fairseq
+import os, resource, signal, sys, torch, fairseq
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save, copy = checkpoint_utils.torch_persistent_save, PathManager.copy
+os.link = no_link
 if sys.argv[1] == "stock":
     save, copy = save.__wrapped__, copy.__wrapped__
 state = {"model": torch.zeros(100_000), "other": torch.zeros(10)}
@@ -459,7 +467,7 @@ raise error if len(sys.argv) > 2 else SystemExit
 
 
 def test_full_disk_is_an_error_and_leaves_the_old_checkpoint(run_cli, tmp_path):
-    result = run_cli(["python", "-c", FULL_DISK, "ours"], cwd=tmp_path)
+    result = run_cli(["python", "-c", NO_LINK + FULL_DISK, "ours"], cwd=tmp_path)
     lines = result.stdout.splitlines()
     assert len(lines) == 2, result.stderr
     assert lines[0].startswith("0 True cannot write checkpoint new.pt: [Errno 27] File too large")
@@ -468,7 +476,7 @@ def test_full_disk_is_an_error_and_leaves_the_old_checkpoint(run_cli, tmp_path):
     assert load_checkpoint(tmp_path / "new.pt")["model"].numel() == 100_000
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "new.pt"]
 
-    run_cli(["python", "-c", FULL_DISK, "stock"], cwd=tmp_path)
+    run_cli(["python", "-c", NO_LINK + FULL_DISK, "stock"], cwd=tmp_path)
     assert (tmp_path / "last.pt").read_bytes()[:11] != b"the old one"
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "last.pt")
@@ -486,6 +494,7 @@ def half(source, target, *rest):
     os.kill(os.getpid(), signal.SIGKILL)
 
 copy = PathManager.copy
+os.link = no_link
 if sys.argv[1] == "stock":
     copy = copy.__wrapped__
     shutil._USE_CP_SENDFILE = shutil._USE_CP_COPY_FILE_RANGE = False
@@ -498,7 +507,7 @@ def test_killed_while_copying_the_last_checkpoint(run_cli, tmp_path):
     torch.save({"update": torch.ones(1)}, tmp_path / "new.pt")
     for kind in ("ours", "stock"):
         torch.save({"update": torch.zeros(1)}, tmp_path / "checkpoint_last.pt")
-        result = run_cli(["python", "-c", KILLED, kind], cwd=tmp_path)
+        result = run_cli(["python", "-c", NO_LINK + KILLED, kind], cwd=tmp_path)
         assert result.returncode == -9, result.stderr
         if kind == "ours":
             assert load_checkpoint(tmp_path / "checkpoint_last.pt")["update"].tolist() == [0]
@@ -578,7 +587,7 @@ def test_train_names_a_torn_checkpoint_and_a_missing_one(train, tmp_path):
     last.write_bytes(last.read_bytes()[:5000])
     torn = train(*save)
     assert torn.returncode == 1
-    assert torn.stderr.strip().splitlines()[-1].startswith(f"error: {last} (5,000 bytes) is torn")
+    assert torn.stderr.strip().splitlines()[-1].startswith(f"error: no checkpoint in {tmp_path / 'out'} is whole (checkpoint_last)")
     for name in ("elsewhere.pt", "typo/checkpoint_last.pt"):
         missing = train("--restore-file", name, *save)
         assert missing.returncode == 1

@@ -92,7 +92,7 @@ class FusedAdamW(FairseqOptimizer):
     def multiply_grads(self, c: float | Tensor) -> None:
         grads = self._grads()
         if grads:
-            torch._foreach_mul_(grads, c.to(grads[0].device) if isinstance(c, Tensor) else c)
+            torch._foreach_mul_(grads, c.to(grads[0]) if isinstance(c, Tensor) else c)
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Norm of all gradients, computed without a loop; scales them if it exceeds ``max_norm`` > 0."""

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -61,12 +62,21 @@ def preflight(place: Place, timeout: float, megabytes: int = 64, say: Any = prin
                 _last_words(place, store, timeout)
                 found = ", ".join(f"{here[rank]}: {other[what]}" for rank, other in enumerate(others))
                 raise UserError(f"{what} differs between the machines ({found}); install the same everywhere")
+    hung = threading.Timer(2 * timeout, _give_up, [f"{here[place.rank]}: the machines reach each other, but an all-reduce hangs"])
+    hung.daemon = True
+    hung.start()  # NCCL's own start obeys no timeout
     seconds = _all_reduce(place, store, timeout, megabytes, here)
+    hung.cancel()
     if place.rank == 0:
         rate = 2 * megabytes * (place.nodes - 1) / place.nodes / seconds
         took = f"{seconds * 1e3:.0f} ms ({rate:.0f} MB/s a node)"
         say(f"preflight: {place.nodes} nodes reach each other; all-reduce of {megabytes} MB: {took}")
     _last_words(place, store, timeout)
+
+
+def _give_up(reason: str) -> None:
+    print(f"error: {reason}; try NCCL_SOCKET_IFNAME, or GLOO_SOCKET_IFNAME, and NCCL_DEBUG=INFO", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _versions() -> dict[str, Any]:
@@ -112,7 +122,9 @@ def _store(place: Place, timeout: float) -> dist.TCPStore:
 
 
 def _address_towards(place: Place) -> str:
-    """This machine's address as the others see it: of the interface through which it sees node 0."""
+    """This machine's address as the others see it: of the interface through which it sees node 0, whose own may be a loopback."""
+    if place.rank == 0:
+        return place.head
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
         probe.connect((socket.gethostbyname(place.head), place.port))
         return str(probe.getsockname()[0])

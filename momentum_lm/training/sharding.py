@@ -23,9 +23,9 @@ from momentum_lm.modules.precision import Float32
 class FullySharded(nn.Module):
     """A model divided among the processes of ``group``, as fairseq's trainer expects one; forwards everything else to the model.
 
-    Blocks (what the model keeps in ``nn.ModuleList``) are gathered one at a time, forward and backward. ``dtype``: weights are gathered
-    in it (the parts and the sums of gradients stay fp32), except modules that must keep fp32; None: as they are. ``use_sharded_state``:
-    its state dict is this process's part; otherwise the whole, on the CPU of the first process, and empty elsewhere.
+    Blocks (what the model keeps in ``nn.ModuleList``) are gathered one at a time, forward and backward. ``dtype``: the blocks' matrices are
+    gathered in it (the parts and the sums of gradients stay fp32); None: as they are. ``use_sharded_state``: its state dict is this
+    process's part; otherwise the whole, on the CPU of the first process, and empty elsewhere.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class FullySharded(nn.Module):
         self.use_sharded_state = use_sharded_state
         self.group = group
         mesh = DeviceMesh.from_group(group, device.type)
-        # Embeddings and the final norm stay as they are, and no block's input is cast: both would take the residual stream down to bf16.
+        # Embeddings, norms and decays stay as they are, as in autocast, and no block's input is cast: that would take the residual stream
+        # down to bf16.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        for module in model.modules():
-            if dtype is not None and isinstance(module, Float32) and any(True for _ in module.parameters()):
-                fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
-            for block in blocks:
-                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        for block in [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]:
+            kept = [m for m in block.modules() if isinstance(m, (nn.LayerNorm, Float32)) and any(True for _ in m.parameters())]
+            if dtype is not None and kept:
+                fully_shard(kept, mesh=mesh, reshard_after_forward=reshard_after_forward)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         fully_shard(model, mesh=mesh)
         self.module = model.to(device)
 

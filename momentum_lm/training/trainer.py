@@ -104,7 +104,7 @@ class Trainer(FairseqTrainer):
             raise _BadBatch from error
         if half:
             return norm
-        norm = norm.cpu()  # the one wait for the device in an update: what fairseq asks later is here already
+        norm = norm.cpu()  # one wait for the device: fairseq asks several times
         if not math.isfinite(norm):
             raise _BadBatch
         return norm
@@ -117,9 +117,12 @@ class Trainer(FairseqTrainer):
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         try:
-            output = super().train_step(samples, raise_oom)
+            # alone, fairseq leaves out a batch that does not fit; of several processes one would leave the others waiting
+            output = super().train_step(samples, raise_oom or self.data_parallel_world_size > 1)
         except _BadBatch as error:
             self.zero_grad()
+            if getattr(self.optimizer, "scaler", 0) is None:  # --bf16: its zero_grad forgets this
+                self.optimizer._multiply_factor = 1.0
             if error.__cause__ is None:  # no matter of loss scale
                 self._after_bad_batch(samples)
             output = None
@@ -182,15 +185,23 @@ class Trainer(FairseqTrainer):
         """fairseq's loop ends, and saves, at the last update; validation would take time that may not be left."""
         logger.info("got a signal to stop: saving a checkpoint, then the end")
         cfg = self.cfg
-        self._config_of_stop = {"max_update": cfg.optimization.max_update, "disable_validation": cfg.dataset.disable_validation}
+        self._config_of_stop = {
+            "optimization": {"max_update": cfg.optimization.max_update},
+            "dataset": {"disable_validation": cfg.dataset.disable_validation},
+            "checkpoint": {"no_last_checkpoints": cfg.checkpoint.no_last_checkpoints},
+        }
         cfg.optimization.max_update = max(1, self.get_num_updates())
         cfg.dataset.disable_validation = True
+        cfg.checkpoint.no_last_checkpoints = False
 
     def state_dict(self) -> dict[str, Any]:
+        rate = self.optimizer.get_lr()
+        if self._whole_rate is not None:
+            self.optimizer.set_lr(self._whole_rate)
         state = super().state_dict()
-        if self._config_of_stop and state["cfg"]:
-            state["cfg"]["optimization"]["max_update"] = self._config_of_stop["max_update"]
-            state["cfg"]["dataset"]["disable_validation"] = self._config_of_stop["disable_validation"]
+        self.optimizer.set_lr(rate)
+        for group, values in self._config_of_stop.items():
+            state["cfg"][group].update(values)
         state["extra_state"]["skipped"] = self.skipped
         return state
 
@@ -207,7 +218,9 @@ class Trainer(FairseqTrainer):
         elif sys.exc_info()[0] is None and not self.cfg.checkpoint.no_save_optimizer_state:
             self._gathered_optim_state = self.model.gather_full_optim_state_dict(self.optimizer)
 
-    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(
+        self, filename: str, reset_optimizer: bool = False, reset_lr_scheduler: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
         """As fairseq's, but takes the newest whole one where the run's last is torn or missing, and says so.
 
         Raises CheckpointError if none is whole, UserError if only parts for another number of processes are there.
@@ -216,8 +229,8 @@ class Trainer(FairseqTrainer):
             filename = self._newest_whole(os.path.dirname(filename))
         elif not os.path.exists(filename) and self.is_fsdp:
             filename = re.sub(r"-shard\d+\.pt$", ".pt", filename)  # --restore-file of a whole one
-        extra_state = super().load_checkpoint(filename, *args, **kwargs)
-        if extra_state is not None:
+        extra_state = super().load_checkpoint(filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
+        if extra_state is not None and not (reset_optimizer or reset_lr_scheduler):
             self.skipped.update(extra_state.get("skipped", {}))
         return extra_state
 
@@ -274,7 +287,7 @@ class Trainer(FairseqTrainer):
         if everywhere or self.data_parallel_rank == 0:
             try:
                 mine = ask()
-            except (UserError, CheckpointError) as error:
+            except Exception as error:  # the others wait for an answer
                 mine = error
         if self.data_parallel_world_size == 1:
             answers = [mine]
@@ -308,10 +321,11 @@ def _check_sharded_options(cfg: Any) -> None:
         "--zero-sharding": options.zero_sharding != "none",
         "--store-ema": cfg.ema.store_ema,
         "--use-bmuf": cfg.optimization.use_bmuf,
+        "--no-last-checkpoints": cfg.checkpoint.no_last_checkpoints,  # with nothing to write the first process would not gather
     }
     for flag, given in unsupported.items():
         if given:
             raise UserError(
                 f"{flag} does not go with --ddp-backend fully_sharded; "
-                "for half precision use --task momentum_language_modeling --autocast bf16"
+                "leave it out (half precision: --task momentum_language_modeling --autocast bf16)"
             )

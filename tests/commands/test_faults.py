@@ -68,8 +68,9 @@ def poisoned(tmp_path):
     return make
 
 
-def test_bad_batches_are_left_out_and_written_down(command, poisoned, run_cli, json_lines, tmp_path):
-    result = run_cli(command(tmp_path / "run", *poisoned(37), updates=80))
+@pytest.mark.parametrize("precision", [[], ["--bf16", "--fp16-no-flatten-grads", "--autocast", "none"]], ids=["fp32", "bf16"])
+def test_bad_batches_are_left_out_and_written_down(precision, command, poisoned, run_cli, json_lines, tmp_path):
+    result = run_cli(command(tmp_path / "run", *poisoned(37), *precision, updates=80))
     assert result.returncode == 0, result.stderr[-3000:]
     records = [json.loads(line) for line in (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()]
     assert records and all(any(i % 37 == 0 for i in record["ids"]) for record in records)

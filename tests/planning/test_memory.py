@@ -17,7 +17,7 @@ from momentum_lm.planning.traffic import kernel_traffic, torch_traffic
 # Trains in a process of its own and prints by how much its memory grew at most. Steps of another shape come first, so that libraries
 # and their buffers are not counted, then one small step of this shape, which makes Adam's averages.
 TRAIN = """
-import json, os, resource, sys, torch
+import json, os, sys, torch
 from dataclasses import replace
 from momentum_lm.cpu import map_large_tensors, return_memory
 from momentum_lm.modules import Decoder, DecoderConfig
@@ -45,7 +45,9 @@ return_memory()
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 train(config, (1, batch), length, bf16, micro_batches)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+with open("/proc/self/status") as file:  # this program's own peak: ru_maxrss is at least that of the process that started it
+    peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+print(peak - before)
 """
 SMALL = {"vocab_size": 4096, "dim": 256, "ffn_dim": 1024, "layers": 4, "heads": 4}
 MOMENTUM = {**SMALL, "momentum_kind": "ema"}

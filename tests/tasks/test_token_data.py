@@ -1,7 +1,9 @@
 """What our task reads is what stock fairseq's reads, token by token; runs go on at the exact sample; damage is named."""
 
 import copy
+import gc
 import itertools
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -56,6 +58,18 @@ def build(task, data, *flags):
     words = [str(data), "--task", task, "--arch", "gpt_lm_tiny", "--tokens-per-sample", "24", "--batch-size", "4", *flags]
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
     return tasks.setup_task(cfg.task), cfg
+
+
+@pytest.fixture(autouse=True)
+def no_workers_left():
+    """fairseq's iterators keep theirs while anything knows them; a later test that kills a child of this process would meet one."""
+    yield
+    gc.collect()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's takes their end for an error
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def iterator(task, cfg, epoch=1, split="train", processes=1, process=0, positions=1024, workers=0, **more):

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 
 
 def usable_cpus() -> int:
@@ -29,13 +29,14 @@ def bf16_instructions() -> list[str]:
 def map_large_tensors() -> None:
     """For a program's main: from now on memory for tensors of 2 MiB and more goes back to the system when they are freed.
 
-    The C library of Linux raises that limit to 32 MiB as a program goes on, and keeps what is below: weights that come and go then leave
-    holes into which others do not fit.
+    The C library of Linux raises that limit to 32 MiB as a program goes on, and keeps what is below, for each thread by itself: weights
+    that come and go then leave holes into which others do not fit. All threads share one heap from now on.
     """
     if sys.platform == "linux":
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if set_option is not None:
             set_option(_M_MMAP_THRESHOLD, 2 << 20)
+            set_option(_M_ARENA_MAX, 1)
 
 
 def return_memory() -> None:

@@ -42,7 +42,7 @@ from .untrained import untrained
 KEY = ("dataset", "seed", "shots")
 DEFAULT_CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd")
 GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
-TRACE_BYTES = 128 << 20  # that a batch's traces may take
+TRACE_BYTES = 64 << 20  # that a batch's traces may take
 _log = logging.getLogger(__name__)
 
 

@@ -105,7 +105,8 @@ def analyse(
         if processes.first and todo:
             stack.enter_context(locked(folder))
         loaded = {data.spec.name: data for data in datasets}
-        for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
+
+        def analyse_one(unit: Unit) -> None:  # a function, so that nothing of one unit is held beside the next
             began = time.perf_counter()
             study = _Study(lm, loaded[unit.dataset], settings, form, unit, processes)
             rate = study.rate()
@@ -125,6 +126,10 @@ def analyse(
                 key = dict(zip(KEY, (unit.dataset, unit.seed, unit.shots), strict=True))
                 predictions.add(tuple(key.values()), ({**key, **line} for line in main.lines(study.examples, asked.score)))
                 results.add({**key, **about, **run})
+
+        for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
+            analyse_one(unit)
+            return_memory()
         return processes.first
 
 

@@ -213,12 +213,14 @@ def mfu(rate: float, args: argparse.Namespace) -> str:
     import torch
 
     from momentum_lm.modules.sizes import SIZES
-    from momentum_lm.planning.costs import flops_per_token
+    from momentum_lm.modules import DecoderConfig
+    from momentum_lm.planning.costs import count_parameters, flops_per_token, multiplying
     from momentum_lm.planning.hardware import peak_flops
 
-    layers, dim, _ = SIZES[args.shape]
+    layers, dim, heads = SIZES[args.shape]
+    config = DecoderConfig(args.vocab, dim, 4 * dim, layers, heads)
     peak = peak_flops(torch.cuda.get_device_name())
-    flops = flops_per_token(12 * layers * dim**2 + args.vocab * dim, layers, dim, args.length)
+    flops = flops_per_token(multiplying(config, count_parameters(config)), layers, dim, args.length)
     return f"  MFU {rate * flops / peak:.1%}" if peak else ""
 
 

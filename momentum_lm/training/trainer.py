@@ -196,10 +196,11 @@ class Trainer(FairseqTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         rate = self.optimizer.get_lr()
-        if self._whole_rate is not None:
+        if self._whole_rate is not None:  # what a checkpoint holds is the schedule's
             self.optimizer.set_lr(self._whole_rate)
         state = super().state_dict()
-        self.optimizer.set_lr(rate)
+        if self._whole_rate is not None:
+            self.optimizer.set_lr(rate)
         for group, values in self._config_of_stop.items():
             state["cfg"][group].update(values)
         state["extra_state"]["skipped"] = self.skipped

@@ -212,8 +212,8 @@ def mfu(rate: float, args: argparse.Namespace) -> str:
         return ""
     import torch
 
-    from momentum_lm.modules.sizes import SIZES
     from momentum_lm.modules import DecoderConfig
+    from momentum_lm.modules.sizes import SIZES
     from momentum_lm.planning.costs import count_parameters, flops_per_token, multiplying
     from momentum_lm.planning.hardware import peak_flops
 

@@ -10,7 +10,6 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from momentum_lm.errors import UserError
 from momentum_lm.modules import MomentumMultiEMA
@@ -36,6 +35,11 @@ def _is_matrix(parameter: Tensor) -> bool:
     The shape alone tells: --fp16 and --bf16 give the optimizer copies without names or attributes.
     """
     return parameter.dim() >= 2 and parameter.shape[-1] != MomentumMultiEMA.ORDER
+
+
+def _is_divided(tensor: Any) -> bool:
+    """Whether it is a DTensor. To import that class would take every fairseq command half a second."""
+    return hasattr(tensor, "to_local")
 
 
 @register_optimizer("fused_adamw", dataclass=FusedAdamWConfig)
@@ -77,7 +81,7 @@ class FusedAdamW(FairseqOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
         overrides = dict(optimizer_overrides or {})
         decay = overrides.pop("weight_decay", None)
-        if any(isinstance(p, DTensor) for p in self.params):
+        if any(_is_divided(p) for p in self.params):
             state_dict = self._parts(state_dict)
         super().load_state_dict(state_dict, overrides)
         if decay is not None:
@@ -109,7 +113,7 @@ class FusedAdamW(FairseqOptimizer):
     def _grads(self) -> list[Tensor]:
         """Of fully sharded parameters this process's part, without a copy."""
         grads = [p.grad for p in self.params if p.grad is not None]
-        return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        return [g.to_local() if _is_divided(g) else g for g in grads]
 
     def _parts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state whose tensors are divided as the parameters are; it may hold whole ones or this process's parts."""

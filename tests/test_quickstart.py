@@ -24,7 +24,7 @@ def corpus(tmp_path_factory):
 
 
 def arguments(corpus, output):
-    return ["python", SCRIPT, "--corpus", corpus, "--output", output, "--seconds", "1", "--vocab-size", "400"]
+    return ["python", SCRIPT, "--corpus", corpus, "--output", output, "--skip", "icl,finetuning", "--seconds", "1", "--vocab-size", "400"]
 
 
 @pytest.mark.slow
@@ -92,7 +92,35 @@ def test_a_stage_that_fails_says_where_and_how_to_go_on(run_cli, tmp_path):
     assert "Traceback" not in failed.stderr
 
 
-@pytest.mark.parametrize(("changes", "message"), [(["--seconds", "0"], "--seconds 0"), (["--corpus", "absent"], "--corpus absent")])
+@pytest.mark.slow
+def test_a_pretrained_model_is_evaluated_and_every_number_can_be_traced(run_cli, tmp_path):
+    """SmolLM2-135M on MR, out of packages; the pretraining is left out."""
+    output = tmp_path / "out"
+    command = ["python", SCRIPT, "--output", output, "--fast", "--skip", "pretraining"]
+    done = run_cli(command, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    page, summary = (output / "report.html").read_text(), json.loads((output / "summary.json").read_text())
+    assert summary["in_context"] in done.stdout
+    runs = json.loads((output / "icl/results.json").read_text())["runs"]
+    zero = next(run for run in runs if run["shots"] == 0 and run["calibration"] == "none")
+    assert f"{100 * zero['accuracy']:.1f}% (" in summary["in_context"]
+    (analysed,) = json.loads((output / "finetuning/results.json").read_text())["runs"]
+    assert f"{100 * analysed['accuracy']['finetuned']:.1f}%" in page
+    assert all((output / name / "report.html").exists() and f'href="{name}/report.html"' in page for name in ("icl", "finetuning"))
+    stamp = (output / "finetuning/results.json").stat().st_mtime_ns
+    assert run_cli(command, timeout=120).returncode == 0
+    assert (output / "finetuning/results.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--seconds", "0"], "--seconds 0"),
+        (["--corpus", "absent"], "--corpus absent"),
+        (["--skip", "training"], "--skip training: choose from pretraining, icl, finetuning"),
+        (["--skip", "icl,finetuning,pretraining"], "--skip icl,finetuning,pretraining: nothing is left"),
+    ],
+)
 def test_bad_flags(run_cli, tmp_path, changes, message):
     failed = run_cli(["python", SCRIPT, "--output", tmp_path / "out", *changes])
     assert failed.returncode == 2

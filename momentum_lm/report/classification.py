@@ -19,6 +19,8 @@ from .html import Code, Folded, Paragraph, Part, Picture, Points, write_page
 from .tables import Table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .tensorboard import TrainingLog
 
 TASK = "icl_classification"
@@ -156,10 +158,8 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
     }
     for dataset in dict.fromkeys(run["dataset"] for run in runs):
         chosen = [run for run in runs if run["dataset"] == dataset]
-        figure = draw(accuracy_panel(points(chosen), dataset, baseline(chosen[0]), "calibration"), size=(5.8, 4.4))
-        save_png(figure, folder / f"accuracy-{dataset}.png")
-        caption = f"Accuracy on {dataset}: mean and 95% interval for each calibration; faint dots are seeds."
-        parts: list[Part] = [Picture(to_svg(figure), caption)]
+        save_png(_accuracy_figure(chosen), folder / f"accuracy-{dataset}.png")
+        parts: list[Part] = [_curves(chosen)]
         panels = _confusions(chosen, results["config"]["datasets"][dataset]["labels"])
         if panels:
             side = max(3.2, 1.6 + 0.42 * len(chosen[0]["confusion"]))
@@ -179,6 +179,17 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
     return table
 
 
+def overview(folder: str | os.PathLike[str]) -> list[Part]:
+    """Table, caveats and curves of a results folder, for a page that shows other things too. Raises as :func:`write_report`."""
+    (results,) = read_runs([folder], [TASK])
+    runs = results["runs"]
+    parts: list[Part] = [results_table(runs), Points(verdicts(runs) or ["Every setting beats its baseline."]), Paragraph(INTERVALS)]
+    for dataset in dict.fromkeys(run["dataset"] for run in runs):
+        chosen = [run for run in runs if run["dataset"] == dataset]
+        parts.append(_curves(chosen))
+    return parts
+
+
 def points(runs: Sequence[Run]) -> dict[str, list[AccuracyPoint]]:
     """{calibration: points of its line} of one dataset."""
     lines: dict[str, list[AccuracyPoint]] = {}
@@ -187,6 +198,16 @@ def points(runs: Sequence[Run]) -> dict[str, list[AccuracyPoint]]:
         dots = tuple(by_seed(chosen).values()) if cell["sd"] is not None else ()
         lines.setdefault(calibration, []).append(AccuracyPoint(shots, cell["mean"], cell["ci95"][0], cell["ci95"][1], dots))
     return lines
+
+
+def _accuracy_figure(runs: Sequence[Run]) -> Figure:
+    """Of one data set."""
+    return draw(accuracy_panel(points(runs), runs[0]["dataset"], baseline(runs[0]), "calibration"), size=(5.8, 4.4))
+
+
+def _curves(runs: Sequence[Run]) -> Picture:
+    caption = f"Accuracy on {runs[0]['dataset']}: mean and 95% interval for each calibration; faint dots are seeds."
+    return Picture(to_svg(_accuracy_figure(runs)), caption)
 
 
 def percent(value: float) -> str:

@@ -19,6 +19,7 @@ _CSS = """
 body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 p, ul, pre { max-width: 54rem; }
+a { color: inherit; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 0.5rem 0; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
@@ -80,6 +81,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A link to a file beside the page, as a paragraph."""
+
+    text: str
+    path: str
+
+    def html(self) -> str:
+        return f'<p><a href="{html.escape(self.path, quote=True)}">{html.escape(self.text)}</a></p>'
+
+
+@dataclass(frozen=True)
 class Gallery:
     """Pictures side by side, as many in a row as can be read."""
 
@@ -100,7 +112,7 @@ class Folded:
         return f"<details><summary>{html.escape(self.line)}</summary>{''.join(map(_part, self.parts))}</details>"
 
 
-Part = Paragraph | Points | Code | Picture | Gallery | Table | Folded
+Part = Paragraph | Points | Code | Link | Picture | Gallery | Table | Folded
 
 
 def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:

@@ -117,10 +117,10 @@ def paper_table(runs: Sequence[Run]) -> Table | None:
     for (dataset, shots), chosen in settings(runs).items():
         if dataset in PUBLISHED_DATASETS:
             for quantity in QUANTITIES:
-                title, ours = _quantity(chosen, quantity)
+                title, ours = published_quantity(chosen, quantity)
                 form = "{:.1f}%" if quantity in IN_PERCENT else "{:.3f}"
                 theirs = [form.format(published(quantity, model, dataset)) for model in MODELS]
-                rows.append([dataset, str(shots), title, ours, *theirs])
+                rows.append([dataset, str(shots), title, number(ours, percent=quantity in IN_PERCENT), *theirs])
     if not rows:
         return None
     return Table(["dataset", "shots", "", "here, authors' form", *(f"paper, {model}" for model in MODELS)], rows)
@@ -172,6 +172,16 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
     write_page(folder / "report.html", "In-context learning against finetuning", sections)
     _write_events(folder, results, pictures)
     return results_table(runs)
+
+
+def overview(folder: str | os.PathLike[str]) -> list[Part]:
+    """Findings, tables and curves of a results folder, for a page that shows other things too. Raises as :func:`write_report`."""
+    (results,) = read_runs([folder], [TASK])
+    runs = results["runs"]
+    parts: list[Part] = [Points(headlines(runs)), accuracy_table(runs), results_table(runs), Paragraph(_INTERVALS)]
+    for chosen in settings(runs).values():
+        parts.append(Gallery([_layer_picture(panel, METRICS[name], "corrected") for name, panel in panels(chosen).items()]))
+    return parts
 
 
 def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str, Curve]:
@@ -304,14 +314,14 @@ def _signed(gap: Estimate) -> str:
     return f"{gap['mean']:+.3f}" + ("" if ends is None else f" ({ends[0]:+.3f} to {ends[1]:+.3f})")
 
 
-def _quantity(runs: Sequence[Run], quantity: str) -> tuple[str, str]:
-    """Title and our number for a row of the paper's."""
+def published_quantity(runs: Sequence[Run], quantity: str) -> tuple[str, Estimate]:
+    """Title and our number for a row of the paper's tables, in the authors' form. ``quantity``: one of ``published.QUANTITIES``."""
     if quantity in SETTINGS:
-        return f"accuracy, {SETTINGS[quantity]}", number(accuracy(runs, quantity), percent=True)
+        return f"accuracy, {SETTINGS[quantity]}", accuracy(runs, quantity)
     if quantity == "rec2ftp":
-        return "Rec2FTP", number(rec2ftp(runs), percent=True)
+        return "Rec2FTP", rec2ftp(runs)
     name, _, control = quantity.partition("_")
-    return METRICS[name] + (f", {CONTROLS[control]}" if control else ""), number(metric(runs, name, "paper", control or None))
+    return METRICS[name] + (f", {CONTROLS[control]}" if control else ""), metric(runs, name, "paper", control or None)
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:

@@ -247,8 +247,7 @@ class _Study:
                 if self.processes.first:
                     _log.warning("%s: %s diverges (%s); going on without it", self.unit.name, name, error)
                 continue
-            update = learned.update(lm.model)
-            students[name] = Student(name, learned, self.aligned if same else None, len(self.form.bos), update)
+            students[name] = Student(name, learned, self.aligned if same else None, len(self.form.bos))
         return students
 
     def _shuffled(self) -> list[Example]:
@@ -316,8 +315,9 @@ class _Look:
                 continue
             with np.errstate(over="ignore", invalid="ignore"):
                 into.shares |= measure(
-                    zero_shot, icl, ft, batch, rows, study.aligned, student, self.matrices, seed, main, into.metrics
-                )
+                    zero_shot, icl, ft, batch, rows, study.aligned, student, student.learned.update(lm.model), self.matrices, seed, main,
+                    into.metrics,
+                )  # fmt: skip
             if main and self.keep_outputs:
                 for query, *outputs in zip(batch, *(np.moveaxis(s.outputs, 1, 0) for s in (zero_shot, icl, ft)), strict=True):
                     into.outputs[query] = np.stack(outputs).astype(np.float16)

@@ -47,13 +47,13 @@ class Rows:
 
 
 class Student:
-    """A finetuned model as the metrics need it: its queries while it was trained, in order of the prompt's tokens, and its update.
+    """A finetuned model as the metrics need it, and its queries while it was trained, in order of the prompt's tokens.
 
     queries: (L, N, H * D) scaled, None where the lessons are not what the prompt shows.
     """
 
-    def __init__(self, name: str, learned: Learned, aligned: Aligned | None, begin: int, update: list[tuple[torch.Tensor, ...]]) -> None:
-        self.name, self.learned, self.update = name, learned, update
+    def __init__(self, name: str, learned: Learned, aligned: Aligned | None, begin: int) -> None:
+        self.name, self.learned = name, learned
         self.queries: Floats | None = None
         if aligned is not None and learned.queries:
             first = learned.queries[0][0]
@@ -75,6 +75,7 @@ def measure(
     rows: Sequence[Rows],
     aligned: Aligned | None,
     student: Student,
+    update: Sequence[tuple[torch.Tensor, ...]],
     matrices: tuple[Floats, Floats] | None,
     seed: int,
     baselines: bool,
@@ -82,16 +83,17 @@ def measure(
 ) -> dict[int, Floats]:
     """Adds the metrics of a batch to ``into["paper"]``, ``into["corrected"]`` (L,) and ``into["heads"]`` (L, H).
 
-    ``baselines``: random updates, similarities before finetuning and the relaxation, which are the same for every finetuned model. Then
-    returns {example: shares of attention (2, L, M) that ICL and FT give to the M demonstrations} of the first examples.
+    ``update``: what :meth:`Learned.update` says of the student. ``baselines``: random updates, similarities before finetuning and the
+    relaxation, which are the same for every finetuned model. Then returns {example: shares of attention (2, L, M) that ICL and FT give to
+    the M demonstrations} of the first examples.
     """
     shares: dict[int, Floats] = {}
     products = _products(ft, student)
     spans = [row.own for row in rows]
     weights: dict[str, Floats] = {}
-    if matrices is not None and student.update and zero_shot.trace.keys:
-        weights["dw_similarity"] = finetuning_similarity(zero_shot.trace, student.update, matrices[0], spans)
-        weights["dw_similarity_random"] = finetuning_similarity(zero_shot.trace, student.update, matrices[1], spans)
+    if matrices is not None and update and zero_shot.trace.keys:
+        weights["dw_similarity"] = finetuning_similarity(zero_shot.trace, update, matrices[0], spans)
+        weights["dw_similarity_random"] = finetuning_similarity(zero_shot.trace, update, matrices[1], spans)
     for i, (example, row) in enumerate(zip(batch, rows, strict=True)):
         key = [seed, example]
         paper = _paper(zero_shot, icl, ft, i, row, key, baselines)

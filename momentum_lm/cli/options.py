@@ -38,6 +38,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
         which.add_argument("--hf-model", metavar="NAME", help="a causal model of Hugging Face: name on the hub, or folder")
         group.add_argument("--hf-gguf-file", metavar="FILE", help="the GGUF file of --hf-model to load")
         group.add_argument(
+            "--hf-momentum-eta", type=float, metavar="ETA", help="adds momentum of this decay to the attention of --hf-model"
+        )
+        group.add_argument(
             "--tokenizer", metavar="DIR", help="tokenizer of --path (default: beside the checkpoint, or in the data that it was trained on)"
         )
     group.add_argument(
@@ -71,12 +74,21 @@ def load_native_model(args: argparse.Namespace) -> NativeLM:
 
 
 def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
-    """The model that the flags of :func:`add_model_arguments` name."""
+    """The model that the flags of :func:`add_model_arguments` name. Raises UserError for flags that do not fit it."""
+    eta = args.hf_momentum_eta
     if args.path is not None:
+        if eta is not None:
+            raise UserError("--hf-momentum-eta is for --hf-model; a checkpoint has the momentum that it was trained with")
         return load_native_model(args)
     from momentum_lm.lm.huggingface import load_huggingface
+    from momentum_lm.lm.momentum_attention import add_momentum, check_eta
 
-    return load_huggingface(args.hf_model, args.hf_gguf_file, device(args.device), _dtype(args), args.trust_checkpoint)
+    if eta is not None:
+        check_eta(eta)
+    lm = load_huggingface(args.hf_model, args.hf_gguf_file, device(args.device), _dtype(args), args.trust_checkpoint)
+    if eta is not None:
+        add_momentum(lm.model, eta)
+    return lm
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype:

@@ -17,7 +17,9 @@ from momentum_lm.modules import Decoder
 from momentum_lm.modules.attention import Rotary
 
 from .inference import grouped_attention, register_attention
+from .momentum_attention import has_momentum, with_momentum
 
+_attention = with_momentum(grouped_attention)
 _NAME = "momentum_lm_trace"
 
 
@@ -214,6 +216,9 @@ def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
             fused = child(module, [fused_name(model) or ""])
             if fused is not None:
                 handles.append(fused.register_forward_hook(_keep_parts(seen, fused_heads(model))))
+            project = child(module, _OUT)
+            if project is not None and has_momentum(module):
+                handles.append(project.register_forward_pre_hook(_keep_given(seen, "mixed")))
             handles.append(module.register_forward_pre_hook(_begin(seen), with_kwargs=True))
             handles.append(module.register_forward_hook(_finish(trace, seen), with_kwargs=True))
         _active.append(trace)
@@ -241,7 +246,7 @@ def _finish(trace: AttentionTrace, seen: dict[str, Tensor]) -> Any:
         trace.output(result[0] if isinstance(result, tuple) else result)
         project = child(module, _OUT)
         if project is not None:
-            trace.relaxed_output(project)
+            trace.relaxed_output(project, seen.get("mixed"))
         if trace.projections:
             trace.inputs.append((given[0] if given else options["hidden_states"]).detach())
             if "k" in seen and "v" in seen:
@@ -278,4 +283,4 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any,
         _active[-1].attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, plain)
     else:
         _seen.append(module)
-    return grouped_attention(module, query, key, value, *given, **options)
+    return _attention(module, query, key, value, *given, **options)

@@ -1,0 +1,1 @@
+"""Models of Hugging Face to fairseq checkpoints and back, tensor by tensor."""

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -25,9 +26,11 @@ from momentum_lm.modules import Decoder, DecoderConfig
 from momentum_lm.modules.attention import Cache
 from momentum_lm.modules.decoder import document_ids
 from momentum_lm.modules.momentum import NOTES
+from momentum_lm.modules.precision import Float32
 
 from .inference import inference
 from .scoring import target_log_probs
+from .shards import join_parts, part_files
 
 CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
 _OPTIONS = (  # those of fairseq's and our own options that say what a decoder computes
@@ -56,9 +59,11 @@ class NativeLM:
         bos: tuple[int, ...] = (BOS,),
         tokenizer_path: str | os.PathLike[str] | None = None,
         in_training: bool = False,
+        files: Sequence[Path] = (),
     ) -> None:
         self.model = model if in_training else model.eval().requires_grad_(False)
         self.path = path
+        self.files = files or [path]  # a checkpoint in parts has several
         self.packed_documents = packed_documents  # whether it was trained on packed documents
         self.bos = bos
         self.tokenizer_path = Path(tokenizer_path) if tokenizer_path else path
@@ -101,8 +106,8 @@ class NativeLM:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the checkpoint file, which tells one checkpoint from another wherever it lies."""
-        return file_sha256(self.path)
+        """Digest of the checkpoint's files, which tells one checkpoint from another wherever it lies."""
+        return file_sha256(*self.files)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -172,7 +177,11 @@ def load_native(
     dtype: torch.dtype | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> NativeLM:
-    """Reads a checkpoint file, or the one in a folder (``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``).
+    """Reads a checkpoint file, or the one in a folder (``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``), whole or in parts
+    (``checkpoint_best-shard0.pt`` and so on; any of them may be named).
+
+    The weights are the file's own memory pages where dtype and device allow it, and what changes them leaves the file alone; parts are
+    joined, and others converted tensor by tensor, so that there are never two copies of all.
 
     The architecture comes from the checkpoint; where it holds none, shapes come from the tensors and the rest from
     ``overrides``: fairseq's model options as a mapping or as the text of a Python dict, such as
@@ -182,15 +191,12 @@ def load_native(
 
     Raises UserError for a missing or damaged checkpoint, and for a model that the decoder cannot represent.
     """
-    from fairseq_compat import CheckpointError, load_checkpoint
-
     path = find_checkpoint(path)
-    try:
-        state = load_checkpoint(path, trust=trust, mmap=True)  # the optimizer's state, twice the model, is never read
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
+    files, state = _read(path, trust)
+    path = files[0]
     tensors = _tensors(state, path)
     model_cfg, task_cfg = _options(state)
+    del state  # or every tensor would be kept until the last one is converted
     try:
         options = model_cfg or _options_from_tensors(tensors)
         options = options | _parse_overrides(overrides, options)
@@ -202,26 +208,44 @@ def load_native(
         for name in ("tokens_per_sample", "max_target_positions"):
             options.setdefault(name, task_cfg.get(name))
         config = DecoderConfig.from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
-        model = _build(config, tensors)
+        model = _build(config, tensors, torch.device(device), dtype or torch.float32)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    model.to(device=device, dtype=dtype or torch.float32)
     bos = BOS if not task_cfg or task_cfg.get("add_bos_token") else EOS
     if tokenizer is None and not has_tokenizer(path.parent):
         data = str(task_cfg.get("data") or "").split(os.pathsep)[0]
         tokenizer = data if data and has_tokenizer(data) else None
-    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)), (bos,), tokenizer)
+    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)), (bos,), tokenizer, files=files)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that ``path`` means. Raises UserError if there is none."""
+    """The checkpoint file that ``path`` means, or the first of its parts. Raises UserError if there is none."""
     path = Path(path)
     if not path.is_dir():
         return path
-    found = next((path / name for name in CHECKPOINTS if (path / name).exists()), None)
+    names = [form for name in CHECKPOINTS for form in (name, name.replace(".pt", "-shard0.pt"))]
+    found = next((path / name for name in names if (path / name).exists()), None)
     if found is None:
         raise UserError(f"{path} holds no checkpoint ({', '.join(CHECKPOINTS)}); name the file itself")
     return found
+
+
+def _read(path: Path, trust: bool) -> tuple[list[Path], dict[str, Any]]:
+    """The checkpoint's files, and what it holds, its tensors mapped. The optimizer's state, twice the model, is never read."""
+    from fairseq_compat import CheckpointError, load_checkpoint
+
+    try:
+        state = load_checkpoint(path, trust=trust, mmap=True)
+        files = part_files(path, state)
+        if len(files) == 1:
+            return files, state
+        states = [load_checkpoint(file, trust=trust, mmap=True) for file in files]
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    try:
+        return files, join_parts(states)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -319,12 +343,24 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
     return dict(value)
 
 
-def _build(config: DecoderConfig, tensors: dict[str, Tensor]) -> Decoder:
-    with torch.random.fork_rng(devices=[]):  # initial values are drawn and thrown away; the caller's generator stays as it was
+class _Unfilled(TorchFunctionMode):
+    """Within it ``torch.empty`` takes no memory: layers have shapes and no initial values, and what follows from the configuration has its
+    values as always."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        place = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **{**(kwargs or {}), **place})
+
+
+def _build(config: DecoderConfig, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Decoder:
+    """The decoder with these tensors, themselves where they are as wanted; ``tensors`` is emptied."""
+    with torch.random.fork_rng(devices=[]), _Unfilled():  # the few values that are drawn leave the caller's generator as it was
         model = Decoder(config)
-    tensors, expected = (  # without the notes, which old checkpoints lack and a model goes without
-        {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in NOTES} for state in (tensors, model.state_dict())
-    )
+    expected = _without_notes(model.state_dict())
+    for name in tensors.keys() - _without_notes(tensors).keys():  # old checkpoints lack them, and a model goes without
+        del tensors[name]
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         lack, extra = (f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) for names in (missing, unknown))
@@ -334,5 +370,19 @@ def _build(config: DecoderConfig, tensors: dict[str, Tensor]) -> Decoder:
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(expected[name].shape)} by the architecture"
             raise UserError(f"its tensors do not fit its architecture: {name} is {shapes}")
-    model.load_state_dict(tensors)
-    return model
+    output, embedding = tensors["output_projection.weight"], tensors["embed_tokens.weight"]
+    if config.tie_embeddings and output.dtype == embedding.dtype and torch.equal(output, embedding):
+        del tensors["output_projection.weight"]  # and the other is taken for it; one that differs is refused
+    del output, embedding
+    exact = {f"{room}.{name}" for room, m in model.named_modules() if isinstance(m, Float32) for name in m.state_dict()}
+    for name in list(tensors):
+        fitting = tensors.pop(name).to(device, torch.float32 if name in exact else dtype)
+        tensors[name] = fitting
+    model.load_state_dict(tensors, assign=True)
+    if config.tie_embeddings:
+        model.output_projection.weight = model.embed_tokens.weight
+    return model.to(device)
+
+
+def _without_notes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in NOTES}

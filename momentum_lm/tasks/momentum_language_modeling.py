@@ -153,6 +153,21 @@ class MomentumLanguageModelingTask(TokenDataTask):
         with self._precision(_device(sample)):
             return super().valid_step(self._packed(sample), model, criterion)
 
+    def inference_step(
+        self, generator: Any, models: Any, sample: dict[str, Any], prefix_tokens: torch.Tensor | None = None, constraints: Any = None
+    ) -> Any:
+        """As fairseq's. Raises UserError for a prompt that would not come out whole: fairseq's limits count its tokens too."""
+        tokens = sample["net_input"]["src_tokens"]
+        prompt = tokens.shape[1] - 1 if prefix_tokens is None else prefix_tokens.shape[1]
+        limit = int(generator.max_len_a * tokens.shape[1] + generator.max_len_b)
+        if prompt >= min(limit, generator.max_len - 1):
+            remedy = "give --max-len-a 1, and --max-len-b counts new tokens only" if prompt < generator.max_len - 1 else "shorten it"
+            raise UserError(
+                f"a prompt of {prompt} tokens leaves no room for new ones: the model takes {generator.max_len}, "
+                f"and --max-len-a {generator.max_len_a:g} --max-len-b {generator.max_len_b} allow {limit}; {remedy}"
+            )
+        return super().inference_step(generator, models, sample, prefix_tokens, constraints)
+
     def _packed(self, sample: dict[str, Any]) -> dict[str, Any]:
         if not self.args.packed_documents:
             return sample

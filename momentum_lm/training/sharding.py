@@ -6,7 +6,7 @@ sharded checkpoint (--use-sharded-state) holds one process's parts; parts of all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from momentum_lm.errors import UserError
+from momentum_lm.lm.shards import join_shards as join_shards
 from momentum_lm.modules.precision import Float32
 
 
@@ -117,42 +118,6 @@ def part_like(value: Any, own: Any) -> Any:
         value = value[start : start + local.shape[0]]
     value = value.to(local.device, copy=True)
     return DTensor.from_local(value, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride())
-
-
-def join_shards(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One ordinary checkpoint from those that the processes of a run wrote with --use-sharded-state, in any order.
-
-    Raises UserError if one is missing, if some are of other updates than the rest, or if they are no parts.
-    """
-    states = list(shards)
-    metadata = [state.get("fsdp_metadata") or {} for state in states]
-    if not states or any("rank" not in m or not m.get("divided") for m in metadata):
-        raise UserError("these are not the parts of a sharded checkpoint, as fairseq-train --use-sharded-state writes them")
-    world = metadata[0]["world_size"]
-    missing = sorted(set(range(world)) - {m["rank"] for m in metadata})
-    if missing or len(states) != world or any(m["world_size"] != world for m in metadata):
-        raise UserError(f"the checkpoint has {world} parts, and of these {missing or 'some'} are missing or doubled")
-    updates = {state["optimizer_history"][-1]["num_updates"] for state in states}
-    if len(updates) > 1:
-        found = ", ".join(map(str, sorted(updates)))
-        raise UserError(f"the parts are of different updates ({found}): a save was interrupted; take earlier ones")
-    states = [state for _, state in sorted(zip((m["rank"] for m in metadata), states, strict=True), key=lambda pair: pair[0])]
-    first = dict(states[0])
-    del first["fsdp_metadata"]
-    divided = set(metadata[0]["divided"])
-    first["model"] = {
-        name: torch.cat([state["model"][name] for state in states]) if name in divided else value for name, value in first["model"].items()
-    }
-    if first.get("last_optimizer_state"):
-        optimizer = dict(first["last_optimizer_state"])
-        parts = [state["last_optimizer_state"]["state"] for state in states]
-        # of a parameter's state only the step count is one number, the same everywhere
-        optimizer["state"] = {
-            index: {key: torch.cat([part[index][key] for part in parts]) if value.dim() else value for key, value in entry.items()}
-            for index, entry in optimizer["state"].items()
-        }
-        first["last_optimizer_state"] = optimizer
-    return first
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,0 +1,111 @@
+"""Checkpoints in parts, NAME-shard0.pt, NAME-shard1.pt, ...: what each process of a run with --use-sharded-state wrote."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momentum_lm.errors import UserError
+
+
+def part_files(path: Path, state: dict[str, Any]) -> list[Path]:
+    """All files of the checkpoint of which ``path`` holds ``state``, in order: only itself where it is whole.
+
+    Raises UserError for a part under another name than it had.
+    """
+    metadata = state.get("fsdp_metadata") or {}
+    if not metadata.get("divided") and "param_metadata" not in metadata:
+        return [path]
+    match = re.fullmatch(r"(.*-shard)\d+(\.pt)", path.name)
+    if not match:
+        raise UserError(f"{path} is one part of a checkpoint: name it NAME-shardN.pt again, as it was, and leave it beside the others")
+    found = sum(1 for _ in path.parent.glob(f"{glob.escape(match[1])}*{match[2]}"))
+    return [path.with_name(f"{match[1]}{rank}{match[2]}") for rank in range(metadata.get("world_size", found))]
+
+
+def join_parts(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One checkpoint without optimizer state from its parts in order, ours or those of fairscale's FullyShardedDataParallel.
+
+    Tensors that lie in one part stay where they are. Raises UserError if parts are missing or do not belong together.
+    """
+    states = [{name: value for name, value in state.items() if name != "last_optimizer_state"} for state in states]
+    if "param_metadata" in states[0]["fsdp_metadata"]:
+        return {**states[0], "model": _join_fairscale(states)}
+    return join_shards(states)
+
+
+def _join_fairscale(states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The model of fairscale's parts: many parameters are one there, flattened and cut into parts of equal length, the last ones padded.
+
+    Source: ``consolidate_shard_weights`` of fairscale 0.4.13.
+    """
+    wholes = [state["fsdp_metadata"]["param_metadata"] for state in states]
+    model = {name: states[0]["model"][name] for name in states[0]["fsdp_metadata"].get("buffer_names", ()) if name in states[0]["model"]}
+    for module, first in enumerate(wholes[0]):
+        prefix = f"{first['fsdp_path']}." if first["fsdp_path"] else ""
+        for flat, entry in first["params"].items():
+            paddings = [whole[module]["params"][flat]["padding"] for whole in wholes]
+            tensors = [state["model"][prefix + flat] for state in states]
+            parts = [tensor[: len(tensor) - padding] for tensor, padding in zip(tensors, paddings, strict=True)]
+            if sum(map(len, parts)) != sum(entry["numels"]):
+                raise UserError(
+                    f"of its parts {len(states)} are there, and they do not make up {prefix}{entry['names'][0]}: some are missing"
+                )
+            start = 0
+            for name, shape, count in zip(entry["names"], entry["shapes"], entry["numels"], strict=True):
+                model[prefix + name] = _range(parts, start, start + count).view(shape)
+                start += count
+        model |= {prefix + other: model[prefix + name] for name, other in first["shared_param_info"]}
+    return model
+
+
+def _range(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """Elements ``start`` to ``stop`` of the vectors' concatenation; a view where one vector holds them."""
+    pieces = []
+    for part in parts:
+        pieces.append(part[max(start, 0) : max(stop, 0)])
+        start, stop = start - len(part), stop - len(part)
+    pieces = [piece for piece in pieces if len(piece)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def join_shards(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One ordinary checkpoint from those that the processes of a run wrote with --use-sharded-state, in any order.
+
+    Raises UserError if one is missing, if some are of other updates than the rest, or if they are no parts.
+    """
+    states = list(shards)
+    metadata = [state.get("fsdp_metadata") or {} for state in states]
+    if not states or any("rank" not in m or not m.get("divided") for m in metadata):
+        raise UserError("these are not the parts of a sharded checkpoint, as fairseq-train --use-sharded-state writes them")
+    world = metadata[0]["world_size"]
+    missing = sorted(set(range(world)) - {m["rank"] for m in metadata})
+    if missing or len(states) != world or any(m["world_size"] != world for m in metadata):
+        raise UserError(f"the checkpoint has {world} parts, and of these {missing or 'some'} are missing or doubled")
+    updates = {state["optimizer_history"][-1]["num_updates"] for state in states}
+    if len(updates) > 1:
+        found = ", ".join(map(str, sorted(updates)))
+        raise UserError(f"the parts are of different updates ({found}): a save was interrupted; take earlier ones")
+    states = [state for _, state in sorted(zip((m["rank"] for m in metadata), states, strict=True), key=lambda pair: pair[0])]
+    first = dict(states[0])
+    del first["fsdp_metadata"]
+    divided = set(metadata[0]["divided"])
+    first["model"] = {
+        name: torch.cat([state["model"][name] for state in states]) if name in divided else value for name, value in first["model"].items()
+    }
+    if first.get("last_optimizer_state"):
+        optimizer = dict(first["last_optimizer_state"])
+        parts = [state["last_optimizer_state"]["state"] for state in states]
+        # of a parameter's state only the step count is one number, the same everywhere
+        optimizer["state"] = {
+            index: {key: torch.cat([part[index][key] for part in parts]) if value.dim() else value for key, value in entry.items()}
+            for index, entry in optimizer["state"].items()
+        }
+        first["last_optimizer_state"] = optimizer
+    return first

@@ -9,6 +9,8 @@ Environment:
   FAIRSEQ_TRUST_CHECKPOINT=1   load checkpoints that hold arbitrary Python objects or expressions (this can run code they name)
 
 A plugin is an entry point in the group ``fairseq.plugins``: a function without arguments that registers models, tasks, etc.
+
+The hook also tells lm-evaluation-harness, where that is imported, of ``--model momentum_lm``.
 """
 
 from __future__ import annotations
@@ -418,6 +420,15 @@ def _plugins(module: ModuleType) -> None:
             print(f"warning: {plugin_name} failed and is left out: {reason}", file=sys.stderr)
 
 
+def _harness(module: ModuleType) -> None:
+    """lm-evaluation-harness looks for no plugins. Ours is added to its models by name; it is imported when it is asked for."""
+    from importlib.util import find_spec
+
+    models = getattr(sys.modules.get("lm_eval.api.registry"), "model_registry", None)  # older versions have none
+    if models is not None and "momentum_lm" not in models and find_spec("momentum_lm"):
+        models.register("momentum_lm", target="momentum_lm.harness.lm_eval:MomentumLM")
+
+
 _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq": (_quiet, _user_errors, _plugins),
     "fairseq.utils": (_user_dir,),
@@ -430,6 +441,7 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq.data.data_utils": (_numpy_names,),
     "fairseq.data.language_pair_dataset": (_numpy_names,),
     "fairseq.data.token_block_dataset": (_numpy_names,),
+    "lm_eval.models": (_harness,),
 }
 
 
@@ -450,13 +462,32 @@ def _hashable_dataclasses(stock: Any) -> Any:
     return dataclass
 
 
+def _as_fairseq_needs(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    """``execute``, a loader's, with what fairseq's modules need while they run."""
+
+    def run(module: ModuleType) -> None:
+        import dataclasses
+
+        import torch  # noqa: F401  (first, so that as little as possible picks up the replacement below)
+
+        stock = dataclasses.dataclass
+        dataclasses.dataclass = _hashable_dataclasses(stock)
+        vars(module)["eval"] = _plain_value  # the name that the module's functions find
+        try:
+            execute(module)
+        finally:
+            dataclasses.dataclass = stock
+
+    return run
+
+
 class _Finder:
-    """Finds fairseq's modules as usual, and adds to their execution what is needed before and after it."""
+    """Finds fairseq's modules, and others that have a patch, as usual, and adds to their execution what is needed before and after it."""
 
     fairseq_compat = True
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] != "fairseq":
+        if name.partition(".")[0] != "fairseq" and name not in _PATCHES:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
@@ -467,20 +498,10 @@ class _Finder:
         return None
 
     def wrap(self, loader: Any, name: str) -> None:
-        execute = loader.exec_module
+        execute = _as_fairseq_needs(loader.exec_module) if name.partition(".")[0] == "fairseq" else loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            import dataclasses
-
-            import torch  # noqa: F401  (first, so that as little as possible picks up the replacement below)
-
-            stock = dataclasses.dataclass
-            dataclasses.dataclass = _hashable_dataclasses(stock)
-            vars(module)["eval"] = _plain_value  # the name that the module's functions find
-            try:
-                execute(module)
-            finally:
-                dataclasses.dataclass = stock
+            execute(module)
             for patch in _PATCHES.get(name, ()):
                 patch(module)
 

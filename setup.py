@@ -57,6 +57,7 @@ setup(
     ],
     extras_require={
         "transformers": TRANSFORMERS,
+        "harness": ["lm_eval>=0.4.13"],  # not in dev: 33 packages come with it, scipy among them
         "dev": [*TRANSFORMERS, TRITON, "pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "setuptools>=77"],
     },
     entry_points={

@@ -17,7 +17,7 @@ from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
-from momentum_lm.report.finetuning_summary import headlines
+from momentum_lm.report.finetuning_summary import headlines, verdict
 from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture, Points, write_page
 from momentum_lm.report.perplexity import difference_cells, document_sums
 from momentum_lm.report.records import read_results
@@ -131,10 +131,10 @@ def _in_context(output: Path) -> Chapter:
 def _finetuning(output: Path) -> Chapter:
     folder = output / "finetuning"
     runs = read_results(folder)["runs"]
-    findings = headlines(runs)
+    findings = verdict(runs)[:2]  # accuracies and Rec2FTP
     return Chapter(
-        f"{icl_vs_finetuning.accuracy_table(runs).text()}\n\n" + "\n".join(findings),
-        findings,
+        f"{icl_vs_finetuning.accuracy_table(runs).text()}\n\n" + "\n".join([*findings, *headlines(runs)]),
+        [f"The same model finetuned on its demonstrations. {finding}" for finding in findings],
         "In-context learning against finetuning",
         [
             *icl_vs_finetuning.overview(folder),

@@ -19,6 +19,10 @@ HELP
 esac
 
 . scripts/setup_env.sh
+# What tests/harness needs of lm-evaluation-harness: all of its dependencies would be 340 MB.
+python -c 'import lm_eval, pytablewriter, dominate' 2>/dev/null || python -m pip --disable-pip-version-check install --quiet \
+    -c constraints.txt --no-deps lm_eval pytablewriter DataProperty mbstrdecoder msgfy pathvalidate tabledata typepy dominate Logbook six \
+    chardet pytz
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 mypy

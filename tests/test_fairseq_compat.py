@@ -629,6 +629,35 @@ def test_module_command_says_how_to_use_it(run_cli):
     assert result.returncode == 2 and result.stderr.startswith("usage: python -m fairseq_compat fairseq-")
 
 
+# lm-evaluation-harness
+
+REGISTER = """
+import sys, lm_eval.models
+from lm_eval.api.registry import model_registry as models
+print("momentum_lm" in models, "hf" in models, sorted({"torch", "momentum_lm.harness"} & set(sys.modules)))
+"""
+
+
+def test_the_harness_is_told_of_our_model(run_cli):
+    pytest.importorskip("lm_eval")
+    result = run_cli(["python", "-c", REGISTER])
+    assert result.stdout == "True True []\n", result.stderr
+    assert run_cli(["python", "-c", REGISTER], env={"FAIRSEQ_COMPAT": "0"}).stdout == "False True []\n"
+    again = "import importlib; importlib.reload(lm_eval.models); print(models.get('momentum_lm').__module__)"
+    result = run_cli(["python", "-c", f"{REGISTER}print(models.get('momentum_lm').__name__); {again}"])
+    assert result.stdout.splitlines()[1:] == ["MomentumLM", "momentum_lm.harness.lm_eval"], result.stderr
+
+
+def test_a_harness_without_that_register_is_left_alone(run_cli, tmp_path):
+    """As older versions; and nothing that fairseq needs reaches the harness's modules."""
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval/__init__.py").write_text("")
+    (tmp_path / "lm_eval/models.py").write_text("import dataclasses, sys\nfound = dataclasses.dataclass.__module__\n")
+    code = "import sys, lm_eval.models as m; print(m.found, 'eval' in vars(m), 'torch' in sys.modules)"
+    result = run_cli(["python", "-c", code], env={"PYTHONPATH": tmp_path})
+    assert result.stdout == "dataclasses False False\n", result.stderr
+
+
 # Plugins
 
 

@@ -1,0 +1,1 @@
+"""Other people's evaluation harnesses on checkpoints of ours."""

@@ -356,8 +356,18 @@ def test_code_in_a_checkpoint_runs_only_on_request(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["__import__('os').getcwd()", "[].append(1)", "x", "(lambda: 1)()", "",
-     "9**9", "[0] * 'a'", "[" * 5000, "[0] * 10**12", "[0] * (10 * 9"],
+    [
+        "__import__('os').getcwd()",
+        "[].append(1)",
+        "x",
+        "(lambda: 1)()",
+        "",
+        "9**9",
+        "[0] * 'a'",
+        "[" * 5000,
+        "[0] * 10**12",
+        "[0] * (10 * 9",
+    ],
 )
 def test_options_are_plain_values(text, fairseq, monkeypatch):
     monkeypatch.delenv("FAIRSEQ_TRUST_CHECKPOINT", raising=False)

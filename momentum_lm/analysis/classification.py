@@ -32,7 +32,7 @@ def macro_f1(gold: ArrayLike, predicted: ArrayLike) -> float:
 
 
 def confusion_matrix(gold: ArrayLike, predicted: ArrayLike, num_classes: int) -> NDArray[np.int64]:
-    """(num_classes, num_classes) counts, gold class by row, predicted class by column.
+    """gold (n,), predicted (n,) -> counts (C, C) of C = ``num_classes``, gold class by row, predicted class by column.
 
     Raises ValueError for no examples, unequal lengths, or a class that is not within 0..num_classes-1.
     """

@@ -239,7 +239,9 @@ def training_attention(
 
 
 def random_training_attention(icl: ArrayLike, lengths: Sequence[int], key: int | Sequence[int], corrected: bool) -> TrainingAttention:
-    """:func:`training_attention` of ICL and random weights in FT's place; ``key`` seeds them, see :func:`random_simaou`.
+    """:func:`training_attention` of ICL, logits of the same shapes as there, and random weights in FT's place.
+
+    ``key`` seeds them, see :func:`random_simaou`.
 
     The authors draw weights from U[0, 1), for demonstrations anew, and k indices with replacement for recall; a recall of k weights at
     random has the same mean, k / N. ``corrected`` draws normal logits for the tokens and pools those into demonstrations as usual.
@@ -260,7 +262,7 @@ def random_training_attention(icl: ArrayLike, lengths: Sequence[int], key: int |
 
 
 def softmax(logits: ArrayLike) -> Floats:
-    """Softmax along the last axis in float64. Entries more than about 745 below the largest are 0."""
+    """Softmax along the last axis, (..., N) -> (..., N), in float64. Entries more than about 745 below the largest are 0."""
     x = np.asarray(logits, dtype=np.float64)
     weights = np.exp(x - x.max(-1, keepdims=True))
     return np.asarray(weights / weights.sum(-1, keepdims=True))

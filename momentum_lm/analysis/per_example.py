@@ -61,7 +61,8 @@ class PerExample:
             rows[example] = array
 
     def merge(self, arrays: Mapping[str, ArrayLike]) -> None:
-        """Takes over what :attr:`arrays` of another process, or of an earlier run, holds; rows that are NaN there stay as they are here."""
+        """Takes over what :attr:`arrays` of another process, or of an earlier run, holds; rows (n, ...) that are NaN there stay as they
+        are here. Raises ValueError for another number of examples."""
         for name, value in arrays.items():
             array = np.asarray(value, dtype=np.float32)
             if len(array) != self.examples:

@@ -1,28 +1,59 @@
-"""``momentum-lm convert``: one ordinary checkpoint from the parts that a fully sharded run wrote."""
+"""``momentum-lm convert``: Hugging Face models to fairseq checkpoints and back, and parts of a checkpoint to one."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from momentum_lm.errors import UserError, main_guard
 
 from .options import Parser
+
+if TYPE_CHECKING:
+    import torch
+
+    from momentum_lm.convert.lazy import Lazy
+
+_EPILOG = """
+What SOURCE is says what is done:
+  a folder with config.json, or a name on the Hugging Face hub (GPT-2, OPT, XGLM, which is what fairseq's dense LMs are published as, and
+      momentum models made by this command)  ->  a folder with model.pt, dict.txt and the tokenizer, for fairseq-eval --path,
+      fairseq-train --finetune-from-model and every other command of fairseq
+  a fairseq checkpoint, or a folder with one  ->  a folder with model.safetensors, config.json and the tokenizer, for
+      AutoModelForCausalLM.from_pretrained (momentum models: with trust_remote_code=True)
+  CHECKPOINT-shardN.pt, a part of a checkpoint of --use-sharded-state  ->  one ordinary checkpoint, OUTPUT.pt; the other parts lie beside it
+
+Weights are read, changed and written one tensor at a time. OUTPUT is whole or not there; --force replaces it once the new one is whole.
+
+examples: momentum-lm convert openai-community/gpt2 gpt2
+          momentum-lm convert checkpoints/checkpoint_best.pt published
+          momentum-lm convert checkpoints/checkpoint_last-shard0.pt checkpoints/checkpoint_last.pt
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     result = Parser(
         prog="momentum-lm convert",
-        description="Joins the parts of a checkpoint of --ddp-backend fully_sharded --use-sharded-state into one ordinary checkpoint.",
-        epilog="example: momentum-lm convert checkpoints/checkpoint_last-shard0.pt checkpoints/checkpoint_last.pt",
+        description="Converts models between Hugging Face and fairseq, and joins checkpoints in parts.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("source", metavar="CHECKPOINT-shardN.pt", help="any of the parts; the others lie beside it")
-    result.add_argument("output", metavar="OUT.pt", help="the checkpoint to write")
-    result.add_argument("--force", action="store_true", help="replace OUT.pt if it is there")
+    add = result.add_argument
+    add("source", metavar="SOURCE", help="a folder, a checkpoint, or a name on the Hugging Face hub")
+    add("output", metavar="OUTPUT", help="the folder to make (of a checkpoint in parts: the file)")
+    add("--force", action="store_true", help="replace OUTPUT if it is there and holds nothing but a conversion's files")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)")
+    add("--tokenizer", metavar="DIR", help="tokenizer of a fairseq checkpoint (default: beside it, or in the data that it was trained on)")
+    add("--model-overrides", default="{}", metavar="DICT",
+        help="options that a fairseq checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': 8}\"")  # fmt: skip
+    add("--trust-checkpoint", action="store_true", help="load a file that holds more than plain data; such a file can run code")
     return result
 
 
@@ -30,9 +61,80 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0; a UserError becomes one line on stderr and status 2."""
     args = parser().parse_args(argv)
-    match = re.fullmatch(r"(.*-shard)\d+(\.pt)", args.source)
-    if not match:
-        raise UserError(f"{args.source} is not a part of a sharded checkpoint: those are called NAME-shard0.pt, NAME-shard1.pt, ...")
+    if match := re.fullmatch(r"(.*-shard)\d+(\.pt)", args.source):
+        _join(args, match)
+        return 0
+    from momentum_lm.convert.from_huggingface import find_model
+
+    source, output = find_model(args.source), Path(os.path.abspath(args.output))
+    if source.is_dir() and output in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{args.output} holds {args.source}; choose another OUTPUT")
+    if source.is_dir() and (source / "config.json").exists():
+        _to_fairseq(args, source, output)
+    elif not source.is_dir() or any(source.glob("*.pt")):
+        _to_huggingface(args, output)
+    else:
+        raise UserError(f"{args.source} is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint (no .pt file)")
+    return 0
+
+
+def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
+    from momentum_lm.convert.folder import whole_folder
+    from momentum_lm.convert.from_huggingface import look, training_flags, write_checkpoint
+
+    for flag, value in (("--tokenizer", args.tokenizer), ("--model-overrides", args.model_overrides.strip("{} "))):
+        if value:
+            raise UserError(f"{flag} is for fairseq checkpoints; {args.source} is a model of Hugging Face")
+    with whole_folder(output, args.force) as folder:
+        found = look(source, folder, args.trust_checkpoint)
+        with _bar(found.tensors.values()) as progress:
+            write_checkpoint(found, folder, _dtype(args), progress)
+    print(f"{args.output}: {found.family.architecture} of {_numbers(found.tensors.values()):,} parameters")
+    if not found.tokenizer:
+        print(f"note: {args.source} has no tokenizer; dict.txt has its ids in decimal")
+    if found.decoder.absent_tokens:
+        print(f"note: {len(found.decoder.absent_tokens)} entries of dict.txt are not in its vocabulary and are never predicted")
+    print(f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
+          f"--finetune-from-model {args.output}/model.pt {training_flags(found.decoder)}")  # fmt: skip
+
+
+def _to_huggingface(args: argparse.Namespace, output: Path) -> None:
+    from momentum_lm.convert.folder import whole_folder
+    from momentum_lm.convert.lazy import Lazy
+    from momentum_lm.convert.to_huggingface import read_checkpoint, write_model
+
+    with whole_folder(output, args.force) as folder:
+        lm = read_checkpoint(args.source, args.model_overrides, args.trust_checkpoint, args.tokenizer)
+        tensors = [Lazy.of(parameter) for parameter in lm.model.parameters()]
+        with _bar(tensors) as progress:
+            architecture, notes = write_model(lm, folder, _dtype(args), progress)
+    print(f"{args.output}: {architecture} of {_numbers(tensors):,} parameters")
+    for note in notes:
+        print(f"note: {note}")
+
+
+@contextlib.contextmanager
+def _bar(tensors: Iterable[Lazy]) -> Iterator[Callable[[int], object]]:
+    """A progress bar on stderr, and what to tell of the bytes that are written."""
+    from tqdm import tqdm
+
+    pace = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines, and none of a small model
+    total = sum(lazy.nbytes for lazy in tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", file=sys.stderr, mininterval=pace, delay=pace / 2) as bar:
+        yield bar.update
+
+
+def _numbers(tensors: Iterable[Lazy]) -> int:
+    return sum(lazy.nbytes // lazy.dtype.itemsize for lazy in tensors)
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.dtype]
+
+
+def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     if os.path.exists(args.output) and not args.force:
         raise UserError(f"{args.output} is there already; choose another name, or add --force")
     import torch
@@ -51,7 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.save(state, file)
     updates = state["optimizer_history"][-1]["num_updates"]
     print(f"{args.output}: {world} parts, {updates:,} updates, {os.path.getsize(args.output):,} bytes")
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ FAIRSEQ_BOS = {"<s>": (BOS,), "</s>": (EOS,)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this task."""
+    add_model_arguments(parser, huggingface=True)
     add_question_arguments(parser)
     add_speed_arguments(parser)
     group = parser.add_argument_group("scoring")
@@ -36,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one or more of {', '.join(CALIBRATIONS)}, from the same scores (default: none)",
     )
     group.add_argument("--orders", type=int, default=1, metavar="N", help="orders of each seed's demonstrations (default: %(default)s)")
-    add_model_arguments(parser, huggingface=True)
     add_output_arguments(parser)
 
 

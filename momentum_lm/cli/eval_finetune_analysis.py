@@ -18,6 +18,7 @@ LARGE = 1_000_000_000  # parameters from which on a second, untrained, model is 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this task."""
+    add_model_arguments(parser, huggingface=True)
     add_question_arguments(parser)
     add_speed_arguments(parser)
     parser.set_defaults(shots="16")
@@ -44,9 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "without untrained from a billion parameters on)",
     )  # fmt: skip
     group.add_argument("--score", default="mean", choices=["mean", "sum"], help="of a label's log-probabilities (default: %(default)s)")
-    add_model_arguments(parser, huggingface=True)
-    add_output_arguments(parser)
-    parser.add_argument("--save-traces", action="store_true", help="write attention outputs and metrics by example to OUT/traces/*.npz")
+    group = add_output_arguments(parser)
+    group.add_argument("--save-traces", action="store_true", help="write attention outputs and metrics by example to OUT/traces/*.npz")
 
 
 def run(args: argparse.Namespace) -> int:

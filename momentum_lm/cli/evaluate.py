@@ -7,26 +7,40 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from momentum_lm.errors import UserError, main_guard
 
 from .options import Parser
 
-# name: (module with add_arguments(parser) and run(args), what it answers). A module is imported only when its task is asked for.
-TASKS = {
-    "lm_perplexity": ("momentum_lm.cli.eval_perplexity", "perplexity on binarised text at several context lengths"),
-    "icl_classification": ("momentum_lm.cli.eval_classification", "in-context classification of labelled data"),
-    "icl_finetune_analysis": ("momentum_lm.cli.eval_finetune_analysis", "whether in-context learning does what finetuning does"),
-}
-_EXAMPLE = """\
-examples:
-  fairseq-eval --task lm_perplexity data/reviews --path checkpoints/checkpoint_best.pt \\
-      --context-lengths 256,512,1024 --results-dir results/perplexity
-  fairseq-eval --task icl_classification --hf-model gpt2 --datasets mr,trec --shots 0,4,16 --seeds 1,2,3 \\
-      --results-dir results/icl
 
-`fairseq-eval --task TASK --help` shows the task's own flags. An interrupted evaluation goes on where it stopped.
-"""
+@dataclass(frozen=True)
+class Task:
+    """The module of a task, with add_arguments(parser) and run(args), imported only when it is asked for; what the task answers; an
+    example of its flags."""
+
+    module: str
+    text: str
+    example: str
+
+
+TASKS = {
+    "lm_perplexity": Task(
+        "momentum_lm.cli.eval_perplexity",
+        "perplexity on binarised text at several context lengths",
+        "data/reviews --path checkpoints/checkpoint_best.pt \\\n      --context-lengths 256,512,1024 --results-dir results/perplexity",
+    ),
+    "icl_classification": Task(
+        "momentum_lm.cli.eval_classification",
+        "in-context classification of labelled data",
+        "--hf-model gpt2 --datasets mr,trec --shots 0,4,16 \\\n      --seeds 1,2,3 --calibration none,batch --results-dir results/icl",
+    ),
+    "icl_finetune_analysis": Task(
+        "momentum_lm.cli.eval_finetune_analysis",
+        "whether in-context learning does what finetuning does",
+        "--hf-model gpt2 --datasets mr --shots 16 --seeds 1,2,3 \\\n      --sampling balanced --results-dir results/analysis",
+    ),
+}
 
 
 @main_guard
@@ -36,14 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     chooser = Parser(prog="fairseq-eval", add_help=False)
     chooser.add_argument("--task")
     task = chooser.parse_known_args(argv)[0].task
-    parser = Parser(prog="fairseq-eval", epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = "; ".join(f"{name}: {text}" for name, (_, text) in TASKS.items())
-    parser.add_argument("--task", choices=TASKS, required=True, help=tasks)
+    examples = "\n".join(f"  fairseq-eval --task {name} {entry.example}" for name, entry in TASKS.items() if task in (name, None))
+    more = "" if task in TASKS else "`fairseq-eval --task TASK --help` shows the task's own flags. "
+    parser = Parser(
+        prog="fairseq-eval",
+        usage=f"fairseq-eval --task {task if task in TASKS else 'TASK'} [FLAGS] --results-dir OUT",
+        epilog=f"example:\n{examples}\n\n{more}An interrupted evaluation goes on where it stopped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks = "; ".join(f"{name}: {entry.text}" for name, entry in TASKS.items())
+    parser.add_argument("--task", choices=TASKS, required=True, metavar="TASK", help=tasks)
     if task not in TASKS:
         if "-h" in argv or "--help" in argv:
             parser.print_help()
             return 0
         raise UserError(f"--task {task or 'is missing'}: choose one of {', '.join(TASKS)}")
-    module = importlib.import_module(TASKS[task][0])
+    module = importlib.import_module(TASKS[task].module)
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv))

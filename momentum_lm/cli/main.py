@@ -12,7 +12,7 @@ from momentum_lm.errors import UserError, main_guard
 
 _COMMANDS = {
     "prepare": "turn text into the binarised data that fairseq-train reads",
-    "convert": "join the parts of a sharded checkpoint into an ordinary one",
+    "convert": "models between Hugging Face and fairseq, and checkpoints in parts into whole ones",
     "plan": "memory, time and command of a training run, before it starts",
     "report": "put evaluation results side by side",
     "datasets": "list the data sets for in-context learning, or show a prompt of one",

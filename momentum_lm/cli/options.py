@@ -58,11 +58,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
     )
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say where results go."""
+def add_output_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Flags that say where results go, in a group to which a task may add."""
     group = parser.add_argument_group("results")
     group.add_argument("--results-dir", required=True, metavar="OUT", help="gets results.json, figures, report.html and TensorBoard events")
     group.add_argument("--force", action="store_true", help="replace results of another model or configuration in --results-dir")
+    return group
 
 
 def load_native_model(args: argparse.Namespace) -> NativeLM:

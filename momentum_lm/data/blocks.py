@@ -65,7 +65,7 @@ class Documents:
         return ids
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Token ids (stop - start,) of the stream."""
+        """Token ids (stop - start,) of the stream. Raises UserError, naming file and document, for one that the dictionary lacks."""
         ids = np.empty(stop - start, dtype=np.int64)
         filled = 0
         for file, first, last in self._pieces(start, stop):

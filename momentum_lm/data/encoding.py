@@ -85,9 +85,7 @@ class Encoded:
     unknown: int
 
 
-def encode_in_order(
-    chunks: Iterable[Chunk], tokenizer_folder: Path, workers: int
-) -> Iterator[tuple[Chunk, dict[int, Encoded]]]:
+def encode_in_order(chunks: Iterable[Chunk], tokenizer_folder: Path, workers: int) -> Iterator[tuple[Chunk, dict[int, Encoded]]]:
     """Each chunk with its encoded parts by split, in the chunks' order. One worker is this process itself.
 
     At most 2 chunks per worker are under way, or 2 MiB of text per worker where documents are longer, and one document beyond that.

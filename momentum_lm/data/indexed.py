@@ -70,7 +70,10 @@ class IndexedDatasetWriter:
         self.add_many(array, [array.size])
 
     def add_many(self, ids: ArrayLike, sizes: ArrayLike) -> None:
-        """Appends ``len(sizes)`` items whose ids are concatenated in ``ids`` (N,); ``sizes`` (items,) sum to N."""
+        """Appends ``len(sizes)`` items whose ids are concatenated in ``ids`` (N,); ``sizes`` (items,) sum to N.
+
+        Raises ValueError where they do not, and for ids that are not within the vocabulary.
+        """
         array, lengths = np.asarray(ids), np.asarray(sizes, dtype="<i4")
         if lengths.sum(dtype=np.int64) != array.size:
             raise ValueError(f"sizes sum to {lengths.sum(dtype=np.int64)}, but there are {array.size} ids")
@@ -243,7 +246,7 @@ class IndexedDataset:
         return item, position - int(self._offsets[item]) // self.dtype.itemsize
 
     def blocks(self, size: int = 1 << 22) -> Iterator[NDArray[np.generic]]:
-        """All token ids in order, read ``size`` at a time whatever the items, so that memory stays at one block."""
+        """All token ids in order, (n,) with n up to ``size`` at a time whatever the items, so that memory stays at one block."""
         for start in range(0, len(self._data), size):
             count = min(size, len(self._data) - start)
             yield np.fromfile(f"{self.prefix}.bin", self.dtype, count, offset=start * self.dtype.itemsize)

@@ -139,6 +139,7 @@ class Sample:
         self._keys: set[int] = set()
 
     def add(self, digest: bytes, document: bytes) -> None:
+        """Offers one document; it is kept for as long as it is in the sample."""
         key = int.from_bytes(digest[_HALF:], "big")
         if key in self._keys or (self.size >= self.limit and key >= -self._heap[0][0]):
             return

@@ -44,6 +44,7 @@ class Source:
         raise NotImplementedError
 
     def position(self) -> int:
+        """Bytes of the input read so far, for the progress bar; 0 where that is not known."""
         return 0
 
     def fingerprint(self) -> str:
@@ -199,8 +200,10 @@ def _looks_like_file(name: str) -> bool:
     """A name that is not there: a file gone missing rather than a data set?"""
     if name.startswith("hf:"):
         return False
-    return name.startswith(("/", ".", "~")) or name.endswith((*TEXT_SUFFIXES, *TABLE_SUFFIXES, *_COMPRESSED)) or not re.fullmatch(
-        r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@\S+)?", name
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.endswith((*TEXT_SUFFIXES, *TABLE_SUFFIXES, *_COMPRESSED))
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@\S+)?", name)
     )
 
 

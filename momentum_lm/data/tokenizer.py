@@ -45,6 +45,11 @@ class Tokenizer:
         """Entries of the dictionary, specials and padding included: the size of the embedding."""
         return len(self.dictionary)
 
+    @property
+    def own_to_dictionary(self) -> list[int]:
+        """The dictionary's id of each of the tokenizer's own ids."""
+        return self._to_dictionary.tolist()
+
     def encode(self, text: str) -> list[int]:
         """Dictionary ids of ``text``, without ``<s>`` or ``</s>``. Raises UnicodeEncodeError for a lone surrogate."""
         return self.encode_batch([text])[0]
@@ -161,7 +166,7 @@ class GPT2Tokenizer(Tokenizer):
         self._split = regex.compile(self._WORD).findall
         self._letters = _byte_letters()
         self._byte_of = {letter: byte for byte, letter in enumerate(self._letters)}
-        self._encoder, self._tokens = encoder, sorted(encoder, key=encoder.__getitem__)
+        self._encoder, self.tokens = encoder, sorted(encoder, key=encoder.__getitem__)
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self._cache: dict[str, list[int]] = {}
 
@@ -180,6 +185,11 @@ class GPT2Tokenizer(Tokenizer):
             result.append(ids)
         return result
 
+    @property
+    def merges(self) -> list[tuple[str, ...]]:
+        """Pairs of tokens in the order in which they were learnt to be one."""
+        return list(self._ranks)
+
     def _merge(self, word: str) -> list[int]:
         """Joins the pair that was learnt first, wherever it stands, until no pair is left that was learnt."""
         parts = [self._letters[byte] for byte in word.encode()]
@@ -196,15 +206,22 @@ class GPT2Tokenizer(Tokenizer):
         return self._to_dictionary[[self._encoder[part] for part in parts]].tolist()
 
     def _decode(self, own_ids: list[int]) -> str:
-        letters = "".join(self._tokens[i] for i in own_ids)
+        letters = "".join(self.tokens[i] for i in own_ids)
         return bytes(self._byte_of[letter] for letter in letters).decode("utf-8", errors="replace")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json`` through the ``tokenizers`` package. Dictionary symbols are its ids in decimal. Special tokens are not added."""
+    """A ``tokenizer.json`` through the ``tokenizers`` package. Special tokens are not added; those that the text spells out are found
+    unless ``tokenizer_config.json`` beside it says ``split_special_tokens``.
+
+    Dictionary symbols (``symbols``, by the tokenizer's own ids) are those ids in decimal. The tokens that ``tokenizer_config.json`` names
+    as ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token`` are fairseq's specials (the first of eos, bos, pad, unk where one is
+    several). Where that or their names make ids 0 to 3 fairseq's, the tokenizer has a dictionary's ids already.
+    """
 
     kind = "huggingface"
     lossless = False  # depends on its normaliser, which is not looked into
+    _ROLES = {"unk_token": UNK, "pad_token": PAD, "bos_token": BOS, "eos_token": EOS}  # noqa: RUF012
 
     def __init__(self, path: str | os.PathLike[str], dictionary: Dictionary | None = None) -> None:
         try:
@@ -220,8 +237,37 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{path} is not a tokenizer.json that this version of tokenizers reads: {error}") from error
         self._model.no_truncation()
         self._model.no_padding()
-        size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
-        super().__init__({"tokenizer.json": path}, [str(i) for i in range(size)], dictionary)
+        files = {"tokenizer.json": path}
+        settings: dict[str, Any] = {}
+        if (beside := path.with_name("tokenizer_config.json")).is_file():
+            files[beside.name] = beside
+            try:
+                settings = dict(json.loads(beside.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{beside} is not a JSON object: {error}") from error
+        self._model.encode_special_tokens = bool(settings.get("split_special_tokens"))
+        ids: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
+        self.symbols = [str(i) for i in range(1 + max(ids.values()))]
+        for role, special in self._ROLES.items():
+            token = settings.get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token in ids:
+                self.symbols[ids[token]] = SPECIALS[special]
+        if all(ids.get(name) == i or self.symbols[i : i + 1] == [name] for i, name in enumerate(SPECIALS)):
+            self.symbols[: len(SPECIALS)] = SPECIALS
+        super().__init__(files, self.symbols, dictionary)
+
+    @property
+    def splits_special_tokens(self) -> bool:
+        """Whether the names of special tokens are ordinary text to it."""
+        return bool(self._model.encode_special_tokens)
+
+    @property
+    def prefix(self) -> list[int]:
+        """Dictionary ids of what the tokenizer itself puts before a text."""
+        plain, special = (self._model.encode("a", add_special_tokens=added).ids for added in (False, True))
+        before = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+        return self._to_dictionary[special[:before]].tolist()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._model.encode_batch(list(texts), add_special_tokens=False)]

@@ -33,7 +33,10 @@ _PACKAGES = {"sentencepiece": "sentencepiece", "gpt2_bpe": "regex", "huggingface
 
 @contextlib.contextmanager
 def workplace(output: Path, wanted: dict[str, Any], force: bool) -> Iterator[Path]:
-    """``output/.prepare``, locked, with the unfinished work of the same settings if any. Removed when the work is done or worthless."""
+    """``output/.prepare``, locked, with the unfinished work of the same settings if any. Removed when the work is done or worthless.
+
+    Raises UserError while another process is at work there, and for unfinished work of other settings unless ``force``.
+    """
     work = output / ".prepare"
     created = not output.exists()
     work.mkdir(parents=True, exist_ok=True)

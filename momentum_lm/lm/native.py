@@ -35,7 +35,7 @@ from .shards import join_parts, part_files
 CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
 _OPTIONS = (  # those of fairseq's and our own options that say what a decoder computes
     *("decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers", "decoder_attention_heads", "activation_fn"),
-    *("position", "no_scale_embedding", "untie_embeddings", "max_target_positions"),
+    *("position", "no_scale_embedding", "untie_embeddings", "max_target_positions", "absent_tokens"),
     *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
 )
 _IGNORED = re.compile(r"(version|embed_positions\._float_tensor)$")

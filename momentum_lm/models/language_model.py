@@ -46,6 +46,9 @@ class LanguageModelConfig(FairseqDataclass):
     momentum_gate: ChoiceEnum(["none", "zero"]) = _option(  # type: ignore[valid-type]
         "none", "zero: a learned factor per head that starts at 0, to add momentum to a trained model"
     )
+    absent_tokens: str = _option(
+        "", "ids of tokens that are never predicted, with commas between, as the configuration of a converted model has"
+    )
     max_target_positions: Optional[int] = II("task.max_target_positions")
     tokens_per_sample: int = II("task.tokens_per_sample")
 

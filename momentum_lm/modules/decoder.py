@@ -20,6 +20,7 @@ from .attention import Cache, CausalSelfAttention, LayerCache, Rotary
 from .feedforward import activated_linear
 from .loss import chunked_cross_entropy
 from .momentum import MomentumEMA, MomentumMultiEMA
+from .output import OutputProjection, token_ids
 
 POSITIONS = ("sinusoidal", "learned", "rotary")
 # The paper gives no decay. This one had the lowest validation perplexity in examples/momentum_vs_vanilla.
@@ -57,6 +58,7 @@ class DecoderConfig:
     momentum_learned: bool = False
     momentum_normalize: bool = False
     momentum_gate: str = "none"
+    absent_tokens: tuple[int, ...] = ()  # ids that are never predicted, such as rows of a dictionary that the model was not trained with
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -88,6 +90,9 @@ class DecoderConfig:
             raise UserError(f"--position rotary needs an even head size, got {self.dim // self.heads}")
         if self.position == "sinusoidal" and self.dim < 4:
             raise UserError(f"--position sinusoidal needs --decoder-embed-dim of at least 4, got {self.dim}")
+        for token in self.absent_tokens:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"--absent-tokens {token}: the dictionary's ids are 0 to {self.vocab_size - 1}")
 
     @classmethod
     def from_fairseq(cls, cfg: Mapping[str, Any], vocab_size: int, padding_idx: int = 1, eos_idx: int = 2) -> DecoderConfig:
@@ -158,6 +163,7 @@ class DecoderConfig:
             momentum_learned=bool(get("momentum_learned", False)),
             momentum_normalize=bool(get("momentum_normalize", False)),
             momentum_gate=str(get("momentum_gate", "none")),
+            absent_tokens=token_ids(get("absent_tokens", "")),
         )
 
 
@@ -219,7 +225,7 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config.dim // config.heads) if config.position == "rotary" else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.layer_norm = nn.LayerNorm(config.dim)
-        self.output_projection = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output_projection = OutputProjection(config.dim, config.vocab_size, config.absent_tokens)
         if config.tie_embeddings:
             self.output_projection.weight = self.embed_tokens.weight
         else:
@@ -250,8 +256,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Cross entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T), padding targets not counted; never holds all logits."""
         hidden = self.features(tokens, None, segment_ids, left_padded)
-        weight = self.output_projection.weight
-        return chunked_cross_entropy(hidden, weight, targets, self.config.padding_idx, reduction)
+        output = self.output_projection
+        return chunked_cross_entropy(hidden, output.weight, targets, self.config.padding_idx, reduction, absent=output.absent)
 
     def features(
         self,
@@ -366,6 +372,8 @@ def _accept_fairseq_keys(module: Decoder, state: dict[str, Any], prefix: str, *u
     embedding = state.get(f"{prefix}embed_tokens.weight")
     if embedding is not None and module.output_projection.weight is module.embed_tokens.weight:
         output = state.setdefault(f"{prefix}output_projection.weight", embedding)
+        if output is embedding:
+            return
         # not allclose: fully sharded tensors have none
         if output.shape == embedding.shape and not bool((output.eq(embedding) | (output.isnan() & embedding.isnan())).all()):
             raise UserError("the checkpoint's output projection differs from its embedding: such a model needs --untie-embeddings")

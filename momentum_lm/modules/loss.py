@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Gradients are formed chunk by chunk while the logits are there, so that nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int, absent: Tensor | None) -> Tensor:
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = autocast or torch.promote_types(hidden.dtype, weight.dtype)
@@ -38,6 +39,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + chunk)
                 h, target = hidden[part].to(dtype), targets[part]
                 logits = (h @ w.T).to(total.dtype)
+                if absent is not None:
+                    logits.index_fill_(1, absent, -math.inf)
                 log_z = torch.logsumexp(logits, -1, keepdim=True)
                 kept = target != ignore_index
                 index = target.masked_fill(~kept, 0)[:, None]
@@ -62,9 +65,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if grad_output.device.type == "cpu" and grad_output == 1:  # on a GPU, looking would wait for it
-            return *ctx.saved_tensors, None, None, None
+            return *ctx.saved_tensors, None, None, None, None
         grads = (None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -74,12 +77,14 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "sum",
     chunk_tokens: int | None = None,
+    absent: Tensor | None = None,
 ) -> Tensor:
     """``F.cross_entropy(hidden @ weight.T, targets)`` holding ``chunk_tokens`` rows of logits at a time (None: a good number).
 
     Args:
         hidden: (..., C). weight: (V, C), the output embedding. targets: (...) token ids; ``ignore_index`` counts for nothing.
         reduction: "sum", or "none" (no gradients) for one value per token.
+        absent: (N,) ids of tokens that are never predicted, as if their logits were -inf; None: there are none.
 
     Returns:
         Nats, in fp32 (fp64 for fp64 inputs): a scalar, or (...) with 0 where ignored. Products follow autocast, the softmax does not.
@@ -95,13 +100,18 @@ def chunked_cross_entropy(
     if not torch.is_grad_enabled():
         rows, weight = rows.detach(), weight.detach()
     if reduction == "sum":
-        return _SummedCrossEntropy.apply(rows, weight, flat, ignore_index, chunk_tokens)
+        return _SummedCrossEntropy.apply(rows, weight, flat, ignore_index, chunk_tokens, absent)
     if reduction != "none":
         raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
     precision = torch.promote_types(hidden.dtype, torch.float32)
+
+    def logits(rows: Tensor) -> Tensor:
+        result = F.linear(rows, weight).to(precision)
+        return result if absent is None else result.index_fill_(1, absent, -math.inf)
+
     with torch.no_grad():
         losses = [
-            F.cross_entropy(F.linear(h, weight).to(precision), target, ignore_index=ignore_index, reduction="none")
+            F.cross_entropy(logits(h), target, ignore_index=ignore_index, reduction="none")
             for h, target in zip(rows.split(chunk_tokens), flat.split(chunk_tokens), strict=True)
         ]
         return torch.cat(losses).view(targets.shape)

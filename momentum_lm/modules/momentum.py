@@ -88,7 +88,7 @@ class MomentumEMA(_Momentum):
         return (out if addend is None else out + addend), state
 
     def decays(self) -> Tensor:
-        """The decays, flat, for logging."""
+        """The decays, (n,), for logging."""
         return self.log_decay().detach().exp()
 
 
@@ -139,5 +139,5 @@ class MomentumMultiEMA(_Momentum):
         return (out if addend is None else out + addend), state
 
     def decays(self) -> Tensor:
-        """The decays, flat, for logging."""
+        """The decays, (n,), for logging."""
         return torch.sigmoid(self.delta.detach()).flatten()

@@ -22,6 +22,7 @@ class Float32(nn.Module):
 
 
 def autocast_once(x: Tensor) -> Tensor:
-    """``x`` as autocast casts it for a matrix product. For several products it would make as many copies, and autograd keep them all."""
+    """``x``, of any shape, as autocast casts it for a matrix product: for several products it would make as many copies, and autograd
+    keep them all."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -72,7 +72,7 @@ def step_memory(
         strategy: "single"; "ddp", with a copy of the gradients in buckets; "fsdp" over ``processes``, which hold a part each, gather a
             block's weights (two at a time) and let its gradients go when they are summed.
 
-    What is not here: the CUDA context, NCCL's buffers and the allocator's gaps.
+    What is not here: the CUDA context, NCCL's buffers and the allocator's gaps. Raises ValueError for another strategy.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")

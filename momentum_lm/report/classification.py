@@ -211,10 +211,12 @@ def _curves(runs: Sequence[Run]) -> Picture:
 
 
 def percent(value: float) -> str:
+    """A fraction in percent, such as ``62.5``, without the sign."""
     return f"{100 * value:.1f}"
 
 
 def interval_text(ci95: Sequence[float]) -> str:
+    """The ends of an interval of fractions, in percent."""
     return f"{percent(ci95[0])} to {percent(ci95[1])}"
 
 

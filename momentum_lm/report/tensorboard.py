@@ -39,7 +39,7 @@ class TrainingLog:
             self._open().add_scalar(tag, float(value), step)
 
     def histogram(self, tag: str, tensor: Tensor, step: int) -> None:
-        """The distribution of a tensor's finite elements, in any dtype; without any, nothing is written."""
+        """The distribution of the finite elements of a tensor of any shape and dtype; without any, nothing is written."""
         values = tensor.detach().to("cpu", torch.float32).flatten()
         values = values[values.isfinite()]
         if values.numel():

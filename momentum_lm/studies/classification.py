@@ -321,7 +321,8 @@ class _Recorder:
 
 
 def measure(asked: Questions, predicted: NDArray[np.int64]) -> dict[str, Any]:
-    """Accuracy with Wilson's interval over examples, macro-F1, confusion counts, and what needs no model to reach."""
+    """predicted (n,) choices -> accuracy with Wilson's interval over examples, macro-F1, confusion counts, and what needs no model to
+    reach."""
     gold = np.array([example.gold for example in asked.examples])
     right = int((gold == predicted).sum())
     interval = wilson_interval(right, len(gold))

@@ -96,8 +96,7 @@ def batches(
         count = len(blocks)
         pad = (0, count * context_length - len(targets))
         yield tuple(  # type: ignore[misc]
-            np.pad(x, pad, constant_values=fill).reshape(count, context_length)
-            for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1))
+            np.pad(x, pad, constant_values=fill).reshape(count, context_length) for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1))
         )
 
 

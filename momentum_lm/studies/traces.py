@@ -84,12 +84,12 @@ def ask(lm: TracedModel, prompts: Prompts, batch: Sequence[int], prefix: Any, pr
 
 
 def to_numpy(tensor: Tensor) -> Floats:
-    """float32 on the CPU."""
+    """float32 on the CPU, of the same shape."""
     return tensor.detach().float().cpu().numpy()
 
 
 def stacked(layers: Sequence[Tensor]) -> Floats:
-    """One array with the layers in front."""
+    """L arrays of one shape -> (L, ...), float32."""
     return np.stack([to_numpy(layer) for layer in layers])
 
 
@@ -178,7 +178,8 @@ class Learned:
             parameter.data, self._values[i] = self._values[i], parameter.data
 
     def update(self, model: Any) -> list[tuple[Tensor, ...]]:
-        """Per layer the change of key weight, key bias, value weight and value bias; nothing where they are not found."""
+        """Per layer the change of key weight (Hkv * D, C), key bias (Hkv * D,), value weight and value bias; nothing where they are not
+        found."""
         before = key_value_weights(model)
         with self.applied():
             after = key_value_weights(model)

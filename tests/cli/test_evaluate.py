@@ -182,7 +182,7 @@ def test_help(capsys):
             assert evaluate.main(arguments) == 0
         text = capsys.readouterr().out
         assert "lm_perplexity" in text
-        assert "examples:" in text
+        assert "example:" in text
     assert "--context-lengths" in text
     assert "default: 256,512,1024" in text
 

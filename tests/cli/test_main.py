@@ -36,7 +36,7 @@ def test_only_commands_that_exist_are_offered():
     assert set(commands()) == {"prepare", "convert", "plan", "report", "datasets", "preflight", "doctor"}
 
 
-@pytest.mark.parametrize("name", ["prepare", "plan", "datasets", "report", "doctor"])
+@pytest.mark.parametrize("name", ["prepare", "convert", "plan", "datasets", "report", "doctor"])
 def test_each_command_explains_itself(name, run_cli):
     result = run_cli(["momentum-lm", name, "--help"])
     assert result.returncode == 0 and result.stdout.startswith(f"usage: momentum-lm {name}"), result.stderr

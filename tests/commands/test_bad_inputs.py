@@ -84,7 +84,8 @@ CASES = {
     "heads that do not divide": (train("--decoder-attention-heads", "5"), "--decoder-attention-heads"),
     "criterion for other models": (train(arch="transformer_lm_gpt"), "--criterion"),
     "packed documents for other models": (
-        train("--packed-documents", "--criterion", "cross_entropy", arch="transformer_lm_gpt"), "--packed-documents",
+        train("--packed-documents", "--criterion", "cross_entropy", arch="transformer_lm_gpt"),
+        "--packed-documents",
     ),
     "bad betas": (train("--adam-betas", "(2, 3)"), "--adam-betas"),
     "no apex": (train("--adam-backend", "apex"), "apex"),

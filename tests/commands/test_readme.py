@@ -115,7 +115,7 @@ def workplace(documents, run_cli, tmp_path_factory):
         shutil.copy(path, folder / "data/bin")
     for place in ("models/en_dense_lm_1_3b/model.pt", "en_dense_lm_125m/model.pt", *(f"{run}/checkpoint_best.pt" for run in RUNS)):
         _small_checkpoint(folder / place, folder / "data")
-    _small_huggingface_model(folder / "models/small")
+    _small_huggingface_models(folder / "models/small", folder / "openai-community/gpt2")
     return folder
 
 
@@ -133,20 +133,28 @@ def _small_checkpoint(path, data):
     torch.save({"model": weights, "cfg": {"model": options, "task": {}}}, path)
 
 
-def _small_huggingface_model(folder):
+def _small_huggingface_models(llama, gpt2):
     import tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    core.train_from_iterator(
-        ["a film"], tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    )
-    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=letters, special_tokens=["<|endoftext|>"])
+    core.train_from_iterator(["a film"], trainer)
     torch.manual_seed(0)
+    size = core.get_vocab_size()
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 2048}
-    LlamaForCausalLM(LlamaConfig(vocab_size=core.get_vocab_size(), **shape)).save_pretrained(folder)
+    for folder, model in (
+        (llama, LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape))),
+        (
+            gpt2,
+            GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)),
+        ),
+    ):
+        PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
+        model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("path", [README, *EXAMPLES], ids=lambda path: path.parent.name)

@@ -102,9 +102,7 @@ def test_two_processes_are_one_with_twice_the_batch(task, data, run_cli, cli_com
 
 
 def test_bf16_autocast_follows_fp32(data, run_cli, tmp_path, flags, losses):
-    plain, cast = (
-        run_cli(flags(data, tmp_path / name, *MODEL, "--autocast", name, task="ours", updates=12)) for name in ("none", "bf16")
-    )
+    plain, cast = (run_cli(flags(data, tmp_path / name, *MODEL, "--autocast", name, task="ours", updates=12)) for name in ("none", "bf16"))
     assert losses(plain) != losses(cast)
     for update, loss in losses(plain).items():
         assert float(losses(cast)[update]) == pytest.approx(float(loss), rel=0.02)

@@ -257,6 +257,33 @@ def test_untied_and_tied_output():
     assert untied.output_projection.weight is not untied.embed_tokens.weight
 
 
+def test_absent_tokens_are_never_predicted_and_cost_nothing_to_others():
+    plain, absent = build(), build(absent_tokens=(0, 1, 3, 40))
+    absent.load_state_dict(plain.state_dict(), strict=True)
+    assert plain.state_dict().keys() == absent.state_dict().keys() and plain.output_projection.absent is None
+    tokens = random_tokens()
+    logits, expected = absent(tokens), plain(tokens)
+    kept = [i for i in range(expected.shape[-1]) if i not in (0, 1, 3, 40)]
+    assert torch.equal(logits[..., kept], expected[..., kept]) and (logits[..., [0, 1, 3, 40]] == -torch.inf).all()
+    targets = tokens.roll(-1, 1).masked_fill(torch.isin(tokens.roll(-1, 1), torch.tensor([0, 3, 40])), 5)
+    whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum")
+    torch.testing.assert_close(absent.loss(tokens, targets), whole)
+    absent.loss(tokens, targets).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in absent.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("given", ["0,1,3", [3, 1, 0], (0, 1, 3), "3, 1,0,", "0,1,1,3"])
+def test_absent_tokens_of_a_checkpoint(given):
+    assert DecoderConfig.from_fairseq({"absent_tokens": given}, 50).absent_tokens == (0, 1, 3)
+    assert DecoderConfig.from_fairseq({}, 50).absent_tokens == DecoderConfig.from_fairseq({"absent_tokens": ""}, 50).absent_tokens == ()
+
+
+@pytest.mark.parametrize("given", ["a", "0;1", 7, [None], "50", "-1"])
+def test_absent_tokens_that_are_none(given):
+    with pytest.raises(UserError, match="--absent-tokens"):
+        DecoderConfig.from_fairseq({"absent_tokens": given}, 50)
+
+
 def test_the_weights_of_an_untied_model_do_not_go_into_a_tied_one():
     tied, untied = build(), build(tie_embeddings=False)
     before = tied.embed_tokens.weight.clone()

@@ -25,6 +25,25 @@ def test_equals_torch_with_gradients(chunk, ignore):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_tokens_that_are_never_predicted(chunk):
+    """The loss of a vocabulary without them, and no gradient for their rows."""
+    hidden, weight, targets = inputs()
+    absent, kept = torch.tensor([0, 1, 9]), torch.tensor([2, 3, 4, 5, 6, 7, 8, 10])
+    places = torch.randint(len(kept), targets.shape, generator=torch.Generator().manual_seed(2))
+    targets = kept[places].masked_fill(targets == 1, 1)
+    ours = chunked_cross_entropy(hidden, weight, targets, 1, chunk_tokens=chunk, absent=absent)
+    others = places.masked_fill(targets == 1, -100)
+    reference = F.cross_entropy((hidden @ weight[kept].T).flatten(0, 1), others.flatten(), reduction="sum")
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, reference)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert (gradients[0][1][absent] == 0).all()
+    each = chunked_cross_entropy(hidden, weight, targets, 1, reduction="none", chunk_tokens=chunk, absent=absent)
+    torch.testing.assert_close(each.sum(), reference.detach(), rtol=0, atol=1e-12)
+
+
 def test_gradcheck():
     hidden, weight, targets = inputs()
     assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets, 1, chunk_tokens=4), (hidden, weight))

@@ -1,0 +1,81 @@
+"""A folder that is either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from momentum_lm.errors import UserError
+from momentum_lm.files import locked, naming
+
+# all that a conversion writes
+_OURS = re.compile(
+    r"model\.pt|dict\.txt|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_|tokenizer_)?config\.json|tokenizer\.json"
+    r"|sentencepiece\.model|encoder\.json|vocab\.bpe|(configuration|modeling)_momentum_lm\.py"
+)
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, force: bool) -> Iterator[Path]:
+    """A folder beside ``output`` to write into; on success it takes the place of ``output``, on error it is removed.
+
+    However the process ends, ``output`` is the old folder or the new one, or it is away for a moment between two renamings; then the
+    next call puts the old one back. Raises UserError if ``output`` is there without ``force`` (with it, if it holds anything that a
+    conversion does not write), or if another process is writing it.
+    """
+    if not output.parent.is_dir():
+        raise UserError(f"{output.parent} does not exist; make that folder first, or choose another OUTPUT")
+    partial, old = (output.with_name(f".{output.name}.{word}") for word in ("partial", "old"))
+    with naming(output), locked(partial):
+        try:
+            if old.exists() and not output.exists():  # a process was killed between the two renamings below
+                os.rename(old, output)
+            _check(output, force)
+            for path in (old, *(path for path in partial.iterdir() if path.name != ".lock")):  # of one that was killed elsewhere
+                _remove(path)
+            yield partial
+            (partial / ".lock").unlink()
+            for path in [*partial.iterdir(), partial]:
+                _sync(path)
+            if output.exists():
+                os.rename(output, old)
+            os.rename(partial, output)
+            _sync(output.parent)
+            _remove(old)
+        except BaseException:
+            if old.exists() and not output.exists():
+                os.rename(old, output)
+            _remove(partial)
+            raise
+
+
+def _check(output: Path, force: bool) -> None:
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir() or output.is_symlink():
+        raise UserError(f"{output} is not a folder; OUTPUT is the folder to make")
+    found = sorted(output.iterdir())
+    foreign = [path.name for path in found if path.is_dir() or not _OURS.fullmatch(path.name)]
+    if foreign:
+        raise UserError(f"{output} holds {foreign[0]}, which a conversion does not write; choose another OUTPUT")
+    if found and not force:
+        raise UserError(f"{output} is there already; choose another OUTPUT, or add --force")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

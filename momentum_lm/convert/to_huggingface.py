@@ -1,0 +1,136 @@
+"""A fairseq checkpoint -> a folder of a Hugging Face model."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from momentum_lm.data.dictionary import EOS, PAD, SPECIALS, Dictionary
+from momentum_lm.data.tokenizer import HuggingFaceTokenizer, Tokenizer, has_tokenizer
+from momentum_lm.errors import UserError
+from momentum_lm.files import write_json
+from momentum_lm.lm.native import NativeLM, find_checkpoint, load_native
+from momentum_lm.modules import DecoderConfig
+
+from .families import GPT2, MOMENTUM, OPT, XGLM, Family
+from .lazy import Lazy, write_safetensors
+from .tokenizers import write_tokenizer
+
+PART = 5_000_000_000  # bytes, as transformers cuts
+_REMOTE = Path(__file__).parent / "remote"
+_MODULES = {
+    "AutoConfig": "configuration_momentum_lm.MomentumLMConfig",
+    "AutoModelForCausalLM": "modeling_momentum_lm.MomentumLMForCausalLM",
+}
+
+
+def read_checkpoint(
+    path: str, overrides: Mapping[str, Any] | str | None = None, trust: bool = False, tokenizer: str | None = None
+) -> NativeLM:
+    """The checkpoint with its weights in the dtype that they are saved in, as pages of the file."""
+    from fairseq_compat import load_checkpoint
+
+    weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
+    tensors = [value for value in weights.get("model", weights).values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    dtypes = {tensor.dtype for tensor in tensors if tensor.dim() > 1} or {torch.float32}  # of matrices: notes of the format are in fp32
+    return load_native(path, overrides, trust, dtype=functools.reduce(torch.promote_types, dtypes), tokenizer=tokenizer)
+
+
+def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> tuple[str, list[str]]:
+    """Writes the weights, ``config.json``, ``generation_config.json`` and the tokenizer into a folder. ``dtype`` None: as they are.
+
+    Returns the class of transformers that loads it, and what a user should know.
+    """
+    tokenizer, dictionary = _vocabulary(lm)
+    bos, decoder = lm.bos[0], lm.config
+    family, order = choose(decoder, dictionary, tokenizer, bos)
+    ours = {name: Lazy.of(tensor) for name, tensor in lm.model.state_dict().items()}
+    tensors = family.to_theirs(ours, decoder.tie_embeddings, order)
+    tensors = {name: lazy if ".momentum." in name else lazy.to(dtype) for name, lazy in tensors.items()}
+    names = _write_parts(tensors, folder, progress)
+    where = {our: i for i, our in enumerate(order.tolist())} if order is not None else {i: i for i in range(decoder.vocab_size)}
+    ids = {"bos_token_id": where[bos], "eos_token_id": where[EOS], "pad_token_id": where.get(PAD)}
+    config = (
+        family.config(decoder, len(where))
+        | ids
+        | {"dtype": str(tensors[family.theirs("embed_tokens.weight")].dtype).removeprefix("torch.")}
+    )
+    if family is MOMENTUM:
+        config["auto_map"] = _MODULES
+        for module in _MODULES.values():
+            name = f"{module.partition('.')[0]}.py"
+            shutil.copyfile(_REMOTE / name, folder / name)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    notes = [f"{len(names)} files of weights"] if len(names) > 1 else []
+    if tokenizer is not None:
+        note = write_tokenizer(tokenizer, folder, decoder.max_positions, bos, order is not None)
+        notes += [note] if note else []
+    else:
+        notes.append("there is no tokenizer beside the checkpoint, so none was written; name its folder with --tokenizer")
+    return family.architecture, notes
+
+
+def choose(
+    decoder: DecoderConfig, dictionary: Dictionary | None, tokenizer: Tokenizer | None, bos: int
+) -> tuple[Family, torch.Tensor | None]:
+    """The family that computes what the decoder does, and its vocabulary, (V,): the id here of each id there (None: the same)."""
+    if GPT2.represents(decoder) and dictionary is not None:
+        order = _own_order(decoder, dictionary, tokenizer)
+        if order is not None and bos in order.tolist() and order.tolist() != list(range(decoder.vocab_size)):
+            return GPT2, order
+    if not decoder.absent_tokens:
+        for family in (XGLM, OPT):
+            if family.represents(decoder):
+                return family, None
+    return MOMENTUM, None
+
+
+def _own_order(decoder: DecoderConfig, dictionary: Dictionary, tokenizer: Tokenizer | None) -> torch.Tensor | None:
+    """The ids of the model's own tokenizer, which dict.txt gives in decimal, if they are all that the model predicts; else None."""
+    present = [i for i in range(decoder.vocab_size) if i not in decoder.absent_tokens]
+    own = {int(symbol): i for i, symbol in enumerate(dictionary.symbols) if symbol.isdecimal()}
+    specials = [i for i in present if i < len(SPECIALS)]
+    left = sorted(set(range(len(present))) - own.keys())
+    if len(specials) == len(left) == 1:
+        own[left[0]] = specials[0]
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        own |= {tokenizer.symbols.index(SPECIALS[i]): i for i in specials if SPECIALS[i] in tokenizer.symbols}
+    if sorted(own) != list(range(len(present))) or sorted(own.values()) != present:
+        return None
+    return torch.tensor([own[i] for i in range(len(present))])
+
+
+def _vocabulary(lm: NativeLM) -> tuple[Tokenizer | None, Dictionary | None]:
+    folder = lm.tokenizer_path if lm.tokenizer_path.is_dir() else lm.tokenizer_path.parent
+    if has_tokenizer(folder):
+        return lm.tokenizer, lm.tokenizer.dictionary
+    file = folder / "dict.txt"
+    dictionary = Dictionary.load(file) if file.exists() else None
+    if dictionary is not None and len(dictionary) != lm.vocab_size:
+        raise UserError(f"{file} has {len(dictionary)} entries, but {lm.name} has {lm.vocab_size}: they belong to different models")
+    return None, dictionary
+
+
+def _write_parts(tensors: Mapping[str, Lazy], folder: Path, progress: Callable[[int], object]) -> list[str]:
+    """``model.safetensors``, or of a large model its parts and their index. Returns the files' names."""
+    parts: list[dict[str, Lazy]] = [{}]
+    for name, lazy in tensors.items():
+        if parts[-1] and sum(other.nbytes for other in parts[-1].values()) + lazy.nbytes > PART:
+            parts.append({})
+        parts[-1][name] = lazy
+    if len(parts) == 1:
+        write_safetensors(folder / "model.safetensors", tensors, progress)
+        return ["model.safetensors"]
+    names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for name, part in zip(names, parts, strict=True):
+        write_safetensors(folder / name, part, progress)
+    weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    total = sum(lazy.nbytes for lazy in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return names

@@ -1,0 +1,143 @@
+"""What cannot be converted is refused in one line that says why, and leaves nothing behind."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "DELETE"}))
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False: the model normalises after each block, as OPT-350m does"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, not the hidden size 32: the embeddings go through projections"),
+        ("opt", {"enable_bias": False}, "enable_bias is False: the decoder's projections have biases"),
+        ("opt", {"_remove_final_layer_norm": True}, "the decoder has a norm after its last block"),
+        ("opt", {"activation_function": "silu"}, "activation_function is 'silu', which the decoder does not have (gelu, relu, "),
+        ("opt", {"hidden_size": "DELETE"}, "hidden_size is None, which is no whole number"),
+        ("opt", {"hidden_size": "32"}, "hidden_size is '32', which is no whole number"),
+        ("opt", {"num_attention_heads": 5}, "--decoder-embed-dim 32 is not a multiple of --decoder-attention-heads 5"),
+        ("opt", {"vocab_size": "DELETE"}, "gives no vocab_size"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "the decoder scales attention logits alike in all layers"),
+        ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06: the decoder's layer norms have 1e-5"),
+        ("gpt2", {"add_cross_attention": True}, "the decoder has no cross-attention"),
+        ("xglm", {"pad_token_id": 5}, "pad_token_id is 5: fairseq's sinusoidal positions follow from a padding token of id 1"),
+        ("gpt2", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is none of XGLMForCausalLM, "
+         "OPTForCausalLM, GPT2LMHeadModel: Llama, Mistral, Qwen, GPT-NeoX and the like have RMSNorm"),
+        ("gpt2", {"model_type": "gpt_neox", "architectures": "DELETE"}, "gpt_neox is none of"),
+        ("gpt2", {"model_type": "llama"}, "use it as it is with fairseq-eval --hf-model"),
+    ],
+)  # fmt: skip
+def test_models_that_the_decoder_cannot_be(make_model, refused, tmp_path, family, changes, message):
+    _, theirs = make_model(family)
+    edit(theirs, **changes)
+    line = refused(theirs, tmp_path / "ours")
+    assert message in line and "config.json" in line
+    assert sorted(os.listdir(tmp_path)) == ["theirs"]
+
+
+def remove(tensors):
+    del tensors["transformer.h.1.mlp.c_fc.bias"]
+
+
+def add(tensors):
+    tensors |= {f"transformer.h.{layer}.mlp.c_fc.bias": torch.zeros(3) for layer in (3, 4)}
+
+
+def reshape(tensors):
+    tensors["transformer.h.1.attn.c_attn.weight"] = torch.zeros(96, 32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (remove, "its tensors do not fit its config.json: they lack transformer.h.1.mlp.c_fc.bias"),
+        (add, "they have transformer.h.3.mlp.c_fc.bias and 1 more, which the model does not"),
+        (reshape, "transformer.h.1.attn.c_attn.weight is (96, 32), and by config.json (32, 96)"),
+    ],
+)
+def test_tensors_that_do_not_fit(make_model, refused, tmp_path, change, message):
+    _, theirs = make_model("gpt2")
+    tensors = load_file(theirs / "model.safetensors")
+    change(tensors)
+    save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
+    assert message in refused(theirs, tmp_path / "ours")
+    assert sorted(os.listdir(tmp_path)) == ["theirs"]
+
+
+def test_damaged_files(make_model, refused, tmp_path):
+    _, theirs = make_model("gpt2")
+    weights, out = theirs / "model.safetensors", tmp_path / "ours"
+    whole = weights.read_bytes()
+    for size in (0, 100, len(whole) - 10):
+        weights.write_bytes(whole[:size])
+        assert f"model.safetensors ({size:,} bytes) is torn or not a safetensors file" in refused(theirs, out)
+    weights.rename(theirs / "pytorch_model.bin")
+    assert "pytorch_model.bin" in (line := refused(theirs, out)) and "is torn or not a checkpoint" in line
+    torch.save({"a": 1}, theirs / "pytorch_model.bin")
+    assert "pytorch_model.bin holds a, which is no tensor" in refused(theirs, out)
+    torch.save({"a": os.system}, theirs / "pytorch_model.bin")
+    assert "add --trust-checkpoint" in refused(theirs, out)
+    (theirs / "pytorch_model.bin").unlink()
+    assert "holds no weights: model.safetensors or pytorch_model.bin" in refused(theirs, out)
+    index = theirs / "model.safetensors.index.json"
+    index.write_text("{}")
+    assert "index.json is not the index of a model in parts" in refused(theirs, out)
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    assert "index.json is not the index of a model in parts" in refused(theirs, out)
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    assert "model-00001-of-00002.safetensors is missing, a part of the model" in refused(theirs, out)
+    (theirs / "config.json").write_text("{")
+    assert "config.json cannot be read: " in refused(theirs, out)
+    (theirs / "config.json").write_text("[]")
+    assert "config.json is not a JSON object" in refused(theirs, out)
+    (theirs / "config.json").unlink()
+    assert "is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint" in refused(theirs, out)
+    assert sorted(os.listdir(tmp_path)) == ["theirs"]
+
+
+def test_tokenizers_that_do_not_do(make_model, refused, tmp_path):
+    _, theirs = make_model("gpt2")
+    (theirs / "tokenizer.json").write_text("{}")
+    assert "transformers does not load the tokenizer" in refused(theirs, tmp_path / "ours")
+    for path in theirs.glob("tokenizer*"):
+        path.unlink()
+    edit(theirs, eos_token_id=None, bos_token_id=None)
+    assert "does not say which token ends a text" in refused(theirs, tmp_path / "ours")
+
+
+def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypatch):
+    _, theirs = make_model("opt")
+    monkeypatch.chdir(tmp_path)
+    assert "/nowhere does not exist; make that folder first" in refused(theirs, tmp_path / "nowhere" / "ours")
+    (tmp_path / "file").write_text("mine")
+    assert "file is not a folder; OUTPUT is the folder to make" in refused(theirs, tmp_path / "file", "--force")
+    assert "holds" in refused("theirs", ".") and "choose another OUTPUT" in refused("theirs", "theirs", "--force")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.md").write_text("mine")
+    assert "mine holds notes.md, which a conversion does not write" in refused(theirs, tmp_path / "mine", "--force")
+    assert (tmp_path / "mine" / "notes.md").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    convert(theirs, "empty")
+    assert "empty is there already; choose another OUTPUT, or add --force" in refused(theirs, tmp_path / "empty")
+    assert "does not exist; give a checkpoint, a folder, or the name of a model" in refused(tmp_path / "no.pt", tmp_path / "x")
+    assert "--tokenizer is for fairseq checkpoints" in refused(theirs, tmp_path / "x", "--tokenizer", "y")
+    assert "--model-overrides is for fairseq checkpoints" in refused(theirs, tmp_path / "x", "--model-overrides", "{'a': 1}")
+    (tmp_path / "bad.pt").write_bytes(b"nothing")
+    assert "bad.pt" in refused(tmp_path / "bad.pt", tmp_path / "x")
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_model_of_another_architecture_built_by_transformers(refused, tmp_path):
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    assert "grouped heads or parallel blocks, which fairseq's decoder has not" in refused(tmp_path / "llama", tmp_path / "ours")

@@ -10,7 +10,8 @@ from .common import Folder, read_runs, short_names
 from .figures import draw, to_svg
 from .finetuning_summary import EVIDENCE, METRICS, SETTINGS, TASK, Run, accuracy, bands, metric, number, rec2ftp, settings
 from .html import Code, Gallery, Paragraph, Part, Picture, Points, write_page
-from .layer_figures import Curve, layer_panel
+from .icl_vs_finetuning import metric_panel
+from .layer_figures import Curve
 from .tables import Table
 
 _READING = (
@@ -61,7 +62,7 @@ class FinetuningComparison:
                 lines[title] = Curve(band[0], band[1], band[2], look)
         if not lines:
             return None
-        return Picture(to_svg(draw(layer_panel(lines, METRICS[name]), size=(4.6, 3.9))), f"{METRICS[name]}, corrected, by layer.")
+        return Picture(to_svg(draw(metric_panel(name, lines), size=(4.6, 3.9))), f"{METRICS[name]}, corrected, by layer.")
 
     def _notes(self) -> list[str]:
         """Settings that not every folder has, and those of other seeds or numbers of examples."""

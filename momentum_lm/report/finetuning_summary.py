@@ -32,6 +32,11 @@ METRICS = {  # in the order of the tables
     "relaxation_cosine": "relaxed vs softmax, cosine",
     "relaxation_ratio": "relaxed vs softmax, length",
 }
+UNITS = {  # of the metrics' axes; the rest are cosines
+    **dict.fromkeys(("kendall", "kendall_example"), "rank correlation (tau)"),
+    **dict.fromkeys(("recall_at_k", "recall_at_k_example"), "recall (share)"),
+    "relaxation_ratio": "ratio of lengths",
+}
 EVIDENCE = ("simaou", "simam_delta_centred", "kendall", "dw_similarity")  # what the conclusions are drawn from
 # Without learning from the right labels, ICL and FT should have nothing in common; the others are other ways of learning.
 NULLS = {"random": "random", "before": "before finetuning", "untrained": "untrained", "shuffled_labels": "shuffled labels"}

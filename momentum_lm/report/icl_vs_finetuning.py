@@ -18,6 +18,7 @@ from .finetuning_summary import (
     METRICS,
     SETTINGS,
     TASK,
+    UNITS,
     Estimate,
     Run,
     accuracy,
@@ -198,7 +199,12 @@ def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str,
 def panels(runs: Sequence[Run], part: str = "corrected") -> dict[str, Panel]:
     """{metric: panel of its lines over layers}, of the metrics that the runs have."""
     found = {name: curves(runs, name, part) for name in METRICS}
-    return {name: layer_panel(lines, METRICS[name], log=name == "relaxation_ratio") for name, lines in found.items() if _MAIN in lines}
+    return {name: metric_panel(name, lines) for name, lines in found.items() if _MAIN in lines}
+
+
+def metric_panel(name: str, lines: Mapping[str, Curve]) -> Panel:
+    """A metric's lines over layers, with its name and unit."""
+    return layer_panel(lines, METRICS[name], name == "relaxation_ratio", UNITS.get(name, "cosine"))
 
 
 def _pictures(runs: Sequence[Run], stem: str) -> dict[str, Figure]:

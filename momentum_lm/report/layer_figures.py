@@ -26,11 +26,11 @@ class Curve:
     look: int = 0
 
 
-def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False) -> Panel:
+def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False, unit: str = "") -> Panel:
     """A value over layers, numbered from 1: a line and a band for each name; zero is marked, or one on a ``log`` scale."""
 
     def panel(axes: Any) -> None:
-        axes.set(xlabel="layer", yscale="log" if log else "linear")
+        axes.set(xlabel="layer", ylabel=unit, yscale="log" if log else "linear")
         axes.set_title(title, fontsize=10.5, loc="left")
         axes.axhline(int(log), color=_NEUTRAL, linewidth=0.9)
         for number, (name, curve) in enumerate(curves.items()):

@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare."""
     parser = Parser(
         prog="momentum-lm report",
-        description="Compares results of one task of fairseq-eval: differences from the first, paired, with intervals; for "
-        "icl_finetune_analysis the numbers side by side, untested.",
+        description="Compares results of one task of fairseq-eval: differences from the first, paired, with intervals, for "
+        "icl_finetune_analysis by seed.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = perplexity.Comparison(args.runs, seed=args.seed)
     table = comparison.table()
     print(table.markdown() if args.markdown else table.text())
+    differences = comparison.differences() if isinstance(comparison, FinetuningComparison) else None
+    if differences is not None:
+        print(f"\n{differences.markdown() if args.markdown else differences.text()}")
     for note in notes:
         print(f"\n{note}")
     if args.output:

@@ -8,7 +8,22 @@ from collections.abc import Sequence
 
 from .common import Folder, read_runs, short_names
 from .figures import draw, to_svg
-from .finetuning_summary import EVIDENCE, METRICS, SETTINGS, TASK, Run, accuracy, bands, metric, number, rec2ftp, settings
+from .finetuning_summary import (
+    EVIDENCE,
+    METRICS,
+    SETTINGS,
+    TASK,
+    Run,
+    accuracy,
+    bands,
+    estimate,
+    metric,
+    number,
+    over_layers,
+    rec2ftp,
+    settings,
+    signed,
+)
 from .html import Code, Gallery, Paragraph, Part, Picture, Points, write_page
 from .icl_vs_finetuning import metric_panel
 from .layer_figures import Curve
@@ -16,9 +31,11 @@ from .tables import Table
 
 _READING = (
     "Numbers are means over layers, then over seeds, with Student's 95% intervals over seeds; for one seed, and where all seeds agree, "
-    "over examples. Metrics are in the corrected form unless the heading says otherwise. Differences between results are not tested: "
-    "where intervals do not meet there is one, where they do there may be."
+    "over examples. Metrics are in the corrected form unless the heading says otherwise. Differences are paired by seed where both "
+    "results have the same demonstrations and examples under it; one whose interval leaves out 0 would be rare if there were none."
 )
+
+_THE_SAME = ("demonstrations", "num_examples")  # what two runs of a seed must have in common to be a pair
 
 
 class FinetuningComparison:
@@ -44,9 +61,26 @@ class FinetuningComparison:
         headings = ["dataset", "shots", "results", "seeds", "examples", *SETTINGS.values(), "Rec2FTP", "SimAOU, authors' form"]
         return Table([*headings, *(METRICS[name] for name in EVIDENCE)], rows)
 
+    def differences(self) -> Table | None:
+        """Each folder minus the first, paired by seed, with Student's 95% intervals; None where no two runs pair."""
+        rows = []
+        for dataset, shots in self.places:
+            first = {run["seed"]: run for run in self.sides[0].get((dataset, shots), [])}
+            for name, side in zip(self.names[1:], self.sides[1:], strict=True):
+                pairs = [(first[run["seed"]], run) for run in side.get((dataset, shots), []) if run["seed"] in first]
+                pairs = [pair for pair in pairs if all(len({json.dumps(run.get(key)) for run in pair}) == 1 for key in _THE_SAME)]
+                if pairs:
+                    gaps = [[b["accuracy"][key] - a["accuracy"][key] for a, b in pairs] for key in SETTINGS]
+                    cells = [signed(estimate(gap), percent=True) for gap in gaps]
+                    cells += [signed(estimate([_gap(a, b, key) for a, b in pairs])) for key in EVIDENCE]
+                    rows.append([dataset, str(shots), f"{name} minus {self.names[0]}", str(len(pairs)), *cells])
+        headings = ["dataset", "shots", "difference", "seeds", *SETTINGS.values(), *(METRICS[name] for name in EVIDENCE)]
+        return Table(headings, rows) if rows else None
+
     def write_page(self, path: str | os.PathLike[str]) -> None:
         """One HTML page: the table, how to read it, corrected metrics by layer with a line a folder, and what was measured."""
-        top: list[Part] = [self.table(), Paragraph(_READING)]
+        differences = self.differences()
+        top: list[Part] = [self.table(), *([differences] if differences else []), Paragraph(_READING)]
         sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
         for dataset, shots in self.places:
             pictures = [self._picture(dataset, shots, name) for name in EVIDENCE]
@@ -87,6 +121,12 @@ class FinetuningComparison:
             lines.append(f"{name}: {results['model']['path']}")
             lines += [f"  {key}: {json.dumps(config.get(key), ensure_ascii=False)}" for key in differing]
         return "\n".join(lines)
+
+
+def _gap(first: Run, second: Run, name: str) -> float | None:
+    """What a corrected metric is higher in the second run; None where one has no value."""
+    a, b = over_layers(first, name), over_layers(second, name)
+    return None if a is None or b is None else b - a
 
 
 def _cells(runs: Sequence[Run]) -> list[str]:

@@ -298,6 +298,15 @@ def number(value: Estimate, percent: bool = False) -> str:
     return text if ends is None else f"{text} ({form(ends[0])} to {form(ends[1])})"
 
 
+def signed(gap: Estimate, percent: bool = False) -> str:
+    """A difference with its interval in words, such as ``+0.049 (+0.024 to +0.074)``; empty where there is none."""
+    if gap["mean"] is None:
+        return ""
+    form = (lambda x: f"{100 * x:+.1f}") if percent else (lambda x: f"{x:+.3f}")
+    ends = gap["ci95"]
+    return form(gap["mean"]) + ("" if ends is None else f" ({form(ends[0])} to {form(ends[1])})")
+
+
 def three(value: float) -> str:
     """Three decimals, none from a hundred on, and no minus before a zero."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{round(value, 3) + 0.0:.3f}"

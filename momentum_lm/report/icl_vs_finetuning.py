@@ -32,6 +32,7 @@ from .finetuning_summary import (
     number,
     rec2ftp,
     settings,
+    signed,
     summary,
     three,
     verdict,
@@ -134,7 +135,7 @@ def difference_table(runs: Sequence[Run]) -> Table:
     for name, title in METRICS.items():
         gaps = [difference(runs, name, control) for control in controls]
         if any(gap["num"] for gap in gaps):
-            rows.append([title, *map(_signed, gaps)])
+            rows.append([title, *map(signed, gaps)])
     return Table(["corrected, minus", *(CONTROLS[control] for control in controls)], rows)
 
 
@@ -311,13 +312,6 @@ def _own_control(runs: Sequence[Run], name: str, part: str) -> str:
 
 def _plain(value: Estimate) -> str:
     return "" if value["mean"] is None else three(value["mean"])
-
-
-def _signed(gap: Estimate) -> str:
-    if gap["mean"] is None:
-        return ""
-    ends = gap["ci95"]
-    return f"{gap['mean']:+.3f}" + ("" if ends is None else f" ({ends[0]:+.3f} to {ends[1]:+.3f})")
 
 
 def published_quantity(runs: Sequence[Run], quantity: str) -> tuple[str, Estimate]:

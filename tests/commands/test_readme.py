@@ -13,24 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from momentum_lm.data.tokenizer import load_tokenizer
-from momentum_lm.modules import Decoder, DecoderConfig
-
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
 EXAMPLES = sorted(ROOT.glob("examples/*/README.md"))
 FULL = os.environ.get("MOMENTUM_LM_README") == "full"
 TINY = "--decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2"
+TRAIN = f"{TINY} --cpu --max-update 2 --warmup-updates 1 --update-freq 1 --tokens-per-sample 64 --batch-size 2 --num-workers 0"
 # How a command begins -> words that make it small enough for a test; the last of two flags wins.
 SMALLER = {
     "momentum-lm prepare": "--vocab-size 400 --valid 20 --test 20",
-    "fairseq-train": f"{TINY} --cpu --max-update 2 --total-num-update 20 --warmup-updates 1 --update-freq 1 --tokens-per-sample 64 "
-    "--batch-size 2 --num-workers 0",
+    "fairseq-train": f"{TRAIN} --total-num-update 20",
     "fairseq-eval --task lm_perplexity": "--context-lengths 16,32",
     "fairseq-eval --task icl_classification": "--max-field-tokens 4 --limit 10",
     "fairseq-eval --task icl_finetune_analysis": "--shots 2 --max-field-tokens 4 --limit 6 --finetune-lr 0.1,0.01 --lr-examples 4",
     "fairseq-interactive": "--cpu --max-len-b 4",
-    "fairseq-generate": "--cpu --max-len-b 4",
+    "fairseq-generate": "--cpu --max-len-b 12",
     "momentum-lm convert": "",
     "momentum-lm plan": "",
     "momentum-lm report": "",
@@ -41,8 +38,7 @@ SMALLER = {
     "--seeds 1 --autocast none",
     "python examples/reproduce_paper/reproduce.py": "--sizes 1.3B --datasets cb --momentum-datasets mr --lengths 16 --limit 4 --device cpu "
     "--dtype fp32 --data-dir data/icl",
-    "bash examples/pretraining/train.sh": f"{TINY} --cpu --distributed-backend gloo --max-update 2 --total-num-update 20 "
-    "--warmup-updates 1 --update-freq 1 --tokens-per-sample 64 --batch-size 2 --num-workers 0 --autocast none",
+    "bash examples/pretraining/train.sh": f"{TRAIN} --total-num-update 20 --distributed-backend gloo --autocast none",
 }
 SMALL_MODEL = "--hf-model models/small --hf-gguf-file '' --limit 6 --seeds 1,2"
 # The commands that the test below leaves to others: what they need is another machine, or a large download.
@@ -58,7 +54,7 @@ ELSEWHERE = {
 }
 
 
-RUNS = ("checkpoints", "runs/vanilla", "runs/momentum")
+RUNS = ("runs/vanilla", "runs/momentum")
 
 
 def blocks(path, language):
@@ -101,11 +97,17 @@ def workplace(documents, run_cli, tmp_path_factory):
     for i, document in enumerate(documents):
         (folder / "corpus" / f"{i}.txt").write_text(document)
     (folder / "corpus" / "movie-reviews.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:60]))
-    columns = {"mr": ("text", "label", 2), "trec": ("text", "coarse_label", 6), "bbc": ("text", "label", 5), "cb": ("premise", "label", 3)}
-    for name, (column, label, labels) in columns.items():
+    topics = "tech business sport entertainment politics".split()
+    columns = {
+        "mr": ("text", "label", range(2)),
+        "trec": ("text", "coarse_label", range(6)),
+        "bbc": ("text", "label_text", topics),
+        "cb": ("premise", "label", range(3)),
+    }
+    for name, (column, label, values) in columns.items():
         (folder / "data/icl" / name).mkdir(parents=True)
         for split in ("train", "validation"):
-            rows = [{column: documents[i][:40], "hypothesis": documents[i][:20], label: i % labels} for i in range(30)]
+            rows = [{column: documents[i][:40], "hypothesis": documents[i][:20], label: values[i % len(values)]} for i in range(40)]
             (folder / "data/icl" / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare = ["momentum-lm", "prepare", "corpus/", "--output", "data", *SMALLER["momentum-lm prepare"].split()]  # README.md's
     made = run_cli(prepare, cwd=folder)
@@ -113,24 +115,17 @@ def workplace(documents, run_cli, tmp_path_factory):
     (folder / "data/bin").mkdir()
     for path in [path for path in (folder / "data").iterdir() if path.is_file()]:
         shutil.copy(path, folder / "data/bin")
+    task = "--task momentum_language_modeling --arch gpt_lm_tiny --max-target-positions 2048 --optimizer fused_adamw --lr 1e-3"
+    command = f"fairseq-train data --save-dir checkpoints {task} --lr-scheduler inverse_sqrt {TRAIN}"
+    trained = run_cli(shlex.split(command), cwd=folder)
+    assert trained.returncode == 0, trained.stderr
     for place in ("models/en_dense_lm_1_3b/model.pt", "en_dense_lm_125m/model.pt", *(f"{run}/checkpoint_best.pt" for run in RUNS)):
-        _small_checkpoint(folder / place, folder / "data")
+        (folder / place).parent.mkdir(parents=True)
+        shutil.copy(folder / "checkpoints/checkpoint_best.pt", folder / place)
+        for name in ("dict.txt", "sentencepiece.model"):
+            shutil.copy(folder / "data" / name, (folder / place).parent)
     _small_huggingface_models(folder / "models/small", folder / "openai-community/gpt2")
     return folder
-
-
-def _small_checkpoint(path, data):
-    """In the published models' form, beside dictionary and tokenizer."""
-    path.parent.mkdir(parents=True)
-    for name in ("dict.txt", "sentencepiece.model"):
-        shutil.copy(data / name, path.parent)
-    torch.manual_seed(0)
-    shape = {"dim": 32, "ffn_dim": 64, "layers": 2, "heads": 4, "max_positions": 2048}
-    model = Decoder(DecoderConfig(vocab_size=load_tokenizer(data).vocab_size, **shape))
-    options = {"decoder_embed_dim": 32, "decoder_ffn_embed_dim": 64, "decoder_layers": 2, "decoder_attention_heads": 4}
-    options |= {"position": "sinusoidal", "activation_fn": "gelu", "max_target_positions": 2048, "_name": "gpt_lm_tiny"}
-    weights = {f"decoder.{key}": tensor for key, tensor in model.state_dict().items()}
-    torch.save({"model": weights, "cfg": {"model": options, "task": {}}}, path)
 
 
 def _small_huggingface_models(llama, gpt2):
@@ -167,7 +162,7 @@ def test_the_commands_run_in_order(path, workplace, run_cli):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        variables = {"PATH": found, "GPUS": "1", "RESTARTS": "0", "HEAD": f"localhost:{port}"}
+        variables = {"PATH": found, "GPUS": "2" if "sharded" in line else "1", "RESTARTS": "0", "HEAD": f"localhost:{port}"}
         result = run_cli(["/bin/bash", "-c", smaller(line, path)], cwd=workplace, env=variables)
         assert result.returncode == 0, f"{line}: {result.stderr[-3000:]}"
         ran.append(line)

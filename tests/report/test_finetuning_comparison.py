@@ -45,3 +45,19 @@ def test_other_tasks_and_the_same_folder_twice_are_refused(write_analysis, write
         FinetuningComparison([analysis, classification])
     with pytest.raises(UserError, match="named twice"):
         FinetuningComparison([analysis, analysis])
+
+
+def test_differences_are_paired_by_seed_where_the_demonstrations_are_the_same(write_analysis, analysed):
+    ours = [analysed(seed=s) for s in (1, 2, 3)]
+    theirs = [analysed(seed=s, depth=4) for s in (1, 2, 4)]
+    comparison = FinetuningComparison([write_analysis(ours, "small"), write_analysis(theirs, "large")])
+    table = comparison.differences()
+    (row,) = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert (row["difference"], row["seeds"]) == ("large minus small", "2")
+    gaps = [f.over_layers(b, "kendall") - f.over_layers(a, "kendall") for a, b in zip(ours[:2], theirs[:2], strict=True)]
+    assert row["Kendall, tokens"] == f.signed(f.estimate(gaps))
+    gaps = [b["accuracy"]["finetuned"] - a["accuracy"]["finetuned"] for a, b in zip(ours[:2], theirs[:2], strict=True)]
+    assert row["finetuned"] == f.signed(f.estimate(gaps), percent=True)
+
+    other = [{**run, "demonstrations": [7, 8, 9, 10]} for run in theirs]
+    assert FinetuningComparison([write_analysis(ours, "first"), write_analysis(other, "second")]).differences() is None

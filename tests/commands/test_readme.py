@@ -54,7 +54,7 @@ ELSEWHERE = {
 }
 
 
-RUNS = ("runs/vanilla", "runs/momentum")
+RUNS = ("checkpoints", "runs/momentum")
 
 
 def blocks(path, language):
@@ -116,12 +116,12 @@ def workplace(documents, run_cli, tmp_path_factory):
     for path in [path for path in (folder / "data").iterdir() if path.is_file()]:
         shutil.copy(path, folder / "data/bin")
     task = "--task momentum_language_modeling --arch gpt_lm_tiny --max-target-positions 2048 --optimizer fused_adamw --lr 1e-3"
-    command = f"fairseq-train data --save-dir checkpoints {task} --lr-scheduler inverse_sqrt {TRAIN}"
+    command = f"fairseq-train data --save-dir runs/vanilla {task} --lr-scheduler inverse_sqrt {TRAIN}"
     trained = run_cli(shlex.split(command), cwd=folder)
     assert trained.returncode == 0, trained.stderr
     for place in ("models/en_dense_lm_1_3b/model.pt", "en_dense_lm_125m/model.pt", *(f"{run}/checkpoint_best.pt" for run in RUNS)):
         (folder / place).parent.mkdir(parents=True)
-        shutil.copy(folder / "checkpoints/checkpoint_best.pt", folder / place)
+        shutil.copy(folder / "runs/vanilla/checkpoint_best.pt", folder / place)
         for name in ("dict.txt", "sentencepiece.model"):
             shutil.copy(folder / "data" / name, (folder / place).parent)
     _small_huggingface_models(folder / "models/small", folder / "openai-community/gpt2")

@@ -10,7 +10,7 @@ Environment:
 
 A plugin is an entry point in the group ``fairseq.plugins``: a function without arguments that registers models, tasks, etc.
 
-The hook also tells lm-evaluation-harness, where that is imported, of ``--model momentum_lm``.
+The hook also tells lm-evaluation-harness, where that is imported, of ``--model momentum_lm``, whose errors are one line there too.
 """
 
 from __future__ import annotations
@@ -441,7 +441,7 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq.data.data_utils": (_numpy_names,),
     "fairseq.data.language_pair_dataset": (_numpy_names,),
     "fairseq.data.token_block_dataset": (_numpy_names,),
-    "lm_eval.models": (_harness,),
+    "lm_eval.models": (_harness, _user_errors),
 }
 
 

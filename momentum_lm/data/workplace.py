@@ -26,7 +26,7 @@ from momentum_lm.data.tokenizer import load_tokenizer
 from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
 
-TOKENIZER_FILES = ("sentencepiece.model", "encoder.json", "vocab.bpe", "tokenizer.json")
+TOKENIZER_FILES = ("sentencepiece.model", "encoder.json", "vocab.bpe", "tokenizer.json", "tokenizer_config.json")
 OUTPUTS = (*(f"{split}.{end}" for split in SPLITS for end in ("bin", "idx")), "dict.txt", *TOKENIZER_FILES)
 _PACKAGES = {"sentencepiece": "sentencepiece", "gpt2_bpe": "regex", "huggingface": "tokenizers"}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from momentum_lm.errors import UserError
 from momentum_lm.icl.scoring import CPU_MEMORY, GPU_SHARE
 from momentum_lm.lm.inference import inference
 from momentum_lm.lm.native import NativeLM
@@ -50,7 +51,8 @@ def generate(
 ) -> list[list[int]]:
     """What follows each context (token ids, at least one): at most ``most`` tokens, up to ``</s>``, which is left out.
 
-    ``choose`` maps logits (N, V) to tokens (N,). ``finished`` is asked, after each token, whether a continuation is to end there.
+    ``choose`` maps logits (N, V) to tokens (N,). ``finished`` is asked, after each token, whether a continuation is to end there. Raises
+    UserError where the model gives NaN.
     """
     longest = max(map(len, contexts))
     padding = lm.config.padding_idx
@@ -60,7 +62,10 @@ def generate(
     found: list[list[int]] = [[] for _ in contexts]
     running = list(range(len(contexts)))  # which context each row of the cache continues
     for step in range(most):
-        chosen = choose(lm.model.output_projection(hidden))
+        logits = lm.model.output_projection(hidden)
+        if logits.isnan().any():
+            raise UserError(f"{lm.name} gives NaN: its weights are broken, or too large for {lm.dtype}")
+        chosen = choose(logits)
         going = []
         for row, token in enumerate(chosen.tolist()):
             if token != lm.config.eos_idx:

@@ -261,7 +261,11 @@ class _Ending:
         self._tail = 8 + max((len(text.encode()) for text in self._until), default=0)
         temperature = given.pop("temperature", 1.0)
         drawn = given.pop("do_sample") and temperature > 0
-        top = {name: given.pop(name) for name in ("top_k", "top_p") if name in given}
+        top = {name: value for name in ("top_k", "top_p") if (value := given.pop(name, None)) is not None}
+        if not isinstance(top.get("top_k", 0), int) or top.get("top_k", 0) < 0:
+            raise UserError(f"generation argument top_k={top['top_k']}: give a whole number, 0 for all tokens")
+        if not 0 < float(top.get("top_p", 1)) <= 1:
+            raise UserError(f"generation argument top_p={top['top_p']}: give a number above 0 and at most 1")
         for name, value in given.items():
             if (name, value) != ("num_beams", 1):
                 raise UserError(

@@ -59,7 +59,8 @@ def finetuned(
     expression that full names must match. ``layerwise``: every block learns from its own output's prediction, through the model's final
     norm and unembedding, and nothing flows back between blocks (LCGD, Deutch et al., arXiv 2311.07772).
 
-    Raises :class:`Diverged` when a loss is not finite (the weights are restored), UserError where the projections cannot be found.
+    Raises :class:`Diverged` when a loss is not finite (the weights are restored), UserError where it was not before anything was learnt, or
+    the projections cannot be found.
     """
     chosen = _choose(model, parameters)
     before = [parameter.detach().clone() for parameter, _ in chosen]
@@ -98,6 +99,9 @@ def _step(
             loss = outputs[0].detach()
     value = loss.item()
     if not torch.isfinite(loss):
+        if not done.losses and not layerwise:
+            dtype = chosen[0][0].dtype
+            raise UserError(f"the model's loss is {value} before it is finetuned: its weights are broken, or too large for {dtype}")
         raise Diverged(f"the loss is {value} after {len(done.losses)} steps at learning rate {rate:g}")
     learning = [(output, slope) for output, slope in zip(outputs, slopes, strict=True) if output.requires_grad]
     ends, starts = ([pair[i] for pair in learning] for i in (0, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
 
 from .inference import grouped_attention, inference, register_attention
+from .momentum_attention import added_momentum
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _ENDLESS = 1 << 20  # tokenizers without a limit give one far above any model's
@@ -90,6 +92,8 @@ class HuggingFaceLM:
     def describe(self) -> dict[str, Any]:
         """What a record says of the model."""
         architecture = {k: v for k, v in self.config.to_dict().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
+        if (added := added_momentum(self.model)) is not None:
+            architecture |= {f"added_momentum_{name}": value for name, value in asdict(added).items() if name != "base"}
         parameters = sum(p.numel() for p in self.model.parameters())
         return {"path": self.name, "sha256": self.sha256, "parameters": parameters, "architecture": architecture}
 
@@ -180,6 +184,8 @@ def load_huggingface(
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **given)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"--hf-model {name} brings code of its own: add --trust-checkpoint if you trust it") from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"--hf-model {name} does not load: {reason}") from error
     return HuggingFaceLM(model.to(device), tokenizer, name, _digest(name, gguf_file, model))

@@ -48,8 +48,9 @@ def inference(function: _Function) -> _Function:
 def grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """SDPA for ``transformers``' attention interface. On a CPU heads share keys and values in place: beside a mask theirs copies them for
-    each head, a fifth of the time."""
+    """SDPA for ``transformers``' attention interface: query (B, H, T, D), key and value (B, H or fewer, S, D), mask (B, 1, T, S) -> output
+    (B, T, H, D), None for the weights. On a CPU heads share keys and values in place: beside a mask theirs copies them for each head, a
+    fifth of the time."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_mask is None or query.shape[1] == key.shape[1] or key.device.type != "cpu":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,20 @@ from momentum_lm.errors import UserError
 from .inference import grouped_attention, register_attention
 
 ROWS = 256  # of attention's mask that become weights at a time
-_IMPLEMENTATIONS = {name: f"{name}_momentum" for name in ("sdpa", "sdpa_grouped")}  # by that of a model without
+_ATTENTIONS = ("sdpa", "sdpa_grouped")  # implementations, by their names in transformers, that may have momentum added
+
+
+@dataclass(frozen=True)
+class Added:
+    """What :func:`add_momentum` added, and to which implementation of attention."""
+
+    base: str
+    eta: float
+    normalize: bool
+    gate: float
+
+
+_added: dict[str, Added] = {}  # by the name of the implementation with momentum
 
 
 def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 1.0) -> None:
@@ -25,8 +39,9 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
     The sum is over what attention sees: no padding, which is no time either, and with a sliding window only what is in it. Its past is
     the cache's values, so every cache of keys and values will do, beams and prefixes that rows share included. ``normalize`` sets scale =
     (1 - eta) / eta instead of 1, as in :class:`momentum_lm.modules.MomentumEMA`. A second call changes the values; ``gate`` 0 leaves the
-    model as it was, bitwise. Gradients flow as through any other operation. The values are kept in the model's configuration, so that
-    its description and models that share it have them too. Another attention that is set afterwards is without it, as is a saved copy.
+    model as it was, bitwise. Gradients flow as through any other operation. The values belong to the implementation of attention that the
+    model's configuration names, so that models that share it have them too. Another one that is set afterwards is without, as is a saved
+    copy.
 
     Source: arXiv 2212.10559, section 5. Raises UserError, naming the command line's flag, for a decay that is none, and for a model with
     momentum of its own, another attention than SDPA, or attention that transformers' interface does not reach.
@@ -38,8 +53,9 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "momentum_kind", "none") != "none":
         raise UserError(f"--hf-momentum-eta: {name} has momentum of its own")
-    base = config._attn_implementation
-    if base not in _IMPLEMENTATIONS and base not in _IMPLEMENTATIONS.values():
+    added = added_momentum(model)
+    base = config._attn_implementation if added is None else added.base
+    if base not in _ATTENTIONS:
         raise UserError(f"--hf-momentum-eta needs SDPA through transformers' attention interface, but the attention of {name} is {base}")
     try:
         modules = attention_modules(model)
@@ -47,12 +63,18 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
         raise UserError(f"--hf-momentum-eta: {name} does not use transformers' attention interface, so momentum cannot be added") from error
     if not all(getattr(module, "is_causal", True) for module in modules):
         raise UserError(f"--hf-momentum-eta: the attention of {name} is not causal")
-    config.added_momentum_eta, config.added_momentum_normalize, config.added_momentum_gate = float(eta), normalize, float(gate)
-    if base in _IMPLEMENTATIONS:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        attention = sdpa_attention_forward if base == "sdpa" else grouped_attention
-        model.set_attn_implementation(register_attention(_IMPLEMENTATIONS[base], with_momentum(attention)))
+    added = Added(base, float(eta), normalize, float(gate))
+    implementation = f"{base}_momentum_{added.eta}_{normalize}_{added.gate}"
+    _added[implementation] = added
+    attention = with_momentum(sdpa_attention_forward if base == "sdpa" else grouped_attention, added)
+    model.set_attn_implementation(register_attention(implementation, attention))
+
+
+def added_momentum(model: Any) -> Added | None:
+    """What was added to the attention that ``model`` has now."""
+    return _added.get(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
 def check_eta(eta: float) -> None:
@@ -61,26 +83,17 @@ def check_eta(eta: float) -> None:
         raise UserError(f"--hf-momentum-eta {eta}: the decay must lie strictly between 0 and 1, such as 0.3")
 
 
-def has_momentum(module: Any) -> bool:
-    """Whether an attention module of transformers gives more than attention: by :func:`add_momentum`, or as one of our own models."""
-    return bool(getattr(module.config, "added_momentum_gate", 0)) or getattr(module, "momentum", None) is not None
-
-
-def with_momentum(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """``attention``, a function of transformers' attention interface with SDPA's masks, with the momentum that a model's configuration
-    says, which may be none."""
+def with_momentum(attention: Callable[..., Any], added: Added | None) -> Callable[..., Any]:
+    """``attention``, a function of transformers' attention interface with SDPA's masks, and momentum after it; itself where none is
+    added, or its gate is 0."""
+    if added is None or added.gate == 0:
+        return attention
+    factor = added.gate * ((1 - added.eta) / added.eta if added.normalize else 1.0)
 
     @functools.wraps(attention)
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any) -> Any:
         out, weights = attention(module, query, key, value, attention_mask, *given, **options)
-        config = module.config
-        factor = getattr(config, "added_momentum_gate", 0.0)
-        if factor == 0:
-            return out, weights
-        eta = config.added_momentum_eta
-        if config.added_momentum_normalize:
-            factor *= (1 - eta) / eta
-        average = _average(value, attention_mask, query.shape[2], eta)
+        average = _average(value, attention_mask, query.shape[2], added.eta)
         average = average.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
         return (out + factor * average).to(out.dtype), weights
 

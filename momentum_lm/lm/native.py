@@ -237,8 +237,8 @@ def _read(path: Path, trust: bool) -> tuple[list[Path], dict[str, Any]]:
     try:
         state = load_checkpoint(path, trust=trust, mmap=True)
         files = part_files(path, state)
-        if len(files) == 1:
-            return files, state
+        if not files:
+            return [path], state
         states = [load_checkpoint(file, trust=trust, mmap=True) for file in files]
     except CheckpointError as error:
         raise UserError(str(error)) from error

@@ -15,13 +15,13 @@ from momentum_lm.errors import UserError
 
 
 def part_files(path: Path, state: dict[str, Any]) -> list[Path]:
-    """All files of the checkpoint of which ``path`` holds ``state``, in order: only itself where it is whole.
+    """All files of the checkpoint of which ``path`` holds ``state``, in order; nothing where it is whole, and not one of parts.
 
     Raises UserError for a part under another name than it had.
     """
     metadata = state.get("fsdp_metadata") or {}
     if not metadata.get("divided") and "param_metadata" not in metadata:
-        return [path]
+        return []
     match = re.fullmatch(r"(.*-shard)\d+(\.pt)", path.name)
     if not match:
         raise UserError(f"{path} is one part of a checkpoint: name it NAME-shardN.pt again, as it was, and leave it beside the others")
@@ -36,8 +36,16 @@ def join_parts(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     states = [{name: value for name, value in state.items() if name != "last_optimizer_state"} for state in states]
     if "param_metadata" in states[0]["fsdp_metadata"]:
+        _check_updates(states)
         return {**states[0], "model": _join_fairscale(states)}
     return join_shards(states)
+
+
+def _check_updates(states: Sequence[dict[str, Any]]) -> None:
+    updates = {history[-1]["num_updates"] for state in states if (history := state.get("optimizer_history"))}
+    if len(updates) > 1:
+        found = ", ".join(map(str, sorted(updates)))
+        raise UserError(f"the parts are of different updates ({found}): a save was interrupted; take earlier ones")
 
 
 def _join_fairscale(states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -88,10 +96,7 @@ def join_shards(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
     missing = sorted(set(range(world)) - {m["rank"] for m in metadata})
     if missing or len(states) != world or any(m["world_size"] != world for m in metadata):
         raise UserError(f"the checkpoint has {world} parts, and of these {missing or 'some'} are missing or doubled")
-    updates = {state["optimizer_history"][-1]["num_updates"] for state in states}
-    if len(updates) > 1:
-        found = ", ".join(map(str, sorted(updates)))
-        raise UserError(f"the parts are of different updates ({found}): a save was interrupted; take earlier ones")
+    _check_updates(states)
     states = [state for _, state in sorted(zip((m["rank"] for m in metadata), states, strict=True), key=lambda pair: pair[0])]
     first = dict(states[0])
     del first["fsdp_metadata"]

@@ -6,7 +6,7 @@ Only the query rows that are asked for are multiplied with the keys: never a T x
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,9 +17,8 @@ from momentum_lm.modules import Decoder
 from momentum_lm.modules.attention import Rotary
 
 from .inference import grouped_attention, register_attention
-from .momentum_attention import has_momentum, with_momentum
+from .momentum_attention import added_momentum, with_momentum
 
-_attention = with_momentum(grouped_attention)
 _NAME = "momentum_lm_trace"
 
 
@@ -198,17 +197,18 @@ def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
     return found
 
 
-_active: list[AttentionTrace] = []  # the trace that the registered attention function writes to
+_active: list[tuple[AttentionTrace, Callable[..., Any]]] = []  # what the registered attention function writes to, and computes
 _seen: list[nn.Module] = []
 
 
 @contextlib.contextmanager
 def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
-    before = model.config._attn_implementation
-    handles = []
+    before, added = model.config._attn_implementation, added_momentum(model)
+    attention, handles = with_momentum(grouped_attention, added), []
+    modules: list[Any] = attention_modules(model)
     model.set_attn_implementation(register_attention(_NAME, _attend))
     try:
-        for module in attention_modules(model):
+        for module in modules:
             seen: dict[str, Tensor] = {}
             for name, found in (("q", child(module, _QUERY)), ("k", child(module, _KEY)), ("v", child(module, _VALUE))):
                 if found is not None:
@@ -217,11 +217,11 @@ def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
             if fused is not None:
                 handles.append(fused.register_forward_hook(_keep_parts(seen, fused_heads(model))))
             project = child(module, _OUT)
-            if project is not None and has_momentum(module):
+            if project is not None and (attention is not grouped_attention or getattr(module, "momentum", None) is not None):
                 handles.append(project.register_forward_pre_hook(_keep_given(seen, "mixed")))
             handles.append(module.register_forward_pre_hook(_begin(seen), with_kwargs=True))
             handles.append(module.register_forward_hook(_finish(trace, seen), with_kwargs=True))
-        _active.append(trace)
+        _active.append((trace, attention))
         try:
             yield
         finally:
@@ -259,15 +259,20 @@ def _finish(trace: AttentionTrace, seen: dict[str, Tensor]) -> Any:
 
 
 def attention_modules(model: Any) -> list[nn.Module]:
-    """The attention modules of a transformers model, in the order in which they run: found by running it on one token."""
+    """The attention modules of a transformers model, in the order in which they run: found by running it on one token.
+
+    Raises UserError for a model whose attention does not go through transformers' attention interface.
+    """
     found = model.__dict__.get("_momentum_lm_attention")
     if found is None:
         before = model.config._attn_implementation
         model.set_attn_implementation(register_attention(_NAME, _attend))
         _seen.clear()
-        with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-        model.set_attn_implementation(before)
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        finally:
+            model.set_attn_implementation(before)
         found = list(_seen)
         if not found:
             raise UserError(f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be read")
@@ -276,11 +281,12 @@ def attention_modules(model: Any) -> list[nn.Module]:
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> Any:
-    """SDPA that lets the trace look."""
-    if _active:
-        scale = options.get("scaling")
-        plain = module.__dict__.get("_momentum_lm_seen", {}).get("q")
-        _active[-1].attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, plain)
-    else:
+    """SDPA, with what momentum was added, that lets the trace look."""
+    if not _active:
         _seen.append(module)
-    return _attention(module, query, key, value, *given, **options)
+        return grouped_attention(module, query, key, value, *given, **options)
+    trace, attention = _active[-1]
+    scale = options.get("scaling")
+    plain = module.__dict__.get("_momentum_lm_seen", {}).get("q")
+    trace.attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, plain)
+    return attention(module, query, key, value, *given, **options)

@@ -153,20 +153,39 @@ class MomentumLanguageModelingTask(TokenDataTask):
         with self._precision(_device(sample)):
             return super().valid_step(self._packed(sample), model, criterion)
 
+    def filter_indices_by_size(self, indices: Any, dataset: Any, max_positions: Any = None, ignore_invalid_inputs: bool = False) -> Any:
+        """As fairseq's. Raises UserError for a sample that is longer than the model takes, unless such are to be left out."""
+        if ignore_invalid_inputs:
+            return super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
+        kept, long = dataset.filter_indices_by_size(indices, max_positions)
+        if len(long):
+            raise UserError(
+                f"sample {long[0]} has {dataset.size(long[0])} tokens, </s> or <s> included, and the model takes {max_positions}: "
+                "shorten it, or leave such samples out with --skip-invalid-size-inputs-valid-test"
+            )
+        return kept
+
     def inference_step(
         self, generator: Any, models: Any, sample: dict[str, Any], prefix_tokens: torch.Tensor | None = None, constraints: Any = None
     ) -> Any:
-        """As fairseq's. Raises UserError for a prompt that would not come out whole: fairseq's limits count its tokens too."""
+        """As fairseq's, but a prompt's limits are its own: fairseq's are those of the batch's longest prompt, and a token more.
+
+        Raises UserError for a prompt that would not come out whole: fairseq's limits count its tokens too.
+        """
         tokens = sample["net_input"]["src_tokens"]
-        prompt = tokens.shape[1] - 1 if prefix_tokens is None else prefix_tokens.shape[1]
-        limit = int(generator.max_len_a * tokens.shape[1] + generator.max_len_b)
-        if prompt >= min(limit, generator.max_len - 1):
-            remedy = "give --max-len-a 1, and --max-len-b counts new tokens only" if prompt < generator.max_len - 1 else "shorten it"
-            raise UserError(
-                f"a prompt of {prompt} tokens leaves no room for new ones: the model takes {generator.max_len}, "
-                f"and --max-len-a {generator.max_len_a:g} --max-len-b {generator.max_len_b} allow {limit}; {remedy}"
-            )
-        return super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        if prefix_tokens is not None:
+            _check_room(generator, prefix_tokens.shape[1], tokens.shape[1])
+            return super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        lengths = sample["net_input"]["src_lengths"].tolist()
+        found: list[Any] = [None] * len(lengths)
+        for length in sorted(set(lengths), reverse=True):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            prompts = tokens[rows, 1:length]  # the first token is </s> or <s>
+            _check_room(generator, length - 1, length - 1)
+            alike = {"net_input": {"src_tokens": prompts, "src_lengths": prompts.new_full((len(rows),), length - 1)}}
+            for row, hypotheses in zip(rows, super().inference_step(generator, models, alike, prompts, constraints), strict=True):
+                found[row] = hypotheses
+        return found
 
     def _packed(self, sample: dict[str, Any]) -> dict[str, Any]:
         if not self.args.packed_documents:
@@ -196,3 +215,14 @@ class MomentumLanguageModelingTask(TokenDataTask):
 
 def _device(sample: dict[str, Any]) -> str:
     return sample["net_input"]["src_tokens"].device.type
+
+
+def _check_room(generator: Any, prompt: int, length: int) -> None:
+    """Whether a generator of fairseq goes on after a prompt of so many tokens, where its limits come from ``length``."""
+    limit = int(generator.max_len_a * length + generator.max_len_b)
+    if prompt >= min(limit, generator.max_len - 1):
+        remedy = "give --max-len-a 1, and --max-len-b counts new tokens only" if prompt < generator.max_len - 1 else "shorten it"
+        raise UserError(
+            f"a prompt of {prompt} tokens leaves no room for new ones: the model takes {generator.max_len}, "
+            f"and --max-len-a {generator.max_len_a:g} --max-len-b {generator.max_len_b} allow {limit}; {remedy}"
+        )

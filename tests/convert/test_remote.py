@@ -13,6 +13,8 @@ from momentum_lm.convert.families import MOMENTUM  # noqa: E402
 from momentum_lm.convert.remote.configuration_momentum_lm import MomentumLMConfig  # noqa: E402
 from momentum_lm.convert.remote.modeling_momentum_lm import CHUNK, MomentumLMForCausalLM  # noqa: E402
 from momentum_lm.convert.to_huggingface import write_model  # noqa: E402
+from momentum_lm.errors import UserError  # noqa: E402
+from momentum_lm.lm.huggingface import load_huggingface  # noqa: E402
 from momentum_lm.modules import Decoder, DecoderConfig  # noqa: E402
 from momentum_lm.modules.momentum import NOTES  # noqa: E402
 
@@ -182,6 +184,8 @@ def test_loads_where_neither_momentum_lm_nor_fairseq_is(make_lm, tmp_path):
     lm = make_lm(**MOMENTA["ema_gated"], max_positions=64)
     (tmp_path / "exported").mkdir()
     write_model(lm, tmp_path / "exported", None, lambda count: None)
+    with pytest.raises(UserError, match="exported brings code of its own: add --trust-checkpoint"):
+        load_huggingface(str(tmp_path / "exported"))
     tokens = random_tokens(2, 9)
     torch.save(tokens, tmp_path / "tokens.pt")
     code = f"""

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from momentum_lm.errors import UserError
 from momentum_lm.harness.generation import generate, likeliest, row_budget, sample
 
 CONTEXTS = [[0, 9, 17, 30], [0], [0, *range(40, 75)], [0, 5, 5, 5, 8, 8]]
@@ -99,6 +100,13 @@ def test_a_seed_gives_the_same_samples(lm):
         torch.manual_seed(seed)
         runs.append(generate(lm, CONTEXTS, 12, functools.partial(sample, padding_idx=1, temperature=2.0), lambda tokens: False))
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_broken_weights_are_told(make_lm):
+    lm = make_lm(layers=1)
+    torch.nn.init.constant_(lm.model.layer_norm.bias, float("nan"))
+    with pytest.raises(UserError, match=r"\.pt gives NaN: its weights are broken"):
+        generate(lm, CONTEXTS, 3, GREEDY, lambda tokens: False)
 
 
 def test_memory_bounds_the_rows(make_lm):

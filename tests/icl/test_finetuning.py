@@ -145,6 +145,13 @@ def test_divergence_is_named_and_undone(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_weights_that_were_broken_before_are_told(model):
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(next(broken.parameters()), float("nan"))
+    with pytest.raises(UserError, match="loss is nan before it is finetuned: its weights are broken"), finetuned(broken, LESSONS, 0.1):
+        pass
+
+
 def test_projections_that_cannot_be_found():
     model = huggingface("mamba")
     message = r"MambaForCausalLM has no key and value projections under the names k_proj, .*--finetune-parameters"

@@ -284,6 +284,30 @@ def test_models_made_from_one_have_its_momentum_too(tokenizer):
     assert (again(tokens).logits - lm.model(tokens).logits).abs().max() > 1e-3
 
 
+def test_a_saved_copy_and_another_attention_have_none(tokenizer, tmp_path):
+    """Neither what the model computes, nor its traces and description."""
+    plain, tokens = random_model("llama"), random_tokens(1, 9)
+    model = copy.deepcopy(plain)
+    add_momentum(model, 0.7)
+    model.save_pretrained(tmp_path)
+    assert "added" not in (tmp_path / "config.json").read_text()
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        for other in (model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+            with tracing(other, AttentionTrace(torch.tensor([[8]]))):
+                close(other(tokens).logits, plain(tokens).logits)
+            close(other(tokens).logits, plain(tokens).logits)
+            assert not any("added" in name for name in HuggingFaceLM(other, tokenizer, "llama", "").describe()["architecture"])
+
+
+def test_a_model_that_fails_keeps_its_attention(monkeypatch):
+    model = random_model("llama")
+    monkeypatch.setattr(model.model.norm, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attention_modules(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_what_cannot_have_momentum_is_refused(make_lm):
     from momentum_lm.convert.families import MOMENTUM
     from momentum_lm.convert.remote.configuration_momentum_lm import MomentumLMConfig

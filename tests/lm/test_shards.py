@@ -84,16 +84,20 @@ def test_a_whole_checkpoint_of_a_sharded_run_is_whole(parts, model):
 
 @pytest.fixture
 def fairscale_parts(model, tmp_path):
+    return write_fairscale_parts(model, tmp_path, 3)
+
+
+def write_fairscale_parts(model, tmp_path, count):
     """As fairscale 0.4.13 writes them: the first block one vector, all else another, both cut into parts that are padded to one length."""
     whole = {f"decoder.{name}": tensor for name, tensor in model.state_dict().items() if name != "output_projection.weight"}
     block = "decoder.layers.0"
     groups = {block: {}, "": {}}
     for name, tensor in whole.items():
         groups[block if name.startswith(f"{block}.") else ""][name] = tensor
-    states = [{"cfg": {"model": OPTIONS}, "model": {}, "fsdp_metadata": {"param_metadata": [], "buffer_names": []}} for _ in range(3)]
+    states = [{"cfg": {"model": OPTIONS}, "model": {}, "fsdp_metadata": {"param_metadata": [], "buffer_names": []}} for _ in range(count)]
     for path, tensors in groups.items():
         prefix = f"{path}." if path else ""
-        chunks = list(torch.cat([tensor.flatten() for tensor in tensors.values()]).chunk(3))
+        chunks = list(torch.cat([tensor.flatten() for tensor in tensors.values()]).chunk(count))
         shared = [] if path else [("decoder.embed_tokens.weight", "decoder.output_projection.weight")]
         for state, chunk in zip(states, chunks, strict=True):
             padding = len(chunks[0]) - len(chunk)
@@ -102,16 +106,28 @@ def fairscale_parts(model, tmp_path):
             flat = {"names": names, "shapes": shapes, "numels": [shape.numel() for shape in shapes], "padding": padding}
             entry = {"fsdp_path": path, "params": {"flat_param_0": flat}, "no_broadcast_optim_state": False, "shared_param_info": shared}
             state["fsdp_metadata"]["param_metadata"].append(entry)
-    assert any(entry["params"]["flat_param_0"]["padding"] for entry in states[2]["fsdp_metadata"]["param_metadata"])
+    assert any(entry["params"]["flat_param_0"]["padding"] for entry in states[-1]["fsdp_metadata"]["param_metadata"]) == (count > 1)
     for rank, state in enumerate(states):
         torch.save(state, tmp_path / f"model-shard{rank}.pt")
     return tmp_path
+
+
+def test_what_one_process_wrote_is_a_part_too(model, tmp_path):
+    assert_same(load_native(write_fairscale_parts(model, tmp_path, 1)), model)
 
 
 def test_fairscales_parts_are_joined_too(fairscale_parts, model):
     lm = load_native(fairscale_parts)
     assert_same(lm, model)
     assert len(lm.files) == 3
-    (fairscale_parts / "model-shard2.pt").unlink()
-    with pytest.raises(UserError, match=r"of its parts 2 are there, .*: some are missing"):
-        load_native(fairscale_parts / "model-shard1.pt")
+    for left in (2, 1):
+        (fairscale_parts / f"model-shard{left}.pt").unlink()
+        with pytest.raises(UserError, match=f"of its parts {left} are there, .*: some are missing"):
+            load_native(fairscale_parts / "model-shard0.pt")
+
+
+def test_fairscales_parts_of_different_updates(fairscale_parts):
+    for rank in range(3):
+        change(fairscale_parts / f"model-shard{rank}.pt", optimizer_history=[{"num_updates": 4 + rank}])
+    with pytest.raises(UserError, match=r"the parts are of different updates \(4, 5, 6\)"):
+        load_native(fairscale_parts)

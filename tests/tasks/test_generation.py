@@ -99,6 +99,35 @@ def test_samples_begin_with_the_prompt(build):
     assert len({tuple(h["tokens"].tolist()) for hypotheses in found for h in hypotheses}) > len(PROMPTS)
 
 
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_prompt_gives_in_a_batch_what_it_gives_alone(build, beam):
+    """To fairseq --max-len-b is what may be added to the longest prompt of a batch, and one more."""
+    task, model, generator = build("--beam", beam, "--max-len-a", 1, "--max-len-b", 3, momentum_kind="ema")
+    model.decoder.layer_norm.bias.data -= 4 * model.decoder.embed_tokens.weight.data[2]  # none ends early
+    prompts = [*PROMPTS, [], [9, 4]]
+    found = task.inference_step(generator, [model], sample(prompts))
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        if prompt:  # after an empty one fairseq asks for a token at least
+            assert [h["tokens"].tolist() for h in hypotheses] == [ids for _, ids in search(model.decoder, prompt, beam, len(prompt) + 3)]
+        (alone,) = task.inference_step(generator, [model], sample([prompt]))
+        assert [h["tokens"].tolist() for h in hypotheses] == [h["tokens"].tolist() for h in alone]
+        assert len(hypotheses[0]["tokens"]) == len(prompt) + 4  # three and </s>
+
+
+def test_a_prompt_that_the_model_does_not_take_is_an_error(build):
+    task, _, _ = build()
+    prompts = [torch.tensor([*prompt, 2]) for prompt in ([5] * 4, [6] * 32, [7])]
+
+    def batches(**settings):
+        dataset = task.build_dataset_for_inference(prompts, [len(prompt) for prompt in prompts])
+        return task.get_batch_iterator(dataset, max_sentences=3, max_positions=32, **settings).next_epoch_itr(shuffle=False)
+
+    with pytest.raises(UserError, match="sample 1 has 33 tokens, </s> or <s> included, and the model takes 32: shorten it, or"):
+        batches()
+    (batch,) = batches(ignore_invalid_inputs=True)
+    assert sorted(batch["id"].tolist()) == [0, 2]
+
+
 def test_a_prompt_without_room_is_an_error(build):
     """fairseq would print the beginning of the prompt, and say nothing."""
     task, model, generator = build("--max-len-b", 7)

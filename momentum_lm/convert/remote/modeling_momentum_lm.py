@@ -234,7 +234,8 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As other models of transformers. ``attention_mask`` is (B, tokens seen so far, and these), 0 at padding.
+        """As other models of transformers: input_ids (B, T) or inputs_embeds (B, T, C) -> hidden states (B, T, C). ``attention_mask`` is
+        (B, tokens seen so far, and these), 0 at padding.
 
         Raises ValueError for another mask, which a static cache makes of it, and for more tokens than there are learned positions.
         """
@@ -311,7 +312,9 @@ class MomentumLMForCausalLM(MomentumLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As other models of transformers, with the errors of :class:`MomentumLMModel`; -100 among ``labels`` counts for nothing."""
+        """As other models of transformers, with the errors of :class:`MomentumLMModel`: input_ids (B, T) or inputs_embeds (B, T, C) ->
+        logits (B, T, V), or of the last ``logits_to_keep`` tokens. ``labels`` (B, T) are the same tokens, which the loss shifts by one;
+        -100 counts for nothing."""
         found = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(found.last_hidden_state[:, kept])

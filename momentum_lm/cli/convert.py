@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from momentum_lm.errors import UserError, main_guard
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from momentum_lm.convert.from_huggingface import find_model
 
     source, output = find_model(args.source), Path(os.path.abspath(args.output))
-    if source.is_dir() and output in (source.resolve(), *source.resolve().parents):
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{args.output} holds {args.source}; choose another OUTPUT")
     if source.is_dir() and (source / "config.json").exists():
         _to_fairseq(args, source, output)
@@ -82,18 +82,16 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
     from momentum_lm.convert.folder import whole_folder
     from momentum_lm.convert.from_huggingface import look, training_flags, write_checkpoint
 
-    for flag, value in (("--tokenizer", args.tokenizer), ("--model-overrides", args.model_overrides.strip("{} "))):
-        if value:
-            raise UserError(f"{flag} is for fairseq checkpoints; {args.source} is a model of Hugging Face")
+    _refuse(args, "a model of Hugging Face", "tokenizer", "model_overrides")
     with whole_folder(output, args.force) as folder:
         found = look(source, folder, args.trust_checkpoint)
         with _bar(found.tensors.values()) as progress:
             write_checkpoint(found, folder, _dtype(args), progress)
-    print(f"{args.output}: {found.family.architecture} of {_numbers(found.tensors.values()):,} parameters")
+    print(f"{args.output}: {found.family.architecture} of {sum(lazy.numel for lazy in found.tensors.values()):,} parameters")
     if not found.tokenizer:
         print(f"note: {args.source} has no tokenizer; dict.txt has its ids in decimal")
     if found.decoder.absent_tokens:
-        print(f"note: {len(found.decoder.absent_tokens)} entries of dict.txt are not in its vocabulary and are never predicted")
+        print(f"note: entries of dict.txt that are not in its vocabulary and are never predicted: {len(found.decoder.absent_tokens)}")
     print(f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
           f"--finetune-from-model {args.output}/model.pt {training_flags(found.decoder)}")  # fmt: skip
 
@@ -107,8 +105,8 @@ def _to_huggingface(args: argparse.Namespace, output: Path) -> None:
         lm = read_checkpoint(args.source, args.model_overrides, args.trust_checkpoint, args.tokenizer)
         tensors = [Lazy.of(parameter) for parameter in lm.model.parameters()]
         with _bar(tensors) as progress:
-            architecture, notes = write_model(lm, folder, _dtype(args), progress)
-    print(f"{args.output}: {architecture} of {_numbers(tensors):,} parameters")
+            architecture, numbers, notes = write_model(lm, folder, _dtype(args), progress)
+    print(f"{args.output}: {architecture} of {numbers:,} parameters")
     for note in notes:
         print(f"note: {note}")
 
@@ -124,17 +122,20 @@ def _bar(tensors: Iterable[Lazy]) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _numbers(tensors: Iterable[Lazy]) -> int:
-    return sum(lazy.nbytes // lazy.dtype.itemsize for lazy in tensors)
-
-
 def _dtype(args: argparse.Namespace) -> torch.dtype | None:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.dtype]
 
 
+def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:
+    for flag in flags:
+        if getattr(args, flag) not in (None, "{}"):
+            raise UserError(f"--{flag.replace('_', '-')} does nothing to {args.source}, which is {what}; leave it out")
+
+
 def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
+    _refuse(args, "a part of a checkpoint", "dtype", "tokenizer", "model_overrides")
     if os.path.exists(args.output) and not args.force:
         raise UserError(f"{args.output} is there already; choose another name, or add --force")
     import torch
@@ -144,11 +145,13 @@ def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     from momentum_lm.files import atomic_write
     from momentum_lm.training.sharding import join_shards
 
-    first = fairseq_compat.load_checkpoint(f"{match[1]}0{match[2]}", mmap=True)
+    def load(rank: int) -> dict[str, Any]:
+        return fairseq_compat.load_checkpoint(f"{match[1]}{rank}{match[2]}", trust=args.trust_checkpoint, mmap=True)
+
+    first = load(0)
     world = (first.get("fsdp_metadata") or {}).get("world_size", 1)
     bar = tqdm(range(1, world), desc="parts", file=sys.stderr, delay=1)
-    others = [fairseq_compat.load_checkpoint(f"{match[1]}{rank}{match[2]}", mmap=True) for rank in bar]
-    state = join_shards([first, *others])
+    state = join_shards([first, *map(load, bar)])
     with atomic_write(args.output, "wb") as file:
         torch.save(state, file)
     updates = state["optimizer_history"][-1]["num_updates"]

@@ -15,7 +15,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.modules import Decoder, DecoderConfig
 from momentum_lm.modules.momentum import NOTES, MomentumEMA
 
-from .lazy import Lazy, concatenated
+from .lazy import FLOATS, Lazy, concatenated
 
 # transformers' names of the activations; the three of the tanh approximation differ in rounding alone
 ACTIVATIONS = {
@@ -42,7 +42,7 @@ class Family:
     fields: DecoderConfig's fields by their name in config.json. constants: what they are in every model of the family.
     needs: what config.json must say, or not mention, and why another value will not do. defaults: what it means where it says nothing.
     transposed: names there of matrices that are stored the other way round. ignored: names of tensors that say nothing.
-    base: the prefix that a file lacks if it was saved without the output projection. extra: what config.json says beside.
+    base: the prefix that a file lacks if it was saved without the output projection.
     position_rows: rows of a learned position table there that no token has. fairseq_ids: token ids are those of a fairseq dictionary.
     """
 
@@ -53,7 +53,6 @@ class Family:
     constants: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
     transposed: str = r"(?!)"
     ignored: str = r"(?!)"
     base: str = "model."
@@ -89,12 +88,13 @@ class Family:
         return DecoderConfig(**{"vocab_size": vocab_size, **self.constants, **given})
 
     def config(self, decoder: DecoderConfig, vocab_size: int) -> dict[str, Any]:
-        """The config.json of a decoder that the family represents, token ids and dtype apart."""
+        """The config.json of a decoder that the family represents, apart from its dtype and its token ids (but those in ``needs``)."""
         values = dataclasses.asdict(decoder) | {"vocab_size": vocab_size}
         if self.fields is not _OWN:
             values["activation"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == decoder.activation)
         named = {theirs: values[ours] for ours, theirs in self.fields.items()}
-        return {"model_type": self.model_type, "architectures": [self.architecture], "vocab_size": vocab_size, **self.extra, **named}
+        needed = {name: value for name, (value, _) in self.needs.items()}
+        return {"model_type": self.model_type, "architectures": [self.architecture], "vocab_size": vocab_size, **needed, **named}
 
     def represents(self, decoder: DecoderConfig) -> bool:
         """Whether a model of the family computes what ``decoder`` does, its absent tokens apart."""
@@ -141,7 +141,8 @@ class Family:
         return {name: result[name] for name in names}
 
     def check(self, theirs: Mapping[str, Lazy], decoder: DecoderConfig, vocab_size: int) -> None:
-        """Raises UserError unless the tensors are those of the configuration: one missing, one too many, or one of another shape."""
+        """Raises UserError unless the tensors are those of the configuration: one missing, one too many, or one of another shape
+        or not of fp64, fp32, fp16 or bf16."""
         own = dataclasses.replace(decoder, vocab_size=vocab_size, absent_tokens=())
         wanted = self.to_theirs(expected(own), decoder.tie_embeddings)
         missing, unknown = sorted(wanted.keys() - theirs.keys()), sorted(theirs.keys() - wanted.keys())
@@ -152,6 +153,8 @@ class Family:
         for name, lazy in wanted.items():
             if theirs[name].shape != lazy.shape:
                 raise UserError(f"its tensors do not fit its config.json: {name} is {theirs[name].shape}, and by config.json {lazy.shape}")
+            if theirs[name].dtype not in FLOATS:
+                raise UserError(f"{name} is in {theirs[name].dtype}: give the model before it was quantised")
 
 
 def expected(decoder: DecoderConfig) -> dict[str, Lazy]:
@@ -222,7 +225,6 @@ OPT = Family(
         "layer_norm_elementwise_affine": (True, "the decoder's norms have weights"),
     },
     defaults={"activation_function": "relu", "tie_word_embeddings": True, "dropout": 0.1, "attention_dropout": 0.0},
-    extra={"do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True},
     ignored=r"(^|\.)decoder\.version$",
 )
 GPT2 = Family(

@@ -57,7 +57,7 @@ def _check(output: Path, force: bool) -> None:
     if not os.path.lexists(output):
         return
     if not output.is_dir() or output.is_symlink():
-        raise UserError(f"{output} is not a folder; OUTPUT is the folder to make")
+        raise UserError(f"{output} is {'a link' if output.is_symlink() else 'not a folder'}; OUTPUT is the folder to make")
     found = sorted(output.iterdir())
     foreign = [path.name for path in found if path.is_dir() or not _OURS.fullmatch(path.name)]
     if foreign:

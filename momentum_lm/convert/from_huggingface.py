@@ -7,13 +7,13 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from momentum_lm.data.dictionary import BOS, EOS, PAD, SPECIALS, Dictionary
+from momentum_lm.data.dictionary import BOS, EOS, SPECIALS, Dictionary
 from momentum_lm.data.hub import hub_answers
 from momentum_lm.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
@@ -53,20 +53,22 @@ def find_model(name: str) -> Path:
     folder = Path(name)
     if folder.exists():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".pt"):
         raise UserError(f"{name} does not exist; give a checkpoint, a folder, or the name of a model of the Hugging Face hub")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError("models of the Hugging Face hub need: pip install 'momentum_lm[transformers]'") from error
-    given: dict[str, Any] = {} if hub_answers() else {"local_files_only": True}  # what earlier downloads left
+    online = hub_answers()
+    given: dict[str, Any] = {} if online else {"local_files_only": True}  # what earlier downloads left
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*_BESIDE, "*.safetensors"], **given))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*_BESIDE, "pytorch_model*.bin"], **given))
     except Exception as error:  # of the library or of its HTTP client, by its version
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{name} is no file or folder here, and the Hugging Face hub does not give it: {reason}") from error
+        reason = f"does not give it: {reason}" if online else "does not answer, nor was it downloaded earlier"
+        raise UserError(f"{name} is no file or folder here, and the Hugging Face hub {reason}") from error
     return folder
 
 
@@ -97,8 +99,11 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
         family.check(tensors, decoder, vocabulary)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    tokenizer = _save_tokenizer(folder, output)
-    dictionary, order = _vocabulary(folder, family, config, vocabulary, tokenizer)
+    eos = config.get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos  # of several, the first is the pretrained model's
+    eos = eos if isinstance(eos, int) else None
+    tokenizer = _save_tokenizer(folder, output, eos)
+    dictionary, order = _vocabulary(folder, family, vocabulary, tokenizer, eos)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         add_bos = tokenizer.prefix == [BOS]
     else:
@@ -140,6 +145,10 @@ def checkpoint(decoder: DecoderConfig, add_bos: bool) -> dict[str, Any]:
                 "add_bos_token": add_bos,
             },
             "criterion": {"_name": "cross_entropy"},
+            # what fairseq-validate asks for beside, by reference
+            "common": {"seed": 1, "tpu": False, "use_plasma_view": False, "plasma_path": "/tmp/plasma"},
+            "dataset": {"batch_size": None, "batch_size_valid": None, "dataset_impl": None, "data_buffer_size": 10},
+            "optimization": {"sentence_avg": False},
         },
         "criterion": None,
         "optimizer_history": [history],
@@ -241,10 +250,10 @@ def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
     return {name: Lazy.of(tensor) for name, tensor in state.items()}
 
 
-def _save_tokenizer(folder: Path, output: Path) -> Tokenizer | None:
+def _save_tokenizer(folder: Path, output: Path, eos: int | None) -> Tokenizer | None:
     """The model's tokenizer, whose files are now in ``output``; None if it has none."""
     if not (folder / "dict.txt").exists():
-        return save_tokenizer(folder, output)
+        return save_tokenizer(folder, output, eos)
     tokenizer = load_tokenizer(folder)  # a model that was trained here: its tokenizer is the one that it had
     for name, path in tokenizer.files.items():
         shutil.copyfile(path, output / name)
@@ -252,7 +261,7 @@ def _save_tokenizer(folder: Path, output: Path) -> Tokenizer | None:
 
 
 def _vocabulary(
-    folder: Path, family: Family, config: Mapping[str, Any], size: int, tokenizer: Tokenizer | None
+    folder: Path, family: Family, size: int, tokenizer: Tokenizer | None, eos: int | None
 ) -> tuple[Dictionary, torch.Tensor | None]:
     """The dictionary, and where its ids lie there; None: where they are here."""
     if (folder / "dict.txt").exists():
@@ -264,15 +273,17 @@ def _vocabulary(
         return dictionary, None
     symbols = [str(i) for i in range(size)]
     if isinstance(tokenizer, HuggingFaceTokenizer):
+        if 2 * len(tokenizer.symbols) < size:
+            raise UserError(
+                f"{folder}: transformers finds {len(tokenizer.symbols)} tokens in the tokenizer's files, and the model has {size}: this "
+                "version does not read them; save a tokenizer.json there with an older one"
+            )
         known = tokenizer.symbols[:size]
         symbols[: len(known)] = known
-    elif family.fairseq_ids and config.get("eos_token_id", EOS) == EOS:
+    elif family.fairseq_ids and eos in (None, EOS):
         symbols[: len(SPECIALS)] = SPECIALS
-    else:
-        for role, special in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):  # one id may play several roles
-            own = config.get(role)
-            if isinstance(own, int) and own < size:
-                symbols[own] = SPECIALS[special]
+    elif eos is not None and 0 <= eos < size:  # -1 is said for none
+        symbols[eos] = SPECIALS[EOS]
     if symbols[: len(SPECIALS)] == list(SPECIALS):
         return Dictionary(symbols[len(SPECIALS) :]), None
     if SPECIALS[EOS] not in symbols:

@@ -28,6 +28,7 @@ SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
              torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}  # fmt: skip
@@ -48,8 +49,12 @@ class Lazy:
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
     def map(self, shape: Sequence[int], change: Callable[[Tensor], Tensor]) -> Lazy:
         """``change`` of it, which has this shape."""
@@ -175,8 +180,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, _Storage):
             return None
         self.stored.append(value.lazy)
-        numbers = torch.Size(value.lazy.shape).numel()
-        return "storage", _STORAGES[value.lazy.dtype], str(len(self.stored) - 1), "cpu", numbers
+        return "storage", _STORAGES[value.lazy.dtype], str(len(self.stored) - 1), "cpu", value.lazy.numel
 
 
 def _write(file: IO[bytes], lazy: Lazy, progress: Callable[[int], object]) -> None:

@@ -16,6 +16,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
 from momentum_lm.lm.native import NativeLM, find_checkpoint, load_native
 from momentum_lm.modules import DecoderConfig
+from momentum_lm.modules.momentum import NOTES
 
 from .families import GPT2, MOMENTUM, OPT, XGLM, Family
 from .lazy import Lazy, write_safetensors
@@ -36,15 +37,17 @@ def read_checkpoint(
     from fairseq_compat import load_checkpoint
 
     weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
-    tensors = [value for value in weights.get("model", weights).values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    dtypes = {tensor.dtype for tensor in tensors if tensor.dim() > 1} or {torch.float32}  # of matrices: notes of the format are in fp32
+    found = weights.get("model", weights)
+    tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong
+    parameters = [value for name, value in tensors if isinstance(value, torch.Tensor) and name.endswith((".weight", ".bias"))]
+    dtypes = {tensor.dtype for tensor in parameters} or {torch.float32}  # what else there is, notes of the format, is in fp32
     return load_native(path, overrides, trust, dtype=functools.reduce(torch.promote_types, dtypes), tokenizer=tokenizer)
 
 
-def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> tuple[str, list[str]]:
+def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> tuple[str, int, list[str]]:
     """Writes the weights, ``config.json``, ``generation_config.json`` and the tokenizer into a folder. ``dtype`` None: as they are.
 
-    Returns the class of transformers that loads it, and what a user should know.
+    Returns the class of transformers that loads it, its number of parameters, and what a user should know.
     """
     tokenizer, dictionary = _vocabulary(lm)
     bos, decoder = lm.bos[0], lm.config
@@ -55,11 +58,8 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     names = _write_parts(tensors, folder, progress)
     where = {our: i for i, our in enumerate(order.tolist())} if order is not None else {i: i for i in range(decoder.vocab_size)}
     ids = {"bos_token_id": where[bos], "eos_token_id": where[EOS], "pad_token_id": where.get(PAD)}
-    config = (
-        family.config(decoder, len(where))
-        | ids
-        | {"dtype": str(tensors[family.theirs("embed_tokens.weight")].dtype).removeprefix("torch.")}
-    )
+    stored = tensors[family.theirs("embed_tokens.weight")].dtype
+    config = {**ids, **family.config(decoder, len(where)), "dtype": str(stored).removeprefix("torch.")}
     if family is MOMENTUM:
         config["auto_map"] = _MODULES
         for module in _MODULES.values():
@@ -69,21 +69,24 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
     notes = [f"{len(names)} files of weights"] if len(names) > 1 else []
     if tokenizer is not None:
-        note = write_tokenizer(tokenizer, folder, decoder.max_positions, bos, order is not None)
+        note = write_tokenizer(tokenizer, folder, decoder.max_positions, bos, None if order is None else order.tolist())
         notes += [note] if note else []
     else:
         notes.append("there is no tokenizer beside the checkpoint, so none was written; name its folder with --tokenizer")
-    return family.architecture, notes
+    return family.architecture, sum(lazy.numel for name, lazy in tensors.items() if name.rpartition(".")[2] not in NOTES), notes
 
 
 def choose(
     decoder: DecoderConfig, dictionary: Dictionary | None, tokenizer: Tokenizer | None, bos: int
 ) -> tuple[Family, torch.Tensor | None]:
     """The family that computes what the decoder does, and its vocabulary, (V,): the id here of each id there (None: the same)."""
-    if GPT2.represents(decoder) and dictionary is not None:
+    order = None
+    if dictionary is not None and (tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer)):
         order = _own_order(decoder, dictionary, tokenizer)
-        if order is not None and bos in order.tolist() and order.tolist() != list(range(decoder.vocab_size)):
-            return GPT2, order
+    if order is not None and bos in order.tolist() and order.tolist() != list(range(decoder.vocab_size)):
+        for family in (GPT2, XGLM):
+            if family.represents(decoder):
+                return family, order
     if not decoder.absent_tokens:
         for family in (XGLM, OPT):
             if family.represents(decoder):
@@ -91,7 +94,7 @@ def choose(
     return MOMENTUM, None
 
 
-def _own_order(decoder: DecoderConfig, dictionary: Dictionary, tokenizer: Tokenizer | None) -> torch.Tensor | None:
+def _own_order(decoder: DecoderConfig, dictionary: Dictionary, tokenizer: HuggingFaceTokenizer | None) -> torch.Tensor | None:
     """The ids of the model's own tokenizer, which dict.txt gives in decimal, if they are all that the model predicts; else None."""
     present = [i for i in range(decoder.vocab_size) if i not in decoder.absent_tokens]
     own = {int(symbol): i for i, symbol in enumerate(dictionary.symbols) if symbol.isdecimal()}
@@ -99,7 +102,7 @@ def _own_order(decoder: DecoderConfig, dictionary: Dictionary, tokenizer: Tokeni
     left = sorted(set(range(len(present))) - own.keys())
     if len(specials) == len(left) == 1:
         own[left[0]] = specials[0]
-    elif isinstance(tokenizer, HuggingFaceTokenizer):
+    elif tokenizer is not None:
         own |= {tokenizer.symbols.index(SPECIALS[i]): i for i in specials if SPECIALS[i] in tokenizer.symbols}
     if sorted(own) != list(range(len(present))) or sorted(own.values()) != present:
         return None

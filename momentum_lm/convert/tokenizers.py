@@ -17,10 +17,11 @@ NAMES = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # one of which every tokenizer of transformers has
 
 
-def save_tokenizer(source: Path, folder: Path) -> HuggingFaceTokenizer | None:
+def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTokenizer | None:
     """Writes the tokenizer of a Hugging Face model as ``tokenizer.json`` and ``tokenizer_config.json``; None if the model has none.
 
-    transformers builds some tokenizers by its own rules and not as their tokenizer.json says, so what it built is what is written.
+    ``eos``: the id that ends a text by the model's configuration, for a tokenizer that does not say it. transformers builds some
+    tokenizers by its own rules and not as their tokenizer.json says, so what it built is what is written.
     Raises UserError if transformers does not load it, or runs it in Python.
     """
     if not any(any(source.glob(pattern)) for pattern in _FILES):
@@ -42,24 +43,30 @@ def save_tokenizer(source: Path, folder: Path) -> HuggingFaceTokenizer | None:
     else:
         (folder / own.name).write_text(backend.to_str(pretty=True), encoding="utf-8")
     roles = {role: str(token) for role in NAMES if (token := getattr(tokenizer, role)) is not None}
+    if "eos_token" not in roles and eos is not None and 0 <= eos < len(tokenizer):
+        roles["eos_token"] = tokenizer.convert_ids_to_tokens(eos)
     limit = {"model_max_length": tokenizer.model_max_length} if tokenizer.model_max_length < 1 << 40 else {}
     _write_settings(folder, roles, bool(tokenizer.split_special_tokens), limit)
     return HuggingFaceTokenizer(folder)
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int, bos: int, own_order: bool = False) -> str | None:
-    """Writes Hugging Face's files of one of our tokenizers, with the dictionary's ids (``own_order``: with those of its tokenizer.json).
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int, bos: int, order: Sequence[int] | None = None) -> str | None:
+    """Writes Hugging Face's files of one of our tokenizers, with the dictionary's ids.
 
-    ``bos``: what a text begins with. Beside them go ``dict.txt`` and the tokenizer's own files where it has others, so that the way back
-    gives what there was. Returns what the files do not do exactly, in one line, if anything.
+    ``bos``: what a text begins with. ``order``: the dictionary's id of each of a tokenizer.json's own, which stay; None: they do not.
+    Beside them go ``dict.txt`` and the tokenizer's own files where it has others, so that the way back gives what there was. Returns
+    what the files do not do exactly, in one line, if anything.
     """
     limit = {"model_max_length": max_positions}
     names = {role: SPECIALS[special] for role, special in NAMES.items()} | {"bos_token": SPECIALS[bos]}
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        if own_order or tokenizer.own_to_dictionary == list(range(len(tokenizer.symbols))):
+        ids = tokenizer.own_to_dictionary[: tokenizer.vocab_size]  # tokens beyond the model's have none of its ids
+        if order is not None or ids == list(range(len(ids))):
             for name, path in tokenizer.files.items():
                 shutil.copyfile(path, folder / name)
             if len(tokenizer.files) == 1:
+                if order is not None:
+                    names = {role: tokenizer.token(order.index(i)) for role, i in (("bos_token", bos), ("eos_token", EOS))}
                 _write_settings(folder, names, False, limit)
         else:
             content, tokens = _in_dictionary_order(tokenizer, bos)

@@ -216,7 +216,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Dictionary symbols (``symbols``, by the tokenizer's own ids) are those ids in decimal. The tokens that ``tokenizer_config.json`` names
     as ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token`` are fairseq's specials (the first of eos, bos, pad, unk where one is
-    several). Where that or their names make ids 0 to 3 fairseq's, the tokenizer has a dictionary's ids already.
+    several). Where that or their names make ids 0 to 3 fairseq's, the tokenizer has a dictionary's ids already, and no special beside.
     """
 
     kind = "huggingface"
@@ -254,8 +254,12 @@ class HuggingFaceTokenizer(Tokenizer):
             if isinstance(token, str) and token in ids:
                 self.symbols[ids[token]] = SPECIALS[special]
         if all(ids.get(name) == i or self.symbols[i : i + 1] == [name] for i, name in enumerate(SPECIALS)):
-            self.symbols[: len(SPECIALS)] = SPECIALS
+            self.symbols = [*SPECIALS, *map(str, range(len(SPECIALS), len(self.symbols)))]  # a role that lies elsewhere is no special
         super().__init__(files, self.symbols, dictionary)
+
+    def token(self, own_id: int) -> str:
+        """What the tokenizer calls its id."""
+        return str(self._model.id_to_token(own_id))
 
     @property
     def splits_special_tokens(self) -> bool:

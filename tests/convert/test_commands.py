@@ -78,5 +78,8 @@ def test_both_perplexities_are_the_same(converted, run_cli, tmp_path):
     assert stock.returncode == 0, stock.stderr[-3000:]
     stock_ppl = float(re.search(r"Perplexity: ([\d.]+)", stock.stderr + stock.stdout)[1])
     assert math.isfinite(ppl) and ppl == pytest.approx(stock_ppl, rel=1e-3)
+    validated = run_cli(["fairseq-validate", data, "--path", ours / "model.pt", "--task", "language_modeling", "--cpu", "--batch-size", 4])
+    assert validated.returncode == 0, validated.stderr[-3000:]
+    assert float(re.search(r"ppl ([\d.]+)", validated.stderr + validated.stdout)[1]) > 1
     state = torch.load(ours / "model.pt", weights_only=True)
     assert state["cfg"]["task"]["add_bos_token"] is False

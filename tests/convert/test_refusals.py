@@ -57,12 +57,17 @@ def reshape(tensors):
     tensors["transformer.h.1.attn.c_attn.weight"] = torch.zeros(96, 32)
 
 
+def quantise(tensors):
+    tensors["transformer.h.1.ln_1.weight"] = torch.zeros(32, dtype=torch.int8)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (remove, "its tensors do not fit its config.json: they lack transformer.h.1.mlp.c_fc.bias"),
         (add, "they have transformer.h.3.mlp.c_fc.bias and 1 more, which the model does not"),
         (reshape, "transformer.h.1.attn.c_attn.weight is (96, 32), and by config.json (32, 96)"),
+        (quantise, "transformer.h.1.ln_1.weight is in torch.int8: give the model before it was quantised"),
     ],
 )
 def test_tensors_that_do_not_fit(make_model, refused, tmp_path, change, message):
@@ -113,6 +118,8 @@ def test_tokenizers_that_do_not_do(make_model, refused, tmp_path):
         path.unlink()
     edit(theirs, eos_token_id=None, bos_token_id=None)
     assert "does not say which token ends a text" in refused(theirs, tmp_path / "ours")
+    transformers.XGLMTokenizer().save_pretrained(theirs)  # what comes of files that transformers passes over
+    assert "transformers finds 11 tokens in the tokenizer's files, and the model has 301" in refused(theirs, tmp_path / "ours")
 
 
 def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypatch):
@@ -122,6 +129,9 @@ def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypa
     (tmp_path / "file").write_text("mine")
     assert "file is not a folder; OUTPUT is the folder to make" in refused(theirs, tmp_path / "file", "--force")
     assert "holds" in refused("theirs", ".") and "choose another OUTPUT" in refused("theirs", "theirs", "--force")
+    (tmp_path / "link").symlink_to("elsewhere")
+    assert "link is a link; OUTPUT is the folder to make" in refused(theirs, tmp_path / "link", "--force")
+    assert "--dtype does nothing to a-shard0.pt, which is a part of a checkpoint" in refused("a-shard0.pt", "b.pt", "--dtype", "fp16")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.md").write_text("mine")
     assert "mine holds notes.md, which a conversion does not write" in refused(theirs, tmp_path / "mine", "--force")
@@ -130,11 +140,25 @@ def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypa
     convert(theirs, "empty")
     assert "empty is there already; choose another OUTPUT, or add --force" in refused(theirs, tmp_path / "empty")
     assert "does not exist; give a checkpoint, a folder, or the name of a model" in refused(tmp_path / "no.pt", tmp_path / "x")
-    assert "--tokenizer is for fairseq checkpoints" in refused(theirs, tmp_path / "x", "--tokenizer", "y")
-    assert "--model-overrides is for fairseq checkpoints" in refused(theirs, tmp_path / "x", "--model-overrides", "{'a': 1}")
+    assert "--tokenizer does nothing to " in refused(theirs, tmp_path / "x", "--tokenizer", "y")
+    assert "which is a model of Hugging Face; leave it out" in refused(theirs, tmp_path / "x", "--model-overrides", "{'a': 1}")
+    assert "checkpoints/checkpoint_bset.pt does not exist; give a checkpoint" in refused("checkpoints/checkpoint_bset.pt", tmp_path / "x")
+    torch.save({"model": None}, tmp_path / "none.pt")
+    assert "none.pt holds no decoder-only language model" in refused(tmp_path / "none.pt", tmp_path / "x")
     (tmp_path / "bad.pt").write_bytes(b"nothing")
     assert "bad.pt" in refused(tmp_path / "bad.pt", tmp_path / "x")
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_the_source_is_never_replaced(make_model, convert, refused, tmp_path):
+    """Not as the folder of the file, nor through a link."""
+    _, theirs = make_model("gpt2")
+    convert(theirs, tmp_path / "ours")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for source, output in (("ours/model.pt", "ours"), ("ours/model.pt", "link/ours"), ("theirs", "link/theirs"), ("link/ours", "ours")):
+        before = (tmp_path / source).stat()
+        assert f"{output} holds {tmp_path / source}; choose another OUTPUT" in refused(tmp_path / source, tmp_path / output, "--force")
+        assert (tmp_path / source).stat() == before
 
 
 def test_a_model_of_another_architecture_built_by_transformers(refused, tmp_path):

@@ -1,6 +1,7 @@
 """Models of transformers beside what they are converted to: the same logits, the same text, the same bits on the way back."""
 
 import argparse
+import copy
 import json
 
 import pytest
@@ -269,13 +270,90 @@ def test_older_files(make_model, convert, tmp_path, family):
 
 def test_without_a_tokenizer(make_model, convert, tmp_path):
     for family in FAMILIES:
-        _, theirs = make_model(family, name=family)
+        ids = {"bos_token_id": 5, "pad_token_id": -1} if family == "gpt2" else {"eos_token_id": [2, 50]}
+        _, theirs = make_model(family, name=family, **ids)
         for path in theirs.glob("tokenizer*"):
             path.unlink()
         assert "has no tokenizer" in convert(theirs, tmp_path / f"{family}_ours")
         assert "no tokenizer beside" in convert(tmp_path / f"{family}_ours", tmp_path / f"{family}_again")
         before, after = load_file(theirs / "model.safetensors"), load_file(tmp_path / f"{family}_again" / "model.safetensors")
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokenizer_of_another_size(make_model, convert, tmp_path, family, tokenizer_of):
+    """A matrix with rows to spare, as OPT's, and one that lacks those of tokens which were added later."""
+    rows = len(tokenizer_of(family)) + 13
+    _, theirs = make_model(family, vocab_size=rows)
+    before = load_file(theirs / "model.safetensors")
+    parameters = sum(tensor.numel() for tensor in before.values())
+    for added in (0, 20):
+        tokenizer = copy.deepcopy(tokenizer_of(family))
+        tokenizer.add_tokens([f"[added {i}]" for i in range(added)])
+        tokenizer.save_pretrained(theirs)
+        convert(theirs, tmp_path / f"ours{added}")
+        out = convert(tmp_path / f"ours{added}", tmp_path / f"again{added}")
+        after = load_file(tmp_path / f"again{added}" / "model.safetensors")
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert f" of {parameters:,} parameters" in out
+
+
+def test_fairseqs_dense_lms_with_the_vocabulary_of_gpt2(make_model, convert, tmp_path, tokenizer_of):
+    """XGLM with GPT-2's tokens first and fairseq's specials last, all of them or what is needed."""
+    for count in (4, 2):
+        tokenizer = copy.deepcopy(tokenizer_of("gpt2"))
+        first = len(tokenizer)
+        roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        tokenizer.add_special_tokens(dict(list(roles.items())[:count]))
+        model, theirs = make_model("xglm", name=f"theirs{count}", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        for path in theirs.glob("tokenizer*"):
+            path.unlink()
+        tokenizer.save_pretrained(theirs)
+        convert(theirs, tmp_path / f"ours{count}")
+        native = load_native(tmp_path / f"ours{count}")
+        theirs_ids = tokenizer("the film is good", add_special_tokens=False).input_ids
+        assert max(theirs_ids) < first and native.bos == (2,)
+        with torch.no_grad():
+            found = native.model(torch.tensor([[2, *native.encode(["the film is good"])[0]]]))
+            expected = model(torch.tensor([[tokenizer.eos_token_id, *theirs_ids]])).logits
+        order = native.tokenizer.own_to_dictionary
+        torch.testing.assert_close(found[..., order], expected, atol=1e-5, rtol=1e-5)
+        convert(tmp_path / f"ours{count}", tmp_path / f"again{count}")
+        before, after = load_file(theirs / "model.safetensors"), load_file(tmp_path / f"again{count}" / "model.safetensors")
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"again{count}").eval()
+        assert type(again) is type(model) and again.config.eos_token_id == tokenizer.eos_token_id
+        convert(tmp_path / f"again{count}", tmp_path / f"ours_again{count}")
+
+
+def test_norms_in_fp32_beside_matrices_in_fp16(make_model, convert, tmp_path):
+    _, theirs = make_model("gpt2")
+    tensors = load_file(theirs / "model.safetensors")
+    tensors = {name: tensor if ".ln_" in name else tensor.half() for name, tensor in tensors.items()}
+    save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
+    convert(theirs, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "again")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor.float()) for name, tensor in tensors.items())
+
+
+def test_gpt2s_own_files_beside_a_model_without_tokenizer(make_model, convert, tmp_path, tokenizer_of):
+    """They have the dictionary's ids, and so has the model then."""
+    _, theirs = make_model("gpt2")
+    for path in theirs.glob("tokenizer*"):
+        path.unlink()
+    convert(theirs, tmp_path / "ours")
+    model = json.loads(tokenizer_of("gpt2").backend_tokenizer.to_str())["model"]
+    vocabulary = {**model["vocab"], "<|endoftext|>": len(tokenizer_of("gpt2")) - 1}
+    (tmp_path / "ours" / "encoder.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "ours" / "vocab.bpe").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    convert(tmp_path / "ours", tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)("the film", return_tensors="pt").input_ids
+    native = load_native(tmp_path / "ours")
+    assert ids.tolist() == [[2, *native.encode(["the film"])[0]]]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, native.model(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_momentum_on_gpt2_keeps_its_vocabulary(make_model, convert, tmp_path):
@@ -312,7 +390,7 @@ def test_names_of_the_hub_come_from_its_cache(make_model, convert, refused, tmp_
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("momentum_lm.convert.from_huggingface.hub_answers", lambda: False)
     assert "OPTForCausalLM" in convert("someone/opt-tiny", tmp_path / "ours")
-    assert "someone/opt-huge is no file or folder here, and the Hugging Face hub does not give it" in refused(
+    assert "someone/opt-huge is no file or folder here, and the Hugging Face hub does not answer, nor was it downloaded earlier" in refused(
         "someone/opt-huge", tmp_path / "b"
     )
 

@@ -1,5 +1,6 @@
 """The same text has the same ids in Hugging Face's tokenizers and in ours, both ways."""
 
+import copy
 import json
 import random
 import shutil
@@ -190,15 +191,43 @@ def test_a_dictionary_that_lacks_tokens_of_a_tokenizer_json(tmp_path, tokenizer_
         write_tokenizer(load_tokenizer(tmp_path / "ours"), tmp_path, 100, 2)
 
 
-def test_prepare_takes_both_files(tmp_path, tokenizer_of, run_cli):
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_prepare_takes_both_files(tmp_path, tokenizer_of, run_cli, family):
     """`momentum-lm prepare --hf-tokenizer` keeps what says which tokens are special."""
-    tokenizer_of("opt").save_pretrained(tmp_path / "tokenizer")
+    tokenizer_of(family).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("\n\n".join(sentences(50)))
     result = run_cli(
         ["momentum-lm", "prepare", tmp_path / "text.txt", "--hf-tokenizer", tmp_path / "tokenizer" / "tokenizer.json", "--document",
          "blank-line", "--output", tmp_path / "data", "--workers", "1", "--valid", "0", "--test", "0"]
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert load_tokenizer(tmp_path / "data").own_to_dictionary[:4] == [0, 1, 2, 3]
+    before = HuggingFaceTokenizer(tmp_path / "tokenizer")
     shutil.rmtree(tmp_path / "tokenizer")
-    assert load_tokenizer(tmp_path / "data").encode("Hello")
+    after = load_tokenizer(tmp_path / "data")
+    assert after.own_to_dictionary == before.own_to_dictionary
+    assert after.encode("Hello <|endoftext|></s>") == before.encode("Hello <|endoftext|></s>")
+
+
+def test_a_role_elsewhere_leaves_fairseqs_ids(tmp_path, tokenizer_of):
+    """OPT with a padding token and an end of its own, as chat models have."""
+    tokenizer = copy.deepcopy(tokenizer_of("opt"))
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(tmp_path)
+    ours = HuggingFaceTokenizer(tmp_path)
+    assert ours.symbols == ["<s>", "<pad>", "</s>", "<unk>", *map(str, range(4, size + 2))]
+    assert ours.encode("a</s>[PAD]<|im_end|>")[-3:] == [2, size, size + 1]
+
+
+def test_a_tokenizer_without_an_end_has_the_models(make_model, convert, tmp_path, tokenizer_of):
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("gpt2").backend_tokenizer)
+    _, theirs = make_model("gpt2")
+    for path in theirs.glob("tokenizer*"):
+        path.unlink()
+    tokenizer.save_pretrained(theirs)
+    convert(theirs, tmp_path / "ours")
+    assert load_tokenizer(tmp_path / "ours").encode("a<|endoftext|>")[-1] == 2
+    (tmp_path / "ours" / "tokenizer_config.json").unlink()
+    convert(tmp_path / "ours", tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert len(again) == len(tokenizer) and again.eos_token == again.bos_token == "<|endoftext|>"

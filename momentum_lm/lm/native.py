@@ -256,6 +256,9 @@ def _tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     foreign = [name for name in weights if not name.startswith("decoder.")]
     if foreign:
         raise UserError(f"{path} holds more than a decoder-only language model, such as {foreign[0]}")
+    wrong = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} is no tensor; the checkpoint is damaged, or of another program")
     tensors: dict[str, Tensor] = {}
     for key, value in weights.items():
         name = key.removeprefix("decoder.")

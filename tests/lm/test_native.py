@@ -156,6 +156,12 @@ def test_bad_overrides(tmp_path, overrides, message):
         load_native(path, overrides)
 
 
+def test_what_is_no_tensor_is_named(tmp_path):
+    torch.save({"model": weights(decoder()) | {"decoder.layers.0.fc1.bias": 3}}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"c\.pt: decoder\.layers\.0\.fc1\.bias is no tensor"):
+        load_native(tmp_path / "c.pt")
+
+
 def test_dtype_and_padding(tmp_path):
     model = decoder(momentum_kind="ema", momentum_learned=True)
     save(tmp_path / "checkpoint_last.pt", model.half(), {"model": OURS | {"momentum_learned": True}})

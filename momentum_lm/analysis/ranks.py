@@ -70,7 +70,8 @@ def _tau_rows(x: Floats, y: Floats) -> Floats:
     result = np.empty(len(x))
     rank, plain = _ranks(x, y)
     pairs = x.shape[1] * (x.shape[1] - 1) // 2
-    result[plain] = (pairs - 2 * _inversions(rank[plain])) / pairs
+    if plain.any():
+        result[plain] = (pairs - 2 * _inversions(rank[plain])) / pairs
     if not plain.all():
         result[~plain] = _tau_of_tied(x[~plain], y[~plain])
     return result

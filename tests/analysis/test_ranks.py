@@ -72,6 +72,13 @@ def test_tau_looks_at_order_alone():
     assert ranks.kendall_tau(-a, b) == -tau
 
 
+def test_long_rows_that_all_have_ties():
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(40, size=(2, 300)).astype(float), rng.normal(size=(2, 300))
+    np.testing.assert_allclose(ranks.kendall_tau(a, b), [slow_tau(x, y) for x, y in zip(a, b, strict=True)], rtol=0, atol=1e-14)
+    assert np.isnan(ranks.kendall_tau(np.zeros((2, 300)), b)).all()
+
+
 def test_tau_where_nothing_can_be_ranked():
     rows = np.array([[1.0, 2, 3], [2, 2, 2], [1, np.nan, 2]])
     np.testing.assert_array_equal(ranks.kendall_tau(rows, [1.0, 2, 3]), [1, np.nan, np.nan])

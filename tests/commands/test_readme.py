@@ -152,7 +152,7 @@ def _small_huggingface_models(llama, gpt2):
         model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("path", [README, *EXAMPLES], ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", [README, *EXAMPLES], ids=lambda path: "README" if path == README else path.parent.name)
 def test_the_commands_run_in_order(path, workplace, run_cli):
     ran = []
     for line in commands(path):
@@ -188,7 +188,7 @@ def test_python_blocks_run(block):
         assert torch.isfinite(names["logits"]).all()
 
 
-@pytest.mark.parametrize("path", [README, *EXAMPLES], ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", [README, *EXAMPLES], ids=lambda path: "README" if path == README else path.parent.name)
 def test_every_file_that_a_readme_names_is_there(path):
     paths = re.findall(r"(?:\]\(|`)((?:examples|scripts|benchmarks|momentum_lm|tests)/[\w./-]+)", path.read_text("utf-8"))
     for name in paths:

@@ -47,6 +47,9 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
                 **style,
             )
             axes.set_xlim(0.4, len(layers) + 0.6)
+        if not log:  # cosines and correlations: an interval over two or three draws may reach further than they can
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -1.05), min(high, 1.05))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if len(curves) > 1:
             below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3}

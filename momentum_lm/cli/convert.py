@@ -123,9 +123,9 @@ def _bar(tensors: Iterable[Lazy]) -> Iterator[Callable[[int], object]]:
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype | None:
-    import torch
+    from momentum_lm.modules.precision import DTYPES
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.dtype]
+    return DTYPES.get(args.dtype)
 
 
 def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:

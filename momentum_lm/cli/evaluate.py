@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chooser = Parser(prog="fairseq-eval", add_help=False)
     chooser.add_argument("--task")
     task = chooser.parse_known_args(argv)[0].task
-    examples = "\n".join(f"  fairseq-eval --task {name} {entry.example}" for name, entry in TASKS.items() if task in (name, None))
+    examples = "\n".join(
+        f"  fairseq-eval --task {name} {entry.example}" for name, entry in TASKS.items() if name == task or task not in TASKS
+    )
     more = "" if task in TASKS else "`fairseq-eval --task TASK --help` shows the task's own flags. "
     parser = Parser(
         prog="fairseq-eval",

@@ -93,9 +93,9 @@ def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype:
-    import torch
+    from momentum_lm.modules.precision import DTYPES
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    return DTYPES[args.dtype]
 
 
 def device(name: str) -> torch.device:

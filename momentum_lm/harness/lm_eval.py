@@ -30,11 +30,11 @@ from momentum_lm.errors import UserError
 from momentum_lm.icl.prompts import Request, common_length
 from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.native import NativeLM, load_native
+from momentum_lm.modules.precision import DTYPES
 
 from .generation import generate, likeliest, row_budget, sample
 from .scoring import Answer, batches, score
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SPECIAL = {SPECIALS[token]: [token] for token in (BOS, EOS)}
 _AT_ONCE = 256  # requests whose texts are encoded together
 _GENERATED_AT_ONCE = 64  # rows, as the harness's own models have it; where memory allows

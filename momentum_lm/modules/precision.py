@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that flags have
+
 
 class Float32(nn.Module):
     """A module whose parameters and buffers stay in fp32 through ``.half()`` and ``.bfloat16()``: bf16 rounds a decay of 0.999 to 1."""

@@ -26,7 +26,7 @@ _ROWS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 QUANTITIES = tuple(_ROWS)
 
-# What the paper's finetuning and its draws of demonstrations used: data set -> (shots, {model: (seed, learning rate)}), appendix.
+# What the paper's draws of demonstrations and its finetuning used: one number a data set (appendix).
 _SEEDS = {"1.3B": (2, 5, 5, 4, 3, 3), "2.7B": (7, 5, 1, 4, 3, 3)}
 _RATES = {"1.3B": (0.0005, 0.00016, 0.003, 0.003, 0.2, 0.08), "2.7B": (0.007, 0.04, 0.001, 0.002, 0.2, 0.01)}
 SHOTS = dict(zip(DATASETS, (32, 32, 32, 32, 22, 19), strict=True))  # as in the authors' scripts: what fits into 2,048 tokens

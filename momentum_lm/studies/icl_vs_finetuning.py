@@ -205,7 +205,7 @@ class _Study:
         batches = self._batches()
         for number in range(processes.rank, len(batches), processes.world):
             halving(look, batches[number])
-            return_memory()  # or what one batch leaves in the heap adds to the next one's
+            return_memory(collect=False)  # or what one batch leaves in the heap adds to the next one's
         return self._merged(lm, look.found, rate, students, controls)
 
     def _merged(

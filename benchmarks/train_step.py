@@ -4,13 +4,16 @@
     python benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20     # bf16 autocast, compiled
 
 Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each ratio is
-between medians of one run. CPU time, summed over threads, is what to read where other work shares the machine. A step is forward,
-backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with --fp16, the fastest that it has.
+between medians of one run. What momentum adds is less than a machine's speed drifts from one process to the next: one more process
+alternates steps with and without it, and its ratio is the geometric mean over pairs of neighbours. CPU time, summed over threads, is
+what to read where other work shares the machine. A step is forward, backward, gradient norm and AdamW on random tokens; on a GPU stock
+fairseq runs with --fp16, the fastest that it has.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -137,22 +140,39 @@ def random_tokens(args: argparse.Namespace):
     return torch.randint(4, args.vocab, (args.batch, args.length + 1), generator=torch.Generator().manual_seed(0))
 
 
+def timed(step: Callable[[int], None], number: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Wall and CPU seconds of a step."""
+    import torch
+
+    start, started = time.perf_counter(), time.process_time()
+    step(number)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - started
+
+
 def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[float]]:
     import torch
 
     torch.set_num_threads(args.threads)
-    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     step = {PLAIN: plain_step, PRODUCTS: products_step}.get(variant, lambda args: fairseq_step(variant, args))(args)
-    times, busy = [], []
-    warm = 5 if args.device == "cuda" else 1  # the first allocate and compile
-    for number in range(args.steps + warm):
-        start, started = time.perf_counter(), time.process_time()
-        step(number)
-        wait()
-        times.append(time.perf_counter() - start)
-        busy.append(time.process_time() - started)
+    times = [timed(step, number, args) for number in range(args.warm + args.steps)][args.warm :]
     peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": times[warm:], "cpu_seconds": busy[warm:], "peak_mib": peak}
+    return {"seconds": [t[0] for t in times], "cpu_seconds": [t[1] for t in times], "peak_mib": peak}
+
+
+def measure_pairs(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Momentum's share of the step: its ratio to the step without, of neighbours in time."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    steps = [fairseq_step(OURS, args), fairseq_step(MOMENTUM, args)]
+    ratios = []
+    for number in range(args.warm + args.pairs):
+        order = steps if number % 2 == 0 else steps[::-1]  # so that a drift favours neither
+        pair = {step: timed(step, number, args) for step in order}
+        ratios.append([with_momentum / without for without, with_momentum in zip(*(pair[step] for step in steps), strict=True)])
+    return {"seconds": [r[0] for r in ratios[args.warm :]], "cpu_seconds": [r[1] for r in ratios[args.warm :]]}
 
 
 def main() -> None:
@@ -163,25 +183,30 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=51200)
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process")
     parser.add_argument("--rounds", type=int, default=3, help="processes per variant")
+    parser.add_argument("--pairs", type=int, default=6, help="pairs of steps with and without momentum, an even number")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", default=True, action=argparse.BooleanOptionalAction, help="on a GPU; stock fairseq never")
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.warm = 5 if args.device == "cuda" else 1  # the first steps allocate and compile
     if args.variant:
-        print(json.dumps(measure(args.variant, args)))
+        print(json.dumps(measure_pairs(args) if args.variant == "pairs" else measure(args.variant, args)))
         return
+
+    def run(variant: str, **environment: str) -> dict:
+        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment).stdout
+        return json.loads(output.splitlines()[-1])
 
     results: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
     for _ in range(args.rounds):
         for variant in VARIANTS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results[variant].append(json.loads(output.splitlines()[-1]))
-    seconds, busy = (
-        {v: statistics.median(s for r in rows for s in r[key]) for v, rows in results.items()} for key in ("seconds", "cpu_seconds")
-    )
+            results[variant].append(run(variant))
+    # two models share a heap: kept whole, it makes neither pay for pages that the other gave back to the system
+    pairs = run("pairs", GLIBC_TUNABLES="glibc.malloc.trim_threshold=137438953472:glibc.malloc.mmap_max=0")
+    seconds = {v: statistics.median(s for r in rows for s in r["seconds"]) for v, rows in results.items()}
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
     where = f"{args.threads} threads, fp32" if args.device == "cpu" else "bf16 autocast" + ", compiled" * args.compile
     print(f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, {where}, {args.rounds} x {args.steps} steps")
@@ -191,8 +216,8 @@ def main() -> None:
         line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s"
         print(f"{line}  peak {memory[variant]:6.0f} MiB{mfu(rate, args)}")
     ratios = {
-        "step time, momentum_lm / gpt_lm": seconds[MOMENTUM] / seconds[OURS],
-        "CPU time, momentum_lm / gpt_lm": busy[MOMENTUM] / busy[OURS],
+        "step time, momentum_lm / gpt_lm": statistics.geometric_mean(pairs["seconds"]),
+        "CPU time, momentum_lm / gpt_lm": statistics.geometric_mean(pairs["cpu_seconds"]),
         "tokens/s, gpt_lm / stock": seconds[STOCK] / seconds[OURS],
         "tokens/s, gpt_lm / plain torch GPT": seconds[PLAIN] / seconds[OURS],
         "step time, gpt_lm / its matrix products alone": seconds[OURS] / seconds[PRODUCTS],
@@ -201,9 +226,10 @@ def main() -> None:
     }
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f}")
+    print(f"momentum's {args.pairs} pairs: step time {min(pairs['seconds']):.3f} to {max(pairs['seconds']):.3f}")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "results": results, "ratios": ratios}, file, indent=1)
+            json.dump({"arguments": vars(args), "results": results, "pairs": pairs, "ratios": ratios}, file, indent=1)
 
 
 def mfu(rate: float, args: argparse.Namespace) -> str:

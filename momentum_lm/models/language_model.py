@@ -13,6 +13,7 @@ from torch import Tensor
 from momentum_lm.modules import Cache, Decoder, DecoderConfig
 from momentum_lm.modules.decoder import ACTIVATIONS, DEFAULT_ETA, MOMENTUM_KINDS, POSITIONS
 from momentum_lm.modules.sizes import Size, architecture, architectures
+from momentum_lm.training import building_place
 
 
 def _option(default: Any, text: str) -> Any:
@@ -118,7 +119,8 @@ class MomentumLanguageModel(FairseqLanguageModel):
         dictionary = task.target_dictionary
         options = OmegaConf.to_container(cfg, enum_to_str=True, resolve=True) if OmegaConf.is_config(cfg) else vars(cfg)
         config = DecoderConfig.from_fairseq(options, len(dictionary), dictionary.pad(), dictionary.eos())
-        decoder = FairseqDecoder(config, dictionary)
+        with building_place():
+            decoder = FairseqDecoder(config, dictionary)
         if cfg.compile:
             decoder.compile_blocks()
         return cls(decoder)

@@ -16,67 +16,76 @@ CHUNK = 32
 PACKED_MULTI_CHUNK = 8
 
 
-def _scan(x: Tensor, log_decay: Tensor, segment_ids: Tensor | None, strict: bool) -> tuple[Tensor, Tensor]:
+def _scan(x: Tensor, log_decay: Tensor, segment_ids: Tensor | None, strict: bool, reverse: bool) -> tuple[Tensor, Tensor]:
     """out[t] = sum over k <= t (k < t if ``strict``), same segment, of exp((t-k) log_decay) x[k];  last = the inclusive sum at T-1.
 
-    x (B, H, T, D), log_decay (H,), segment_ids (B, T) -> out (B, H, T, D), last (B, H, D).
+    x (B, T, H, D), log_decay (H,), segment_ids (B, T) -> out (B, T, H, D), last (B, H, D). With ``reverse`` time runs from T-1 to 0.
     States between chunks are themselves such a sum over chunks, so the function calls itself: linear memory, log_32(T) levels.
     """
-    batch, heads, length, dim = x.shape
+    batch, length, heads, dim = x.shape
     size = min(CHUNK, length)
-    pad = -length % size  # on the left, where zeros change no sum and the last chunk stays whole
+    pad = -length % size
     count = (length + pad) // size
+    before, after = (0, pad) if reverse else (pad, 0)  # zeros where time begins change no sum, and the last chunk stays whole
     if pad:
-        x = F.pad(x, (0, 0, pad, 0))
-        if segment_ids is not None:
-            segment_ids = torch.cat([segment_ids[:, :1].expand(-1, pad), segment_ids], 1)
-    x = x.reshape(batch, heads, count, size, dim)
+        x = F.pad(x, (0, 0, 0, 0, before, after))
+    x = x.reshape(batch * count, size, heads, dim)
 
-    r = torch.arange(size, device=x.device)
-    lag = r[:, None] - r[None, :]
-    local_hcc = torch.exp(lag.clamp(min=0) * log_decay[:, None, None]).masked_fill(lag < int(strict), 0.0)
-    to_end_hc = torch.exp((size - 1 - r) * log_decay[:, None])
-    from_start_hc = torch.exp((r + 1) * log_decay[:, None])
+    age = torch.arange(size, device=x.device)
+    age = age.flip(0) if reverse else age
+    lag = torch.cat([age, age.amax(0, keepdim=True)])[:, None] - age  # the row after the tokens' rows gives the chunk's sum
+    seen = lag >= int(strict)
+    seen[size] = True
+    weight_hrc = torch.exp(lag.clamp(min=0) * log_decay[:, None, None]).masked_fill(~seen, 0.0)
+    from_start_ch = torch.exp((age + 1)[:, None] * log_decay)
 
-    if segment_ids is None:
-        out = local_hcc[None, :, None] @ x
-        sums = (to_end_hc[:, None, None] @ x).squeeze(3)
-        last_ids = None
-    else:
-        ids = segment_ids.reshape(batch, count, size)
-        last_ids = ids[:, :, -1]
-        same = ids[:, None, :, :, None] == ids[:, None, :, None, :]
-        out = torch.where(same, local_hcc[None, :, None], 0.0) @ x
-        in_last = (ids == last_ids[..., None])[:, None, :, None]
-        sums = (torch.where(in_last, to_end_hc[:, None, None], 0.0) @ x).squeeze(3)
+    ids = last_ids = None
+    if segment_ids is not None:
+        ids = torch.cat([segment_ids[:, :1].expand(-1, before), segment_ids, segment_ids[:, -1:].expand(-1, after)], 1)
+        ids = ids.reshape(batch, count, size)
+        last_ids = ids[:, :, 0 if reverse else -1]
+        same = (torch.cat([ids, last_ids[..., None]], 2)[..., None] == ids[:, :, None]).flatten(0, 1)
 
-    if count == 1:
-        return out.reshape(batch, heads, size, dim), sums[:, :, 0]
-    states, last = _scan(sums, size * log_decay, last_ids, strict=False)
-    carry = from_start_hc[:, None, :, None] * states[:, :, :-1, None]
-    if segment_ids is not None and last_ids is not None:
-        continues = ids[:, 1:] == last_ids[:, :-1, None]
-        carry = torch.where(continues[:, None, ..., None], carry, 0.0)
-    out[:, :, 1:] += carry
-    return out.reshape(batch, heads, length + pad, dim)[:, :, pad:], last
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = x.new_empty(batch * count, heads, dim)
+    for head, weight in enumerate(weight_hrc):  # a product per head reads x as it lies; all heads at once would copy it
+        weight = weight.expand(batch * count, -1, -1) if ids is None else torch.where(same, weight, 0.0)
+        product = torch.bmm(weight, x[:, :, head])
+        out[:, :, head] = product[:, :-1]
+        sums[:, head] = product[:, -1]
+    sums = sums.unflatten(0, (batch, count))
+    out = out.unflatten(0, (batch, count))
+
+    last = sums[:, 0]
+    if count > 1:
+        states, last = _scan(sums, size * log_decay, last_ids, False, reverse)
+        into, out_of = (slice(0, -1), slice(1, None)) if reverse else (slice(1, None), slice(0, -1))
+        carried = from_start_ch[..., None]
+        if ids is not None and last_ids is not None:
+            continues = ids[:, into] == last_ids[:, out_of, None]
+            carried = torch.where(continues[..., None, None], carried, 0.0)
+        out[:, into].addcmul_(carried, states[:, out_of, None])
+    return out.flatten(1, 2)[:, before : before + length], last
 
 
-def _ema(v: Tensor, log_decay: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The EMA of ``v`` in v's own precision; the initial state is added by linearity."""
-    out, last = _scan(v, log_decay, segment_ids, strict=True)
-    final_state = log_decay.exp()[:, None] * last
-    if initial_state is not None:
-        length = v.shape[2]
-        t = torch.arange(length, device=v.device)
-        weight_bht = torch.exp(t * log_decay[:, None])[None]
-        at_end = torch.exp(length * log_decay)[None, :, None]
-        if segment_ids is not None:
-            in_first = segment_ids == segment_ids[:, :1]
-            weight_bht = torch.where(in_first[:, None], weight_bht, 0.0)
-            at_end = torch.where(in_first[:, -1, None, None], at_end, 0.0)
-        out = out + weight_bht[..., None] * initial_state[:, :, None]
-        final_state = final_state + at_end * initial_state
-    return out, final_state
+def _ema(
+    v: Tensor, log_decay: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The EMA of ``v`` (B, T, H, D) in v's own precision, the state after it (B, H, D); the initial state is added by linearity."""
+    length = v.shape[1]
+    out, last = (torch.zeros_like(v), v[:, 0]) if length == 1 else _scan(v, log_decay, segment_ids, True, reverse)
+    decay = log_decay.exp()[:, None]
+    if initial_state is None:
+        return out, decay * last
+    t = torch.arange(length, device=v.device)
+    weight = torch.exp((t.flip(0) if reverse else t)[:, None] * log_decay)[None, ..., None]  # (1, T, H, 1)
+    at_end = torch.exp(length * log_decay)[:, None]
+    if segment_ids is not None:
+        first, end = (-1, 0) if reverse else (0, -1)
+        in_first = segment_ids == segment_ids[:, first, None]
+        weight = torch.where(in_first[..., None, None], weight, 0.0)
+        at_end = torch.where(in_first[:, end, None, None], at_end, 0.0)
+    return out.addcmul_(weight, initial_state[:, None]), decay * last + at_end * initial_state
 
 
 class _EMA(torch.autograd.Function):
@@ -96,7 +105,8 @@ class _EMA(torch.autograd.Function):
         dtype = torch.promote_types(values.dtype, torch.float32)
         with torch.autocast(values.device.type, enabled=False):  # decay powers in bf16 would be wrong by tens of percent
             state = None if initial_state is None else initial_state.to(dtype)
-            out, final_state = _ema(values.to(dtype), log_decay.to(dtype), state, segment_ids)
+            out, final_state = _ema(values.transpose(1, 2).to(dtype), log_decay.to(dtype), state, segment_ids)
+        out = out.transpose(1, 2)
         if addend is None:
             return out.to(values.dtype), final_state
         return out.add_(addend).to(addend.dtype), final_state  # rounded once; not into the addend, which attention keeps for its gradient
@@ -112,13 +122,13 @@ class _EMA(torch.autograd.Function):
         g = values.new_zeros(values.shape, dtype=dtype) if grad_out is None else grad_out.to(dtype)
         with torch.autocast(values.device.type, enabled=False):
             from_final = None if grad_final is None else log_eta.exp()[:, None] * grad_final.to(dtype)
-            reversed_ids = None if segment_ids is None else segment_ids.flip(1)
-            grad_values = _ema(g.flip(2), log_eta, from_final, reversed_ids)[0].flip(2)
+            grad_values = _ema(g.transpose(1, 2), log_eta, from_final, segment_ids, reverse=True)[0].transpose(1, 2)
 
             grad_log_decay = grad_initial = None
             if ctx.needs_input_grad[1]:
                 state = None if initial_state is None else initial_state.to(dtype)
-                out, final_state = _ema(values.to(dtype), log_eta, state, segment_ids)
+                out, final_state = _ema(values.transpose(1, 2).to(dtype), log_eta, state, segment_ids)
+                out = out.transpose(1, 2)
                 grad_log_decay = (out[:, :, 1:] * (g + grad_values)[:, :, 1:]).sum((0, 2, 3))
                 if grad_final is not None:
                     grad_log_decay = grad_log_decay + (final_state * grad_final.to(dtype)).sum((0, 2))

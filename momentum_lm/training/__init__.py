@@ -1,9 +1,12 @@
 """What fairseq's trainer lacks for long runs on many machines. :func:`install` gives ``fairseq-train`` the trainer of this package."""
 
 import contextlib
+import contextvars
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+_divided_later = contextvars.ContextVar("_divided_later", default=False)
 
 
 def install() -> None:
@@ -13,7 +16,7 @@ def install() -> None:
 
     from .trainer import Trainer
 
-    names = {"Trainer": Trainer, "fsdp_enable_wrap": _build_whole, "fsdp_wrap": lambda module, **options: module}
+    names = {"Trainer": Trainer, "fsdp_enable_wrap": _build_to_divide, "fsdp_wrap": lambda module, **options: module}
     # fairseq_cli.train took its names already where --user-dir brings us in: that is read after its imports
     for module in (fairseq.trainer, fairseq.distributed, sys.modules.get("fairseq_cli.train")):
         for name, value in names.items():
@@ -22,6 +25,21 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def _build_whole(config: Any) -> Iterator[None]:
-    """The trainer divides the model when it is built."""
-    yield
+def _build_to_divide(config: Any) -> Iterator[None]:
+    """Around fairseq's building of a model that the trainer divides."""
+    token = _divided_later.set(True)
+    try:
+        yield
+    finally:
+        _divided_later.reset(token)
+
+
+def building_place() -> contextlib.AbstractContextManager[Any]:
+    """Where a model is built: a fully sharded one in the first process alone, which sends the others their parts. They build its shape
+    only (on the device ``meta``), so that eight processes of a machine do not hold eight models of 13B."""
+    import torch
+    import torch.distributed as dist
+
+    if _divided_later.get() and dist.is_initialized() and dist.get_rank() > 0:
+        return torch.device("meta")
+    return contextlib.nullcontext()

@@ -6,7 +6,8 @@ sharded checkpoint (--use-sharded-state) holds one process's parts; parts of all
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from momentum_lm.modules.precision import Float32
 class FullySharded(nn.Module):
     """A model divided among the processes of ``group``, as fairseq's trainer expects one; forwards everything else to the model.
 
+    The first process's weights are everyone's; models of the others may lie on the device ``meta``, as shapes without weights.
     Blocks (what the model keeps in ``nn.ModuleList``) are gathered one at a time, forward and backward. ``dtype``: the blocks' matrices are
     gathered in it (the parts and the sums of gradients stay fp32); None: as they are. ``use_sharded_state``: its state dict is this
     process's part; otherwise the whole, on the CPU of the first process, and empty elsewhere.
@@ -42,6 +44,7 @@ class FullySharded(nn.Module):
         self.use_sharded_state = use_sharded_state
         self.group = group
         mesh = DeviceMesh.from_group(group, device.type)
+        whole = {name: value.detach() for name, value in _entries(model)} if group.rank() == 0 else {}
         # Embeddings, norms and decays stay as they are, as in autocast, and no block's input is cast: that would take the residual stream
         # down to bf16.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -51,7 +54,20 @@ class FullySharded(nn.Module):
                 fully_shard(kept, mesh=mesh, reshard_after_forward=reshard_after_forward)
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         fully_shard(model, mesh=mesh)
-        self.module = model.to(device)
+        self.module = model.to_empty(device=device) if any(value.is_meta for _, value in _entries(model)) else model.to(device)
+        self._take_from_first(whole, device)
+
+    @torch.no_grad()
+    def _take_from_first(self, whole: dict[str, Tensor], device: torch.device) -> None:
+        """Sends the first process's ``whole`` entries to all, one at a time; each keeps its part."""
+        first = dist.get_global_rank(self.group, 0)
+        for name, own in _entries(self.module):
+            value = whole.pop(name).to(device).contiguous() if whole else torch.empty(own.shape, dtype=own.dtype, device=device)
+            dist.broadcast(value, first, group=self.group)
+            if isinstance(own, DTensor):
+                own.to_local().copy_(_part(value, own))
+            else:
+                own.copy_(value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -112,12 +128,21 @@ def part_like(value: Any, own: Any) -> Any:
     if value.shape != local.shape:
         if value.shape != own.shape:
             raise UserError(f"an entry of the checkpoint has shape {tuple(value.shape)}, where {tuple(own.shape)} is needed")
-        mesh = own.device_mesh
-        size = -(-own.shape[0] // mesh.size())
-        start = min(size * mesh.get_local_rank(), own.shape[0])
-        value = value[start : start + local.shape[0]]
+        value = _part(value, own)
     value = value.to(local.device, copy=True)
     return DTensor.from_local(value, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride())
+
+
+def _part(whole: Tensor, own: DTensor) -> Tensor:
+    """This process's part of a tensor that is divided as ``own``."""
+    size = -(-own.shape[0] // own.device_mesh.size())
+    start = min(size * own.device_mesh.get_local_rank(), own.shape[0])
+    return whole[start : start + own.to_local().shape[0]]
+
+
+def _entries(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, each once."""
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

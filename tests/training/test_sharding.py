@@ -1,4 +1,6 @@
-"""What is gathered in which precision: in a group of one process, where parts are wholes."""
+"""What is gathered in which precision, in a group of one process, where parts are wholes; and where the weights come from, in two."""
+
+import contextlib
 
 import pytest
 import torch
@@ -47,3 +49,40 @@ def test_matrices_travel_in_bf16_and_the_rest_is_as_under_autocast(kind, checkpo
         assert found.dtype == torch.float32
         if not name.endswith("k_proj.bias"):  # zero but for rounding
             assert float((found - expected).norm()) < 0.05 * float(expected.norm()), name
+
+
+SHAPE = DecoderConfig(61, 30, 64, 2, 3, position="rotary", momentum_kind="ema", absent_tokens=(0, 5), dropout=0.0)
+TOKENS = torch.arange(4, 40).reshape(2, 18)
+
+
+def build(rank, folder, on_meta):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    with torch.device("meta") if on_meta and rank else contextlib.nullcontext():
+        model = Decoder(SHAPE)
+    sharded = FullySharded(model, dist.group.WORLD, torch.device("cpu"))
+    found = {
+        "state": sharded.state_dict(),
+        "held": sum(p.to_local().numel() for p in model.parameters()),
+        "tied": model.output_projection.weight is model.embed_tokens.weight,
+        "logits": sharded(TOKENS).detach(),
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_all_begin_with_the_weights_of_the_first(on_meta, tmp_path):
+    """Also where the others built a shape only. Heads, width and vocabulary do not divide by two: parts are unequal."""
+    torch.multiprocessing.spawn(build, (str(tmp_path), on_meta), nprocs=2)
+    torch.manual_seed(0)
+    plain = Decoder(SHAPE)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    expected = plain.state_dict()
+    assert found[0]["state"].keys() == expected.keys() and not found[1]["state"]
+    assert all(torch.equal(found[0]["state"][name], value) for name, value in expected.items())
+    for process in found:
+        assert process["tied"]
+        torch.testing.assert_close(process["logits"], plain(TOKENS).detach())
+    assert sum(process["held"] for process in found) == sum(p.numel() for p in plain.parameters())

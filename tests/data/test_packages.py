@@ -67,8 +67,10 @@ def test_source_packages_are_unpacked_too(tmp_path):
     with tarfile.open(tmp_path / "p.tar.gz", "w:gz") as file:
         file.add(tmp_path / "a.txt", "p-1.0/data/a.txt")
         file.add(tmp_path / "a.txt", "p-1.0/setup.py")
+        file.add(tmp_path / "a.txt", "p-1.0/data/../../../b.txt")
     packages._unpack(tmp_path / "p.tar.gz", "p-1.0/data", tmp_path / "out")
     assert [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["p-1.0/data/a.txt"]
+    assert not (tmp_path / "b.txt").exists()
 
 
 def test_an_unknown_corpus_is_refused(tmp_path):

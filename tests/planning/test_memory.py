@@ -189,5 +189,5 @@ def test_traffic_of_momentum():
     assert kernel_traffic(replace(shape, momentum_learned=True, checkpoint_activations=True), 512) == 12 * tensor
     apart = torch_traffic(shape, 2, 256)
     assert 3 * kernel_traffic(shape, 512) < apart < 30 * kernel_traffic(shape, 512)
-    assert torch_traffic(shape, 4, 256) == pytest.approx(2 * apart, rel=0.02)
+    assert torch_traffic(shape, 4, 256) == pytest.approx(2 * apart, rel=0.05)  # the weights of a chunk do not grow with the batch
     assert torch_traffic(replace(shape, momentum_kind="multi_ema"), 2, 256) > apart

@@ -72,7 +72,7 @@ def training(name: str, device: str, log: Path) -> str:
 
 
 def step(*words: object) -> Callable[[Path], str]:
-    return lambda log: "\n    ".join(run([sys.executable, HERE / "train_step.py", *map(str, words)], 600, log).splitlines()[-14:])
+    return lambda log: "\n    ".join(run([sys.executable, HERE / "train_step.py", *map(str, words)], 600, log).splitlines()[-15:])
 
 
 def checks(device: str) -> dict[str, Callable[[Path], str]]:

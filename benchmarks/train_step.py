@@ -218,8 +218,10 @@ def main() -> None:
         line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s"
         print(f"{line}  peak {memory[variant]:6.0f} MiB{mfu(rate, args)}")
     ratios = {
-        "step time, momentum_lm / gpt_lm, by turns": statistics.median(pairs[MOMENTUM]["seconds"]) / statistics.median(pairs[OURS]["seconds"]),
-        "CPU time, momentum_lm / gpt_lm, by turns": statistics.median(pairs[MOMENTUM]["cpu_seconds"]) / statistics.median(pairs[OURS]["cpu_seconds"]),
+        "step time, momentum_lm / gpt_lm, by turns": statistics.median(pairs[MOMENTUM]["seconds"])
+        / statistics.median(pairs[OURS]["seconds"]),
+        "CPU time, momentum_lm / gpt_lm, by turns": statistics.median(pairs[MOMENTUM]["cpu_seconds"])
+        / statistics.median(pairs[OURS]["cpu_seconds"]),
         "tokens/s, gpt_lm / stock": seconds[STOCK] / seconds[OURS],
         "tokens/s, gpt_lm / plain torch GPT": seconds[PLAIN] / seconds[OURS],
         "step time, gpt_lm / its matrix products alone": seconds[OURS] / seconds[PRODUCTS],

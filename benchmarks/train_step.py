@@ -151,14 +151,18 @@ def timed(step: Callable[[int], None], number: int, args: argparse.Namespace) ->
     return time.perf_counter() - start, time.process_time() - started
 
 
+def columns(times: list[tuple[float, float]]) -> dict[str, list[float]]:
+    return {"seconds": [wall for wall, _ in times], "cpu_seconds": [cpu for _, cpu in times]}
+
+
 def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[float]]:
     import torch
 
     torch.set_num_threads(args.threads)
     step = {PLAIN: plain_step, PRODUCTS: products_step}.get(variant, lambda args: fairseq_step(variant, args))(args)
-    times = [timed(step, number, args) for number in range(args.warm + args.steps)][args.warm :]
+    times = columns([timed(step, number, args) for number in range(args.warm + args.steps)][args.warm :])
     peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": [t[0] for t in times], "cpu_seconds": [t[1] for t in times], "peak_mib": peak}
+    return {**times, "peak_mib": peak}
 
 
 def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
@@ -171,10 +175,7 @@ def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]
     for number in range(args.warm + args.pairs):
         for variant in list(steps)[:: 1 if number % 2 == 0 else -1]:  # so that a drift favours neither
             times[variant].append(timed(steps[variant], number, args))
-    return {
-        variant: {"seconds": [t[0] for t in pairs[args.warm :]], "cpu_seconds": [t[1] for t in pairs[args.warm :]]}
-        for variant, pairs in times.items()
-    }
+    return {variant: columns(taken[args.warm :]) for variant, taken in times.items()}
 
 
 def main() -> None:
@@ -218,10 +219,9 @@ def main() -> None:
         line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s"
         print(f"{line}  peak {memory[variant]:6.0f} MiB{mfu(rate, args)}")
     ratios = {
-        "step time, momentum_lm / gpt_lm, by turns": statistics.median(pairs[MOMENTUM]["seconds"])
-        / statistics.median(pairs[OURS]["seconds"]),
-        "CPU time, momentum_lm / gpt_lm, by turns": statistics.median(pairs[MOMENTUM]["cpu_seconds"])
-        / statistics.median(pairs[OURS]["cpu_seconds"]),
+        f"{kind}, momentum_lm / gpt_lm, by turns": statistics.median(pairs[MOMENTUM][key]) / statistics.median(pairs[OURS][key])
+        for kind, key in (("step time", "seconds"), ("CPU time", "cpu_seconds"))
+    } | {
         "tokens/s, gpt_lm / stock": seconds[STOCK] / seconds[OURS],
         "tokens/s, gpt_lm / plain torch GPT": seconds[PLAIN] / seconds[OURS],
         "step time, gpt_lm / its matrix products alone": seconds[OURS] / seconds[PRODUCTS],

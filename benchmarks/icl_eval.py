@@ -43,11 +43,13 @@ def texts(asked: dict) -> list[tuple[str, list[str]]]:
 
 def ours(asked: dict, args: argparse.Namespace) -> dict:
     """Through the functions that `fairseq-eval --task icl_classification` calls."""
+    from momentum_lm.cpu import keep_memory
     from momentum_lm.data.classification import Example
     from momentum_lm.icl import prompts, scoring
     from momentum_lm.lm.huggingface import load_huggingface
 
     lm = load_huggingface(args.model, args.gguf_file)
+    keep_memory()
     form = prompts.PromptFormat(lm.bos, SEPARATOR)
     demonstrations, examples = (
         [Example(e["index"], tuple(e["inputs"]), tuple(e["continuations"]), e["gold"]) for e in asked[name]]

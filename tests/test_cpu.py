@@ -57,3 +57,17 @@ def test_large_tensors_go_back_when_they_are_freed():
     for call, freed in (("map_large_tensors()", "True\n"), ("", "False\n")):
         command = [sys.executable, "-c", code.format(call), os.path.dirname(__file__)]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == freed, call
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_memory_is_kept_where_asked():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from momentum_lm.cpu import keep_memory\n"
+        "from test_cpu import resident\n"
+        "{}\n"
+        "pieces = [b'x' * 40_000_000 for _ in range(5)]; full = resident(); del pieces; print(full - resident() > 150_000_000)"
+    )
+    for call, freed in (("keep_memory()", "False\n"), ("", "True\n")):
+        command = [sys.executable, "-c", code.format(call), os.path.dirname(__file__)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == freed, call

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from momentum_lm.cpu import keep_memory
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.errors import UserError
 from momentum_lm.icl.calibration import CALIBRATIONS
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--orders {args.orders}: must be at least 1")
     settings = dataclasses.replace(settings_from(args), score=args.score, calibrations=calibrations, orders=args.orders)
     lm = load_model(args)
+    keep_memory()
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
     if classification.evaluate(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force):
         print(write_report(args.results_dir).text())

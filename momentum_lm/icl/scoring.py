@@ -22,7 +22,7 @@ from .prompts import Prompts, Request
 
 T = TypeVar("T")
 CPU_MEMORY = 256 << 20  # bytes that a batch may take beside the model and the cache
-CPU_TOKENS = 256  # more at once are not faster on a CPU
+CPU_TOKENS = 512  # more at once are not faster on a CPU
 GPU_SHARE = 0.4  # of the memory that is free when scoring begins
 
 

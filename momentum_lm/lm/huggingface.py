@@ -18,21 +18,12 @@ from momentum_lm.data.hub import hub_answers
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
 
-from .inference import grouped_attention, inference, register_attention
+from .inference import inference
 from .momentum_attention import added_momentum
+from .shared_prefix import PACKED_ATTENTION, PackedRows, SharedPrefix, packed, register_packed_attention
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _ENDLESS = 1 << 20  # tokenizers without a limit give one far above any model's
-
-
-class SharedPrefix:
-    """Keys and values of one row, which rows of any number read without a copy of their own, and which no row adds to."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-        self.length: int = cache.get_seq_length()
-        for layer in cache.layers:
-            layer.update = _reader(layer)
 
 
 class HuggingFaceLM:
@@ -46,7 +37,7 @@ class HuggingFaceLM:
         self.name, self.sha256 = name, sha256
         self.config = model.config.get_text_config(decoder=True)
         if self.config._attn_implementation == "sdpa" and model.device.type == "cpu":
-            model.set_attn_implementation(register_attention("sdpa_grouped", grouped_attention))
+            model.set_attn_implementation(register_packed_attention())
         parameters = inspect.signature(model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         self.separator: str | tuple[int, ...] = (tokenizer.eos_token_id,) if self.config.model_type == "xglm" else "\n\n"
@@ -138,12 +129,48 @@ class HuggingFaceLM:
         # Padding on the left would stand between prefix and row, where a sliding window counts it: it goes to the right.
         shift = padding.long().argmin(1)
         order = (torch.arange(tokens.shape[1]) + shift[:, None]) % tokens.shape[1]
-        tokens, positions = tokens.masked_fill(padding, 0).gather(1, order), positions - shift[rows]
+        tokens, seen, positions = tokens.masked_fill(padding, 0).gather(1, order), ~padding.gather(1, order), positions - shift[rows]
+        plain = self.config._attn_implementation == PACKED_ATTENTION and self.dtype == torch.float32 and self.device.type == "cpu"
+        if plain and isinstance(prefix, SharedPrefix) and self._packs_rows:
+            return self._packed_log_probs(tokens, seen, rows, positions, targets, prefix)
+        return self._padded_log_probs(tokens, rows, positions, targets, prefix)
+
+    def _padded_log_probs(
+        self, tokens: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: SharedPrefix | tuple[int, ...] | None
+    ) -> Tensor:
         given: dict[str, Any] = {"use_cache": False}
         if isinstance(prefix, SharedPrefix):
             given = {"past_key_values": prefix.cache, "use_cache": True}
         elif prefix is not None:
             tokens, positions = torch.cat([torch.tensor(prefix).expand(len(tokens), -1), tokens], 1), positions + len(prefix)
+        return self._read(tokens, given, rows, positions, targets)
+
+    def _packed_log_probs(
+        self, tokens: Tensor, seen: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: SharedPrefix
+    ) -> Tensor:
+        together = PackedRows(seen, prefix)
+        given = {"past_key_values": prefix.cache, "use_cache": True, "position_ids": together.positions}
+        with packed(together):
+            return self._read(tokens[seen][None], given, torch.zeros_like(rows), together.number[rows, positions], targets)
+
+    @cached_property
+    def _packs_rows(self) -> bool:
+        """Whether rows may go through the model without padding: where a small example then gives what padded rows give."""
+        from transformers import DynamicCache
+
+        if any(type(layer).__name__ != "DynamicLayer" for layer in DynamicCache(config=self.model.config).layers):  # they see but a window
+            return False
+        prefix, tokens = self.encode_prefix([1, 2, 3]), torch.tensor([[4, 5, 6], [7, 0, 0]])
+        assert isinstance(prefix, SharedPrefix)
+        asked = torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]), torch.tensor([1, 2, 3])
+        try:
+            found = self._packed_log_probs(tokens, tokens > 0, *asked, prefix)
+        except Exception:  # whatever a model does not take
+            return False
+        return torch.allclose(found, self._padded_log_probs(tokens, *asked, prefix), rtol=1e-4, atol=1e-4)
+
+    def _read(self, tokens: Tensor, given: dict[str, Any], rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """Runs the model over tokens (B, T)."""
         places, which = torch.unique(torch.stack([rows, positions]), dim=1, return_inverse=True)
         row, place = places.to(self.device)
         # The output projection sees what is asked alone; what the model does to logits after it, such as capping, stays.
@@ -200,13 +227,3 @@ def _digest(name: str, gguf_file: str | None, model: Any) -> str:
         return file_sha256(folder / gguf_file)
     weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
     return file_sha256(*weights, folder / "config.json")
-
-
-def _reader(layer: Any) -> Any:
-    """A cache layer's ``update`` that adds nothing to it."""
-
-    def update(keys: Tensor, values: Tensor, *unused: Any, **unused_too: Any) -> tuple[Tensor, Tensor]:
-        kept = (part.expand(len(keys), -1, -1, -1) for part in (layer.keys, layer.values))
-        return tuple(torch.cat([old, new], -2) for old, new in zip(kept, (keys, values), strict=True))  # type: ignore[return-value]
-
-    return update

@@ -59,13 +59,13 @@ def grouped_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def register_attention(name: str, attention: Callable[..., Any]) -> str:
-    """Makes an attention with SDPA's masks known to ``transformers``; returns its name."""
+def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> str:
+    """Makes an attention, with SDPA's masks or others, known to ``transformers``; returns its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, mask or sdpa_mask)
     return name
 
 

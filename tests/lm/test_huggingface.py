@@ -1,5 +1,6 @@
 """Against plain transformers, for the families that differ in what their caches and masks do. Models are small and random."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from momentum_lm.errors import UserError  # noqa: E402
+from momentum_lm.lm import shared_prefix  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM, load_huggingface  # noqa: E402
+from momentum_lm.lm.momentum_attention import add_momentum  # noqa: E402
 
 VOCAB = 300
 COMMON = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -55,6 +58,38 @@ def random_model(family):
 def test_log_probs_are_those_of_the_whole_sequence(family, side, prefix_length, tokenizer):
     lm = HuggingFaceLM(random_model(family), tokenizer, family, "")
     assert lm.shares_prefixes == (family != "mamba")
+    with count_packed() as calls:
+        check_log_probs(lm, side, prefix_length)
+    assert (len(calls) > 0) == (prefix_length > 0 and family in ("gpt2", "llama", "neox", "opt"))
+
+
+def test_rows_are_packed_only_for_an_attention_that_knows_how(tokenizer):
+    lm = HuggingFaceLM(random_model("llama"), tokenizer, "llama", "")
+    for step in (lambda: None, lambda: add_momentum(lm.model, 0.5), lambda: lm.model.set_attn_implementation("eager")):
+        step()
+        with count_packed() as calls:
+            check_log_probs(lm, "right", 9)
+        assert bool(calls) == (lm.config._attn_implementation == shared_prefix.PACKED_ATTENTION)
+
+
+def test_rows_are_padded_for_a_model_that_refuses_them_packed(tokenizer, monkeypatch):
+    monkeypatch.setattr(shared_prefix, "_REFUSED", ("scaling",))
+    lm = HuggingFaceLM(random_model("llama"), tokenizer, "llama", "")
+    check_log_probs(lm, "right", 9)
+    assert lm._packs_rows is False
+
+
+@contextlib.contextmanager
+def count_packed():
+    """Calls of attention with packed rows."""
+    calls, real = [], shared_prefix.PackedRows.pad
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prefix.PackedRows, "pad", lambda *given: calls.append(1) or real(*given))
+        yield calls
+
+
+def check_log_probs(lm, side, prefix_length):
+    """Against every row as a whole."""
     generator = torch.Generator().manual_seed(1)
     prefix = torch.randint(3, VOCAB, (prefix_length,), generator=generator)
     rows = [torch.randint(3, VOCAB, (n,), generator=generator) for n in (6, 1, 4)]

@@ -4,16 +4,16 @@
     python benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20     # bf16 autocast, compiled
 
 Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each ratio is
-between medians of one run. What momentum adds is less than a machine's speed drifts from one process to the next: one more process
-takes steps with and without it by turns, and their medians are compared. CPU time, summed over threads, is what to read where other
-work shares the machine. A step is forward, backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with --fp16,
-the fastest that it has.
+between medians of one run. What momentum adds is less than a machine's speed drifts within a minute: one more process takes --pairs of
+steps with and without it, one right after the other, of one sequence each on a CPU, and the ratios of the pairs are averaged
+(geometrically, with a 95% interval). CPU time, summed over threads, is what to read where other work shares the machine. A step is
+forward, backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with --fp16, the fastest that it has.
 """
 
 import argparse
 import contextlib
 import json
-import os
+import math
 import resource
 import statistics
 import subprocess
@@ -40,6 +40,7 @@ def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     import momentum_lm
+    from momentum_lm.cpu import keep_memory
     from momentum_lm.modules.sizes import SIZES
 
     momentum_lm.register()
@@ -54,6 +55,8 @@ def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None
         arch = f"{arch}_{args.shape}"
     if args.device == "cpu":
         words += ["--cpu"]
+        if not stock:
+            keep_memory()  # as our trainer does
     elif stock:
         words += ["--fp16"]
     elif args.compile:
@@ -166,16 +169,24 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
 
 
 def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds of steps with and without momentum, by turns."""
+    """Seconds of steps with and without momentum, in pairs."""
     import torch
 
     torch.set_num_threads(args.threads)
+    args.batch = 1 if args.device == "cpu" else args.batch  # the two of a pair then lie a few seconds apart
     steps = {variant: fairseq_step(variant, args) for variant in (OURS, MOMENTUM)}
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in steps}
     for number in range(args.warm + args.pairs):
         for variant in list(steps)[:: 1 if number % 2 == 0 else -1]:  # so that a drift favours neither
             times[variant].append(timed(steps[variant], number, args))
     return {variant: columns(taken[args.warm :]) for variant, taken in times.items()}
+
+
+def ratio_of_pairs(pairs: dict[str, dict[str, list[float]]], key: str) -> tuple[float, float, float]:
+    """Geometric mean of momentum_lm / gpt_lm over the pairs, and its 95% interval."""
+    logs = [math.log(a / b) for a, b in zip(pairs[MOMENTUM][key], pairs[OURS][key], strict=True)]
+    mean, error = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - 1.96 * error), math.exp(mean + 1.96 * error)
 
 
 def main() -> None:
@@ -186,7 +197,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=51200)
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process")
     parser.add_argument("--rounds", type=int, default=3, help="processes per variant")
-    parser.add_argument("--pairs", type=int, default=6, help="steps by turns with and without momentum")
+    parser.add_argument("--pairs", type=int, default=30, help="of steps with and without momentum")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", default=True, action=argparse.BooleanOptionalAction, help="on a GPU; stock fairseq never")
@@ -198,17 +209,16 @@ def main() -> None:
         print(json.dumps(measure_pairs(args) if args.variant == "pairs" else measure(args.variant, args)))
         return
 
-    def run(variant: str, **environment: str) -> dict:
+    def run(variant: str) -> dict:
         command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment).stdout
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         return json.loads(output.splitlines()[-1])
 
     results: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
     for _ in range(args.rounds):
         for variant in VARIANTS:
             results[variant].append(run(variant))
-    # two models share a heap: kept whole, it makes neither pay for pages that the other gave back to the system
-    pairs = run("pairs", GLIBC_TUNABLES="glibc.malloc.trim_threshold=137438953472:glibc.malloc.mmap_max=0")
+    pairs = run("pairs")
     seconds = {v: statistics.median(s for r in rows for s in r["seconds"]) for v, rows in results.items()}
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
     where = f"{args.threads} threads, fp32" if args.device == "cpu" else "bf16 autocast" + ", compiled" * args.compile
@@ -219,9 +229,6 @@ def main() -> None:
         line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s"
         print(f"{line}  peak {memory[variant]:6.0f} MiB{mfu(rate, args)}")
     ratios = {
-        f"{kind}, momentum_lm / gpt_lm, by turns": statistics.median(pairs[MOMENTUM][key]) / statistics.median(pairs[OURS][key])
-        for kind, key in (("step time", "seconds"), ("CPU time", "cpu_seconds"))
-    } | {
         "tokens/s, gpt_lm / stock": seconds[STOCK] / seconds[OURS],
         "tokens/s, gpt_lm / plain torch GPT": seconds[PLAIN] / seconds[OURS],
         "step time, gpt_lm / its matrix products alone": seconds[OURS] / seconds[PRODUCTS],
@@ -230,8 +237,10 @@ def main() -> None:
     }
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f}")
-    for variant, found in pairs.items():
-        print(f"{variant}, {args.pairs} steps by turns: {min(found['seconds']):.3f} to {max(found['seconds']):.3f} s")
+    for kind, key in (("step", "seconds"), ("CPU", "cpu_seconds")):
+        name = f"{kind} time, momentum_lm / gpt_lm"
+        ratios[name], low, high = ratio_of_pairs(pairs, key)
+        print(f"{name}: {ratios[name]:.3f} ({low:.3f} to {high:.3f}, {args.pairs} pairs)")
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"arguments": vars(args), "results": results, "pairs": pairs, "ratios": ratios}, file, indent=1)

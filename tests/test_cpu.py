@@ -66,7 +66,7 @@ def test_memory_is_kept_where_asked():
         "from momentum_lm.cpu import keep_memory\n"
         "from test_cpu import resident\n"
         "{}\n"
-        "pieces = [b'x' * 40_000_000 for _ in range(5)]; full = resident(); del pieces; print(full - resident() > 150_000_000)"
+        "pieces = [b'x' * 20_000_000 for _ in range(10)]; full = resident(); del pieces; print(full - resident() > 150_000_000)"
     )
     for call, freed in (("keep_memory()", "False\n"), ("", "True\n")):
         command = [sys.executable, "-c", code.format(call), os.path.dirname(__file__)]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fairseq_compat
 from fairseq_compat import CheckpointError
+from momentum_lm.cpu import keep_memory
 from momentum_lm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class Trainer(FairseqTrainer):
         self._config_of_stop: dict[str, Any] = {}
         super().__init__(cfg, task, model, criterion, quantizer)
         self._ready = True  # fairseq's constructor would look for fairscale
+        if not self.cuda:
+            keep_memory()
         if self.is_fsdp:
             # each reads what it needs of the file itself, instead of the first sending all of it to all
             cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True

@@ -4,10 +4,11 @@
     python benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20     # bf16 autocast, compiled
 
 Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each ratio is
-between medians of one run. What momentum adds is less than a machine's speed drifts within a minute: one more process takes --pairs of
-steps with and without it, one right after the other, of one sequence each on a CPU, and the ratios of the pairs are averaged
-(geometrically, with a 95% interval). CPU time, summed over threads, is what to read where other work shares the machine. A step is
-forward, backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with --fp16, the fastest that it has.
+between medians of one run. All but stock fairseq keep freed memory, as our trainer does. What momentum adds is less than a machine's
+speed drifts within a minute: one more process takes --pairs of steps with and without it, one right after the other, of one sequence
+each on a CPU, and the ratios of the pairs are averaged (geometrically, with a 95% interval that takes pairs as independent). CPU time,
+summed over threads, is what to read where other work shares the machine. A step is forward, backward, gradient norm and AdamW on random
+tokens; on a GPU stock fairseq runs with --fp16, the fastest that it has.
 """
 
 import argparse
@@ -40,7 +41,6 @@ def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     import momentum_lm
-    from momentum_lm.cpu import keep_memory
     from momentum_lm.modules.sizes import SIZES
 
     momentum_lm.register()
@@ -55,8 +55,6 @@ def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None
         arch = f"{arch}_{args.shape}"
     if args.device == "cpu":
         words += ["--cpu"]
-        if not stock:
-            keep_memory()  # as our trainer does
     elif stock:
         words += ["--fp16"]
     elif args.compile:
@@ -161,7 +159,11 @@ def columns(times: list[tuple[float, float]]) -> dict[str, list[float]]:
 def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[float]]:
     import torch
 
+    from momentum_lm.cpu import keep_memory
+
     torch.set_num_threads(args.threads)
+    if variant != STOCK:
+        keep_memory()
     step = {PLAIN: plain_step, PRODUCTS: products_step}.get(variant, lambda args: fairseq_step(variant, args))(args)
     times = columns([timed(step, number, args) for number in range(args.warm + args.steps)][args.warm :])
     peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -172,8 +174,11 @@ def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]
     """Seconds of steps with and without momentum, in pairs."""
     import torch
 
+    from momentum_lm.cpu import keep_memory
+
     torch.set_num_threads(args.threads)
-    args.batch = 1 if args.device == "cpu" else args.batch  # the two of a pair then lie a few seconds apart
+    keep_memory()
+    args.batch = pair_batch(args)
     steps = {variant: fairseq_step(variant, args) for variant in (OURS, MOMENTUM)}
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in steps}
     for number in range(args.warm + args.pairs):
@@ -182,11 +187,17 @@ def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]
     return {variant: columns(taken[args.warm :]) for variant, taken in times.items()}
 
 
+def pair_batch(args: argparse.Namespace) -> int:
+    """On a CPU one sequence, so that the two steps of a pair lie a few seconds apart."""
+    return 1 if args.device == "cpu" else args.batch
+
+
 def ratio_of_pairs(pairs: dict[str, dict[str, list[float]]], key: str) -> tuple[float, float, float]:
-    """Geometric mean of momentum_lm / gpt_lm over the pairs, and its 95% interval."""
-    logs = [math.log(a / b) for a, b in zip(pairs[MOMENTUM][key], pairs[OURS][key], strict=True)]
-    mean, error = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - 1.96 * error), math.exp(mean + 1.96 * error)
+    """Geometric mean of momentum_lm / gpt_lm over the pairs, and its 95% interval, by Student's t."""
+    from momentum_lm.analysis.statistics import t_interval
+
+    found = t_interval([math.log(a / b) for a, b in zip(pairs[MOMENTUM][key], pairs[OURS][key], strict=True)])
+    return math.exp(found.estimate), math.exp(found.low), math.exp(found.high)
 
 
 def main() -> None:
@@ -204,6 +215,8 @@ def main() -> None:
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.pairs < 2:
+        parser.error("--pairs: at least 2")
     args.warm = 5 if args.device == "cuda" else 1  # the first steps allocate and compile
     if args.variant:
         print(json.dumps(measure_pairs(args) if args.variant == "pairs" else measure(args.variant, args)))
@@ -240,7 +253,7 @@ def main() -> None:
     for kind, key in (("step", "seconds"), ("CPU", "cpu_seconds")):
         name = f"{kind} time, momentum_lm / gpt_lm"
         ratios[name], low, high = ratio_of_pairs(pairs, key)
-        print(f"{name}: {ratios[name]:.3f} ({low:.3f} to {high:.3f}, {args.pairs} pairs)")
+        print(f"{name}: {ratios[name]:.3f} ({low:.3f} to {high:.3f}, {args.pairs} pairs of {pair_batch(args)} x {args.length} tokens)")
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"arguments": vars(args), "results": results, "pairs": pairs, "ratios": ratios}, file, indent=1)

@@ -36,11 +36,9 @@ def map_large_tensors() -> None:
 
 
 def keep_memory() -> None:
-    """For a program's main, where the same is computed again and again: from now on memory of freed tensors below 32 MiB waits for the
-    next ones.
+    """For a program that computes the same again and again: from now on memory of freed tensors below 32 MiB waits for the next ones.
 
-    Otherwise the C library of Linux gives most of it back, and the system clears every page anew: 6% of the time of an evaluation,
-    2% of a training step.
+    Otherwise the C library of Linux gives most of it back, and the system clears every page anew.
     """
     _set_malloc({_M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: -1})
 

@@ -36,10 +36,11 @@ class HuggingFaceLM:
         self.tokenizer = tokenizer
         self.name, self.sha256 = name, sha256
         self.config = model.config.get_text_config(decoder=True)
-        if self.config._attn_implementation == "sdpa" and model.device.type == "cpu":
+        # others, such as sparse attention, may look at the implementation's name
+        if self.config._attn_implementation == "sdpa" and model.device.type == "cpu" and self.shares_prefixes:
             model.set_attn_implementation(register_packed_attention())
         parameters = inspect.signature(model.forward).parameters
-        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self._takes_logits_to_keep, self._takes_cache_position = (name in parameters for name in ("logits_to_keep", "cache_position"))
         self.separator: str | tuple[int, ...] = (tokenizer.eos_token_id,) if self.config.model_type == "xglm" else "\n\n"
 
     @property
@@ -150,6 +151,8 @@ class HuggingFaceLM:
     ) -> Tensor:
         together = PackedRows(seen, prefix)
         given = {"past_key_values": prefix.cache, "use_cache": True, "position_ids": together.positions}
+        if self._takes_cache_position:  # transformers 4
+            given["cache_position"] = together.positions[0]
         with packed(together):
             return self._read(tokens[seen][None], given, torch.zeros_like(rows), together.number[rows, positions], targets)
 
@@ -158,7 +161,9 @@ class HuggingFaceLM:
         """Whether rows may go through the model without padding: where a small example then gives what padded rows give."""
         from transformers import DynamicCache
 
-        if any(type(layer).__name__ != "DynamicLayer" for layer in DynamicCache(config=self.model.config).layers):  # they see but a window
+        window = any(type(layer).__name__ != "DynamicLayer" for layer in DynamicCache(config=self.model.config).layers)
+        momentum = getattr(self.config, "momentum_kind", "none") != "none"  # its past is values that packed rows do not see
+        if window or momentum:
             return False
         prefix, tokens = self.encode_prefix([1, 2, 3]), torch.tensor([[4, 5, 6], [7, 0, 0]])
         assert isinstance(prefix, SharedPrefix)
@@ -167,7 +172,7 @@ class HuggingFaceLM:
             found = self._packed_log_probs(tokens, tokens > 0, *asked, prefix)
         except Exception:  # whatever a model does not take
             return False
-        return torch.allclose(found, self._padded_log_probs(tokens, *asked, prefix), rtol=1e-4, atol=1e-4)
+        return torch.allclose(found, self._padded_log_probs(tokens, *asked, prefix), rtol=0, atol=1e-4)
 
     def _read(self, tokens: Tensor, given: dict[str, Any], rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         """Runs the model over tokens (B, T)."""

@@ -14,10 +14,12 @@ from .inference import grouped_attention, register_attention
 
 PACKED_ATTENTION = "sdpa_grouped"  # the name, for ``set_attn_implementation``, of SDPA that knows packed rows
 _REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")  # options of an attention that :func:`_attend` does not know
+# before, its kernel read past the end of keys of fewer heads
+_FLASH_SHARES_KEYS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
 class SharedPrefix:
-    """Keys and values of one row, which rows of any number read without a copy of their own, and which no row adds to."""
+    """Keys and values of one row, which rows of any number read, and which none adds to."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
@@ -87,6 +89,8 @@ def _attend(
     if rows is None:
         return grouped_attention(module, query, key, value, attention_mask, *given, **options)
     refused = [name for name in _REFUSED if options.get(name) is not None]
+    if query.shape[1] != key.shape[1] and not _FLASH_SHARES_KEYS:
+        refused.append("fewer heads of keys")
     if refused or attention_mask is not None:
         raise NotImplementedError(f"packed rows with {refused or 'a mask'}")
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike SDPA it returns the logarithm of the sums

@@ -14,7 +14,7 @@ from momentum_lm.convert.remote.configuration_momentum_lm import MomentumLMConfi
 from momentum_lm.convert.remote.modeling_momentum_lm import CHUNK, MomentumLMForCausalLM  # noqa: E402
 from momentum_lm.convert.to_huggingface import write_model  # noqa: E402
 from momentum_lm.errors import UserError  # noqa: E402
-from momentum_lm.lm.huggingface import load_huggingface  # noqa: E402
+from momentum_lm.lm.huggingface import HuggingFaceLM, load_huggingface  # noqa: E402
 from momentum_lm.modules import Decoder, DecoderConfig  # noqa: E402
 from momentum_lm.modules.momentum import NOTES  # noqa: E402
 
@@ -178,6 +178,21 @@ def test_memory_is_linear_in_time(largest_tensor):
         with torch.no_grad(), largest_tensor() as largest:
             model.model(random_tokens(1, 2048))
         assert largest.size <= 2048 * 48, kind  # the feed-forward's
+
+
+@pytest.mark.parametrize("gate", [1e-4, 0.5])
+def test_scores_after_a_shared_prefix_are_those_of_whole_rows(gate):
+    """However little momentum there is, which a small trial would not notice: its past is in the prefix."""
+    model = pair(**MOMENTA["none"] | dict(momentum_kind="ema", momentum_eta=0.99, momentum_gate="zero"), max_positions=160)[1]
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate"):
+            torch.nn.init.constant_(parameter, gate)
+    lm = HuggingFaceLM(model, object(), "model", "")
+    prefix, rows = random_tokens(1, 120)[0], random_tokens(3, 6)
+    place, last = torch.arange(3), torch.full((3,), 5)
+    found = lm.log_probs(rows, torch.zeros(3, 6, dtype=torch.bool), place, last, place + 4, lm.encode_prefix(prefix.tolist()))
+    whole = model(torch.cat([prefix.expand(3, -1), rows], 1), use_cache=False).logits[:, -1].log_softmax(-1)
+    close(found, whole[place, place + 4], atol=2e-5, rtol=0)
 
 
 def test_loads_where_neither_momentum_lm_nor_fairseq_is(make_lm, tmp_path):

@@ -188,6 +188,7 @@ def test_scores_after_a_shared_prefix_are_those_of_whole_rows(gate):
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, gate)
     lm = HuggingFaceLM(model, object(), "model", "")
+    assert not lm._packs_rows
     prefix, rows = random_tokens(1, 120)[0], random_tokens(3, 6)
     place, last = torch.arange(3), torch.full((3,), 5)
     found = lm.log_probs(rows, torch.zeros(3, 6, dtype=torch.bool), place, last, place + 4, lm.encode_prefix(prefix.tolist()))

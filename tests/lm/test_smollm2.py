@@ -47,13 +47,13 @@ def test_scores_are_those_of_plain_transformers(smollm2, mr):
             log_probs = smollm2.model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
         targets = torch.tensor(tokens[len(before) :])
         expected.append(log_probs[len(before) - 1 : -1].gather(1, targets[:, None]).sum().item())
-    assert smollm2.__dict__["_packs_rows"]  # the trial passes, large activations and all
     expected = np.array(expected).reshape(50, 2)
     predictions = set()
     for batch_tokens, side in ((1, "right"), (300, "right"), (300, "left"), (2000, "right")):
         found = collect(prompts, score(smollm2, prompts, plan(prompts, batch_tokens), side)).sums
         np.testing.assert_allclose(found, expected, atol=1e-4)
         predictions.add(tuple(found.argmax(1)))
+    assert smollm2.__dict__["_packs_rows"]  # the trial passes, large activations and all
     assert predictions == {tuple(expected.argmax(1))}
     accuracy = np.mean([example.gold == p for example, p in zip(examples, expected.argmax(1), strict=True)])
     assert accuracy > 0.6, "a real model knows a good review"

@@ -45,29 +45,22 @@ def test_what_was_freed_goes_back_to_the_system():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_large_tensors_go_back_when_they_are_freed():
+@pytest.mark.parametrize(
+    ("function", "before", "pieces", "freed"),
+    [  # 200 MB in pieces. After the first the C library keeps, behind another one, what is as large
+        ("map_large_tensors", "piece = b'x' * 30_000_000; del piece", "pieces, last = fill(4_000_000)", True),
+        ("keep_memory", "", "pieces = [b'x' * 20_000_000 for _ in range(10)]", False),
+    ],
+)
+def test_large_tensors_go_back_or_stay_as_asked(function, before, pieces, freed):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from momentum_lm.cpu import map_large_tensors\n"
+        f"from momentum_lm.cpu import {function}\n"
         "from test_cpu import fill, resident\n"
         "{}\n"
-        "piece = b'x' * 30_000_000; del piece\n"  # from now on the C library would keep pieces of less than that
-        "pieces, last = fill(4_000_000); full = resident(); del pieces; print(full - resident() > 150_000_000)"
+        f"{before}\n"
+        f"{pieces}; full = resident(); del pieces; print(full - resident() > 150_000_000)"
     )
-    for call, freed in (("map_large_tensors()", "True\n"), ("", "False\n")):
+    for call, expected in ((f"{function}()", freed), ("", not freed)):
         command = [sys.executable, "-c", code.format(call), os.path.dirname(__file__)]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == freed, call
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_memory_is_kept_where_asked():
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from momentum_lm.cpu import keep_memory\n"
-        "from test_cpu import resident\n"
-        "{}\n"
-        "pieces = [b'x' * 20_000_000 for _ in range(10)]; full = resident(); del pieces; print(full - resident() > 150_000_000)"
-    )
-    for call, freed in (("keep_memory()", "False\n"), ("", "True\n")):
-        command = [sys.executable, "-c", code.format(call), os.path.dirname(__file__)]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == freed, call
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{expected}\n", call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -25,7 +26,7 @@ class SharedPrefix:
         self.cache = cache
         self.length: int = cache.get_seq_length()
         for layer in cache.layers:
-            layer.update = _reader(layer)
+            layer.update = functools.partial(_read, layer.keys, layer.values)  # not of the layer, which would refer to itself
 
 
 class PackedRows:
@@ -101,13 +102,9 @@ def _attend(
     return torch.lerp(rows.pack(own.transpose(1, 2)), shared[0].transpose(0, 1), weight[..., None])[None], None
 
 
-def _reader(layer: Any) -> Any:
-    """A cache layer's ``update`` that adds nothing to it."""
-
-    def update(keys: Tensor, values: Tensor, *unused: Any, **unused_too: Any) -> tuple[Tensor, Tensor]:
-        if _rows.get() is not None:
-            return keys, values
-        kept = (part.expand(len(keys), -1, -1, -1) for part in (layer.keys, layer.values))
-        return tuple(torch.cat([old, new], -2) for old, new in zip(kept, (keys, values), strict=True))  # type: ignore[return-value]
-
-    return update
+def _read(kept_keys: Tensor, kept_values: Tensor, keys: Tensor, values: Tensor, *unused: Any, **unused_too: Any) -> tuple[Tensor, Tensor]:
+    """A cache layer's ``update`` that adds nothing to it: what it kept and what is given, or that alone of packed rows."""
+    if _rows.get() is not None:
+        return keys, values
+    rows = len(keys)
+    return torch.cat([kept_keys.expand(rows, -1, -1, -1), keys], -2), torch.cat([kept_values.expand(rows, -1, -1, -1), values], -2)

@@ -183,7 +183,7 @@ def test_memory_is_linear_in_time(largest_tensor):
 @pytest.mark.parametrize("gate", [1e-6, 0.5])
 def test_scores_after_a_shared_prefix_are_those_of_whole_rows(gate):
     """However little momentum there is, which a small trial would not notice: its past is in the prefix."""
-    model = pair(**MOMENTA["none"] | dict(momentum_kind="ema", momentum_eta=0.99, momentum_gate="zero"), max_positions=160)[1]
+    model = pair(momentum_kind="ema", momentum_eta=0.99, momentum_gate="zero")[1]
     for name, parameter in model.named_parameters():
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, gate)

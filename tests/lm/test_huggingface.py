@@ -1,7 +1,9 @@
 """Against plain transformers, for the families that differ in what their caches and masks do. Models are small and random."""
 
 import contextlib
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -77,6 +79,17 @@ def test_rows_are_padded_for_a_model_that_refuses_them_packed(tokenizer, monkeyp
     lm = HuggingFaceLM(random_model("llama"), tokenizer, "llama", "")
     check_log_probs(lm, "right", 9)
     assert lm._packs_rows is False
+
+
+def test_a_prefix_is_freed_when_nothing_refers_to_it(tokenizer):
+    prefix = HuggingFaceLM(random_model("llama"), tokenizer, "llama", "").encode_prefix([1, 2, 3])
+    layer = weakref.ref(prefix.cache.layers[0])
+    gc.disable()
+    try:
+        del prefix
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager

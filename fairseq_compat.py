@@ -1,4 +1,4 @@
-"""Runs unmodified PyPI ``fairseq==0.12.2`` on Python 3.11-3.13, torch >= 2.6 and NumPy 2, and loads fairseq plugins.
+"""Runs unmodified PyPI ``fairseq==0.12.2`` on Python 3.11-3.14, torch >= 2.6 and NumPy 2, and loads fairseq plugins.
 
 Importing this module installs an import hook and nothing more: neither torch nor fairseq is imported until the program
 imports fairseq. ``fairseq_compat.pth`` imports it at interpreter start-up, so that ``fairseq-train`` and the others just work;
@@ -319,6 +319,80 @@ def _ddp_on_cpu(module: ModuleType) -> None:
     module.DistributedDataParallel = ddp  # type: ignore[attr-defined]
 
 
+def _types_of_options(module: ModuleType) -> None:
+    """fairseq reads ``Optional[T]`` out of a type's text, which is ``T | None`` from Python 3.14 on."""
+    import typing
+
+    def interpret_dc_type(field_type: Any) -> Any:
+        if isinstance(field_type, str):
+            raise RuntimeError("field should be a type")
+        if field_type is typing.Any:
+            return str
+        members = [t for t in typing.get_args(field_type) if t is not type(None)]
+        return members[0] if type(None) in typing.get_args(field_type) else field_type
+
+    module.interpret_dc_type = interpret_dc_type  # type: ignore[attr-defined]
+
+
+def _nested_groups(module: ModuleType) -> None:
+    """fairseq hands groups of arguments to ``add_args``, some of which make groups in them: Python 3.14 refuses that."""
+    import argparse
+
+    def add_argument_group(group: Any, *args: Any, **kwargs: Any) -> Any:
+        return group._container.add_argument_group(*args, **kwargs)
+
+    if sys.version_info >= (3, 14):
+        argparse._ArgumentGroup.add_argument_group = add_argument_group  # type: ignore[method-assign]
+
+
+def _forked_loaders(module: ModuleType) -> None:
+    """Batches are loaded by forked processes, as before Python 3.14: fairseq's datasets cannot be pickled for others."""
+    import functools
+
+    if sys.platform != "linux" or sys.version_info < (3, 14):
+        return
+    stock = module.torch.utils.data.DataLoader
+
+    @functools.wraps(stock, updated=())
+    def loader(*args: Any, num_workers: int = 0, **kwargs: Any) -> Any:
+        context = {"multiprocessing_context": "fork"} if num_workers else {}
+        return stock(*args, num_workers=num_workers, **{**context, **kwargs})
+
+    data = _view(module.torch.utils.data, DataLoader=loader)
+    module.torch = _view(module.torch, utils=_view(module.torch.utils, data=data))  # type: ignore[attr-defined]
+
+
+def _bleu_in_python(module: ModuleType) -> None:
+    """fairseq counts the n-grams of BLEU in a compiled extension; where that is not installed, they are counted here."""
+    from importlib.util import find_spec
+
+    if find_spec("fairseq.libbleu") is not None:
+        return
+
+    def __init__(self: Any, cfg: Any) -> None:
+        self.pad, self.eos, self.unk = cfg.pad, cfg.eos, cfg.unk
+        self.reset()
+
+    def reset(self: Any, one_init: bool = False) -> None:
+        ones = [f"{kind}{order}" for kind in ("match", "count") for order in (2, 3, 4)] if one_init else []
+        self.stat = module.BleuStat(**dict.fromkeys(ones, 1))
+
+    def add(self: Any, ref: Any, pred: Any) -> None:
+        import torch
+
+        from momentum_lm.fairseq_plugin.compiled import add_bleu_counts
+
+        for name, tokens in (("ref", ref), ("pred", pred)):
+            if not isinstance(tokens, torch.IntTensor):
+                raise TypeError(f"{name} must be a torch.IntTensor (got {type(tokens)})")
+        assert not ref.lt(0).any()
+        known = ref.masked_fill(ref.eq(self.unk), -999)  # no word matches an unknown one
+        add_bleu_counts(self.stat, known.flatten().tolist(), pred.flatten().tolist(), self.pad, self.eos)
+
+    for method in (__init__, reset, add):
+        setattr(module.Scorer, method.__name__, method)
+
+
 def _options(module: ModuleType) -> None:
     """``--bf16`` turns on ``--tpu`` (fairseq issue 4696); every command takes ``--trust-checkpoint``, and reports an error in one line."""
     import argparse
@@ -430,14 +504,17 @@ def _harness(module: ModuleType) -> None:
 
 
 _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
-    "fairseq": (_quiet, _user_errors, _plugins),
+    "fairseq": (_quiet, _user_errors, _nested_groups, _plugins),
     "fairseq.utils": (_user_dir,),
+    "fairseq.dataclass.utils": (_types_of_options,),
     "fairseq.options": (_options,),
     "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing, _chosen_task),
     "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu),
     "fairseq.models.distributed_fairseq_model": (_ddp_on_cpu,),
     "fairseq.modules.transformer_layer": (_encoder_mask_type,),
     "fairseq.modules.dynamic_crf_layer": (_numpy_names,),
+    "fairseq.scoring.bleu": (_bleu_in_python,),
+    "fairseq.data.iterators": (_forked_loaders,),
     "fairseq.data.data_utils": (_numpy_names,),
     "fairseq.data.language_pair_dataset": (_numpy_names,),
     "fairseq.data.token_block_dataset": (_numpy_names,),
@@ -481,6 +558,33 @@ def _as_fairseq_needs(execute: Callable[[ModuleType], None]) -> Callable[[Module
     return run
 
 
+# What fairseq compiles and can do without: the functions of momentum_lm.fairseq_plugin.compiled by their names there.
+_COMPILED = {
+    "fairseq.data.token_block_utils_fast": {
+        "_get_slice_indices_fast": "slice_indices",
+        "_get_block_to_dataset_index_fast": "block_to_dataset_index",
+    },
+    "fairseq.data.data_utils_fast": {
+        "batch_by_size_vec": "batch_by_size_vec",
+        "batch_by_size_fn": "batch_by_size_fn",
+        "batch_fixed_shapes_fast": "batch_fixed_shapes",
+    },
+}
+
+
+class _NumpyForms:
+    """Loads a module of _COMPILED."""
+
+    def create_module(self, spec: Any) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        from momentum_lm.fairseq_plugin import compiled
+
+        for name, ours in _COMPILED[module.__name__].items():
+            setattr(module, name, getattr(compiled, ours))
+
+
 class _Finder:
     """Finds fairseq's modules, and others that have a patch, as usual, and adds to their execution what is needed before and after it."""
 
@@ -495,6 +599,10 @@ class _Finder:
                 if spec.loader is not None:
                     self.wrap(spec.loader, name)
                 return spec
+        if name in _COMPILED:
+            from importlib.machinery import ModuleSpec
+
+            return ModuleSpec(name, _NumpyForms(), origin="NumPy")  # type: ignore[arg-type]
         return None
 
     def wrap(self, loader: Any, name: str) -> None:

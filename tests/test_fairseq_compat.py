@@ -51,7 +51,7 @@ def test_hook_is_installed_once(run_cli):
     assert run_cli(["python", "-c", code], env={"FAIRSEQ_COMPAT": "0"}).stdout == "0\n"
 
 
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14", "3.15"])
 def test_hook_runs_on_each_python(version):
     program = shutil.which(f"python{version}")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fairseq_compat; print(type(sys.meta_path[0]).__name__)"

@@ -107,7 +107,7 @@ def check_fairseq() -> Iterator[Check]:
         run = subprocess.run([sys.executable, "-c", _PROBE], cwd=elsewhere, capture_output=True, text=True, check=False)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        yield Check("problem", "fairseq", f"cannot be imported: {reason}", "pip install --force-reinstall --no-deps fairseq==" + FAIRSEQ)
+        yield Check("problem", "fairseq", f"cannot be imported: {reason}", _INSTALL_FAIRSEQ.replace("install", "install --force-reinstall"))
         return
     found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     yield Check("ok", "fairseq", f"{version}, imports")

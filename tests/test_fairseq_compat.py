@@ -753,3 +753,38 @@ def test_configuration_of_our_models_survives_omegaconf(fairseq):
     config = OmegaConf.create({"model": {"_name": "momentum_lm_tiny"}})
     add_defaults(config)
     assert config.model.momentum_kind in ("none", "ema", "multi_ema")
+
+
+def test_options_take_the_type_of_an_optional_one(fairseq):
+    """From Python 3.14 on, ``str(Optional[int])`` is ``int | None``, of which fairseq made no type."""
+    from typing import Any, List, Optional, Union  # noqa: UP035
+
+    from fairseq.dataclass.utils import interpret_dc_type
+
+    assert [interpret_dc_type(t) for t in (Optional[int], Union[str, None], int | None, None | float)] == [int, str, int, float]  # noqa: UP007, UP045
+    assert [interpret_dc_type(t) for t in (Any, int, List[int], Optional[List[str]])] == [str, int, List[int], List[str]]  # noqa: UP006, UP045
+    with pytest.raises(RuntimeError, match="field should be a type"):
+        interpret_dc_type("int")
+
+
+def test_groups_of_arguments_may_hold_groups(fairseq):
+    """fairseq gives ``add_args`` a group when it scans a user directory; Python 3.14 refuses groups in it."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument_group("task").add_argument_group("prompts").add_argument("--shots", type=int)
+    assert parser.parse_args(["--shots", "4"]).shots == 4
+
+
+def test_workers_load_batches_of_what_cannot_be_pickled(fairseq):
+    from fairseq.data import EpochBatchIterator, FairseqDataset
+
+    class Local(FairseqDataset):  # no process but a forked one knows this class
+        def __getitem__(self, index):
+            return index
+
+        def __len__(self):
+            return 4
+
+    batches = EpochBatchIterator(Local(), collate_fn=sorted, batch_sampler=[[0, 1], [3, 2]], num_workers=1)
+    assert list(batches.next_epoch_itr(shuffle=False)) == [[0, 1], [2, 3]]

@@ -342,7 +342,8 @@ def _nested_groups(module: ModuleType) -> None:
         return group._container.add_argument_group(*args, **kwargs)
 
     if sys.version_info >= (3, 14):
-        argparse._ArgumentGroup.add_argument_group = add_argument_group  # type: ignore[method-assign]
+        kind: Any = argparse._ArgumentGroup
+        kind.add_argument_group = add_argument_group
 
 
 def _forked_loaders(module: ModuleType) -> None:

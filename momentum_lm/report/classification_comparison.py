@@ -14,12 +14,12 @@ import numpy as np
 from momentum_lm.analysis.classification import AccuracyDifference, compare_accuracy
 from momentum_lm.analysis.statistics import Interval
 from momentum_lm.errors import UserError
+from momentum_lm.results.predictions import Answers, read_answers, run_key
 
 from .classification import INTERVALS, TASK, Run, baseline, cells, interval_text, percent, points, results_table, summarise_cell
 from .common import Folder, read_runs, short_names
 from .figures import accuracy_panel, draw, to_svg
 from .html import Code, Folded, Paragraph, Part, Picture, Points, write_page
-from .predictions import Answers, read_answers, run_key
 from .tables import Table
 
 VARIABLES = ("shots", "calibration")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from momentum_lm.errors import UserError
-
-from .records import read_results
+from momentum_lm.results.records import read_results
 
 if TYPE_CHECKING:
     from .tensorboard import TrainingLog

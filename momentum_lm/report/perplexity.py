@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
 from momentum_lm.files import NPZ_ERRORS
+from momentum_lm.results.records import read_results
 
 from .common import read_runs, replace_events, short_names
 from .figures import draw, perplexity_panel, save_png, to_svg
 from .html import Code, Paragraph, Part, Picture, write_page
-from .records import read_results
 from .tables import Table
 
 if TYPE_CHECKING:

@@ -35,10 +35,9 @@ from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_q
 from momentum_lm.icl.scoring import Scores
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.classification import TASK, summary
-from momentum_lm.report.records import Predictions, Results
-
-from .journal import Journal
-from .processes import Processes
+from momentum_lm.results.journal import Journal
+from momentum_lm.results.processes import Processes
+from momentum_lm.results.records import Predictions, Results
 
 KEY = ("dataset", "seed", "shots", "order", "calibration")
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three inputs of Zhao et al., arXiv 2102.09690

@@ -14,8 +14,8 @@ from momentum_lm.errors import UserError
 from momentum_lm.icl import scoring
 from momentum_lm.icl.finetuning import Diverged, Lesson
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build
+from momentum_lm.results.processes import Processes
 
-from .processes import Processes
 from .traces import Learned, TracedModel
 
 _log = logging.getLogger(__name__)

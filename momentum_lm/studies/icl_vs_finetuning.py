@@ -29,12 +29,12 @@ from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstr
 from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.finetuning_summary import TASK, summary
-from momentum_lm.report.records import Predictions, Results
+from momentum_lm.results.processes import Processes
+from momentum_lm.results.records import Predictions, Results
 
 from . import classification
 from .findings import SETTINGS, Findings, record
 from .finetuning_rate import Choice, choose
-from .processes import Processes
 from .similarity import Rows, Student, measure
 from .traces import Learned, Seen, TracedModel, align, ask, demonstration_matrices, unshared
 from .untrained import untrained

@@ -30,7 +30,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, file_sha256
 from momentum_lm.lm.protocol import PerplexityModel
 from momentum_lm.report.perplexity import TASK
-from momentum_lm.report.records import Results
+from momentum_lm.results.records import Results
 
 _RESAMPLES = 2000
 _WORST = 700.0  # nats for one token: beyond, its perplexity is no longer a number

@@ -12,7 +12,7 @@ import torch
 from momentum_lm.data.classification import load_dataset
 from momentum_lm.data.dictionary import EOS
 from momentum_lm.errors import UserError
-from momentum_lm.report.records import read_results
+from momentum_lm.results.records import read_results
 from momentum_lm.studies.classification import Settings, Unit, evaluate, units
 
 WORDS = ["good", "bad", "dull", "long", "thin", "film", "plot", "actors", "very", "the"]

@@ -14,7 +14,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.modules import Decoder, DecoderConfig
 from momentum_lm.report.perplexity import document_sums
-from momentum_lm.report.records import read_results
+from momentum_lm.results.records import read_results
 from momentum_lm.studies import perplexity
 
 VOCAB, LENGTHS = 40, (5, 1, 13, 2, 30, 7)

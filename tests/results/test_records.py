@@ -4,7 +4,7 @@ import pytest
 
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
-from momentum_lm.report.records import Results, read_results
+from momentum_lm.results.records import Results, read_results
 
 MODEL, CONFIG = {"path": "m.pt", "sha256": "ab"}, {"dtype": "fp32", "shots": (0, 8)}
 

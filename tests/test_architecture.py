@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "modules": {"ops"},
     "planning": {"modules", "ops"},
     "data": set(),
-    "results": {"icl"},
+    "results": {"icl", "lm", "data"},
     "report": {"analysis", "results"},
     "lm": {"modules", "ops", "data"},
     "icl": {"lm", "data", "modules"},

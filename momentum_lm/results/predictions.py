@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from momentum_lm.errors import UserError
 
-from .records import PREDICTIONS
+from .records import PREDICTIONS, prediction, prediction_lines
 
 KEY = ("dataset", "seed", "shots", "order", "calibration")
 
@@ -47,18 +46,18 @@ def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any
     found: dict[tuple[Hashable, ...], tuple[array[int], array[int], array[int]]]
     found = {run_key(run): (array("q"), array("q"), array("q")) for run in runs}
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    entry = json.loads(line)
-                    columns = found.get(run_key(entry))
-                    if columns is not None:
-                        for column, name in zip(columns, ("index", "gold", "pred"), strict=True):
-                            column.append(entry[name])
-                except (ValueError, KeyError, TypeError) as error:
-                    if not line.endswith("\n"):
-                        break  # an evaluation that goes on, or was interrupted, in a run that is not asked for
-                    raise UserError(f"{path}, line {number} is damaged ({error}); run the evaluation again") from error
+        for number, line in prediction_lines(path):
+            entry, wrong = prediction(line)
+            if not wrong and not entry.keys() >= set(KEY):
+                wrong = f"no {next(name for name in KEY if name not in entry)}"
+            if wrong:
+                if not line.endswith(b"\n"):
+                    break  # an evaluation that goes on, or was interrupted, in a run that is not asked for
+                raise UserError(f"{path}, line {number} is damaged ({wrong}); run the evaluation again")
+            columns = found.get(run_key(entry))
+            if columns is not None:
+                for column, name in zip(columns, ("index", "gold", "pred"), strict=True):
+                    column.append(entry[name])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; run the evaluation again") from error
     answers = {}

@@ -72,7 +72,7 @@ RUN = {"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "
         ({}, None),
         ({"runs": [{}]}, "run 0 has no split"),
         ({"runs": [RUN, {k: v for k, v in RUN.items() if k != "ci95"}]}, "run 1 has no ci95"),
-        ({"runs": [3]}, "run 0 has no split"),
+        ({"runs": [3]}, "run 0 is a int"),
         ({"runs": {}}, "runs is a dict"),
         ({"config": None}, "config is a NoneType"),
         ({"task": []}, "task is a list"),

@@ -6,7 +6,6 @@ name may be there and are left alone, so that a later version may add some.
 
 # no `from __future__ import annotations`: TypedDict would not see NotRequired
 import functools
-import math
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +33,10 @@ class Length:
     most: int
 
     def problem(self, value: Sequence[Any]) -> str:
-        return "" if self.least <= len(value) <= self.most else f"has a length of {len(value):,}, and not from {self.least} to {self.most:,}"
+        if self.least <= len(value) <= self.most:
+            return ""
+        right = f"{self.least}" if self.least == self.most else f"from {self.least} to {self.most:,}"
+        return f"has a length of {len(value):,}, and not {right}"
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,17 @@ class DatasetConfig(TypedDict):
     sha256: NotRequired[Digest]
 
 
+class Data(TypedDict):
+    """Binarised text."""
+
+    path: NotRequired[Text]
+    dictionary_sha256: NotRequired[Digest]
+
+
 class Config(TypedDict):
     """What a task was asked to do. The entries of a task are compared, and otherwise only shown."""
 
+    data: NotRequired[Data]
     dtype: NotRequired[Text]
     command: NotRequired[Text | None]
     revision: NotRequired[Count]
@@ -243,7 +253,8 @@ def results_problem(data: dict[str, Any]) -> str:
     if task not in RUNS:
         return ""
     runs = [(run, f"run {number}") for number, run in enumerate(data["runs"])]
-    checks = [(run, RUNS[task], "", of) for run, of in runs] + [(data["model"], Model, "model", ""), (data["config"], CONFIGS[task], "config", "")]
+    checks = [(run, RUNS[task], "", of) for run, of in runs]
+    checks += [(data["model"], Model, "model", ""), (data["config"], CONFIGS[task], "config", "")]
     found = next((text for check in checks if (text := problem(*check))), "")
     found = found or next((text for run, of in runs if (text := _within(task, data, run, of))), "")
     return found or (_depths(data["runs"]) if task == "icl_finetune_analysis" else "")
@@ -299,7 +310,7 @@ def _fields(shape: Any) -> dict[str, tuple[Any, bool]]:
 
 def _is(value: Any, kind: Any) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
+        return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)

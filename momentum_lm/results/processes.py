@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -19,6 +20,7 @@ from momentum_lm.errors import UserError
 TIMEOUT = 600.0  # seconds that a process may take to come, or between two signs of life
 _PATIENCE = 20.0  # seconds of waiting after which it is said who is waited for
 _entered = 0  # how often this process has begun to share something: the others have as often
+_shared: Any = None  # the store, which stays for the next time
 
 
 class Processes:
@@ -50,7 +52,12 @@ class Processes:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._group is not None and kind is None:  # after an error the others may not come: torchrun ends them
+            self._meet()
             dist.destroy_process_group()
+            self._store.set(f"left/{self.rank}", "")
+            if self.first:  # it may keep the store
+                with contextlib.suppress(RuntimeError):
+                    self._store.wait([f"left/{rank}" for rank in range(self.world)], datetime.timedelta(seconds=10))
 
     @property
     def first(self) -> bool:
@@ -134,16 +141,23 @@ class Processes:
 
     def _rendezvous(self) -> Any:
         """The store of torchrun, or of the group that there is already."""
+        global _shared
         if dist.is_initialized():
             return dist.distributed_c10d._get_default_store()
+        if _shared is not None:
+            return _shared
         _name_loopback()
         seconds = datetime.timedelta(seconds=self.timeout)
+        host, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "29500")
         try:
-            return next(dist.rendezvous("env://", timeout=seconds))[0]
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                _shared = next(dist.rendezvous("env://", timeout=seconds))[0]
+            else:  # as the former does, but for the wait for all the others, which would not say who is missing
+                _shared = dist.TCPStore(host, int(port), self.world, self.rank == 0, seconds, wait_for_workers=False)
+            return _shared
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
-                f"process {self.rank} does not reach process 0 at {where} within {self.timeout:g} s ({_line(error)}); is it there?"
+                f"process {self.rank} does not reach process 0 at {host}:{port} within {self.timeout:g} s ({_line(error)}); is it there?"
             ) from error
 
 

@@ -360,7 +360,7 @@ def _depths(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _said(where: str, of: str, what: str) -> str:
-    return f"{of}: {where} {what}" if of and where else f"{of or where} {what}"
+    return f"{of}: {where} {what}" if of and where else f"{of or where or 'it'} {what}"
 
 
 def _brief(value: Any) -> str:

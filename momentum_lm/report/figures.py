@@ -156,8 +156,8 @@ def accuracy_panel(
         axes.xaxis.set_major_locator(FixedLocator([math.log2(1 + shots) for shots in every]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value - 1:.0f}"))
         axes.margins(x=0.06)
-        entries = len(axes.get_legend_handles_labels()[0])  # below the axes: nowhere within is free for certain
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(3, entries), title=what)
+        columns = legend_columns(axes.get_legend_handles_labels()[1])
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, title=what)  # within nowhere is free
 
     return panel
 
@@ -218,6 +218,11 @@ def to_svg(figure: Figure) -> str:
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return re.sub(r'(<svg[^>]*?) width="([^"]*)"', r'\1 style="max-width: \2"', svg, count=1)
+
+
+def legend_columns(names: Sequence[str]) -> int:
+    """In how many columns, at most three, a legend of these names is not wider than its figure."""
+    return max(1, min(3, len(names), 60 // max(map(len, names), default=1)))
 
 
 def line_style(index: int) -> dict[str, Any]:

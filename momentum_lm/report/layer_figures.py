@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from .figures import COLOURS, MARKERS, Panel, line_style, shown
+from .figures import COLOURS, MARKERS, Panel, legend_columns, line_style, shown
 
 _NEUTRAL = "#888888"  # as far from white as from black
 
@@ -52,7 +52,7 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
             axes.set_ylim(max(low, -1.05), min(high, 1.05))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if len(curves) > 1:
-            below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3}
+            below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": legend_columns([shown(name, 30) for name in curves])}
             axes.legend(frameon=False, fontsize=8.5, columnspacing=1.2, **below)
 
     return panel

@@ -38,8 +38,8 @@ class Table:
 
     def markdown(self) -> str:
         """A GitHub table; ``|`` in a cell is escaped."""
-        lines = [list(self.columns), ["--:" if right else ":--" for right in self._right], *[list(row) for row in self.rows]]
-        lines[2:] = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines[2:]]
+        lines = [[printable(cell).replace("|", "\\|") for cell in line] for line in (self.columns, *self.rows)]
+        lines.insert(1, ["--:" if right else ":--" for right in self._right])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def html(self) -> str:

@@ -163,8 +163,8 @@ class RepairCounts(TypedDict):
 
 class Attention(TypedDict):
     index: Count
-    in_context: Table
-    finetuned: Table
+    in_context: list[list[Share]]
+    finetuned: list[list[Share]]
 
 
 class Baseline(TypedDict):

@@ -1,4 +1,5 @@
-"""Files that are either whole or not there, and that are what they should be: ordinary, ours, unchanged while they are read."""
+"""Files that are either whole or not there, and that are what they should be: ordinary, ours, unchanged while they are
+read."""
 
 from __future__ import annotations
 
@@ -24,7 +25,18 @@ if TYPE_CHECKING:
 
 # what numpy.load raises for a damaged .npz
 NPZ_ERRORS = (
-    *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError, OverflowError, MemoryError, RuntimeError, SyntaxError),
+    *(
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+        RuntimeError,
+        SyntaxError,
+    ),
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
 JSON_BYTES = 256 << 20  # more than any file of ours takes
@@ -55,9 +67,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file beside ``path``; on success it is fsynced and renamed to ``path``, on error it is removed.
 
-    Raises OSError, naming ``path``, as ``open`` does, and UserError where something else than an ordinary file is there.
-    ``path`` keeps its old content until the new one is whole on disk.
-    """
+    Raises OSError, naming ``path``, as ``open`` does, and UserError where something else than an ordinary file is
+    there. ``path`` keeps its old content until the new one is whole on disk. """
     path = Path(path)
     with naming(path):
         check_ordinary(path)
@@ -78,8 +89,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 @contextlib.contextmanager
 def appending(path: str | os.PathLike[str], sync: bool = False) -> Iterator[IO[str]]:
-    """Opens a file to add lines to; with ``sync`` they are on disk afterwards. Raises OSError naming ``path``, and UserError for what is no
-    ordinary file."""
+    """Opens a file to add lines to; with ``sync`` they are on disk afterwards. Raises OSError naming ``path``, and
+    UserError for what is no ordinary file."""
     path = Path(path)
     with naming(path), os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
         yield file
@@ -89,21 +100,28 @@ def appending(path: str | os.PathLike[str], sync: bool = False) -> Iterator[IO[s
 
 
 def check_ordinary(path: str | os.PathLike[str]) -> None:
-    """Raises UserError where ``path`` is a link, a device, a pipe or a socket, IsADirectoryError where it is a folder. It may be absent."""
+    """Raises UserError where ``path`` is a link, a device, a pipe or a socket, IsADirectoryError where it is a folder.
+    It may be absent."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         mode = os.lstat(path).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(21, "Is a directory", os.fspath(path))
         if not stat.S_ISREG(mode):
-            raise UserError(f"{os.fspath(path)} is {kind(mode)}, and only an ordinary file is replaced; name another file, or remove it")
+            raise UserError(
+                f"{os.fspath(path)} is {kind(mode)}, and only an ordinary file is replaced; name another file, or "
+                f"remove it"
+            )
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Raises UserError where ``path`` is there and no real folder: a link, say, through which somebody else's files would be written."""
+    """Raises UserError where ``path`` is there and no real folder: a link, say, through which somebody else's files
+    would be written."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         mode = os.lstat(path).st_mode
         if not stat.S_ISDIR(mode):
-            raise UserError(f"{os.fspath(path)} is {kind(mode)}, where a folder is to be; move it, or choose another folder")
+            raise UserError(
+                f"{os.fspath(path)} is {kind(mode)}, where a folder is to be; move it, or choose another folder"
+            )
 
 
 def kind(mode: int) -> str:
@@ -113,29 +131,33 @@ def kind(mode: int) -> str:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens an ordinary file, or a link to one, for reading. Raises OSError as ``open`` does, and UserError for a pipe or a device, at
-    which ``open`` would wait or never end."""
+    """Opens an ordinary file, or a link to one, for reading. Raises OSError as ``open`` does, and UserError for a pipe
+    or a device, at which ``open`` would wait or never end."""
     with os.fdopen(_open(Path(path), os.O_RDONLY, follow=True), "rb") as file:
         yield file
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = JSON_BYTES) -> bytes:
-    """A file's content. Raises OSError, and UserError for one that is larger than ``most`` bytes or no ordinary file."""
+    """A file's content. Raises OSError, and UserError for one that is larger than ``most`` bytes or no ordinary
+    file."""
     with reading(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise UserError(f"{os.fspath(path)} is larger than the {most >> 20} MB that such a file may have; is it the right one?")
+        raise UserError(
+            f"{os.fspath(path)} is larger than the {most >> 20} MB that such a file may have; is it the right one?"
+        )
     return content
 
 
 def read_json(path: str | os.PathLike[str], most: int = JSON_BYTES) -> Any:
-    """What a JSON file holds. Raises OSError, UserError as :func:`read_bytes`, and ValueError for what is not JSON (NaN is not), not
-    UTF-8, or too deep."""
+    """What a JSON file holds. Raises OSError, UserError as :func:`read_bytes`, and ValueError for what is not JSON (NaN
+    is not), not UTF-8, or too deep."""
     return parse_json(read_bytes(path, most))
 
 
 def parse_json(text: bytes | str) -> Any:
-    """What JSON text holds. Raises ValueError for what is not JSON (NaN is not), not UTF-8 (half a surrogate pair is not), or too deep."""
+    """What JSON text holds. Raises ValueError for what is not JSON (NaN is not), not UTF-8 (half a surrogate pair is
+    not), or too deep."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=_no_number)
@@ -149,8 +171,8 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of a ``.npz``, without pickled objects. Raises one of NPZ_ERRORS for a damaged one, and for one whose arrays are larger
-    than its names promise or than any of ours."""
+    """The arrays of a ``.npz``, without pickled objects. Raises one of NPZ_ERRORS for a damaged one, and for one whose
+    arrays are larger than its names promise or than any of ours."""
     import numpy as np
 
     with reading(path) as file:
@@ -166,7 +188,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]
 
 
 def _check_header(file: IO[bytes], name: str, size: int) -> None:
-    """Raises ValueError for an array whose header promises another size than it has: NumPy would take the memory first."""
+    """Raises ValueError for an array whose header promises another size than it has: NumPy would take the memory
+    first."""
     import numpy as np
 
     with zipfile.ZipFile(file) as archive, archive.open(name) as member:
@@ -187,17 +210,18 @@ def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {os.fspath(folder)} cannot be written: {error.strerror or error}; choose another folder") from error
+        raise UserError(
+            f"{flag} {os.fspath(folder)} cannot be written: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps other programs that ask for the same out of ``folder`` meanwhile; the lock ends with this process, however it ends.
 
-    Take it first and read the folder then: what was read before may be another program's past. Folders that it had to make are removed
-    again if nothing was put into them. Raises UserError if another process has it, perhaps a worker that outlived its killed launcher, and
-    where ``.lock`` is not a file that this function wrote.
-    """
+    Take it first and read the folder then: what was read before may be another program's past. Folders that it had to
+    make are removed again if nothing was put into them. Raises UserError if another process has it, perhaps a worker
+    that outlived its killed launcher, and where ``.lock`` is not a file that this function wrote. """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -262,8 +286,8 @@ def file_sha256(*paths: str | os.PathLike[str]) -> str:
 
 
 class Unchanged:
-    """Files as they are now: which file each name means, its size and time. Weights are read through the files' own memory pages, so a
-    file that is replaced or rewritten meanwhile would give numbers of two models."""
+    """Files as they are now: which file each name means, its size and time. Weights are read through the files' own
+    memory pages, so a file that is replaced or rewritten meanwhile would give numbers of two models."""
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         self._seen = {Path(path): _state(path) for path in paths}
@@ -273,13 +297,21 @@ class Unchanged:
         for path, before in self._seen.items():
             now = _state(path)
             if now != before:
-                what = "is gone" if now is None else "was replaced" if before is None or now[:2] != before[:2] else "was changed"
-                raise UserError(f"{path} {what} while it was read, so its weights may be of two models; run the same command again")
+                what = (
+                    "is gone"
+                    if now is None
+                    else "was replaced"
+                    if before is None or now[:2] != before[:2]
+                    else "was changed"
+                )
+                raise UserError(
+                    f"{path} {what} while it was read, so its weights may be of two models; run the same command again"
+                )
 
 
 def file_stem(name: str) -> str:
-    """``name`` as part of a file's name: itself where it is plain and short, else with ``_`` for what a file's name cannot hold and a
-    digest that keeps it apart from others."""
+    """``name`` as part of a file's name: itself where it is plain and short, else with ``_`` for what a file's name
+    cannot hold and a digest that keeps it apart from others."""
     safe = re.sub(r"[\x00-\x1f\x7f/\\]|^\.+", "_", name)
     encoded = safe.encode("utf-8", "replace")
     if safe == name and name and len(encoded) <= 150:

@@ -128,7 +128,9 @@ def test_only_an_ordinary_file_is_replaced(tmp_path, make, kind):
     path = tmp_path / "out"
     make(path)
     for write in (lambda: write_json(path, {}), lambda: appending(path).__enter__()):
-        with pytest.raises(UserError, match=rf"out is {kind}, and only an ordinary file is replaced; name another file, or remove it"):
+        with pytest.raises(
+            UserError, match=rf"out is {kind}, and only an ordinary file is replaced; name another file, or remove it"
+        ):
             write()
     assert not (tmp_path / "precious").exists() or (tmp_path / "precious").read_text() == "precious"
     assert {path.name for path in tmp_path.iterdir()} - {"precious"} == {"out"}
@@ -184,7 +186,9 @@ def test_files_that_change_while_they_are_read_are_named(tmp_path):
     seen = Unchanged([path])
     seen.check()
     os.utime(path, ns=(0, 0))
-    with pytest.raises(UserError, match=r"model\.pt was changed while it was read, so its weights may be of two models"):
+    with pytest.raises(
+        UserError, match=r"model\.pt was changed while it was read, so its weights may be of two models"
+    ):
         seen.check()
     seen = Unchanged([path])
     (tmp_path / "new").write_bytes(b"one")

@@ -79,7 +79,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per forward pass (default: by the memory there is)")
     group.add_argument(
         "--process-timeout", type=float, default=600.0, metavar="S",
-        help="under torchrun: seconds after which a process that does not come, or hangs, is named (default: %(default)g)",
+        help="under torchrun: seconds after which a process that does not come or hangs is named (default: %(default)g)",
     )  # fmt: skip
     group.add_argument(
         "--padding-side", default="right", choices=["right", "left"], help="changes nothing but rounding (default: %(default)s)"
@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     lm = load_model(args)
     keep_memory()
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
-    if classification.evaluate(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=args.process_timeout):
+    if classification.evaluate(
+        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=args.process_timeout
+    ):
         print(write_report(args.results_dir, replace=args.force).text())
         print(f"\n{args.results_dir}/report.html")
     return 0

@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
         names = [name for name in study.DEFAULT_CONTROLS if not (large and name == "untrained")]
     settings = dataclasses.replace(settings, controls=tuple(names))
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
-    writes = study.analyse(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=args.process_timeout)
+    writes = study.analyse(
+        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=args.process_timeout
+    )
     del lm
     return_memory()  # what the figures need comes in its place
     if writes:

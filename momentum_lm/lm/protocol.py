@@ -53,7 +53,8 @@ class LanguageModel(Protocol):
         ...
 
     def check_unchanged(self) -> None:
-        """Raises UserError where the files of the weights are no longer those that were read: their pages may be of two models."""
+        """Raises UserError where the files of the weights are no longer those that were read: their pages may be of two
+        models."""
         ...
 
     def describe(self) -> dict[str, Any]:

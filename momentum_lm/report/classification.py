@@ -147,9 +147,8 @@ def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table
     """Writes ``report.html``, ``accuracy-<dataset>.png``, ``confusion-<dataset>.png`` and TensorBoard events beside a
     ``results.json``; returns its table.
 
-    Raises UserError for results of other tasks, or without a finished run, and for files of these names that are not ours, unless
-    ``replace``.
-    """
+    Raises UserError for results of other tasks, or without a finished run, and for files of these names that are not
+    ours, unless ``replace``. """
     folder = Path(folder)
     (results,) = read_runs([folder], [TASK])
     runs, table = results["runs"], results_table(results["runs"])
@@ -164,7 +163,9 @@ def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table
         panels = _confusions(chosen, results["config"]["datasets"][dataset]["labels"])
         if panels:
             side = max(3.2, 1.6 + 0.42 * len(chosen[0]["confusion"]))
-            save_png(draw(*panels.values(), size=(side + 1.2, side)), folder / f"confusion-{file_stem(dataset)}.png", replace)
+            save_png(
+                draw(*panels.values(), size=(side + 1.2, side)), folder / f"confusion-{file_stem(dataset)}.png", replace
+            )
             parts += [Picture(to_svg(draw(panel, size=(side + 1.2, side))), text) for text, panel in panels.items()]
         sections[dataset] = parts
     sections["Every run"] = [Folded(f"{len(runs)} runs", [_runs_table(runs)])]
@@ -272,7 +273,9 @@ def _samples(path: Path) -> list[Part]:
     for sample in read_samples(path):
         choices = "; ".join(json.dumps(text, ensure_ascii=False) for text in sample["continuations"])
         right = json.dumps(sample["continuations"][sample["gold"]], ensure_ascii=False)
-        line = f"{sample['dataset']}, {sample['shots']} shots" + (f", seed {sample.get('seed')}" if sample["shots"] else "")
+        line = f"{sample['dataset']}, {sample['shots']} shots" + (
+            f", seed {sample.get('seed')}" if sample["shots"] else ""
+        )
         parts.append(Folded(line, [Code(sample["prompt"]), Paragraph(f"Scored after it: {choices}. Right: {right}.")]))
     return parts
 

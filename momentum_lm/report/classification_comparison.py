@@ -178,16 +178,17 @@ class ClassificationComparison:
         return pairs
 
     def _note_other_texts(self, place: Place, side: Side, pairs: Sequence[tuple[Run, Run]]) -> None:
-        """Pairs are of the same examples by number and label; says where the digests of their texts differ, or are not there."""
+        """Pairs are of the same examples by number and label; says where the digests of their texts differ, or are not
+        there."""
         names = f"{self.sides[0].name} and {side.name}"
         other = sum(differ(a, b, "examples_sha256") for a, b in pairs)
         if other:
             self.notes.append(
-                f"{_where(place)}: {names} were asked about the same examples in other words in {other} of {len(pairs)} pairs "
-                "(another template, other data, or other --max-field-tokens)."
+                f"{_where(place)}: {names} were asked about the same examples in other words in {other} of "
+                f"{len(pairs)} pairs (another template, other data, or other --max-field-tokens)."
             )
         if any("examples_sha256" not in run for pair in pairs for run in pair):
-            note = f"{names}: not known to be of the same texts, for results of an older version do not say which they saw."
+            note = f"{names}: not known to be of the same texts: results of an older version do not say which they saw."
             if note not in self.notes:
                 self.notes.append(note)
 

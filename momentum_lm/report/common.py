@@ -42,7 +42,9 @@ def short_names(folders: Sequence[Folder]) -> list[str]:
 
     Raises UserError where two are the same.
     """
-    parts = [[os.fsencode(part).decode("utf-8", "replace") for part in Path(folder).resolve().parts] for folder in folders]
+    parts = [
+        [os.fsencode(part).decode("utf-8", "replace") for part in Path(folder).resolve().parts] for folder in folders
+    ]
     if len({tuple(p) for p in parts}) < len(parts):
         raise UserError("the same results folder is named twice")
     if len(parts) == 1:
@@ -55,8 +57,9 @@ def short_names(folders: Sequence[Folder]) -> list[str]:
 
 
 def replace_events(folder: Folder, hparams: Mapping[str, Any], write: Callable[[TrainingLog], None]) -> None:
-    """Puts what ``write`` logs into ``tensorboard`` of a results folder, in place of the events that an earlier call put there; what others
-    log there, such as a training run, stays. Raises UserError where ``tensorboard`` is no folder."""
+    """Puts what ``write`` logs into ``tensorboard`` of a results folder, in place of the events that an earlier call
+    put there; what others log there, such as a training run, stays. Raises UserError where ``tensorboard`` is no
+    folder."""
     from .tensorboard import TrainingLog  # which imports torch
 
     home = Path(folder) / "tensorboard"

@@ -46,7 +46,8 @@ Panel = Callable[[Any], None]  # draws into a matplotlib Axes
 
 
 def shown(name: str, most: int = _LONGEST) -> str:
-    """A name as a figure can hold it: one line, not too long, and not hidden from a legend by a ``_`` at its beginning."""
+    """A name as a figure can hold it: one line, not too long, and not hidden from a legend by a ``_`` at its
+    beginning."""
     plain = "".join(c if c.isprintable() else "\ufffd" for c in name)
     cut = plain if len(plain) <= most else plain[: most - 1] + "…"
     return f"\u2009{cut}" if cut.startswith("_") else cut
@@ -77,7 +78,14 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
         axes.set(xlabel="context length (tokens)", ylabel=f"perplexity per token ({shown(split, 24)}), lower is better")
         for index, (name, points) in enumerate(series.items()):
             lengths, values = zip(*sorted(points), strict=True)
-            axes.plot(lengths, values, label=shown(name), marker=MARKERS[index % len(MARKERS)], markersize=5, **line_style(index))
+            axes.plot(
+                lengths,
+                values,
+                label=shown(name),
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=5,
+                **line_style(index),
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted({length for points in series.values() for length, _ in points})))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -104,7 +112,14 @@ def loss_panel(curves: Mapping[str, Sequence[tuple[float, float]]], levels: Mapp
             axes.plot(tokens, losses, label=label, alpha=0.9, **line_style(looks.setdefault(model, len(looks))))
         for name, level in (levels or {}).items():
             axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (2, 2)))
-            axes.annotate(shown(name), (1, level), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right")
+            axes.annotate(
+                shown(name),
+                (1, level),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+            )
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
 
@@ -152,12 +167,19 @@ def accuracy_panel(
             axes.plot(places, mean, label=shown(name), marker=marker, markersize=5, **line_style(index))
         if level is not None:
             name, height = level
-            axes.axhline(100 * height, color="#888888", linewidth=1.2, linestyle=(0, (4, 3)), label=f"{shown(name)} {100 * height:.1f}")
+            axes.axhline(
+                100 * height,
+                color="#888888",
+                linewidth=1.2,
+                linestyle=(0, (4, 3)),
+                label=f"{shown(name)} {100 * height:.1f}",
+            )
         axes.xaxis.set_major_locator(FixedLocator([math.log2(1 + shots) for shots in every]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value - 1:.0f}"))
         axes.margins(x=0.06)
         columns = legend_columns(axes.get_legend_handles_labels()[1])
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, title=what)  # within nowhere is free
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # nowhere within is free for certain
+        axes.legend(frameon=False, ncols=columns, title=what, **below)
 
     return panel
 

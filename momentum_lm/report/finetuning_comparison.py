@@ -113,7 +113,8 @@ class FinetuningComparison:
                 other = sum(run["seed"] in first and not _alike(first[run["seed"]], run) for run in runs)
                 if other:
                     notes.append(
-                        f"{where}: {other} of the seeds of {self.names[0]} and {name} have other demonstrations or examples and are not paired."
+                        f"{where}: {other} of the seeds of {self.names[0]} and {name} have other demonstrations or "
+                        f"examples and are not paired."
                     )
             if len({tuple((run["seed"], run["num_examples"]) for run in runs) for runs in found.values()}) > 1:
                 notes.append(f"{where}: not all of the same seeds and numbers of examples.")
@@ -132,7 +133,8 @@ class FinetuningComparison:
 
 
 def _alike(first: Run, second: Run) -> bool:
-    """Whether two runs of a seed are a pair: of the same demonstrations and examples, by their texts where both records say them."""
+    """Whether two runs of a seed are a pair: of the same demonstrations and examples, by their texts where both records
+    say them."""
     same = all(json.dumps(first.get(key)) == json.dumps(second.get(key)) for key in _THE_SAME)
     return same and not any(differ(first, second, key) for key in ("examples_sha256", "demonstrations_sha256"))
 

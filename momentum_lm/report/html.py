@@ -131,7 +131,9 @@ def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
     )
 
 
-def write_page(path: str | os.PathLike[str], title: str, sections: Mapping[str, Sequence[Part]], replace: bool = True) -> None:
+def write_page(
+    path: str | os.PathLike[str], title: str, sections: Mapping[str, Sequence[Part]], replace: bool = True
+) -> None:
     """Writes :func:`page` atomically; without ``replace`` in place of nothing but one of ours."""
     if not replace:
         check_ours(path, PAGE)

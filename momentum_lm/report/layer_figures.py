@@ -52,7 +52,11 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
             axes.set_ylim(max(low, -1.05), min(high, 1.05))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if len(curves) > 1:
-            below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": legend_columns([shown(name, 30) for name in curves])}
+            below: dict[str, Any] = {
+                "loc": "upper center",
+                "bbox_to_anchor": (0.5, -0.17),
+                "ncols": legend_columns([shown(name, 30) for name in curves]),
+            }
             axes.legend(frameon=False, fontsize=8.5, columnspacing=1.2, **below)
 
     return panel

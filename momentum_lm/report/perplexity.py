@@ -117,10 +117,13 @@ class Comparison:
             first = next((r for r in self.results[0]["runs"] if (r["split"], r["context_length"]) == key), None)
             if first is None:
                 continue
-            dictionaries = {r["config"].get("data", {}).get("dictionary_sha256") for r in (self.results[0], self.results[index])} - {None}
+            dictionaries = {
+                r["config"].get("data", {}).get("dictionary_sha256") for r in (self.results[0], self.results[index])
+            } - {None}
             if first["data_sha256"] != run["data_sha256"] or len(dictionaries) > 1:
                 self.notes.append(
-                    f"{run['split']}, context {run['context_length']}: {self.names[0]} and {self.names[index]} scored other data or by another "
+                    f"{run['split']}, context {run['context_length']}: {self.names[0]} and {self.names[index]} scored "
+                    f"other data or by another "
                     "dictionary; their perplexities must not be compared."
                 )
                 continue
@@ -145,7 +148,8 @@ def document_sums(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> tup
     plain = nll.ndim == 1 and nll.shape == tokens.shape and nll.dtype.kind == "f" and tokens.dtype.kind in "iu"
     if not plain or not np.isfinite(nll).all() or (tokens < 0).any() or tokens.sum() != run["num_tokens"]:
         raise UserError(
-            f"{path} is damaged: it is not a log-likelihood and a number of tokens for each document, {run['num_tokens']:,} tokens in all; "
+            f"{path} is damaged: it is not a log-likelihood and a number of tokens for each document, "
+            f"{run['num_tokens']:,} tokens in all; "
             "delete it and run the evaluation again"
         )
     return nll[tokens > 0], tokens[tokens > 0]
@@ -182,5 +186,11 @@ def _write_events(folder: Path, results: Mapping[str, Any]) -> None:
         log.hparams_with_metrics({f"{r['split']}/perplexity_at_{r['context_length']}": r["perplexity"] for r in results["runs"]}, 0)
 
     replace_events(
-        folder, {"model": results["model"]["path"], "dtype": results["config"].get("dtype"), **results["model"].get("architecture", {})}, write
+        folder,
+        {
+            "model": results["model"]["path"],
+            "dtype": results["config"].get("dtype"),
+            **results["model"].get("architecture", {}),
+        },
+        write,
     )

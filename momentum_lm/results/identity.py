@@ -1,4 +1,5 @@
-"""What numbers depend on, as digests: two records with equal ones were measured on the same, and may go into one folder or be paired."""
+"""What numbers depend on, as digests: two records with equal ones were measured on the same, and may go into one folder
+or be paired."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from momentum_lm import __version__
 from momentum_lm.data.classification import Example, LabelledDataset
 from momentum_lm.lm.protocol import LanguageModel
 
-# Raise it with every change of the code that changes numbers. Records of another revision are other results; the versions of this package
-# and of those below it are recorded for the reader and not compared, so that an upgrade that changes nothing goes on with what is there.
+# Raise it with every change of the code that changes numbers. Records of another revision are other results; the
+# versions of this package
+# and of those below it are recorded for the reader and not compared, so that an upgrade that changes nothing goes on
+# with what is there.
 REVISION = 1
 FOR_THE_READER = ("path", "command", "versions")  # entries of a record, at any depth, that no number depends on
 _PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "numpy")
@@ -45,7 +48,8 @@ def versions() -> dict[str, str]:
 
 
 def examples_sha256(examples: Iterable[Example]) -> str:
-    """Of examples as texts: what is asked about which row, with which answers, of which one is right. No tokenizer has a part in it."""
+    """Of examples as texts: what is asked about which row, with which answers, of which one is right. No tokenizer has
+    a part in it."""
     found = hashlib.sha256()
     for example in examples:
         text = repr((example.index, example.inputs, example.continuations, example.gold))
@@ -54,16 +58,21 @@ def examples_sha256(examples: Iterable[Example]) -> str:
 
 
 def dataset_sha256(data: LabelledDataset) -> str:
-    """Of a data set as it was read: its examples, and all of its YAML file but where it lies and what it says about itself."""
+    """Of a data set as it was read: its examples, and all of its YAML file but where it lies and what it says about
+    itself."""
     names = [field.name for field in dataclasses.fields(data.spec)]
-    about = {name: getattr(data.spec, name) for name in names if name not in ("path", "description", "licence", "hub", "files")}
+    about = {
+        name: getattr(data.spec, name)
+        for name in names
+        if name not in ("path", "description", "licence", "hub", "files")
+    }
     text = json.dumps(about, sort_keys=True, default=str)
     return digest([text, examples_sha256(data.train), examples_sha256(data.evaluation)])
 
 
 def of_model(lm: LanguageModel) -> dict[str, Any]:
-    """What is compared of a model: its weights, architecture, tokenizer, dtype and kind of device. Raises UserError where its files are no
-    longer those that were read."""
+    """What is compared of a model: its weights, architecture, tokenizer, dtype and kind of device. Raises UserError
+    where its files are no longer those that were read."""
     described = compared(lm.describe())
     lm.check_unchanged()
     return {**described, "tokenizer": lm.tokenizer_sha256, "dtype": dtype(lm), "device": lm.device.type}

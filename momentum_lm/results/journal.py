@@ -25,23 +25,28 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 class Journal:
     """The scores of one unit under ``folder``: ``<name>.npz`` once it is finished, until then ``<name>.<rank>.jsonl``.
 
-    ``fingerprint`` tells what was asked of which model: what was written under another one is of no use and is overwritten. A line
-    that was cut short by a kill is left out, and so is what follows it. Files of these names that are not ours are neither read nor
-    removed; where one is in the way, :meth:`begin` raises UserError, unless ``force``.
-    """
+    ``fingerprint`` tells what was asked of which model: what was written under another one is of no use and is
+    overwritten. A line that was cut short by a kill is left out, and so is what follows it. Files of these names that
+    are not ours are neither read nor removed; where one is in the way, :meth:`begin` raises UserError, unless
+    ``force``. """
 
-    def __init__(self, folder: str | os.PathLike[str], name: str, fingerprint: str, rank: int = 0, force: bool = False) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], name: str, fingerprint: str, rank: int = 0, force: bool = False
+    ) -> None:
         self.folder, self.name, self.fingerprint, self.force = Path(folder), name, fingerprint, force
         check_folder(self.folder)
         self._mine = self.folder / f"{name}.{rank}.jsonl"
         self._whole = self.folder / f"{name}.npz"
         self.batch_tokens: int | None = None  # with which the batches found were planned
-        self.batches: dict[int, dict[int, list[float]]] = {}  # by number; what any process finished before this one began
+        self.batches: dict[
+            int, dict[int, list[float]]
+        ] = {}  # by number; what any process finished before this one began
         for path in self._files():
             self._read(path)
 
     def scores(self, choices: Sequence[int]) -> Scores | None:
-        """The scores of a finished unit, whose queries have so many ``choices`` each; None where there are none, or others."""
+        """The scores of a finished unit, whose queries have so many ``choices`` each; None where there are none, or
+        others."""
         try:
             arrays = read_arrays(self._whole)
             if str(arrays["fingerprint"]) != self.fingerprint:
@@ -56,8 +61,8 @@ class Journal:
         return Scores(sums, counts)
 
     def begin(self, batch_tokens: int, batches: Sequence[Sequence[int]], choices: Sequence[int]) -> None:
-        """Opens this process's file, keeping the finished batches that were planned with the same ``batch_tokens``: of the numbers, queries
-        and ``choices`` a query that ``batches`` has."""
+        """Opens this process's file, keeping the finished batches that were planned with the same ``batch_tokens``: of
+        the numbers, queries and ``choices`` a query that ``batches`` has."""
         if batch_tokens != self.batch_tokens:
             self.batches = {}
         self.batch_tokens = batch_tokens
@@ -98,7 +103,11 @@ class Journal:
     def _read(self, path: Path) -> None:
         lines = _entries(path)
         first = next(lines, None)
-        if first is None or first["fingerprint"] != self.fingerprint or self.batch_tokens not in (None, first["batch_tokens"]):
+        if (
+            first is None
+            or first["fingerprint"] != self.fingerprint
+            or self.batch_tokens not in (None, first["batch_tokens"])
+        ):
             return
         self.batch_tokens = first["batch_tokens"]
         for entry in lines:
@@ -106,13 +115,16 @@ class Journal:
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The head and the batches of a process's file, up to a line that is damaged; nothing of a file that is not ours."""
+    """The head and the batches of a process's file, up to a line that is damaged; nothing of a file that is not
+    ours."""
     try:
         with reading(path) as file:
             kind: Any = JournalHead
             while (line := file.readline(_LINE_BYTES)).endswith(b"\n"):
                 entry = parse_json(line)
-                if problem(entry, kind, "") or (kind is JournalBatch and not all(map(_NUMBER.fullmatch, entry["sums"]))):
+                if problem(entry, kind, "") or (
+                    kind is JournalBatch and not all(map(_NUMBER.fullmatch, entry["sums"]))
+                ):
                     return
                 kind = JournalBatch
                 yield entry
@@ -120,8 +132,14 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def _fits(number: int, sums: Mapping[int, list[float]], batches: Sequence[Sequence[int]], choices: Sequence[int]) -> bool:
-    return number < len(batches) and set(sums) == set(batches[number]) and all(len(sums[query]) == choices[query] for query in sums)
+def _fits(
+    number: int, sums: Mapping[int, list[float]], batches: Sequence[Sequence[int]], choices: Sequence[int]
+) -> bool:
+    return (
+        number < len(batches)
+        and set(sums) == set(batches[number])
+        and all(len(sums[query]) == choices[query] for query in sums)
+    )
 
 
 def _line(number: int, sums: Mapping[int, list[float]]) -> str:

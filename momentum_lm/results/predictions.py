@@ -21,7 +21,8 @@ KEY = ("dataset", "seed", "shots", "order", "calibration")
 
 @dataclass(frozen=True)
 class Answers:
-    """What one run answered: index, gold and predicted class of its examples, each (n,), in the order of their indices."""
+    """What one run answered: index, gold and predicted class of its examples, each (n,), in the order of their
+    indices."""
 
     index: NDArray[np.int64]
     gold: NDArray[np.int64]
@@ -38,7 +39,8 @@ def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Answers]:
-    """{:func:`run_key`: answers} of these runs of a folder; memory grows with their answers, not with the file's other lines.
+    """{:func:`run_key`: answers} of these runs of a folder; memory grows with their answers, not with the file's other
+    lines.
 
     Raises UserError where the file is missing or damaged, or lacks answers of a run.
     """
@@ -68,7 +70,8 @@ def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any
         if not examples == len(index) == run["num_examples"]:
             which = ", ".join(f"{name} {value}" for name, value in zip(KEY, key, strict=True))
             raise UserError(
-                f"{path} answers {examples:,} examples in {len(index):,} lines for {which}, but {run['num_examples']:,} were evaluated; "
+                f"{path} answers {examples:,} examples in {len(index):,} lines for {which}, but "
+                f"{run['num_examples']:,} were evaluated; "
                 "run the evaluation again"
             )
         order = np.argsort(index)

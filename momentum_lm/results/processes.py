@@ -26,12 +26,13 @@ _shared: Any = None  # the store, which stays for the next time
 class Processes:
     """This process among those that torchrun started; a study without torchrun has one. Use as a context manager.
 
-    Objects travel over gloo, whatever the device: they are small. Before each exchange the processes meet at a store of keys, so that
-    one that does not come is known by its number: the others raise UserError naming it when it has given no sign of life (:meth:`alive`)
-    for ``timeout`` seconds. ``store`` and ``rank``: of a test without torchrun.
-    """
+    Objects travel over gloo, whatever the device: they are small. Before each exchange the processes meet at a store of
+    keys, so that one that does not come is known by its number: the others raise UserError naming it when it has given
+    no sign of life (:meth:`alive`) for ``timeout`` seconds. ``store`` and ``rank``: of a test without torchrun. """
 
-    def __init__(self, timeout: float = TIMEOUT, store: Any = None, rank: int | None = None, world: int | None = None) -> None:
+    def __init__(
+        self, timeout: float = TIMEOUT, store: Any = None, rank: int | None = None, world: int | None = None
+    ) -> None:
         self.world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
         self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.timeout = timeout
@@ -46,11 +47,15 @@ class Processes:
             self._store = dist.PrefixStore(f"momentum_lm/{_entered}", self._rendezvous())
             self._meet()
             if not dist.is_initialized():
-                dist.init_process_group("gloo", store=dist.PrefixStore("gloo", self._store), rank=self.rank, world_size=self.world)
+                dist.init_process_group(
+                    "gloo", store=dist.PrefixStore("gloo", self._store), rank=self.rank, world_size=self.world
+                )
             self._group = dist.new_group(backend="gloo")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._group is not None and kind is None:  # after an error the others may not come: torchrun ends them
             self._meet()
             dist.destroy_process_group()
@@ -70,8 +75,8 @@ class Processes:
             self._store.add(f"alive/{self.rank}", 1)
 
     def agree(self, **values: Any) -> None:
-        """Raises UserError, in every process, naming the first one whose ``values`` (by what they are: ``model``, ``flags``) are not those
-        of process 0."""
+        """Raises UserError, in every process, naming the first one whose ``values`` (by what they are: ``model``,
+        ``flags``) are not those of process 0."""
         if self.world == 1 or self._store is None:
             return
         key = f"agree/{self._meetings}"
@@ -82,7 +87,8 @@ class Processes:
         for rank, (host, found) in enumerate(there):
             if differing := _differing(expected, found):
                 raise UserError(
-                    f"process {rank} on {host} has another {differing} than process 0 on {there[0][0]}; start all of them with the same "
+                    f"process {rank} on {host} has another {differing} than process 0 on {there[0][0]}; start all of "
+                    f"them with the same "
                     "files, flags and versions"
                 )
 
@@ -113,7 +119,9 @@ class Processes:
             self._store.set(f"{key}/{self.rank}", "")
             self._wait(key)
         except RuntimeError as error:  # of the store: its keeper is gone
-            raise UserError(f"process {self.rank} has lost the connection to the others ({_line(error)}); see their output") from error
+            raise UserError(
+                f"process {self.rank} has lost the connection to the others ({_line(error)}); see their output"
+            ) from error
 
     def _wait(self, key: str) -> None:
         began = time.monotonic()
@@ -130,12 +138,17 @@ class Processes:
             lost = [rank for rank, (_, since) in seen.items() if now - since > self.timeout]
             if lost:
                 raise UserError(
-                    f"{_numbered(lost)} of {self.world} has not come within {self.timeout:g} s, or hangs; look at its output, or give it more "
+                    f"{_numbered(lost)} of {self.world} has not come within {self.timeout:g} s, or hangs; look at its "
+                    f"output, or give it more "
                     "time with --process-timeout"
                 )
             if not told and now - began > min(_PATIENCE, self.timeout / 2):
                 told = True
-                print(f"process {self.rank} waits for {_numbered(list(seen))}, at most {self.timeout:g} s without a sign of it", file=sys.stderr)
+                print(
+                    f"process {self.rank} waits for {_numbered(list(seen))}, at most {self.timeout:g} s without a "
+                    f"sign of it",
+                    file=sys.stderr,
+                )
             time.sleep(pause)
             pause = min(0.25, 1.5 * pause)
 
@@ -157,7 +170,8 @@ class Processes:
             return _shared
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"process {self.rank} does not reach process 0 at {host}:{port} within {self.timeout:g} s ({_line(error)}); is it there?"
+                f"process {self.rank} does not reach process 0 at {host}:{port} within {self.timeout:g} s "
+                f"({_line(error)}); is it there?"
             ) from error
 
 
@@ -180,7 +194,8 @@ def _line(error: Exception) -> str:
 
 
 def _name_loopback() -> None:
-    """gloo looks up this machine's own name, which minimal systems do not have; where all processes are on it the loopback does."""
+    """gloo looks up this machine's own name, which minimal systems do not have; where all processes are on it the
+    loopback does."""
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         return
     try:

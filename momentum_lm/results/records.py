@@ -1,4 +1,5 @@
-"""``results.json``, ``predictions.jsonl`` and ``samples.json`` of a results folder: what was measured, on what, and what is still to do."""
+"""``results.json``, ``predictions.jsonl`` and ``samples.json`` of a results folder: what was measured, on what, and
+what is still to do."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ _DEPENDS_ON = ("prompts_sha256", "examples_sha256", "demonstrations_sha256", "da
 
 @contextlib.contextmanager
 def results_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """The folder for this process alone. Open a :class:`Results` within it, never before: another process may be adding to it.
+    """The folder for this process alone. Open a :class:`Results` within it, never before: another process may be adding
+    to it.
 
     Raises UserError for a folder that cannot be written, or is being written.
     """
@@ -57,13 +59,12 @@ class Results:
     ``config`` holds everything that the numbers depend on, apart from what ``key`` names. Opening a folder whose
     results have the same task, model and config goes on with them; a folder with others is refused unless ``force``,
     which begins anew. Entries for the reader (``path``, ``command``, ``versions``) are not compared, and of
-    ``config.datasets`` those that both have: a later evaluation may add others. Every run carries a ``digest`` of all that
-    it depends on, its prompts' tokens included. Nothing is written, and with ``force``
-    nothing replaced, before the first run is added. ``summarise`` maps the runs to ``summary``, an entry beside them.
+    ``config.datasets`` those that both have: a later evaluation may add others. Every run carries a ``digest`` of all
+    that it depends on, its prompts' tokens included. Nothing is written, and with ``force`` nothing replaced, before
+    the first run is added. ``summarise`` maps the runs to ``summary``, an entry beside them.
 
-    Raises UserError for a folder of other results or of an older version, a file that cannot be read, a folder that cannot be written, and
-    for files of these names that are not ours.
-    """
+    Raises UserError for a folder of other results or of an older version, a file that cannot be read, a folder that
+    cannot be written, and for files of these names that are not ours. """
 
     def __init__(
         self,
@@ -105,7 +106,10 @@ class Results:
             self.data["config"]["datasets"] = old["config"]["datasets"] | self.data["config"].get("datasets", {})
         for number, run in enumerate(self.runs):
             if run.get("digest") != self._digest(run):
-                raise UserError(f"{path}: run {number} was measured on something else than the file says (its digest); {_REMEDY} them")
+                raise UserError(
+                    f"{path}: run {number} was measured on something else than the file says (its digest); {_REMEDY} "
+                    f"them"
+                )
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -131,14 +135,25 @@ class Results:
         config = {name: value for name, value in self.data["config"].items() if name != "datasets"}
         dataset = self.data["config"].get("datasets", {}).get(run.get("dataset"))
         found = {name: run.get(name) for name in (*self.key, *_DEPENDS_ON)}
-        return digest(compared({"task": self.data["task"], "model": self.data["model"], "config": config, "dataset": dataset, "run": found}))
+        return digest(
+            compared(
+                {
+                    "task": self.data["task"],
+                    "model": self.data["model"],
+                    "config": config,
+                    "dataset": dataset,
+                    "run": found,
+                }
+            )
+        )
 
 
 class Predictions:
-    """``predictions.jsonl``: one line, or ``settings`` of them, for every example of every finished run of a :class:`Results`.
+    """``predictions.jsonl``: one line, or ``settings`` of them, for every example of every finished run of a
+    :class:`Results`.
 
-    ``runs`` holds the keys of the runs that are finished and all there; the lines of others are removed when the next run is added. Raises
-    UserError for a file with lines that are not ours, unless the results replace what is there.
+    ``runs`` holds the keys of the runs that are finished and all there; the lines of others are removed when the next
+    run is added. Raises UserError for a file with lines that are not ours, unless the results replace what is there.
     """
 
     def __init__(self, results: Results, settings: int = 1) -> None:
@@ -151,7 +166,8 @@ class Predictions:
         self._others = bool(lines.keys() - self.runs)
 
     def add(self, run: tuple[Any, ...], lines: Iterable[Mapping[str, Any]]) -> None:
-        """Appends the lines of one run, and waits until they are on disk. The run itself is to be added to the results next."""
+        """Appends the lines of one run, and waits until they are on disk. The run itself is to be added to the results
+        next."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._others:
             with atomic_write(self.path, "wb") as file:
@@ -171,7 +187,7 @@ class Predictions:
             if wrong or not entry.keys() >= set(self.key):
                 if not (force or _cut_short(line)):
                     raise UserError(
-                        f"{self.path}, line {number} is damaged or not a prediction of ours ({wrong or 'other keys'}); move the file away, "
+                        f"{self.path}, line {number} is damaged or not a prediction of ours ({wrong or 'other keys'}); move the file, "
                         f"{_REMEDY} it"
                     )
                 yield None, line
@@ -180,8 +196,8 @@ class Predictions:
 
 
 class Samples:
-    """``samples.json``: the first prompt of each dataset and number of shots, for people to look at. Raises UserError for a file that is
-    not ours, unless the results replace what is there."""
+    """``samples.json``: the first prompt of each dataset and number of shots, for people to look at. Raises UserError
+    for a file that is not ours, unless the results replace what is there."""
 
     def __init__(self, results: Results) -> None:
         self.path = results.folder / SAMPLES
@@ -210,7 +226,9 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         data = read_json(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; name a folder that fairseq-eval wrote") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; name a folder that fairseq-eval wrote"
+        ) from error
     except UserError:
         raise
     except ValueError as error:
@@ -238,7 +256,9 @@ def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     except ValueError as error:
         wrong = str(error)
     if wrong:
-        raise UserError(f"{os.fspath(path)} is damaged or not ours ({wrong}); move it away and run the evaluation again")
+        raise UserError(
+            f"{os.fspath(path)} is damaged or not ours ({wrong}); move it away and run the evaluation again"
+        )
     return samples
 
 
@@ -250,7 +270,10 @@ def prediction_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if not line:
                 return
             if len(line) > _LINE_BYTES:
-                raise UserError(f"{path}, line {number} is longer than {_LINE_BYTES >> 20} MB, as no prediction is; run the evaluation again")
+                raise UserError(
+                    f"{path}, line {number} is longer than {_LINE_BYTES >> 20} MB, as no prediction is; run the "
+                    f"evaluation again"
+                )
             yield number, line
 
 
@@ -263,7 +286,9 @@ def prediction(line: bytes) -> tuple[dict[str, Any], str]:
     if type(entry) is dict:  # the usual way, in a fifth of the time of `problem`
         numbers = [entry.get(name, 0) for name in ("order", "seed", "shots", "index", "gold", "pred")]
         names = entry.get("dataset"), entry.get("calibration", "")
-        plain = all(type(number) is int and 0 <= number < 1 << 31 for number in numbers) and all(type(name) is str for name in names)
+        plain = all(type(number) is int and 0 <= number < 1 << 31 for number in numbers) and all(
+            type(name) is str for name in names
+        )
         if plain and entry.keys() >= Prediction.__required_keys__:
             return entry, ""
     return ({}, wrong) if (wrong := problem(entry, Prediction, "")) else (entry, "")
@@ -276,10 +301,12 @@ def _cut_short(line: bytes) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What the value is after a journey through JSON, so that it compares equal to what is read back. Half a surrogate pair, as a path that
-    is not UTF-8 has it, becomes U+FFFD. NaN: ValueError."""
+    """What the value is after a journey through JSON, so that it compares equal to what is read back. Half a surrogate
+    pair, as a path that is not UTF-8 has it, becomes U+FFFD. NaN: ValueError."""
     text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-    return json.loads(text.encode("utf-8", "surrogateescape" if _escapes(text) else "replace").decode("utf-8", "replace"))
+    return json.loads(
+        text.encode("utf-8", "surrogateescape" if _escapes(text) else "replace").decode("utf-8", "replace")
+    )
 
 
 def _escapes(text: str) -> bool:
@@ -295,7 +322,9 @@ def _difference(old: Any, new: Any, name: str) -> str:
     """The first place where two JSON values differ, in words; empty if none."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = old.keys() & new.keys() if name == "config.datasets" else (old.keys() | new.keys()) - set(FOR_THE_READER)
-        found = (_difference(old.get(k), new.get(k), f"{name}.{k}") for k in sorted(keys, key=lambda k: (k == "datasets", k)))
+        found = (
+            _difference(old.get(k), new.get(k), f"{name}.{k}") for k in sorted(keys, key=lambda k: (k == "datasets", k))
+        )
         return next((text for text in found if text), "")
     return "" if old == new else f"{name}: {_brief(old)} there, {_brief(new)} now"
 

@@ -1,15 +1,25 @@
 """What the files of a results folder hold, as types, and one validator that checks a value read from JSON against them.
 
-Files come from other people, other versions and full disks: nothing is used before it is what its type says. Keys that a type does not
-name may be there and are left alone, so that a later version may add some.
-"""
+Files come from other people, other versions and full disks: nothing is used before it is what its type says. Keys that
+a type does not name may be there and are left alone, so that a later version may add some. """
 
 # no `from __future__ import annotations`: TypedDict would not see NotRequired
 import functools
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 _DEPTH = 12  # of every type below
 
@@ -22,7 +32,9 @@ class Bounds:
     high: float
 
     def problem(self, value: float) -> str:
-        return "" if self.low <= value <= self.high else f"is {_brief(value)}, and not from {self.low:g} to {self.high:g}"
+        return (
+            "" if self.low <= value <= self.high else f"is {_brief(value)}, and not from {self.low:g} to {self.high:g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -240,12 +252,21 @@ class JournalBatch(TypedDict):
     sums: dict[str, list[Real]]
 
 
-RUNS: dict[str, Any] = {"lm_perplexity": PerplexityRun, "icl_classification": ClassificationRun, "icl_finetune_analysis": AnalysisRun}
-CONFIGS: dict[str, Any] = {"lm_perplexity": Config, "icl_classification": ClassificationConfig, "icl_finetune_analysis": AnalysisConfig}
+RUNS: dict[str, Any] = {
+    "lm_perplexity": PerplexityRun,
+    "icl_classification": ClassificationRun,
+    "icl_finetune_analysis": AnalysisRun,
+}
+CONFIGS: dict[str, Any] = {
+    "lm_perplexity": Config,
+    "icl_classification": ClassificationConfig,
+    "icl_finetune_analysis": AnalysisConfig,
+}
 
 
 def results_problem(data: dict[str, Any]) -> str:
-    """What is wrong with the content of a ``results.json``, in words; empty if nothing. Of a task that is not known, only its outline."""
+    """What is wrong with the content of a ``results.json``, in words; empty if nothing. Of a task that is not known,
+    only its outline."""
     for name, expected in (("task", str), ("model", dict), ("config", dict), ("runs", list)):
         if found := problem(data[name], expected, name):
             return found
@@ -263,9 +284,9 @@ def results_problem(data: dict[str, Any]) -> str:
 def problem(value: Any, shape: Any, where: str, of: str = "", depth: int = 0) -> str:
     """What is not as a type says, in words, such as ``run 0: accuracy is a str``; empty if nothing.
 
-    ``shape``: a TypedDict of this module, ``list[X]``, ``dict[str, X]``, ``X | None``, ``Annotated[X, Bounds(...)]``, ``Literal``,
-    int, float, str, bool, dict, list or Any. An int is a float, and a bool neither. ``where`` names the value, ``of`` what it is part of.
-    """
+    ``shape``: a TypedDict of this module, ``list[X]``, ``dict[str, X]``, ``X | None``, ``Annotated[X, Bounds(...)]``,
+    ``Literal``, int, float, str, bool, dict, list or Any. An int is a float, and a bool neither. ``where`` names the
+    value, ``of`` what it is part of. """
     if shape is Any:
         return ""
     origin, arguments = get_origin(shape), get_args(shape)
@@ -278,7 +299,11 @@ def problem(value: Any, shape: Any, where: str, of: str = "", depth: int = 0) ->
             return ""
         return problem(value, next(part for part in arguments if part is not type(None)), where, of, depth)
     if origin is Literal:
-        return "" if value in arguments else _said(where, of, f"is {_brief(value)}, and none of {', '.join(map(str, arguments))}")
+        return (
+            ""
+            if value in arguments
+            else _said(where, of, f"is {_brief(value)}, and none of {', '.join(map(str, arguments))}")
+        )
     if depth > _DEPTH:
         return _said(where, of, "is nested too deeply")
     if is_typeddict(shape):
@@ -305,7 +330,10 @@ def problem(value: Any, shape: Any, where: str, of: str = "", depth: int = 0) ->
 def _fields(shape: Any) -> dict[str, tuple[Any, bool]]:
     """{key: (type, whether it must be there)} of a TypedDict."""
     hints = get_type_hints(shape, include_extras=True)
-    return {n: (get_args(h)[0] if get_origin(h) is NotRequired else h, n in shape.__required_keys__) for n, h in hints.items()}
+    return {
+        n: (get_args(h)[0] if get_origin(h) is NotRequired else h, n in shape.__required_keys__)
+        for n, h in hints.items()
+    }
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -325,7 +353,9 @@ def _within(task: str, data: dict[str, Any], run: dict[str, Any], of: str) -> st
         if run["majority"] is None and "chance" not in run:
             return f"{of} has neither majority nor chance"
         size = len(about["labels"] or ())
-        square = run["confusion"] is None or (len(run["confusion"]) == size and all(len(row) == size for row in run["confusion"]))
+        square = run["confusion"] is None or (
+            len(run["confusion"]) == size and all(len(row) == size for row in run["confusion"])
+        )
         return "" if square else _said("confusion", of, f"is no table of {size} by {size} labels")
     if task == "icl_finetune_analysis":
         for name, table in [*(run.get("heads") or {}).items(), *_shares(run)]:
@@ -337,7 +367,9 @@ def _within(task: str, data: dict[str, Any], run: dict[str, Any], of: str) -> st
 
 
 def _shares(run: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(f"attention.{name}", entry[name]) for entry in run.get("attention", ()) for name in ("in_context", "finetuned")]
+    return [
+        (f"attention.{name}", entry[name]) for entry in run.get("attention", ()) for name in ("in_context", "finetuned")
+    ]
 
 
 def _depths(runs: Sequence[dict[str, Any]]) -> str:
@@ -351,7 +383,7 @@ def _depths(runs: Sequence[dict[str, Any]]) -> str:
             for part in ("paper", "corrected", "paper_ci95", "corrected_ci95"):
                 for name, values in group.get(part, {}).items():
                     if not values or layers.setdefault(setting, len(values)) != len(values):
-                        return f"run {number}: {part}.{name} has {len(values)} layers, and others {layers.get(setting, 'more')}"
+                        return f"run {number}: {part}.{name} has {len(values)} layers, and others {layers.get(setting)}"
         for name, table in (run.get("heads") or {}).items():
             size = len(table), len(table[0])
             if heads.setdefault((*setting, name), size) != size:

@@ -82,7 +82,9 @@ class Unit:
     @property
     def name(self) -> str:
         """Also the stem of its files."""
-        return f"{file_stem(self.dataset)}-{self.shots}shot" + (f"-seed{self.seed}-order{self.order}" if self.shots else "")
+        return f"{file_stem(self.dataset)}-{self.shots}shot" + (
+            f"-seed{self.seed}-order{self.order}" if self.shots else ""
+        )
 
 
 class Questions:
@@ -189,10 +191,10 @@ def evaluate(
 ) -> bool:
     """Scores every unit that ``folder`` does not hold yet; writes results.json, predictions.jsonl and samples.json there.
 
-    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises UserError for
-    prompts that do not fit, results of other settings in ``folder``, processes with other models, data or settings than rank 0 or without a
-    sign of life for ``timeout`` seconds, files of the model that change meanwhile, and whatever the data or the model does not allow.
-    """
+    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
+    UserError for prompts that do not fit, results of other settings in ``folder``, processes with other models, data or
+    settings than rank 0 or without a sign of life for ``timeout`` seconds, files of the model that change meanwhile,
+    and whatever the data or the model does not allow. """
     form = settings.form(lm)
     questions = {data.spec.name: Questions(lm, data, settings) for data in datasets}
     with Processes(timeout) as processes, contextlib.ExitStack() as stack:
@@ -235,9 +237,22 @@ class _Scorer:
     """Scores prompts by way of a journal; the processes share the batches. Gives rank 0 the scores, the others None."""
 
     def __init__(
-        self, lm: LanguageModel, settings: Settings, folder: str, processes: Processes, bar: tqdm[Any], force: bool = False
+        self,
+        lm: LanguageModel,
+        settings: Settings,
+        folder: str,
+        processes: Processes,
+        bar: tqdm[Any],
+        force: bool = False,
     ) -> None:
-        self.lm, self.settings, self.folder, self.processes, self.bar, self.force = lm, settings, folder, processes, bar, force
+        self.lm, self.settings, self.folder, self.processes, self.bar, self.force = (
+            lm,
+            settings,
+            folder,
+            processes,
+            bar,
+            force,
+        )
 
     def __call__(self, prompts: Prompts, name: str, counted: bool = True) -> Scores | None:
         """``counted``: whether the progress bar expects these queries."""
@@ -360,7 +375,8 @@ def _fingerprint(lm: LanguageModel, prompts: Prompts) -> str:
 
 
 def agree(processes: Processes, lm: LanguageModel, datasets: Sequence[LabelledDataset], settings: Any) -> None:
-    """Raises UserError, naming the process and what it is, where one has another model, data, settings or code than process 0."""
+    """Raises UserError, naming the process and what it is, where one has another model, data, settings or code than
+    process 0."""
     if processes.world > 1:
         processes.agree(
             model=identity.digest(identity.of_model(lm)),

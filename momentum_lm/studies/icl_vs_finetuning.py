@@ -89,11 +89,10 @@ def analyse(
 ) -> bool:
     """Analyses every unit that ``folder`` does not hold yet; writes results.json and predictions.jsonl there.
 
-    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises UserError for zero
-    shots, demonstrations of which none fits, results of other settings in ``folder``, learning rates that all diverge, processes as of
-    :func:`momentum_lm.studies.classification.evaluate`, and whatever the data or the model does not allow. The model's weights are as
-    before when it is over.
-    """
+    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
+    UserError for zero shots, demonstrations of which none fits, results of other settings in ``folder``, learning rates
+    that all diverge, processes as of :func:`momentum_lm.studies.classification.evaluate`, and whatever the data or the
+    model does not allow. The model's weights are as before when it is over. """
     asked = settings.questions
     if 0 in asked.shots:
         raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
@@ -369,7 +368,12 @@ def save_traces(path: Path, findings: Findings, fingerprint: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {f"{part}/{name}": values for part, kept in findings.metrics.items() for name, values in kept.arrays.items()}
     with atomic_write(path, "wb") as file:
-        np.savez_compressed(file, fingerprint=np.array(fingerprint), outputs=np.stack([findings.outputs[i] for i in sorted(findings.outputs)]), **arrays)
+        np.savez_compressed(
+            file,
+            fingerprint=np.array(fingerprint),
+            outputs=np.stack([findings.outputs[i] for i in sorted(findings.outputs)]),
+            **arrays,
+        )
 
 
 def _config(

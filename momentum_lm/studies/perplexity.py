@@ -77,13 +77,17 @@ def load_split(data: str | os.PathLike[str], name: str, lm: PerplexityModel) -> 
 
 
 def _check_dictionary(lm: PerplexityModel, dictionary: Dictionary, path: Path) -> None:
-    """Raises UserError where the data's dictionary has other symbols than the model's: beside the checkpoint, or else that of the data
-    that the checkpoint says it was trained on, where it still is."""
+    """Raises UserError where the data's dictionary has other symbols than the model's: beside the checkpoint, or else
+    that of the data that the checkpoint says it was trained on, where it still is."""
     named = getattr(lm, "trained_on", None)
     places = [Path(lm.name).parent / "dict.txt", *([Path(named) / "dict.txt"] if named else [])]
     own = next((place for place in places if place.is_file()), None)
     if own is not None and Dictionary.load(own).symbols != dictionary.symbols:
-        what = "the model's dictionary" if own == places[0] else "the dictionary of the data that the model was trained on,"
+        what = (
+            "the model's dictionary"
+            if own == places[0]
+            else "the dictionary of the data that the model was trained on,"
+        )
         raise UserError(f"{path} is not {what} {own}; evaluate on data made with the model's own dictionary")
 
 
@@ -181,7 +185,9 @@ def evaluate(
     ``Results`` do, and where the model's or the data's files change meanwhile.
     """
     with results_lock(folder):
-        return _evaluate(lm, data, folder, context_lengths, splits, batch_tokens, packed_documents, seed, force, show_progress)
+        return _evaluate(
+            lm, data, folder, context_lengths, splits, batch_tokens, packed_documents, seed, force, show_progress
+        )
 
 
 def _evaluate(
@@ -238,7 +244,9 @@ def _evaluate(
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target, "wb") as file:
                 fingerprint = np.array(split.sha256)  # first: it is the mark that the file is ours
-                np.savez_compressed(file, fingerprint=fingerprint, nll=nll, tokens=np.asarray(split.dataset.sizes, dtype=np.int64))
+                np.savez_compressed(
+                    file, fingerprint=fingerprint, nll=nll, tokens=np.asarray(split.dataset.sizes, dtype=np.int64)
+                )
             results.add(run)
     return results
 

@@ -17,8 +17,46 @@ from momentum_lm.report.finetuning_comparison import FinetuningComparison
 from momentum_lm.results.journal import Journal
 from momentum_lm.results.records import Predictions, Results, Samples, read_results
 
-ODD = [None, True, -1, 0, 1, 2, 1e308, 10**25, 10**400, 0.5, "", "x", "\x00", "$x^$", "../..", [], {}, [[]], [None], {"a": {}}, [1, 2, 3], "y" * 5000]
-BYTES = [b"", b"\x00", b"\xff\xfe", b"NaN", b"1e999", b"-Infinity", b"[" * 3000, b"{", b"}", b'"', b"\n", b"9" * 5000, b"\\ud800", b"null"]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2,
+    1e308,
+    10**25,
+    10**400,
+    0.5,
+    "",
+    "x",
+    "\x00",
+    "$x^$",
+    "../..",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": {}},
+    [1, 2, 3],
+    "y" * 5000,
+]
+BYTES = [
+    b"",
+    b"\x00",
+    b"\xff\xfe",
+    b"NaN",
+    b"1e999",
+    b"-Infinity",
+    b"[" * 3000,
+    b"{",
+    b"}",
+    b'"',
+    b"\n",
+    b"9" * 5000,
+    b"\\ud800",
+    b"null",
+]
 COUNT = 1000
 
 
@@ -65,7 +103,8 @@ def odd_bytes(draw, content):
 
 
 def survives(work):
-    """Whether ``work`` gave an answer; else it has raised a UserError of one line. Anything else is an error of ours."""
+    """Whether ``work`` gave an answer; else it has raised a UserError of one line. Anything else is an error of
+    ours."""
     began = time.process_time()
     try:
         work()
@@ -94,7 +133,12 @@ def test_results(task, tmp_path, write_results, write_analysis, analysed):
         (folder / "documents").mkdir(parents=True)
         run = {"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": [8.0, 9.5], "bits_per_byte": 1.5, "num_tokens": 10,
                "num_documents": 2, "data_sha256": "0", "documents": "documents/valid-8.npz"}  # fmt: skip
-        data = {"task": "lm_perplexity", "model": {"path": "m"}, "config": {"data": {"path": "x"}}, "runs": [run, run | {"split": "test"}]}
+        data = {
+            "task": "lm_perplexity",
+            "model": {"path": "m"},
+            "config": {"data": {"path": "x"}},
+            "runs": [run, run | {"split": "test"}],
+        }
         (folder / "results.json").write_text(json.dumps(data))
     path = folder / "results.json"
     good, data, draw, answers = path.read_bytes(), json.loads(path.read_bytes()), random.Random(task), 0
@@ -115,7 +159,9 @@ def test_results(task, tmp_path, write_results, write_analysis, analysed):
                     FinetuningComparison([folder]).table().text()
                     json.dumps(finetuning_summary.summary(runs)), finetuning_summary.headlines(runs)
                     icl_vs_finetuning.results_table(runs), icl_vs_finetuning.accuracy_table(runs)
-                    for chosen in finetuning_summary.settings(runs).values():  # drawing them all would take half a minute a turn
+                    for chosen in finetuning_summary.settings(
+                        runs
+                    ).values():  # drawing them all would take half a minute a turn
                         icl_vs_finetuning.panels(chosen), icl_vs_finetuning.attention_panels(chosen[0])
                         icl_vs_finetuning.verdict(chosen), finetuning_summary.mean_heads(chosen, "kendall")
             elif results["task"] == "lm_perplexity":
@@ -144,7 +190,14 @@ def test_predictions_and_samples(tmp_path, write_results):
         mutate_json(draw, folder / "samples.json", json.dumps([sample]).encode(), [sample])
 
         def look():
-            results = Results(folder, data["task"], data["model"], {"other": 1}, ("dataset", "seed", "shots", "order", "calibration"), True)
+            results = Results(
+                folder,
+                data["task"],
+                data["model"],
+                {"other": 1},
+                ("dataset", "seed", "shots", "order", "calibration"),
+                True,
+            )
             results.data["runs"] = data["runs"]
             results.force = False
             survives(lambda: Samples(results))
@@ -191,5 +244,7 @@ def test_documents(tmp_path):
     good, draw, answers = path.read_bytes(), random.Random(3), 0
     for _ in range(COUNT):
         path.write_bytes(odd_bytes(draw, good))
-        answers += survives(lambda: perplexity.document_sums(tmp_path, {"documents": "documents/valid-8.npz", "num_tokens": 50}))
+        answers += survives(
+            lambda: perplexity.document_sums(tmp_path, {"documents": "documents/valid-8.npz", "num_tokens": 50})
+        )
     assert 0 < answers < COUNT

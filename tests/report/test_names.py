@@ -9,7 +9,20 @@ from momentum_lm.report.classification_comparison import ClassificationCompariso
 from momentum_lm.report.figures import shown
 from momentum_lm.report.tables import Table
 
-NAMES = ["a$\\frac$b", "$x^$", "$5 to $10", "_hidden", "^_{", "\\", "日本語", "x" * 300, "../../up", "a/b", "<script>\x1b[31m", "100%"]
+NAMES = [
+    "a$\\frac$b",
+    "$x^$",
+    "$5 to $10",
+    "_hidden",
+    "^_{",
+    "\\",
+    "日本語",
+    "x" * 300,
+    "../../up",
+    "a/b",
+    "<script>\x1b[31m",
+    "100%",
+]
 
 
 def rename(folder, name, labels=None):
@@ -28,7 +41,9 @@ def rename(folder, name, labels=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_data_sets_models_and_labels(write_results, name, recwarn):
-    folder = rename(write_results(datasets=("mr",), shots=(0, 4), seeds=(1, 2), calibrations=("none",)), name, [name, f"{name}2"])
+    folder = rename(
+        write_results(datasets=("mr",), shots=(0, 4), seeds=(1, 2), calibrations=("none",)), name, [name, f"{name}2"]
+    )
     before = sorted(path.name for path in folder.parent.iterdir())
     classification.write_report(folder)
     assert len(list(folder.glob("accuracy-*.png"))) == len(list(folder.glob("confusion-*.png"))) == 1
@@ -39,7 +54,9 @@ def test_names_of_data_sets_models_and_labels(write_results, name, recwarn):
 
 
 def test_dollars_are_drawn_as_they_are(write_results):
-    folder = rename(write_results(datasets=("mr",), shots=(0,), seeds=(1,), calibrations=("none",)), "$5 to $10", ["$5", "$10"])
+    folder = rename(
+        write_results(datasets=("mr",), shots=(0,), seeds=(1,), calibrations=("none",)), "$5 to $10", ["$5", "$10"]
+    )
     classification.write_report(folder)
     page = (folder / "report.html").read_text()
     assert ">$5 to $10</text>" in page and ">$10</text>" in page

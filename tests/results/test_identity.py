@@ -27,7 +27,9 @@ def test_everything_of_an_example_is_in_its_digest(change):
 
 @pytest.fixture(scope="module")
 def model():
-    config = transformers.GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=None, eos_token_id=None)
+    config = transformers.GPT2Config(
+        vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=None, eos_token_id=None
+    )
     return transformers.GPT2LMHeadModel(config)
 
 

@@ -44,11 +44,15 @@ def test_processes_that_agree_go_on():
 @pytest.mark.parametrize("what", ["model", "data", "flags"])
 def test_a_process_with_something_else_is_named_in_all(what):
     def work(processes):
-        processes.agree(**({"model": "a", "data": "a", "flags": "a"} | ({what: "other"} if processes.rank == 2 else {})))
+        processes.agree(
+            **({"model": "a", "data": "a", "flags": "a"} | ({what: "other"} if processes.rank == 2 else {}))
+        )
 
     said = together(work)
     assert len(set(said)) == 1
-    assert said[0].startswith(f"process 2 on {socket.gethostname()} has another {what} (other, not a) than process 0 on ")
+    assert said[0].startswith(
+        f"process 2 on {socket.gethostname()} has another {what} (other, not a) than process 0 on "
+    )
 
 
 def test_a_process_that_hangs_is_named_within_the_time_and_one_that_works_is_not(capsys):
@@ -87,7 +91,13 @@ sys.exit(main([]))
 
 
 def start(rank, world, port, timeout):
-    variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     command = [sys.executable, "-c", SCRIPT, str(timeout)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -14,7 +14,9 @@ BIG = int("9" * 400)
 def write(path, **changes):
     run = {name: value for name, value in (RUN | changes).items() if value is not ...}
     config = {"datasets": {"mr": {"labels": ["a", "b"]}}}
-    path.write_text(json.dumps({"task": "icl_classification", "model": {"path": "m"}, "config": config, "runs": [RUN, run]}))
+    path.write_text(
+        json.dumps({"task": "icl_classification", "model": {"path": "m"}, "config": config, "runs": [RUN, run]})
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,9 @@ def test_what_is_wrong_is_named(tmp_path, changes, said):
     write(tmp_path / "results.json", **changes)
     with pytest.raises(UserError) as error:
         read_results(tmp_path)
-    assert f"results.json is damaged ({said}" in str(error.value) and str(error.value).endswith("delete it or choose another folder")
+    assert f"results.json is damaged ({said}" in str(error.value) and str(error.value).endswith(
+        "delete it or choose another folder"
+    )
 
 
 @pytest.mark.parametrize(

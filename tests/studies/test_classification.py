@@ -301,7 +301,9 @@ def test_another_tokenizer_is_not_the_same_model(lm, films, tmp_path, monkeypatc
     before = (tmp_path / "out" / "results.json").read_bytes()
     calls.clear()
     monkeypatch.setattr(type(lm), "tokenizer_sha256", "another")
-    with pytest.raises(UserError, match=r"holds other results \(config\.tokenizer: .*\); choose another --results-dir, or add --force"):
+    with pytest.raises(
+        UserError, match=r"holds other results \(config\.tokenizer: .*\); choose another --results-dir, or add --force"
+    ):
         small(lm, [films], tmp_path / "out")
     assert (tmp_path / "out" / "results.json").read_bytes() == before and not calls
 
@@ -312,8 +314,12 @@ def test_another_tokenizer_is_not_the_same_model(lm, films, tmp_path, monkeypatc
         lambda folder: folder.joinpath("films.yaml").write_text(FILMS.replace("Review:", "Film:")),
         lambda folder: folder.joinpath("films.yaml").write_text(FILMS.replace("Positive", "Fine")),
         lambda folder: folder.joinpath("films.yaml").write_text(FILMS + "domain_premise: 'A film is'\n"),
-        lambda folder: folder.joinpath("validation.jsonl").write_text(folder.joinpath("validation.jsonl").read_text().replace("bad", "dab")),
-        lambda folder: folder.joinpath("train.jsonl").write_text(folder.joinpath("train.jsonl").read_text().replace("film", "mlif")),
+        lambda folder: folder.joinpath("validation.jsonl").write_text(
+            folder.joinpath("validation.jsonl").read_text().replace("bad", "dab")
+        ),
+        lambda folder: folder.joinpath("train.jsonl").write_text(
+            folder.joinpath("train.jsonl").read_text().replace("film", "mlif")
+        ),
     ],
 )
 def test_changed_data_is_not_the_same_data(lm, films, tmp_path, change, calls):
@@ -357,7 +363,9 @@ def test_results_of_an_older_version_are_reported_but_not_added_to(lm, films, tm
     (tmp_path / "out" / "results.json").write_text(json.dumps(results))
     assert read_results(tmp_path / "out") == results
     write_report(tmp_path / "out")
-    with pytest.raises(UserError, match=r"was written by an older version.*choose another --results-dir, or add --force to start anew"):
+    with pytest.raises(
+        UserError, match=r"was written by an older version.*choose another --results-dir, or add --force to start anew"
+    ):
         small(lm, [films], tmp_path / "out")
 
 
@@ -370,7 +378,9 @@ def test_a_checkpoint_that_changes_meanwhile_gives_no_results(make_lm, films, tm
         return log_probs(*args)
 
     monkeypatch.setattr(lm, "log_probs", replaced)
-    with pytest.raises(UserError, match=r"model\d+\.pt was (changed|replaced) while it was read, so its weights may be of two models"):
+    with pytest.raises(
+        UserError, match=r"model\d+\.pt was (changed|replaced) while it was read, so its weights may be of two models"
+    ):
         small(lm, [films], tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -406,13 +416,19 @@ def test_a_file_of_ours_name_that_is_not_ours_stays(lm, films, tmp_path, name, c
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_text(MINE[name])
-    with pytest.raises(UserError, match=rf"{name}\S* .*(not ours|not written by fairseq-eval|not a prediction of ours)"):
+    with pytest.raises(
+        UserError, match=rf"{name}\S* .*(not ours|not written by fairseq-eval|not a prediction of ours)"
+    ):
         small(lm, [films], tmp_path / "out")
     assert path.read_text() == MINE[name] and not calls and not (tmp_path / "out" / "results.json").exists()
 
 
 def test_files_of_other_names_stay(lm, films, tmp_path):
-    for name in ("scores/films-0shot.notes.jsonl", "tensorboard/train/events.out.tfevents.1.host", "tensorboard/events.out.tfevents.2.host"):
+    for name in (
+        "scores/films-0shot.notes.jsonl",
+        "tensorboard/train/events.out.tfevents.1.host",
+        "tensorboard/events.out.tfevents.2.host",
+    ):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("mine")
     for _ in range(2):
@@ -452,4 +468,7 @@ def test_finished_work_is_said_to_be_finished(lm, films, tmp_path, capsys):
     evaluate(lm, [films], settings, tmp_path / "out")
     assert "already" not in capsys.readouterr().out
     evaluate(lm, [films], settings, tmp_path / "out")
-    assert capsys.readouterr().out == f"{tmp_path / 'out'} holds all of these results already; nothing was scored. --force measures anew.\n\n"
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 'out'} holds all of these results already; nothing was scored. --force measures anew.\n\n"
+    )

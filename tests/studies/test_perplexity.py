@@ -266,7 +266,10 @@ def test_a_dictionary_of_equal_size_with_other_symbols_is_refused(lm, data, tmp_
     lm = NativeLM(lm.model, lm.path, trained_on=tmp_path / "trained_on")
     evaluate(lm, data, tmp_path / "out", (4,))
     Dictionary(f"x{i}" for i in range(VOCAB - 4)).save(data / "dict.txt")
-    with pytest.raises(UserError, match=r"data/dict\.txt is not the dictionary of the data that the model was trained on, .*trained_on/dict\.txt"):
+    with pytest.raises(
+        UserError,
+        match=r"data/dict\.txt is not the dictionary of the data that the model was trained on, .*trained_on/dict\.txt",
+    ):
         evaluate(lm, data, tmp_path / "new", (4,))
     assert not (tmp_path / "new").exists()
 

@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "modules": {"ops"},
     "planning": {"modules", "ops"},
     "data": set(),
-    "report": {"analysis"},
+    "results": {"icl", "lm", "data"},
+    "report": {"analysis", "results"},
     "lm": {"modules", "ops", "data"},
     "icl": {"lm", "data", "modules"},
-    "studies": {"icl", "lm", "data", "analysis", "report", "modules", "ops"},
+    "studies": {"icl", "lm", "data", "analysis", "results", "report", "modules", "ops"},
 }
 # As if they were not installed. (None in sys.modules is not that: `datasets` takes such an entry for an imported module.)
 BLOCK = """

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
-from momentum_lm.files import file_sha256
+from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.modules import Decoder, DecoderConfig
 from momentum_lm.modules.attention import Cache
 from momentum_lm.modules.decoder import document_ids
@@ -60,10 +60,14 @@ class NativeLM:
         tokenizer_path: str | os.PathLike[str] | None = None,
         in_training: bool = False,
         files: Sequence[Path] = (),
+        unchanged: Unchanged | None = None,
+        trained_on: str | os.PathLike[str] | None = None,
     ) -> None:
         self.model = model if in_training else model.eval().requires_grad_(False)
         self.path = path
         self.files = files or [path]  # a checkpoint in parts has several
+        self._unchanged = unchanged or Unchanged(self.files)
+        self.trained_on = Path(trained_on) if trained_on else None  # the folder of data that the checkpoint names
         self.packed_documents = packed_documents  # whether it was trained on packed documents
         self.bos = bos
         self.tokenizer_path = Path(tokenizer_path) if tokenizer_path else path
@@ -107,7 +111,18 @@ class NativeLM:
     @cached_property
     def sha256(self) -> str:
         """Digest of the checkpoint's files, which tells one checkpoint from another wherever it lies."""
-        return file_sha256(*self.files)
+        digest = file_sha256(*self.files)
+        self.check_unchanged()
+        return digest
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Digest of the tokenizer's files and the dictionary's symbols."""
+        return self.tokenizer.sha256()
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where the checkpoint's files are no longer those that were read."""
+        self._unchanged.check()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -192,7 +207,10 @@ def load_native(
     Raises UserError for a missing or damaged checkpoint, and for a model that the decoder cannot represent.
     """
     path = find_checkpoint(path)
+    before = Unchanged([path])
     files, state = _read(path, trust)
+    unchanged = Unchanged(files)
+    before.check()
     path = files[0]
     tensors = _tensors(state, path)
     model_cfg, task_cfg = _options(state)
@@ -212,10 +230,11 @@ def load_native(
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     bos = BOS if not task_cfg or task_cfg.get("add_bos_token") else EOS
+    data = str(task_cfg.get("data") or "").split(os.pathsep)[0]
     if tokenizer is None and not has_tokenizer(path.parent):
-        data = str(task_cfg.get("data") or "").split(os.pathsep)[0]
         tokenizer = data if data and has_tokenizer(data) else None
-    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)), (bos,), tokenizer, files=files)
+    packed = bool(task_cfg.get("packed_documents", False))
+    return NativeLM(model, path, packed, (bos,), tokenizer, files=files, unchanged=unchanged, trained_on=data)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,7 @@ from momentum_lm.files import atomic_write
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3 in every fairseq dictionary; dict.txt does not list them
 BOS, PAD, EOS, UNK = range(4)
 _OVERWRITE = "#fairseq:overwrite"
+_DIGITS = 18  # of a count: what an int64 holds
 
 
 class Dictionary:
@@ -76,7 +77,7 @@ class Dictionary:
             overwrite = field == _OVERWRITE
             if overwrite:
                 symbol, _, field = symbol.rpartition(" ")
-            if not symbol or not field.isdecimal():
+            if not symbol or not field.isdecimal() or len(field) > _DIGITS:
                 raise UserError(f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq dict.txt?")
             if symbol in seen and not overwrite:
                 raise UserError(f"{path}:{number}: {symbol!r} is listed before; add '{_OVERWRITE}' to the line if that is meant")

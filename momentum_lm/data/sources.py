@@ -427,8 +427,7 @@ def _read_csv(file: BinaryIO, name: str, column: str) -> Iterator[bytes]:
                 )
     except csv.Error as error:
         if "new-line character" in str(error):
-            line_number = rows.line_num + 1
-            raise UserError(f"{name}:{line_number}: a carriage return inside of a line; mend it, or quote the text") from error
+            raise UserError(f"{name}:{rows.line_num}: a carriage return inside of a line; mend it, or quote the text") from error
         raise UserError(f"{name}:{rows.line_num}: not proper CSV ({error}); look for an unclosed quote") from error
     finally:
         csv.field_size_limit(previous)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def isolated_children() -> Iterator[None]:
-    """Python processes started meanwhile do not import from the current folder, which may be one of somebody else's data.
+    """Python processes started meanwhile do not import from the current folder, which may hold somebody else's files.
 
-    ``multiprocessing`` starts its workers, and the processes that look after them, as ``python -c ...``, where the current folder would be
-    the first place to import from. What this process can import, they can: they get its ``sys.path``.
+    ``multiprocessing`` starts its workers, and the processes that look after them, as ``python -c ...``, where the
+    current folder would be the first place to import from. What this process can import, they can: they get its
+    ``sys.path``.
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"

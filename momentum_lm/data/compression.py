@@ -36,9 +36,9 @@ def open_decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """zstandard's own stream_reader takes a truncated file for a whole one, and its decompressobj expands at once whatever it is given:
-    32 KiB of compressed data may hold a gigabyte. So the frames and their blocks (RFC 8878, 3.1.1) are followed here: a block becomes
-    128 KiB at the most."""
+    """zstandard's own stream_reader takes a truncated file for a whole one, and its decompressobj expands at once
+    whatever it is given: 32 KiB of compressed data may hold a gigabyte. So the frames and their blocks (RFC 8878, 3.1.1)
+    are followed here: a block becomes 128 KiB at the most."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._pieces = _zstd_pieces(raw)
@@ -79,8 +79,8 @@ def _frame(raw: BinaryIO, start: bytes) -> Iterator[bytes]:
     start += _exactly(raw, 1)
     flags = start[4]
     single, checksum = bool(flags & 0x20), bool(flags & 0x04)
-    sizes = (not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]  # of window, dictionary's number, content's size
-    start += _exactly(raw, sizes)
+    # The window's size, the dictionary's number and the content's size
+    start += _exactly(raw, (not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6])
     try:
         window = zstandard.get_frame_parameters(start).window_size
         if window > MAX_WINDOW:

@@ -130,7 +130,8 @@ def prepare(
         with workplace(work, wanted, as_of, force) as touched:
             if not (work / "prepare.json").exists():
                 splitter = run.plan(tokenizer, touched)
-                state = run.encode(splitter, [s for s, wants in zip(SPLITS, (1, valid, test), strict=True) if wants], workers)
+                splits = [name for name, wanted_of in zip(SPLITS, (1, valid, test), strict=True) if wanted_of]
+                state = run.encode(splitter, splits, workers)
                 complete(work, wanted, as_of, state)
             return publish(work, output)
 
@@ -158,7 +159,8 @@ class _Run:
     def plan(self, tokenizer: Tokenizer | None, touched: bool) -> Splitter:
         """Settles where the splits lie and which tokenizer it is, reading all documents once for either that needs it.
 
-        A plan that is there already is taken; but where the sources are ``touched``, it is looked whether they hold what they held.
+        A plan that is there already is taken; but where the sources are ``touched``, it is checked that they hold what
+        they held.
         """
         config, work = self.config, self.work
         if plan := read_json(work / "plan.json"):
@@ -196,7 +198,8 @@ class _Run:
         state, resume = read_json(self.work / "state.json"), None
         if state is None:
             nothing = {"documents": 0, "tokens": 0, "bytes": 0, "unknown": 0}
-            state = {"complete": False, "counts": {"read": 0}, "special_tokens": 0, "splits": {split: nothing.copy() for split in splits}}
+            state = {"complete": False, "counts": {"read": 0}, "special_tokens": 0}
+            state["splits"] = {split: nothing.copy() for split in splits}
         elif state["complete"]:
             return state
         else:
@@ -311,21 +314,26 @@ def _chunks(stream: DocumentStream, splitter: Splitter, saved: dict[str, Any]) -
 _CHANGED = "the sources have changed since this run began, so its work so far is dropped; run the command again"
 
 
-def _tell_of_whole_files(config: PrepareConfig, sources: list[Source], splits: bool, say: Callable[[str], None]) -> None:
-    """Says that whole files are documents where that is hardly meant. Raises UserError for a single one that cannot be split."""
+def _tell_of_whole_files(
+    config: PrepareConfig, sources: list[Source], splits: bool, say: Callable[[str], None]
+) -> None:
+    """Says that whole files are documents where that is hardly meant.
+
+    Raises UserError for a single one that cannot be split.
+    """
     whole = [s for s in sources if isinstance(s, FileSource) and s.document == "file"]
     if config.document is not None or not 0 < len(whole) <= _FEW:
         return
     how = "--document line makes each line one, --document blank-line what stands between blank lines"
     if len(sources) > 1 or not splits:
-        count = f"{len(whole)} text files are {len(whole)} documents" if len(whole) > 1 else f"{whole[0].name} is one document"
-        say(f"note: {count}; {how}")
+        several = f"{len(whole)} text files are {len(whole)} documents"
+        say(f"note: {several if len(whole) > 1 else f'{whole[0].name} is one document'}; {how}")
         return
     for _ in whole[0].documents():  # what is wrong with it is told first
         pass
     raise UserError(
-        f"{whole[0].name} is one document, since a whole file is one, and leaves nothing to split: {how}; or --valid 0 --test 0 trains "
-        "on it alone"
+        f"{whole[0].name} is one document, since a whole file is one, and leaves nothing to split: {how}; or "
+        "--valid 0 --test 0 trains on it alone"
     )
 
 
@@ -334,7 +342,8 @@ _FEW = 10  # text files that somebody names may well be meant to be more documen
 
 def _as_of(sources: list[Source]) -> str:
     """Changes with the size or the times of any source."""
-    return hashlib.blake2b("\n".join(s.as_of() for s in sources).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    lines = "\n".join(source.as_of() for source in sources)
+    return hashlib.blake2b(lines.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _recorded(config: PrepareConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -64,8 +64,8 @@ class DocumentStream:
         return self._before + (self._source.position() if self._source else 0)
 
     def counts(self) -> dict[str, Any]:
-        """Documents read, how many of them were empty or repeated another, and the sources' remarks; ``chain`` is a digest of all that
-        was read: where it is the same, so were the documents."""
+        """Documents read, how many of them were empty or repeated another, and the sources' remarks; ``chain`` is a
+        digest of all that was read: where it is the same, so were the documents."""
         own = {"read": self.read, "empty": self.empty, "duplicates": self.duplicates, "chain": self._chain.hexdigest()}
         return own | self._all_remarks()
 
@@ -86,8 +86,9 @@ class Chunk:
 
 @dataclass
 class Encoded:
-    """One split's part of a chunk: ``ids`` (tokens,) with ``</s>`` after each document and nowhere else, ``sizes`` (documents,), and its
-    text's bytes. ``spelled`` is how often the text spells out special tokens, which the tokenizer would take for them elsewhere."""
+    """One split's part of a chunk: ``ids`` (tokens,) with ``</s>`` after each document and nowhere else, ``sizes``
+    (documents,), and its text's bytes. ``spelled`` is how often the text spells out special tokens, which the tokenizer
+    would take for them elsewhere."""
 
     ids: NDArray[Any]
     sizes: NDArray[np.int32]

@@ -1,8 +1,8 @@
 """Where documents come from: text files and folders, CSV, JSON Lines, parquet, compressed ones, and data sets of the Hugging Face hub.
 
 A source yields documents as UTF-8 bytes, one at a time and always in the same order. No reader holds more than one document of at most
-MAX_DOCUMENT bytes and a read buffer (CSV: a row of twice that; parquet: one column chunk's page and 8 rows). Problems are UserErrors that
-name file and line or byte.
+MAX_DOCUMENT bytes and a read buffer (CSV: a row of twice that; parquet: one column chunk's page and 8 rows). Problems are
+UserErrors that name file and line or byte.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Interrupted(UserError):
 class Source:
     """One file or data set. ``size`` is its bytes on disk (None where unknown), ``position()`` how many of them are read.
 
-    ``remarks`` counts what ``documents()`` met: ``nulls`` are rows without text, which it leaves out, ``quoted`` texts of a .tsv file
-    that look as if they were quoted for CSV, which it takes as they are.
+    ``remarks`` counts what ``documents()`` met: ``nulls`` are rows without text, which it leaves out, ``quoted`` texts of
+    a .tsv file that look as if they were quoted for CSV, which it takes as they are.
     """
 
     name: str
@@ -59,20 +59,25 @@ class Source:
         return 0
 
     def as_of(self) -> str:
-        """Size and times of the file: while they are the same, so is the content. Other times need not mean another content."""
+        """Size and times of the file: while they are the same, so is the content, but not the other way round."""
         raise NotImplementedError
 
 
 def find_sources(
-    names: list[str], column: str, document: str | None, exclude: Path | None = None, say: Callable[[str], None] = lambda line: None
+    names: list[str],
+    column: str,
+    document: str | None,
+    exclude: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Source]:
     """The sources behind file, folder and data set names, in that order; a folder's text files sorted by path.
 
     ``document`` says what a document is: ``file``, ``line``, ``blank-line`` (runs of lines between blank ones) or ``record`` (a row of
-    a table); None is ``file`` for text, ``record`` for tables. Files under ``exclude`` (the output) are left out. Linked folders inside
-    of a folder are read as well, each once. ``say`` gets a line for what is reached twice, and for tables in a folder, which are not read.
-    Raises UserError for names that are nothing, empty files and folders, for what is neither file nor folder, such as a named pipe, and
-    for a ``document`` that does not go with a file.
+    a table); None is ``file`` for text, ``record`` for tables. Files under ``exclude`` (the output) are left out. Linked
+    folders inside of a folder are read as well, each once. ``say`` gets a line for what is reached twice, and for tables
+    in a folder, which are not read.
+    Raises UserError for names that are nothing, empty files and folders, for what is neither file nor folder, such as a
+    named pipe, and for a ``document`` that does not go with a file.
     """
     sources: list[Source] = []
     folders = _Folders(exclude)
@@ -144,8 +149,8 @@ class FileSource(Source):
                 raise UserError(f"{self.name} is cut short: its compressed data ends too early; fetch it again") from error
             except WindowError as error:
                 raise UserError(
-                    f"{self.name}: reading it takes a window of {error.size >> 20:,} MiB, more than the {MAX_WINDOW >> 20} MiB that are "
-                    "allowed; decompress it first, as with `zstd -d --long=31`"
+                    f"{self.name}: reading it takes a window of {error.size >> 20:,} MiB, more than the {MAX_WINDOW >> 20} "
+                    "MiB that are allowed; decompress it first, as with `zstd -d --long=31`"
                 ) from error
             except (gzip.BadGzipFile, zlib.error, ZstdError) as error:
                 raise UserError(f"{self.name} is damaged or not a {self.path.suffix} file ({error}); fetch it again") from error
@@ -156,7 +161,7 @@ class FileSource(Source):
         import pyarrow
         import pyarrow.parquet
 
-        damaged = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError)  # what pyarrow has been seen to raise
+        damaged = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError)  # what pyarrow raises
         try:
             raw = pyarrow.OSFile(os.fsencode(self.path))  # bytes: a path need not be UTF-8
             file = pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
@@ -171,7 +176,8 @@ class FileSource(Source):
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[root]):
                     batch.validate(full=True)  # that the text is UTF-8
                     values = batch.column(batch.schema.names.index(root))
-                    for row, value in enumerate(_text_values(values) if is_text else values.to_pylist(), start=rows + 1):
+                    found = _text_values(values) if is_text else values.to_pylist()
+                    for row, value in enumerate(found, start=rows + 1):
                         where = f"{self.name}: row {row}"
                         text = value if is_text else _look_up({root: value}, self.column, where)
                         if text is None:
@@ -245,15 +251,17 @@ def _status_of_file(path: Path) -> os.stat_result:
     try:
         status = path.stat()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; mend or remove it, or name the files that you mean") from error
+        problem = f"{path} cannot be read: {error.strerror}"
+        raise UserError(f"{problem}; mend or remove it, or name the files that you mean") from error
     if not stat.S_ISREG(status.st_mode):
         kind = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(status.st_mode), "a device")
-        raise UserError(f"{path} is {kind}, not a file that can be read again and again; put its text into one, or remove it")
+        problem = f"{path} is {kind}, not a file that can be read again and again"
+        raise UserError(f"{problem}; put its text into one, or remove it")
     return status
 
 
 class _Folders:
-    """Finds text files in folders. Linked folders inside are entered after the others, each once and under the first of its names."""
+    """Finds text files in folders. Linked folders inside are entered after the others, each once, by its first name."""
 
     def __init__(self, exclude: Path | None) -> None:
         self._exclude = exclude
@@ -284,7 +292,8 @@ class _Folders:
                         tables.append(path)
         if tables:
             some = f"{len(tables)} tables, such as {min(tables)}" if len(tables) > 1 else f"the table {tables[0]}"
-            self.remarks.append(f"{folder} also holds {some}: of a folder, texts alone are read; name tables to have them read")
+            how = "of a folder, texts alone are read; name tables to have them read"
+            self.remarks.append(f"{folder} also holds {some}: {how}")
         return sorted(files, key=os.fspath)
 
 
@@ -380,7 +389,7 @@ def _read_json_lines(file: BinaryIO, name: str, column: str, remarks: dict[str, 
 
 
 def _look_up(record: dict[str, Any], column: str, where: str) -> Any:
-    """What a record has in a column; "a.b" is b inside of a, "a.0" the first of a list, where no column has such a name.
+    """What a record has in a column; "a.b" is b inside of a, "a.0" the first of a list, if no column is called that.
 
     Raises UserError where there is no such column, or one twice.
     """
@@ -422,12 +431,13 @@ def _read_csv(file: BinaryIO, name: str, column: str) -> Iterator[bytes]:
                 yield _checked(row[index].encode(), f"{name}:{rows.line_num}")
             elif row:
                 raise UserError(
-                    f"{name}:{rows.line_num}: {len(row)} columns, the header has {len(header)}; mend or remove the line (a text with "
-                    "commas stands in quotation marks)"
+                    f"{name}:{rows.line_num}: {len(row)} columns, the header has {len(header)}; mend or remove the line (a "
+                    "text with commas stands in quotation marks)"
                 )
     except csv.Error as error:
         if "new-line character" in str(error):
-            raise UserError(f"{name}:{rows.line_num}: a carriage return inside of a line; mend it, or quote the text") from error
+            problem = "a carriage return inside of a line"
+            raise UserError(f"{name}:{rows.line_num}: {problem}; mend it, or quote the text") from error
         raise UserError(f"{name}:{rows.line_num}: not proper CSV ({error}); look for an unclosed quote") from error
     finally:
         csv.field_size_limit(previous)
@@ -446,8 +456,8 @@ def _read_tsv(file: BinaryIO, name: str, column: str, remarks: dict[str, int]) -
             yield _checked(text.encode(), f"{name}:{number}")
         elif line:
             raise UserError(
-                f"{name}:{number}: {len(row)} columns, the header has {len(header)}; mend or remove the line (in .tsv files "
-                "quotation marks are ordinary and join no lines)"
+                f"{name}:{number}: {len(row)} columns, the header has {len(header)}; mend or remove the line (in .tsv "
+                "files quotation marks are ordinary and join no lines)"
             )
 
 
@@ -460,7 +470,7 @@ def _index_of(column: str, header: list[str], name: str) -> int:
 
 
 def _parquet_column(schema: Any, column: str, name: str) -> tuple[str, bool]:
-    """The column that has to be read for ``column``, and whether it is text as it is, rather than holding it somewhere inside."""
+    """The column that has to be read for ``column``, and whether it is the text itself, or holds it somewhere inside."""
     import pyarrow
 
     names = schema.names
@@ -497,7 +507,8 @@ def _lines(file: BinaryIO, name: str) -> Iterator[str]:
             return
         if number == 1 and not line.endswith(b"\n") and b"\r" in line.rstrip(b"\r"):
             raise UserError(
-                f"{name}: its lines end in carriage returns alone, as on old Macs; convert the file first, as with `tr '\\r' '\\n'`"
+                f"{name}: its lines end in carriage returns alone, as on old Macs; convert the file first, as with "
+                "`tr '\\r' '\\n'`"
             )
         if len(line) > MAX_DOCUMENT:
             raise UserError(f"{name}:{number}: a line of more than {MAX_DOCUMENT >> 20} MiB; break it up")
@@ -516,8 +527,8 @@ def _decode(text: bytes, name: str, offset: int) -> str:
         for mark, encoding in _BYTE_ORDER_MARKS.items():
             if not offset and text.startswith(mark):
                 raise UserError(
-                    f"{name} is {encoding.upper()} (it begins with the byte order mark {mark.hex(' ')}), not UTF-8; convert the file "
-                    f"first, as with `iconv -f {encoding} -t utf-8`"
+                    f"{name} is {encoding.upper()} (it begins with the byte order mark {mark.hex(' ')}), not UTF-8; "
+                    f"convert the file first, as with `iconv -f {encoding} -t utf-8`"
                 ) from error
         raise UserError(
             f"{name}: byte {offset + error.start} is not UTF-8 (0x{text[error.start]:02x}); convert the file first, as with "
@@ -536,8 +547,8 @@ def _refuse_nuls(text: bytes, where: str, offset: int = 0) -> None:
     encoding = "utf-32" if 5 * nuls > 3 * len(text) else "utf-16"
     encoding += "be" if first_is_nul else "le"
     raise UserError(
-        f"{where}: {nuls:,} of {len(text):,} bytes are NUL: this is no text, or it is {encoding.upper()} without a byte order mark; then "
-        f"convert it first, as with `iconv -f {encoding} -t utf-8`"
+        f"{where}: {nuls:,} of {len(text):,} bytes are NUL: this is no text, or it is {encoding.upper()} without a byte "
+        f"order mark; then convert it first, as with `iconv -f {encoding} -t utf-8`"
     )
 
 
@@ -558,7 +569,8 @@ def _checked(text: bytes, where: str) -> bytes:
 
 
 def _repeated(where: str, column: str, count: int) -> UserError:
-    return UserError(f"{where}: {count} columns are called {column!r}; rename all but one, or name another with --column")
+    problem = f"{where}: {count} columns are called {column!r}"
+    return UserError(f"{problem}; rename all but one, or name another with --column")
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> UserError:

@@ -17,7 +17,6 @@ import numpy as np
 from momentum_lm.data.dictionary import BOS, EOS, PAD, SPECIALS, UNK, Dictionary
 from momentum_lm.errors import UserError
 
-
 _MOST_IDS = 1 << 24  # ids that a tokenizer may have: memory is taken for each up to the largest
 
 
@@ -64,11 +63,11 @@ class Tokenizer:
         return own if self._identity else [self._to_dictionary[ids].tolist() if ids else [] for ids in own]
 
     def encode_as_text(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, where the names of special tokens are ordinary text as far as the tokenizer can take them so."""
+        """``encode`` of each text, where special tokens' names are ordinary text as far as the tokenizer can do so."""
         return self.encode_batch(texts)
 
     def special_tokens_in(self, texts: Sequence[str]) -> int:
-        """How many special tokens ``encode`` finds spelled out in the texts. SentencePiece and GPT-2's BPE find none."""
+        """How many special tokens ``encode`` finds spelled out. SentencePiece and GPT-2's BPE find none."""
         return 0
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -292,7 +291,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str] | None:
-        names = [token.content for token in self._model.get_added_tokens_decoder().values() if token.special and token.content]
+        added = self._model.get_added_tokens_decoder().values()
+        names = [token.content for token in added if token.special and token.content]
         longest_first = sorted(names, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if names else None
 

@@ -33,9 +33,11 @@ _PACKAGES = {"sentencepiece": "sentencepiece", "gpt2_bpe": "regex", "huggingface
 
 @contextlib.contextmanager
 def reserved(output: Path) -> Iterator[Path]:
-    """``output/.prepare``, made if need be and locked until the end, when it goes if nothing is in it; so does ``output`` if it is new.
+    """``output/.prepare``, made if need be and locked until the end, when it goes if nothing is in it; so does
+    ``output`` if it is new.
 
-    Raises UserError while another process is at work there, where ``output`` is no folder, and where what is there is not ours.
+    Raises UserError while another process is at work there, where ``output`` is no folder, and where what is there is
+    not ours.
     """
     check_output(output)
     work, created = output / ".prepare", not output.exists()
@@ -61,12 +63,13 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output} is a {'file' if output.is_file() else 'device or pipe'}; name a folder")
     for path in (output / name for name in (*OUTPUTS, "prepare.json")):
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise UserError(f"{path} is a link, a folder or a device, which is not replaced; move it away, or use another --output")
+            problem = "is a link, a folder or a device, which is not replaced"
+            raise UserError(f"{path} {problem}; move it away, or use another --output")
 
 
 @contextlib.contextmanager
 def workplace(work: Path, wanted: dict[str, Any], as_of: str, force: bool) -> Iterator[bool]:
-    """The unfinished work of the same settings in ``work``, if any; it is removed when all is done, or worthless. Other files stay.
+    """The unfinished work of the same settings in ``work``, if any; it is removed when all is done, or worthless.
 
     ``as_of`` tells of the sources' times; gives True if they were others when the unfinished work began.
     Raises UserError for unfinished work of other settings unless ``force``.
@@ -75,7 +78,8 @@ def workplace(work: Path, wanted: dict[str, Any], as_of: str, force: bool) -> It
     same = before is not None and same_settings(before, wanted)
     if before is not None and not same and not force and _has_results(work):
         other = difference(before, wanted)
-        raise UserError(f"{work.parent} holds unfinished work with {other}; use another --output, or --force to drop it")
+        problem = f"{work.parent} holds unfinished work with {other}"
+        raise UserError(f"{problem}; use another --output, or --force to drop it")
     if not same:
         _clear(work)
         write_json(work / "config.json", wanted | {"sources_as_of": as_of})
@@ -115,7 +119,8 @@ def _take_lock(work: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise UserError(f"another prepare is at work in {work.parent}; wait for it, or use another --output") from None
+            problem = f"another prepare is at work in {work.parent}"
+            raise UserError(f"{problem}; wait for it, or use another --output") from None
         except OSError:  # a file system without locks
             return lock
         with contextlib.suppress(FileNotFoundError):
@@ -144,7 +149,8 @@ def _refuse_what_is_not_ours(work: Path) -> None:
     strangers = sorted(name for name in os.listdir(work) if name != "lock" and not name.startswith(".config.json."))
     config = read_json(work / "config.json") if "config.json" in strangers else None
     if strangers and (config is None or _MARK not in config):
-        raise UserError(f"{work} holds {strangers[0]}, which this command did not make; move it away, or use another --output")
+        problem = f"{work} holds {strangers[0]}, which this command did not make"
+        raise UserError(f"{problem}; move it away, or use another --output")
 
 
 def _clear(work: Path) -> None:
@@ -205,7 +211,8 @@ def publish(work: Path, output: Path) -> dict[str, Any]:
     return result
 
 
-_ABOUT_SOURCES = ("files", "source_bytes", "source_fingerprint", "sources_as_of")  # in records of settings, but no settings
+# In records of settings, but no settings
+_ABOUT_SOURCES = ("files", "source_bytes", "source_fingerprint", "sources_as_of")
 
 
 def same_settings(before: Any, now: dict[str, Any]) -> bool:
@@ -241,5 +248,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or use --force") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not a file of this command: it holds no JSON object; move it away, or use another --output")
+        problem = f"{path} is not a file of this command: it holds no JSON object"
+        raise UserError(f"{problem}; move it away, or use another --output")
     return value

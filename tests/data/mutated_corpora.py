@@ -1,7 +1,9 @@
-"""Corpora changed at random, from a seed, and what the readers make of them: python mutated_corpora.py FIRST COUNT FOLDER [KIND...]
+"""Corpora changed at random, from a seed, and what the readers make of them.
 
-Prints one line of JSON for each file that is read neither rightly nor refused in one line of a UserError, in 10 seconds and a gigabyte.
-A process of its own, so that its memory can be told, and so that a signal ends it alone.
+python mutated_corpora.py FIRST COUNT FOLDER [KIND...]
+
+Prints one line of JSON for each file that is neither read rightly nor refused in one line of a UserError, in 10 seconds
+and a gigabyte. A process of its own, so that its memory can be told, and so that a signal ends it alone.
 """
 
 from __future__ import annotations
@@ -26,40 +28,66 @@ from momentum_lm.data.sources import MAX_DOCUMENT, find_sources
 from momentum_lm.errors import UserError
 
 SECONDS, BYTES = 10, 1 << 30
-TEXTS = ["one", 'a "quoted" text,\nof two lines', "", "naïve café 日本語", "  spaces  ", "tab\tand\r\nreturn", "long " * 300, "last"]
+TEXTS = [
+    "one",
+    'a "quoted" text,\nof two lines',
+    "",
+    "naïve café 日本語",
+    "  spaces  ",
+    "tab\tand\r\nreturn",
+    "long " * 300,
+    "last",
+]
 PIECES = [
-    b'"', b'""', b"\n", b"\r", b"\r\n", b"\0", b"\0" * 40, b"\t", b",", b"\xff\xfe", b"\xef\xbb\xbf", b"\xff", b"{", b"[" * 30_000, b'{"a":' * 9_000,
-    b"}", b"9" * 5000, b"1e999", b"NaN", b"null", b'"text": "x",', b"\\ud83d", b"\\u0000", b"\xe2\x80\xa8", b"\x7f\xff\xff\xff", b"\xff" * 8,
-    b"\x80" * 9 + b"\x01", b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18\xff\xff\xff\xff", b"\x1f\x8b\x08\x1c",
-]  # fmt: skip
+    *(
+        b'"',
+        b'""',
+        b"\n",
+        b"\r",
+        b"\r\n",
+        b"\0",
+        b"\0" * 40,
+        b"\t",
+        b",",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\xff",
+        b"{",
+        b"}",
+    ),
+    *(b"[" * 30_000, b'{"a":' * 9_000, b"9" * 5000, b"1e999", b"NaN", b"null", b'"text": "x",', b"\\ud83d", b"\\u0000"),
+    *(b"\xe2\x80\xa8", b"\x7f\xff\xff\xff", b"\xff" * 8, b"\x80" * 9 + b"\x01"),
+    *(b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18\xff\xff\xff\xff", b"\x1f\x8b\x08\x1c"),  # beginnings of zstd and gzip
+]
 
 
-def as_csv(delimiter: str) -> bytes:
+def as_csv(texts: list[str], **style: object) -> bytes:
     file = io.StringIO(newline="")
-    texts = TEXTS if delimiter == "," else [" ".join(text.split()) for text in TEXTS]
-    rows = [["id", "text"], *([str(i), text] for i, text in enumerate(texts))]
-    csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE, quotechar=None if delimiter ==
-               "\t" else '"').writerows(rows)  # fmt: skip
+    csv.writer(file, **style).writerows([["id", "text"], *([str(i), text] for i, text in enumerate(texts))])
     return file.getvalue().encode()
 
 
 def as_parquet(**settings: object) -> bytes:
     file = io.BytesIO()
     category = pyarrow.array(TEXTS).dictionary_encode()
-    table = pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS, "kind": category, "doc": [{"text": text} for text in TEXTS]})
+    table = pyarrow.table(
+        {"id": list(range(len(TEXTS))), "text": TEXTS, "kind": category, "doc": [{"text": text} for text in TEXTS]}
+    )
     pyarrow.parquet.write_table(table, file, row_group_size=3, **settings)
     return file.getvalue()
 
 
-JSON_LINES = "".join(json.dumps({"id": i, "text": text, "doc": {"text": [text]}}) + "\n" for i, text in enumerate(TEXTS)).encode()
+JSON_LINES = "".join(
+    json.dumps({"id": i, "text": text, "doc": {"text": [text]}}) + "\n" for i, text in enumerate(TEXTS)
+).encode()
 LINES = "\n\n".join(TEXTS).encode()
 ZSTD = zstandard.ZstdCompressor(write_checksum=True)
 KINDS = {  # file name: content, and how it is read
     "file.txt": (LINES, {}),
     "lines.txt": (LINES, {"document": "line"}),
     "blocks.txt": (LINES, {"document": "blank-line"}),
-    "t.csv": (as_csv(","), {}),
-    "t.tsv": (as_csv("\t"), {}),
+    "t.csv": (as_csv(TEXTS), {}),
+    "t.tsv": (as_csv([" ".join(t.split()) for t in TEXTS], delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None), {}),
     "t.jsonl": (JSON_LINES, {}),
     "nested.jsonl": (JSON_LINES, {"column": "doc.text.0"}),
     "t.jsonl.gz": (gzip.compress(JSON_LINES, mtime=0), {}),
@@ -68,16 +96,25 @@ KINDS = {  # file name: content, and how it is read
     "repetitive.txt.zst": (zstandard.compress(b"the same line\n" * 50_000), {"document": "line"}),
     "t.parquet": (as_parquet(), {}),
     "kind.parquet": (as_parquet(compression="zstd"), {"column": "kind"}),
-    "plain.parquet": (as_parquet(use_dictionary=False, compression="none", write_statistics=False), {"column": "doc.text"}),
+    "plain.parquet": (
+        as_parquet(use_dictionary=False, compression="none", write_statistics=False),
+        {"column": "doc.text"},
+    ),
 }
 
 
 def mutated(kind: str, number: int) -> bytes:
-    """The content of ``kind`` with a few changes: bytes, bits and pieces changed, left out, put in, doubled or swapped; cut short."""
+    """The content of ``kind`` with a few changes: bytes, bits and pieces changed, left out, put in or doubled; cut short."""
     rng = random.Random(f"{kind} {number}")
     data = bytearray(KINDS[kind][0])
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
-        start = rng.choice([rng.randrange(len(data) + 1), rng.randrange(min(len(data), 64) + 1), max(0, len(data) - rng.randrange(200))])
+        start = rng.choice(
+            [
+                rng.randrange(len(data) + 1),
+                rng.randrange(min(len(data), 64) + 1),
+                max(0, len(data) - rng.randrange(200)),
+            ]
+        )
         stop = min(len(data), start + rng.choice([1, 1, 2, 4, rng.randrange(1, 300)]))
         change = rng.randrange(7)
         if change == 0:

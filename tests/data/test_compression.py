@@ -21,12 +21,18 @@ def decompressed(data):
 
 def streamed(data, **settings):
     packer = zstandard.ZstdCompressor(**settings).compressobj()
-    flushed = [packer.compress(data[:1000]), packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK), packer.compress(data[1000:])]
+    flushed = [
+        packer.compress(data[:1000]),
+        packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK),
+        packer.compress(data[1000:]),
+    ]
     return b"".join([*flushed, packer.flush()])
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 1000, 70_000, len(DATA)])
-@pytest.mark.parametrize("settings", [{}, {"level": 19, "write_checksum": True}, {"level": 1, "write_content_size": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"level": 19, "write_checksum": True}, {"level": 1, "write_content_size": False}]
+)
 def test_every_kind_of_frame(size, settings):
     data = DATA[:size]
     whole, stream = zstandard.ZstdCompressor(**settings).compress(data), streamed(data, **settings)

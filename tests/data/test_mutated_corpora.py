@@ -1,4 +1,4 @@
-"""Damaged and hostile corpora: the right documents, or one line that names the file; no traceback, no signal, no hang, little memory."""
+"""Damaged and hostile corpora: the right documents, or one line that names the file; no signal, no hang, little memory."""
 
 import json
 import subprocess
@@ -19,14 +19,14 @@ def check(folder, first, count, *kinds):
 
 
 def test_some_mutations(tmp_path):
-    check(tmp_path, 0, 30)
+    check(tmp_path, 0, 10)
+
+
+KINDS = """file.txt lines.txt blocks.txt t.csv t.tsv t.jsonl nested.jsonl t.jsonl.gz repetitive.txt.gz t.jsonl.zst
+    repetitive.txt.zst t.parquet kind.parquet plain.parquet""".split()
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "kind",
-    "file.txt lines.txt blocks.txt t.csv t.tsv t.jsonl nested.jsonl t.jsonl.gz repetitive.txt.gz t.jsonl.zst repetitive.txt.zst t.parquet "
-    "kind.parquet plain.parquet".split(),
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_mutations(tmp_path, kind):
     check(tmp_path, 0, 1000, kind)

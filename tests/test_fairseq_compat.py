@@ -218,7 +218,7 @@ sys.exit(rank == 0 and os.wait()[1] != 0)
 
 def test_processes_of_a_command_import_nothing_from_the_current_folder(fairseq, monkeypatch):
     from fairseq.dataclass.configs import FairseqConfig
-    from fairseq.distributed import call_main
+    from fairseq.distributed.utils import call_main
 
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     cfg, seen = FairseqConfig(), []

@@ -103,6 +103,13 @@ def file_sha256(*paths: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def refuse_pipes(*paths: str | os.PathLike[str]) -> None:
+    """Raises UserError for what is there and neither file nor folder, such as a named pipe: reading it might take for ever."""
+    for path in paths:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{os.fspath(path)} is a pipe, a socket or a device, not a file; remove it, or name another")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from momentum_lm.errors import UserError
-from momentum_lm.files import atomic_write
+from momentum_lm.files import atomic_write, refuse_pipes
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3 in every fairseq dictionary; dict.txt does not list them
 BOS, PAD, EOS, UNK = range(4)
@@ -65,6 +65,7 @@ class Dictionary:
         symbols: list[str] = []
         counts: list[int] = []
         seen = set(SPECIALS)
+        refuse_pipes(path)
         try:
             with open(path, encoding="utf-8") as file:
                 lines = file.readlines()

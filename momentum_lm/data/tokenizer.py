@@ -16,6 +16,7 @@ import numpy as np
 
 from momentum_lm.data.dictionary import BOS, EOS, PAD, SPECIALS, UNK, Dictionary
 from momentum_lm.errors import UserError
+from momentum_lm.files import refuse_pipes
 
 _MOST_IDS = 1 << 24  # ids that a tokenizer may have: memory is taken for each up to the largest
 
@@ -111,6 +112,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         path = Path(path)
+        refuse_pipes(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
             pieces = [self._model.id_to_piece(i) for i in range(self._model.get_piece_size())]
@@ -161,6 +163,7 @@ class GPT2Tokenizer(Tokenizer):
         import regex
 
         files = {name: Path(folder) / name for name in ("encoder.json", "vocab.bpe")}
+        refuse_pipes(*files.values())
         try:
             encoder: dict[str, int] = json.loads(files["encoder.json"].read_text(encoding="utf-8"))
             merges = files["vocab.bpe"].read_text(encoding="utf-8").rstrip("\n").split("\n")[1:]
@@ -241,6 +244,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError as error:
             raise UserError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
         path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        refuse_pipes(path)
         if not path.is_file():
             raise UserError(f"{path} is missing")
         try:
@@ -313,7 +317,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._to_dictionary[special[:before]].tolist()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._model.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._model.encode_batch(list(texts), add_special_tokens=False)]
+        except BaseException as error:  # as above
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            problem = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.files['tokenizer.json']} cannot take a text ({problem}); use another tokenizer") from error
 
     def _decode(self, own_ids: list[int]) -> str:
         return self._model.decode(own_ids, skip_special_tokens=False)

@@ -188,9 +188,9 @@ def complete(work: Path, wanted: dict[str, Any], as_of: str, state: dict[str, An
             "documents_read": state["counts"]["read"],
             "empty": state["counts"]["empty"],
             "duplicates": state["counts"]["duplicates"],
-            "nulls": state["counts"]["nulls"],
-            "quoted": state["counts"]["quoted"],
-            "special_tokens": state["special_tokens"],
+            "nulls": state["counts"].get("nulls", 0),  # which a state of an earlier version does not have
+            "quoted": state["counts"].get("quoted", 0),
+            "special_tokens": state.get("special_tokens", 0),
             "files": files,
             "versions": {"momentum_lm": __version__, package: importlib.metadata.version(package)},
         },

@@ -249,6 +249,25 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, files, message):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dict.txt", "sentencepiece.model", "encoder.json", "vocab.bpe", "tokenizer.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, sentencepiece_model, gpt2_folder, name):
+    for file in [*gpt2_folder.iterdir()] if name in ("encoder.json", "vocab.bpe") else [sentencepiece_model] * (name == "dict.txt"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is a pipe, a socket or a device, not a file"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_text_that_a_tokenizer_json_has_no_token_for(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [4]
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot take a text \(WordLevel error: Missing \[UNK\] token.*; use another"):
+        tokenizer.encode("b")
+
+
 def test_a_dictionary_of_another_model_is_refused(tmp_path, sentencepiece_model):
     shutil.copy(sentencepiece_model, tmp_path)
     make(tmp_path, dict__txt=b"262 1\n284 1\n")

@@ -297,6 +297,22 @@ def _broadcast(module: ModuleType) -> None:
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
 
 
+def _isolated_workers(module: ModuleType) -> None:
+    """The processes that a command starts, one a device, import nothing from the current folder: it may hold data of others."""
+    import functools
+
+    stock = module.call_main
+
+    @functools.wraps(stock)
+    def call_main(*args: Any, **kwargs: Any) -> Any:
+        from momentum_lm.system import isolated_children
+
+        with isolated_children():
+            return stock(*args, **kwargs)
+
+    module.call_main = call_main  # type: ignore[attr-defined]
+
+
 def _encoder_mask_type(module: ModuleType) -> None:
     """torch 2's encoder kernel asks what kind of mask it gets. fairseq's encoders give it the padding mask: kind 1."""
     kernel = module.torch._transformer_encoder_layer_fwd
@@ -510,7 +526,7 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq.dataclass.utils": (_types_of_options,),
     "fairseq.options": (_options,),
     "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing, _chosen_task),
-    "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu),
+    "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu, _isolated_workers),
     "fairseq.models.distributed_fairseq_model": (_ddp_on_cpu,),
     "fairseq.modules.transformer_layer": (_encoder_mask_type,),
     "fairseq.modules.dynamic_crf_layer": (_numpy_names,),

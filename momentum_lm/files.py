@@ -25,20 +25,9 @@ if TYPE_CHECKING:
 
 # what numpy.load raises for a damaged .npz
 NPZ_ERRORS = (
-    *(
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-        RuntimeError,
-        SyntaxError,
-    ),
+    *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError, OverflowError, MemoryError, RuntimeError, SyntaxError),
     *(zipfile.BadZipFile, zlib.error, struct.error),
-)
+)  # fmt: skip
 JSON_BYTES = 256 << 20  # more than any file of ours takes
 _NPZ_BYTES = 4 << 30  # of a file's arrays, unpacked
 _KINDS = (
@@ -75,7 +64,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path.name))
         try:
             os.fchmod(fd, 0o666 & ~_umask())  # mkstemp gives 0600, ordinary files follow the umask
-            with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as file:
+            # A path that is not UTF-8 is written as "\\udcff", which in JSON is that path again
+            encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+            with os.fdopen(fd, mode, encoding=encoding, errors=errors) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -355,6 +346,14 @@ def _temporary(name: str) -> str:
 
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no JSON")
+
+
+def refuse_pipes(*paths: str | os.PathLike[str]) -> None:
+    """Raises UserError for what is there and neither file nor folder, such as a named pipe: reading it might take for
+    ever."""
+    for path in paths:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{os.fspath(path)} is {kind(os.stat(path).st_mode)}, not a file; remove it, or name another")
 
 
 def _umask() -> int:

@@ -216,6 +216,17 @@ sys.exit(rank == 0 and os.wait()[1] != 0)
 """
 
 
+def test_processes_of_a_command_import_nothing_from_the_current_folder(fairseq, monkeypatch):
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.distributed.utils import call_main
+
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    cfg, seen = FairseqConfig(), []
+    cfg.distributed_training.distributed_world_size = 1
+    call_main(cfg, lambda cfg: seen.append(os.environ.get("PYTHONSAFEPATH")))
+    assert seen == ["1"] and "PYTHONSAFEPATH" not in os.environ
+
+
 def test_gathering_without_a_gpu(run_cli, tmp_path):
     result = run_cli(["python", "-c", GATHER, tmp_path / "a", "with"], env={"CUDA_VISIBLE_DEVICES": ""})
     parts = [[{"ncorrect": 0, "loss": 0.5}], [{"ncorrect": 1, "loss": 0.5}] * 2]

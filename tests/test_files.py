@@ -102,6 +102,20 @@ def test_json_is_whole_or_as_before(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_path_that_is_not_utf8_can_be_written_and_printed(tmp_path, capsys):
+    path = os.fsdecode(b"na\xefve/\xc3\xa9")
+    write_json(tmp_path / "a.json", {"path": path})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": path}
+
+    @main_guard
+    def main(argv=None):
+        print(path)
+
+    assert main([]) == 0
+    assert capsys.readouterr().out == "na\\udcefve/é\n"
+    assert told(lambda: (tmp_path / path).read_bytes(), capsys).startswith(f"error: {tmp_path}/na")
+
+
 def test_a_folder_has_one_writer_at_a_time(tmp_path):
     other = "import sys, time; from momentum_lm.files import locked\nwith locked(sys.argv[1]): print('has it', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", other, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 
 from momentum_lm.errors import UserError
-from momentum_lm.files import atomic_write
+from momentum_lm.files import atomic_write, refuse_pipes
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3 in every fairseq dictionary; dict.txt does not list them
 BOS, PAD, EOS, UNK = range(4)
 _OVERWRITE = "#fairseq:overwrite"
+_DIGITS = 18  # of a count: what an int64 holds
 
 
 class Dictionary:
@@ -64,6 +65,7 @@ class Dictionary:
         symbols: list[str] = []
         counts: list[int] = []
         seen = set(SPECIALS)
+        refuse_pipes(path)
         try:
             with open(path, encoding="utf-8") as file:
                 lines = file.readlines()
@@ -76,7 +78,7 @@ class Dictionary:
             overwrite = field == _OVERWRITE
             if overwrite:
                 symbol, _, field = symbol.rpartition(" ")
-            if not symbol or not field.isdecimal():
+            if not symbol or not field.isdecimal() or len(field) > _DIGITS:
                 raise UserError(f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq dict.txt?")
             if symbol in seen and not overwrite:
                 raise UserError(f"{path}:{number}: {symbol!r} is listed before; add '{_OVERWRITE}' to the line if that is meant")

@@ -48,6 +48,7 @@ def test_counts():
         ("a 1\nb\n", r"dict\.txt:2: expected '<symbol> <count>'"),
         ("a 1\nb two\n", r"dict\.txt:2: expected"),
         ("a 1\n\nb 1\n", r"dict\.txt:2: expected"),
+        ("a " + "9" * 5000 + "\n", r"dict\.txt:1: expected"),
         ("a 1\nb 1\na 2\n", r"dict\.txt:3: 'a' is listed before; add '#fairseq:overwrite'"),
         ("<unk> 1\n", r"dict\.txt:1: '<unk>' is listed before"),
         (b"\xff\xfe 1\n", r"dict\.txt is not a dictionary: byte 0 is not UTF-8"),

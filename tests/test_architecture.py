@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "modules": {"ops"},
     "planning": {"modules", "ops"},
     "data": set(),
+    "formats": set(),
     "report": {"analysis"},
-    "lm": {"modules", "ops", "data"},
+    "lm": {"modules", "ops", "data", "formats"},
     "icl": {"lm", "data", "modules"},
     "studies": {"icl", "lm", "data", "analysis", "report", "modules", "ops"},
 }

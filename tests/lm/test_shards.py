@@ -72,7 +72,7 @@ def test_parts_that_do_not_join_are_named(parts):
     with pytest.raises(UserError, match=r"cannot read checkpoint .*checkpoint_last-shard1\.pt"):
         load_native(third)
     first.rename(parts / "best.pt")
-    with pytest.raises(UserError, match=r"best\.pt is one part of a checkpoint: name it NAME-shardN\.pt again"):
+    with pytest.raises(UserError, match=r"best\.pt: it is one part of a checkpoint: name it NAME-shardN\.pt again"):
         load_native(parts / "best.pt")
 
 

@@ -239,6 +239,28 @@ def _checkpoint_writing(module: ModuleType) -> None:
     manager.copy = staticmethod(copy)
 
 
+def _dictionary_errors(module: ModuleType) -> None:
+    """A ``dict.txt`` that is none is one line that names it, in every task."""
+    import functools
+
+    stock = module.Dictionary.add_from_file
+
+    @functools.wraps(stock)
+    def add_from_file(self: Any, f: Any) -> None:
+        try:
+            stock(self, f)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # fairseq raises that for what is not UTF-8
+            if not isinstance(f, str) or getattr(error, "user_error", False):
+                raise  # of the same call for an open file
+            from momentum_lm.errors import UserError
+
+            raise UserError(f"cannot read the dictionary {f}: {' '.join(str(error).split())[:300]}") from error
+
+    module.Dictionary.add_from_file = add_from_file  # type: ignore[attr-defined]
+
+
 def _chosen_task(module: ModuleType) -> None:
     """``--task`` and ``--criterion`` of fairseq-validate change nothing where a checkpoint keeps its options in ``cfg``.
 
@@ -433,6 +455,7 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq.modules.transformer_layer": (_encoder_mask_type,),
     "fairseq.modules.dynamic_crf_layer": (_numpy_names,),
     "fairseq.data.data_utils": (_numpy_names,),
+    "fairseq.data.dictionary": (_dictionary_errors,),
     "fairseq.data.language_pair_dataset": (_numpy_names,),
     "fairseq.data.token_block_dataset": (_numpy_names,),
     "lm_eval.models": (_harness, _user_errors),

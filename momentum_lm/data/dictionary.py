@@ -99,4 +99,15 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"cannot read the dictionary {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a dictionary: it has bytes that are not UTF-8 ({error.object[error.start : error.start + 1]!r})") from error
+        raise UserError(f"{path} is not a dictionary: byte {_first_odd_byte(path)} is not UTF-8") from error
+
+
+def _first_odd_byte(path: str | os.PathLike[str]) -> int:
+    """Where a file stops being UTF-8. (Reading by lines tells only where in a piece of it.)"""
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return len(data)

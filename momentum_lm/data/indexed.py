@@ -206,7 +206,7 @@ class IndexedDataset:
             _check_length(self.prefix, os.fstat(file.fileno()).st_size, end)  # of the file that is mapped, whatever has its name later
             if end:
                 self._map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
-            self._data = np.frombuffer(self._map, self.dtype)
+                self._data = np.frombuffer(self._map, self.dtype)
 
     def _offsets_fit(self) -> bool:
         end = 0

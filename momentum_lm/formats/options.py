@@ -57,7 +57,7 @@ def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
         raise UserError(f"its model is of type {type(found).__name__}, not a dict of tensors")
     for name, value in found.items():
         if not isinstance(name, str):
-            raise UserError(f"its model has a {type(name).__name__} for a name")
+            raise UserError(f"its model has a name of type {type(name).__name__}")
         if not isinstance(value, Tensor) and not name.endswith("_extra_state"):  # torch's own name for what is no tensor
             raise UserError(f"{shown(name)} is no tensor; the checkpoint is damaged, or of another program")
     return dict(found)
@@ -86,6 +86,8 @@ def check_state(state: Mapping[str, Any], path: str) -> None:
         check_options(state)
         if "optimizer_history" in state and not _history(state):
             raise UserError("its optimizer_history is empty")
+        if "optimizer_history" not in state and not {"optimizer", "best_loss"} <= state.keys():  # which an old one has instead
+            raise UserError("it has no optimizer_history, so it is not a checkpoint of fairseq's trainer")
         num_updates(state)
         for name in ("optimizer_name", "criterion_name"):
             if _history(state) and not isinstance(_history(state)[-1].get(name, ""), str):
@@ -179,8 +181,9 @@ def check_sizes(tensors: Mapping[str, Tensor], layers: int, dim: int, ffn_dim: i
         expected["embed_positions.weight"] = (positions, dim)
     for name, shape in expected.items():
         has = tuple(tensors[name].shape) if name in tensors else shape
-        wanted = tuple(own if length is None or (divided and i == 0) else length for i, (own, length) in enumerate(zip(has, shape, strict=False)))
-        if len(has) != 2 or has != wanted:
+        rows = has[0] if has and (shape[0] is None or divided) else shape[0]
+        wanted = (rows, shape[1])
+        if has != wanted:
             raise UserError(
                 f"its tensors do not fit its architecture: {name} is {has} in the checkpoint, {wanted} by the architecture"
             )

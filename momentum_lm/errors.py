@@ -51,5 +51,10 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    """``message`` in one line, without the control characters that names in a stranger's file may have and a terminal obeys."""
+    return "".join("?" if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in " ".join(message.split()))

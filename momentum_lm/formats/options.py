@@ -83,6 +83,8 @@ def check_state(state: Mapping[str, Any], path: str) -> None:
     """
     try:
         weights(state)
+        if state.get("cfg") is None and state.get("args") is None:
+            raise UserError("it has no options (cfg or args): it is not a checkpoint of fairseq's trainer")
         check_options(state)
         if "optimizer_history" in state and not _history(state):
             raise UserError("its optimizer_history is empty")

@@ -147,7 +147,7 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
-    mmap = False
+    mmap, building = False, ()  # of the call that is under way; ``building``: what will be made as the checkpoint's options say
 
     def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
         from momentum_lm.formats.checkpoint import load_checkpoint
@@ -171,6 +171,7 @@ def _checkpoint_loading(module: ModuleType) -> None:
             state: dict[str, Any] = stock_to_cpu(path, arg_overrides, load_on_all_ranks)
             if not _trusted():
                 check_fairseq_model(state)
+                _check_components(state.get("cfg"), building)
         except CheckpointError:
             raise
         except UserError as error:
@@ -190,6 +191,17 @@ def _checkpoint_loading(module: ModuleType) -> None:
             raise CheckpointError(f"--restore-file {path} does not exist")
         return stock(cfg, trainer, **kwargs)
 
+    stock_ensemble = module.load_model_ensemble_and_task
+
+    @functools.wraps(stock_ensemble)
+    def load_model_ensemble_and_task(filenames: Any, arg_overrides: Any = None, task: Any = None, *args: Any, **kwargs: Any) -> Any:
+        nonlocal building
+        building = ("model",) if task is not None else ("task", "model")
+        try:
+            return stock_ensemble(filenames, arg_overrides, task, *args, **kwargs)
+        finally:
+            building = ()
+
     stock_name = module.get_maybe_sharded_checkpoint_filename
 
     @functools.wraps(stock_name)
@@ -201,6 +213,44 @@ def _checkpoint_loading(module: ModuleType) -> None:
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu  # type: ignore[attr-defined]
     module.load_checkpoint = load_checkpoint_of_training  # type: ignore[attr-defined]
+    module.load_model_ensemble_and_task = load_model_ensemble_and_task  # type: ignore[attr-defined]
+
+
+def _check_components(cfg: Any, sections: tuple[str, ...]) -> None:
+    """Whether fairseq knows the task and the model of a checkpoint, and they these options; else it fails deep inside of its registries.
+
+    Raises momentum_lm's UserError.
+    """
+    import argparse
+    import copy
+
+    from fairseq import models, tasks
+    from fairseq.dataclass.utils import merge_with_parent
+
+    from momentum_lm.errors import UserError
+
+    registries = {
+        "task": ("task", tasks.TASK_REGISTRY, tasks.TASK_DATACLASS_REGISTRY),
+        "model": ("arch", {**models.ARCH_MODEL_REGISTRY, **models.MODEL_REGISTRY}, models.MODEL_DATACLASS_REGISTRY),
+    }
+    for section in sections:
+        old_name, known, dataclasses = registries[section]
+        options = cfg.get(section) if cfg is not None else None
+        if options is None or not hasattr(options, "__contains__"):
+            raise UserError(f"it has no options of its {section}")
+        name = getattr(options, old_name, None) if section == "task" else None
+        name = name if isinstance(name, str) else getattr(options, "_name", None) or getattr(options, old_name, None)
+        if name is None and section == "model" and len(vars(options) if isinstance(options, argparse.Namespace) else options) == 1:
+            continue  # options in a folder of the model's name, which fairseq looks up itself
+        if not isinstance(name, str):
+            raise UserError(f"it does not name its {section}")
+        if name not in known:
+            raise UserError(f"its {section} {name[:80]!r} is not known here; if a plugin has it, add --user-dir")
+        if name in dataclasses and not isinstance(options, argparse.Namespace):
+            try:
+                merge_with_parent(dataclasses[name](), copy.deepcopy(options), section == "model")
+            except Exception as error:  # omegaconf's, of many kinds
+                raise UserError(f"its {section} {name} has an option that it does not take: {' '.join(str(error).split())[:200]}") from error
 
 
 def _checkpoint_writing(module: ModuleType) -> None:

@@ -13,7 +13,7 @@ mutations = importlib.util.module_from_spec(spec)
 sys.modules["mutations"] = mutations
 spec.loader.exec_module(mutations)
 
-KNOWN = {"checkpoint, by fairseq": [44]}  # numbers of mutations that once went wrong
+KNOWN = {"checkpoint, by fairseq": [44, 213, 214, 246, 300, 344, 487, 508], "checkpoint in parts": [294, 828]}  # numbers of mutations that once went wrong
 NIGHTLY_ONLY = {"results of lm_perplexity", "results of icl_classification", "predictions.jsonl", "documents.npz"}  # a report takes a second
 
 

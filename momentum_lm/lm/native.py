@@ -33,7 +33,7 @@ from momentum_lm.modules.precision import Float32
 
 from .inference import inference
 from .scoring import target_log_probs
-from .shards import join_parts, part_files
+from .shards import is_part, join_parts, part_files
 
 CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
 _OPTIONS = (  # those of fairseq's and our own options that say what a decoder computes
@@ -219,16 +219,19 @@ def load_native(
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if tokenizer is None and not has_tokenizer(path.parent):
-        data = _data_folder(task_cfg)
-        tokenizer = data if data and has_tokenizer(data) else None
+        tokenizer = _data_folder(task_cfg)
     return NativeLM(model, path, packed, (bos,), tokenizer, files=files)
 
 
-def _data_folder(task_cfg: Mapping[str, Any]) -> str:
-    """The (first) folder of the data that the checkpoint says it was trained on; "" where it says none."""
+def _data_folder(task_cfg: Mapping[str, Any]) -> str | None:
+    """The (first) folder of the data that the checkpoint says it was trained on, where that is here and has a tokenizer."""
     data = task_cfg.get("data")
     data = data[0] if isinstance(data, (list, tuple)) and data else data
-    return data.split(os.pathsep)[0] if isinstance(data, str) and "\0" not in data else ""
+    folder = data.split(os.pathsep)[0] if isinstance(data, str) else ""
+    try:
+        return folder if folder and has_tokenizer(folder) else None
+    except (OSError, ValueError):  # what cannot be a path: too long, or with a null byte
+        return None
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -324,7 +327,7 @@ def check_fairseq_model(state: Mapping[str, Any]) -> None:
         if not _IGNORED.match(name):
             _check_tensor(name, value)
     config = DecoderConfig.from_fairseq({name: options.get(name) for name in options}, 1 << 40)
-    divided = bool((state.get("fsdp_metadata") or {}).get("divided"))
+    divided = is_part(state)
     positions = config.max_positions + 2 if config.position == "learned" else 0
     checkpoint_options.check_sizes(tensors, config.layers, config.dim, config.ffn_dim, positions, divided)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ def part_files(path: Path, state: dict[str, Any]) -> list[Path]:
 
     Raises UserError for a part under another name than it had.
     """
-    metadata = _metadata(state)
-    if not metadata.get("divided") and "param_metadata" not in metadata:
+    if not is_part(state):
         return []
+    metadata = _metadata(state)
     match = re.fullmatch(r"(.*-shard)\d+(\.pt)", path.name)
     if not match:
         raise UserError("it is one part of a checkpoint: name it NAME-shardN.pt again, as it was, and leave it beside the others")
@@ -40,16 +40,23 @@ def part_files(path: Path, state: dict[str, Any]) -> list[Path]:
     return [part(rank) for rank in range(world)]
 
 
+def is_part(state: Mapping[str, Any]) -> bool:
+    """Whether ``state`` is one part of a checkpoint, ours or of fairscale's FullyShardedDataParallel."""
+    metadata = _metadata(state)
+    return bool(metadata.get("divided")) or "param_metadata" in metadata
+
+
 def part_count(state: dict[str, Any]) -> int:
     """How many parts the checkpoint says that it has, of which ``state`` is one; 1 where it says nothing."""
     return count(_metadata(state).get("world_size", 1), "number of parts (fsdp_metadata)", least=1)
 
 
-def _metadata(state: dict[str, Any]) -> dict[str, Any]:
-    metadata = state.get("fsdp_metadata") or {}
+def _metadata(state: Mapping[str, Any]) -> dict[str, Any]:
+    metadata = state.get("fsdp_metadata")
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict):
         raise UserError(f"its fsdp_metadata is of type {type(metadata).__name__}, not a dict")
-    divided = metadata.get("divided") or []
+    divided = metadata.get("divided", [])
     if not isinstance(divided, (list, tuple)) or not all(isinstance(name, str) for name in divided):
         raise UserError("its fsdp_metadata has a `divided` that is not a list of names")
     return metadata
@@ -81,7 +88,7 @@ def join_parts(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _check_updates(states: Sequence[dict[str, Any]]) -> None:
-    updates = {num_updates(state) for state in states if state.get("optimizer_history")}
+    updates = {num_updates(state) for state in states if state.get("optimizer_history") is not None}
     if len(updates) > 1:
         found = ", ".join(map(str, sorted(updates)))
         raise UserError(f"the parts are of different updates ({found}): a save was interrupted; take earlier ones")
@@ -133,8 +140,9 @@ def join_shards(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
         raise UserError("these are not the parts of a sharded checkpoint, as fairseq-train --use-sharded-state writes them")
     world = part_count(states[0])
     ranks = [count(m["rank"], "rank (fsdp_metadata)", most=max(world, len(states))) for m in metadata]
+    worlds = {part_count(state) for state in states}
     missing = sorted(set(range(min(world, len(states) + 1))) - set(ranks))
-    if missing or len(states) != world or any(m.get("world_size") != world for m in metadata):
+    if missing or len(states) != world or worlds != {world}:
         raise UserError(f"the checkpoint has {world:,} parts, and of these {missing or 'some'} are missing or doubled")
     _check_updates(states)
     with _as_described():

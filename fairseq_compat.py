@@ -25,61 +25,17 @@ if TYPE_CHECKING:
     from typing import IO, Any, NoReturn
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, trusted or written. The message is one line and names the file and the remedy."""
+def __getattr__(name: str) -> Any:
+    """``load_checkpoint``, ``CheckpointError`` and ``TornCheckpoint``: momentum_lm's, which is installed with this module, at first use."""
+    if name == "load_checkpoint":
+        from momentum_lm.formats.checkpoint import load_checkpoint
 
-    user_error = True  # shown as one line, without a traceback
+        return load_checkpoint
+    if name in ("CheckpointError", "TornCheckpoint"):
+        from momentum_lm import errors
 
-
-class TornCheckpoint(CheckpointError):
-    """One that is missing, cut short or no checkpoint at all, as opposed to one that is refused."""
-
-
-def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, mmap: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint without running code from it: tensors and the few plain types that fairseq's trainer saves.
-
-    ``trust=True`` (or FAIRSEQ_TRUST_CHECKPOINT=1) lifts that limit. ``mmap=True`` maps tensors instead of reading them.
-    Raises CheckpointError if the file is missing, torn, not a checkpoint, or holds anything else.
-    """
-    import argparse
-    import pickle
-    import re
-    import zipfile
-
-    import numpy
-    import torch
-
-    path = os.fspath(path)
-    trust = trust or _trusted()
-    scalar = numpy.float64(0).__reduce__()[0]
-    allowed: list[Any] = [argparse.Namespace, numpy.dtype, *{type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdSU"}]
-    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1's name and 2's
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise TornCheckpoint(f"cannot read checkpoint {path}: {error.strerror}") from error
-    try:
-        with torch.serialization.safe_globals(allowed):
-            mmap = mmap and zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
-            state = torch.load(path, map_location=map_location, weights_only=not trust, mmap=mmap)
-    except (ImportError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} needs Python code that is not here: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
-        if "allocate" in str(error) or "CUDA" in str(error):
-            raise  # too little memory, or no such device: the file may be fine
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused and not trust:
-            raise CheckpointError(
-                f"checkpoint {path} holds {refused[1]}, which is not on the list of types known to be safe: loading it can "
-                "run code. If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
-            ) from error
-        raise TornCheckpoint(
-            f"{path} ({os.path.getsize(path):,} bytes) is torn or not a checkpoint; use another one, such as an earlier "
-            "checkpoint_*.pt beside it"
-        ) from error
-    if not isinstance(state, dict):
-        raise TornCheckpoint(f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dict")
-    return state
+        return getattr(errors, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _trusted() -> bool:
@@ -88,27 +44,41 @@ def _trusted() -> bool:
 
 def _plain_value(text: str) -> Any:
     """What fairseq's modules get for ``eval``, to which they give options, a checkpoint's too: it takes literals and their sums and
-    products ("[(512, 3)] * 4") and runs no code. Raises CheckpointError for anything else, unless checkpoints are trusted.
+    products ("[(512, 3)] * 4") and runs no code. Raises CheckpointError for anything else, and for what is longer than any option, unless
+    checkpoints are trusted.
     """
     import ast
     import operator
+
+    from momentum_lm.errors import CheckpointError
 
     if not isinstance(text, str):
         raise TypeError(f"eval() takes a string, not a {type(text).__name__}")  # which fairseq's eval_bool relies on
     if _trusted():
         return eval(text)
     operators: dict[Any, Callable[[Any, Any], Any]] = {ast.Add: operator.add, ast.Mult: operator.mul}
+    longest = 100_000
+
+    def length(part: Any) -> int:
+        return len(part) if hasattr(part, "__len__") else 0
 
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp) and type(node.op) in operators:
-            return operators[type(node.op)](value(node.left), value(node.right))
+            left, right = value(node.left), value(node.right)
+            sizes = length(left), length(right)
+            times = max((n for n in (left, right) if isinstance(n, int)), default=1) if isinstance(node.op, ast.Mult) else 1
+            if sum(sizes) * times > longest:
+                raise ValueError("too long")
+            return operators[type(node.op)](left, right)
         return ast.literal_eval(node)
 
     try:
+        if len(text) > longest // 10:
+            raise ValueError("too long")
         return value(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise CheckpointError(
-            f"{text!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can run code. "
+            f"{text[:200]!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can run code. "
             "If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
         ) from error
 
@@ -130,6 +100,8 @@ def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
         # On a full disk torch's writer says "unexpected pos" while it handles the OSError that tells why.
         reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(reason, OSError):
+            from momentum_lm.errors import CheckpointError
+
             message = f"cannot write checkpoint {path}: {reason}; what was there before is untouched"
             raise CheckpointError(message) from error
         raise
@@ -175,26 +147,60 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
-    mmap = False
+    mmap, building = False, ()  # of the call that is under way; ``building``: what will be made as the checkpoint's options say
 
     def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
-        return load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
+        from momentum_lm.formats.checkpoint import load_checkpoint
+        from momentum_lm.formats.options import check_state
+
+        state = load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
+        if not _trusted():
+            check_state(state, file.name)
+        return state
 
     stock, stock_to_cpu = module.load_checkpoint, module.load_checkpoint_to_cpu
 
     @functools.wraps(stock_to_cpu)
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
         nonlocal mmap
+        from momentum_lm.errors import CheckpointError, UserError
+        from momentum_lm.lm.native import check_fairseq_model
+
         mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
-        return stock_to_cpu(path, arg_overrides, load_on_all_ranks)
+        try:
+            state: dict[str, Any] = stock_to_cpu(path, arg_overrides, load_on_all_ranks)
+            if not _trusted():
+                check_fairseq_model(state)
+                _check_components(state.get("cfg"), building)
+        except CheckpointError:
+            raise
+        except UserError as error:
+            raise CheckpointError(f"checkpoint {path}: {error}") from error
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]  # entries that fairseq's upgrade of old forms needs, or options that are none
+            raise CheckpointError(f"checkpoint {path} is not one that fairseq can read: {type(error).__name__}: {reason}") from error
+        return state
 
     @functools.wraps(stock)
     def load_checkpoint_of_training(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         # fairseq starts from scratch without a word. That is right for the default, the run's own last one, and for no other.
         path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
         if cfg.restore_file != "checkpoint_last.pt" and not any(map(module.PathManager.isfile, (path, cfg.restore_file))):
+            from momentum_lm.errors import CheckpointError
+
             raise CheckpointError(f"--restore-file {path} does not exist")
         return stock(cfg, trainer, **kwargs)
+
+    stock_ensemble = module.load_model_ensemble_and_task
+
+    @functools.wraps(stock_ensemble)
+    def load_model_ensemble_and_task(filenames: Any, arg_overrides: Any = None, task: Any = None, *args: Any, **kwargs: Any) -> Any:
+        nonlocal building
+        building = ("model",) if task is not None else ("task", "model")
+        try:
+            return stock_ensemble(filenames, arg_overrides, task, *args, **kwargs)
+        finally:
+            building = ()
 
     stock_name = module.get_maybe_sharded_checkpoint_filename
 
@@ -207,6 +213,44 @@ def _checkpoint_loading(module: ModuleType) -> None:
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu  # type: ignore[attr-defined]
     module.load_checkpoint = load_checkpoint_of_training  # type: ignore[attr-defined]
+    module.load_model_ensemble_and_task = load_model_ensemble_and_task  # type: ignore[attr-defined]
+
+
+def _check_components(cfg: Any, sections: tuple[str, ...]) -> None:
+    """Whether fairseq knows the task and the model of a checkpoint, and they these options; else it fails deep inside of its registries.
+
+    Raises momentum_lm's UserError.
+    """
+    import argparse
+    import copy
+
+    from fairseq import models, tasks
+    from fairseq.dataclass.utils import merge_with_parent
+
+    from momentum_lm.errors import UserError
+
+    registries = {
+        "task": ("task", tasks.TASK_REGISTRY, tasks.TASK_DATACLASS_REGISTRY),
+        "model": ("arch", {**models.ARCH_MODEL_REGISTRY, **models.MODEL_REGISTRY}, models.MODEL_DATACLASS_REGISTRY),
+    }
+    for section in sections:
+        old_name, known, dataclasses = registries[section]
+        options = cfg.get(section) if cfg is not None else None
+        if options is None or not hasattr(options, "__contains__"):
+            raise UserError(f"it has no options of its {section}")
+        name = getattr(options, old_name, None) if section == "task" else None
+        name = name if isinstance(name, str) else getattr(options, "_name", None) or getattr(options, old_name, None)
+        if name is None and section == "model" and len(vars(options) if isinstance(options, argparse.Namespace) else options) == 1:
+            continue  # options in a folder of the model's name, which fairseq looks up itself
+        if not isinstance(name, str):
+            raise UserError(f"it does not name its {section}")
+        if name not in known:
+            raise UserError(f"its {section} {name[:80]!r} is not known here; if a plugin has it, add --user-dir")
+        if name in dataclasses and not isinstance(options, argparse.Namespace):
+            try:
+                merge_with_parent(dataclasses[name](), copy.deepcopy(options), section == "model")
+            except Exception as error:  # omegaconf's, of many kinds
+                raise UserError(f"its {section} {name} has an option that it does not take: {' '.join(str(error).split())[:200]}") from error
 
 
 def _checkpoint_writing(module: ModuleType) -> None:
@@ -243,6 +287,28 @@ def _checkpoint_writing(module: ModuleType) -> None:
 
     module.torch_persistent_save = save  # type: ignore[attr-defined]
     manager.copy = staticmethod(copy)
+
+
+def _dictionary_errors(module: ModuleType) -> None:
+    """A ``dict.txt`` that is none is one line that names it, in every task."""
+    import functools
+
+    stock = module.Dictionary.add_from_file
+
+    @functools.wraps(stock)
+    def add_from_file(self: Any, f: Any) -> None:
+        try:
+            stock(self, f)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # fairseq raises that for what is not UTF-8
+            if not isinstance(f, str) or getattr(error, "user_error", False):
+                raise  # of the same call for an open file
+            from momentum_lm.errors import UserError
+
+            raise UserError(f"cannot read the dictionary {f}: {' '.join(str(error).split())[:300]}") from error
+
+    module.Dictionary.add_from_file = add_from_file  # type: ignore[attr-defined]
 
 
 def _chosen_task(module: ModuleType) -> None:
@@ -482,7 +548,8 @@ def _user_errors(module: ModuleType) -> None:
         while reason is not None and not getattr(reason, "user_error", False):
             reason = reason.__context__ if type(reason) is Exception else None
         if reason is not None:
-            print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+            line = " ".join(str(reason).split())
+            print("error: " + "".join(c if c >= " " and not "\x7f" <= c < "\xa0" else "?" for c in line), file=sys.stderr)
         else:
             stock(kind, error, trace)
 
@@ -533,6 +600,7 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq.scoring.bleu": (_bleu_in_python,),
     "fairseq.data.iterators": (_forked_loaders,),
     "fairseq.data.data_utils": (_numpy_names,),
+    "fairseq.data.dictionary": (_dictionary_errors,),
     "fairseq.data.language_pair_dataset": (_numpy_names,),
     "fairseq.data.token_block_dataset": (_numpy_names,),
     "lm_eval.models": (_harness, _user_errors),

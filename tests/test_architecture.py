@@ -19,9 +19,10 @@ MAY_IMPORT = {
     "modules": {"ops"},
     "planning": {"modules", "ops"},
     "data": set(),
+    "formats": set(),
     "results": {"icl", "lm", "data"},
     "report": {"analysis", "results"},
-    "lm": {"modules", "ops", "data"},
+    "lm": {"modules", "ops", "data", "formats"},
     "icl": {"lm", "data", "modules"},
     "studies": {"icl", "lm", "data", "analysis", "results", "report", "modules", "ops"},
 }

@@ -17,6 +17,8 @@ from momentum_lm.data.dictionary import BOS, EOS, SPECIALS, Dictionary
 from momentum_lm.data.hub import hub_answers
 from momentum_lm.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
+from momentum_lm.formats.checkpoint import load_checkpoint
+from momentum_lm.formats.pickles import shown
 from momentum_lm.modules import DecoderConfig
 from momentum_lm.modules.sizes import MOMENTUM_OF, SIZES
 
@@ -241,12 +243,10 @@ def _tensors(folder: Path, family: Family, trust: bool) -> dict[str, Lazy]:
 
 
 def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
-    from fairseq_compat import load_checkpoint
-
     state = load_checkpoint(path, trust=trust, mmap=True)
-    wrong = next((name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)), None)
+    wrong = next((name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor) or not isinstance(name, str)), None)
     if wrong is not None:
-        raise UserError(f"{path} holds {wrong}, which is no tensor: it is not the weights of a model of transformers")
+        raise UserError(f"{path} holds {shown(wrong)}, which is no tensor: it is not the weights of a model of transformers")
     return {name: Lazy.of(tensor) for name, tensor in state.items()}
 
 

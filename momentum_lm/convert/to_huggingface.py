@@ -14,6 +14,7 @@ from momentum_lm.data.dictionary import EOS, PAD, SPECIALS, Dictionary
 from momentum_lm.data.tokenizer import HuggingFaceTokenizer, Tokenizer, has_tokenizer
 from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
+from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.lm.native import NativeLM, find_checkpoint, load_native
 from momentum_lm.modules import DecoderConfig
 from momentum_lm.modules.momentum import NOTES
@@ -34,13 +35,11 @@ def read_checkpoint(
     path: str, overrides: Mapping[str, Any] | str | None = None, trust: bool = False, tokenizer: str | None = None
 ) -> NativeLM:
     """The checkpoint with its weights in the dtype that they are saved in, as pages of the file."""
-    from fairseq_compat import load_checkpoint
-
     weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
     found = weights.get("model", weights)
     tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong
-    parameters = [value for name, value in tensors if isinstance(value, torch.Tensor) and name.endswith((".weight", ".bias"))]
-    dtypes = {tensor.dtype for tensor in parameters} or {torch.float32}  # what else there is, notes of the format, is in fp32
+    parameters = [value for name, value in tensors if isinstance(value, torch.Tensor) and str(name).endswith((".weight", ".bias"))]
+    dtypes = {tensor.dtype for tensor in parameters if tensor.is_floating_point() and tensor.itemsize > 1} or {torch.float32}  # what else there is, notes of the format, is in fp32
     return load_native(path, overrides, trust, dtype=functools.reduce(torch.promote_types, dtypes), tokenizer=tokenizer)
 
 

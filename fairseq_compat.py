@@ -22,7 +22,9 @@ TYPE_CHECKING = False  # this runs at every Python start, and importing typing w
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
-    from typing import IO, Any, NoReturn
+    from typing import IO, Any, NoReturn, Optional
+
+    from torch import Tensor
 
 
 class CheckpointError(ValueError):
@@ -299,10 +301,17 @@ def _broadcast(module: ModuleType) -> None:
 
 def _encoder_mask_type(module: ModuleType) -> None:
     """torch 2's encoder kernel asks what kind of mask it gets. fairseq's encoders give it the padding mask: kind 1."""
-    kernel = module.torch._transformer_encoder_layer_fwd
+    torch = module.torch
 
-    def forward(*args: Any) -> Any:
-        return kernel(*args) if args[-1] is None else kernel(*args, 1)
+    # Written out, and with types, because TorchScript compiles it together with the encoder that calls it.
+    def forward(
+        x: Tensor, dim: int, heads: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gelu: bool, norm_first: bool, eps: float,
+        w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor, w5: Tensor, b5: Tensor, w6: Tensor, b6: Tensor, mask: Optional[Tensor] = None,
+    ) -> Tensor:  # fmt: skip
+        kind = 1
+        return torch._transformer_encoder_layer_fwd(
+            x, dim, heads, w1, b1, w2, b2, gelu, norm_first, eps, w3, b3, w4, b4, w5, b5, w6, b6, mask, None if mask is None else kind
+        )  # fmt: skip
 
     module.torch = _view(module.torch, _transformer_encoder_layer_fwd=forward)  # type: ignore[attr-defined]
 

@@ -182,21 +182,13 @@ def _checkpoint_loading(module: ModuleType) -> None:
     def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
         return load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
 
-    stock, stock_to_cpu = module.load_checkpoint, module.load_checkpoint_to_cpu
+    stock_to_cpu = module.load_checkpoint_to_cpu
 
     @functools.wraps(stock_to_cpu)
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
         nonlocal mmap
         mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
         return stock_to_cpu(path, arg_overrides, load_on_all_ranks)
-
-    @functools.wraps(stock)
-    def load_checkpoint_of_training(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
-        # fairseq starts from scratch without a word. That is right for the default, the run's own last one, and for no other.
-        path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
-        if cfg.restore_file != "checkpoint_last.pt" and not any(map(module.PathManager.isfile, (path, cfg.restore_file))):
-            raise CheckpointError(f"--restore-file {path} does not exist")
-        return stock(cfg, trainer, **kwargs)
 
     stock_name = module.get_maybe_sharded_checkpoint_filename
 
@@ -208,7 +200,6 @@ def _checkpoint_loading(module: ModuleType) -> None:
     module.get_maybe_sharded_checkpoint_filename = checkpoint_filename  # type: ignore[attr-defined]
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu  # type: ignore[attr-defined]
-    module.load_checkpoint = load_checkpoint_of_training  # type: ignore[attr-defined]
 
 
 def _checkpoint_writing(module: ModuleType) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from momentum_lm.data.dictionary import BOS, EOS
+from momentum_lm.data.dictionary import BOS, DIGEST, EOS, check_symbols
 from momentum_lm.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
@@ -60,12 +60,14 @@ class NativeLM:
         tokenizer_path: str | os.PathLike[str] | None = None,
         in_training: bool = False,
         files: Sequence[Path] = (),
+        dictionary: str | None = None,
     ) -> None:
         self.model = model if in_training else model.eval().requires_grad_(False)
         self.path = path
         self.files = files or [path]  # a checkpoint in parts has several
         self.packed_documents = packed_documents  # whether it was trained on packed documents
         self.bos = bos
+        self.dictionary = dictionary  # the digest of its symbols (data.dictionary.symbols_digest), where the checkpoint tells
         self.tokenizer_path = Path(tokenizer_path) if tokenizer_path else path
 
     @property
@@ -118,6 +120,7 @@ class NativeLM:
                 f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has {self.vocab_size}: "
                 "name the folder of the data that the model was trained on with --tokenizer"
             )
+        check_symbols(tokenizer.dictionary.symbols, self.dictionary, f"the tokenizer's dictionary in {self.tokenizer_path}")
         return tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -196,6 +199,7 @@ def load_native(
     path = files[0]
     tensors = _tensors(state, path)
     model_cfg, task_cfg = _options(state)
+    dictionary = _mapping(state.get("task_state")).get(DIGEST)
     del state  # or every tensor would be kept until the last one is converted
     try:
         options = model_cfg or _options_from_tensors(tensors)
@@ -215,7 +219,7 @@ def load_native(
     if tokenizer is None and not has_tokenizer(path.parent):
         data = str(task_cfg.get("data") or "").split(os.pathsep)[0]
         tokenizer = data if data and has_tokenizer(data) else None
-    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)), (bos,), tokenizer, files=files)
+    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)), (bos,), tokenizer, files=files, dictionary=dictionary)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:

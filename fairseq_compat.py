@@ -22,7 +22,9 @@ TYPE_CHECKING = False  # this runs at every Python start, and importing typing w
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
-    from typing import IO, Any, NoReturn
+    from typing import IO, Any, NoReturn, Optional
+
+    from torch import Tensor
 
 
 def __getattr__(name: str) -> Any:
@@ -158,7 +160,7 @@ def _checkpoint_loading(module: ModuleType) -> None:
             check_state(state, file.name)
         return state
 
-    stock, stock_to_cpu = module.load_checkpoint, module.load_checkpoint_to_cpu
+    stock_to_cpu = module.load_checkpoint_to_cpu
 
     @functools.wraps(stock_to_cpu)
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
@@ -181,16 +183,6 @@ def _checkpoint_loading(module: ModuleType) -> None:
             raise CheckpointError(f"checkpoint {path} is not one that fairseq can read: {type(error).__name__}: {reason}") from error
         return state
 
-    @functools.wraps(stock)
-    def load_checkpoint_of_training(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
-        # fairseq starts from scratch without a word. That is right for the default, the run's own last one, and for no other.
-        path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
-        if cfg.restore_file != "checkpoint_last.pt" and not any(map(module.PathManager.isfile, (path, cfg.restore_file))):
-            from momentum_lm.errors import CheckpointError
-
-            raise CheckpointError(f"--restore-file {path} does not exist")
-        return stock(cfg, trainer, **kwargs)
-
     stock_ensemble = module.load_model_ensemble_and_task
 
     @functools.wraps(stock_ensemble)
@@ -212,7 +204,6 @@ def _checkpoint_loading(module: ModuleType) -> None:
     module.get_maybe_sharded_checkpoint_filename = checkpoint_filename  # type: ignore[attr-defined]
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu  # type: ignore[attr-defined]
-    module.load_checkpoint = load_checkpoint_of_training  # type: ignore[attr-defined]
     module.load_model_ensemble_and_task = load_model_ensemble_and_task  # type: ignore[attr-defined]
 
 
@@ -381,10 +372,17 @@ def _isolated_workers(module: ModuleType) -> None:
 
 def _encoder_mask_type(module: ModuleType) -> None:
     """torch 2's encoder kernel asks what kind of mask it gets. fairseq's encoders give it the padding mask: kind 1."""
-    kernel = module.torch._transformer_encoder_layer_fwd
+    torch = module.torch
 
-    def forward(*args: Any) -> Any:
-        return kernel(*args) if args[-1] is None else kernel(*args, 1)
+    # Written out, and with types, because TorchScript compiles it together with the encoder that calls it.
+    def forward(
+        x: Tensor, dim: int, heads: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gelu: bool, norm_first: bool, eps: float,
+        w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor, w5: Tensor, b5: Tensor, w6: Tensor, b6: Tensor, mask: Optional[Tensor] = None,  # noqa: UP045
+    ) -> Tensor:  # fmt: skip
+        kind = 1
+        return torch._transformer_encoder_layer_fwd(
+            x, dim, heads, w1, b1, w2, b2, gelu, norm_first, eps, w3, b3, w4, b4, w5, b5, w6, b6, mask, None if mask is None else kind
+        )  # fmt: skip
 
     module.torch = _view(module.torch, _transformer_encoder_layer_fwd=forward)  # type: ignore[attr-defined]
 

@@ -147,6 +147,35 @@ def test_encoder_fast_path_takes_a_padding_mask(fairseq, monkeypatch):
             layer(x, padding)
 
 
+def test_fairseqs_own_transformers_go_through_torchscript(fairseq):
+    """Encoder, decoder and beam search; the encoder's fast path too, with padding and without."""
+    from fairseq.data import Dictionary
+    from fairseq.models.transformer import TransformerModel, base_architecture
+    from fairseq.sequence_generator import SequenceGenerator
+
+    dictionary = Dictionary()
+    for symbol in "abcdefgh":
+        dictionary.add_symbol(symbol)
+    sides = [f"{side}_{key}" for side in ("encoder", "decoder") for key in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")]
+    shape = argparse.Namespace(**dict(zip(sides, [2, 16, 32, 2] * 2, strict=True)))
+    base_architecture(shape)
+    torch.manual_seed(0)
+    task = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    model = TransformerModel.build_model(shape, task)
+    model.load_state_dict(model.state_dict())  # this is what turns the fast path on
+    model.eval()
+    scripted = torch.jit.script(model)
+    tokens = torch.tensor([[4, 5, 6, 2], [4, 5, 2, 1]])
+    with torch.no_grad():
+        for rows in (tokens[:1], tokens):
+            inputs = rows, rows.ne(1).sum(1), rows
+            torch.testing.assert_close(scripted(*inputs)[0], model(*inputs)[0], atol=1e-5, rtol=1e-5)
+    search = SequenceGenerator([model], dictionary, beam_size=2, max_len_b=4)
+    sample = {"net_input": {"src_tokens": tokens, "src_lengths": torch.tensor([4, 3])}}
+    found = [best[0]["tokens"].tolist() for best in search.generate([model], sample)]
+    assert [best[0]["tokens"].tolist() for best in torch.jit.script(search)(sample)] == found
+
+
 def test_pytorch_ddp_on_cpu(fairseq, monkeypatch, tmp_path):
     from fairseq.models import distributed_fairseq_model as module
 

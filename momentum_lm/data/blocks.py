@@ -8,6 +8,7 @@ a stretch of the mapped files, a batch a slice of one shuffled array of 4 bytes 
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
@@ -167,6 +168,7 @@ class BlockBatches:
     """
 
     def __init__(self, blocks: TokenBlocks, max_rows: int | None, max_tokens: int | None, multiple: int, seed: int) -> None:
+        self.blocks = blocks
         count = len(blocks)
         place = np.random.RandomState(seed).permutation(count)  # fairseq sorts by size, and then by these numbers
         if blocks.last_size < blocks.block_size:
@@ -177,10 +179,25 @@ class BlockBatches:
         rows = min(max_rows or count, max_tokens // blocks.longest if max_tokens else count)
         if rows == 0:
             raise ValueError(f"a block of {blocks.longest} tokens is more than {max_tokens}")
-        self._rows = rows if rows < multiple else rows - rows % multiple
-        self._full, rest = divmod(count, self._rows)
-        even = rest - rest % multiple
+        self._rows, self._multiple = rows if rows < multiple else rows - rows % multiple, multiple
+        self._cut()
+
+    def _cut(self) -> None:
+        self._full, rest = divmod(len(self._order), self._rows)
+        even = rest - rest % self._multiple
         self._rests = [size for size in (even, rest - even) if size]
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """Blocks of a full batch, and the multiple that the last ones keep: what the batches of given blocks depend on."""
+        return self._rows, self._multiple
+
+    def of(self, order: NDArray[np.integer]) -> BlockBatches:
+        """Batches cut in the same way from other blocks, in the ``order`` (blocks,) given."""
+        other = copy.copy(self)
+        other._order = order
+        other._cut()
+        return other
 
     def __len__(self) -> int:
         return self._full + len(self._rests)
@@ -194,6 +211,14 @@ class BlockBatches:
             start, size = self._full * self._rows + sum(before), self._rests[len(before)]
         return self._order[start : start + size].tolist()
 
+    def blocks_of(self, numbers: NDArray[np.integer]) -> NDArray[np.integer]:
+        """The blocks of these batches one after another, (blocks,)."""
+        sizes = np.full(len(self), self._rows)
+        sizes[self._full :] = self._rests
+        starts = np.cumsum(sizes) - sizes
+        sizes, starts = sizes[numbers], starts[numbers]
+        return self._order[np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())]
+
     def of_process(self, processes: int, process: int, seed: int | None, before: int = 0) -> ShardedBatches:
         """The batches that one of ``processes`` gets: every ``processes``-th, of all shuffled by ``seed`` unless it is None, after
         ``before`` numbers that stand for none of them. All processes get as many, filled up with empty batches.
@@ -204,12 +229,33 @@ class BlockBatches:
         return ShardedBatches(self, numbers[process::processes].copy(), -(-len(numbers) // processes))
 
 
+Part = tuple[int, int, int]  # BlockBatches.cut of a part of an epoch, and how many of these batches have been had
+
+
+def remaining(blocks: TokenBlocks, seed: int, shuffle: int | None, parts: Sequence[Part]) -> NDArray[np.integer]:
+    """Numbers of the blocks that an epoch still has to give, in their order, after ``parts``.
+
+    Its first batches are those of ``BlockBatches(..., seed).of_process(1, 0, shuffle)``; where another part begins, what is left is cut
+    anew, without another shuffle.
+    """
+    rows, multiple, had = parts[0]
+    batches = BlockBatches(blocks, rows, None, multiple, seed)
+    order = batches.blocks_of(batches.of_process(1, 0, shuffle).numbers[had:])
+    for rows, multiple, had in parts[1:]:
+        batches = BlockBatches(blocks, rows, None, multiple, seed).of(order)
+        order = batches.blocks_of(np.arange(had, len(batches)))
+    return order
+
+
 class ShardedBatches(Sequence[list[int]]):
-    """``length`` batches of ``batches``: those with these ``numbers``, and then empty ones. A slice of them copies nothing."""
+    """``length`` batches of ``batches``: those with these ``numbers``, and then empty ones. A slice of them copies nothing.
+
+    A number below 0 stands for a batch that was had before; it is empty here.
+    """
 
     def __init__(self, batches: BlockBatches, numbers: NDArray[np.int64], length: int) -> None:
         self._batches = batches
-        self._numbers = numbers
+        self.numbers = numbers
         self._length = length
 
     def __len__(self) -> int:
@@ -221,7 +267,8 @@ class ShardedBatches(Sequence[list[int]]):
     def __getitem__(self, batch: slice) -> ShardedBatches: ...
     def __getitem__(self, batch: int | slice) -> list[int] | ShardedBatches:
         if isinstance(batch, slice):
-            return ShardedBatches(self._batches, self._numbers[batch], len(range(*batch.indices(self._length))))
+            return ShardedBatches(self._batches, self.numbers[batch], len(range(*batch.indices(self._length))))
         if not 0 <= batch < self._length:
             raise IndexError(batch)
-        return self._batches[int(self._numbers[batch])] if batch < len(self._numbers) else []
+        number = int(self.numbers[batch]) if batch < len(self.numbers) else -1
+        return self._batches[number] if number >= 0 else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,10 +12,28 @@ from momentum_lm.files import atomic_write
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3 in every fairseq dictionary; dict.txt does not list them
 BOS, PAD, EOS, UNK = range(4)
+DIGEST = "dictionary_sha256"  # the key in a checkpoint's task_state
 _OVERWRITE = "#fairseq:overwrite"
 _DIGITS = 18  # of a count: 64 bits hold it
 _MOST_BYTES = 1 << 28  # of a dict.txt; one of a million words has about 15 MB
 _MOST_SYMBOLS = 1 << 22
+
+
+def symbols_digest(symbols: Sequence[str]) -> str:
+    """SHA-256 of the symbols in the order of their ids, specials included: what a model's weights belong to. Counts do not matter."""
+    return hashlib.sha256("\n".join(symbols).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_symbols(symbols: Sequence[str], recorded: object, whose: str, checkpoint: str = "the checkpoint") -> None:
+    """Raises UserError if a checkpoint has ``recorded`` (in its ``task_state``, as ``DIGEST``) that it was trained with other symbols.
+
+    ``whose``: where the symbols come from, for the message. None is recorded by checkpoints of earlier versions and of other tasks.
+    """
+    if recorded is not None and recorded != symbols_digest(symbols):
+        raise UserError(
+            f"{whose} is not the one that {checkpoint} was trained with: its symbols, or their order, are others; "
+            "use data made with the model's own dictionary"
+        )
 
 
 class Dictionary:

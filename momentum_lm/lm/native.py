@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from momentum_lm.data.dictionary import BOS, EOS
+from momentum_lm.data.dictionary import BOS, DIGEST, EOS, check_symbols
 from momentum_lm.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from momentum_lm.errors import TornCheckpoint, UserError
 from momentum_lm.files import Unchanged, file_sha256
@@ -65,6 +65,7 @@ class NativeLM:
         files: Sequence[Path] = (),
         unchanged: Unchanged | None = None,
         trained_on: str | os.PathLike[str] | None = None,
+        dictionary: str | None = None,
     ) -> None:
         self.model = model if in_training else model.eval().requires_grad_(False)
         self.path = path
@@ -73,6 +74,7 @@ class NativeLM:
         self.trained_on = Path(trained_on) if trained_on else None  # the folder of data that the checkpoint names
         self.packed_documents = packed_documents  # whether it was trained on packed documents
         self.bos = bos
+        self.dictionary = dictionary  # the digest of its symbols (data.dictionary.symbols_digest), where the checkpoint tells
         self.tokenizer_path = Path(tokenizer_path) if tokenizer_path else path
 
     @property
@@ -136,6 +138,7 @@ class NativeLM:
                 f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has {self.vocab_size}: "
                 "name the folder of the data that the model was trained on with --tokenizer"
             )
+        check_symbols(tokenizer.dictionary.symbols, self.dictionary, f"the tokenizer's dictionary in {self.tokenizer_path}")
         return tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -219,6 +222,7 @@ def load_native(
         tensors = _tensors(state)
         _check_amount(tensors, files)
         model_cfg, task_cfg = _options(state, trust)
+        dictionary = _dictionary_digest(state)
         del state  # or every tensor would be kept until the last one is converted
         options = model_cfg or _options_from_tensors(tensors)
         options = options | _parse_overrides(overrides, options)
@@ -239,7 +243,16 @@ def load_native(
     data = _data_folder(task_cfg)
     if tokenizer is None and data and not has_tokenizer(path.parent):
         tokenizer = data if has_tokenizer(data) else None
-    return NativeLM(model, path, packed, (bos,), tokenizer, files=files, unchanged=unchanged, trained_on=data)
+    return NativeLM(
+        model, path, packed, (bos,), tokenizer, files=files, unchanged=unchanged, trained_on=data, dictionary=dictionary
+    )
+
+
+def _dictionary_digest(state: Mapping[str, Any]) -> str | None:
+    """The digest of the symbols that the checkpoint was trained with (data.dictionary.symbols_digest), if our task wrote it."""
+    task_state = state.get("task_state")
+    digest = task_state.get(DIGEST) if isinstance(task_state, Mapping) else None
+    return digest if isinstance(digest, str) else None
 
 
 def _data_folder(task_cfg: Mapping[str, Any]) -> str:

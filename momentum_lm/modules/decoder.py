@@ -20,9 +20,10 @@ from momentum_lm.ops.naive import run_numbers
 
 from .attention import Cache, CausalSelfAttention, LayerCache, Rotary
 from .feedforward import activated_linear
-from .loss import chunked_cross_entropy
+from .loss import called_cross_entropy, chunked_cross_entropy
 from .momentum import MomentumEMA, MomentumMultiEMA
 from .output import OutputProjection, token_ids
+from .plain import is_plain
 
 POSITIONS = ("sinusoidal", "learned", "rotary")
 # The paper gives no decay. This one had the lowest validation perplexity in examples/momentum_vs_vanilla.
@@ -233,7 +234,7 @@ class Block(nn.Module):
         inner = self.fc1(self.final_layer_norm(x))
         if self.training and self.activation_dropout.p > 0:
             return x + self.dropout(self.fc2(self.activation_dropout(self.activation(inner))))
-        return x + self.dropout(activated_linear(inner, self.fc2.weight, self.fc2.bias, self.activation))
+        return x + self.dropout(activated_linear(inner, self.fc2, self.activation))
 
 
 class Decoder(nn.Module):
@@ -289,9 +290,14 @@ class Decoder(nn.Module):
         reduction: str = "sum",
         left_padded: bool | None = None,
     ) -> Tensor:
-        """Cross entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T), padding targets not counted; never holds all logits."""
+        """Cross entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T), padding targets not counted; never holds all logits.
+
+        An output projection with hooks or an adapter is called, on some rows (N, C) of hidden states at a time.
+        """
         hidden = self.features(tokens, None, segment_ids, left_padded)
         output = self.output_projection
+        if not is_plain(output, OutputProjection):
+            return called_cross_entropy(hidden, output, self.config.vocab_size, targets, self.config.padding_idx, reduction)
         return chunked_cross_entropy(hidden, output.weight, targets, self.config.padding_idx, reduction, absent=output.absent)
 
     def features(
@@ -322,7 +328,7 @@ class Decoder(nn.Module):
             segment_ids = run_numbers(segment_ids)  # so that equal numbers mean the same run
         is_padding = tokens.eq(config.padding_idx)
         if left_padded is None:
-            left_padded = bool(is_padding[:, 0].any())
+            left_padded = not tokens.is_meta and bool(is_padding[:, 0].any())  # on meta there is nothing to look at
         padding = is_padding if left_padded else None
         frozen = cache is not None and cache.frozen
         if cache is not None and not frozen and length > 1 and bool(is_padding[:, -1].any()):

@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from momentum_lm.ops.transforms import under_transforms
+
+from .plain import is_plain
 
 # activation(x) and, from d loss / d activation(x) and x, d loss / d x
 _DERIVATIVES: dict[Any, Any] = {
@@ -41,12 +45,13 @@ class _ActivatedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-def activated_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Any) -> Tensor:
-    """``F.linear(activation(x), weight, bias)``; in training it keeps ``x`` alone, for one more activation in the backward pass.
+def activated_linear(x: Tensor, linear: nn.Module, activation: Any) -> Tensor:
+    """``linear(activation(x))``; in training it keeps ``x`` alone, for one more activation in the backward pass.
 
-    x (..., F), weight (C, F), bias (C,) -> (..., C). Compiled, or with another activation than GELU and ReLU, it is the plain expression:
-    the compiler itself decides what to keep.
+    x (..., F) -> (..., C). Compiled, with another activation than GELU and ReLU, under torch.func's transformations, or where ``linear``
+    is not a plain ``nn.Linear`` with a bias, it is the expression itself, and hooks and adapters see their call.
     """
-    if torch.is_grad_enabled() and activation in _DERIVATIVES and not torch.compiler.is_compiling():
-        return _ActivatedLinear.apply(x, weight, bias, activation)
-    return F.linear(activation(x), weight, bias)
+    saving = torch.is_grad_enabled() and activation in _DERIVATIVES and not torch.compiler.is_compiling() and not under_transforms()
+    if saving and is_plain(linear) and linear.bias is not None:
+        return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
+    return linear(activation(x))

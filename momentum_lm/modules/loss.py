@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from momentum_lm.ops.transforms import under_transforms, without_autocast
+
+from .precision import autocast_dtype
 
 # Rows of logits held at a time on a CPU: measured, the fastest at vocabularies of 8k and 51k (64 to 1024 cost up to 25% more).
 CPU_ROWS = 256
@@ -26,14 +32,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int, absent: Tensor | None) -> Tensor:
-        device = hidden.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtype = autocast or torch.promote_types(hidden.dtype, weight.dtype)
+        dtype = autocast_dtype(hidden.device) or torch.promote_types(hidden.dtype, weight.dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=total.dtype) if need_weight else None
-        with torch.autocast(device, enabled=False):
+        with without_autocast(hidden.device):
             w = weight.to(dtype)
             for start in range(0, hidden.shape[0], chunk):
                 part = slice(start, start + chunk)
@@ -95,23 +99,47 @@ def chunked_cross_entropy(
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if reduction not in ("sum", "none"):
+        raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
     if chunk_tokens is None:
         chunk_tokens = default_chunk(hidden.device.type, weight.shape[0])
     if not torch.is_grad_enabled():
         rows, weight = rows.detach(), weight.detach()
+    if under_transforms():  # they cannot look into the function below
+        whole = _losses(F.linear(rows, weight), flat, ignore_index, absent)
+        return whole.sum() if reduction == "sum" else whole.view(targets.shape)
     if reduction == "sum":
         return _SummedCrossEntropy.apply(rows, weight, flat, ignore_index, chunk_tokens, absent)
-    if reduction != "none":
-        raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
-    precision = torch.promote_types(hidden.dtype, torch.float32)
-
-    def logits(rows: Tensor) -> Tensor:
-        result = F.linear(rows, weight).to(precision)
-        return result if absent is None else result.index_fill_(1, absent, -math.inf)
-
     with torch.no_grad():
         losses = [
-            F.cross_entropy(logits(h), target, ignore_index=ignore_index, reduction="none")
+            _losses(F.linear(h, weight), target, ignore_index, absent)
             for h, target in zip(rows.split(chunk_tokens), flat.split(chunk_tokens), strict=True)
         ]
         return torch.cat(losses).view(targets.shape)
+
+
+def called_cross_entropy(
+    hidden: Tensor, output: Callable[[Tensor], Tensor], vocab_size: int, targets: Tensor, ignore_index: int, reduction: str
+) -> Tensor:
+    """The same of logits ``output(rows of hidden)``: in the backward pass they are computed again, and never held all at once."""
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    size = default_chunk(hidden.device.type, vocab_size)
+    parts = zip(rows.split(size), flat.split(size), strict=True)
+
+    def losses(h: Tensor, target: Tensor) -> Tensor:
+        return _losses(output(h), target, ignore_index, None)
+
+    if reduction == "none":
+        with torch.no_grad():
+            return torch.cat([losses(*part) for part in parts]).view(targets.shape)
+    if under_transforms():
+        return losses(rows, flat).sum()
+    return torch.stack([checkpoint(losses, *part, use_reentrant=False).sum() for part in parts]).sum()
+
+
+def _losses(logits: Tensor, targets: Tensor, ignore_index: int, absent: Tensor | None) -> Tensor:
+    """Nats of each target (N,) given logits (N, V), in fp32 at least; 0 where ignored."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if absent is not None:
+        logits = logits.index_fill_(1, absent, -math.inf)
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")

@@ -23,8 +23,14 @@ class Float32(nn.Module):
         return super()._apply(keep_precision, *args, **kwargs)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes matrix products in on ``device``; None where it is off, and on ``meta``, which has none."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
 def autocast_once(x: Tensor) -> Tensor:
     """``x``, of any shape, as autocast casts it for a matrix product: for several products it would make as many copies, and autograd
     keep them all."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    dtype = autocast_dtype(x.device)
+    return x if dtype is None else x.to(dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .chunked import ema_chunked, multi_ema_chunked
 from .naive import ema_naive, multi_ema_naive
+from .transforms import under_transforms
 
 __all__ = ["ema", "ema_naive", "multi_ema", "multi_ema_naive", "multi_ema_step"]
 
@@ -27,7 +28,8 @@ def ema(
     ``out[b,h,t] = sum_{i<t, same segment} exp((t-i) log_decay[h]) values[b,h,i]  (+ exp(t log_decay[h]) initial_state[b,h])``,
     plus ``addend[b,h,t]``.
 
-    A fused Triton kernel on GPUs of compute capability 8.0 or later, in fp32, bf16 and fp16; plain torch everywhere else.
+    A fused Triton kernel on GPUs of compute capability 8.0 or later, in fp32, bf16 and fp16; plain torch everywhere else. Under
+    torch.func's transformations and forward-mode differentiation, and exported with any length, the naive form: O(T^2) memory.
 
     Args:
         values: (B, H, T, D), any floating dtype, any strides, T >= 1.
@@ -57,7 +59,7 @@ def ema(
         _check("segment_ids", segment_ids, (batch, length))
     if addend is not None:
         _check("addend", addend, (batch, heads, length, dim))
-    if _has_kernel(values, addend):
+    if _has_kernel(values, addend) and not under_transforms():
         from .triton import SUPPORTED, ema_triton  # only here: nothing but CUDA tensors needs Triton
 
         if SUPPORTED:

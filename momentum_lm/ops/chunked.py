@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .naive import run_numbers
+from .naive import ema_naive, run_numbers
+from .transforms import of_any_length, under_transforms, without_autocast
 
 CHUNK = 32
 # Masking a Toeplitz matrix per document costs (chunk) floats per channel and token, so packed multi_ema takes short chunks.
@@ -103,7 +104,7 @@ class _EMA(torch.autograd.Function):
         ctx.save_for_backward(values, log_decay, initial_state, segment_ids)
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(values.dtype, torch.float32)
-        with torch.autocast(values.device.type, enabled=False):  # decay powers in bf16 would be wrong by tens of percent
+        with without_autocast(values.device):  # decay powers in bf16 would be wrong by tens of percent
             state = None if initial_state is None else initial_state.to(dtype)
             out, final_state = _ema(values.transpose(1, 2).to(dtype), log_decay.to(dtype), state, segment_ids)
         out = out.transpose(1, 2)
@@ -120,7 +121,7 @@ class _EMA(torch.autograd.Function):
         dtype = torch.promote_types(values.dtype, torch.float32)
         log_eta = log_decay.to(dtype)
         g = values.new_zeros(values.shape, dtype=dtype) if grad_out is None else grad_out.to(dtype)
-        with torch.autocast(values.device.type, enabled=False):
+        with without_autocast(values.device):
             from_final = None if grad_final is None else log_eta.exp()[:, None] * grad_final.to(dtype)
             grad_values = _ema(g.transpose(1, 2), log_eta, from_final, segment_ids, reverse=True)[0].transpose(1, 2)
 
@@ -145,7 +146,13 @@ def ema_chunked(
     segment_ids: Tensor | None = None,
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same function and arguments as :func:`momentum_lm.ops.ema`. Once differentiable."""
+    """Same function and arguments as :func:`momentum_lm.ops.ema`. Once differentiable.
+
+    Under torch.func's transformations, and exported with a time axis of any length, it is the naive form: O(T^2) memory.
+    """
+    if under_transforms() or of_any_length(values.shape[2]):
+        with without_autocast(values.device):
+            return ema_naive(values, log_decay, initial_state, segment_ids, addend)
     if segment_ids is not None:
         segment_ids = run_numbers(segment_ids)
     return _EMA.apply(values, log_decay, initial_state, segment_ids, addend)
@@ -158,13 +165,17 @@ def multi_ema_chunked(
     initial_state: Tensor | None = None,
     segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same function and arguments as :func:`momentum_lm.ops.multi_ema`, by automatic differentiation of chunk products."""
+    """Same function and arguments as :func:`momentum_lm.ops.multi_ema`, by automatic differentiation of chunk products.
+
+    Exported with a time axis of any length it is one product per channel: O(T^2) memory.
+    """
     dtype = torch.promote_types(values.dtype, torch.float32)
     if segment_ids is not None:
         segment_ids = run_numbers(segment_ids)
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values.device):
         state = None if initial_state is None else initial_state.to(dtype)
-        out, final = _multi_ema(values.to(dtype), log_decay.to(dtype), weight.to(dtype), state, segment_ids)
+        form = _multi_ema_product if of_any_length(values.shape[1]) else _multi_ema
+        out, final = form(values.to(dtype), log_decay.to(dtype), weight.to(dtype), state, segment_ids)
     return out.to(values.dtype), final
 
 
@@ -186,7 +197,7 @@ def _multi_ema(
     from_start_cro = (weight[..., None] * power_cor * log_decay[..., None].exp()).transpose(1, 2)
 
     def per_channel(matrix: Tensor, columns: Tensor) -> Tensor:  # (C, a, b) x (C, b, B, n) -> (C, a, B, n)
-        return (matrix @ columns.flatten(2)).unflatten(2, (batch, -1))
+        return (matrix @ columns.flatten(2)).unflatten(2, columns.shape[2:])
 
     if segment_ids is None:
         out = per_channel(toeplitz_crr, x)
@@ -217,13 +228,41 @@ def _multi_ema(
     out = out.permute(2, 3, 1, 0).reshape(batch, count * size, channels)[:, pad:]
     final = state.permute(2, 0, 1)
 
-    if initial_state is not None:
-        t = torch.arange(1, length + 1, device=v.device)
-        power_cot = torch.exp(t * log_decay[..., None])
-        in_first = torch.ones(1, length, dtype=torch.bool, device=v.device)
-        if segment_ids is not None:
-            in_first = segment_ids == segment_ids[:, :1]
-        carried_in = torch.einsum("bco,co,cot->btc", initial_state, weight, power_cot)
-        out = out + torch.where(in_first[..., None], carried_in, 0.0)
-        final = final + torch.where(in_first[:, -1, None, None], power_cot[..., -1] * initial_state, 0.0)
-    return out, final
+    return _with_initial(out, final, log_decay, weight, initial_state, segment_ids)
+
+
+def _multi_ema_product(
+    v: Tensor, log_decay: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As _multi_ema, by operations whose number does not depend on the length."""
+    t = torch.arange(v.shape[1], device=v.device)
+    power_cot = torch.exp(t * log_decay[..., None])
+    lag = t[:, None] - t[None, :]
+    kernel_ct = (weight[..., None] * power_cot).sum(1)
+    toeplitz_ctt = kernel_ct[:, lag.clamp(min=0)].masked_fill(lag < 0, 0.0)
+    if segment_ids is None:
+        out = torch.einsum("cts,bsc->btc", toeplitz_ctt, v)
+        in_last = v
+    else:
+        same = (segment_ids[:, :, None] == segment_ids[:, None, :]).to(v.dtype)
+        out = torch.einsum("bts,cts,bsc->btc", same, toeplitz_ctt, v)
+        in_last = v.masked_fill((segment_ids != segment_ids[:, -1:])[..., None], 0.0)
+    final = torch.einsum("btc,cot->bco", in_last, power_cot.flip(2))
+    return _with_initial(out, final, log_decay, weight, initial_state, segment_ids)
+
+
+def _with_initial(
+    out: Tensor, final: Tensor, log_decay: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both with what an initial state adds, by linearity."""
+    if initial_state is None:
+        return out, final
+    length = out.shape[1]
+    t = torch.arange(1, length + 1, device=out.device)
+    power_cot = torch.exp(t * log_decay[..., None])
+    in_first = torch.ones(1, length, dtype=torch.bool, device=out.device)
+    if segment_ids is not None:
+        in_first = segment_ids == segment_ids[:, :1]
+    carried_in = torch.einsum("bco,co,cot->btc", initial_state, weight, power_cot)
+    out = out + torch.where(in_first[..., None], carried_in, 0.0)
+    return out, final + torch.where(in_first[:, -1, None, None], power_cot[..., -1] * initial_state, 0.0)

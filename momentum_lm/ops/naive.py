@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def run_numbers(ids: Tensor) -> Tensor:
     """(B, T) ids -> the number, from 0, of the run of equal ids that each lies in: equal ids in two places are two segments."""
-    return F.pad((ids[:, 1:] != ids[:, :-1]).cumsum(1), (1, 0))
+    begins = ids != ids.roll(1, 1)  # of the first token that says nothing: the token before it is the last
+    return begins.cumsum(1) - begins[:, :1].long()
 
 
 def ema_naive(

@@ -90,6 +90,14 @@ class FusedAdamW(FairseqOptimizer):
                     group["weight_decay"] = decay
 
     @property
+    def supports_memory_efficient_fp16(self) -> bool:
+        """Asked by --memory-efficient-fp16 and -bf16 alone, to which it answers with UserError: its averages would be in half precision."""
+        raise UserError(
+            "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw: use --task "
+            "momentum_language_modeling --autocast bf16, or --fp16, or --bf16, or --optimizer adam"
+        )
+
+    @property
     def supports_flat_params(self) -> bool:
         return True
 

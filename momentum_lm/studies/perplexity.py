@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from momentum_lm.analysis.statistics import bootstrap_mean_ci
-from momentum_lm.data.dictionary import EOS, PAD, Dictionary
+from momentum_lm.data.dictionary import EOS, PAD, Dictionary, check_symbols
 from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.errors import UserError
 from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
@@ -66,6 +66,7 @@ def load_split(data: str | os.PathLike[str], name: str, lm: PerplexityModel) -> 
             f"{folder / 'dict.txt'} has {len(dictionary)} entries, but {lm.name} was trained with {lm.vocab_size}: "
             "evaluate on data made with the model's own dictionary"
         )
+    check_symbols(dictionary.symbols, getattr(lm, "dictionary", None), str(folder / "dict.txt"))
     _check_dictionary(lm, dictionary, folder / "dict.txt")
     files = Unchanged([f"{prefix}.idx", f"{prefix}.bin"])
     dataset = IndexedDataset(prefix)

@@ -22,6 +22,7 @@ from momentum_lm.cli.eval_classification import add_question_arguments, load_dat
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.data.tokenizer import Tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
+from momentum_lm.training import load_task_state
 
 if TYPE_CHECKING:
     from momentum_lm.icl.prompts import Prompts
@@ -119,6 +120,8 @@ class IclClassificationTask(FairseqTask):
 
     def max_positions(self) -> int:
         return self.max_length
+
+    load_state_dict = load_task_state
 
     @property
     def source_dictionary(self) -> Dictionary:

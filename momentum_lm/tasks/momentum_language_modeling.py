@@ -172,6 +172,8 @@ class MomentumLanguageModelingTask(TokenDataTask):
 
         Raises UserError for a prompt that would not come out whole: fairseq's limits count its tokens too.
         """
+        if not hasattr(generator, "max_len_a"):  # a scorer of given text
+            return super().inference_step(generator, models, sample, prefix_tokens, constraints)
         tokens = sample["net_input"]["src_tokens"]
         if prefix_tokens is not None:
             _check_room(generator, prefix_tokens.shape[1], tokens.shape[1])

@@ -8,6 +8,8 @@ import inspect
 import logging
 import os
 import pickle
+import zlib
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +23,7 @@ from fairseq.data.shorten_dataset import maybe_shorten_dataset
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from numpy.typing import NDArray
 
-from momentum_lm.data.blocks import BlockBatches, Documents, ShardedBatches, TokenBlocks
+from momentum_lm.data.blocks import BlockBatches, Documents, Part, ShardedBatches, TokenBlocks, remaining
 from momentum_lm.data.indexed import IndexedDataset, check_files, token_dtype
 from momentum_lm.errors import UserError
 
@@ -103,32 +105,128 @@ def _tensor(ids: NDArray[np.generic]) -> torch.Tensor:
     return torch.from_numpy(ids.astype(np.int64))
 
 
+_ANEW = "begin the epoch anew with --reset-dataloader"
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a resumed epoch goes on: the seed that it began with, its parts before the present one, and the batches of all parts."""
+
+    epoch: int
+    seed: int
+    parts: tuple[Part, ...]
+    batches: int
+
+
 class BlockIterator(EpochBatchIterator):
     """fairseq's iterator over ``BlockBatches``. To set it to any batch of an epoch takes as long as to shuffle the epoch's batches.
 
-    Its state also holds how many batches all processes together have had, so that another number of processes goes on after these.
+    Its state says which blocks all processes together have had, so that a run with batches of another size, another number of processes
+    or another ``--update-freq`` goes on with those that are left. ``update_freq``: an epoch goes on after a multiple of so many
+    iterations, as fairseq's grouping of iterations takes for granted.
     """
+
+    update_freq = 1
 
     def __init__(self, dataset: Any, batches: BlockBatches, **kwargs: Any) -> None:
         super().__init__(dataset, dataset.collater, (), **kwargs)
         self._frozen_batches = batches
-        self._resumed, self._missing = 0, 0  # in this epoch, so many batches short of what as many iterations of all processes have
+        self._blocks = batches.blocks
+        self._go_on_with(_Position(0, self.seed, (), 0))
+
+    def _go_on_with(self, position: _Position) -> None:
+        self._position = position
+        self._missing = 0  # in the epoch, so many batches short of what as many iterations of all processes have
+        self._rest: BlockBatches | None = None  # what is left of the epoch, where it is cut in another way than it began
 
     def ordered_batches(self, epoch: int, fix_batches_to_gpus: bool, shuffle: bool) -> ShardedBatches:
         """What this process gets in ``epoch``."""
-        before = self._missing if epoch == self._resumed else 0
+        before = self._missing if epoch == self._position.epoch else 0
+        if self._rest is not None and epoch == self._position.epoch:
+            return self._rest.of_process(self.num_shards, self.shard_id, None, before + self._position.batches)
         return self._frozen_batches.of_process(self.num_shards, self.shard_id, self.seed + epoch if shuffle else None, before)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        missing = self._missing if state["epoch"] == self._resumed else 0
-        return {**state, "batches_in_epoch": max(0, state["iterations_in_epoch"] * self.num_shards - missing)}
+        going_on = state["epoch"] == self._position.epoch
+        seed, parts, missing = (self._position.seed, self._position.parts, self._missing) if going_on else (self.seed, (), 0)
+        batches = max(0, state["iterations_in_epoch"] * self.num_shards - missing)
+        parts = (*parts, (*self._frozen_batches.cut, batches - sum(had for _, _, had in parts)))
+        blocks = {"blocks": len(self._blocks), "block_size": self._blocks.block_size}
+        return {**state, "batches_in_epoch": batches, "batching": {**blocks, "seed": seed, "parts": [list(part) for part in parts]}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        batches = state_dict.get("batches_in_epoch", state_dict.get("iterations_in_epoch", 0) * self.num_shards)
-        iterations = -(-batches // self.num_shards)
-        self._resumed, self._missing = state_dict["epoch"], iterations * self.num_shards - batches
+        """``options``: those of the run that saved the state, for states that do not say themselves which batches it had.
+
+        Raises UserError for the middle of an epoch of other blocks.
+        """
+        options = state_dict.get("options") or {}
+        processes = options.get("processes", self.num_shards)
+        batches = state_dict.get("batches_in_epoch", state_dict.get("iterations_in_epoch", 0) * processes)
+        mine, seed = self._frozen_batches.cut, self.seed
+        parts: tuple[Part, ...] = ((*mine, batches),)
+        if batches and "batching" in state_dict:
+            seed, parts = self._read(state_dict["batching"])
+        elif batches and options:
+            seed, parts = options["seed"], ((*self._cut_by(options), batches),)
+        cut_anew = len(parts) > 1 or parts[0][:2] != mine or seed != self.seed
+        before = parts[:-1] if parts[-1][:2] == mine and (len(parts) > 1 or not cut_anew) else parts
+        self._go_on_with(_Position(state_dict["epoch"], seed, tuple(part for part in before if part[2]), batches))
+        step = self.num_shards * self.update_freq
+        iterations = -(-batches // step) * self.update_freq
+        self._missing = iterations * self.num_shards - batches
+        if batches and cut_anew:
+            shuffle = seed + state_dict["epoch"] if state_dict.get("shuffle", True) else None
+            self._rest = self._frozen_batches.of(remaining(self._blocks, seed, shuffle, parts))
         super().load_state_dict({**state_dict, "iterations_in_epoch": iterations})
+
+    def _read(self, batching: Any) -> tuple[int, tuple[Part, ...]]:
+        try:
+            seed, count, size = (int(batching[name]) for name in ("seed", "blocks", "block_size"))
+            parts = tuple((int(rows), int(multiple), int(had)) for rows, multiple, had in batching["parts"])
+            if not parts or any(rows < 1 or multiple < 1 or had < 0 for rows, multiple, had in parts):
+                raise ValueError
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise UserError(f"the checkpoint's place in the data is damaged; {_ANEW}") from error
+        if (count, size) != (len(self._blocks), self._blocks.block_size):
+            raise self._other(f"{count} samples of {size} tokens")
+        return seed, parts
+
+    def _cut_by(self, options: dict[str, Any]) -> tuple[int, int]:
+        if options["block_size"] != self._blocks.block_size:
+            raise self._other(f"samples of {options['block_size']} tokens")
+        return BlockBatches(self._blocks, options["max_rows"], options["max_tokens"], options["multiple"], 0).cut
+
+    def _other(self, blocks: str) -> UserError:
+        return UserError(
+            f"the checkpoint stopped within an epoch of {blocks}, and this one has {len(self._blocks)} of {self._blocks.block_size}: "
+            f"train with the same data and --tokens-per-sample, or {_ANEW}"
+        )
+
+
+class PlainIterator(EpochBatchIterator):
+    """fairseq's, which counts batches, and refuses to go on within an epoch of other batches."""
+
+    update_freq = 1
+
+    def _plan(self) -> list[int]:
+        ends = [list(map(int, self.frozen_batches[i])) for i in (0, -1)] if len(self.frozen_batches) else []
+        return [len(self.frozen_batches), zlib.crc32(repr(ends).encode()), self.num_shards, self.seed]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "plan": self._plan()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises UserError for the middle of an epoch of other batches."""
+        iterations = state_dict.get("iterations_in_epoch", 0)
+        plan = self._plan()
+        if iterations and (state_dict.get("plan", plan) != plan or iterations % self.update_freq):
+            raise UserError(
+                "the checkpoint stopped within an epoch of other batches, of whole documents or the like, where a place cannot be carried "
+                "over: keep the data, --batch-size, --max-tokens, --update-freq, --seed and the number of processes, "
+                f"or {_ANEW}"
+            )
+        super().load_state_dict(state_dict)
 
 
 class TokenDataTask(LanguageModelingTask):
@@ -181,8 +279,12 @@ class TokenDataTask(LanguageModelingTask):
         bound = inspect.signature(super().get_batch_iterator).bind(*args, **kwargs)
         bound.apply_defaults()
         asked = SimpleNamespace(**bound.arguments)
+        self._check_room(asked)
         if not _ours(asked):
-            return super().get_batch_iterator(*args, **kwargs)
+            iterator = super().get_batch_iterator(*args, **kwargs)
+            if type(iterator) is EpochBatchIterator and isinstance(asked.dataset, TokenDataset):
+                iterator.__class__ = PlainIterator
+            return iterator
         known, cached = self.dataset_to_epoch_iter, not (asked.disable_iterator_cache or asked.update_epoch_batch_itr)
         if cached and asked.dataset in known:
             return known[asked.dataset]
@@ -203,6 +305,27 @@ class TokenDataTask(LanguageModelingTask):
         if cached:
             known[asked.dataset] = iterator
         return iterator
+
+
+    def _check_room(self, asked: SimpleNamespace) -> None:
+        """Raises UserError where no sample of the data fits a batch, or the model: fairseq would leave out all of them."""
+        if not isinstance(asked.dataset, TokenDataset):
+            return
+        cut = asked.dataset.dataset
+        least = cut.blocks.longest if isinstance(cut, BlockDataset) else int(np.min(asked.dataset.sizes))
+        if asked.max_tokens is not None and least > asked.max_tokens:
+            valid = any(asked.dataset is dataset for name, dataset in self.datasets.items() if name != self.args.train_subset)
+            flag = "--max-tokens-valid" if valid and asked.max_tokens != self.args.max_tokens else "--max-tokens"
+            raise UserError(
+                f"a sample of {least} tokens does not fit {flag} {asked.max_tokens}: raise it, or lower --tokens-per-sample "
+                f"{self.args.tokens_per_sample}"
+            )
+        limit = asked.max_positions
+        if asked.ignore_invalid_inputs and isinstance(limit, (int, float)) and least > limit:
+            raise UserError(
+                f"a sample of {least} tokens does not fit the model, which takes {limit:g}: lower --tokens-per-sample, or for a new model "
+                "raise --max-target-positions"
+            )
 
 
 def _documents(prefix: str, combine: bool, vocab_size: int) -> Documents:

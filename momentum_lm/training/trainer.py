@@ -8,18 +8,23 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
+from fairseq.file_io import PathManager
 from fairseq.logging import metrics
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer as FairseqTrainer
 from torch import Tensor
 
 import fairseq_compat
 from fairseq_compat import CheckpointError
 from momentum_lm.cpu import keep_memory
+from momentum_lm.data.dictionary import DIGEST, check_symbols, symbols_digest
 from momentum_lm.errors import UserError
+
+from . import lock
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +44,20 @@ class Trainer(FairseqTrainer):
     - a batch whose gradient is not finite is left out and written down in ``SAVE_DIR/bad_batches.jsonl``, and the learning rate halved
       for a while; after ``SKIPS_IN_A_ROW`` of them the run ends (with --fp16 and --amp the loss scale is lowered instead, as in fairseq);
     - SIGTERM or SIGUSR1 ends the run after the current update, with a checkpoint; a second one at once;
-    - where the run's last checkpoint is torn or missing, the newest whole one is taken.
+    - where the run's last checkpoint is torn or missing, the one of the most updates is taken of those that are whole;
+    - a run that is over trains no more, and leaves its checkpoints as they are;
+    - one training at a time writes into SAVE_DIR;
+    - weights that were trained with another dictionary are refused.
+
+    All of this for our models, our tasks and ``--ddp-backend fully_sharded``. Anything else gets fairseq's own trainer.
     """
 
     _ready = False
+
+    def __new__(cls, cfg: Any, task: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is Trainer and not _is_ours(cfg, task, model):
+            return FairseqTrainer(cfg, task, model, *args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None) -> None:
         if cfg.distributed_training.ddp_backend == "fully_sharded":
@@ -59,6 +74,8 @@ class Trainer(FairseqTrainer):
         if self.is_fsdp:
             # each reads what it needs of the file itself, instead of the first sending all of it to all
             cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        if not cfg.checkpoint.no_save:
+            self._from_first(lambda: os.path.isdir(cfg.checkpoint.save_dir) and lock.hold(cfg.checkpoint.save_dir))
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
@@ -207,6 +224,9 @@ class Trainer(FairseqTrainer):
         for group, values in self._config_of_stop.items():
             state["cfg"][group].update(values)
         state["extra_state"]["skipped"] = self.skipped
+        state["extra_state"]["early_stop"] = _counts(vars(_early_stop()))
+        if isinstance(self.task, LanguageModelingTask):
+            state["task_state"] = {**state["task_state"], DIGEST: symbols_digest(self.task.source_dictionary.symbols)}
         return state
 
     # Checkpoints
@@ -225,18 +245,67 @@ class Trainer(FairseqTrainer):
     def load_checkpoint(
         self, filename: str, reset_optimizer: bool = False, reset_lr_scheduler: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """As fairseq's, but takes the newest whole one where the run's last is torn or missing, and says so.
+        """As fairseq's, but takes the newest whole one where the run's last is torn or missing, and says so; and sees to it that a run
+        that is over does not go on.
 
-        Raises CheckpointError if none is whole, UserError if only parts for another number of processes are there.
+        Raises CheckpointError if none is whole or --restore-file does not exist, UserError if only parts for another number of processes
+        are there, for weights of another dictionary, and for a --restore-file that leaves nothing to train.
         """
-        if os.path.basename(filename) == f"checkpoint_last{self.checkpoint_suffix}.pt":
+        own = self._is_own_last(filename)
+        if own:
             filename = self._newest_whole(os.path.dirname(filename))
         elif not os.path.exists(filename) and self.is_fsdp:
             filename = re.sub(r"-shard\d+\.pt$", ".pt", filename)  # --restore-file of a whole one
+        exists = self._from_all(lambda: PathManager.isfile(filename), everywhere=bool(self.checkpoint_suffix))
+        if not all(exists) and not own and self.cfg.checkpoint.restore_file != "checkpoint_last.pt":
+            raise CheckpointError(f"--restore-file {filename} does not exist")
+        about = self._from_first(lambda: _about(filename)) if all(exists) else {}
+        if isinstance(self.task, LanguageModelingTask):
+            symbols, whose = self.task.source_dictionary.symbols, f"the dictionary of {self.task.args.data}"
+            check_symbols(symbols, about.get("dictionary"), whose, filename)
         extra_state = super().load_checkpoint(filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
-        if extra_state is not None and not (reset_optimizer or reset_lr_scheduler):
+        if extra_state is None:
+            return None
+        extra_state["train_iterator"]["options"] = about.get("options")
+        if not (reset_optimizer or reset_lr_scheduler):
             self.skipped.update(extra_state.get("skipped", {}))
+        if not reset_optimizer:
+            vars(_early_stop()).update(_counts(extra_state.get("early_stop")))
+            self._end_if_over(filename, own, extra_state)
         return extra_state
+
+    def _is_own_last(self, filename: str) -> bool:
+        folder, name = os.path.split(filename)
+        return name == f"checkpoint_last{self.checkpoint_suffix}.pt" and os.path.realpath(folder) == os.path.realpath(
+            self.cfg.checkpoint.save_dir
+        )
+
+    def _end_if_over(self, filename: str, own: bool, extra_state: dict[str, Any]) -> None:
+        """fairseq's loop would make an update before it looks whether there are any left."""
+        options, updates, hours = self.cfg.optimization, self.get_num_updates(), self._previous_training_time / 3600
+        patience, bad = self.cfg.checkpoint.patience, vars(_early_stop()).get("num_runs", 0)
+        if 0 < options.max_update <= updates:
+            why = f"{updates} updates, and --max-update {options.max_update}"
+        elif 0 < options.stop_time_hours < hours:
+            why = f"{hours:.2f} hours of training, and --stop-time-hours {options.stop_time_hours:g}"
+        elif 0 < patience <= bad:
+            why = f"{bad} validations without improvement, and --patience {patience}"
+        elif 0 < options.max_epoch < extra_state["train_iterator"]["epoch"]:
+            why = f"all of its epochs, and --max-epoch {options.max_epoch}"
+        else:
+            return
+        if not own:
+            raise UserError(f"--restore-file {filename} has {why}: nothing is left to train; raise that, or give --reset-optimizer")
+        logger.info(f"training was finished before: {filename} has {why}; it is left as it is")
+        if extra_state.get("val_loss") is None and not self.cfg.dataset.disable_validation:
+            logger.warning("it was saved without a validation: fairseq-validate makes up for that")
+        options.max_epoch = -1  # less than any epoch
+
+    def get_train_iterator(self, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        iterator = super().get_train_iterator(epoch, *args, **kwargs)
+        frequencies = self.cfg.optimization.update_freq
+        iterator.update_freq = frequencies[min(epoch, len(frequencies)) - 1]
+        return iterator
 
     def _newest_whole(self, folder: str) -> str:
         """Of the checkpoints in ``folder`` the newest that every process can read; if there is none at all, the last one's path."""
@@ -252,12 +321,11 @@ class Trainer(FairseqTrainer):
                 f"{folder} holds checkpoints in parts (--use-sharded-state) and this run takes whole ones: "
                 f"momentum-lm convert {folder}/checkpoint_last-shard0.pt {folder}/checkpoint_last.pt"
             )
+        kept = [name for name, suffix in names if suffix == wanted]
         torn: list[str] = []
-        for name, suffix in names:
-            if suffix != wanted:
-                continue
-            path = os.path.join(folder, name + (suffix and f"-shard{self.data_parallel_rank}") + ".pt")
-            updates = self._from_all(lambda path=path: self._updates_in(path), everywhere=bool(suffix))
+        for name in self._last_and_then_others(folder, kept, wanted):
+            path = os.path.join(folder, name + (wanted and f"-shard{self.data_parallel_rank}") + ".pt")
+            updates = self._from_all(lambda path=path: self._updates_in(path), everywhere=bool(wanted))
             if updates[0] is not None and len(set(updates)) == 1:
                 if torn or name != "checkpoint_last":
                     logger.warning(f"{', '.join(torn) or 'checkpoint_last'} in {folder} is torn or missing: going on from {path}")
@@ -266,6 +334,14 @@ class Trainer(FairseqTrainer):
         if torn:
             raise CheckpointError(f"no checkpoint in {folder} is whole ({', '.join(torn)}); move them away to start anew")
         return os.path.join(folder, f"checkpoint_last{self.checkpoint_suffix}.pt")
+
+    def _last_and_then_others(self, folder: str, names: list[str], suffix: str) -> Iterator[str]:
+        """The last one; where that does not do, the others by their number of updates, which takes a look into some of them."""
+        if "checkpoint_last" in names:
+            yield "checkpoint_last"
+        else:  # then the run's best may be one that was put here to be evaluated
+            names = [name for name in names if "best" not in name]
+        yield from self._from_first(lambda: by_updates(folder, [name for name in names if name != "checkpoint_last"], suffix))
 
     def _updates_in(self, path: str) -> int | None:
         """After how many updates the checkpoint was saved; None if it is torn or missing."""
@@ -279,7 +355,7 @@ class Trainer(FairseqTrainer):
                 f"{path} is of {world} parts, and this run has {self.data_parallel_world_size} processes: join them with "
                 f"momentum-lm convert {path} OUT.pt, and give --restore-file OUT.pt"
             )
-        return int(state["optimizer_history"][-1].get("num_updates", 0))
+        return _updates_of(state)
 
     def _from_first(self, ask: Callable[[], Any]) -> Any:
         """What the first process answers, on all of them."""
@@ -305,13 +381,73 @@ class Trainer(FairseqTrainer):
 
 
 def saved_checkpoints(folder: str) -> list[tuple[str, str]]:
-    """(name, "" or "-shard0") of the checkpoints to go on from in ``folder``: the last, then those of updates and epochs, newest first."""
-    found = []
-    for file in os.scandir(folder) if os.path.isdir(folder) else ():
-        match = re.fullmatch(r"(checkpoint_last|checkpoint_\d+_\d+|checkpoint\d+)(|-shard0)\.pt", file.name)
-        if match:
-            found.append((match[1] != "checkpoint_last", -file.stat().st_mtime, match[1], match[2]))
-    return [(name, suffix) for _, _, name, suffix in sorted(found)]
+    """(name, "" or "-shard0") of the checkpoints to go on from in ``folder``."""
+    form = r"(checkpoint_last|checkpoint_\d+_\d+|checkpoint\d+|checkpoint_best|checkpoint\.best_.+?)(|-shard0)\.pt"
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [(match[1], match[2]) for name in names if (match := re.fullmatch(form, name))]
+
+
+def by_updates(folder: str, names: list[str], suffix: str = "") -> list[str]:
+    """``names`` of checkpoints in ``folder``, of the most updates first: by the name where it tells (checkpoint_EPOCH_UPDATES), or else by
+    the content. Files' times say nothing: clocks are set back, copies made. Torn ones are first."""
+
+    def updates(name: str) -> float:
+        if match := re.fullmatch(r"checkpoint_\d+_(\d+)", name):
+            return int(match[1])
+        try:
+            found = _updates_of(fairseq_compat.load_checkpoint(os.path.join(folder, f"{name}{suffix}.pt"), mmap=True))
+        except CheckpointError:
+            found = None
+        return math.inf if found is None else found
+
+    return sorted(names, key=updates, reverse=True)
+
+
+def _updates_of(state: dict[str, Any]) -> int | None:
+    """After how many updates a checkpoint was saved; None where it does not say."""
+    try:
+        return int(state["optimizer_history"][-1].get("num_updates", 0))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def _about(path: str) -> dict[str, Any]:
+    """What a checkpoint says of its dictionary, and of the options that its batches were made with: ours say it better themselves."""
+    state = fairseq_compat.load_checkpoint(path, mmap=True)
+    task_state, found = state.get("task_state"), {}
+    if isinstance(task_state, Mapping):
+        found["dictionary"] = task_state.get(DIGEST)
+    try:
+        cfg = state["cfg"]
+        data, size = cfg["dataset"], int(cfg["task"]["tokens_per_sample"])
+        rows, tokens = (None if data[name] is None else int(data[name]) for name in ("batch_size", "max_tokens"))
+        multiple, processes = int(data["required_batch_size_multiple"]), int(cfg["distributed_training"]["distributed_world_size"])
+        known = min(size, multiple, processes, 1 if rows is None else rows) > 0 and (tokens is None or tokens >= size)
+        if known and not data["update_ordered_indices_seed"]:
+            names = {"block_size": size, "max_rows": rows, "max_tokens": tokens, "multiple": multiple, "processes": processes}
+            found["options"] = {**names, "seed": int(cfg["common"]["seed"])}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass  # an older form
+    return found
+
+
+def _early_stop() -> Any:
+    """fairseq's function that counts validations without improvement, in its own attributes."""
+    return getattr(sys.modules.get("fairseq_cli.train"), "should_stop_early", lambda: None)
+
+
+def _counts(state: Any) -> dict[str, float]:
+    """What that function remembers: the best loss, and validations since."""
+    known = state if isinstance(state, Mapping) else {}
+    return {key: known[key] for key in ("best", "num_runs") if isinstance(known.get(key), (int, float))}
+
+
+def _is_ours(cfg: Any, task: Any, model: Any) -> bool:
+    from momentum_lm.models import MomentumLanguageModel
+    from momentum_lm.tasks.token_data import TokenDataTask
+
+    sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # fairseq's own takes fairscale
+    return isinstance(task, TokenDataTask) or isinstance(model, MomentumLanguageModel) or sharded
 
 
 def _check_sharded_options(cfg: Any) -> None:

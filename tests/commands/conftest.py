@@ -94,3 +94,27 @@ def losses(json_lines):
         return {int(line["num_updates"]): line["loss"] for line in json_lines(result)}
 
     return read
+
+
+@pytest.fixture
+def train_here(flags, data):
+    """train_here(save_dir, *more, task="ours", updates=6) -> fairseq-train in this process, as a process of its own would run it."""
+    import signal
+
+    from fairseq import checkpoint_utils, options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from fairseq.logging import metrics
+    from fairseq_cli import train
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def run(save_dir, *more, task="ours", updates=6, folder=data):
+        metrics.reset()
+        for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):  # both remember things in their attributes
+            vars(function).clear()
+        words = flags(folder, save_dir, *more, task=task, updates=updates)[1:]
+        train.main(convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words)))
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from momentum_lm.modules import chunked_cross_entropy
+from momentum_lm.modules import Decoder, DecoderConfig, chunked_cross_entropy
 
 
 def inputs(dtype=torch.float64, rows=(3, 7), dim=5, vocab=11):
@@ -94,3 +94,63 @@ def test_wrong_arguments_are_named():
         chunked_cross_entropy(hidden, weight, targets[:, 1:])
     with pytest.raises(ValueError, match="reduction"):
         chunked_cross_entropy(hidden, weight, targets, reduction="mean")
+
+
+def test_an_adapter_on_the_output_projection_acts_in_the_loss():
+    """Hooks and adapters see their call, gradients come through it, and a plain projection is still never called."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(vocab_size=40, dim=16, ffn_dim=32, layers=1, heads=2, tie_embeddings=False, absent_tokens=(3,))).double()
+    tokens, targets = torch.randint(4, 40, (2, 2, 9))
+    targets[0, :4] = model.config.padding_idx
+    calls = []
+    plain = model.loss(tokens, targets)
+    with torch.no_grad():
+        logits = 3 * model(tokens)
+    model.output_projection.register_forward_hook(lambda module, inputs, output: calls.append(output) or 3 * output)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=model.config.padding_idx, reduction="none")
+    loss = model.loss(tokens, targets)
+    torch.testing.assert_close(loss, expected.sum())
+    torch.testing.assert_close(model.loss(tokens, targets, reduction="none").flatten(), expected)
+    assert calls and abs(float(loss - plain)) > 1
+    loss.backward()
+    gradient = model.output_projection.weight.grad.clone()
+    model.zero_grad()
+    whole = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=model.config.padding_idx, reduction="sum")
+    whole.backward()
+    torch.testing.assert_close(gradient, model.output_projection.weight.grad)
+
+
+def test_gradients_of_each_sample_by_torch_func():
+    from torch.func import functional_call, grad, vmap
+
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(vocab_size=40, dim=16, ffn_dim=32, layers=1, heads=2, momentum_kind="ema", momentum_learned=True)).double()
+    tokens, targets = torch.randint(4, 40, (2, 3, 9))
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, row, target):
+        return functional_call(_Loss(model), {f"model.{name}": value for name, value in parameters.items()}, (row, target))
+
+    each = vmap(grad(loss), (None, 0, 0))(parameters, tokens, targets)
+    for row in range(3):
+        model.zero_grad()
+        model.loss(tokens[row : row + 1], targets[row : row + 1], left_padded=False).backward()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(each[name][row], parameter.grad)
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, row, target):
+        return self.model.loss(row[None], target[None], left_padded=False)
+
+
+def test_shapes_of_a_step_on_meta():
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig(vocab_size=40, dim=16, ffn_dim=32, layers=1, heads=2, momentum_kind="multi_ema"))
+        tokens = torch.zeros(2, 9, dtype=torch.long)
+    model.loss(tokens, tokens).backward()
+    assert model.embed_tokens.weight.grad.shape == (40, 16) and model(tokens).shape == (2, 9, 40)

@@ -1,0 +1,247 @@
+"""A run that is over, torn, locked, or goes on with other batches; and that fairseq's own models know nothing of it."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+import fairseq_compat
+from momentum_lm.errors import UserError
+from momentum_lm.training.lock import NAME
+
+OURS = ["--arch", "momentum_lm_tiny", "--disable-validation"]
+STOCK = ["--arch", "transformer_lm", "--disable-validation"]
+
+
+@pytest.fixture(autouse=True)
+def log(caplog):
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def files(folder):
+    """Every checkpoint's bytes."""
+    return {path.name: path.read_bytes() for path in folder.glob("checkpoint*.pt")}
+
+
+def updates(path):
+    return fairseq_compat.load_checkpoint(path)["optimizer_history"][-1]["num_updates"]
+
+
+def trained(log):
+    """The numbers of updates that were logged since the last call."""
+    found = [int(n) for r in log.records if r.name == "train_inner" for n in re.findall(r'"num_updates": "(\d+)"', r.getMessage())]
+    log.clear()
+    return found
+
+
+WAYS = {
+    "max-update": ([], [], "6 updates, and --max-update 6"),
+    "max-epoch": (["--max-epoch", "1", "--batch-size", "400"], [], "all of its epochs, and --max-epoch 1"),
+    "stop-time": (["--stop-time-hours", "1e-9"], [], "hours of training, and --stop-time-hours 1e-09"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_is_over_trains_no_more(way, train_here, log, tmp_path):
+    more, again, said = WAYS[way]
+    train_here(tmp_path, *OURS, *more, updates=6)
+    kept = files(tmp_path)
+    assert trained(log) and kept
+    train_here(tmp_path, *OURS, *more, *again, updates=6)
+    assert said in log.text and trained(log) == [] and files(tmp_path) == kept
+
+
+def test_a_run_that_lost_its_patience_trains_no_more(train_here, log, tmp_path):
+    more = ["--arch", "gpt_lm_tiny", "--validate-interval-updates", "2", "--patience", "1", "--lr", "30", "--save-interval-updates", "2"]
+    train_here(tmp_path, *more, updates=100)
+    last, kept = trained(log)[-1], files(tmp_path)
+    assert last < 100
+    train_here(tmp_path, *more, updates=100)
+    assert "--patience 1" in log.text and trained(log) == [] and files(tmp_path) == kept
+    train_here(tmp_path, *more, "--patience", "-1", updates=last + 1)
+    assert trained(log) == [last + 1]
+
+
+def test_more_updates_go_on_and_none_with_another_runs_checkpoint_are_an_error(train_here, log, tmp_path):
+    train_here(tmp_path / "a", *OURS, updates=3)
+    train_here(tmp_path / "a", *OURS, updates=5)
+    assert trained(log) == [1, 2, 3, 4, 5]
+    restore = ["--restore-file", tmp_path / "a/checkpoint_last.pt"]
+    with pytest.raises(UserError, match=r"has 5 updates, and --max-update 5: nothing is left to train"):
+        train_here(tmp_path / "b", *OURS, *restore, updates=5)
+    train_here(tmp_path / "a", *OURS, *restore, updates=5)  # by its name, but its own
+    assert trained(log) == []
+
+
+def test_the_newest_whole_checkpoint_is_that_of_the_most_updates(train_here, log, tmp_path):
+    words = [*OURS, "--save-interval-updates", "2", "--batch-size", "150", "--keep-interval-updates", "9"]
+    train_here(tmp_path, *words, updates=10)
+    for path in tmp_path.glob("checkpoint_*_[24].pt"):
+        os.utime(path, (2**31, 2**31))  # a clock was set back since
+    (tmp_path / "checkpoint_last.pt").unlink()  # another name of the newest one
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"torn")
+    newest = next(tmp_path.glob("checkpoint_*_10.pt"))
+    train_here(tmp_path, *words, updates=11)
+    assert f"going on from {newest}" in log.text and trained(log)[-1] == 11
+    # epochs' checkpoints tell by their content
+    epochs = tmp_path / "epochs"
+    epochs.mkdir()
+    shutil.copy(newest, epochs / "checkpoint2.pt")
+    shutil.copy(next(tmp_path.glob("checkpoint_*_8.pt")), epochs / "checkpoint_1_8.pt")
+    os.utime(epochs / "checkpoint2.pt", (1, 1))
+    train_here(epochs, *words, updates=11)
+    assert f"going on from {epochs / 'checkpoint2.pt'}" in log.text and trained(log) == [11]
+
+
+def drawn(monkeypatch):
+    """The numbers of the samples that training draws, in order."""
+    from momentum_lm.training.trainer import Trainer
+
+    found, stock = [], Trainer.train_step
+
+    def train_step(self, samples, *rest):
+        found.extend(int(i) for sample in samples if sample for i in sample["id"])
+        return stock(self, samples, *rest)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    return found
+
+
+@pytest.mark.parametrize(
+    "then",
+    [["--batch-size", "8"], ["--batch-size", "3", "--update-freq", "4"], ["--max-tokens", "1024"], ["--update-freq", "3"], ["--seed", "9"]],
+    ids=" ".join,
+)
+def test_other_batches_go_on_at_the_same_sample(then, data, train_here, monkeypatch, tmp_path):
+    from momentum_lm.data.indexed import IndexedDataset
+
+    ids = drawn(monkeypatch)
+    words = [*OURS, "--max-epoch", "1", "--batch-size", "16", "--update-freq", "2"]
+    train_here(tmp_path, *words, updates=5)
+    assert 130 < len(ids) <= 160
+    train_here(tmp_path, *words, *then, updates=7)
+    train_here(tmp_path, *words, "--batch-size", "5", updates=9)
+    train_here(tmp_path, *words, *then, updates=10**6)
+    state = fairseq_compat.load_checkpoint(tmp_path / "checkpoint_last.pt")["extra_state"]["train_iterator"]
+    blocks = -(-IndexedDataset(data / "train").num_tokens // 32)
+    assert state["epoch"] == 2 and sorted(ids) == list(range(blocks)) and blocks > 500  # each once, none left out
+
+
+@pytest.mark.parametrize("kind", ["stock task", "earlier version"])
+def test_checkpoints_that_do_not_say_their_batches_are_understood_by_their_options(kind, train_here, monkeypatch, tmp_path):
+    ids = drawn(monkeypatch)
+    task = "stock" if kind == "stock task" else "ours"
+    train_here(tmp_path, *OURS, "--batch-size", "16", task=task, updates=5)
+    path = tmp_path / "checkpoint_last.pt"
+    state = fairseq_compat.load_checkpoint(path)
+    state["extra_state"]["train_iterator"].pop("batching", None)
+    torch.save(state, path)
+    reset = ["--reset-optimizer", "--reset-lr-scheduler"] if task == "stock" else []  # another criterion
+    train_here(tmp_path, *OURS, "--batch-size", "8", "--max-epoch", "1", *reset, updates=10**6)
+    assert sorted(ids) == list(range(len(ids)))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        ([], ["--tokens-per-sample", "16"], "epoch of .* samples of 32 tokens, and this one has .* of 16"),
+        (["--sample-break-mode", "eos"], ["--sample-break-mode", "eos", "--batch-size", "8"], "a place cannot be carried over"),
+    ],
+)
+def test_an_epoch_of_other_samples_is_refused_unless_begun_anew(first, then, said, train_here, tmp_path):
+    more = [*OURS, "--max-target-positions", "600", "--tokens-per-sample", "600" if first else "32"]
+    train_here(tmp_path, *more, *first, updates=3)
+    with pytest.raises(UserError, match=rf"{said}.*--reset-dataloader"):
+        train_here(tmp_path, *more, *then, updates=4)
+    train_here(tmp_path, *more, *then, "--reset-dataloader", updates=4)
+    assert updates(tmp_path / "checkpoint_last.pt") == 4
+
+
+def test_a_restore_file_that_is_not_there(train_here, log, tmp_path):
+    with pytest.raises(fairseq_compat.CheckpointError, match=r"--restore-file .*typo/checkpoint_last\.pt does not exist"):
+        train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo/checkpoint_last.pt")
+    with pytest.raises(fairseq_compat.CheckpointError, match=r"--restore-file .*typo\.pt does not exist"):
+        train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo.pt")
+    train_here(tmp_path, *OURS, "--restore-file", tmp_path / "checkpoint_last.pt", updates=1)  # the run's own, before its first start
+    assert trained(log) == [1]
+
+
+def test_the_dictionary_of_a_checkpoint_is_its_own(data, train_here, run_cli, tmp_path):
+    """Of equal size with two symbols exchanged: refused by whatever reads the weights; other counts are no matter."""
+    train_here(tmp_path / "run", *OURS, updates=2)
+    checkpoint = tmp_path / "run/checkpoint_last.pt"
+    other = shutil.copytree(data, tmp_path / "other")
+    lines = (data / "dict.txt").read_text().splitlines()
+    (other / "dict.txt").write_text("\n".join([*lines[1::-1], *lines[2:]]) + "\n")
+    said = f"the dictionary of {other} is not the one that"
+    with pytest.raises(UserError, match=re.escape(f"{said} {checkpoint} was trained with")):
+        train_here(tmp_path / "run", *OURS, updates=3, folder=other)
+    words = ["--path", checkpoint, "--batch-size", "4", "--cpu"]
+    evaluate = ["fairseq-eval-lm", other, "--gen-subset", "valid", "--tokens-per-sample", "32", *words]  # fairseq's own task, by default
+    validate = ["fairseq-validate", other, "--task", "momentum_language_modeling", *words]
+    for command in (evaluate, validate):
+        result = run_cli(command)
+        assert result.returncode != 0 and result.stderr.splitlines()[-1].startswith(f"error: {said}"), result.stderr
+    perplexity = ["fairseq-eval", "--task", "lm_perplexity", other, "--path", checkpoint, "--context-lengths", "32", "--split", "valid"]
+    result = run_cli([*perplexity, "--results-dir", tmp_path / "out"])
+    assert result.returncode == 2 and f"{other / 'dict.txt'} is not the one that" in result.stderr
+    (other / "dict.txt").write_text("\n".join(f"{line.split()[0]} 1" for line in lines) + "\n")
+    train_here(tmp_path / "run", *OURS, updates=3, folder=other)
+
+
+# One training at a time
+
+
+def test_a_second_training_in_a_folder_is_refused_until_the_first_is_dead(train_here, cli_command, flags, data, log, tmp_path):
+    words = [*OURS, "--num-workers", "2", "--save-interval-updates", "2", "--keep-interval-updates", "2"]
+    command, environment = cli_command(flags(data, tmp_path, *words, task="ours", updates=10**6))
+    first = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in first.stdout:
+        if '"num_updates": "3"' in line:
+            break
+    with pytest.raises(UserError, match=rf"--save-dir {tmp_path} is in use by another training \(process {first.pid} on "):
+        train_here(tmp_path, *OURS, updates=4)
+    assert trained(log) == []
+    first.send_signal(signal.SIGKILL)  # its workers live on for some seconds
+    first.wait()
+    began = updates(tmp_path / "checkpoint_last.pt")
+    train_here(tmp_path, *OURS, updates=began + 1)
+    assert trained(log) == [began + 1]
+    first.stdout.close()
+
+
+def test_what_lies_in_the_lock_files_place_is_left_as_it_is(train_here, log, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    for number, make in enumerate((lambda path: path.symlink_to(mine), os.mkfifo, lambda path: path.mkdir(), lambda path: os.link(mine, path))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder / NAME)
+        began = time.monotonic()
+        train_here(folder, *OURS, updates=1)
+        assert trained(log) == [1] and time.monotonic() - began < 60
+    assert mine.read_text() == "mine"
+
+
+# fairseq's own
+
+
+def test_fairseqs_own_models_resume_as_without_us(train_here, log, tmp_path):
+    """A missing --restore-file is none, only the last checkpoint counts, and a run that is over makes one more update."""
+    words = [*STOCK, "--save-interval-updates", "2", "--restore-file"]
+    train_here(tmp_path, *words, tmp_path / "checkpoint_last.pt", task="stock", updates=4)
+    train_here(tmp_path, *words, "checkpoint_last.pt", task="stock", updates=4)
+    assert trained(log) == [1, 2, 3, 4, 5]
+    (tmp_path / "checkpoint_last.pt").unlink()
+    train_here(tmp_path, *words, "checkpoint_last.pt", task="stock", updates=1)
+    assert trained(log) == [1]
+    assert not (tmp_path / NAME).exists()
+    state = fairseq_compat.load_checkpoint(tmp_path / "checkpoint_last.pt")
+    assert state["task_state"] == {} and not {"skipped", "early_stop"} & state["extra_state"].keys()

@@ -46,7 +46,7 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--datasets", required=True, metavar="D,D,...", help="names (see `momentum-lm datasets`) or YAML files of your own")
     group.add_argument(
-        "--data-dir", metavar="DIR", help="use DIR/<dataset>/{train,validation}.{jsonl,csv,parquet} where it is there, not the hub"
+        "--data-dir", metavar="DIR", help="use DIR/<dataset>/{train,validation}.{jsonl,csv,tsv,parquet} where it is there, not the hub"
     )
     group.add_argument(
         "--template", default="code", metavar="NAME",
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def settings_from(args: argparse.Namespace) -> Settings:
     """What the flags of :func:`add_question_arguments` ask. Raises UserError naming the flag, or the data set that there is not."""
-    from momentum_lm.data.classification import load_spec
+    from momentum_lm.data.dataset_yaml import check_names, load_spec
     from momentum_lm.studies.classification import Settings
 
     for flag in ("limit", "max_field_tokens", "batch_tokens"):
@@ -111,8 +111,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.bos in FAIRSEQ_BOS and args.path is None:
         raise UserError(f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no")
-    for name in args.datasets.split(","):
-        load_spec(name, _template(args))  # now, not after a large model was read
+    names = dict.fromkeys(args.datasets.split(","))
+    check_names([load_spec(name, _template(args)) for name in names])  # now, not after a large model was read
     paper = args.protocol == "paper"
     return Settings(
         shots=tuple(integers(args.shots, "--shots")),

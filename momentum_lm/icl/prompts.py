@@ -88,8 +88,9 @@ def build(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Exampl
 
     Text between special tokens is encoded as a whole, as it would be in training, and the prefix is what all prompts turn out to
     share: so the ids are those of the full text whatever the tokenizer does at its seams. A continuation's tokens are those in which a
-    prompt with it differs from the prompt without. Raises UserError naming the example whose prompt is longer than the model's context
-    or has no token to predict from.
+    prompt with it differs from the prompt without. Where a tokenizer joins the end of an input and the beginning of one continuation
+    into a token, all continuations of that input are scored from the same token on, so that what is compared are probabilities of
+    alternatives. Raises UserError naming the example whose prompt is longer than the model's context or has no token to predict from.
     """
     head, text = list(form.bos), ""
     demos = [demonstration_text(example) for example in demonstrations]
@@ -128,11 +129,14 @@ def _encode(lm: LanguageModel, text: str, examples: Sequence[Example]) -> list[l
     queries = []
     for example in examples:
         query = []
+        starts: dict[str, int] = {}  # of each input; but for partial evaluation there is one
         for choice in range(len(example.continuations)):
             given, continuation = example.pair(choice)
             whole = tokens[texts[text + given + continuation]]
-            query.append((whole, common_length(tokens[texts[text + given]], whole)))
-        queries.append(query)
+            start = common_length(tokens[texts[text + given]], whole)
+            starts[given] = min(start, starts.get(given, start))
+            query.append((whole, given))
+        queries.append([(whole, starts[given]) for whole, given in query])
     return queries
 
 

@@ -19,11 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from momentum_lm.cpu import return_memory
-from momentum_lm.data.classification import Example, LabelledDataset
+from momentum_lm.data.classification import Example, LabelledDataset, by_name
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, locked
 from momentum_lm.icl import scoring
-from momentum_lm.icl.demonstrations import evaluation_subset, select
+from momentum_lm.icl.demonstrations import Separation, evaluation_subset, identity, select, separate
 from momentum_lm.icl.finetuning import Diverged, Lesson
 from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstration_text, fit, longest_query
 from momentum_lm.icl.scoring import halving
@@ -93,7 +93,7 @@ def analyse(
     asked = settings.questions
     if 0 in asked.shots:
         raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
-    form = asked.form(lm)
+    form, loaded = asked.form(lm), by_name(datasets)
     with Processes() as processes, contextlib.ExitStack() as stack:
         units = [Unit(data.spec.name, seed, shots) for data in datasets for shots in asked.shots for seed in asked.seeds]
         todo: list[Unit] | None = None
@@ -104,8 +104,6 @@ def analyse(
         todo = processes.from_first(todo) or []
         if processes.first and todo:
             stack.enter_context(locked(folder))
-        loaded = {data.spec.name: data for data in datasets}
-
         def analyse_one(unit: Unit) -> None:  # a function, so that nothing of one unit is held beside the next
             began = time.perf_counter()
             study = _Study(lm, loaded[unit.dataset], settings, form, unit, processes)
@@ -142,10 +140,11 @@ class _Study:
         self.lm, self.data, self.settings, self.form, self.unit, self.processes = lm, data, settings, form, unit, processes
         asked = settings.questions
         paper = asked.protocol == "paper"
-        self.examples = evaluation_subset(data.evaluation, asked.limit, protocol_paper=paper)
         labels = len(data.spec.labels) if data.spec.labels else None
         try:
-            drawn = select(data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels)
+            self.separation = _separation(data, asked)
+            self.examples, hidden = self.separation.evaluated, self.separation.hidden
+            drawn = select(data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels, hidden=hidden)
             self.demonstrations = fit(lm, form, drawn, longest_query(lm, self.examples))
             if not self.demonstrations:
                 raise UserError(
@@ -170,6 +169,7 @@ class _Study:
         return {
             "labels_changed_by_shuffling": sum(one.gold != other.gold for one, other in pairs),
             "shots_fitted": len(self.demonstrations),
+            "overlap": self.separation.counts(),
             "demonstrations": [example.index for example in self.demonstrations],
             "demonstration_labels": [example.continuations[example.gold].strip() for example in self.demonstrations],
             "finetune_lr": rate.rate,
@@ -183,9 +183,10 @@ class _Study:
         if asked.protocol == "paper":
             examples, source = self.examples, "evaluation"
         else:
-            shown = {example.index for example in self.demonstrations}
+            shown = {identity(example) for example in self.demonstrations}
             order = np.random.default_rng([self.unit.seed, 2]).permutation(len(self.data.train))
-            rest = [self.data.train[i] for i in order if self.data.train[i].index not in shown]
+            free = (self.data.train[i] for i in order if i not in self.separation.hidden)
+            rest = [example for example in free if identity(example) not in shown]
             examples, source = rest[: settings.held_out], "train"
         budget = asked.batch_tokens
         arguments = (settings.rates, settings.parameters, asked.score, budget, self.processes, self.unit.name)
@@ -328,6 +329,11 @@ def _key_heads(seen: Seen) -> int:
     """Key/value heads: what is as wide as the query heads, of the keys' width."""
     width = seen.trace.heads[0].shape[-1]
     return seen.trace.keys[0].shape[-1] // width
+
+
+def _separation(data: LabelledDataset, asked: classification.Settings) -> Separation:
+    paper = asked.protocol == "paper"
+    return separate(data.train, evaluation_subset(data.evaluation, asked.limit, protocol_paper=paper), paper)
 
 
 def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:

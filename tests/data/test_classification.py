@@ -337,7 +337,7 @@ def test_without_a_network_it_is_quick_and_says_what_to_provide(run_cli, tmp_pat
     result = run_cli(["momentum-lm", "datasets", "mr"], env=environment, timeout=15)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: mr could not be loaded from the hub (cornell-movie-review-data/rotten_tomatoes: ")
-    assert "provide DIR/mr/train.jsonl and DIR/mr/validation.jsonl (or .csv, .parquet; columns: text, label)" in result.stderr
+    assert "provide DIR/mr/train.jsonl and DIR/mr/validation.jsonl (or .csv, .tsv, .parquet; columns: text, label)" in result.stderr
     assert "and give --data-dir DIR" in result.stderr and "fetch_datasets.py mr --output DIR" in result.stderr
 
 

@@ -47,10 +47,18 @@ def test_what_is_shared_shrinks_as_queries_arrive(lm):
 
 
 def test_a_continuation_that_joins_its_input(lm):
-    """Without a space between them the tokens of input and continuation may not be theirs alone; what differs is scored."""
-    (query,) = build(lm, FORMS["text"], [], [Example(0, ("the act",), ("ors", " is"), 0)]).queries
-    joined, apart = query
-    assert lm.decode(joined.tokens[joined.start :]).endswith("ors") and lm.decode(apart.tokens[apart.start :]) == " is"
+    """Without a space between them the tokens of input and continuation may not be theirs alone: all choices are scored from the first
+    token that one of them changes."""
+    example = Example(0, ("the act",), ("ors", " is"), 0)
+    prompts = build(lm, FORMS["text"], [], [example])
+    (joined, apart) = prompts.queries[0]
+    assert joined.start == apart.start and lm.decode(joined.tokens[joined.start :]) == " actors"
+    assert lm.decode(apart.tokens[apart.start :]) == " act is"
+    whole = [prompts.prefix + list(request.tokens) for request in (joined, apart)]
+    assert whole == [lm.encode(["the act" + text])[0] for text in example.continuations]
+    # partial evaluation has an input for each choice, whose last token one continuation may join
+    own = build(lm, FORMS["text"], [], [Example(0, ("the act", "the film"), (" is",) * 2, 0)]).queries[0]
+    assert [lm.decode(request.tokens[request.start :]) for request in own] == [" is", " is"]
 
 
 def test_fit_follows_the_authors_rule(make_lm, examples):

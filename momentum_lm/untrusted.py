@@ -101,6 +101,8 @@ def parse_json(line: str | bytes) -> Any:
         raise
     except json.JSONDecodeError as error:
         raise ValueError(brief(str(error))) from error
+    except ValueError as error:  # Python's limit to the digits of a whole number
+        raise ValueError("a whole number of thousands of digits") from error
 
 
 def check_marks(start: bytes, name: str | os.PathLike[str]) -> None:
@@ -232,5 +234,7 @@ class _YamlReader:
         try:
             value = None if kind == "timestamp" else getattr(yaml.constructor.SafeConstructor(), f"construct_yaml_{kind}")(node)
         except (ValueError, OverflowError, KeyError, IndexError):  # 2024-99-99, thousands of digits, !!bool maybe
+            value = None
+        if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very long ones
             value = None
         return Plain(node.value, value)

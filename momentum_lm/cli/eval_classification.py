@@ -65,8 +65,10 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
         help="paper: demonstrations, evaluated examples, templates and <s> as in the authors' code (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--separator", metavar="TEXT", help=r"between demonstrations, such as '\n' (default: </s> for fairseq checkpoints, \n\n for others)"
-    )
+        "--separator", metavar="TEXT",
+        help=r"between demonstrations, such as '\n' (default: the token </s> for fairseq checkpoints, \n\n for others); like texts and "
+        "templates it is ordinary text where it spells a special token",
+    )  # fmt: skip
     group.add_argument(
         "--bos", default="auto", choices=["auto", "no", "<s>", "</s>"],
         help="what a prompt begins with; the last two for fairseq checkpoints (default: what the model was trained with)",

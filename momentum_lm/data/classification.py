@@ -86,7 +86,7 @@ def load_dataset(
             what, rows = str(paths[split]), read_rows(paths[split], spec.needed)
         loaded[split], source["sha256"][split] = _render(spec, rows, what, shorten, notes)
         source["splits"][split] = printable(paths[split].name) if paths else spec.splits[split]
-    return LabelledDataset(spec, loaded.get("train", []), loaded.get("evaluation", []), source, notes)
+    return LabelledDataset(spec, loaded.get("train", []), loaded.get("evaluation", []), source, list(dict.fromkeys(notes)))
 
 
 def _render(

@@ -47,6 +47,9 @@ def read_rows(path: Path, needed: Needed | None = None) -> Rows:
 
 
 def _json_lines(path: Path) -> Rows:
+    def remedy(line: bytes) -> str:
+        return "make an array JSON Lines, as with `jq -c '.[]'`" if line.startswith(b"[") else "mend or remove the line"
+
     with open(path, "rb") as file:
         check_marks(file.read(4), path)
         file.seek(0)
@@ -61,10 +64,10 @@ def _json_lines(path: Path) -> Rows:
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not a JSON record ({error}); make the file UTF-8, as with `iconv -f latin1 -t utf-8`") from error
             except ValueError as error:
-                hint = "; this is one JSON array: make it JSON Lines, as with `jq -c '.[]'`" if number == 1 and line[:1] == b"[" else ""
-                raise UserError(f"{where}: not a JSON record ({error}){hint}; mend or remove the line") from error
+                raise UserError(f"{where}: not a JSON record ({error}); {remedy(line)}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object with a key for each column, got {type(row).__name__}; mend the line")
+                kind = type(row).__name__
+                raise UserError(f"{where}: expected a JSON object with a key for each column, got {kind}; {remedy(line)}")
             yield where, row
 
 

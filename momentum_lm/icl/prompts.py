@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from momentum_lm.data.classification import Example
@@ -53,6 +54,24 @@ class Prompts:
                 digest.update(b"%d,%d;" % (request.start, len(request.tokens)))
                 digest.update(request.tokens.tobytes())
         return digest.hexdigest()
+
+
+def special_notes(lm: LanguageModel, form: PromptFormat, template: str, examples: Sequence[Example]) -> Iterator[str]:
+    """What is to be told of names of special tokens, a line each: in the template or separator, where the token may be meant and the text
+    is what the model gets; and in the examples' texts, where the text is meant and a tokenizer may give the token."""
+    special: Mapping[str, int] = getattr(lm, "special_tokens", {})
+    if not special:
+        return
+    names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    separator = form.separator if isinstance(form.separator, str) else ""
+    for what, text in (("the template", template), ("--separator", separator)):
+        if found := names.search(text):
+            yield f"{what} spells {found[0]}, which is ordinary text to the model, not the special token"
+    texts = ["".join(example.pair(choice)) for example in examples for choice in range(len(example.inputs))]
+    texts = [text for text in texts if names.search(text)]
+    wrong = sum(not {special[name] for name in names.findall(text)}.isdisjoint(ids) for text, ids in zip(texts, lm.encode(texts), strict=True))
+    if wrong:
+        yield f"{wrong:,} texts spell a special token, which the tokenizer of {lm.name} takes for the token itself; change the texts"
 
 
 def demonstration_text(example: Example) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +45,12 @@ class LanguageModel(Protocol):
     @property
     def separator(self) -> str | tuple[int, ...]:
         """What stands between demonstrations: text, or token ids that no text gives."""
+        ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of the special tokens by their names. Text that spells a name is ordinary text to :meth:`encode`, wherever it comes from:
+        data, templates, separators; but for tokenizers that cannot tell one from the other."""
         ...
 
     def describe(self) -> dict[str, Any]:

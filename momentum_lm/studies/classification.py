@@ -31,7 +31,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.files import locked, write_json
 from momentum_lm.icl import calibration, scoring
 from momentum_lm.icl.demonstrations import evaluation_subset, select, separate
-from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query
+from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query, special_notes
 from momentum_lm.icl.scoring import Scores
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.classification import TASK, summary
@@ -354,7 +354,8 @@ def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
 
 def _warn(asked: Questions, settings: Settings) -> None:
     name = asked.spec.name
-    for note in asked.notes:
+    template = asked.spec.templates[asked.spec.template]
+    for note in [*asked.notes, *special_notes(asked.lm, settings.form(asked.lm), template, [*asked.examples, *asked.train])]:
         _log.warning("%s: %s", name, note)
     for one, other in asked.colliding():
         _log.warning("%s: the labels %r and %r begin with the same token; the tokens after it decide between them", name, one, other)

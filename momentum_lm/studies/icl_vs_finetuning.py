@@ -25,7 +25,7 @@ from momentum_lm.files import atomic_write, locked
 from momentum_lm.icl import scoring
 from momentum_lm.icl.demonstrations import Separation, evaluation_subset, identity, select, separate
 from momentum_lm.icl.finetuning import Diverged, Lesson
-from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstration_text, fit, longest_query
+from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstration_text, fit, longest_query, special_notes
 from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.finetuning_summary import TASK, summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None, **kwargs: Any) -> int:
         try:
+            if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+                sys.stdout.reconfigure(errors="surrogateescape")  # paths are printed as they are, UTF-8 or not
             status = main(argv, **kwargs) or 0
             sys.stdout.flush()
             return status

@@ -115,7 +115,7 @@ def check_marks(start: bytes, name: str | os.PathLike[str]) -> None:
 def check_regular(path: Path) -> None:
     """Raises UserError for a link to nothing, a folder, a device or a pipe, and OSError where there is nothing."""
     if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {shown(os.readlink(path))}, where there is nothing; mend the link")
+        raise UserError(f"{path} is a link to {printable(os.readlink(path))}, where there is nothing; mend the link")
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"

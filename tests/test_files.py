@@ -1,5 +1,6 @@
 """Files that are whole or not there, and how what goes wrong with them is told."""
 
+import io
 import json
 import os
 import subprocess
@@ -99,3 +100,19 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     process.wait()
     with locked(tmp_path / "out"):
         pass
+
+
+def test_paths_that_are_no_utf8(tmp_path, capsys):
+    """Names on Linux are bytes. Such a path in a record is read back as it was, and a folder that TensorBoard cannot write to is refused."""
+    odd = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "a.json", {"path": odd})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": odd}
+    with pytest.raises(UserError, match=r"--results-dir .*the name is not UTF-8"):
+        check_writable(tmp_path / odd, "--results-dir")
+
+
+def test_paths_that_are_no_utf8_are_printed_as_they_are(monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="utf-8", errors="strict"))
+    assert main_guard(lambda argv=None: print(os.fsdecode(b"caf\xe9")))([]) == 0
+    assert file.getvalue() == b"caf\xe9\n"

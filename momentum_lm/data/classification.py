@@ -63,7 +63,7 @@ def load_dataset(
     if folder and not folder.parent.is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder; check the path")
     if folder and folder.is_symlink() and not folder.exists():
-        raise UserError(f"--data-dir: {folder} is a link to {os.readlink(folder)}, where there is nothing; mend the link")
+        raise UserError(f"--data-dir: {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; mend the link")
     if folder and folder.is_dir():
         source: dict[str, Any] = {"kind": "local", "path": printable(folder)}
         paths = {split: _find(folder, split, spec) for split in splits}

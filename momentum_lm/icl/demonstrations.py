@@ -39,9 +39,12 @@ def select(
     Raises UserError for more shots than examples, a negative seed and, if balanced, a label without an example. Warns of labels that
     are not shown because there are fewer shots.
     """
-    if shots > len(train) - len(hidden):
-        rest = " that are not evaluated too; use a smaller --limit, or another training split" if hidden else ""
-        raise UserError(f"{shots} shots (--shots): the training split has no more than {len(train) - len(hidden)} examples{rest}")
+    for there, rest in (
+        (len(train), ""),
+        (len(train) - len(hidden), " that are not evaluated too; use a smaller --limit, or another training split"),
+    ):
+        if shots > there:
+            raise UserError(f"{shots} shots (--shots): the training split has no more than {there} examples{rest}")
     if seed < 0:
         raise UserError(f"seed {seed} (--seeds): must not be negative")
     if not shots:
@@ -146,11 +149,14 @@ def _balanced(
     labels = list(range(num_labels)) if num_labels else sorted(waiting)
     missing = [label for label in labels if label not in waiting]
     if missing:
-        words = [train[0].continuations[label].strip() if label < len(train[0].continuations) else f"number {label + 1}" for label in missing]
-        there = "example" if len(permutation) == len(train) else "example that is not evaluated too"
+        known = train[0].continuations
+        absent = [label for label in missing if all(example.gold != label for example in train)]
+        what = "example" if absent else "example that is not evaluated too"
+        missing = absent or missing
+        words = [known[label].strip() if label < len(known) else f"number {label + 1}" for label in missing[:10]]
         raise UserError(
-            f"--sampling balanced: the training split has no {there} of {len(missing)} of {len(labels)} labels "
-            f"({', '.join(words[:10])}{', ...' * (len(words) > 10)}); use --sampling random, or another training split"
+            f"--sampling balanced: the training split has no {what} of {len(missing)} of {len(labels)} labels "
+            f"({', '.join(words)}{', ...' * (len(missing) > 10)}); use --sampling random, or another training split"
         )
     if shots < len(labels):
         log.warning("%d shots for %d labels: %d of them have no demonstration", shots, len(labels), len(labels) - shots)

@@ -36,15 +36,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     """Opens a temporary file beside ``path``; on success it is fsynced and renamed to ``path``, on error it is removed.
 
     Raises OSError, naming ``path``, as ``open`` does. ``path`` keeps its old content until the new one is whole on disk.
-    Text is UTF-8; what a path that is none has in the place of its odd bytes is written as ``\\udcXX``, which JSON reads as it was.
+    Text is UTF-8; a path's bytes that are none are written as ``\\udcXX``, which JSON reads as they were.
     """
     path = Path(path)
     with naming(path):
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             os.fchmod(fd, 0o666 & ~_umask())  # mkstemp gives 0600, ordinary files follow the umask
-            text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-            with os.fdopen(fd, mode, **text) as file:
+            encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+            with os.fdopen(fd, mode, encoding=encoding, errors=errors) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -60,7 +60,8 @@ def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
     try:
         os.fsencode(folder).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {os.fspath(folder)}: the name is not UTF-8, which TensorBoard cannot write to; choose another") from error
+        problem = "the name is not UTF-8, which TensorBoard cannot write to; choose another"
+        raise UserError(f"{flag} {os.fspath(folder)}: {problem}") from error
     try:
         there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):

@@ -1,4 +1,5 @@
-"""Text, JSON and YAML that others wrote: read within bounds, shown in messages within bounds. Problems are one-line UserErrors."""
+"""Text, JSON and YAML that others wrote: read within bounds, shown in messages within bounds. Problems are one-line
+UserErrors."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import os
 import reprlib
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,17 @@ YAML_DEPTH = 20
 YAML_VALUES = 20_000  # aliases written out
 _SHOWN = 60  # characters of a value in a message
 # UTF-32's little-endian mark begins with UTF-16's.
-_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class Record(dict[str, Any]):
-    """A row, or an object in it, some of whose names occur more than once: ``repeated``. Of these the last value is kept."""
+    """A row, or an object in it, some of whose names occur more than once: ``repeated``. Of these the last value is
+    kept."""
 
     repeated: frozenset[str] = frozenset()
 
@@ -32,15 +40,15 @@ class Record(dict[str, Any]):
         plain = dict(pairs)
         if len(plain) == len(pairs):
             return plain
-        record, seen = cls(plain), set[str]()
-        record.repeated = frozenset(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        record = cls(plain)
+        record.repeated = frozenset(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         return record
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A YAML scalar that is no text: as written, and the truth value or number that YAML makes of it; None for dates, and where it can
-    make nothing of it, as of a whole number of thousands of digits."""
+    """A YAML scalar that is no text: as written, and the truth value or number that YAML makes of it; None for dates,
+    and where it can make nothing of it, as of a whole number of thousands of digits."""
 
     text: str
     value: Any
@@ -61,7 +69,8 @@ class _Brief(reprlib.Repr):
         return repr(x) if len(x) <= _SHOWN else f"{x[:_SHOWN]!r}... ({len(x):,} characters)"
 
     def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if x.bit_length() < 200 else f"a whole number of {x.bit_length():,} bits"  # repr refuses very long ones
+        bits = x.bit_length()  # of too many of them repr refuses to write the digits
+        return repr(x) if bits < 200 else f"a whole number of {bits:,} bits"
 
     def repr_Plain(self, x: Plain, level: int) -> str:
         if isinstance(x.value, bool):  # what a reader may not expect of No
@@ -91,7 +100,8 @@ def printable(path: str | os.PathLike[str]) -> str:
 def parse_json(line: str | bytes) -> Any:
     """A JSON value, in which an object with a repeated name is a :class:`Record`.
 
-    Raises ValueError whose text fits a message, for what is no JSON, nested too deeply, or holds a number of thousands of digits.
+    Raises ValueError whose text fits a message, for what is no JSON, nested too deeply, or holds a number of thousands
+    of digits.
     """
     try:
         return json.loads(line.decode() if isinstance(line, bytes) else line, object_pairs_hook=Record.of)
@@ -106,10 +116,14 @@ def parse_json(line: str | bytes) -> Any:
 
 
 def check_marks(start: bytes, name: str | os.PathLike[str]) -> None:
-    """Raises UserError, with the command that converts it, for a file whose first bytes are the mark of UTF-16 or UTF-32."""
+    """Raises UserError, with the command that converts it, for a file whose first bytes are the mark of UTF-16 or
+    UTF-32."""
     for mark, encoding in _MARKS:
         if start.startswith(mark):
-            raise UserError(f"{os.fspath(name)} is {encoding.upper()}, not UTF-8; convert it first, as with `iconv -f {encoding} -t utf-8`")
+            raise UserError(
+                f"{os.fspath(name)} is {encoding.upper()}, not UTF-8; convert it first, as with `iconv -f "
+                f"{encoding} -t utf-8`"
+            )
 
 
 def check_regular(path: Path) -> None:
@@ -123,10 +137,12 @@ def check_regular(path: Path) -> None:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file: of texts, lists and mappings with text as keys, and :class:`Plain` for whatever else a scalar may be.
+    """The mapping in a YAML file: of texts, lists and mappings with text as keys, and :class:`Plain` for whatever else
+    a scalar may be.
 
-    Nothing in the file runs or grows: aliases are written out, up to YAML_VALUES values in all. Keys that are no text are kept as their
-    text. Raises UserError, which names the file and key, for anything else; also for a file of more than YAML_BYTES and repeated keys.
+    Nothing in the file runs or grows: aliases are written out, up to YAML_VALUES values in all. Keys that are no text
+    are kept as their text. Raises UserError, which names the file and key, for anything else; also for a file of more
+    than YAML_BYTES and repeated keys.
     """
     try:
         check_regular(path)
@@ -185,7 +201,10 @@ class _YamlReader:
     def value(self, node: Any, where: str, depth: int = 0) -> Any:
         self.left -= 1
         if self.left < 0 or depth > YAML_DEPTH:  # an alias may stand for what it is part of
-            raise UserError(f"{where} holds more than {YAML_VALUES:,} values, its aliases (*) written out; write down what it is to hold")
+            raise UserError(
+                f"{where} holds more than {YAML_VALUES:,} values, its aliases (*) written out; write down what "
+                "it is to hold"
+            )
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if kind == "seq":
             return [self.value(item, where, depth + 1) for item in node.value]
@@ -199,8 +218,10 @@ class _YamlReader:
         return self.scalar(node, kind, where)
 
     def pairs(self, node: Any, where: str, depth: int = 0) -> list[tuple[str, Any]]:
-        """A mapping's keys, as text, and the nodes of their values. ``<<`` adds those of other mappings that are not there."""
-        own, others = [], []
+        """A mapping's keys, as text, and the nodes of their values. ``<<`` adds those of other mappings that are not
+        there."""
+        own: list[tuple[str, Any]] = []
+        others: list[Any] = []
         for key, item in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 others += item.value if item.tag == "tag:yaml.org,2002:seq" else [item]
@@ -232,7 +253,11 @@ class _YamlReader:
         import yaml
 
         try:
-            value = None if kind == "timestamp" else getattr(yaml.constructor.SafeConstructor(), f"construct_yaml_{kind}")(node)
+            value = (
+                None
+                if kind == "timestamp"
+                else getattr(yaml.constructor.SafeConstructor(), f"construct_yaml_{kind}")(node)
+            )
         except (ValueError, OverflowError, KeyError, IndexError):  # 2024-99-99, thousands of digits, !!bool maybe
             value = None
         if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very long ones

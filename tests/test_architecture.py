@@ -55,7 +55,9 @@ def imported_rooms(path):
 @pytest.mark.parametrize("room", CORE)
 def test_imports_point_one_way(room):
     for path in (PACKAGE / room).rglob("*.py"):
-        extra = set(imported_rooms(path)) - MAY_IMPORT[room] - {room, "errors", "files", "untrusted", "cpu", "__version__"}
+        extra = (
+            set(imported_rooms(path)) - MAY_IMPORT[room] - {room, "errors", "files", "untrusted", "cpu", "__version__"}
+        )
         assert not extra, f"{path.relative_to(ROOT)} imports {', '.join(sorted(extra))}"
 
 

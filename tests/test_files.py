@@ -103,7 +103,8 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
 
 
 def test_paths_that_are_no_utf8(tmp_path, capsys):
-    """Names on Linux are bytes. Such a path in a record is read back as it was, and a folder that TensorBoard cannot write to is refused."""
+    """Names on Linux are bytes. Such a path in a record is read back as it was, and a folder that TensorBoard cannot
+    write to is refused."""
     odd = os.fsdecode(b"caf\xe9")
     write_json(tmp_path / "a.json", {"path": odd})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": odd}

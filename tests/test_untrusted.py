@@ -6,12 +6,24 @@ import time
 import pytest
 
 from momentum_lm.errors import UserError
-from momentum_lm.untrusted import YAML_BYTES, Plain, Record, check_marks, check_regular, load_yaml, parse_json, printable, shown
+from momentum_lm.untrusted import (
+    YAML_BYTES,
+    Plain,
+    Record,
+    check_marks,
+    check_regular,
+    load_yaml,
+    parse_json,
+    printable,
+    shown,
+)
 
 LAUGHS = "labels:\n - &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f" - &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
 )
-MERGES = "a: &a0 {x: 1, y: 2}\n" + "".join(f"b{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12))
+MERGES = "a: &a0 {x: 1, y: 2}\n" + "".join(
+    f"b{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12)
+)
 
 
 @pytest.fixture
@@ -27,9 +39,14 @@ def yaml(tmp_path):
 
 
 def test_texts_lists_and_mappings_and_what_else_a_scalar_is(yaml):
-    found = yaml('\ufefftext: a\nquoted: "1"\nlist: [x, {y: z}]\nnothing:\nno: Yes\nnumber: 0x10\nfloat: 1.50\nday: 2024-99-99\nlong: ' + "9" * 5000)
+    found = yaml(
+        '\ufefftext: a\nquoted: "1"\nlist: [x, {y: z}]\nnothing:\nno: Yes\nnumber: 0x10\n'
+        "float: 1.50\nday: 2024-99-99\nlong: "
+        + "9" * 5000
+    )
     assert found == {
-        "text": "a", "quoted": "1", "list": ["x", {"y": "z"}], "nothing": None, "no": Plain("Yes", True), "number": Plain("0x10", 16),
+        "text": "a", "quoted": "1", "list": ["x", {"y": "z"}], "nothing": None,
+        "no": Plain("Yes", True), "number": Plain("0x10", 16),
         "float": Plain("1.50", 1.5), "day": Plain("2024-99-99", None), "long": Plain("9" * 5000, None),
     }  # fmt: skip
 
@@ -53,7 +70,7 @@ def test_aliases_are_written_out(yaml):
         ("a: {b: 1, b: 2}\n", r"set\.yaml: `a`: the key 'b' is there twice"),
         ("a: {[x]: 1}\n", r"set\.yaml: `a`: a key must be text, not \['x'\]"),
         ("a: {<<: b}\n", r"set\.yaml: `a`: << must name a mapping"),
-        ("a: !!python/object/apply:os.system [ls]\n", r"set\.yaml: `a`: the tag tag:yaml.org,2002:python/object/apply:os.system is not read"),
+        ("a: !!python/object/apply:os.system [ls]\n", r"set\.yaml: `a`: the tag .*apply:os.system is not read"),
         ("a: !!binary aGk=\n", r"`a`: the tag tag:yaml.org,2002:binary is not read"),
         ("- a\n", r"set\.yaml: expected keys such as"),
         ("", r"set\.yaml: expected keys such as"),
@@ -61,7 +78,7 @@ def test_aliases_are_written_out(yaml):
         ("a: *b\n", r"set\.yaml: not a YAML file \(found undefined alias"),
         ("a: \x07\n", r"set\.yaml: not a YAML file \(unacceptable character"),
         (b"a: \xe9\n", r"set\.yaml: not a YAML file \('utf-8' codec"),
-        ("a: é\n".encode("utf-16"), r"set\.yaml is UTF-16, not UTF-8; convert it first, as with `iconv -f utf-16 -t utf-8`"),
+        ("a: é\n".encode("utf-16"), r"set\.yaml is UTF-16, .* as with `iconv -f utf-16 -t utf-8`"),
         ("a: é\n".encode("utf-32"), r"set\.yaml is UTF-32, .*`iconv -f utf-32 -t utf-8`"),
         ("#" * (YAML_BYTES + 1), r"set\.yaml: a YAML file of more than 256 KiB"),
     ],
@@ -110,7 +127,14 @@ def test_values_in_messages_are_short():
     for _ in range(40):
         nested = [nested] * 10
     began = time.monotonic()
-    values = ["a" * 10**6, nested, {str(i): "b" * 1000 for i in range(10**5)}, 1 << 10**6, Plain("9" * 5000, None), list(range(10**6))]
+    values = [
+        "a" * 10**6,
+        nested,
+        {str(i): "b" * 1000 for i in range(10**5)},
+        1 << 10**6,
+        Plain("9" * 5000, None),
+        list(range(10**6)),
+    ]
     assert all(len(shown(value)) < 1500 for value in values) and time.monotonic() - began < 1
     assert shown("a" * 100) == repr("a" * 60) + "... (100 characters)"
     assert [shown(value) for value in ("a", ["a", 1], None, 1.5, Plain("0x10", 16), Plain("No", False))] == [

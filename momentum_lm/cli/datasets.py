@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table of all data sets, or of one its description and a sample prompt for each of its templates."""
     parser = Parser(prog="momentum-lm datasets", description="Lists the data sets, or shows a prompt of one.")
     parser.add_argument("name", nargs="?", metavar="NAME", help="a name of the list, or a YAML file of your own")
-    parser.add_argument("--data-dir", metavar="DIR", help="use DIR/NAME/{train,validation}.{jsonl,csv,tsv,parquet}, not the hub")
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="use DIR/NAME/{train,validation}.{jsonl,csv,tsv,parquet}, not the hub"
+    )
     parser.add_argument("--template", metavar="TEMPLATE", help="show this variant only (default: each)")
     parser.add_argument("--shots", type=int, default=2, metavar="N", help="demonstrations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="draws them, and the query (default: %(default)s)")
@@ -64,7 +66,9 @@ def _sample(args: argparse.Namespace) -> str:
         shown = select(data.train, args.shots, args.seed, args.sampling, labels, hidden=hidden)
         notes |= dict.fromkeys(data.notes)
         if any(identity(example) == identity(query) for example in shown):
-            notes[f"row {query.index}, which is asked, is among the demonstrations: the training split has it too"] = None
+            notes[f"row {query.index}, which is asked, is among the demonstrations: the training split has it too"] = (
+                None
+            )
         inputs = query.inputs if len(query.inputs) == 1 else (query.inputs[query.gold],)
         prompt = SEPARATOR.join(["".join(example.pair(example.gold)) for example in shown] + list(inputs))
         choices = query.continuations if len(query.inputs) == 1 else query.inputs

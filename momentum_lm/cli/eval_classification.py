@@ -46,7 +46,9 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--datasets", required=True, metavar="D,D,...", help="names (see `momentum-lm datasets`) or YAML files of your own")
     group.add_argument(
-        "--data-dir", metavar="DIR", help="use DIR/<dataset>/{train,validation}.{jsonl,csv,tsv,parquet} where it is there, not the hub"
+        "--data-dir",
+        metavar="DIR",
+        help="use DIR/<dataset>/{train,validation}.{jsonl,csv,tsv,parquet} where it is there, not the hub",
     )
     group.add_argument(
         "--template", default="code", metavar="NAME",
@@ -66,7 +68,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--separator", metavar="TEXT",
-        help=r"between demonstrations, such as '\n' (default: the token </s> for fairseq checkpoints, \n\n for others); like texts and "
+        help=r"between demonstrations, such as '\n' (default: the token </s> for fairseq checkpoints, \n\n for "
+        r"others); like texts and "
         "templates it is ordinary text where it spells a special token",
     )  # fmt: skip
     group.add_argument(

@@ -29,7 +29,8 @@ class LabelledDataset:
     """The splits that were asked for, in the order of their files; the other is empty.
 
     ``source`` is for records: ``kind`` ("hub" or "local"), ``id``, ``subset`` and ``revision`` or the files' ``path``, ``splits`` (their
-    names there) and ``sha256`` of each split's rendered examples. ``notes``: what is to be told of rows, such as how many are left out.
+    names there) and ``sha256`` of each split's rendered examples. ``notes``: what is to be told of rows, such as how
+    many are left out.
     """
 
     spec: DatasetSpec
@@ -54,16 +55,19 @@ def load_dataset(
 ) -> LabelledDataset:
     """Loads and renders ``splits`` ("train", "evaluation") of a built-in data set or of a YAML file's.
 
-    Files come first: ``data_dir/NAME/train.jsonl`` (or .csv, .tsv, .parquet) and the like, the evaluated one named as the hub's split,
-    validation or test; then the files that the YAML names; then the hub. ``template``: :func:`load_spec`. ``shorten`` is applied to the
-    text of each field. Raises UserError for what cannot be found, loaded or rendered, and for a split without examples.
+    Files come first: ``data_dir/NAME/train.jsonl`` (or .csv, .tsv, .parquet) and the like, the evaluated one named as
+    the hub's split, validation or test; then the files that the YAML names; then the hub. ``template``:
+    :func:`load_spec`. ``shorten`` is applied to the text of each field. Raises UserError for what cannot be found,
+    loaded or rendered, and for a split without examples.
     """
     spec = load_spec(name_or_yaml, template)
     folder = Path(data_dir).expanduser() / spec.name if data_dir is not None else None
     if folder and not folder.parent.is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder; check the path")
     if folder and folder.is_symlink() and not folder.exists():
-        raise UserError(f"--data-dir: {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; mend the link")
+        raise UserError(
+            f"--data-dir: {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; mend the link"
+        )
     if folder and folder.is_dir():
         source: dict[str, Any] = {"kind": "local", "path": printable(folder)}
         paths = {split: _find(folder, split, spec) for split in splits}
@@ -86,7 +90,9 @@ def load_dataset(
             what, rows = str(paths[split]), read_rows(paths[split], spec.needed)
         loaded[split], source["sha256"][split] = _render(spec, rows, what, shorten, notes)
         source["splits"][split] = printable(paths[split].name) if paths else spec.splits[split]
-    return LabelledDataset(spec, loaded.get("train", []), loaded.get("evaluation", []), source, list(dict.fromkeys(notes)))
+    return LabelledDataset(
+        spec, loaded.get("train", []), loaded.get("evaluation", []), source, list(dict.fromkeys(notes))
+    )
 
 
 def _render(
@@ -105,9 +111,16 @@ def _render(
         raise UserError(f"{what}: no examples, for {rest}; use another file")
     if left_out := count - len(examples):
         notes.append(f"{what}: {left_out:,} of {count:,} rows left out, which have not {spec.num_choices} choices")
-    fewer = sum(len(example.continuations) < len(spec.choices) for example in examples) if isinstance(spec.choices, tuple) else 0
+    fewer = (
+        sum(len(example.continuations) < len(spec.choices) for example in examples)
+        if isinstance(spec.choices, tuple)
+        else 0
+    )
     if fewer:
-        notes.append(f"{what}: {fewer:,} of {count:,} rows have empty cells among {', '.join(spec.choices or ())}, which are no choices")
+        notes.append(
+            f"{what}: {fewer:,} of {count:,} rows have empty cells among {', '.join(spec.choices or ())}, which "
+            "are no choices"
+        )
     empty = sum(example.inputs[0] == spec.empty_input for example in examples)
     if empty:
         notes.append(f"{what}: {empty:,} of {count:,} rows have no text")

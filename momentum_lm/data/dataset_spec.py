@@ -99,14 +99,17 @@ class DatasetSpec:
     def render(self, row: Mapping[str, Any], index: int, where: str, shorten: Callable[[str], str] | None = None) -> Example | None:
         """The example of a row, or None if it has not ``num_choices``. ``shorten`` is applied to the text of each field.
 
-        An option that is empty is no choice. Raises UserError that begins with ``where``: for a column that is not there or there twice,
-        a value of another type, an unknown label, a right answer that is empty, and fewer than two choices.
+        An option that is empty is no choice. Raises UserError that begins with ``where``: for a column that is not
+        there or there twice, a value of another type, an unknown label, a right answer that is empty, and fewer than
+        two choices.
         """
         total, choices = self._row_choices(row, where)
         if self.num_choices and len(choices) != self.num_choices:
             return None
         if len(choices) < 2:
-            raise UserError(f"{where}: fewer than two choices with text in {self._choice_columns()}; mend or remove the row")
+            raise UserError(
+                f"{where}: fewer than two choices with text in {self._choice_columns()}; mend or remove the row"
+            )
         gold = self._gold(row, total, choices, where)
         pieces = []
         for text, field in self._pieces():
@@ -152,7 +155,11 @@ class DatasetSpec:
 
     @functools.cached_property
     def _words(self) -> dict[str, Meanings]:
-        return {name: Meanings([[value] for value in field.words]) for name, field in self.fields.items() if field.words is not None}
+        return {
+            name: Meanings([[value] for value in field.words])
+            for name, field in self.fields.items()
+            if field.words is not None
+        }
 
     @functools.cached_property
     def _meanings(self) -> Meanings:
@@ -187,20 +194,25 @@ class DatasetSpec:
             label = shown(str(value).strip() if value is None or isinstance(value, str | float) else value)
             label = label if label[:1] in "'\"" or isinstance(value, list | dict) else f"'{label}'"
             raise UserError(
-                f"{where}: label {label} in column {self.label_column!r} is none of {_listed(names)}{words}; mend the row or the YAML file"
+                f"{where}: label {label} in column {self.label_column!r} is none of {_listed(names)}{words}; "
+                "mend the row or the YAML file"
             )
         if self.labels is not None:
             return found
         gold = next((gold for gold, (number, _) in enumerate(choices) if number == found), None)
         if gold is None:
-            what = f"item {found} of column {self.choices!r}" if isinstance(self.choices, str) else f"column {(self.choices or ())[found]!r}"
+            what = (
+                f"item {found} of column {self.choices!r}"
+                if isinstance(self.choices, str)
+                else f"column {(self.choices or ())[found]!r}"
+            )
             raise UserError(f"{where}: the right answer is in {what}, which is empty; mend or remove the row")
         return gold
 
 
 class Meanings:
-    """Which of several entries the value of a cell stands for: the one that lists its text, or else the same number or truth value,
-    which formats write differently (1, 1.0 and "1"; true, "True" and 1)."""
+    """Which of several entries the value of a cell stands for: the one that lists its text, or else the same number or
+    truth value, which formats write differently (1, 1.0 and "1"; true, "True" and 1)."""
 
     def __init__(self, entries: Sequence[Sequence[str]]) -> None:
         self._exact = {text: number for number, texts in enumerate(entries) for text in texts}
@@ -241,20 +253,28 @@ def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    """What a row has in a column; "a.b" is b inside of a, or of each of a's items, and "a.0" (a[0]) the first of a's items."""
+    """What a row has in a column; "a.b" is b inside of a, or of each of a's items, and "a.0" (a[0]) the first of a's
+    items."""
     value: Any = row
     for key in [column] if column in row else _parts(column):
         if isinstance(value, Mapping) and key in value:
             if key in getattr(value, "repeated", ()):
-                raise UserError(f"{where}: the column {shown(key)} is there more than once; rename or remove the others")
+                raise UserError(
+                    f"{where}: the column {shown(key)} is there more than once; rename or remove the others"
+                )
             value = value[key]
         elif isinstance(value, list) and re.fullmatch(r"-?\d{1,9}", key):
             if not -len(value) <= int(key) < len(value):
-                raise UserError(f"{where}: no item {key} for column {column!r}, in a list of {len(value)}; mend or remove the row")
+                raise UserError(
+                    f"{where}: no item {key} for column {column!r}, in a list of {len(value)}; mend or remove the row"
+                )
             value = value[int(key)]
         elif isinstance(value, list) and value and all(isinstance(item, Mapping) and key in item for item in value):
             if any(key in getattr(item, "repeated", ()) for item in value):
-                raise UserError(f"{where}: {shown(key)} is there more than once in an item of {column!r}; rename or remove the others")
+                raise UserError(
+                    f"{where}: {shown(key)} is there more than once in an item of {column!r}; rename or remove "
+                    "the others"
+                )
             value = [item[key] for item in value]
         else:
             there = _listed([brief(str(name)) for name in row]) or "none"

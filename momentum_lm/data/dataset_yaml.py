@@ -41,17 +41,23 @@ def load_spec(name_or_yaml: str, template: str = "code") -> DatasetSpec:
         return _Reader(path).spec(template)
     near = difflib.get_close_matches(name_or_yaml[:100].lower(), available(), n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(available())}"
-    raise UserError(f"there is no data set {shown(name_or_yaml)}; {hint} (one of your own is given as a path that ends in .yaml)")
+    raise UserError(
+        f"there is no data set {shown(name_or_yaml)}; {hint} (one of your own is given as a path that ends in .yaml)"
+    )
 
 
 def check_names(specs: Sequence[DatasetSpec]) -> None:
-    """Raises UserError where two have one name: results and files are told apart by it. Some file systems do not tell A from a."""
+    """Raises UserError where two have one name: results and files are told apart by it. Some file systems do not tell A
+    from a."""
     first: dict[str, DatasetSpec] = {}
     for spec in specs:
         other = first.setdefault(spec.name.casefold(), spec)
         if other is not spec:
             names = spec.name if spec.name == other.name else f"{other.name} and {spec.name} but for their case"
-            raise UserError(f"two data sets are called {names}: {other.path} and {spec.path}; give one of them another `name`, in its file")
+            raise UserError(
+                f"two data sets are called {names}: {other.path} and {spec.path}; give one of them another "
+                "`name`, in its file"
+            )
 
 
 class _Reader:
@@ -93,7 +99,9 @@ class _Reader:
         splits = {"train": "train", "evaluation": "validation"} | self.texts("splits", SPLITS)
         name = self.text("name") or self.path.stem
         if not re.fullmatch(r"\w[\w.-]{0,99}", name):
-            raise self.error(f"the name {shown(name)} must be of letters, digits, _, . and -, up to 100: it names folders")
+            raise self.error(
+                f"the name {shown(name)} must be of letters, digits, _, . and -, up to 100: it names folders"
+            )
         spec = DatasetSpec(
             name=name,
             path=self.path,
@@ -125,7 +133,7 @@ class _Reader:
         if found is None:
             return default
         value = found.value if isinstance(found, Plain) else found
-        if not isinstance(value, kind) or (kind is int and (value is True or value < 1)):
+        if not isinstance(value, kind) or (isinstance(value, int) and kind is int and (value is True or value < 1)):
             what = {int: "a whole number above 0", bool: "true or false", str: "text, in quotes", dict: "keys with values"}[kind]
             raise self.error(f"`{brief(key)}` must be {what}, not {shown(found)}")
         return value
@@ -170,13 +178,16 @@ class _Reader:
         if choices is None or isinstance(choices, str):
             return choices
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(item, str) for item in choices):
-            raise self.error(f"`choices` must be the column that holds the list of them, or two or more columns: {shown(choices)}")
+            raise self.error(
+                f"`choices` must be the column that holds the list of them, or two or more columns: {shown(choices)}"
+            )
         if len(set(choices)) < len(choices):
             raise self.error(f"`choices` names the same column twice: {brief(', '.join(choices))}")
         return tuple(choices)
 
     def values(self, values: Any) -> tuple[tuple[str, ...], ...]:
-        """What stands for each label, as written, and where YAML reads a number or truth value otherwise than it is written, that too."""
+        """What stands for each label, as written, and where YAML reads a number or truth value otherwise than it is
+        written, that too."""
         if not isinstance(values, list):
             raise self.error(f"`label.values` must be a list, in the order of the labels: {shown(values)}")
         entries = [entry if isinstance(entry, list) else [entry] for entry in values]
@@ -187,7 +198,9 @@ class _Reader:
         texts = [item.text if isinstance(item, Plain) else item.strip() for item in items]
         numbers = [canonical(item.value) for item in items if isinstance(item, Plain) and item.value is not None]
         if len(set(texts)) < len(texts) or len(set(numbers)) < len(numbers) or not all(entries):
-            raise self.error(f"`label.values` must hold each value once, and one or more for each label: {shown(values)}")
+            raise self.error(
+                f"`label.values` must hold each value once, and one or more for each label: {shown(values)}"
+            )
         return tuple(tuple(form for item in entry for form in _forms(item, texts)) for entry in entries)
 
     def fields(self) -> dict[str, Field]:
@@ -200,7 +213,9 @@ class _Reader:
             words = settings.get("words")
             if words is not None:
                 if not isinstance(words, dict) or not all(isinstance(text, str | Plain) for text in words.values()):
-                    raise self.error(f"`fields.{name}.words` must say which text stands for which value: {shown(words)}")
+                    raise self.error(
+                        f"`fields.{name}.words` must say which text stands for which value: {shown(words)}"
+                    )
                 settings["words"] = {key: text.text if isinstance(text, Plain) else text for key, text in words.items()}
             fields[name] = Field(**settings)
         return fields
@@ -209,15 +224,21 @@ class _Reader:
         try:
             pieces = parse_template(text)
         except ValueError as error:
-            raise self.error(f"template {shown(text)}: {brief(str(error))}; write {{column}}, and {{{{ for a brace") from error
+            raise self.error(
+                f"template {shown(text)}: {brief(str(error))}; write {{column}}, and {{{{ for a brace"
+            ) from error
         if not any(name for _, name in pieces):
             raise self.error(f"template {shown(text)} has no {{column}} in it")
         if text != text.rstrip():
-            raise self.error(f"template {shown(text)} ends in white space, and so would all prompts; the labels bring their own space")
+            raise self.error(
+                f"template {shown(text)} ends in white space, and so would all prompts; the labels bring their "
+                "own space"
+            )
 
 
 def _forms(item: str | Plain, others: Sequence[str]) -> list[str]:
-    """A value as it is written, and as what YAML reads where that is another number or truth value: no and 0, 0x10 and 16."""
+    """A value as it is written, and as what YAML reads where that is another number or truth value: no and 0, 0x10 and
+    16."""
     if isinstance(item, str):
         return [item.strip()]
     form = item.text if item.value is None else canonical(item.value)

@@ -1,4 +1,5 @@
-"""Rows of a local table: JSON Lines, CSV, TSV or parquet. A problem is a UserError that names the file and the line or row."""
+"""Rows of a local table: JSON Lines, CSV, TSV or parquet. A problem is a UserError that names the file and the line or
+row."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ Needed = Callable[[Collection[str]], Collection[str]]
 
 
 def read_rows(path: Path, needed: Needed | None = None) -> Rows:
-    """Each row as (where it is: "FILE:LINE" or "FILE: row N", its columns), in the file's order. A name that the header or an object
-    has more than once is in the row's ``repeated`` (:class:`Record`).
+    """Each row as (where it is: "FILE:LINE" or "FILE: row N", its columns), in the file's order. A name that the header
+    or an object has more than once is in the row's ``repeated`` (:class:`Record`).
 
     ``needed`` says which of a parquet file's columns are to be read; where it names one that is not there, all are.
-    A cell of a TSV file is what stands between the tabs: quotation marks are text. Raises UserError for a file that is not there, of
-    another format or encoding, damaged, or that has a malformed line.
+    A cell of a TSV file is what stands between the tabs: quotation marks are text. Raises UserError for a file that is
+    not there, of another format or encoding, damaged, or that has a malformed line.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -62,22 +63,28 @@ def _json_lines(path: Path) -> Rows:
             try:
                 row = parse_json(line)
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not a JSON record ({error}); make the file UTF-8, as with `iconv -f latin1 -t utf-8`") from error
+                raise UserError(
+                    f"{where}: not a JSON record ({error}); make the file UTF-8, as with `iconv -f latin1 -t utf-8`"
+                ) from error
             except ValueError as error:
                 raise UserError(f"{where}: not a JSON record ({error}); {remedy(line)}") from error
             if not isinstance(row, dict):
                 kind = type(row).__name__
-                raise UserError(f"{where}: expected a JSON object with a key for each column, got {kind}; {remedy(line)}")
+                raise UserError(
+                    f"{where}: expected a JSON object with a key for each column, got {kind}; {remedy(line)}"
+                )
             yield where, row
 
 
 def _csv(path: Path, delimiter: str) -> Rows:
     with open(path, "rb") as start:
         check_marks(start.read(4), path)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     previous = csv.field_size_limit(LINE)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(_lines(file, path), strict=True, delimiter=delimiter, quoting=quoting)
+        if delimiter == ",":
+            rows = csv.reader(_lines(file, path), strict=True)
+        else:
+            rows = csv.reader(_lines(file, path), strict=True, delimiter=delimiter, quoting=csv.QUOTE_NONE)
         try:
             header = next(rows, [])
             repeated = frozenset(name for name, count in Counter(header).items() if count > 1)
@@ -86,13 +93,17 @@ def _csv(path: Path, delimiter: str) -> Rows:
                 if len(row) == len(header):
                     yield where, _record(dict(zip(header, row, strict=True)), repeated)
                 elif row:
-                    raise UserError(f"{where}: {len(row)} columns, the header has {len(header)}; mend or remove the line")
+                    raise UserError(
+                        f"{where}: {len(row)} columns, the header has {len(header)}; mend or remove the line"
+                    )
         except UnicodeDecodeError as error:
             advice = "convert the file first, as with `iconv -f latin1 -t utf-8`"
             raise UserError(f"{path}: not UTF-8 after line {rows.line_num} ({error.reason}); {advice}") from error
         except csv.Error as error:
             advice = "look for an unclosed quote" if delimiter == "," else "look for a line break within a line"
-            raise UserError(f"{path}:{rows.line_num}: not proper {path.suffix[1:].upper()} ({error}); {advice}") from error
+            raise UserError(
+                f"{path}:{rows.line_num}: not proper {path.suffix[1:].upper()} ({error}); {advice}"
+            ) from error
         finally:
             csv.field_size_limit(previous)
 
@@ -128,7 +139,9 @@ def _parquet(path: Path, needed: Needed | None) -> Rows:
             if columns is None or not set(columns) <= set(names):
                 columns = [name for name in names if name not in repeated]
             for name in sorted(repeated & set(columns)):
-                raise UserError(f"{path}: the column {shown(name)} is there more than once; rename or remove the others")
+                raise UserError(
+                    f"{path}: the column {shown(name)} is there more than once; rename or remove the others"
+                )
             for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
                     yield f"{path}: row {number}", row
@@ -139,4 +152,6 @@ def _parquet(path: Path, needed: Needed | None) -> Rows:
         raise UserError(f"{path}: its row {number} asks for more memory than there is; is the file damaged?") from error
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         after = f"after row {number - 1}: " if number else ""
-        raise UserError(f"{path} is cut short or not a parquet file ({after}{brief(str(error))}); fetch it again") from error
+        raise UserError(
+            f"{path} is cut short or not a parquet file ({after}{brief(str(error))}); fetch it again"
+        ) from error

@@ -29,7 +29,8 @@ def select(
     order: int = 0,
     hidden: Collection[int] = (),
 ) -> list[Example]:
-    """``shots`` examples of ``train``, drawn with ``seed``, without those whose places in ``train`` are ``hidden`` (:func:`separate`).
+    """``shots`` examples of ``train``, drawn with ``seed``, without those whose places in ``train`` are ``hidden``
+    (:func:`separate`).
 
     random: the first of a permutation by NumPy's PCG64, which are those of ``datasets.Dataset.shuffle(seed)`` that the authors of
     arXiv 2212.10559 take; more shots keep the fewer ones in front. balanced: as many of each label as of any other, but for one more of
@@ -70,9 +71,10 @@ def evaluation_subset(examples: Sequence[T], limit: int | None, seed: int = 1, p
 
 @dataclass(frozen=True)
 class Separation:
-    """What is evaluated and what may be shown where the same texts are in both splits. ``hidden``: places in the training split of what
-    is not shown, because it is evaluated; ``left_out``: how many examples are not evaluated, because they may be shown; ``shared``: how
-    many training examples are evaluated and, as by the authors' code, may be shown all the same."""
+    """What is evaluated and what may be shown where the same texts are in both splits. ``hidden``: places in the
+    training split of what is not shown, because it is evaluated; ``left_out``: how many examples are not evaluated,
+    because they may be shown; ``shared``: how many training examples are evaluated and, as by the authors' code, may be
+    shown all the same."""
 
     evaluated: list[Example]
     hidden: frozenset[int] = frozenset()
@@ -80,25 +82,36 @@ class Separation:
     shared: int = 0
 
     def counts(self) -> dict[str, int]:
-        """For a record: training examples that are not shown, examples that are not evaluated, and those that are both all the same."""
+        """For a record: training examples that are not shown, examples that are not evaluated, and those that are both
+        all the same."""
         return {"not_shown": len(self.hidden), "not_evaluated": self.left_out, "shown_and_evaluated": self.shared}
 
     def notes(self) -> Iterator[str]:
         """What is to be told, a line each."""
         if self.hidden:
-            yield f"{len(self.hidden):,} training examples are evaluated too (the same text) and are not shown as demonstrations"
+            yield (
+                f"{len(self.hidden):,} training examples are evaluated too (the same text) and are not shown "
+                "as demonstrations"
+            )
         if self.left_out:
-            yield f"{self.left_out:,} examples are not evaluated, for demonstrations are drawn from the training split's copies of them"
+            yield (
+                f"{self.left_out:,} examples are not evaluated, for demonstrations are drawn from the training "
+                "split's copies of them"
+            )
         if self.shared:
-            yield f"{self.shared:,} training examples are evaluated too (the same text) and may be demonstrations, as in the authors' code"
+            yield (
+                f"{self.shared:,} training examples are evaluated too (the same text) and may be "
+                "demonstrations, as in the authors' code"
+            )
 
 
 def separate(train: Sequence[Example], evaluated: Sequence[Example], protocol_paper: bool = False) -> Separation:
-    """Sees to it that no evaluated example is a demonstration, whatever the shots and seeds, so that all are compared on the same ones.
+    """Sees to it that no evaluated example is a demonstration, whatever the shots and seeds, so that all are compared
+    on the same ones.
 
-    Examples are the same if their inputs and choices are. A training example that is evaluated is not shown. Where that leaves less
-    than half of the training split, or POOL examples of it, to draw from, as with one file for both splits, as many as it takes are
-    shown and not evaluated instead, of each label in turn, chosen by their text alone.
+    Examples are the same if their inputs and choices are. A training example that is evaluated is not shown. Where that
+    leaves less than half of the training split, or POOL examples of it, to draw from, as with one file for both splits,
+    as many as it takes are shown and not evaluated instead, of each label in turn, chosen by their text alone.
     ``protocol_paper``: nothing is left out, only counted. Raises UserError where nothing is left to evaluate.
     """
     keys = {identity(example) for example in evaluated}
@@ -118,7 +131,10 @@ def separate(train: Sequence[Example], evaluated: Sequence[Example], protocol_pa
             missing -= len(copies[key])
     rest = [example for example in evaluated if identity(example) not in shown]
     if not rest:
-        raise UserError("the training split has every evaluated example, so that none can be evaluated without being shown; use another")
+        raise UserError(
+            "the training split has every evaluated example, so that none can be evaluated without being shown; "
+            "use another"
+        )
     return Separation(rest, frozenset(i for i, key in hidden.items() if key not in shown), len(evaluated) - len(rest))
 
 

@@ -57,8 +57,9 @@ class Prompts:
 
 
 def special_notes(lm: LanguageModel, form: PromptFormat, template: str, examples: Sequence[Example]) -> Iterator[str]:
-    """What is to be told of names of special tokens, a line each: in the template or separator, where the token may be meant and the text
-    is what the model gets; and in the examples' texts, where the text is meant and a tokenizer may give the token."""
+    """What is to be told of names of special tokens, a line each: in the template or separator, where the token may be
+    meant and the text is what the model gets; and in the examples' texts, where the text is meant and a tokenizer may
+    give the token."""
     special: Mapping[str, int] = getattr(lm, "special_tokens", {})
     if not special:
         return
@@ -69,9 +70,15 @@ def special_notes(lm: LanguageModel, form: PromptFormat, template: str, examples
             yield f"{what} spells {found[0]}, which is ordinary text to the model, not the special token"
     texts = ["".join(example.pair(choice)) for example in examples for choice in range(len(example.inputs))]
     texts = [text for text in texts if names.search(text)]
-    wrong = sum(not {special[name] for name in names.findall(text)}.isdisjoint(ids) for text, ids in zip(texts, lm.encode(texts), strict=True))
+    wrong = sum(
+        not {special[name] for name in names.findall(text)}.isdisjoint(ids)
+        for text, ids in zip(texts, lm.encode(texts), strict=True)
+    )
     if wrong:
-        yield f"{wrong:,} texts spell a special token, which the tokenizer of {lm.name} takes for the token itself; change the texts"
+        yield (
+            f"{wrong:,} texts spell a special token, which the tokenizer of {lm.name} takes for the token "
+            "itself; change the texts"
+        )
 
 
 def demonstration_text(example: Example) -> str:
@@ -107,9 +114,10 @@ def build(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Exampl
 
     Text between special tokens is encoded as a whole, as it would be in training, and the prefix is what all prompts turn out to
     share: so the ids are those of the full text whatever the tokenizer does at its seams. A continuation's tokens are those in which a
-    prompt with it differs from the prompt without. Where a tokenizer joins the end of an input and the beginning of one continuation
-    into a token, all continuations of that input are scored from the same token on, so that what is compared are probabilities of
-    alternatives. Raises UserError naming the example whose prompt is longer than the model's context or has no token to predict from.
+    prompt with it differs from the prompt without. Where a tokenizer joins the end of an input and the beginning of one
+    continuation into a token, all continuations of that input are scored from the same token on, so that what is
+    compared are probabilities of alternatives. Raises UserError naming the example whose prompt is longer than the
+    model's context or has no token to predict from.
     """
     head, text = list(form.bos), ""
     demos = [demonstration_text(example) for example in demonstrations]

@@ -90,7 +90,8 @@ class HuggingFaceLM:
         return {"path": self.name, "sha256": self.sha256, "parameters": parameters, "architecture": architecture}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens: a text that spells one, such as "</s>", is ordinary text, if the tokenizer can."""
+        """Token ids of each text, without special tokens: a text that spells one, such as "</s>", is ordinary text, if
+        the tokenizer can."""
         return self.tokenizer(list(texts), add_special_tokens=False, **self._as_text).input_ids if texts else []
 
     @cached_property
@@ -104,7 +105,9 @@ class HuggingFaceLM:
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Ids of the special tokens by their names."""
-        names = [token.content for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values() if token.special]
+        names = [
+            token.content for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values() if token.special
+        ]
         names += self.tokenizer.all_special_tokens
         return dict(zip(names, self.tokenizer.convert_tokens_to_ids(names), strict=True)) if names else {}
 

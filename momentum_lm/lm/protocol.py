@@ -49,8 +49,8 @@ class LanguageModel(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """Ids of the special tokens by their names. Text that spells a name is ordinary text to :meth:`encode`, wherever it comes from:
-        data, templates, separators; but for tokenizers that cannot tell one from the other."""
+        """Ids of the special tokens by their names. Text that spells a name is ordinary text to :meth:`encode`,
+        wherever it comes from: data, templates, separators; but for tokenizers that cannot tell one from the other."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -124,7 +124,9 @@ class Questions:
             sampling = "random" if settings.protocol == "paper" else settings.sampling  # the authors' draw too
             labels = len(self.spec.labels) if self.spec.labels else None
             with self._named():
-                self._drawn[unit] = select(self.train, unit.shots, unit.seed, sampling, labels, unit.order, self.separation.hidden)
+                self._drawn[unit] = select(
+                    self.train, unit.shots, unit.seed, sampling, labels, unit.order, self.separation.hidden
+                )
         return self._drawn[unit]
 
     def prompts(self, form: PromptFormat, unit: Unit) -> tuple[list[Example], Prompts]:
@@ -355,7 +357,10 @@ def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
 def _warn(asked: Questions, settings: Settings) -> None:
     name = asked.spec.name
     template = asked.spec.templates[asked.spec.template]
-    for note in [*asked.notes, *special_notes(asked.lm, settings.form(asked.lm), template, [*asked.examples, *asked.train])]:
+    for note in [
+        *asked.notes,
+        *special_notes(asked.lm, settings.form(asked.lm), template, [*asked.examples, *asked.train]),
+    ]:
         _log.warning("%s: %s", name, note)
     for one, other in asked.colliding():
         _log.warning("%s: the labels %r and %r begin with the same token; the tokens after it decide between them", name, one, other)

@@ -25,7 +25,15 @@ from momentum_lm.files import atomic_write, locked
 from momentum_lm.icl import scoring
 from momentum_lm.icl.demonstrations import Separation, evaluation_subset, identity, select, separate
 from momentum_lm.icl.finetuning import Diverged, Lesson
-from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstration_text, fit, longest_query, special_notes
+from momentum_lm.icl.prompts import (
+    PromptFormat,
+    build,
+    common_length,
+    demonstration_text,
+    fit,
+    longest_query,
+    special_notes,
+)
 from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.finetuning_summary import TASK, summary
@@ -104,6 +112,13 @@ def analyse(
         todo = processes.from_first(todo) or []
         if processes.first and todo:
             stack.enter_context(locked(folder))
+            for name in dict.fromkeys(unit.dataset for unit in todo):
+                data, separation = loaded[name], _separation(loaded[name], asked)
+                template = data.spec.templates[data.spec.template]
+                special = special_notes(lm, form, template, [*separation.evaluated, *data.train])
+                for note in [*data.notes, *separation.notes(), *special]:
+                    _log.warning("%s: %s", name, note)
+
         def analyse_one(unit: Unit) -> None:  # a function, so that nothing of one unit is held beside the next
             began = time.perf_counter()
             study = _Study(lm, loaded[unit.dataset], settings, form, unit, processes)
@@ -144,7 +159,9 @@ class _Study:
         try:
             self.separation = _separation(data, asked)
             self.examples, hidden = self.separation.evaluated, self.separation.hidden
-            drawn = select(data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels, hidden=hidden)
+            drawn = select(
+                data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels, hidden=hidden
+            )
             self.demonstrations = fit(lm, form, drawn, longest_query(lm, self.examples))
             if not self.demonstrations:
                 raise UserError(

@@ -1,4 +1,5 @@
-"""Damaged and hostile files of labelled data: one clear line, or examples that make sense; no other exception, no hang, no memory."""
+"""Damaged and hostile files of labelled data: one clear line, or examples that make sense; no other exception, no hang,
+no memory."""
 
 import io
 import json
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 
 import pytest
+
 from momentum_lm.data.classification import load_dataset
 from momentum_lm.errors import UserError
 
@@ -30,8 +32,8 @@ labels: [Bad, Good]
 templates: {code: "Review: {text} Sentiment:"}
 """
 ROWS = [
-    {"text": f"ticket {i}.", "body": [{"part": "a"}, {"part": "b\u00e9"}], "kind": 1 + i % 2, "one": "x", "two": "Y", "three": None,
-     "label": i % 2}
+    {"text": f"ticket {i}.", "body": [{"part": "a"}, {"part": "b\u00e9"}], "kind": 1 + i % 2,
+     "one": "x", "two": "Y", "three": None, "label": i % 2}
     for i in range(5)
 ]  # fmt: skip
 
@@ -40,12 +42,12 @@ def table(suffix):
     """A small file of each kind, and the YAML that reads it."""
     if suffix == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
+        parquet = pytest.importorskip("pyarrow.parquet")
 
         file = io.BytesIO()
         rows = pyarrow.Table.from_pylist([{**row, "three": "z" if i else None} for i, row in enumerate(ROWS)])
         rows = rows.append_column("dictionary", rows["text"].dictionary_encode())
-        pyarrow.parquet.write_table(rows, file)
+        parquet.write_table(rows, file)
         return YAML, file.getvalue()
     if suffix == "jsonl":
         return YAML, "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -67,8 +69,12 @@ def outcome(path):
         assert time.monotonic() - began < 10
     for example in (*data.train, *data.evaluation):
         assert 0 <= example.gold < len(example.continuations) >= 2
-        assert all(isinstance(text, str) and text.encode() is not None for text in (*example.inputs, *example.continuations))
-        assert len(example.inputs) in (1, len(example.continuations)) and all(text.strip() for text in example.continuations)
+        assert all(
+            isinstance(text, str) and text.encode() is not None for text in (*example.inputs, *example.continuations)
+        )
+        assert len(example.inputs) in (1, len(example.continuations)) and all(
+            text.strip() for text in example.continuations
+        )
     return "examples"
 
 
@@ -112,15 +118,19 @@ def test_a_thousand_mutations(suffix, tmp_path):
 
 
 NASTY = [
-    b"", b"NaN", b"null", b"~", b"1e999", b"-0", b"0x" + b"f" * 5000, b"9" * 5000, b"2024-99-99", b"true", b"no", b"{}", b"[]", b"[" * 3000,
-    b'{"a":' * 3000, b"x" * 20000, b'"', b"'", b"`", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe9", b"\\ud800", b"\t", b"\r", b"\r\n", b"\n\n",
-    b",", b": ", b"&a [*a, *a]", b"*a", b"&a", b"<<: *a", b"!!python/object/apply:os.system [ls]", b"!!int z", b"- ", b"---\n", b"{text.9}",
+    b"", b"NaN", b"null", b"~", b"1e999", b"-0", b"0x" + b"f" * 5000, b"9" * 5000, b"2024-99-99", b"true",
+    b"no", b"{}", b"[]", b"[" * 3000,
+    b'{"a":' * 3000, b"x" * 20000, b'"', b"'", b"`", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe9",
+    b"\\ud800", b"\t", b"\r", b"\r\n", b"\n\n",
+    b",", b": ", b"&a [*a, *a]", b"*a", b"&a", b"<<: *a", b"!!python/object/apply:os.system [ls]", b"!!int z", b"- ",
+    b"---\n", b"{text.9}",
     b"{text[0]}", b"{{", b"}", b"%s", b"\xe2\x80\xa8", "text", "label", "İ",
 ]  # fmt: skip
 
 
 def mutate(content, seed):
-    """``content`` (bytes) after one to three changes: bits, bytes, parts and tokens turned over, removed, doubled, exchanged, added."""
+    """``content`` (bytes) after one to three changes: bits, bytes, parts and tokens turned over, removed, doubled,
+    exchanged, added."""
     draw = random.Random(seed)
     for _ in range(draw.choice((1, 1, 2, 3))):
         content = draw.choice(CHANGES)(bytearray(content), draw)

@@ -87,7 +87,9 @@ def test_no_shots():
 
 def test_a_label_without_an_example_is_named():
     train = [Example(e.index, e.inputs, (" a", " b", " c", " Neutral"), e.gold) for e in TRAIN]
-    with pytest.raises(UserError, match=r"--sampling balanced: .* no example of 1 of 4 labels \(Neutral\); use --sampling random"):
+    with pytest.raises(
+        UserError, match=r"--sampling balanced: .* no example of 1 of 4 labels \(Neutral\); use --sampling random"
+    ):
         select(train, 8, 1, "balanced", 4)
     assert len(select(TRAIN, 8, 1, "random", 4)) == 8
 
@@ -126,18 +128,23 @@ def test_what_is_evaluated_is_not_shown():
     found = separate(train, evaluated)
     assert found.evaluated == evaluated and found.hidden == {3, 4}
     assert found.counts() == {"not_shown": 2, "not_evaluated": 0, "shown_and_evaluated": 0}
-    assert list(found.notes()) == ["2 training examples are evaluated too (the same text) and are not shown as demonstrations"]
+    assert list(found.notes()) == [
+        "2 training examples are evaluated too (the same text) and are not shown as demonstrations"
+    ]
     for seed in range(30):
         drawn, free = (indices(select(train, 6, seed, hidden=hidden)) for hidden in (found.hidden, ()))
         assert not {3, 4} & set(drawn)
-        assert drawn[: len([i for i in free if i not in (3, 4)])] == [i for i in free if i not in (3, 4)]  # the other draws stay
+        assert drawn[: len([i for i in free if i not in (3, 4)])] == [
+            i for i in free if i not in (3, 4)
+        ]  # the other draws stay
     assert not list(separate(train, texts("film 25")).notes())
 
 
 @pytest.mark.parametrize("sampling", ["random", "balanced"])
 @pytest.mark.parametrize("count", [2, 8, 9, 100, 3000])
 def test_one_file_for_both_splits(count, sampling):
-    """Half of it, or enough, is shown and the rest evaluated, whatever the seed and the shots; of each label about as many."""
+    """Half of it, or enough, is shown and the rest evaluated, whatever the seed and the shots; of each label about as
+    many."""
     rows = texts(*(f"film {i}" for i in range(count)))
     found = separate(rows, rows)
     may_be_shown = [example for i, example in enumerate(rows) if i not in found.hidden]
@@ -149,7 +156,9 @@ def test_one_file_for_both_splits(count, sampling):
         assert abs(balance[0] - balance[1]) <= 1
         for seed in range(5):
             drawn = select(rows, 4, seed, sampling, 2, hidden=found.hidden)
-            assert len({e.index for e in drawn}) == 4 and not {e.index for e in drawn} & {e.index for e in found.evaluated}
+            assert len({e.index for e in drawn}) == 4 and not {e.index for e in drawn} & {
+                e.index for e in found.evaluated
+            }
     assert separate(rows[::-1], rows).evaluated == found.evaluated  # by the texts, not by their places
 
 
@@ -185,7 +194,9 @@ def test_nothing_left_to_evaluate_or_to_show():
     with pytest.raises(UserError, match="the training split has every evaluated example"):
         separate(one, one)
     rows = texts(*(f"film {i}" for i in range(10)))
-    with pytest.raises(UserError, match=r"6 shots \(--shots\): .* no more than 5 examples that are not evaluated too; .*--limit"):
+    with pytest.raises(
+        UserError, match=r"6 shots \(--shots\): .* no more than 5 examples that are not evaluated too; .*--limit"
+    ):
         select(rows, 6, 1, hidden=separate(rows, rows).hidden)
     with pytest.raises(UserError, match=r"no example that is not evaluated too of 1 of 2 labels \(Good\)"):
         select(rows, 2, 1, "balanced", 2, hidden={1, 3, 5, 7, 9})

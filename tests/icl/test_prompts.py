@@ -47,8 +47,8 @@ def test_what_is_shared_shrinks_as_queries_arrive(lm):
 
 
 def test_a_continuation_that_joins_its_input(lm):
-    """Without a space between them the tokens of input and continuation may not be theirs alone: all choices are scored from the first
-    token that one of them changes."""
+    """Without a space between them the tokens of input and continuation may not be theirs alone: all choices are scored
+    from the first token that one of them changes."""
     example = Example(0, ("the act",), ("ors", " is"), 0)
     prompts = build(lm, FORMS["text"], [], [example])
     (joined, apart) = prompts.queries[0]
@@ -120,7 +120,10 @@ def crossing():
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<end>"], show_progress=False
+        vocab_size=300,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["x Answer: C"] * 50, trainer)
     return hugging_face(tokenizer, eos_token="<end>")
@@ -134,12 +137,15 @@ def test_all_labels_of_a_query_are_scored_from_the_same_token_on(crossing):
         for example, query in zip(examples, prompts.queries, strict=True):
             (start,) = {request.start for request in query}
             whole = [[*prompts.prefix, *request.tokens] for request in query]
-            assert len({tuple(tokens[: len(prompts.prefix) + start]) for tokens in whole}) == 1  # and after the same tokens
+            assert (
+                len({tuple(tokens[: len(prompts.prefix) + start]) for tokens in whole}) == 1
+            )  # and after the same tokens
             texts = [crossing.decode(request.tokens[request.start :]) for request in query]
             (joined,) = {text.removesuffix(label) for text, label in zip(texts, labels, strict=True)}
             assert joined.endswith(":"), "what one label is joined with is scored before all of them"
             assert [crossing.decode(tokens) for tokens in whole] == [
-                "".join(demonstration_text(e) + "\n\n" for e in examples[:shots]) + "".join(example.pair(c)) for c in range(4)
+                "".join(demonstration_text(e) + "\n\n" for e in examples[:shots]) + "".join(example.pair(c))
+                for c in range(4)
             ]
 
 
@@ -165,7 +171,10 @@ def test_a_tokenizer_that_takes_text_for_special_tokens_is_told_of():
     lm = hugging_face(tokenizer, eos_token="<end>")
     examples = [Example(0, ("a <end> a",), (" a",) * 2, 1), Example(1, ("a a",), (" a",) * 2, 1)]
     (note,) = special_notes(lm, FORMS["text"], "{text}", examples)
-    assert note == "1 texts spell a special token, which the tokenizer of tiny takes for the token itself; change the texts"
+    assert (
+        note
+        == "1 texts spell a special token, which the tokenizer of tiny takes for the token itself; change the texts"
+    )
 
 
 def test_fairseq_checkpoints_read_such_text_as_text_too(lm):

@@ -303,10 +303,16 @@ def test_no_evaluated_example_is_a_demonstration(lm, one_file, tmp_path, caplog,
     evaluated = {tuple(line["index"] for line in group) for _, group in by_run}
     assert len(evaluated) == 1, "all shots, seeds and orders are evaluated on the same examples"
     (indices,) = evaluated
-    texts = [{one_file.evaluation[i].inputs for i in indices}, *({one_file.train[i].inputs for i in r["demonstrations"]} for r in runs)]
+    texts = [
+        {one_file.evaluation[i].inputs for i in indices},
+        *({one_file.train[i].inputs for i in r["demonstrations"]} for r in runs),
+    ]
     assert len(indices) == runs[0]["num_examples"] == 6 and not any(texts[0] & shown for shown in texts[1:])
     assert all(r["overlap"] == {"not_shown": 6, "not_evaluated": 6, "shown_and_evaluated": 0} for r in runs)
-    assert "films: 6 examples are not evaluated, for demonstrations are drawn from the training split's copies of them" in caplog.text
+    assert (
+        "films: 6 examples are not evaluated, for demonstrations are drawn from the training split's copies of them"
+        in caplog.text
+    )
     assert len({tuple(r["demonstrations"]) for r in runs if r["shots"] == 4}) > 3
 
 
@@ -318,12 +324,19 @@ def test_without_demonstrations_all_are_evaluated(lm, one_file, tmp_path):
 def test_the_authors_protocol_draws_what_it_draws(lm, one_file, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         (one,) = run(lm, [one_file], Settings(shots=(2,), seeds=(1,), protocol="paper"), tmp_path / "out")["runs"]
-    assert one["num_examples"] == 12 and one["overlap"] == {"not_shown": 0, "not_evaluated": 0, "shown_and_evaluated": 12}
+    assert one["num_examples"] == 12 and one["overlap"] == {
+        "not_shown": 0,
+        "not_evaluated": 0,
+        "shown_and_evaluated": 12,
+    }
     assert one["demonstrations"] == np.random.default_rng(1).permutation(12)[:2].tolist()
     assert "films: 12 training examples are evaluated too (the same text) and may be demonstrations" in caplog.text
 
 
 def test_two_data_sets_of_one_name_are_refused(lm, films, tmp_path):
-    with pytest.raises(UserError, match=r"two data sets are called films: .*films\.yaml and .*films\.yaml; give one of them another `name`"):
+    with pytest.raises(
+        UserError,
+        match=r"two data sets are called films: .*films\.yaml and .*films\.yaml; give one of them another `name`",
+    ):
         evaluate(lm, [films, load_dataset(str(films.spec.path))], SETTINGS, tmp_path / "out", show_progress=False)
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from momentum_lm.untrusted import Record, brief, check_marks, check_regular, par
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 LINE = 1 << 24  # characters of a line, or of a CSV cell, whose own limit in csv is 131,072
+PARQUET_ROWS = 20_000_000  # a few bytes may stand for any number of equal ones
 _AT_ONCE = 64  # rows of a parquet file: a damaged one may ask for much memory for each
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -144,6 +145,8 @@ def _parquet(path: Path, needed: Needed | None) -> Rows:
                 )
             for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
+                    if number == PARQUET_ROWS:
+                        raise UserError(f"{path}: more than {PARQUET_ROWS:,} rows; make it smaller")
                     yield f"{path}: row {number}", row
                     number += 1
     except UserError:

@@ -105,35 +105,43 @@ class Separation:
             )
 
 
-def separate(train: Sequence[Example], evaluated: Sequence[Example], protocol_paper: bool = False) -> Separation:
-    """Sees to it that no evaluated example is a demonstration, whatever the shots and seeds, so that all are compared
-    on the same ones.
+def separate(
+    train: Sequence[Example], evaluated: Sequence[Example], shots: int, protocol_paper: bool = False
+) -> Separation:
+    """Sees to it that no evaluated example is a demonstration, for any seed and up to ``shots`` shots, so that all of
+    them are compared on the same examples. Without shots nothing is to be separated.
 
     Examples are the same if their inputs and choices are. A training example that is evaluated is not shown. Where that
-    leaves less than half of the training split, or POOL examples of it, to draw from, as with one file for both splits,
-    as many as it takes are shown and not evaluated instead, of each label in turn, chosen by their text alone.
-    ``protocol_paper``: nothing is left out, only counted. Raises UserError where nothing is left to evaluate.
+    leaves fewer than ``shots``, or less than a tenth of the training split, to draw from, as with one file for both
+    splits, examples are shown and not evaluated instead: until half of the training split, or POOL examples of it, can
+    be shown; and one of each label that could not be shown otherwise. They are chosen by their text alone, of each
+    label in turn. ``protocol_paper``: nothing is left out, only counted.
+    Raises UserError where nothing is left to evaluate.
     """
     keys = {identity(example) for example in evaluated}
-    hidden = {i: key for i, example in enumerate(train) if (key := identity(example)) in keys}
+    hidden = {i: key for i, example in enumerate(train) if (key := identity(example)) in keys} if shots else {}
     if protocol_paper or not hidden:
         return Separation(list(evaluated), shared=len(hidden))
-    missing = min((len(train) + 1) // 2, POOL) - (len(train) - len(hidden))
+    free = len(train) - len(hidden)
+    missing = 0
+    if free < max(shots, len(train) / 10):
+        missing = max(shots, min((len(train) + 1) // 2, POOL)) - free
+    labels = {example.gold for i, example in enumerate(train) if i not in hidden}
+    copies: dict[bytes, list[int]] = defaultdict(list)
+    for i, key in hidden.items():
+        copies[key].append(i)
     shown: set[bytes] = set()
-    if missing > 0:
-        copies: dict[bytes, list[int]] = defaultdict(list)
-        for i, key in hidden.items():
-            copies[key].append(i)
-        for key in _in_turn({key: train[places[0]].gold for key, places in copies.items()}):
-            if missing <= 0:
-                break
+    for key in _in_turn({key: train[places[0]].gold for key, places in copies.items()}):
+        label = train[copies[key][0]].gold
+        if missing > 0 or (label not in labels and len(shown) + 1 < len(keys)):
             shown.add(key)
+            labels.add(label)
             missing -= len(copies[key])
     rest = [example for example in evaluated if identity(example) not in shown]
     if not rest:
         raise UserError(
-            "the training split has every evaluated example, so that none can be evaluated without being shown; "
-            "use another"
+            f"the training split has every evaluated example, and {shots} shots (--shots) leave none to evaluate; use "
+            "fewer, or another training split"
         )
     return Separation(rest, frozenset(i for i, key in hidden.items() if key not in shown), len(evaluated) - len(rest))
 

@@ -98,7 +98,7 @@ class Questions:
         paper = settings.protocol == "paper"
         chosen = evaluation_subset(dataset.evaluation, settings.limit, protocol_paper=paper)
         with self._named():
-            self.separation = separate(self.train if any(settings.shots) else [], chosen, paper)
+            self.separation = separate(self.train, chosen, max(settings.shots), paper)
         self.examples, self.notes = self.separation.evaluated, [*dataset.notes, *self.separation.notes()]
         self.partial = any(len(example.inputs) > 1 for example in self.examples)
         self._drawn: dict[Unit, list[Example]] = {}

@@ -350,7 +350,8 @@ def _key_heads(seen: Seen) -> int:
 
 def _separation(data: LabelledDataset, asked: classification.Settings) -> Separation:
     paper = asked.protocol == "paper"
-    return separate(data.train, evaluation_subset(data.evaluation, asked.limit, protocol_paper=paper), paper)
+    evaluated = evaluation_subset(data.evaluation, asked.limit, protocol_paper=paper)
+    return separate(data.train, evaluated, max(asked.shots), paper)
 
 
 def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:

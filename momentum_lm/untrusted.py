@@ -72,6 +72,9 @@ class _Brief(reprlib.Repr):
         bits = x.bit_length()  # of too many of them repr refuses to write the digits
         return repr(x) if bits < 200 else f"a whole number of {bits:,} bits"
 
+    def repr_Record(self, x: Record, level: int) -> str:
+        return self.repr_dict(x, level)
+
     def repr_Plain(self, x: Plain, level: int) -> str:
         if isinstance(x.value, bool):  # what a reader may not expect of No
             return repr(x.value)

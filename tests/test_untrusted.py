@@ -136,6 +136,7 @@ def test_values_in_messages_are_short():
         list(range(10**6)),
     ]
     assert all(len(shown(value)) < 1500 for value in values) and time.monotonic() - began < 1
+    assert shown(Record({"a": nested})) == shown({"a": nested})
     assert shown("a" * 100) == repr("a" * 60) + "... (100 characters)"
     assert [shown(value) for value in ("a", ["a", 1], None, 1.5, Plain("0x10", 16), Plain("No", False))] == [
         "'a'", "['a', 1]", "None", "1.5", "0x10", "False"

@@ -294,6 +294,7 @@ def _text(value: Any, column: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         kind = "nothing" if value is None else type(value).__name__
         item = f" (an item of it is {{{column}.0}})" if isinstance(value, list) else ""
+        item = " (make the column one of strings)" if isinstance(value, bytes) else item
         raise UserError(f"{where}: column {column!r} holds {kind}, not text{item}; mend or remove the row")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: column {column!r} holds {value}, not text; mend or remove the row")

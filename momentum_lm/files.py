@@ -57,14 +57,14 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     """Opens a temporary file beside ``path``; on success it is fsynced and renamed to ``path``, on error it is removed.
 
     Raises OSError, naming ``path``, as ``open`` does, and UserError where something else than an ordinary file is
-    there. ``path`` keeps its old content until the new one is whole on disk. """
+    there. ``path`` keeps its old content until the new one is whole on disk. Text is UTF-8; a path's bytes that are
+    none are written as ``\\udcXX``, which JSON reads as they were. """
     path = Path(path)
     with naming(path):
         check_ordinary(path)
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path.name))
         try:
             os.fchmod(fd, 0o666 & ~_umask())  # mkstemp gives 0600, ordinary files follow the umask
-            # A path that is not UTF-8 is written as "\\udcff", which in JSON is that path again
             encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
             with os.fdopen(fd, mode, encoding=encoding, errors=errors) as file:
                 yield file
@@ -196,6 +196,11 @@ def _check_header(file: IO[bytes], name: str, size: int) -> None:
 
 def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
     """Raises UserError, naming ``flag``, unless files can be made in ``folder``, or it in the nearest folder above. Leaves nothing."""
+    try:
+        os.fsencode(folder).decode()
+    except UnicodeDecodeError as error:
+        problem = "the name is not UTF-8, which TensorBoard cannot write to; choose another"
+        raise UserError(f"{flag} {os.fspath(folder)}: {problem}") from error
     try:
         there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):

@@ -46,7 +46,9 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--datasets", required=True, metavar="D,D,...", help="names (see `momentum-lm datasets`) or YAML files of your own")
     group.add_argument(
-        "--data-dir", metavar="DIR", help="use DIR/<dataset>/{train,validation}.{jsonl,csv,parquet} where it is there, not the hub"
+        "--data-dir",
+        metavar="DIR",
+        help="use DIR/<dataset>/{train,validation}.{jsonl,csv,tsv,parquet} where it is there, not the hub",
     )
     group.add_argument(
         "--template", default="code", metavar="NAME",
@@ -65,8 +67,11 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
         help="paper: demonstrations, evaluated examples, templates and <s> as in the authors' code (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--separator", metavar="TEXT", help=r"between demonstrations, such as '\n' (default: </s> for fairseq checkpoints, \n\n for others)"
-    )
+        "--separator", metavar="TEXT",
+        help=r"between demonstrations, such as '\n' (default: the token </s> for fairseq checkpoints, \n\n for "
+        r"others); like texts and "
+        "templates it is ordinary text where it spells a special token",
+    )  # fmt: skip
     group.add_argument(
         "--bos", default="auto", choices=["auto", "no", "<s>", "</s>"],
         help="what a prompt begins with; the last two for fairseq checkpoints (default: what the model was trained with)",
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 def settings_from(args: argparse.Namespace) -> Settings:
     """What the flags of :func:`add_question_arguments` ask. Raises UserError naming the flag, or the data set that there is not."""
-    from momentum_lm.data.classification import load_spec
+    from momentum_lm.data.dataset_yaml import check_names, load_spec
     from momentum_lm.studies.classification import Settings
 
     for flag in ("limit", "max_field_tokens", "batch_tokens"):
@@ -117,8 +122,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.bos in FAIRSEQ_BOS and args.path is None:
         raise UserError(f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no")
-    for name in args.datasets.split(","):
-        load_spec(name, _template(args))  # now, not after a large model was read
+    names = dict.fromkeys(args.datasets.split(","))
+    check_names([load_spec(name, _template(args)) for name in names])  # now, not after a large model was read
     if not 0 < args.process_timeout < 1e8:
         raise UserError(f"--process-timeout {args.process_timeout:g}: must be a positive number of seconds")
     paper = args.protocol == "paper"

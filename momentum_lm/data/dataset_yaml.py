@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from momentum_lm.data.dataset_spec import DatasetSpec, Field, Hub, canonical, parse_template
 from momentum_lm.errors import UserError
+from momentum_lm.untrusted import Plain, brief, load_yaml, shown
 
 FOLDER = Path(__file__).parent / "datasets"
 SPLITS = ("train", "evaluation")
@@ -38,27 +39,33 @@ def load_spec(name_or_yaml: str, template: str = "code") -> DatasetSpec:
     path = Path(name_or_yaml).expanduser()
     if path.suffix in (".yaml", ".yml"):
         return _Reader(path).spec(template)
-    near = difflib.get_close_matches(name_or_yaml.lower(), available(), n=1)
+    near = difflib.get_close_matches(name_or_yaml[:100].lower(), available(), n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(available())}"
-    raise UserError(f"there is no data set {name_or_yaml!r}; {hint} (one of your own is given as a path that ends in .yaml)")
+    raise UserError(
+        f"there is no data set {shown(name_or_yaml)}; {hint} (one of your own is given as a path that ends in .yaml)"
+    )
+
+
+def check_names(specs: Sequence[DatasetSpec]) -> None:
+    """Raises UserError where two have one name: results and files are told apart by it. Some file systems do not tell A
+    from a."""
+    first: dict[str, DatasetSpec] = {}
+    for spec in specs:
+        other = first.setdefault(spec.name.casefold(), spec)
+        if other is not spec:
+            names = spec.name if spec.name == other.name else f"{other.name} and {spec.name} but for their case"
+            raise UserError(
+                f"two data sets are called {names}: {other.path} and {spec.path}; give one of them another "
+                "`name`, in its file"
+            )
 
 
 class _Reader:
     """Reads one file, strictly: every key must be known and have the type that it is documented with."""
 
     def __init__(self, path: Path) -> None:
-        import yaml
-
         self.path = path
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}; check the path of the YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())}); mend it") from error
-        if not isinstance(content, dict):
-            raise self.error("expected keys such as description, templates, label and labels")
-        self.content: dict[str, Any] = content
+        self.content: dict[str, Any] = load_yaml(path)
 
     def error(self, problem: str) -> UserError:
         return UserError(f"{self.path}: {problem}")
@@ -72,13 +79,15 @@ class _Reader:
         for text in templates.values():
             self.check_template(text)
         if template not in templates and template not in STANDARD:
-            raise self.error(f"no template {template!r}; there are: {', '.join(templates)}")
+            raise self.error(f"no template {shown(template)}; there are: {brief(', '.join(templates))}")
         chosen = template if template in templates else next(iter(templates))
         labels, choices, blank = self.labels(), self.choices(), self.text("blank")
         if "column" not in label or (hub and "id" not in hub):
             raise self.error("`label` needs the key column, and `hub` the key id")
         if (labels is None) == (choices is None):
             raise self.error("give either `labels`, the same for every example, or `choices`, the columns that hold them")
+        if blank == "":
+            raise self.error("`blank` is empty; it is the mark in the text where each choice goes, such as _")
         if choices is None and (blank or {"num_choices", "lowercase_choices"} & set(self.content)):
             raise self.error("`blank`, `num_choices` and `lowercase_choices` go with `choices`")
         values = self.values(label.get("values", []))
@@ -89,8 +98,10 @@ class _Reader:
         premise = self.text("domain_premise")
         splits = {"train": "train", "evaluation": "validation"} | self.texts("splits", SPLITS)
         name = self.text("name") or self.path.stem
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise self.error(f"the name {name!r} must be of letters, digits, _, . and -: it names folders")
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            raise self.error(
+                f"the name {shown(name)} must be of letters, digits, _, . and -, up to 100: it names folders"
+            )
         spec = DatasetSpec(
             name=name,
             path=self.path,
@@ -114,15 +125,17 @@ class _Reader:
         )
         if self.content:
             key = next(iter(self.content))
-            raise self.error(f"unknown key {key!r}{_near(key, KEYS)}")
+            raise self.error(f"unknown key {shown(key)}{_near(key, KEYS)}")
         return spec
 
     def typed(self, key: str, kind: type, default: Any) -> Any:
-        value = self.content.pop(key, default)
-        wrong = not isinstance(value, kind) or (isinstance(value, int) and kind is int and (value is True or value < 1))
-        if value is not default and wrong:
+        found = self.content.pop(key, None)
+        if found is None:
+            return default
+        value = found.value if isinstance(found, Plain) else found
+        if not isinstance(value, kind) or (isinstance(value, int) and kind is int and (value is True or value < 1)):
             what = {int: "a whole number above 0", bool: "true or false", str: "text, in quotes", dict: "keys with values"}[kind]
-            raise self.error(f"`{key}` must be {what}, not {value!r}")
+            raise self.error(f"`{brief(key)}` must be {what}, not {shown(found)}")
         return value
 
     def text(self, key: str) -> str | None:
@@ -133,9 +146,9 @@ class _Reader:
         value: dict[str, Any] = self.typed(key, dict, None) or {}
         for name, item in value.items():
             if name not in known:
-                raise self.error(f"unknown key {name!r} in `{key}`{_near(name, known)}")
+                raise self.error(f"unknown key {shown(name)} in `{brief(key)}`{_near(name, known)}")
             if name in ("id", "subset", "revision", "column", "without_final") and not isinstance(item, str):
-                raise self.error(f"`{key}.{name}` must be text, not {item!r}")
+                raise self.error(f"`{brief(key)}.{name}` must be text, not {shown(item)}")
         return value
 
     def texts(self, key: str, known: tuple[str, ...] = ()) -> dict[str, str]:
@@ -144,9 +157,9 @@ class _Reader:
             raise self.error(f'`{key}` is missing: a name and a text for each, such as `paper: "Review: {{text}}\\nSentiment:"`')
         for name, item in value.items():
             if known and name not in known:
-                raise self.error(f"unknown key {name!r} in `{key}`; there are: {', '.join(known)}")
-            if not isinstance(item, str) or not isinstance(name, str):
-                raise self.error(f"`{key}.{name}` must be text, not {item!r}")
+                raise self.error(f"unknown key {shown(name)} in `{key}`; there are: {', '.join(known)}")
+            if not isinstance(item, str):
+                raise self.error(f"`{key}.{brief(name)}` must be text, not {shown(item)}")
         return value
 
     def labels(self) -> tuple[str, ...] | None:
@@ -154,9 +167,10 @@ class _Reader:
         if labels is None:
             return None
         if not isinstance(labels, list) or len(labels) < 2 or not all(_is_word(item) for item in labels):
-            raise self.error(f'`labels` must be a list of two or more words, in quotes where YAML reads them otherwise ("Yes"): {labels!r}')
+            form = 'a list of two or more words, in quotes where YAML reads them otherwise ("Yes")'
+            raise self.error(f"`labels` must be {form}: {shown(labels)}")
         if len(set(labels)) < len(labels):
-            raise self.error(f"`labels` holds the same word twice: {', '.join(labels)}")
+            raise self.error(f"`labels` holds the same word twice: {brief(', '.join(labels))}")
         return tuple(labels)
 
     def choices(self) -> str | tuple[str, ...] | None:
@@ -164,17 +178,30 @@ class _Reader:
         if choices is None or isinstance(choices, str):
             return choices
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(item, str) for item in choices):
-            raise self.error(f"`choices` must be the column that holds the list of them, or two or more columns: {choices!r}")
+            raise self.error(
+                f"`choices` must be the column that holds the list of them, or two or more columns: {shown(choices)}"
+            )
+        if len(set(choices)) < len(choices):
+            raise self.error(f"`choices` names the same column twice: {brief(', '.join(choices))}")
         return tuple(choices)
 
     def values(self, values: Any) -> tuple[tuple[str, ...], ...]:
+        """What stands for each label, as written, and where YAML reads a number or truth value otherwise than it is
+        written, that too."""
         if not isinstance(values, list):
-            raise self.error(f"`label.values` must be a list, in the order of the labels: {values!r}")
-        result = [tuple(map(canonical, item if isinstance(item, list) else [item])) for item in values]
-        flat = [value for names in result for value in names]
-        if len(set(flat)) < len(flat) or not all(result):
-            raise self.error(f"`label.values` must hold each value once, and one or more for each label: {values!r}")
-        return tuple(result)
+            raise self.error(f"`label.values` must be a list, in the order of the labels: {shown(values)}")
+        entries = [entry if isinstance(entry, list) else [entry] for entry in values]
+        items = [item for entry in entries for item in entry]
+        wrong = next((item for item in items if not isinstance(item, str | Plain)), None)
+        if wrong is not None or None in items:
+            raise self.error(f"`label.values` must hold texts, numbers or truth values, not {shown(wrong)}")
+        texts = [item.text if isinstance(item, Plain) else item.strip() for item in items]
+        numbers = [canonical(item.value) for item in items if isinstance(item, Plain) and item.value is not None]
+        if len(set(texts)) < len(texts) or len(set(numbers)) < len(numbers) or not all(entries):
+            raise self.error(
+                f"`label.values` must hold each value once, and one or more for each label: {shown(values)}"
+            )
+        return tuple(tuple(form for item in entry for form in _forms(item, texts)) for entry in entries)
 
     def fields(self) -> dict[str, Field]:
         fields = {}
@@ -185,9 +212,11 @@ class _Reader:
                 raise self.error(f"`fields.{name}` needs the key column")
             words = settings.get("words")
             if words is not None:
-                if not isinstance(words, dict):
-                    raise self.error(f"`fields.{name}.words` must say which text stands for which value: {words!r}")
-                settings["words"] = {canonical(key): str(text) for key, text in words.items()}
+                if not isinstance(words, dict) or not all(isinstance(text, str | Plain) for text in words.values()):
+                    raise self.error(
+                        f"`fields.{name}.words` must say which text stands for which value: {shown(words)}"
+                    )
+                settings["words"] = {key: text.text if isinstance(text, Plain) else text for key, text in words.items()}
             fields[name] = Field(**settings)
         return fields
 
@@ -195,15 +224,29 @@ class _Reader:
         try:
             pieces = parse_template(text)
         except ValueError as error:
-            raise self.error(f"template {text!r}: {error}; write {{column}}, and {{{{ for a brace") from error
+            raise self.error(
+                f"template {shown(text)}: {brief(str(error))}; write {{column}}, and {{{{ for a brace"
+            ) from error
         if not any(name for _, name in pieces):
-            raise self.error(f"template {text!r} has no {{column}} in it")
+            raise self.error(f"template {shown(text)} has no {{column}} in it")
         if text != text.rstrip():
-            raise self.error(f"template {text!r} ends in white space, and so would all prompts; the labels bring their own space")
+            raise self.error(
+                f"template {shown(text)} ends in white space, and so would all prompts; the labels bring their "
+                "own space"
+            )
+
+
+def _forms(item: str | Plain, others: Sequence[str]) -> list[str]:
+    """A value as it is written, and as what YAML reads where that is another number or truth value: no and 0, 0x10 and
+    16."""
+    if isinstance(item, str):
+        return [item.strip()]
+    form = item.text if item.value is None else canonical(item.value)
+    return [item.text] if form == canonical(item.text) or form in others else [item.text, form]
 
 
 def _near(key: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(key), list(known), n=1)
+    near = difflib.get_close_matches(str(key)[:100], list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; see {FOLDER / 'README.md'}"
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from momentum_lm.data.classification import Example
@@ -55,6 +56,31 @@ class Prompts:
         return digest.hexdigest()
 
 
+def special_notes(lm: LanguageModel, form: PromptFormat, template: str, examples: Sequence[Example]) -> Iterator[str]:
+    """What is to be told of names of special tokens, a line each: in the template or separator, where the token may be
+    meant and the text is what the model gets; and in the examples' texts, where the text is meant and a tokenizer may
+    give the token."""
+    special: Mapping[str, int] = getattr(lm, "special_tokens", {})
+    if not special:
+        return
+    names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    separator = form.separator if isinstance(form.separator, str) else ""
+    for what, text in (("the template", template), ("--separator", separator)):
+        if found := names.search(text):
+            yield f"{what} spells {found[0]}, which is ordinary text to the model, not the special token"
+    texts = ["".join(example.pair(choice)) for example in examples for choice in range(len(example.inputs))]
+    texts = [text for text in texts if names.search(text)]
+    wrong = sum(
+        not {special[name] for name in names.findall(text)}.isdisjoint(ids)
+        for text, ids in zip(texts, lm.encode(texts), strict=True)
+    )
+    if wrong:
+        yield (
+            f"{wrong:,} texts spell a special token, which the tokenizer of {lm.name} takes for the token "
+            "itself; change the texts"
+        )
+
+
 def demonstration_text(example: Example) -> str:
     """An example with its label."""
     return "".join(example.pair(example.gold))
@@ -88,8 +114,10 @@ def build(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Exampl
 
     Text between special tokens is encoded as a whole, as it would be in training, and the prefix is what all prompts turn out to
     share: so the ids are those of the full text whatever the tokenizer does at its seams. A continuation's tokens are those in which a
-    prompt with it differs from the prompt without. Raises UserError naming the example whose prompt is longer than the model's context
-    or has no token to predict from.
+    prompt with it differs from the prompt without. Where a tokenizer joins the end of an input and the beginning of one
+    continuation into a token, all continuations of that input are scored from the same token on, so that what is
+    compared are probabilities of alternatives. Raises UserError naming the example whose prompt is longer than the
+    model's context or has no token to predict from.
     """
     head, text = list(form.bos), ""
     demos = [demonstration_text(example) for example in demonstrations]
@@ -128,11 +156,14 @@ def _encode(lm: LanguageModel, text: str, examples: Sequence[Example]) -> list[l
     queries = []
     for example in examples:
         query = []
+        starts: dict[str, int] = {}  # of each input; but for partial evaluation there is one
         for choice in range(len(example.continuations)):
             given, continuation = example.pair(choice)
             whole = tokens[texts[text + given + continuation]]
-            query.append((whole, common_length(tokens[texts[text + given]], whole)))
-        queries.append(query)
+            start = common_length(tokens[texts[text + given]], whole)
+            starts[given] = min(start, starts.get(given, start))
+            query.append((whole, given))
+        queries.append([(whole, starts[given]) for whole, given in query])
     return queries
 
 

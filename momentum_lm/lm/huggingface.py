@@ -108,8 +108,26 @@ class HuggingFaceLM:
         return {"path": self.name, "sha256": self.sha256, "parameters": parameters, "architecture": architecture}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        return self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+        """Token ids of each text, without special tokens: a text that spells one, such as "</s>", is ordinary text, if
+        the tokenizer can."""
+        return self.tokenizer(list(texts), add_special_tokens=False, **self._as_text).input_ids if texts else []
+
+    @cached_property
+    def _as_text(self) -> dict[str, bool]:
+        try:
+            self.tokenizer("a", add_special_tokens=False, split_special_tokens=True)
+        except (TypeError, ValueError, NotImplementedError):  # tokenizers of other libraries
+            return {}
+        return {"split_special_tokens": True}
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by their names."""
+        names = [
+            token.content for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values() if token.special
+        ]
+        names += self.tokenizer.all_special_tokens
+        return dict(zip(names, self.tokenizer.convert_tokens_to_ids(names), strict=True)) if names else {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, with special tokens."""

@@ -53,6 +53,7 @@ class NativeLM:
     """
 
     separator = (EOS,)
+    special_tokens: Mapping[str, int] = {"<s>": BOS, "</s>": EOS}
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +55,12 @@ class LanguageModel(Protocol):
     def check_unchanged(self) -> None:
         """Raises UserError where the files of the weights are no longer those that were read: their pages may be of two
         models."""
+        ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of the special tokens by their names. Text that spells a name is ordinary text to :meth:`encode`,
+        wherever it comes from: data, templates, separators; but for tokenizers that cannot tell one from the other."""
         ...
 
     def describe(self) -> dict[str, Any]:

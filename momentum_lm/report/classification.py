@@ -140,6 +140,14 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     for (dataset, shots), fitted in few.items():
         count = f"{min(fitted)}" if min(fitted) == max(fitted) else f"{min(fitted)} to {max(fitted)}"
         sentences.append(f"{dataset}: of {shots} demonstrations only {count} fitted into the model's context.")
+    overlaps = {run["dataset"]: run["overlap"] for run in runs if isinstance(run.get("overlap"), dict)}
+    for dataset, overlap in overlaps.items():
+        for name, what in (
+            ("not_evaluated", "examples are left out, for demonstrations are drawn from the training split's copies of them"),
+            ("shown_and_evaluated", "training examples are evaluated too and may be among their own demonstrations"),
+        ):
+            if overlap.get(name):
+                sentences.append(f"{dataset}: {overlap[name]} {what}.")
     return sentences
 
 

@@ -160,6 +160,7 @@ class ClassificationRun(TypedDict):
     prompts_sha256: NotRequired[Digest]
     examples_sha256: NotRequired[Digest]
     demonstrations_sha256: NotRequired[Digest]
+    overlap: NotRequired[dict[str, Count]]
     digest: NotRequired[Digest]
 
 
@@ -209,6 +210,7 @@ class AnalysisRun(TypedDict):
     demonstration_labels: NotRequired[list[Text]]
     examples_sha256: NotRequired[Digest]
     demonstrations_sha256: NotRequired[Digest]
+    overlap: NotRequired[dict[str, Count]]
     digest: NotRequired[Digest]
 
 

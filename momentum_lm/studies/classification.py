@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from momentum_lm.analysis.classification import accuracy, confusion_matrix, macro_f1, majority_rate
 from momentum_lm.analysis.statistics import wilson_interval
-from momentum_lm.data.classification import Example, LabelledDataset
+from momentum_lm.data.classification import Example, LabelledDataset, by_name
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_stem
 from momentum_lm.icl import calibration, scoring
-from momentum_lm.icl.demonstrations import evaluation_subset, select
-from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query
+from momentum_lm.icl.demonstrations import evaluation_subset, select, separate
+from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query, special_notes
 from momentum_lm.icl.scoring import Scores
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.classification import TASK, summary
@@ -95,7 +95,11 @@ class Questions:
 
     def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings) -> None:
         self.lm, self.spec, self.train, self.settings = lm, dataset.spec, dataset.train, settings
-        self.examples = evaluation_subset(dataset.evaluation, settings.limit, protocol_paper=settings.protocol == "paper")
+        paper = settings.protocol == "paper"
+        chosen = evaluation_subset(dataset.evaluation, settings.limit, protocol_paper=paper)
+        with self._named():
+            self.separation = separate(self.train, chosen, max(settings.shots), paper)
+        self.examples, self.notes = self.separation.evaluated, [*dataset.notes, *self.separation.notes()]
         self.partial = any(len(example.inputs) > 1 for example in self.examples)
         self._drawn: dict[Unit, list[Example]] = {}
         self.content_free = []
@@ -125,7 +129,9 @@ class Questions:
             sampling = "random" if settings.protocol == "paper" else settings.sampling  # the authors' draw too
             labels = len(self.spec.labels) if self.spec.labels else None
             with self._named():
-                self._drawn[unit] = select(self.train, unit.shots, unit.seed, sampling, labels, unit.order)
+                self._drawn[unit] = select(
+                    self.train, unit.shots, unit.seed, sampling, labels, unit.order, self.separation.hidden
+                )
         return self._drawn[unit]
 
     def prompts(self, form: PromptFormat, unit: Unit) -> tuple[list[Example], Prompts]:
@@ -196,7 +202,7 @@ def evaluate(
     settings than rank 0 or without a sign of life for ``timeout`` seconds, files of the model that change meanwhile,
     and whatever the data or the model does not allow. """
     form = settings.form(lm)
-    questions = {data.spec.name: Questions(lm, data, settings) for data in datasets}
+    questions = {name: Questions(lm, data, settings) for name, data in by_name(datasets).items()}
     with Processes(timeout) as processes, contextlib.ExitStack() as stack:
         agree(processes, lm, datasets, settings)
         recorder, todo = None, None
@@ -312,6 +318,7 @@ class _Recorder:
             "prompts_sha256": prompts.sha256(),
             "examples_sha256": asked.examples_sha256,
             "demonstrations_sha256": identity.examples_sha256(demonstrations),
+            "overlap": asked.separation.counts(),
             "seconds": round(seconds, 3),
         }
         for key in self._keys(unit):
@@ -392,6 +399,12 @@ def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
 
 def _warn(asked: Questions, settings: Settings) -> None:
     name = asked.spec.name
+    template = asked.spec.templates[asked.spec.template]
+    for note in [
+        *asked.notes,
+        *special_notes(asked.lm, settings.form(asked.lm), template, [*asked.examples, *asked.train]),
+    ]:
+        _log.warning("%s: %s", name, note)
     for one, other in asked.colliding():
         _log.warning("%s: the labels %r and %r begin with the same token; the tokens after it decide between them", name, one, other)
     for left_out in (c for c in settings.calibrations if not asked.allows(c)):

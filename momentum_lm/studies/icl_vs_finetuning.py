@@ -19,13 +19,22 @@ import numpy as np
 from tqdm import tqdm
 
 from momentum_lm.cpu import return_memory
-from momentum_lm.data.classification import Example, LabelledDataset
+from momentum_lm.data.classification import Example, LabelledDataset, by_name
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, file_stem
 from momentum_lm.icl import scoring
-from momentum_lm.icl.demonstrations import evaluation_subset, select
+from momentum_lm.icl.demonstrations import Separation, evaluation_subset, select, separate
+from momentum_lm.icl.demonstrations import identity as example_identity
 from momentum_lm.icl.finetuning import Diverged, Lesson
-from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstration_text, fit, longest_query
+from momentum_lm.icl.prompts import (
+    PromptFormat,
+    build,
+    common_length,
+    demonstration_text,
+    fit,
+    longest_query,
+    special_notes,
+)
 from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.finetuning_summary import TASK, summary
@@ -96,7 +105,7 @@ def analyse(
     asked = settings.questions
     if 0 in asked.shots:
         raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
-    form = asked.form(lm)
+    form, loaded = asked.form(lm), by_name(datasets)
     with Processes(timeout) as processes, contextlib.ExitStack() as stack:
         classification.agree(processes, lm, datasets, settings)
         units = [Unit(data.spec.name, seed, shots) for data in datasets for shots in asked.shots for seed in asked.seeds]
@@ -111,7 +120,13 @@ def analyse(
             if not todo and show_progress:
                 say_finished(folder)
         todo = processes.from_first(todo) or []
-        loaded = {data.spec.name: data for data in datasets}
+        if processes.first and todo:
+            for name in dict.fromkeys(unit.dataset for unit in todo):
+                data, separation = loaded[name], _separation(loaded[name], asked)
+                template = data.spec.templates[data.spec.template]
+                special = special_notes(lm, form, template, [*separation.evaluated, *data.train])
+                for note in [*data.notes, *separation.notes(), *special]:
+                    _log.warning("%s: %s", name, note)
 
         def analyse_one(unit: Unit) -> None:  # a function, so that nothing of one unit is held beside the next
             began = time.perf_counter()
@@ -150,10 +165,13 @@ class _Study:
         self.lm, self.data, self.settings, self.form, self.unit, self.processes = lm, data, settings, form, unit, processes
         asked = settings.questions
         paper = asked.protocol == "paper"
-        self.examples = evaluation_subset(data.evaluation, asked.limit, protocol_paper=paper)
         labels = len(data.spec.labels) if data.spec.labels else None
         try:
-            drawn = select(data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels)
+            self.separation = _separation(data, asked)
+            self.examples, hidden = self.separation.evaluated, self.separation.hidden
+            drawn = select(
+                data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels, hidden=hidden
+            )
             self.demonstrations = fit(lm, form, drawn, longest_query(lm, self.examples))
             if not self.demonstrations:
                 raise UserError(
@@ -186,6 +204,7 @@ class _Study:
             "prompts_sha256": self.digest(),
             "examples_sha256": identity.examples_sha256(self.examples),
             "demonstrations_sha256": identity.examples_sha256(self.demonstrations),
+            "overlap": self.separation.counts(),
             "demonstrations": [example.index for example in self.demonstrations],
             "demonstration_labels": [example.continuations[example.gold].strip() for example in self.demonstrations],
             "finetune_lr": rate.rate,
@@ -199,9 +218,10 @@ class _Study:
         if asked.protocol == "paper":
             examples, source = self.examples, "evaluation"
         else:
-            shown = {example.index for example in self.demonstrations}
+            shown = {example_identity(example) for example in self.demonstrations}
             order = np.random.default_rng([self.unit.seed, 2]).permutation(len(self.data.train))
-            rest = [self.data.train[i] for i in order if self.data.train[i].index not in shown]
+            free = (self.data.train[i] for i in order if i not in self.separation.hidden)
+            rest = [example for example in free if example_identity(example) not in shown]
             examples, source = rest[: settings.held_out], "train"
         budget = asked.batch_tokens
         arguments = (settings.rates, settings.parameters, asked.score, budget, self.processes, self.unit.name)
@@ -345,6 +365,12 @@ def _key_heads(seen: Seen) -> int:
     """Key/value heads: what is as wide as the query heads, of the keys' width."""
     width = seen.trace.heads[0].shape[-1]
     return seen.trace.keys[0].shape[-1] // width
+
+
+def _separation(data: LabelledDataset, asked: classification.Settings) -> Separation:
+    paper = asked.protocol == "paper"
+    evaluated = evaluation_subset(data.evaluation, asked.limit, protocol_paper=paper)
+    return separate(data.train, evaluated, max(asked.shots), paper)
 
 
 def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:

@@ -19,6 +19,7 @@ from fairseq.data.data_utils import collate_tokens
 from fairseq.tasks import FairseqTask, register_task
 
 from momentum_lm.cli.eval_classification import add_question_arguments, load_datasets, settings_from
+from momentum_lm.data.classification import by_name
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.data.tokenizer import Tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
@@ -107,7 +108,7 @@ class IclClassificationTask(FairseqTask):
         from momentum_lm.studies.classification import Questions, units
 
         asker: Any = Asker(self.flags.path, self.tokenizer, self.bos, self.max_length)
-        loaded = {data.spec.name: data for data in load_datasets(self.flags, asker)}
+        loaded = by_name(load_datasets(self.flags, asker))
         name = next(iter(loaded)) if split == "valid" and len(loaded) == 1 else split
         if name not in loaded:
             raise UserError(f"--valid-subset {split}: name those of --datasets that are to be evaluated ({','.join(loaded)})")

@@ -17,7 +17,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from momentum_lm.cli.eval_classification import shortener
 from momentum_lm.cli.options import integers
-from momentum_lm.data.classification import Example, load_dataset
+from momentum_lm.data.classification import Example, by_name, load_dataset
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.data.tokenizer import has_tokenizer
 from momentum_lm.errors import UserError
@@ -79,8 +79,12 @@ class IclEvaluation:
 
     def _parts(self, args: Any) -> Iterator[_Part]:
         form, shorten = self.settings.form(self.lm), shortener(self.lm, args.icl_eval_max_field_tokens)
-        for name in dict.fromkeys(args.icl_eval_datasets.split(",")):
-            asked = Questions(self.lm, load_dataset(name, args.icl_eval_data_dir, shorten=shorten), self.settings)
+        names = dict.fromkeys(args.icl_eval_datasets.split(","))
+        datasets = [load_dataset(name, args.icl_eval_data_dir, shorten=shorten) for name in names]
+        for data in by_name(datasets).values():
+            asked = Questions(self.lm, data, self.settings)
+            for note in asked.notes:
+                _log.warning("%s: %s", data.spec.name, note)
             parts: dict[int, _Part] = {}
             for unit in units([asked.spec.name], self.settings):
                 demonstrations, prompts = asked.prompts(form, unit)

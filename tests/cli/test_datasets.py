@@ -80,3 +80,16 @@ def test_mistakes_are_one_line(folder, argv, message, capsys):
     assert main([*argv, "--data-dir", str(folder)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_what_is_left_out_is_told(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("text,label,a,b,c\nq,0,x,y,\nr,2,x,y,z\n")
+    (tmp_path / "set.yaml").write_text(
+        "files: {train: t.csv, evaluation: t.csv}\nlabel: label\nchoices: [a, b, c]\ntemplates: {code: '{text}'}\n"
+    )
+    assert main([str(tmp_path / "set.yaml"), "--shots", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"note: {tmp_path}/t.csv: 1 of 2 rows have empty cells among a, b, c, which are no choices\n"
+    assert out.count("' x'") == 1 and "1 to show" not in out
+    assert main([str(tmp_path / "set.yaml"), "--shots", "2"]) == 0
+    assert "which is asked, is among the demonstrations: the training split has it too" in capsys.readouterr().err

@@ -7,6 +7,9 @@ import time
 
 import pytest
 
+from momentum_lm.cli.evaluate import main
+from momentum_lm.data.dataset_yaml import FOLDER
+
 FILMS = """\
 description: made-up reviews
 files: {train: train.jsonl, evaluation: validation.jsonl}
@@ -236,3 +239,23 @@ def test_bad_input_is_one_line_and_changes_nothing(case, films, checkpoint, resu
     assert line.startswith("error: ") and message.format(films=folder) in line, line
     assert contents(folder) == before
     assert time.monotonic() - began < 60
+
+
+def test_two_data_sets_of_one_name_are_refused_before_a_model_is_read(tmp_path, capsys):
+    for name, word in (("clinic", "Ill"), ("shop", "Dear"), ("Clinic", "Well")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.yaml").write_text(FILMS.replace("Negative", word))
+    (tmp_path / "mr.yaml").write_text(FILMS)
+    (tmp_path / "TASK.yaml").write_text(FILMS)
+    for datasets, told in (
+        (f"{tmp_path}/clinic/task.yaml,{tmp_path}/shop/task.yaml", f"called task: {tmp_path}/clinic/task.yaml and"),
+        (f"mr,{tmp_path}/mr.yaml", f"called mr: {FOLDER}/mr.yaml and {tmp_path}/mr.yaml"),
+        (f"{tmp_path}/TASK.yaml,{tmp_path}/shop/task.yaml", "called TASK and task but for their case: "),
+        (f"{tmp_path}/mr.yaml,{tmp_path}/shop/../mr.yaml", "called mr: "),
+    ):
+        for task in ("icl_classification", "icl_finetune_analysis"):
+            argv = ["--task", task, "--path", "none.pt", "--datasets", datasets, "--results-dir", str(tmp_path / "out")]
+            assert main(argv) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and err.startswith("error: two data sets are ") and told in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

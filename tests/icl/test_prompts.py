@@ -3,7 +3,7 @@ import pytest
 from momentum_lm.data.classification import Example
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.errors import UserError
-from momentum_lm.icl.prompts import PromptFormat, Request, build, demonstration_text, fit, longest_query
+from momentum_lm.icl.prompts import PromptFormat, Request, build, demonstration_text, fit, longest_query, special_notes
 
 FORMS = {"tokens": PromptFormat((BOS,), (EOS,)), "text": PromptFormat((), "\n\n"), "bos_text": PromptFormat((EOS,), " ")}
 
@@ -47,10 +47,18 @@ def test_what_is_shared_shrinks_as_queries_arrive(lm):
 
 
 def test_a_continuation_that_joins_its_input(lm):
-    """Without a space between them the tokens of input and continuation may not be theirs alone; what differs is scored."""
-    (query,) = build(lm, FORMS["text"], [], [Example(0, ("the act",), ("ors", " is"), 0)]).queries
-    joined, apart = query
-    assert lm.decode(joined.tokens[joined.start :]).endswith("ors") and lm.decode(apart.tokens[apart.start :]) == " is"
+    """Without a space between them the tokens of input and continuation may not be theirs alone: all choices are scored
+    from the first token that one of them changes."""
+    example = Example(0, ("the act",), ("ors", " is"), 0)
+    prompts = build(lm, FORMS["text"], [], [example])
+    (joined, apart) = prompts.queries[0]
+    assert joined.start == apart.start and lm.decode(joined.tokens[joined.start :]) == " actors"
+    assert lm.decode(apart.tokens[apart.start :]) == " act is"
+    whole = [prompts.prefix + list(request.tokens) for request in (joined, apart)]
+    assert whole == [lm.encode(["the act" + text])[0] for text in example.continuations]
+    # partial evaluation has an input for each choice, whose last token one continuation may join
+    own = build(lm, FORMS["text"], [], [Example(0, ("the act", "the film"), (" is",) * 2, 0)]).queries[0]
+    assert [lm.decode(request.tokens[request.start :]) for request in own] == [" is", " is"]
 
 
 def test_fit_follows_the_authors_rule(make_lm, examples):
@@ -89,3 +97,87 @@ def test_digest_tells_prompts_apart(lm, examples):
     moved = [[Request(r.tokens, r.start - (r.start > 1)) for r in query] for query in base.queries]
     others.append(type(base)(base.prefix, moved, base.shots))
     assert len({base.sha256(), *(other.sha256() for other in others)}) == 5
+
+
+# Tokenizers that join texts, or take them for special tokens
+
+
+def hugging_face(tokenizer, **special):
+    """A model that is asked for token ids alone."""
+    transformers = pytest.importorskip("transformers")
+    from momentum_lm.lm.huggingface import HuggingFaceLM
+
+    config = transformers.GPT2Config(vocab_size=400, n_embd=8, n_layer=1, n_head=1, n_positions=128)
+    model = transformers.GPT2LMHeadModel(config)
+    return HuggingFaceLM(model, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special), "tiny", "")
+
+
+@pytest.fixture(scope="module")
+def crossing():
+    """A byte-level BPE that reads past spaces, with one token for " Answer: C" and none for the other answers."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["x Answer: C"] * 50, trainer)
+    return hugging_face(tokenizer, eos_token="<end>")
+
+
+def test_all_labels_of_a_query_are_scored_from_the_same_token_on(crossing):
+    labels = (" A", " C", " B", " AC")
+    for shots in (0, 2):
+        examples = [Example(i, (f"{i} Answer:",), labels, 1) for i in range(3)]
+        prompts = build(crossing, FORMS["text"], examples[:shots], examples)
+        for example, query in zip(examples, prompts.queries, strict=True):
+            (start,) = {request.start for request in query}
+            whole = [[*prompts.prefix, *request.tokens] for request in query]
+            assert (
+                len({tuple(tokens[: len(prompts.prefix) + start]) for tokens in whole}) == 1
+            )  # and after the same tokens
+            texts = [crossing.decode(request.tokens[request.start :]) for request in query]
+            (joined,) = {text.removesuffix(label) for text, label in zip(texts, labels, strict=True)}
+            assert joined.endswith(":"), "what one label is joined with is scored before all of them"
+            assert [crossing.decode(tokens) for tokens in whole] == [
+                "".join(demonstration_text(e) + "\n\n" for e in examples[:shots]) + "".join(example.pair(c))
+                for c in range(4)
+            ]
+
+
+def test_text_that_spells_a_special_token_is_text(crossing):
+    (plain, special) = crossing.encode(["a <end> b", "<end>"])
+    end = crossing.tokenizer.convert_tokens_to_ids("<end>")
+    assert end not in plain + special and crossing.decode(plain) == "a <end> b"
+    assert crossing.special_tokens == {"<end>": end}
+    examples = [Example(0, ("a <end> b",), (" A", " C"), 1), Example(1, ("c",), (" A", " C"), 1)]
+    assert list(special_notes(crossing, FORMS["text"], "{text}", examples)) == []
+    spelled = PromptFormat((), "<end>")
+    assert list(special_notes(crossing, spelled, "{text}<end>", examples)) == [
+        "the template spells <end>, which is ordinary text to the model, not the special token",
+        "--separator spells <end>, which is ordinary text to the model, not the special token",
+    ]
+
+
+def test_a_tokenizer_that_takes_text_for_special_tokens_is_told_of():
+    """Words of a word-level tokenizer are what they are, whoever writes them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<end>": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    lm = hugging_face(tokenizer, eos_token="<end>")
+    examples = [Example(0, ("a <end> a",), (" a",) * 2, 1), Example(1, ("a a",), (" a",) * 2, 1)]
+    (note,) = special_notes(lm, FORMS["text"], "{text}", examples)
+    assert (
+        note
+        == "1 texts spell a special token, which the tokenizer of tiny takes for the token itself; change the texts"
+    )
+
+
+def test_fairseq_checkpoints_read_such_text_as_text_too(lm):
+    assert EOS not in lm.encode(["a film </s> that is good"])[0]
+    (note,) = special_notes(lm, PromptFormat((BOS,), "</s>"), "{text}", [Example(0, ("a </s>",), (" good", " bad"), 0)])
+    assert note.startswith("--separator spells </s>")

@@ -15,7 +15,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.report.classification import write_report
 from momentum_lm.results import identity
 from momentum_lm.results.records import read_results
-from momentum_lm.studies.classification import Questions, Settings, Unit, evaluate, units
+from momentum_lm.studies.classification import KEY, Questions, Settings, Unit, evaluate, units
 
 WORDS = ["good", "bad", "dull", "long", "thin", "film", "plot", "actors", "very", "the"]
 FILMS = """\
@@ -472,3 +472,57 @@ def test_finished_work_is_said_to_be_finished(lm, films, tmp_path, capsys):
         capsys.readouterr().out
         == f"{tmp_path / 'out'} holds all of these results already; nothing was scored. --force measures anew.\n\n"
     )
+@pytest.fixture
+def one_file(tmp_path):
+    """A data set with one file for both splits."""
+    rows = [{"text": f"the film {text(i)}", "label": i % 2} for i in range(24)]
+    path = write(tmp_path, "films", FILMS.replace("validation.jsonl", "train.jsonl"), lambda split, i: rows[i])
+    return load_dataset(path)
+
+
+@pytest.mark.parametrize("sampling", ["random", "balanced"])
+def test_no_evaluated_example_is_a_demonstration(lm, one_file, tmp_path, caplog, sampling):
+    settings = Settings(shots=(0, 2, 4), seeds=(1, 2, 3), sampling=sampling, orders=2)
+    with caplog.at_level(logging.WARNING):
+        runs = run(lm, [one_file], settings, tmp_path / "out")["runs"]
+    by_run = itertools.groupby(lines(tmp_path / "out"), lambda line: tuple(line[name] for name in KEY))
+    evaluated = {tuple(line["index"] for line in group) for _, group in by_run}
+    assert len(evaluated) == 1, "all shots, seeds and orders are evaluated on the same examples"
+    (indices,) = evaluated
+    texts = [
+        {one_file.evaluation[i].inputs for i in indices},
+        *({one_file.train[i].inputs for i in r["demonstrations"]} for r in runs),
+    ]
+    assert len(indices) == runs[0]["num_examples"] == 6 and not any(texts[0] & shown for shown in texts[1:])
+    assert all(r["overlap"] == {"not_shown": 6, "not_evaluated": 6, "shown_and_evaluated": 0} for r in runs)
+    assert (
+        "films: 6 examples are not evaluated, for demonstrations are drawn from the training split's copies of them"
+        in caplog.text
+    )
+    assert len({tuple(r["demonstrations"]) for r in runs if r["shots"] == 4}) > 3
+
+
+def test_without_demonstrations_all_are_evaluated(lm, one_file, tmp_path):
+    (one,) = run(lm, [one_file], Settings(shots=(0,), seeds=(1,)), tmp_path / "out")["runs"]
+    assert one["num_examples"] == 12 and not any(one["overlap"].values())
+
+
+def test_the_authors_protocol_draws_what_it_draws(lm, one_file, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        (one,) = run(lm, [one_file], Settings(shots=(2,), seeds=(1,), protocol="paper"), tmp_path / "out")["runs"]
+    assert one["num_examples"] == 12 and one["overlap"] == {
+        "not_shown": 0,
+        "not_evaluated": 0,
+        "shown_and_evaluated": 12,
+    }
+    assert one["demonstrations"] == np.random.default_rng(1).permutation(12)[:2].tolist()
+    assert "films: 12 training examples are evaluated too (the same text) and may be demonstrations" in caplog.text
+
+
+def test_two_data_sets_of_one_name_are_refused(lm, films, tmp_path):
+    with pytest.raises(
+        UserError,
+        match=r"two data sets are called films: .*films\.yaml and .*films\.yaml; give one of them another `name`",
+    ):
+        evaluate(lm, [films, load_dataset(str(films.spec.path))], SETTINGS, tmp_path / "out", show_progress=False)
+    assert not (tmp_path / "out").exists()

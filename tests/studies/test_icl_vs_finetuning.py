@@ -75,10 +75,15 @@ def test_the_authors_numbers(golden_model, tmp_path, dataset, seed):
 
 @pytest.fixture
 def films(examples):
-    """A made-up data set of the examples of conftest, many times over."""
+    """A made-up data set of the examples of conftest; for training many times over, and with other texts than are
+    evaluated."""
     spec = dataclasses.replace(load_dataset("mr", str(GOLDEN), "code").spec, name="films")
     labels = (" Positive", " Negative")
-    train = [Example(i, e.inputs, labels, i * 7 % 3 % 2) for i, e in enumerate(examples * 3)]
+    inputs = [
+        f"{'very ' * (i // len(examples))}{e.inputs[0].replace(' Sentiment', ' film Sentiment')}"
+        for i, e in enumerate(examples * 3)
+    ]
+    train = [Example(i, (text,), labels, i * 7 % 3 % 2) for i, text in enumerate(inputs)]
     evaluation = [Example(i, e.inputs, labels, i * 5 % 3 % 2) for i, e in enumerate(examples)]
     return LabelledDataset(spec, train, evaluation, {"kind": "local", "path": "films"})
 

@@ -447,6 +447,30 @@ def test_rows_without_text_and_quoted_ones_are_counted(tmp_path, gpt2_folder):
     assert (result["nulls"], result["quoted"], result["documents_read"]) == (3, 1, 5)
 
 
+@pytest.mark.parametrize("survives", [0, 1, 2, 3, 4, 5])
+def test_killed_while_it_clears_up(prepared, jsonl, tmp_path, monkeypatch, survives):
+    """What is left is still known to be its own, is not gone on with, and goes the next time."""
+    output, removed = tmp_path / "data", []
+    real = os.unlink
+
+    def unlink(path, *args, **kwargs):
+        if ".prepare" in str(path):
+            removed.append(path)
+            if len(removed) > survives:
+                raise KeyboardInterrupt
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            prepare(config(output, jsonl, valid="0.0001"), workers=1)  # refused when all is tokenised
+    with pytest.raises(UserError, match=r"leaves the valid split empty"):
+        prepare(config(output, jsonl, valid="0.0001"), workers=1)
+    assert not output.exists() or not list(output.iterdir())
+    prepare(config(output, jsonl), workers=1)
+    assert content(output) == content(prepared[0])
+
+
 def test_data_made_by_others_is_refused_unless_forced(jsonl, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.bin").write_bytes(b"precious")

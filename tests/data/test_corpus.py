@@ -627,6 +627,31 @@ def test_sources_that_change_under_unfinished_work_are_noticed(tmp_path, documen
     assert not output.exists() or list(output.iterdir()) == []
 
 
+@pytest.mark.parametrize("change", [True, False])
+def test_sources_that_change_when_all_is_only_to_be_moved(tmp_path, jsonl, prepared, monkeypatch, change):
+    from momentum_lm.data import corpus
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(jsonl.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(tmp_path / "data", path), workers=1)
+    os.utime(path, (1, 1))
+    if change:
+        path.write_bytes(jsonl.read_bytes().replace(b"ba", b"BA", 1))
+    for _ in range(2):
+        if change:
+            with pytest.raises(UserError, match="was prepared with a source whose content has changed since; use another --output"):
+                prepare(config(tmp_path / "data", path), workers=1)
+        else:
+            prepare(config(tmp_path / "data", path), workers=1)
+    assert content(tmp_path / "data", "prepare.json") == content(prepared[0], "prepare.json")
+
+
 def test_sources_that_change_between_two_readings_are_noticed(tmp_path, jsonl, monkeypatch):
     from momentum_lm.data import corpus
 

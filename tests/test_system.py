@@ -8,10 +8,6 @@ import pytest
 from momentum_lm.system import isolated_children
 
 
-def ran(number):
-    return number + 1
-
-
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_run_no_file_of_the_current_folder(tmp_path, monkeypatch, method):
     """Nor do the processes that look after their semaphores and fork them."""
@@ -21,7 +17,7 @@ def test_workers_run_no_file_of_the_current_folder(tmp_path, monkeypatch, method
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     context = multiprocessing.get_context(method)
     with isolated_children(), context.Pool(1) as pool:
-        assert pool.map(ran, [1]) == [2]
+        assert pool.map(abs, [-1]) == [1]
     assert not (tmp_path / "ran").exists() and "PYTHONSAFEPATH" not in os.environ
 
 

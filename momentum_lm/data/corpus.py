@@ -113,11 +113,7 @@ def prepare(
         run = _Run(work, config, sources, progress, say)
         done = None if force else _finished(output, wanted)  # again: now nobody else is at work there
         if done is not None:
-            if not same_documents(done, run.read_all("comparing")):
-                changed = "with a source whose content has changed since"
-                if "sources_as_of" not in done:
-                    changed = "by an earlier version, which kept no record of the sources' content"
-                raise UserError(f"{output} was prepared {changed}; use another --output, or --force to replace it")
+            _refuse_other_documents(output, done, run)
             done["sources_as_of"] = as_of
             write_json(output / "prepare.json", done)
             say(f"{output} is already prepared with these settings")
@@ -128,12 +124,25 @@ def prepare(
                 problem = f"{output} holds {there[0]}, which this command did not make"
                 raise UserError(f"{problem}; use another --output, or --force to replace it")
         with workplace(work, wanted, as_of, force) as touched:
-            if not (work / "prepare.json").exists():
+            only_to_move = (work / "prepare.json").exists()
+            if not only_to_move:
                 splitter = run.plan(tokenizer, touched)
                 splits = [name for name, wanted_of in zip(SPLITS, (1, valid, test), strict=True) if wanted_of]
                 state = run.encode(splitter, splits, workers)
                 complete(work, wanted, as_of, state)
-            return publish(work, output)
+            made = publish(work, output)
+        if only_to_move and touched:
+            _refuse_other_documents(output, made, run)
+        return made
+
+
+def _refuse_other_documents(output: Path, made: dict[str, Any], run: _Run) -> None:
+    """Reads the sources again. Raises UserError if they are not what the data there was made of."""
+    if not same_documents(made, run.read_all("comparing")):
+        changed = "with a source whose content has changed since"
+        if "sources_as_of" not in made:
+            changed = "by an earlier version, which kept no record of the sources' content"
+        raise UserError(f"{output} was prepared {changed}; use another --output, or --force to replace it")
 
 
 def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import re
 import stat
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,7 @@ _COMPRESSED = (".gz", ".zst")
 DOCUMENTS = ("file", "line", "blank-line", "record")
 REMARKS = ("nulls", "quoted")
 _PARQUET_ROWS = 8  # that are held at once, of up to MAX_DOCUMENT bytes each
+_PARQUET_CHUNK, _PARQUET_RATIO = 64 << 20, 200  # more of a column in a row group is refused if it is packed that well
 
 
 class Interrupted(UserError):
@@ -172,11 +173,12 @@ class FileSource(Source):
         rows = 0
         with file:
             root, is_text = _parquet_column(schema, self.column, self.name)
+            _refuse_parquet_bomb(file.metadata, root, self.name)
             try:
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[root]):
                     batch.validate(full=True)  # that the text is UTF-8
                     values = batch.column(batch.schema.names.index(root))
-                    found = _text_values(values) if is_text else values.to_pylist()
+                    found: Iterable[Any] = _text_values(values) if is_text else values.to_pylist()
                     for row, value in enumerate(found, start=rows + 1):
                         where = f"{self.name}: row {row}"
                         text = value if is_text else _look_up({root: value}, self.column, where)
@@ -490,12 +492,26 @@ def _parquet_column(schema: Any, column: str, name: str) -> tuple[str, bool]:
     return root, is_text
 
 
-def _text_values(array: Any) -> list[bytes | None]:
+def _refuse_parquet_bomb(metadata: Any, root: str, name: str) -> None:
+    """Pages are decompressed whole, and next to nothing may hold a gigabyte. Raises UserError for what is packed that well."""
+    for group in range(metadata.num_row_groups):
+        chunks = (metadata.row_group(group).column(i) for i in range(metadata.row_group(group).num_columns))
+        for chunk in (c for c in chunks if c.path_in_schema == root or c.path_in_schema.startswith(f"{root}.")):
+            packed, whole = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
+            if whole > _PARQUET_CHUNK and whole > _PARQUET_RATIO * packed:
+                raise UserError(
+                    f"{name}: {packed:,} bytes of row group {group + 1} hold {whole >> 20:,} MiB of {root!r}, which would be in "
+                    "memory at once; write the file again with less in a row group, or as .jsonl.zst"
+                )
+
+
+def _text_values(array: Any) -> Iterable[bytes | None]:
     import pyarrow
 
     if pyarrow.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    return array.cast(pyarrow.large_binary()).to_pylist()
+    array = array.cast(pyarrow.large_binary())
+    return (value.as_py() for value in array) if array.nbytes > MAX_DOCUMENT else array.to_pylist()  # long ones one by one
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[str]:

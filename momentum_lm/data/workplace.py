@@ -101,7 +101,9 @@ def _has_results(work: Path) -> bool:
 def clear_away(output: Path, wanted: dict[str, Any]) -> None:
     """Removes the empty workplace of a run that was killed after its last file had been moved."""
     work = output / ".prepare"
-    if not work.is_symlink() and work.is_dir() and same_settings(read_json(work / "config.json"), wanted):
+    if work.is_symlink() or not work.is_dir():
+        return
+    if os.listdir(work) == ["lock"] or same_settings(read_json(work / "config.json"), wanted):
         with contextlib.suppress(UserError, OSError), reserved(output):
             _clear(work)
 
@@ -154,8 +156,10 @@ def _refuse_what_is_not_ours(work: Path) -> None:
 
 
 def _clear(work: Path) -> None:
-    """Removes what is ours, and nothing else, but for the lock."""
-    for name in os.listdir(work):
+    """Removes what is ours, and nothing else, but for the lock. It may be killed at any moment: what says that other files
+    are good goes first, the mark last."""
+    first, last = ("state.json", "plan.json"), "config.json"
+    for name in sorted(os.listdir(work), key=lambda name: (name == last, name not in first)):
         if _is_ours(name):
             os.unlink(work / name)
 

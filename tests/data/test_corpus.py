@@ -447,6 +447,30 @@ def test_rows_without_text_and_quoted_ones_are_counted(tmp_path, gpt2_folder):
     assert (result["nulls"], result["quoted"], result["documents_read"]) == (3, 1, 5)
 
 
+@pytest.mark.parametrize("survives", [0, 1, 2, 3, 4, 5])
+def test_killed_while_it_clears_up(prepared, jsonl, tmp_path, monkeypatch, survives):
+    """What is left is still known to be its own, is not gone on with, and goes the next time."""
+    output, removed = tmp_path / "data", []
+    real = os.unlink
+
+    def unlink(path, *args, **kwargs):
+        if ".prepare" in str(path):
+            removed.append(path)
+            if len(removed) > survives:
+                raise KeyboardInterrupt
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            prepare(config(output, jsonl, valid="0.0001"), workers=1)  # refused when all is tokenised
+    with pytest.raises(UserError, match=r"leaves the valid split empty"):
+        prepare(config(output, jsonl, valid="0.0001"), workers=1)
+    assert not output.exists() or not list(output.iterdir())
+    prepare(config(output, jsonl), workers=1)
+    assert content(output) == content(prepared[0])
+
+
 def test_data_made_by_others_is_refused_unless_forced(jsonl, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.bin").write_bytes(b"precious")
@@ -601,6 +625,31 @@ def test_sources_that_change_under_unfinished_work_are_noticed(tmp_path, documen
     with pytest.raises(UserError, match="the sources have changed since this run began, so its work so far is dropped"):
         prepare(settings, workers=1)
     assert not output.exists() or list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [True, False])
+def test_sources_that_change_when_all_is_only_to_be_moved(tmp_path, jsonl, prepared, monkeypatch, change):
+    from momentum_lm.data import corpus
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(jsonl.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(tmp_path / "data", path), workers=1)
+    os.utime(path, (1, 1))
+    if change:
+        path.write_bytes(jsonl.read_bytes().replace(b"ba", b"BA", 1))
+    for _ in range(2):
+        if change:
+            with pytest.raises(UserError, match="was prepared with a source whose content has changed since; use another --output"):
+                prepare(config(tmp_path / "data", path), workers=1)
+        else:
+            prepare(config(tmp_path / "data", path), workers=1)
+    assert content(tmp_path / "data", "prepare.json") == content(prepared[0], "prepare.json")
 
 
 def test_sources_that_change_between_two_readings_are_noticed(tmp_path, jsonl, monkeypatch):

@@ -351,6 +351,18 @@ def test_a_folder_without_text_is_refused(tmp_path):
         read(tmp_path)
 
 
+def test_a_little_parquet_that_holds_very_much_is_refused(tmp_path):
+    """As one page, which would be in memory at once; as a dictionary it is read."""
+    path = tmp_path / "t.parquet"
+    texts = [" " * (MAX_DOCUMENT - i % 3) for i in range(20)]
+    pyarrow.parquet.write_table(pyarrow.table({"id": texts, "text": texts}), path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"t\.parquet: [\d,]+ bytes of row group 1 hold 160 MiB of 'text', .*write the file again with"):
+        read(path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd")
+    assert len(read(path)) == 20
+
+
 def test_parquet_that_is_not_utf8(tmp_path):
     bad = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"], pyarrow.binary()).buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "t.parquet")

@@ -75,7 +75,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path.name))
         try:
             os.fchmod(fd, 0o666 & ~_umask())  # mkstemp gives 0600, ordinary files follow the umask
-            with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as file:
+            # A path that is not UTF-8 is written as "\\udcff", which in JSON is that path again
+            encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+            with os.fdopen(fd, mode, encoding=encoding, errors=errors) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
 from momentum_lm.files import NPZ_ERRORS, file_stem, read_arrays
-from momentum_lm.results.records import read_results
 
 from .common import read_runs, replace_events, short_names
 from .figures import draw, perplexity_panel, save_png, to_svg
@@ -50,9 +49,9 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
     """Writes ``report.html``, ``perplexity-<split>.png`` and TensorBoard events beside a ``results.json``; returns its
-    table. Raises UserError for files of these names that are not ours, unless ``replace``."""
+    table. Raises UserError for results of other tasks or without a finished run, and for files of these names that are not ours, unless ``replace``."""
     folder = Path(folder)
-    results = read_results(folder)
+    (results,) = read_runs([folder], [TASK])
     table = results_table(results["runs"])
     sections: dict[str, Sequence[Part]] = {"": [Paragraph(f"Model: {results['model']['path']}"), table, Paragraph(_PROTOCOL)]}
     for split, points in _series(results["runs"]).items():

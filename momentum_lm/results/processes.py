@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -80,16 +80,17 @@ class Processes:
         if self.world == 1 or self._store is None:
             return
         key = f"agree/{self._meetings}"
-        self._store.set(f"{key}/{self.rank}", json.dumps([socket.gethostname(), values]))
-        self._meet()
-        there = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
+        with self._connected():
+            self._store.set(f"{key}/{self.rank}", json.dumps([socket.gethostname(), values]))
+            self._meet()
+            there = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
+            self._meet()  # or the one that keeps the store might be gone before the others have read
         expected = there[0][1]
         for rank, (host, found) in enumerate(there):
             if differing := _differing(expected, found):
                 raise UserError(
                     f"process {rank} on {host} has another {differing} than process 0 on {there[0][0]}; start all of "
-                    f"them with the same "
-                    "files, flags and versions"
+                    "them with the same files, flags and versions"
                 )
 
     def from_first(self, value: Any) -> Any:
@@ -115,10 +116,16 @@ class Processes:
         if self._store is None:
             return
         key, self._meetings = f"meeting/{self._meetings}", self._meetings + 1
-        try:
+        with self._connected():
             self._store.set(f"{key}/{self.rank}", "")
             self._wait(key)
-        except RuntimeError as error:  # of the store: its keeper is gone
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Raises UserError where the store's keeper is gone."""
+        try:
+            yield
+        except RuntimeError as error:
             raise UserError(
                 f"process {self.rank} has lost the connection to the others ({_line(error)}); see their output"
             ) from error

@@ -273,7 +273,7 @@ def results_problem(data: dict[str, Any]) -> str:
         if found := problem(data[name], expected, name):
             return found
     task = data["task"]
-    if task not in RUNS:
+    if task not in RUNS or not data["runs"]:  # nothing of it is used
         return ""
     runs = [(run, f"run {number}") for number, run in enumerate(data["runs"])]
     checks = [(run, RUNS[task], "", of) for run, of in runs]

@@ -64,6 +64,7 @@ def choose(
                 _log.warning("%s: learning rate %g diverges (%s); going on without it", name, rate, error)
             grid.append({"lr": rate, "accuracy": None, "loss": None, "diverged": str(error)})
             continue
+        processes.alive()
         accuracy = float((np.nanargmax(table, axis=1) == gold).mean())
         grid.append({"lr": rate, "accuracy": accuracy, "loss": float(-table[np.arange(len(gold)), gold].mean())})
     usable = [entry for entry in grid if entry["accuracy"] is not None]

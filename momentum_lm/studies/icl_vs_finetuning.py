@@ -285,6 +285,7 @@ class _Study:
                 if self.processes.first:
                     _log.warning("%s: %s diverges (%s); going on without it", self.unit.name, name, error)
                 continue
+            self.processes.alive()
             students[name] = Student(name, learned, self.aligned if same else None, len(self.form.bos))
         return students
 

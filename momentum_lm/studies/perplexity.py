@@ -80,6 +80,8 @@ def load_split(data: str | os.PathLike[str], name: str, lm: PerplexityModel) -> 
 def _check_dictionary(lm: PerplexityModel, dictionary: Dictionary, path: Path) -> None:
     """Raises UserError where the data's dictionary has other symbols than the model's: beside the checkpoint, or else
     that of the data that the checkpoint says it was trained on, where it still is."""
+    if getattr(lm, "dictionary", None) is not None:
+        return  # the checkpoint itself says its symbols, and was asked
     named = getattr(lm, "trained_on", None)
     places = [Path(lm.name).parent / "dict.txt", *([Path(named) / "dict.txt"] if named else [])]
     own = next((place for place in places if place.is_file()), None)

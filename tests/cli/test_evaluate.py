@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -193,3 +194,16 @@ def test_report_refuses_what_does_not_compare(tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps({"task": "icl_classification", "model": {}, "config": {}, "runs": []}))
     assert report.main([str(tmp_path)]) == 2
     assert "icl_classification" in capsys.readouterr().err
+
+
+def test_data_made_with_another_dictionary_of_the_same_size_is_refused(data, checkpoint, tmp_path, capsys):
+    """The checkpoint of fairseq-train has no dictionary beside it, but names its data."""
+    shutil.copytree(data, tmp_path / "other")
+    lines = (tmp_path / "other" / "dict.txt").read_text().splitlines()
+    (tmp_path / "other" / "dict.txt").write_text("\n".join(reversed(lines)) + "\n")
+    words = ["--path", str(checkpoint), "--context-lengths", "7", "--results-dir", str(tmp_path / "out")]
+    assert evaluate.main(["--task", "lm_perplexity", str(tmp_path / "other"), *words]) == 2
+    said = capsys.readouterr().err
+    assert "other/dict.txt is not the dictionary of the data that the model was trained on" in said
+    assert f"{data}/dict.txt; evaluate on data made with the model's own dictionary" in said
+    assert not (tmp_path / "out").exists()

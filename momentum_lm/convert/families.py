@@ -44,6 +44,7 @@ class Family:
     transposed: names there of matrices that are stored the other way round. ignored: names of tensors that say nothing.
     base: the prefix that a file lacks if it was saved without the output projection.
     position_rows: rows of a learned position table there that no token has. fairseq_ids: token ids are those of a fairseq dictionary.
+    earlier: what entries of config.json were called in files of earlier versions.
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class Family:
     base: str = "model."
     position_rows: int = _OFFSET
     fairseq_ids: bool = True
+    earlier: Mapping[str, str] = field(default_factory=dict)
 
     def theirs(self, name: str) -> str:
         """The name there of the tensor that is ``name`` here."""
@@ -72,7 +74,7 @@ class Family:
         given: dict[str, Any] = {}
         kinds = {f.name: f.type for f in dataclasses.fields(DecoderConfig)}
         for ours, theirs in self.fields.items():
-            value = config.get(theirs)
+            value = config.get(theirs, config.get(self.earlier.get(theirs, theirs)))
             value = self.defaults.get(theirs) if value is None else value
             if value is None and ours == "ffn_dim":
                 value = 4 * given["dim"]
@@ -80,7 +82,7 @@ class Family:
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise UserError(f"{theirs} is {value!r}, which is no {what}")
             given[ours] = tuple(value) if isinstance(value, list) else value
-        if self.fields is not _OWN:
+        if self is not MOMENTUM:
             if given["activation"] not in ACTIVATIONS:
                 known = ", ".join(ACTIVATIONS)
                 raise UserError(f"{self.fields['activation']} is {given['activation']!r}, which the decoder does not have ({known})")
@@ -90,10 +92,12 @@ class Family:
     def config(self, decoder: DecoderConfig, vocab_size: int) -> dict[str, Any]:
         """The config.json of a decoder that the family represents, apart from its dtype and its token ids (but those in ``needs``)."""
         values = dataclasses.asdict(decoder) | {"vocab_size": vocab_size}
-        if self.fields is not _OWN:
+        if self is not MOMENTUM:
             values["activation"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == decoder.activation)
         named = {theirs: values[ours] for ours, theirs in self.fields.items()}
         needed = {name: value for name, (value, _) in self.needs.items()}
+        if self is MOMENTUM:
+            needed = {"pad_token_id": decoder.padding_idx, "eos_token_id": decoder.eos_idx}
         return {"model_type": self.model_type, "architectures": [self.architecture], "vocab_size": vocab_size, **needed, **named}
 
     def represents(self, decoder: DecoderConfig) -> bool:
@@ -169,7 +173,15 @@ def _note(decoder: DecoderConfig, name: str) -> Tensor:
     return momentum.state_dict()[name.rpartition(".")[2]]
 
 
-_OWN = {f.name: f.name for f in dataclasses.fields(DecoderConfig) if f.name not in ("vocab_size", "checkpoint_activations")}
+_USUAL = {  # what transformers' own models call it, for what reads a config.json
+    "dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_OWN = [f.name for f in dataclasses.fields(DecoderConfig) if f.name not in ("vocab_size", "checkpoint_activations")]
 _TRAINING = {"dropout": "dropout", "attention_dropout": "attention_dropout"}
 
 XGLM = Family(
@@ -271,7 +283,8 @@ MOMENTUM = Family(
     "momentum_lm",
     "MomentumLMForCausalLM",
     names=((r"output_projection\.", "lm_head."), ("", "model.")),
-    fields=_OWN,
+    fields={name: _USUAL.get(name, name) for name in _OWN},
+    earlier={theirs: ours for ours, theirs in _USUAL.items()},
 )
 FAMILIES = {family.model_type: family for family in (XGLM, OPT, GPT2, MOMENTUM)}
 

@@ -26,6 +26,7 @@ PART = 5_000_000_000  # bytes, as transformers cuts
 _REMOTE = Path(__file__).parent / "remote"
 _MODULES = {
     "AutoConfig": "configuration_momentum_lm.MomentumLMConfig",
+    "AutoModel": "modeling_momentum_lm.MomentumLMModel",
     "AutoModelForCausalLM": "modeling_momentum_lm.MomentumLMForCausalLM",
 }
 
@@ -62,9 +63,8 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     config = {**ids, **family.config(decoder, len(where)), "dtype": str(stored).removeprefix("torch.")}
     if family is MOMENTUM:
         config["auto_map"] = _MODULES
-        for module in _MODULES.values():
-            name = f"{module.partition('.')[0]}.py"
-            shutil.copyfile(_REMOTE / name, folder / name)
+        for module in sorted({name.partition(".")[0] for name in _MODULES.values()}):
+            shutil.copyfile(_REMOTE / f"{module}.py", folder / f"{module}.py")
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
     notes = [f"{len(names)} files of weights"] if len(names) > 1 else []

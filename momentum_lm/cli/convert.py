@@ -64,9 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if match := re.fullmatch(r"(.*-shard)\d+(\.pt)", args.source):
         _join(args, match)
         return 0
+    from momentum_lm.convert.folder import ordinary_file
     from momentum_lm.convert.from_huggingface import find_model
 
     source, output = find_model(args.source), Path(os.path.abspath(args.output))
+    for path in source.iterdir() if source.is_dir() else [source]:
+        ordinary_file(path)
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{args.output} holds {args.source}; choose another OUTPUT")
     if source.is_dir() and (source / "config.json").exists():
@@ -136,14 +139,20 @@ def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:
 
 def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     _refuse(args, "a part of a checkpoint", "dtype", "tokenizer", "model_overrides")
-    if os.path.exists(args.output) and not args.force:
-        raise UserError(f"{args.output} is there already; choose another name, or add --force")
+    if os.path.lexists(args.output):
+        if os.path.islink(args.output) or not os.path.isfile(args.output):
+            raise UserError(f"{args.output} is a link, a folder or a device; OUTPUT of a checkpoint in parts is the file to make")
+        if not args.force:
+            raise UserError(f"{args.output} is there already; choose another name, or add --force")
     import torch
     from tqdm import tqdm
 
     import fairseq_compat
+    from momentum_lm.convert.folder import ordinary_file
     from momentum_lm.files import atomic_write
     from momentum_lm.training.sharding import join_shards
+
+    ordinary_file(Path(args.source))
 
     def load(rank: int) -> dict[str, Any]:
         return fairseq_compat.load_checkpoint(f"{match[1]}{rank}{match[2]}", trust=args.trust_checkpoint, mmap=True)

@@ -29,6 +29,7 @@ _KINDS: dict[str, tuple[Any, str]] = {  # of DecoderConfig's fields
     "int": (int, "whole number"), "float": ((int, float), "number"), "bool": (bool, "true or false"), "str": (str, "word"),
     "tuple[int, ...]": ((list, tuple), "list"),
 }  # fmt: skip
+_MOST = 1 << 31  # of anything that a configuration counts
 _VOCABULARY = ("embed_tokens.weight", "output_projection.weight")
 _OFFSET = 2  # rows of a learned position table that no token has: fairseq counts from the padding token's id + 1
 
@@ -70,7 +71,7 @@ class Family:
         for name, (value, reason) in self.needs.items():
             found = config.get(name, value)
             if found != value:
-                raise UserError(f"{name} is {found!r}: {reason}")
+                raise UserError(f"{name} is {shown(found)}: {reason}")
         given: dict[str, Any] = {}
         kinds = {f.name: f.type for f in dataclasses.fields(DecoderConfig)}
         for ours, theirs in self.fields.items():
@@ -80,12 +81,17 @@ class Family:
                 value = 4 * given["dim"]
             kind, what = _KINDS[str(kinds[ours])]
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise UserError(f"{theirs} is {value!r}, which is no {what}")
+                raise UserError(f"{theirs} is {shown(value)}, which is no {what}")
+            if kind is int and not 0 < value < _MOST:
+                raise UserError(f"{theirs} is {shown(value)}; no model has that")
             given[ours] = tuple(value) if isinstance(value, list) else value
+        absent = given.get("absent_tokens", ())
+        if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size for token in absent):
+            raise UserError(f"absent_tokens is {shown(absent)}, which is no list of ids of its {vocab_size} tokens")
         if self is not MOMENTUM:
             if given["activation"] not in ACTIVATIONS:
                 known = ", ".join(ACTIVATIONS)
-                raise UserError(f"{self.fields['activation']} is {given['activation']!r}, which the decoder does not have ({known})")
+                raise UserError(f"{self.fields['activation']} is {shown(given['activation'])}, which the decoder does not have ({known})")
             given["activation"] = ACTIVATIONS[given["activation"]]
         return DecoderConfig(**{"vocab_size": vocab_size, **self.constants, **given})
 
@@ -147,6 +153,8 @@ class Family:
     def check(self, theirs: Mapping[str, Lazy], decoder: DecoderConfig, vocab_size: int) -> None:
         """Raises UserError unless the tensors are those of the configuration: one missing, one too many, or one of another shape
         or not of fp64, fp32, fp16 or bf16."""
+        if decoder.layers > len(theirs):  # each has more than one
+            raise UserError(f"its tensors do not fit its config.json: there are {len(theirs)} of them, for {decoder.layers} layers")
         own = dataclasses.replace(decoder, vocab_size=vocab_size, absent_tokens=())
         wanted = self.to_theirs(expected(own), decoder.tie_embeddings)
         missing, unknown = sorted(wanted.keys() - theirs.keys()), sorted(theirs.keys() - wanted.keys())
@@ -159,6 +167,12 @@ class Family:
                 raise UserError(f"its tensors do not fit its config.json: {name} is {theirs[name].shape}, and by config.json {lazy.shape}")
             if theirs[name].dtype not in FLOATS:
                 raise UserError(f"{name} is in {theirs[name].dtype}: give the model before it was quantised")
+
+
+def shown(value: object) -> str:
+    """A value of somebody's file, in a message: on one line, and not all of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def expected(decoder: DecoderConfig) -> dict[str, Lazy]:
@@ -292,7 +306,8 @@ FAMILIES = {family.model_type: family for family in (XGLM, OPT, GPT2, MOMENTUM)}
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises UserError for a model that the decoder cannot be, saying why and what to use instead."""
     kind = config.get("model_type")
-    name = (config.get("architectures") or [kind])[0]
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else kind
     family = FAMILIES.get(str(kind))
     if family is None:
         raise UserError(

@@ -19,7 +19,7 @@ from momentum_lm.modules import DecoderConfig
 from momentum_lm.modules.momentum import NOTES
 
 from .families import GPT2, MOMENTUM, OPT, XGLM, Family
-from .lazy import Lazy, write_safetensors
+from .lazy import FLOATS, Lazy, write_safetensors
 from .tokenizers import write_tokenizer
 
 PART = 5_000_000_000  # bytes, as transformers cuts
@@ -40,9 +40,12 @@ def read_checkpoint(
     weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
     found = weights.get("model", weights)
     tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong
-    parameters = [value for name, value in tensors if isinstance(value, torch.Tensor) and name.endswith((".weight", ".bias"))]
-    dtypes = {tensor.dtype for tensor in parameters} or {torch.float32}  # what else there is, notes of the format, is in fp32
-    return load_native(path, overrides, trust, dtype=functools.reduce(torch.promote_types, dtypes), tokenizer=tokenizer)
+    named = {str(name): value for name, value in tensors if isinstance(value, torch.Tensor)}
+    dtypes = {tensor.dtype for name, tensor in named.items() if name.endswith((".weight", ".bias"))}
+    for name, tensor in named.items():  # what else there is, notes of the format, is in fp32
+        if tensor.dtype not in FLOATS and (".momentum." in name or name.endswith((".weight", ".bias"))):
+            raise UserError(f"{path}: {name} is in {tensor.dtype}: give the model in fp32, bf16 or fp16, before it was quantised")
+    return load_native(path, overrides, trust, dtype=functools.reduce(torch.promote_types, dtypes or {torch.float32}), tokenizer=tokenizer)
 
 
 def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> tuple[str, int, list[str]]:
@@ -55,7 +58,7 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     family, order = choose(decoder, dictionary, tokenizer, bos)
     ours = {name: Lazy.of(tensor) for name, tensor in lm.model.state_dict().items()}
     tensors = family.to_theirs(ours, decoder.tie_embeddings, order)
-    tensors = {name: lazy if ".momentum." in name else lazy.to(dtype) for name, lazy in tensors.items()}
+    tensors = {name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype) for name, lazy in tensors.items()}
     names = _write_parts(tensors, folder, progress)
     where = {our: i for i, our in enumerate(order.tolist())} if order is not None else {i: i for i in range(decoder.vocab_size)}
     ids = {"bos_token_id": where[bos], "eos_token_id": where[EOS], "pad_token_id": where.get(PAD)}

@@ -84,14 +84,28 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int, bos:
         folder / "tokenizer.json",
         model | {"version": "1.0", "added_tokens": _added(SPECIALS), "post_processor": _template(SPECIALS, bos)},
     )
-    _write_settings(folder, names, True, limit)
+    _write_settings(folder, names, False, limit)
     if isinstance(tokenizer, GPT2Tokenizer):
         return None
     return "SentencePiece adds up in fp32 and tokenizer.json in fp64, so where cuts tie, as in long runs of one sign, pieces may differ"
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The names in a text that are tokens, and not text, to what :func:`write_tokenizer` makes of a tokenizer, and not to itself: ids.
+
+    fairseq's tokenizers know no special tokens. Those of transformers all do, and whoever writes prompts for them (a chat template, what
+    ends a text in finetuning, an evaluation harness) relies on it; to split them would also split those that a user adds.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return {name: i for i, name in enumerate(SPECIALS)}
+    ids = tokenizer.own_to_dictionary[: tokenizer.vocab_size]
+    if tokenizer.splits_special_tokens or ids == list(range(len(ids))):
+        return {}
+    return {name: i for i, name in enumerate(SPECIALS) if i not in ids}  # those that it had none for
+
+
 def _write_settings(folder: Path, names: dict[str, str], split: bool, more: dict[str, Any]) -> None:
-    """``tokenizer_config.json``. ``split``: the names of special tokens are ordinary text, as they are to fairseq."""
+    """``tokenizer_config.json``. ``split``: the names of special tokens are ordinary text, as the tokenizer had it."""
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": split, "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", {**fixed, **names, **more})
 

@@ -24,7 +24,7 @@ if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"this model needs transformers 5 or later, not {transformers.__version__}: pip install --upgrade transformers")
 
 CHUNK = 32
-_MOST_CHUNKS = 2**17  # of an exported model, whose rows may be of any length: four million tokens
+_LONGEST = 2**22  # tokens in a row of an exported model, whose rows may be of any length
 ACTIVATIONS: dict[str, Any] = {"gelu": F.gelu, "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
@@ -117,7 +117,7 @@ class Momentum(nn.Module):
         kernel = (weight[..., None] * torch.exp(distance * log_decay[..., None])).sum(1)
         kernel = kernel.unflatten(0, (values.shape[1], -1)).transpose(1, 2)[None]  # (1, H, S, D), by distance
         out = []
-        for row in lag.expand(len(values), values.shape[1], -1, -1).unbind(2):  # one query at a time: these are weights for each channel
+        for row in lag.expand(*values.shape[:2], -1, -1).unbind(2):  # one query at a time: these are weights for each channel
             index = row.clamp(min=0)[..., None].expand_as(values)
             weights = kernel.expand_as(values).gather(2, index).masked_fill((row < 0)[..., None], 0.0)
             out.append((weights * values).sum(2))
@@ -129,8 +129,10 @@ class Momentum(nn.Module):
         documents (B, S), one number a document, whose averages begin anew; ``length`` is S then.
         """
         log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
-        # of several documents the matrices are each row's own, which eight times as many channels make smaller ones of
+        # Of several documents the matrices are each row's own, and with them each channel's if there are several decays.
         size = CHUNK if documents is None or not self.several else 8
+        if _unknown(values.shape[2]):
+            size = 1  # then neither is how many chunks there are, which is arithmetic that an exporter does not follow
         count = (values.shape[2] + size - 1) // size
         front = count * size - values.shape[2]  # zeros before the first change nothing
         chunks = F.pad(values, (0, 0, front, 0)).unflatten(2, (count, size))
@@ -147,8 +149,7 @@ class Momentum(nn.Module):
         sums = self.carried_over(sums, log_decay * size, ends)
         before = F.pad(sums, (0, 0, 1, 0))[:, :, :, :-1]  # (B, N, R, K, D)
 
-        # a chunk less than all have the new tokens; while a model is exported, how many is not known
-        used = count if _unknown(count) else (length + size - 1) // size
+        used = (length + size - 1) // size  # of the new tokens
         kernel = (weight[..., None] * torch.exp(place * log_decay[..., None])).sum(1)  # (R, size), by distance
         lag = place[:, None] - place
         inside = kernel[:, lag.clamp(min=0)].masked_fill(lag < (0 if self.several else 1), 0.0)  # (R, size, size)
@@ -159,7 +160,7 @@ class Momentum(nn.Module):
         else:
             same = documents[..., None] == documents[:, :, None]  # (B, K, size, size)
             out = (inside[:, None] * same[:, None]) @ chunks
-            going_on = documents == F.pad(ends[:, :-1], (1, 0), value=-1)[..., None]
+            going_on = documents == ends.roll(1, 1)[..., None]  # before the first chunk there is nothing
             out = out + torch.einsum("rnq,bnrkd->brkqd", carried, before) * going_on[:, None, ..., None]
         return out.flatten(2, 3)[:, :, used * size - length :]
 
@@ -172,7 +173,7 @@ class Momentum(nn.Module):
         unknown = _unknown(count)
         index = torch.arange(count, device=sums.device)
         shift = 1
-        while shift < (_MOST_CHUNKS if unknown else count):
+        while shift < (_LONGEST if unknown else count):
             if unknown:  # how many chunks there are, and so whether any lie so far apart
                 source = (index - shift).clamp(min=0)
                 earlier = sums[:, :, :, source].masked_fill((index < shift)[:, None], 0.0)
@@ -282,6 +283,11 @@ class MomentumLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: MomentumLMConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.momentum_kind == "none":
+            self._keep_in_fp32_modules_strict = set()  # type: ignore[assignment]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -351,7 +357,7 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
             count = columns[None] + 1 if visible is None else visible.cumsum(1)[:, columns]
             position_ids = (count - 1).clamp(min=0)
         elif length > 1 and not fixed and past == 0 and (given is None or given.dim() == 2):
-            documents = _documents(position_ids.expand(len(x), -1), given)
+            documents = _documents(position_ids.expand(x.shape[0], -1), given)
 
         x = x * math.sqrt(config.hidden_size) if config.scale_embeddings else x
         rows = position_ids + config.padding_idx + 1
@@ -441,15 +447,15 @@ def _documents(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
 
     While a graph is made nothing is looked at, and there always are numbers.
     """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
     if visible is None:
-        begins = position_ids.diff(dim=1) != 1
+        begins = (position_ids - position_ids.roll(1, 1) != 1) & (index > 0)
     else:  # padding may stand anywhere, so what counts is the position of the last token before that is none
-        index = torch.arange(position_ids.shape[1], device=position_ids.device)
-        last = torch.where(visible, index, -1).cummax(1).values[:, :-1]
+        last = torch.where(visible, index, -1).cummax(1).values.roll(1, 1)
         before = position_ids.gather(1, last.clamp(min=0))
-        begins = visible[:, 1:] & (last >= 0) & (position_ids[:, 1:] <= before)
+        begins = visible & (index > 0) & (last >= 0) & (position_ids <= before)
     looked_at = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or begins.is_meta)
-    return None if looked_at and not bool(begins.any()) else F.pad(begins, (1, 0)).cumsum(1)
+    return None if looked_at and not bool(begins.any()) else begins.cumsum(1)
 
 
 def _own_mask(documents: Tensor, visible: Tensor | None) -> Tensor:

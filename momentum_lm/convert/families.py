@@ -29,6 +29,7 @@ _KINDS: dict[str, tuple[Any, str]] = {  # of DecoderConfig's fields
     "int": (int, "whole number"), "float": ((int, float), "number"), "bool": (bool, "true or false"), "str": (str, "word"),
     "tuple[int, ...]": ((list, tuple), "list"),
 }  # fmt: skip
+_SHARES = ("dropout", "attention_dropout", "activation_dropout")
 _MOST = 1 << 31  # of anything that a configuration counts
 _VOCABULARY = ("embed_tokens.weight", "output_projection.weight")
 _OFFSET = 2  # rows of a learned position table that no token has: fairseq counts from the padding token's id + 1
@@ -82,6 +83,8 @@ class Family:
             kind, what = _KINDS[str(kinds[ours])]
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise UserError(f"{theirs} is {shown(value)}, which is no {what}")
+            if ours in _SHARES and not 0 <= value <= 1:
+                raise UserError(f"{theirs} is {value}, which is no share of 1")
             if kind is int and not 0 < value < _MOST:
                 raise UserError(f"{theirs} is {shown(value)}; no model has that")
             given[ours] = tuple(value) if isinstance(value, list) else value

@@ -247,11 +247,12 @@ def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
     from fairseq_compat import load_checkpoint
 
     state = load_checkpoint(path, trust=trust, mmap=True)
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path} holds {shown(name)}, which is no tensor: it is not the weights of a model of transformers")
+    for key, tensor in state.items():
+        name = key if isinstance(key, str) and key.isprintable() else shown(key)
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path} holds {name}, which is no tensor: it is not the weights of a model of transformers")
         if tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(f"{path}: {shown(name)} is {tensor.layout} on {tensor.device}, and no weights of a model of transformers")
+            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}, and no weights of a model of transformers")
     return {name: Lazy.of(tensor) for name, tensor in state.items()}
 
 

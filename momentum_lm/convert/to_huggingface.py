@@ -20,7 +20,7 @@ from momentum_lm.modules.momentum import NOTES
 
 from .families import GPT2, MOMENTUM, OPT, XGLM, Family
 from .lazy import FLOATS, Lazy, write_safetensors
-from .tokenizers import write_tokenizer
+from .tokenizers import special_tokens, write_tokenizer
 
 PART = 5_000_000_000  # bytes, as transformers cuts
 _REMOTE = Path(__file__).parent / "remote"
@@ -77,6 +77,12 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     else:
         notes.append("there is no tokenizer beside the checkpoint, so none was written; name its folder with --tokenizer")
     return family.architecture, sum(lazy.numel for name, lazy in tensors.items() if name.rpartition(".")[2] not in NOTES), notes
+
+
+def names_of_tokens(lm: NativeLM) -> dict[str, int]:
+    """The names in a text that are special tokens to transformers with what :func:`write_model` writes, and text to ``lm``: their ids."""
+    order = choose(lm.config, lm.tokenizer.dictionary, lm.tokenizer, lm.bos[0])[1]
+    return special_tokens(lm.tokenizer, None if order is None else order.tolist())
 
 
 def choose(

@@ -90,7 +90,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int, bos:
     return "SentencePiece adds up in fp32 and tokenizer.json in fp64, so where cuts tie, as in long runs of one sign, pieces may differ"
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+def special_tokens(tokenizer: Tokenizer, order: Sequence[int] | None = None) -> dict[str, int]:
     """The names in a text that are tokens, and not text, to what :func:`write_tokenizer` makes of a tokenizer, and not to itself: ids.
 
     fairseq's tokenizers know no special tokens. Those of transformers all do, and whoever writes prompts for them (a chat template, what
@@ -99,7 +99,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return {name: i for i, name in enumerate(SPECIALS)}
     ids = tokenizer.own_to_dictionary[: tokenizer.vocab_size]
-    if tokenizer.splits_special_tokens or ids == list(range(len(ids))):
+    if order is not None or tokenizer.splits_special_tokens or ids == list(range(len(ids))):
         return {}
     return {name: i for i, name in enumerate(SPECIALS) if i not in ids}  # those that it had none for
 

@@ -25,7 +25,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from momentum_lm.convert.tokenizers import special_tokens
+from momentum_lm.convert.to_huggingface import names_of_tokens
 from momentum_lm.data.dictionary import PAD, SPECIALS
 from momentum_lm.errors import UserError
 from momentum_lm.icl.prompts import Request, common_length
@@ -99,6 +99,7 @@ class MomentumLM(LM):
         if self.max_length > self.lm.max_positions:
             raise UserError(f"--model_args max_length={max_length}: {self.lm.name} takes {self.lm.max_positions} tokens; give no more")
         self.max_gen_toks = _number("max_gen_toks", max_gen_toks, 256)
+        self._special = names_of_tokens(self.lm)
         auto = str(batch_size).partition(":")[0] == "auto"
         self._rows = _number("max_batch_size", max_batch_size, None) if auto else _number("batch_size", batch_size, None)
 
@@ -243,7 +244,7 @@ class MomentumLM(LM):
         return tokens if bos and tokens[: len(bos)] == bos else bos + tokens
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        special = {name: [token] for name, token in special_tokens(self.lm.tokenizer).items()}
+        special = {name: [token] for name, token in self._special.items()}
         names = "|".join(map(re.escape, special))
         split = [[part for part in re.split(f"({names})", text) if part] if names else [text] for text in texts]
         plain = list({part for parts in split for part in parts} - special.keys())

@@ -14,6 +14,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
 
 NAMES = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+_MOST_TOKENS = 1 << 24
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # one of which every tokenizer of transformers has
 
 
@@ -30,22 +31,31 @@ def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTo
         import transformers
     except ImportError as error:
         raise UserError("tokenizers of Hugging Face need transformers: pip install 'momentum_lm[transformers]'") from error
+    own = source / "tokenizer.json"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # of many kinds
+        if not tokenizer.is_fast:
+            raise UserError(f"{source}: the tokenizer is {type(tokenizer).__name__}, Python code without a tokenizer.json")
+        backend = tokenizer.backend_tokenizer
+        if own.exists() and type(backend).from_file(str(own)).to_str() == backend.to_str():
+            shutil.copyfile(own, folder / own.name)  # as it is: scores lose a digit each time they are read and written
+        else:
+            (folder / own.name).write_text(backend.to_str(pretty=True), encoding="utf-8")
+        last = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        roles = {role: str(token) for role in NAMES if (token := getattr(tokenizer, role)) is not None}
+        if "eos_token" not in roles and eos is not None and 0 <= eos < len(tokenizer):
+            roles["eos_token"] = tokenizer.convert_ids_to_tokens(eos)
+        length = tokenizer.model_max_length
+        limit = {"model_max_length": length} if isinstance(length, int) and 0 < length < 1 << 40 else {}
+    except UserError:
+        raise
+    except BaseException as error:  # of many kinds: what is written in Rust panics with one of its own
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)):
+            raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source}: transformers does not load the tokenizer: {reason}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{source}: the tokenizer is {type(tokenizer).__name__}, Python code without a tokenizer.json")
-    backend, own = tokenizer.backend_tokenizer, source / "tokenizer.json"
-    if own.exists() and type(backend).from_file(str(own)).to_str() == backend.to_str():
-        shutil.copyfile(own, folder / own.name)  # as it is: scores lose a digit each time they are read and written
-    else:
-        (folder / own.name).write_text(backend.to_str(pretty=True), encoding="utf-8")
-    roles = {role: str(token) for role in NAMES if (token := getattr(tokenizer, role)) is not None}
-    if "eos_token" not in roles and eos is not None and 0 <= eos < len(tokenizer):
-        roles["eos_token"] = tokenizer.convert_ids_to_tokens(eos)
-    limit = {"model_max_length": tokenizer.model_max_length} if tokenizer.model_max_length < 1 << 40 else {}
+    if last > _MOST_TOKENS:
+        raise UserError(f"{source}: the tokenizer has an id of {last:,}; no model has so many tokens")
     _write_settings(folder, roles, bool(tokenizer.split_special_tokens), limit)
     return HuggingFaceTokenizer(folder)
 

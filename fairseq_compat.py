@@ -1,4 +1,4 @@
-"""Runs unmodified PyPI ``fairseq==0.12.2`` on Python 3.11-3.13, torch >= 2.6 and NumPy 2, and loads fairseq plugins.
+"""Runs unmodified PyPI ``fairseq==0.12.2`` on Python 3.11-3.14, torch >= 2.6 and NumPy 2, and loads fairseq plugins.
 
 Importing this module installs an import hook and nothing more: neither torch nor fairseq is imported until the program
 imports fairseq. ``fairseq_compat.pth`` imports it at interpreter start-up, so that ``fairseq-train`` and the others just work;
@@ -25,61 +25,17 @@ if TYPE_CHECKING:
     from typing import IO, Any, NoReturn
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, trusted or written. The message is one line and names the file and the remedy."""
+def __getattr__(name: str) -> Any:
+    """``load_checkpoint``, ``CheckpointError`` and ``TornCheckpoint``: momentum_lm's, which is installed with this module, at first use."""
+    if name == "load_checkpoint":
+        from momentum_lm.formats.checkpoint import load_checkpoint
 
-    user_error = True  # shown as one line, without a traceback
+        return load_checkpoint
+    if name in ("CheckpointError", "TornCheckpoint"):
+        from momentum_lm import errors
 
-
-class TornCheckpoint(CheckpointError):
-    """One that is missing, cut short or no checkpoint at all, as opposed to one that is refused."""
-
-
-def load_checkpoint(path: Any, map_location: Any = "cpu", trust: bool = False, mmap: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint without running code from it: tensors and the few plain types that fairseq's trainer saves.
-
-    ``trust=True`` (or FAIRSEQ_TRUST_CHECKPOINT=1) lifts that limit. ``mmap=True`` maps tensors instead of reading them.
-    Raises CheckpointError if the file is missing, torn, not a checkpoint, or holds anything else.
-    """
-    import argparse
-    import pickle
-    import re
-    import zipfile
-
-    import numpy
-    import torch
-
-    path = os.fspath(path)
-    trust = trust or _trusted()
-    scalar = numpy.float64(0).__reduce__()[0]
-    allowed: list[Any] = [argparse.Namespace, numpy.dtype, *{type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdSU"}]
-    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1's name and 2's
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise TornCheckpoint(f"cannot read checkpoint {path}: {error.strerror}") from error
-    try:
-        with torch.serialization.safe_globals(allowed):
-            mmap = mmap and zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
-            state = torch.load(path, map_location=map_location, weights_only=not trust, mmap=mmap)
-    except (ImportError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} needs Python code that is not here: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
-        if "allocate" in str(error) or "CUDA" in str(error):
-            raise  # too little memory, or no such device: the file may be fine
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused and not trust:
-            raise CheckpointError(
-                f"checkpoint {path} holds {refused[1]}, which is not on the list of types known to be safe: loading it can "
-                "run code. If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
-            ) from error
-        raise TornCheckpoint(
-            f"{path} ({os.path.getsize(path):,} bytes) is torn or not a checkpoint; use another one, such as an earlier "
-            "checkpoint_*.pt beside it"
-        ) from error
-    if not isinstance(state, dict):
-        raise TornCheckpoint(f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dict")
-    return state
+        return getattr(errors, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _trusted() -> bool:
@@ -88,27 +44,41 @@ def _trusted() -> bool:
 
 def _plain_value(text: str) -> Any:
     """What fairseq's modules get for ``eval``, to which they give options, a checkpoint's too: it takes literals and their sums and
-    products ("[(512, 3)] * 4") and runs no code. Raises CheckpointError for anything else, unless checkpoints are trusted.
+    products ("[(512, 3)] * 4") and runs no code. Raises CheckpointError for anything else, and for what is longer than any option, unless
+    checkpoints are trusted.
     """
     import ast
     import operator
+
+    from momentum_lm.errors import CheckpointError
 
     if not isinstance(text, str):
         raise TypeError(f"eval() takes a string, not a {type(text).__name__}")  # which fairseq's eval_bool relies on
     if _trusted():
         return eval(text)
     operators: dict[Any, Callable[[Any, Any], Any]] = {ast.Add: operator.add, ast.Mult: operator.mul}
+    longest = 100_000
+
+    def length(part: Any) -> int:
+        return len(part) if hasattr(part, "__len__") else 0
 
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp) and type(node.op) in operators:
-            return operators[type(node.op)](value(node.left), value(node.right))
+            left, right = value(node.left), value(node.right)
+            sizes = length(left), length(right)
+            times = max((n for n in (left, right) if isinstance(n, int)), default=1) if isinstance(node.op, ast.Mult) else 1
+            if sum(sizes) * times > longest:
+                raise ValueError("too long")
+            return operators[type(node.op)](left, right)
         return ast.literal_eval(node)
 
     try:
+        if len(text) > longest // 10:
+            raise ValueError("too long")
         return value(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise CheckpointError(
-            f"{text!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can run code. "
+            f"{text[:200]!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can run code. "
             "If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
         ) from error
 
@@ -130,6 +100,8 @@ def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
         # On a full disk torch's writer says "unexpected pos" while it handles the OSError that tells why.
         reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(reason, OSError):
+            from momentum_lm.errors import CheckpointError
+
             message = f"cannot write checkpoint {path}: {reason}; what was there before is untouched"
             raise CheckpointError(message) from error
         raise
@@ -175,26 +147,60 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
-    mmap = False
+    mmap, building = False, ()  # of the call that is under way; ``building``: what will be made as the checkpoint's options say
 
     def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
-        return load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
+        from momentum_lm.formats.checkpoint import load_checkpoint
+        from momentum_lm.formats.options import check_state
+
+        state = load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
+        if not _trusted():
+            check_state(state, file.name)
+        return state
 
     stock, stock_to_cpu = module.load_checkpoint, module.load_checkpoint_to_cpu
 
     @functools.wraps(stock_to_cpu)
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
         nonlocal mmap
+        from momentum_lm.errors import CheckpointError, UserError
+        from momentum_lm.lm.native import check_fairseq_model
+
         mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
-        return stock_to_cpu(path, arg_overrides, load_on_all_ranks)
+        try:
+            state: dict[str, Any] = stock_to_cpu(path, arg_overrides, load_on_all_ranks)
+            if not _trusted():
+                check_fairseq_model(state)
+                _check_components(state.get("cfg"), building)
+        except CheckpointError:
+            raise
+        except UserError as error:
+            raise CheckpointError(f"checkpoint {path}: {error}") from error
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]  # entries that fairseq's upgrade of old forms needs, or options that are none
+            raise CheckpointError(f"checkpoint {path} is not one that fairseq can read: {type(error).__name__}: {reason}") from error
+        return state
 
     @functools.wraps(stock)
     def load_checkpoint_of_training(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         # fairseq starts from scratch without a word. That is right for the default, the run's own last one, and for no other.
         path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
         if cfg.restore_file != "checkpoint_last.pt" and not any(map(module.PathManager.isfile, (path, cfg.restore_file))):
+            from momentum_lm.errors import CheckpointError
+
             raise CheckpointError(f"--restore-file {path} does not exist")
         return stock(cfg, trainer, **kwargs)
+
+    stock_ensemble = module.load_model_ensemble_and_task
+
+    @functools.wraps(stock_ensemble)
+    def load_model_ensemble_and_task(filenames: Any, arg_overrides: Any = None, task: Any = None, *args: Any, **kwargs: Any) -> Any:
+        nonlocal building
+        building = ("model",) if task is not None else ("task", "model")
+        try:
+            return stock_ensemble(filenames, arg_overrides, task, *args, **kwargs)
+        finally:
+            building = ()
 
     stock_name = module.get_maybe_sharded_checkpoint_filename
 
@@ -207,6 +213,44 @@ def _checkpoint_loading(module: ModuleType) -> None:
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu  # type: ignore[attr-defined]
     module.load_checkpoint = load_checkpoint_of_training  # type: ignore[attr-defined]
+    module.load_model_ensemble_and_task = load_model_ensemble_and_task  # type: ignore[attr-defined]
+
+
+def _check_components(cfg: Any, sections: tuple[str, ...]) -> None:
+    """Whether fairseq knows the task and the model of a checkpoint, and they these options; else it fails deep inside of its registries.
+
+    Raises momentum_lm's UserError.
+    """
+    import argparse
+    import copy
+
+    from fairseq import models, tasks
+    from fairseq.dataclass.utils import merge_with_parent
+
+    from momentum_lm.errors import UserError
+
+    registries = {
+        "task": ("task", tasks.TASK_REGISTRY, tasks.TASK_DATACLASS_REGISTRY),
+        "model": ("arch", {**models.ARCH_MODEL_REGISTRY, **models.MODEL_REGISTRY}, models.MODEL_DATACLASS_REGISTRY),
+    }
+    for section in sections:
+        old_name, known, dataclasses = registries[section]
+        options = cfg.get(section) if cfg is not None else None
+        if options is None or not hasattr(options, "__contains__"):
+            raise UserError(f"it has no options of its {section}")
+        name = getattr(options, old_name, None) if section == "task" else None
+        name = name if isinstance(name, str) else getattr(options, "_name", None) or getattr(options, old_name, None)
+        if name is None and section == "model" and len(vars(options) if isinstance(options, argparse.Namespace) else options) == 1:
+            continue  # options in a folder of the model's name, which fairseq looks up itself
+        if not isinstance(name, str):
+            raise UserError(f"it does not name its {section}")
+        if name not in known:
+            raise UserError(f"its {section} {name[:80]!r} is not known here; if a plugin has it, add --user-dir")
+        if name in dataclasses and not isinstance(options, argparse.Namespace):
+            try:
+                merge_with_parent(dataclasses[name](), copy.deepcopy(options), section == "model")
+            except Exception as error:  # omegaconf's, of many kinds
+                raise UserError(f"its {section} {name} has an option that it does not take: {' '.join(str(error).split())[:200]}") from error
 
 
 def _checkpoint_writing(module: ModuleType) -> None:
@@ -243,6 +287,28 @@ def _checkpoint_writing(module: ModuleType) -> None:
 
     module.torch_persistent_save = save  # type: ignore[attr-defined]
     manager.copy = staticmethod(copy)
+
+
+def _dictionary_errors(module: ModuleType) -> None:
+    """A ``dict.txt`` that is none is one line that names it, in every task."""
+    import functools
+
+    stock = module.Dictionary.add_from_file
+
+    @functools.wraps(stock)
+    def add_from_file(self: Any, f: Any) -> None:
+        try:
+            stock(self, f)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # fairseq raises that for what is not UTF-8
+            if not isinstance(f, str) or getattr(error, "user_error", False):
+                raise  # of the same call for an open file
+            from momentum_lm.errors import UserError
+
+            raise UserError(f"cannot read the dictionary {f}: {' '.join(str(error).split())[:300]}") from error
+
+    module.Dictionary.add_from_file = add_from_file  # type: ignore[attr-defined]
 
 
 def _chosen_task(module: ModuleType) -> None:
@@ -297,6 +363,22 @@ def _broadcast(module: ModuleType) -> None:
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
 
 
+def _isolated_workers(module: ModuleType) -> None:
+    """The processes that a command starts, one a device, import nothing from the current folder: it may hold data of others."""
+    import functools
+
+    stock = module.call_main
+
+    @functools.wraps(stock)
+    def call_main(*args: Any, **kwargs: Any) -> Any:
+        from momentum_lm.system import isolated_children
+
+        with isolated_children():
+            return stock(*args, **kwargs)
+
+    module.call_main = call_main  # type: ignore[attr-defined]
+
+
 def _encoder_mask_type(module: ModuleType) -> None:
     """torch 2's encoder kernel asks what kind of mask it gets. fairseq's encoders give it the padding mask: kind 1."""
     kernel = module.torch._transformer_encoder_layer_fwd
@@ -317,6 +399,81 @@ def _ddp_on_cpu(module: ModuleType) -> None:
         return stock(module=module, **kwargs)
 
     module.DistributedDataParallel = ddp  # type: ignore[attr-defined]
+
+
+def _types_of_options(module: ModuleType) -> None:
+    """fairseq reads ``Optional[T]`` out of a type's text, which is ``T | None`` from Python 3.14 on."""
+    import typing
+
+    def interpret_dc_type(field_type: Any) -> Any:
+        if isinstance(field_type, str):
+            raise RuntimeError("field should be a type")
+        if field_type is typing.Any:
+            return str
+        members = [t for t in typing.get_args(field_type) if t is not type(None)]
+        return members[0] if type(None) in typing.get_args(field_type) else field_type
+
+    module.interpret_dc_type = interpret_dc_type  # type: ignore[attr-defined]
+
+
+def _nested_groups(module: ModuleType) -> None:
+    """fairseq hands groups of arguments to ``add_args``, some of which make groups in them: Python 3.14 refuses that."""
+    import argparse
+
+    def add_argument_group(group: Any, *args: Any, **kwargs: Any) -> Any:
+        return group._container.add_argument_group(*args, **kwargs)
+
+    if sys.version_info >= (3, 14):
+        kind: Any = argparse._ArgumentGroup
+        kind.add_argument_group = add_argument_group
+
+
+def _forked_loaders(module: ModuleType) -> None:
+    """Batches are loaded by forked processes, as before Python 3.14: fairseq's datasets cannot be pickled for others."""
+    import functools
+
+    if sys.platform != "linux" or sys.version_info < (3, 14):
+        return
+    stock = module.torch.utils.data.DataLoader
+
+    @functools.wraps(stock, updated=())
+    def loader(*args: Any, num_workers: int = 0, **kwargs: Any) -> Any:
+        context = {"multiprocessing_context": "fork"} if num_workers else {}
+        return stock(*args, num_workers=num_workers, **{**context, **kwargs})
+
+    data = _view(module.torch.utils.data, DataLoader=loader)
+    module.torch = _view(module.torch, utils=_view(module.torch.utils, data=data))  # type: ignore[attr-defined]
+
+
+def _bleu_in_python(module: ModuleType) -> None:
+    """fairseq counts the n-grams of BLEU in a compiled extension; where that is not installed, they are counted here."""
+    from importlib.util import find_spec
+
+    if find_spec("fairseq.libbleu") is not None:
+        return
+
+    def __init__(self: Any, cfg: Any) -> None:
+        self.pad, self.eos, self.unk = cfg.pad, cfg.eos, cfg.unk
+        self.reset()
+
+    def reset(self: Any, one_init: bool = False) -> None:
+        ones = [f"{kind}{order}" for kind in ("match", "count") for order in (2, 3, 4)] if one_init else []
+        self.stat = module.BleuStat(**dict.fromkeys(ones, 1))
+
+    def add(self: Any, ref: Any, pred: Any) -> None:
+        import torch
+
+        from momentum_lm.fairseq_plugin.compiled import add_bleu_counts
+
+        for name, tokens in (("ref", ref), ("pred", pred)):
+            if not isinstance(tokens, torch.IntTensor):
+                raise TypeError(f"{name} must be a torch.IntTensor (got {type(tokens)})")
+        assert not ref.lt(0).any()
+        known = ref.masked_fill(ref.eq(self.unk), -999)  # no word matches an unknown one
+        add_bleu_counts(self.stat, known.flatten().tolist(), pred.flatten().tolist(), self.pad, self.eos)
+
+    for method in (__init__, reset, add):
+        setattr(module.Scorer, method.__name__, method)
 
 
 def _options(module: ModuleType) -> None:
@@ -391,7 +548,8 @@ def _user_errors(module: ModuleType) -> None:
         while reason is not None and not getattr(reason, "user_error", False):
             reason = reason.__context__ if type(reason) is Exception else None
         if reason is not None:
-            print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+            line = " ".join(str(reason).split())
+            print("error: " + "".join(c if c >= " " and not "\x7f" <= c < "\xa0" else "?" for c in line), file=sys.stderr)
         else:
             stock(kind, error, trace)
 
@@ -430,15 +588,19 @@ def _harness(module: ModuleType) -> None:
 
 
 _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
-    "fairseq": (_quiet, _user_errors, _plugins),
+    "fairseq": (_quiet, _user_errors, _nested_groups, _plugins),
     "fairseq.utils": (_user_dir,),
+    "fairseq.dataclass.utils": (_types_of_options,),
     "fairseq.options": (_options,),
     "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing, _chosen_task),
-    "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu),
+    "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu, _isolated_workers),
     "fairseq.models.distributed_fairseq_model": (_ddp_on_cpu,),
     "fairseq.modules.transformer_layer": (_encoder_mask_type,),
     "fairseq.modules.dynamic_crf_layer": (_numpy_names,),
+    "fairseq.scoring.bleu": (_bleu_in_python,),
+    "fairseq.data.iterators": (_forked_loaders,),
     "fairseq.data.data_utils": (_numpy_names,),
+    "fairseq.data.dictionary": (_dictionary_errors,),
     "fairseq.data.language_pair_dataset": (_numpy_names,),
     "fairseq.data.token_block_dataset": (_numpy_names,),
     "lm_eval.models": (_harness, _user_errors),
@@ -481,6 +643,33 @@ def _as_fairseq_needs(execute: Callable[[ModuleType], None]) -> Callable[[Module
     return run
 
 
+# What fairseq compiles and can do without: the functions of momentum_lm.fairseq_plugin.compiled by their names there.
+_COMPILED = {
+    "fairseq.data.token_block_utils_fast": {
+        "_get_slice_indices_fast": "slice_indices",
+        "_get_block_to_dataset_index_fast": "block_to_dataset_index",
+    },
+    "fairseq.data.data_utils_fast": {
+        "batch_by_size_vec": "batch_by_size_vec",
+        "batch_by_size_fn": "batch_by_size_fn",
+        "batch_fixed_shapes_fast": "batch_fixed_shapes",
+    },
+}
+
+
+class _NumpyForms:
+    """Loads a module of _COMPILED."""
+
+    def create_module(self, spec: Any) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        from momentum_lm.fairseq_plugin import compiled
+
+        for name, ours in _COMPILED[module.__name__].items():
+            setattr(module, name, getattr(compiled, ours))
+
+
 class _Finder:
     """Finds fairseq's modules, and others that have a patch, as usual, and adds to their execution what is needed before and after it."""
 
@@ -495,6 +684,10 @@ class _Finder:
                 if spec.loader is not None:
                     self.wrap(spec.loader, name)
                 return spec
+        if name in _COMPILED:
+            from importlib.machinery import ModuleSpec
+
+            return ModuleSpec(name, _NumpyForms(), origin="NumPy")  # type: ignore[arg-type]
         return None
 
     def wrap(self, loader: Any, name: str) -> None:

@@ -38,7 +38,8 @@ setup(
     # RECORD (so that uninstalling removes it), and do so for editable installations too.
     data_files=[("../purelib", ["fairseq_compat.pth"])],
     # fairseq==0.12.2 is not here, on purpose: its own metadata asks for omegaconf<2.1 and hydra-core<1.1, which contradict what
-    # it needs on a modern Python, so pip would refuse the pair. `pip install --no-deps fairseq==0.12.2` installs it.
+    # it needs on a modern Python, so pip would refuse the pair. `READTHEDOCS=1 pip install --no-deps fairseq==0.12.2`
+    # installs it, and compiles nothing.
     install_requires=[
         "torch>=2.6",
         "numpy",
@@ -71,6 +72,8 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Typing :: Typed",
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,18 +16,29 @@ class UserError(ValueError):
     user_error = True  # main_guard, and in fairseq's own commands fairseq_compat, look for this
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, trusted or written. The message names the file and the remedy."""
+
+
+class TornCheckpoint(CheckpointError):
+    """One that is missing, cut short or no checkpoint at all, as opposed to one that is refused."""
+
+
 def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wraps a ``main(argv)``: UserError and the like, and OSError, become one line on stderr and exit status 2, Ctrl-C status 130,
     a closed pipe 141, as of a shell's own commands."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None, **kwargs: Any) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
         try:
             status = main(argv, **kwargs) or 0
             sys.stdout.flush()
             return status
         except ValueError as error:
-            if not getattr(error, "user_error", False):  # as UserError and fairseq_compat.CheckpointError have
+            if not getattr(error, "user_error", False):  # as UserError has
                 raise
             return _fail(str(error))
         except BrokenPipeError:  # whoever read the output has seen enough, such as head
@@ -43,5 +55,10 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    """``message`` in one line, without the control characters that names in a stranger's file may have and a terminal obeys."""
+    return "".join("?" if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in " ".join(message.split()))

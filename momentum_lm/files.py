@@ -1,4 +1,5 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and that are what they should be: ordinary, ours, unchanged while they are
+read."""
 
 from __future__ import annotations
 
@@ -7,16 +8,36 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import stat
+import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from momentum_lm.errors import UserError
 
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what numpy.load raises for a damaged .npz
+if TYPE_CHECKING:
+    import numpy as np
+
+# what numpy.load raises for a damaged .npz
+NPZ_ERRORS = (
+    *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError, OverflowError, MemoryError, RuntimeError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)  # fmt: skip
+JSON_BYTES = 256 << 20  # more than any file of ours takes
+_NPZ_BYTES = 4 << 30  # of a file's arrays, unpacked
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 @contextlib.contextmanager
@@ -26,7 +47,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         name = error.filename
-        if name is None or (isinstance(name, str) and os.path.basename(name).startswith(f".{Path(path).name}.")):
+        if name is None or (isinstance(name, str) and os.path.basename(name).startswith(_temporary(Path(path).name))):
             error.filename = os.fspath(path)
         raise
 
@@ -35,22 +56,142 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file beside ``path``; on success it is fsynced and renamed to ``path``, on error it is removed.
 
-    Raises OSError, naming ``path``, as ``open`` does. ``path`` keeps its old content until the new one is whole on disk.
-    """
+    Raises OSError, naming ``path``, as ``open`` does, and UserError where something else than an ordinary file is
+    there. ``path`` keeps its old content until the new one is whole on disk. """
     path = Path(path)
     with naming(path):
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        check_ordinary(path)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary(path.name))
         try:
             os.fchmod(fd, 0o666 & ~_umask())  # mkstemp gives 0600, ordinary files follow the umask
-            with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as file:
+            # A path that is not UTF-8 is written as "\\udcff", which in JSON is that path again
+            encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+            with os.fdopen(fd, mode, encoding=encoding, errors=errors) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            check_ordinary(path)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
+
+
+@contextlib.contextmanager
+def appending(path: str | os.PathLike[str], sync: bool = False) -> Iterator[IO[str]]:
+    """Opens a file to add lines to; with ``sync`` they are on disk afterwards. Raises OSError naming ``path``, and
+    UserError for what is no ordinary file."""
+    path = Path(path)
+    with naming(path), os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def check_ordinary(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where ``path`` is a link, a device, a pipe or a socket, IsADirectoryError where it is a folder.
+    It may be absent."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = os.lstat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, "Is a directory", os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise UserError(
+                f"{os.fspath(path)} is {kind(mode)}, and only an ordinary file is replaced; name another file, or "
+                f"remove it"
+            )
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where ``path`` is there and no real folder: a link, say, through which somebody else's files
+    would be written."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISDIR(mode):
+            raise UserError(
+                f"{os.fspath(path)} is {kind(mode)}, where a folder is to be; move it, or choose another folder"
+            )
+
+
+def kind(mode: int) -> str:
+    """``a device``, ``a symbolic link`` and so on, of the mode that ``stat`` gives."""
+    return next((name for test, name in _KINDS if test(mode)), "an ordinary file")
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Opens an ordinary file, or a link to one, for reading. Raises OSError as ``open`` does, and UserError for a pipe
+    or a device, at which ``open`` would wait or never end."""
+    with os.fdopen(_open(Path(path), os.O_RDONLY, follow=True), "rb") as file:
+        yield file
+
+
+def read_bytes(path: str | os.PathLike[str], most: int = JSON_BYTES) -> bytes:
+    """A file's content. Raises OSError, and UserError for one that is larger than ``most`` bytes or no ordinary
+    file."""
+    with reading(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(
+            f"{os.fspath(path)} is larger than the {most >> 20} MB that such a file may have; is it the right one?"
+        )
+    return content
+
+
+def read_json(path: str | os.PathLike[str], most: int = JSON_BYTES) -> Any:
+    """What a JSON file holds. Raises OSError, UserError as :func:`read_bytes`, and ValueError for what is not JSON (NaN
+    is not), not UTF-8, or too deep."""
+    return parse_json(read_bytes(path, most))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What JSON text holds. Raises ValueError for what is not JSON (NaN is not), not UTF-8 (half a surrogate pair is
+    not), or too deep."""
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text, parse_constant=_no_number)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a ``.npz``, without pickled objects. Raises one of NPZ_ERRORS for a damaged one, and for one whose
+    arrays are larger than its names promise or than any of ours."""
+    import numpy as np
+
+    with reading(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            sizes = [info.file_size for info in archive.infolist()]
+        if len(sizes) > 1000 or sum(sizes) > _NPZ_BYTES:
+            raise ValueError(f"{len(sizes)} arrays of {sum(sizes):,} bytes")
+        for name, size in zip(archive.namelist(), sizes, strict=True):
+            _check_header(file, name, size)
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+def _check_header(file: IO[bytes], name: str, size: int) -> None:
+    """Raises ValueError for an array whose header promises another size than it has: NumPy would take the memory
+    first."""
+    import numpy as np
+
+    with zipfile.ZipFile(file) as archive, archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        count = 1
+        for length in shape:
+            count *= int(length)
+        if dtype.hasobject or count * dtype.itemsize + member.tell() != size:
+            raise ValueError(f"array {name} is not what its header says")
 
 
 def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
@@ -60,28 +201,62 @@ def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {os.fspath(folder)} cannot be written: {error.strerror or error}; choose another folder") from error
+        raise UserError(
+            f"{flag} {os.fspath(folder)} cannot be written: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps other programs that ask for the same out of ``folder`` meanwhile; the lock ends with this process, however it ends.
 
-    Raises UserError if another one has it: perhaps a worker that outlived its killed launcher.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "a+", encoding="utf-8") as file:
+    Take it first and read the folder then: what was read before may be another program's past. Folders that it had to
+    make are removed again if nothing was put into them. Raises UserError if another process has it, perhaps a worker
+    that outlived its killed launcher, and where ``.lock`` is not a file that this function wrote. """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with _locked_file(folder):
+            yield
+    finally:
+        for new in made:
+            with contextlib.suppress(OSError):  # in use
+                new.rmdir()
+
+
+@contextlib.contextmanager
+def _locked_file(folder: Path) -> Iterator[None]:
+    path = folder / ".lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            descriptor = _open(path, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:  # another process has just removed the empty folder
+            continue
+        with os.fdopen(descriptor, "r+b") as file:
+            content = file.read(32)
+            if not re.fullmatch(rb"\d*\s*", content):
+                raise UserError(f"{path} is not a lock of ours; move it, or choose another folder")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = content.decode().strip()
+                raise UserError(f"{folder} is being written by process {who}; wait until it ends, or end it") from None
+            except OSError:  # a file system without locks
+                pass
+            if not _same_file(file.fileno(), path):  # whoever had it has removed it meanwhile
+                continue
             file.seek(0)
-            raise UserError(f"{folder} is being written by process {file.read().strip()}; wait until it ends, or end it") from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+            file.flush()
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if _same_file(file.fileno(), path):  # it may have gone with its folder
+                        path.unlink()
+            return
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -99,6 +274,86 @@ def file_sha256(*paths: str | os.PathLike[str]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+class Unchanged:
+    """Files as they are now: which file each name means, its size and time. Weights are read through the files' own
+    memory pages, so a file that is replaced or rewritten meanwhile would give numbers of two models."""
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        self._seen = {Path(path): _state(path) for path in paths}
+
+    def check(self) -> None:
+        """Raises UserError, naming the file, where one is no longer what it was."""
+        for path, before in self._seen.items():
+            now = _state(path)
+            if now != before:
+                what = (
+                    "is gone"
+                    if now is None
+                    else "was replaced"
+                    if before is None or now[:2] != before[:2]
+                    else "was changed"
+                )
+                raise UserError(
+                    f"{path} {what} while it was read, so its weights may be of two models; run the same command again"
+                )
+
+
+def file_stem(name: str) -> str:
+    """``name`` as part of a file's name: itself where it is plain and short, else with ``_`` for what a file's name
+    cannot hold and a digest that keeps it apart from others."""
+    safe = re.sub(r"[\x00-\x1f\x7f/\\]|^\.+", "_", name)
+    encoded = safe.encode("utf-8", "replace")
+    if safe == name and name and len(encoded) <= 150:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{encoded[:120].decode('utf-8', 'ignore')}-{digest}"
+
+
+def _open(path: Path, flags: int, follow: bool = False) -> int:
+    """A descriptor of an ordinary file. Raises UserError for anything else, at once and without a change to it."""
+    links = 0 if follow else os.O_NOFOLLOW
+    if not follow:
+        check_ordinary(path)
+    descriptor = os.open(path, flags | links | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, "Is a directory", os.fspath(path))
+        raise UserError(f"{path} is {kind(mode)}, and not an ordinary file; name another")
+    return descriptor
+
+
+def _state(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    mine, named = os.fstat(descriptor), _state(path)
+    return named is not None and named[:2] == (mine.st_dev, mine.st_ino)
+
+
+def _temporary(name: str) -> str:
+    """How a temporary file beside one of this name begins."""
+    return f".{name[:60]}."
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+def refuse_pipes(*paths: str | os.PathLike[str]) -> None:
+    """Raises UserError for what is there and neither file nor folder, such as a named pipe: reading it might take for
+    ever."""
+    for path in paths:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{os.fspath(path)} is {kind(os.stat(path).st_mode)}, not a file; remove it, or name another")
 
 
 def _umask() -> int:

@@ -20,8 +20,8 @@ from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, 
 from momentum_lm.report.finetuning_summary import headlines, verdict
 from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture, Points, write_page
 from momentum_lm.report.perplexity import difference_cells, document_sums
-from momentum_lm.report.records import read_results
 from momentum_lm.report.tables import Table
+from momentum_lm.results.records import read_results
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ case ${1:-} in -h | --help)
     cat <<'HELP'
 usage: bash scripts/test.sh [PYTEST ARGUMENTS]
 
-Sets up .venv where needed (needs Python 3.11 to 3.13 and g++), then runs ruff, mypy and the tests.
+Sets up .venv where needed (needs Python 3.11 or later), then runs ruff, mypy and the tests.
 
   bash scripts/test.sh                       everything but the slow tests
   bash scripts/test.sh -m slow               the slow tests

@@ -51,7 +51,7 @@ def test_hook_is_installed_once(run_cli):
     assert run_cli(["python", "-c", code], env={"FAIRSEQ_COMPAT": "0"}).stdout == "0\n"
 
 
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14", "3.15"])
 def test_hook_runs_on_each_python(version):
     program = shutil.which(f"python{version}")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fairseq_compat; print(type(sys.meta_path[0]).__name__)"
@@ -214,6 +214,17 @@ torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 sys.exit(rank == 0 and os.wait()[1] != 0)
 """
+
+
+def test_processes_of_a_command_import_nothing_from_the_current_folder(fairseq, monkeypatch):
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.distributed.utils import call_main
+
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    cfg, seen = FairseqConfig(), []
+    cfg.distributed_training.distributed_world_size = 1
+    call_main(cfg, lambda cfg: seen.append(os.environ.get("PYTHONSAFEPATH")))
+    assert seen == ["1"] and "PYTHONSAFEPATH" not in os.environ
 
 
 def test_gathering_without_a_gpu(run_cli, tmp_path):
@@ -753,3 +764,38 @@ def test_configuration_of_our_models_survives_omegaconf(fairseq):
     config = OmegaConf.create({"model": {"_name": "momentum_lm_tiny"}})
     add_defaults(config)
     assert config.model.momentum_kind in ("none", "ema", "multi_ema")
+
+
+def test_options_take_the_type_of_an_optional_one(fairseq):
+    """From Python 3.14 on, ``str(Optional[int])`` is ``int | None``, of which fairseq made no type."""
+    from typing import Any, List, Optional, Union  # noqa: UP035
+
+    from fairseq.dataclass.utils import interpret_dc_type
+
+    assert [interpret_dc_type(t) for t in (Optional[int], Union[str, None], int | None, None | float)] == [int, str, int, float]  # noqa: UP007, UP045
+    assert [interpret_dc_type(t) for t in (Any, int, List[int], Optional[List[str]])] == [str, int, List[int], List[str]]  # noqa: UP006, UP045
+    with pytest.raises(RuntimeError, match="field should be a type"):
+        interpret_dc_type("int")
+
+
+def test_groups_of_arguments_may_hold_groups(fairseq):
+    """fairseq gives ``add_args`` a group when it scans a user directory; Python 3.14 refuses groups in it."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument_group("task").add_argument_group("prompts").add_argument("--shots", type=int)
+    assert parser.parse_args(["--shots", "4"]).shots == 4
+
+
+def test_workers_load_batches_of_what_cannot_be_pickled(fairseq):
+    from fairseq.data import EpochBatchIterator, FairseqDataset
+
+    class Local(FairseqDataset):  # no process but a forked one knows this class
+        def __getitem__(self, index):
+            return index
+
+        def __len__(self):
+            return 4
+
+    batches = EpochBatchIterator(Local(), collate_fn=sorted, batch_sampler=[[0, 1], [3, 2]], num_workers=1)
+    assert list(batches.next_epoch_itr(shuffle=False)) == [[0, 1], [2, 3]]

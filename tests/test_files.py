@@ -2,14 +2,28 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
 from momentum_lm.errors import UserError, main_guard
-from momentum_lm.files import NPZ_ERRORS, atomic_write, check_writable, locked, naming, write_json
+from momentum_lm.files import (
+    NPZ_ERRORS,
+    Unchanged,
+    appending,
+    atomic_write,
+    check_writable,
+    file_stem,
+    locked,
+    naming,
+    read_arrays,
+    read_json,
+    write_json,
+)
 
 
 def told(work, capsys):
@@ -88,6 +102,20 @@ def test_json_is_whole_or_as_before(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_path_that_is_not_utf8_can_be_written_and_printed(tmp_path, capsys):
+    path = os.fsdecode(b"na\xefve/\xc3\xa9")
+    write_json(tmp_path / "a.json", {"path": path})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": path}
+
+    @main_guard
+    def main(argv=None):
+        print(path)
+
+    assert main([]) == 0
+    assert capsys.readouterr().out == "na\\udcefve/é\n"
+    assert told(lambda: (tmp_path / path).read_bytes(), capsys).startswith(f"error: {tmp_path}/na")
+
+
 def test_a_folder_has_one_writer_at_a_time(tmp_path):
     other = "import sys, time; from momentum_lm.files import locked\nwith locked(sys.argv[1]): print('has it', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", other, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
@@ -99,3 +127,113 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     process.wait()
     with locked(tmp_path / "out"):
         pass
+
+
+# ---- what is not an ordinary file, or not ours
+
+
+def make_link(path):
+    (path.parent / "precious").write_text("precious")
+    path.symlink_to(path.parent / "precious")
+
+
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "a named pipe"), (make_link, "a symbolic link")])
+def test_only_an_ordinary_file_is_replaced(tmp_path, make, kind):
+    path = tmp_path / "out"
+    make(path)
+    for write in (lambda: write_json(path, {}), lambda: appending(path).__enter__()):
+        with pytest.raises(
+            UserError, match=rf"out is {kind}, and only an ordinary file is replaced; name another file, or remove it"
+        ):
+            write()
+    assert not (tmp_path / "precious").exists() or (tmp_path / "precious").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} - {"precious"} == {"out"}
+
+
+def test_a_device_is_not_replaced():
+    with pytest.raises(UserError, match="/dev/null is a device, and only an ordinary file is replaced"):
+        write_json("/dev/null", {})
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_pipe_is_not_waited_for_and_a_link_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a named pipe"):
+        read_json(tmp_path / "pipe")
+    make_link(tmp_path / "link")
+    (tmp_path / "precious").write_text("[1]")
+    assert read_json(tmp_path / "link") == [1]
+    with pytest.raises(UserError, match="larger than the 0 MB"):
+        read_json(tmp_path / "link", most=2)
+
+
+@pytest.mark.parametrize("how", ["link", "hard link", "words"])
+def test_a_lock_that_is_not_ours_is_left_as_it_is(tmp_path, how):
+    (tmp_path / "precious").write_text("precious")
+    lock = tmp_path / "out" / ".lock"
+    lock.parent.mkdir()
+    if how == "link":
+        lock.symlink_to(tmp_path / "precious")
+    elif how == "hard link":
+        lock.hardlink_to(tmp_path / "precious")
+    else:
+        lock.write_text("precious")
+    with pytest.raises(UserError, match=r"\.lock is (a symbolic link|not a lock of ours)"), locked(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious" and lock.read_text() == "precious"
+
+
+def test_a_lock_leaves_nothing_behind_but_what_was_put_there(tmp_path):
+    with locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").read_text() == str(os.getpid())
+        with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"), locked(tmp_path / "a" / "b"):
+            pass
+    assert os.listdir(tmp_path) == []
+    with locked(tmp_path / "a"):
+        (tmp_path / "a" / "x").write_text("")
+    assert os.listdir(tmp_path / "a") == ["x"]
+
+
+def test_files_that_change_while_they_are_read_are_named(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"one")
+    seen = Unchanged([path])
+    seen.check()
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(
+        UserError, match=r"model\.pt was changed while it was read, so its weights may be of two models"
+    ):
+        seen.check()
+    seen = Unchanged([path])
+    (tmp_path / "new").write_bytes(b"one")
+    os.replace(tmp_path / "new", path)
+    with pytest.raises(UserError, match=r"model\.pt was replaced while"):
+        seen.check()
+    path.unlink()
+    with pytest.raises(UserError, match=r"model\.pt is gone while"):
+        seen.check()
+
+
+def test_arrays_that_promise_more_than_there_is_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, a=np.arange(3), b=np.array("text"))
+    assert {name: values.tolist() for name, values in read_arrays(path).items()} == {"a": [0, 1, 2], "b": "text"}
+    path.write_bytes(path.read_bytes().replace(b"(3,)", b"(9,)"))
+    with pytest.raises(NPZ_ERRORS):
+        read_arrays(path)
+    np.savez(path, a=np.array([object()], dtype=object))
+    with pytest.raises(ValueError, match="not what its header says"):
+        read_arrays(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
+    with pytest.raises(ValueError, match="not what its header says"):
+        read_arrays(path)
+
+
+@pytest.mark.parametrize("name", ["mr", "a$x^$", "日本", "..", "../../x", "a/b", "x" * 300, "\n", ""])
+def test_every_name_makes_a_files_name(tmp_path, name):
+    stem = file_stem(name)
+    (tmp_path / f"attention-{stem}-16shot.png").write_text("")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert (stem == name) == (name in ("mr", "a$x^$", "日本"))
+    assert stem != file_stem(name + "?")

@@ -125,7 +125,7 @@ def setup(folder, **variables):
 
 
 def test_setup_refuses_what_is_no_python(tmp_path):
-    for python, message in (("/nowhere/python3", "is not an executable"), ("false", "need Python 3.11 to 3.13")):
+    for python, message in (("/nowhere/python3", "is not an executable"), ("false", "need Python 3.11 or later")):
         result = setup(ROOT, VENV=tmp_path / "venv", PYTHON=python)
         assert result.returncode == 2 and result.stdout == ""
         assert result.stderr.startswith(f"error: PYTHON={python}") and message in result.stderr
@@ -137,14 +137,6 @@ def test_setup_leaves_other_folders_alone(tmp_path):
     result = setup(ROOT, VENV=tmp_path)
     assert result.returncode == 2 and f"error: VENV={tmp_path} is not a virtual environment" in result.stderr
     assert os.listdir(tmp_path) == ["letter.txt"]
-
-
-def test_setup_says_that_a_compiler_is_missing(tmp_path):
-    (tmp_path / "bin").mkdir()
-    for tool in ("bash", "cat", "dirname", "flock", "head", "ls", "mkdir"):
-        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
-    result = setup(ROOT, VENV=tmp_path / "venv", PATH=tmp_path / "bin")
-    assert result.returncode == 2 and "error: fairseq needs a C++ compiler" in result.stderr
 
 
 def test_setup_again_does_nothing(tmp_path):

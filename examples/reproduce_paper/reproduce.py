@@ -24,8 +24,8 @@ from momentum_lm.report.classification import cells, summarise_cell
 from momentum_lm.report.finetuning_summary import number, settings
 from momentum_lm.report.html import Code, Folded, Paragraph, Part, write_page
 from momentum_lm.report.icl_vs_finetuning import published_quantity
-from momentum_lm.report.records import read_results
 from momentum_lm.report.tables import Table
+from momentum_lm.results.records import read_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from jobs import Job, JobError, last_bar, open_config, run_jobs, tool

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from momentum_lm.errors import UserError, main_guard
+from momentum_lm.errors import TornCheckpoint, UserError, main_guard
 
 from .options import Parser
 
@@ -64,12 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if match := re.fullmatch(r"(.*-shard)\d+(\.pt)", args.source):
         _join(args, match)
         return 0
-    from momentum_lm.convert.folder import ordinary_file
     from momentum_lm.convert.from_huggingface import find_model
+    from momentum_lm.files import refuse_pipes
 
     source, output = find_model(args.source), Path(os.path.abspath(args.output))
-    for path in source.iterdir() if source.is_dir() else [source]:
-        ordinary_file(path)
+    refuse_pipes(*(source.iterdir() if source.is_dir() else [source]))
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{args.output} holds {args.source}; choose another OUTPUT")
     if source.is_dir() and (source / "config.json").exists():
@@ -147,23 +146,28 @@ def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     import torch
     from tqdm import tqdm
 
-    import fairseq_compat
-    from momentum_lm.convert.folder import ordinary_file
-    from momentum_lm.files import atomic_write
-    from momentum_lm.training.sharding import join_shards
+    from momentum_lm.files import atomic_write, refuse_pipes
+    from momentum_lm.formats.checkpoint import load_checkpoint
+    from momentum_lm.formats.options import num_updates
+    from momentum_lm.lm.shards import join_shards, part_count
 
-    ordinary_file(Path(args.source))
+    refuse_pipes(args.source)
 
     def load(rank: int) -> dict[str, Any]:
-        return fairseq_compat.load_checkpoint(f"{match[1]}{rank}{match[2]}", trust=args.trust_checkpoint, mmap=True)
+        return load_checkpoint(f"{match[1]}{rank}{match[2]}", trust=args.trust_checkpoint, mmap=True)
 
-    first = load(0)
-    world = (first.get("fsdp_metadata") or {}).get("world_size", 1)
-    bar = tqdm(range(1, world), desc="parts", file=sys.stderr, delay=1)
-    state = join_shards([first, *map(load, bar)])
+    try:
+        first = load(0)
+        world = part_count(first)
+        bar = tqdm(range(1, world), desc="parts", file=sys.stderr, delay=1)
+        state = join_shards([first, *map(load, bar)])
+        updates = num_updates(state)
+    except TornCheckpoint:
+        raise
+    except UserError as error:
+        raise UserError(f"{args.source}: {error}") from error
     with atomic_write(args.output, "wb") as file:
         torch.save(state, file)
-    updates = state["optimizer_history"][-1]["num_updates"]
     print(f"{args.output}: {world} parts, {updates:,} updates, {os.path.getsize(args.output):,} bytes")
 
 

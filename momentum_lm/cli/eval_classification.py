@@ -78,6 +78,10 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speed")
     group.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per forward pass (default: by the memory there is)")
     group.add_argument(
+        "--process-timeout", type=float, default=600.0, metavar="S",
+        help="under torchrun: seconds after which a process that does not come or hangs is named (default: %(default)g)",
+    )  # fmt: skip
+    group.add_argument(
         "--padding-side", default="right", choices=["right", "left"], help="changes nothing but rounding (default: %(default)s)"
     )
 
@@ -94,8 +98,10 @@ def run(args: argparse.Namespace) -> int:
     lm = load_model(args)
     keep_memory()
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
-    if classification.evaluate(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force):
-        print(write_report(args.results_dir).text())
+    if classification.evaluate(
+        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=args.process_timeout
+    ):
+        print(write_report(args.results_dir, replace=args.force).text())
         print(f"\n{args.results_dir}/report.html")
     return 0
 
@@ -113,6 +119,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise UserError(f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no")
     for name in args.datasets.split(","):
         load_spec(name, _template(args))  # now, not after a large model was read
+    if not 0 < args.process_timeout < 1e8:
+        raise UserError(f"--process-timeout {args.process_timeout:g}: must be a positive number of seconds")
     paper = args.protocol == "paper"
     return Settings(
         shots=tuple(integers(args.shots, "--shots")),

@@ -75,11 +75,13 @@ def run(args: argparse.Namespace) -> int:
         names = [name for name in study.DEFAULT_CONTROLS if not (large and name == "untrained")]
     settings = dataclasses.replace(settings, controls=tuple(names))
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
-    writes = study.analyse(lm, load_datasets(args, lm), settings, args.results_dir, command, args.force)
+    writes = study.analyse(
+        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=args.process_timeout
+    )
     del lm
     return_memory()  # what the figures need comes in its place
     if writes:
-        print(write_report(args.results_dir).text())
+        print(write_report(args.results_dir, replace=args.force).text())
         print(f"\n{args.results_dir}/report.html")
     return 0
 

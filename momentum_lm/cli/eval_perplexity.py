@@ -41,6 +41,6 @@ def run(args: argparse.Namespace) -> int:
     results = perplexity.evaluate(
         lm, args.data, args.results_dir, lengths, args.split.split(","), args.batch_tokens, packed, args.seed, args.force
     )
-    print(write_report(results.folder).text())
+    print(write_report(results.folder, replace=args.force).text())
     print(f"\n{results.folder / 'report.html'}")
     return 0

@@ -14,15 +14,19 @@ from momentum_lm.errors import UserError, main_guard
 from .options import Parser
 
 _EPILOG = """
-sources: text files, folders (all .txt and .md in them), .csv .tsv .jsonl .parquet with the text in --column, each but parquet also as
-.gz or .zst; or a data set of the Hugging Face hub, hf:NAME[:CONFIG][@SPLIT] or its bare name (needs: pip install datasets).
+sources: text files, folders (all .txt and .md in them and in folders linked from them, but for hidden ones), .csv .tsv
+.jsonl .parquet with the text in --column, each but parquet also as .gz or .zst; or a data set of the Hugging Face hub,
+hf:NAME[:CONFIG][@SPLIT] or its bare name (needs: pip install datasets).
+
+Tabs alone separate columns of .tsv, quotation marks are text there. What spells a special token, such as </s>, is text.
 
 Exact duplicates are dropped; a document's split follows from its content and --seed alone; the output is the same for any number of
 --workers. Interrupted, even by kill -9, the same command goes on. Nothing in --output changes before the new data is complete.
 
 memory: under 400 MB with 2 workers, however much text there is: 2 MiB of text per worker under way in processes of 60 to 100 MB each, and
-before that 25 times --sample-mb while SentencePiece trains. Beside that 48 bytes for every distinct document, to know it again, and
-while a document of 8 MiB, the longest allowed, is tokenised, 350 MB for it.
+before that 25 times --sample-mb while SentencePiece trains. Beside that 48 bytes for every distinct document, to know it
+again, the window of a .zst file (8 MiB by default, at most 128), and while a document of 8 MiB, the longest allowed, is
+tokenised, 350 MB for it.
 """
 
 
@@ -37,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("sources", nargs="+", metavar="SOURCE", help="file, folder or data set")
     add("--output", required=True, metavar="DIR", help="folder for the data")
-    add("--column", default="text", metavar="NAME", help="column of a table that holds the text (default: text)")
+    column_help = "column of a table that holds the text; a.b is b inside of a (default: text)"
+    add("--column", default="text", metavar="NAME", help=column_help)
     add(
         "--document",
         choices=("file", "line", "blank-line", "record"),
@@ -93,6 +98,18 @@ def summary(result: dict[str, Any], output: str) -> str:
     if unknown := sum(split["unknown"] for split in splits.values()):
         share = unknown / sum(split["tokens"] for split in splits.values())
         lines.append(f"warning: {unknown:,} tokens ({share:.2%}) are <unk>: the tokenizer lacks characters of this text")
+    if result.get("nulls"):
+        lines.append(f"note: {result['nulls']:,} rows have no text (null) and are left out")
+    if result.get("quoted"):
+        lines.append(
+            f"note: {result['quoted']:,} texts of .tsv files look as if they were quoted for CSV; they are taken as they "
+            "are, with their quotation marks doubled"
+        )
+    if result.get("special_tokens"):
+        lines.append(
+            f"note: the text spells out special tokens of the tokenizer {result['special_tokens']:,} times; they are "
+            "ordinary text here, and end no document"
+        )
     if not result["tokenizer"]["lossless"]:
         lines.append("note: this tokenizer normalises text; decoding does not give it back exactly")
     no_valid = "" if "valid" in splits else " --disable-validation --valid-subset train"  # fairseq loads one all the same

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from momentum_lm.report.classification_comparison import ClassificationComparison, parse_between
     from momentum_lm.report.common import read_runs
     from momentum_lm.report.finetuning_comparison import FinetuningComparison
+    from momentum_lm.report.tables import printable
 
     task = read_runs(args.runs, [perplexity.TASK, classification.TASK, icl_vs_finetuning.TASK])[0]["task"]
     comparison: perplexity.Comparison | ClassificationComparison | FinetuningComparison
@@ -55,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes = comparison.notes
     else:
         comparison = perplexity.Comparison(args.runs, seed=args.seed)
+        notes = comparison.notes
     table = comparison.table()
     print(table.markdown() if args.markdown else table.text())
     differences = comparison.differences() if isinstance(comparison, FinetuningComparison) else None
     if differences is not None:
         print(f"\n{differences.markdown() if args.markdown else differences.text()}")
     for note in notes:
-        print(f"\n{note}")
+        print(f"\n{printable(note)}")
     if args.output:
         comparison.write_page(args.output)
         print(f"\n{args.output}")

@@ -72,7 +72,7 @@ class Family:
         for name, (value, reason) in self.needs.items():
             found = config.get(name, value)
             if found != value:
-                raise UserError(f"{name} is {shown(found)}: {reason}")
+                raise UserError(f"{name} is {_shown(found)}: {reason}")
         given: dict[str, Any] = {}
         kinds = {f.name: f.type for f in dataclasses.fields(DecoderConfig)}
         for ours, theirs in self.fields.items():
@@ -82,19 +82,19 @@ class Family:
                 value = 4 * given["dim"]
             kind, what = _KINDS[str(kinds[ours])]
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise UserError(f"{theirs} is {shown(value)}, which is no {what}")
+                raise UserError(f"{theirs} is {_shown(value)}, which is no {what}")
             if ours in _SHARES and not 0 <= value <= 1:
                 raise UserError(f"{theirs} is {value}, which is no share of 1")
             if kind is int and not 0 < value < _MOST:
-                raise UserError(f"{theirs} is {shown(value)}; no model has that")
+                raise UserError(f"{theirs} is {_shown(value)}; no model has that")
             given[ours] = tuple(value) if isinstance(value, list) else value
         absent = given.get("absent_tokens", ())
         if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size for token in absent):
-            raise UserError(f"absent_tokens is {shown(absent)}, which is no list of ids of its {vocab_size} tokens")
+            raise UserError(f"absent_tokens is {_shown(absent)}, which is no list of ids of its {vocab_size} tokens")
         if self is not MOMENTUM:
             if given["activation"] not in ACTIVATIONS:
                 known = ", ".join(ACTIVATIONS)
-                raise UserError(f"{self.fields['activation']} is {shown(given['activation'])}, which the decoder does not have ({known})")
+                raise UserError(f"{self.fields['activation']} is {_shown(given['activation'])}, which the decoder does not have ({known})")
             given["activation"] = ACTIVATIONS[given["activation"]]
         return DecoderConfig(**{"vocab_size": vocab_size, **self.constants, **given})
 
@@ -172,7 +172,7 @@ class Family:
                 raise UserError(f"{name} is in {theirs[name].dtype}: give the model before it was quantised")
 
 
-def shown(value: object) -> str:
+def _shown(value: object) -> str:
     """A value of somebody's file, in a message: on one line, and not all of it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -74,15 +74,6 @@ def _foreign(folder: Path, others: Set[str] = frozenset()) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name not in ordinary or not (_OURS.fullmatch(name) or name in others))
 
 
-def ordinary_file(path: Path) -> bool:
-    """Whether there is a file, not a folder. Raises UserError for what is neither, such as a pipe, where reading would wait."""
-    if path.is_file():
-        return True
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a pipe or a device, and not a file")
-    return False
-
-
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

@@ -17,10 +17,12 @@ from momentum_lm.data.dictionary import BOS, EOS, SPECIALS, Dictionary
 from momentum_lm.data.hub import hub_answers
 from momentum_lm.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from momentum_lm.errors import UserError
+from momentum_lm.formats.checkpoint import load_checkpoint
+from momentum_lm.formats.pickles import shown
 from momentum_lm.modules import DecoderConfig
 from momentum_lm.modules.sizes import MOMENTUM_OF, SIZES
 
-from .families import Family, family_of, shown
+from .families import Family, family_of
 from .lazy import Lazy, read_safetensors, write_torch
 from .tokenizers import save_tokenizer
 
@@ -244,15 +246,12 @@ def _tensors(folder: Path, family: Family, trust: bool) -> dict[str, Lazy]:
 
 
 def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
-    from fairseq_compat import load_checkpoint
-
     state = load_checkpoint(path, trust=trust, mmap=True)
-    for key, tensor in state.items():
-        name = key if isinstance(key, str) and key.isprintable() else shown(key)
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path} holds {name}, which is no tensor: it is not the weights of a model of transformers")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path} holds {shown(name)}, which is no tensor: it is not the weights of a model of transformers")
         if tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}, and no weights of a model of transformers")
+            raise UserError(f"{path}: {shown(name)} is {tensor.layout} on {tensor.device}, and no weights of a model of transformers")
     return {name: Lazy.of(tensor) for name, tensor in state.items()}
 
 

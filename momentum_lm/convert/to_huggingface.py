@@ -14,6 +14,7 @@ from momentum_lm.data.dictionary import EOS, PAD, SPECIALS, Dictionary
 from momentum_lm.data.tokenizer import HuggingFaceTokenizer, Tokenizer, has_tokenizer
 from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
+from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.lm.native import NativeLM, find_checkpoint, load_native
 from momentum_lm.modules import DecoderConfig
 from momentum_lm.modules.momentum import NOTES
@@ -35,8 +36,6 @@ def read_checkpoint(
     path: str, overrides: Mapping[str, Any] | str | None = None, trust: bool = False, tokenizer: str | None = None
 ) -> NativeLM:
     """The checkpoint with its weights in the dtype that they are saved in, as pages of the file."""
-    from fairseq_compat import load_checkpoint
-
     weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
     found = weights.get("model", weights)
     tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong

@@ -25,10 +25,22 @@ from momentum_lm.data.dictionary import Dictionary
 from momentum_lm.data.encoding import CHUNK, Chunk, DocumentStream, encode_in_order
 from momentum_lm.data.indexed import IndexedDatasetWriter
 from momentum_lm.data.selection import SPLITS, Sample, SplitSurvey, Splitter, share
-from momentum_lm.data.sources import Source, find_sources
+from momentum_lm.data.sources import FileSource, Source, find_sources
 from momentum_lm.data.tokenizer import GPT2Tokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from momentum_lm.data.vocabulary import train_sentencepiece
-from momentum_lm.data.workplace import OUTPUTS, clear_away, complete, difference, publish, read_json, workplace
+from momentum_lm.data.workplace import (
+    OUTPUTS,
+    check_output,
+    clear_away,
+    complete,
+    difference,
+    publish,
+    read_json,
+    reserved,
+    same_documents,
+    same_settings,
+    workplace,
+)
 from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
 
@@ -87,30 +99,50 @@ def prepare(
     valid, test = share(config.valid, "--valid"), share(config.test, "--test")
     SplitSurvey(valid, test)  # refuses fractions that leave nothing
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a folder")
-    sources = find_sources(list(config.sources), config.column, config.document, exclude=output.resolve())
+    check_output(output)
+    sources = find_sources(list(config.sources), config.column, config.document, exclude=output.resolve(), say=say)
+    _tell_of_whole_files(config, sources, bool(valid or test), say)
     tokenizer = config.given_tokenizer()
-    wanted = _recorded(config, sources, tokenizer)
-    done = None if force else read_json(output / "prepare.json")
-    if done is not None:
-        if done.get("config") == wanted:
-            clear_away(output, wanted)
+    wanted, as_of = _recorded(config, sources, tokenizer), _as_of(sources)
+    done = None if force else _finished(output, wanted)
+    if done is not None and done.get("sources_as_of") == as_of:
+        clear_away(output, wanted)
+        say(f"{output} is already prepared with these settings")
+        return done
+    with reserved(output) as work:
+        run = _Run(work, config, sources, progress, say)
+        done = None if force else _finished(output, wanted)  # again: now nobody else is at work there
+        if done is not None:
+            if not same_documents(done, run.read_all("comparing")):
+                changed = "with a source whose content has changed since"
+                if "sources_as_of" not in done:
+                    changed = "by an earlier version, which kept no record of the sources' content"
+                raise UserError(f"{output} was prepared {changed}; use another --output, or --force to replace it")
+            done["sources_as_of"] = as_of
+            write_json(output / "prepare.json", done)
             say(f"{output} is already prepared with these settings")
             return done
+        if not force and (there := [n for n in OUTPUTS if (output / n).exists()]):
+            unfinished = read_json(work / "prepare.json") or {}
+            if not same_settings(unfinished.get("config"), wanted):
+                problem = f"{output} holds {there[0]}, which this command did not make"
+                raise UserError(f"{problem}; use another --output, or --force to replace it")
+        with workplace(work, wanted, as_of, force) as touched:
+            if not (work / "prepare.json").exists():
+                splitter = run.plan(tokenizer, touched)
+                splits = [name for name, wanted_of in zip(SPLITS, (1, valid, test), strict=True) if wanted_of]
+                state = run.encode(splitter, splits, workers)
+                complete(work, wanted, as_of, state)
+            return publish(work, output)
+
+
+def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """``prepare.json`` of the data that is there. Raises UserError if it was made with other settings."""
+    done = read_json(output / "prepare.json")
+    if done is not None and not same_settings(done.get("config"), wanted):
         other = difference(done.get("config"), wanted)
         raise UserError(f"{output} was prepared with {other}; use another --output, or --force to replace it")
-    if not force and (there := [n for n in OUTPUTS if (output / n).exists()]):
-        unfinished = read_json(output / ".prepare" / "prepare.json") or {}
-        if unfinished.get("config") != wanted:
-            raise UserError(f"{output} holds {there[0]}, which this command did not make; use another --output, or --force to replace it")
-    with workplace(output, wanted, force) as work:
-        if not (work / "prepare.json").exists():
-            run = _Run(work, config, sources, progress, say)
-            splitter = run.plan(tokenizer)
-            state = run.encode(splitter, [s for s, wants in zip(SPLITS, (1, valid, test), strict=True) if wants], workers)
-            complete(work, wanted, state)
-        return publish(work, output)
+    return done
 
 
 @dataclass
@@ -122,22 +154,32 @@ class _Run:
     sources: list[Source]
     progress: Callable[..., Any] | None
     say: Callable[[str], None]
+    planned_for: dict[str, Any] | None = None  # what all documents together were, where the plan depends on them
 
-    def plan(self, tokenizer: Tokenizer | None) -> Splitter:
-        """Settles where the splits lie and which tokenizer it is, reading all documents once for either that needs it."""
+    def plan(self, tokenizer: Tokenizer | None, touched: bool) -> Splitter:
+        """Settles where the splits lie and which tokenizer it is, reading all documents once for either that needs it.
+
+        A plan that is there already is taken; but where the sources are ``touched``, it is checked that they hold what
+        they held.
+        """
         config, work = self.config, self.work
         if plan := read_json(work / "plan.json"):
+            self.planned_for = plan.get("documents")
+            if touched and self.planned_for:
+                self._refuse_changed(self.read_all("comparing"))
             return Splitter(*plan["thresholds"])
         survey = SplitSurvey(share(config.valid, "--valid"), share(config.test, "--test"))
         if survey.wanted:
-            for digest, _ in self._documents("splitting"):
-                survey.add(digest)
+            self._plan_for(self.read_all("splitting", lambda digest, text: survey.add(digest)))
         splitter = survey.splitter()
         if tokenizer is None:
             sample = Sample(config.sample_mb * 10**6)
-            for digest, text in self._documents("sampling"):
+
+            def offer(digest: bytes, text: bytes) -> None:
                 if SPLITS[splitter.split(digest)] == "train":
                     sample.add(digest, text)
+
+            self._plan_for(self.read_all("sampling", offer))
             if not sample.size:
                 raise UserError(f"{', '.join(config.sources)}: no document to train on; check --column, --document, --valid and --test")
             self.say(f"training SentencePiece: {config.vocab_size} pieces on {sample.size / 1e6:.1f} MB, about {sample.size / 1e6:.0f} s")
@@ -148,7 +190,7 @@ class _Run:
             for name, file in tokenizer.files.items():
                 shutil.copyfile(file, work / name)
         tokenizer.dictionary.save(work / "dict.txt")
-        write_json(work / "plan.json", {"thresholds": splitter.thresholds})
+        write_json(work / "plan.json", {"thresholds": splitter.thresholds, "documents": self.planned_for})
         return splitter
 
     def encode(self, splitter: Splitter, splits: list[str], workers: int | None) -> dict[str, Any]:
@@ -156,7 +198,8 @@ class _Run:
         state, resume = read_json(self.work / "state.json"), None
         if state is None:
             nothing = {"documents": 0, "tokens": 0, "bytes": 0, "unknown": 0}
-            state = {"complete": False, "counts": {"read": 0}, "splits": {split: nothing.copy() for split in splits}}
+            state = {"complete": False, "counts": {"read": 0}, "special_tokens": 0}
+            state["splits"] = {split: nothing.copy() for split in splits}
         elif state["complete"]:
             return state
         else:
@@ -178,10 +221,12 @@ class _Run:
                     writers[SPLITS[index]].add_many(part.ids, part.sizes)
                     added = {"documents": len(part.sizes), "tokens": len(part.ids), "bytes": part.bytes, "unknown": part.unknown}
                     tally.update({name: tally[name] + count for name, count in added.items()})
+                    state["special_tokens"] = state.get("special_tokens", 0) + part.spelled
                 bar.update(chunk.position - bar.n)
                 if time.monotonic() - saved_at > _SAVE_EVERY:
                     self._save(state, writers, chunk.counts)
                     saved_at = time.monotonic()
+            self._refuse_changed(stream.counts())
             self._refuse_empty(state["splits"])
             self._save(state | {"complete": True}, writers, stream.counts())
         return state | {"complete": True, "counts": stream.counts()}
@@ -202,13 +247,23 @@ class _Run:
                     "number of documents, or 0 for no such split"
                 )
 
-    def _documents(self, label: str) -> Iterator[tuple[bytes, bytes]]:
+    def read_all(self, label: str, look: Callable[[bytes, bytes], None] = lambda digest, text: None) -> dict[str, Any]:
+        """Reads all documents, which ``look`` gets with their digests. Returns ``DocumentStream.counts``."""
         stream = DocumentStream(self.sources, self.config.seed, self.config.max_documents)
         with self._bar(label) as bar:
-            for number, item in enumerate(stream):
-                yield item
+            for number, (digest, text) in enumerate(stream):
+                look(digest, text)
                 if number % 256 == 0:
                     bar.update(stream.position() - bar.n)
+        return stream.counts()
+
+    def _plan_for(self, counts: dict[str, Any]) -> None:
+        self._refuse_changed(counts)
+        self.planned_for = counts
+
+    def _refuse_changed(self, counts: dict[str, Any]) -> None:
+        if self.planned_for is not None and counts != self.planned_for:
+            raise UserError(_CHANGED)
 
     @contextlib.contextmanager
     def _bar(self, label: str) -> Iterator[Any]:
@@ -238,7 +293,8 @@ def _chunks(stream: DocumentStream, splitter: Splitter, saved: dict[str, Any]) -
     chunk, same = Chunk(), not saved["read"]
     for digest, text in stream:
         if stream.read <= saved["read"]:
-            same = stream.counts() == saved if stream.read == saved["read"] else False
+            now = stream.counts() if stream.read == saved["read"] else {}
+            same = all(now.get(name) == count for name, count in saved.items())  # an older state has fewer
             continue
         if not same:
             break
@@ -252,17 +308,50 @@ def _chunks(stream: DocumentStream, splitter: Splitter, saved: dict[str, Any]) -
         chunk.position, chunk.counts = stream.position(), stream.counts()
         yield chunk
     if not same:
-        raise UserError("the sources have changed since this run began, so its work so far is dropped; run the command again")
+        raise UserError(_CHANGED)
+
+
+_CHANGED = "the sources have changed since this run began, so its work so far is dropped; run the command again"
+
+
+def _tell_of_whole_files(
+    config: PrepareConfig, sources: list[Source], splits: bool, say: Callable[[str], None]
+) -> None:
+    """Says that whole files are documents where that is hardly meant.
+
+    Raises UserError for a single one that cannot be split.
+    """
+    whole = [s for s in sources if isinstance(s, FileSource) and s.document == "file"]
+    if config.document is not None or not 0 < len(whole) <= _FEW:
+        return
+    how = "--document line makes each line one, --document blank-line what stands between blank lines"
+    if len(sources) > 1 or not splits:
+        several = f"{len(whole)} text files are {len(whole)} documents"
+        say(f"note: {several if len(whole) > 1 else f'{whole[0].name} is one document'}; {how}")
+        return
+    for _ in whole[0].documents():  # what is wrong with it is told first
+        pass
+    raise UserError(
+        f"{whole[0].name} is one document, since a whole file is one, and leaves nothing to split: {how}; or "
+        "--valid 0 --test 0 trains on it alone"
+    )
+
+
+_FEW = 10  # text files that somebody names may well be meant to be more documents than files
+
+
+def _as_of(sources: list[Source]) -> str:
+    """Changes with the size or the times of any source."""
+    lines = "\n".join(source.as_of() for source in sources)
+    return hashlib.blake2b(lines.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _recorded(config: PrepareConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The settings that the output depends on."""
-    fingerprint = hashlib.blake2b("\n".join(f"{s.name} {s.fingerprint()}" for s in sources).encode(), digest_size=16)
     return {
         "sources": list(config.sources),
         "files": len(sources),
         "source_bytes": sum(s.size or 0 for s in sources),
-        "source_fingerprint": fingerprint.hexdigest(),
         "column": config.column,
         "document": config.document,
         "tokenizer": tokenizer.sha256() if tokenizer else "trained",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write
@@ -11,6 +12,9 @@ from momentum_lm.files import atomic_write
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3 in every fairseq dictionary; dict.txt does not list them
 BOS, PAD, EOS, UNK = range(4)
 _OVERWRITE = "#fairseq:overwrite"
+_DIGITS = 18  # of a count: 64 bits hold it
+_MOST_BYTES = 1 << 28  # of a dict.txt; one of a million words has about 15 MB
+_MOST_SYMBOLS = 1 << 22
 
 
 class Dictionary:
@@ -64,23 +68,46 @@ class Dictionary:
         symbols: list[str] = []
         counts: list[int] = []
         seen = set(SPECIALS)
-        try:
-            with open(path, encoding="utf-8") as file:
-                lines = file.readlines()
-        except OSError as error:
-            raise UserError(f"cannot read the dictionary {path}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not a dictionary: byte {error.start} is not UTF-8") from error
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_lines(path), start=1):
             symbol, _, field = line.rstrip().rpartition(" ")
             overwrite = field == _OVERWRITE
             if overwrite:
                 symbol, _, field = symbol.rpartition(" ")
-            if not symbol or not field.isdecimal():
+            if not symbol or not field.isdecimal() or len(field) > _DIGITS:
                 raise UserError(f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq dict.txt?")
             if symbol in seen and not overwrite:
-                raise UserError(f"{path}:{number}: {symbol!r} is listed before; add '{_OVERWRITE}' to the line if that is meant")
+                raise UserError(f"{path}:{number}: {symbol[:80]!r} is listed before; add '{_OVERWRITE}' to the line if that is meant")
             seen.add(symbol)
             symbols.append(symbol)
             counts.append(int(field))
         return cls(symbols, counts)
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The lines of a ``dict.txt``. Raises UserError where they cannot be read, or are more than any dictionary's."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"cannot read the dictionary {path}: it is no ordinary file")
+        if status.st_size > _MOST_BYTES:
+            raise UserError(f"{path} has {status.st_size:,} bytes, far more than a dictionary; is this a fairseq dict.txt?")
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file):
+                if number == _MOST_SYMBOLS:
+                    raise UserError(f"{path} has more than {_MOST_SYMBOLS:,} lines, far more than a dictionary; is this a fairseq dict.txt?")
+                yield line
+    except OSError as error:
+        raise UserError(f"cannot read the dictionary {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a dictionary: byte {_first_odd_byte(path)} is not UTF-8") from error
+
+
+def _first_odd_byte(path: str | os.PathLike[str]) -> int:
+    """Where a file stops being UTF-8. (Reading by lines tells only where in a piece of it.)"""
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return len(data)

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from momentum_lm.data.indexed import token_dtype
 from momentum_lm.data.selection import DigestSet, digest_of
-from momentum_lm.data.sources import Interrupted, Source
+from momentum_lm.data.sources import REMARKS, Interrupted, Source
 from momentum_lm.data.tokenizer import Tokenizer, load_tokenizer
+from momentum_lm.system import isolated_children
 
 CHUNK = 1 << 20  # bytes of text that travel to a worker together, or one document
 
@@ -34,6 +35,7 @@ class DocumentStream:
         self._seen = DigestSet()
         self._chain = hashlib.blake2b(digest_size=16)
         self._before = 0
+        self._remarks = dict.fromkeys(REMARKS, 0)  # of the sources before
         self._source: Source | None = None
         self.read = self.empty = self.duplicates = 0
 
@@ -54,6 +56,7 @@ class DocumentStream:
                 else:
                     self.duplicates += 1
             self._before += source.size or 0
+            self._remarks = self._all_remarks()
             self._source = None
 
     def position(self) -> int:
@@ -61,8 +64,14 @@ class DocumentStream:
         return self._before + (self._source.position() if self._source else 0)
 
     def counts(self) -> dict[str, Any]:
-        """Documents read, and how many of them were empty or repeated another; ``chain`` is a digest of all that was read."""
-        return {"read": self.read, "empty": self.empty, "duplicates": self.duplicates, "chain": self._chain.hexdigest()}
+        """Documents read, how many of them were empty or repeated another, and the sources' remarks; ``chain`` is a
+        digest of all that was read: where it is the same, so were the documents."""
+        own = {"read": self.read, "empty": self.empty, "duplicates": self.duplicates, "chain": self._chain.hexdigest()}
+        return own | self._all_remarks()
+
+    def _all_remarks(self) -> dict[str, int]:
+        own = self._source.remarks if self._source else {}
+        return {name: count + own.get(name, 0) for name, count in self._remarks.items()}
 
 
 @dataclass
@@ -77,12 +86,15 @@ class Chunk:
 
 @dataclass
 class Encoded:
-    """One split's part of a chunk: ``ids`` (tokens,) with ``</s>`` after each document, ``sizes`` (documents,), and its text's bytes."""
+    """One split's part of a chunk: ``ids`` (tokens,) with ``</s>`` after each document and nowhere else, ``sizes``
+    (documents,), and its text's bytes. ``spelled`` is how often the text spells out special tokens, which the tokenizer
+    would take for them elsewhere."""
 
     ids: NDArray[Any]
     sizes: NDArray[np.int32]
     bytes: int
     unknown: int
+    spelled: int
 
 
 def encode_in_order(chunks: Iterable[Chunk], tokenizer_folder: Path, workers: int) -> Iterator[tuple[Chunk, dict[int, Encoded]]]:
@@ -95,9 +107,9 @@ def encode_in_order(chunks: Iterable[Chunk], tokenizer_folder: Path, workers: in
         tokenizer = load_tokenizer(tokenizer_folder)
         yield from ((chunk, _encode(tokenizer, chunk.documents)) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(tokenizer_folder),)
-    )
+    spawning = multiprocessing.get_context("spawn")
+    with isolated_children():  # a process that looks after the pool's semaphores starts here
+        pool = ProcessPoolExecutor(workers, spawning, initializer=_start_worker, initargs=(str(tokenizer_folder),))
     under_way: deque[tuple[Chunk, Future[dict[int, Encoded]]]] = deque()
     try:
         for chunk in chunks:
@@ -118,7 +130,8 @@ def _submit(pool: ProcessPoolExecutor, chunk: Chunk) -> Future[dict[int, Encoded
     """Ctrl-C is this process's to handle: workers, which start here, inherit that it is blocked for now."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(_encode_here, chunk.documents)
+        with isolated_children():
+            return pool.submit(_encode_here, chunk.documents)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -152,14 +165,20 @@ def _encode(tokenizer: Tokenizer, documents: list[tuple[int, bytes]]) -> dict[in
     """Split by split: ``{split: Encoded}``, documents in the order given."""
     result = {}
     for split in sorted({split for split, _ in documents}):
-        texts = [text for own, text in documents if own == split]
+        texts = [text.decode() for own, text in documents if own == split]
         ids: list[int] = []
         sizes = []
-        for document in tokenizer.encode_batch([text.decode() for text in texts]):
+        for document in tokenizer.encode_as_text(texts):
             ids += document
             ids.append(tokenizer.eos)
             sizes.append(len(document) + 1)
         array = np.array(ids, dtype=token_dtype(tokenizer.vocab_size))
+        lengths = np.array(sizes, dtype=np.int32)
+        # No text is a control token: </s> in a document would be taken for its end, <pad> for nothing
+        control = np.isin(array, (tokenizer.bos, tokenizer.pad, tokenizer.eos))
+        control[np.cumsum(lengths) - 1] = False
+        array[control] = tokenizer.unk
         unknown = int((array == tokenizer.unk).sum())
-        result[split] = Encoded(array, np.array(sizes, dtype=np.int32), sum(map(len, texts)), unknown)
+        size = sum(len(text) for own, text in documents if own == split)
+        result[split] = Encoded(array, lengths, size, unknown, tokenizer.special_tokens_in(texts))
     return result

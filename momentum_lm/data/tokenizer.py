@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import numpy as np
 
 from momentum_lm.data.dictionary import BOS, EOS, PAD, SPECIALS, UNK, Dictionary
 from momentum_lm.errors import UserError
+from momentum_lm.files import refuse_pipes
+
+_MOST_IDS = 1 << 24  # ids that a tokenizer may have: memory is taken for each up to the largest
 
 
 class Tokenizer:
@@ -59,6 +63,14 @@ class Tokenizer:
         own = self._encode(texts)
         return own if self._identity else [self._to_dictionary[ids].tolist() if ids else [] for ids in own]
 
+    def encode_as_text(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, where special tokens' names are ordinary text as far as the tokenizer can do so."""
+        return self.encode_batch(texts)
+
+    def special_tokens_in(self, texts: Sequence[str]) -> int:
+        """How many special tokens ``encode`` finds spelled out. SentencePiece and GPT-2's BPE find none."""
+        return 0
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of dictionary ids. ``<s>``, ``<pad>``, ``</s>`` and made-up words have none; ``<unk>`` gives U+FFFD."""
         text, run = [], []
@@ -100,6 +112,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         path = Path(path)
+        refuse_pipes(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
             pieces = [self._model.id_to_piece(i) for i in range(self._model.get_piece_size())]
@@ -150,15 +163,17 @@ class GPT2Tokenizer(Tokenizer):
         import regex
 
         files = {name: Path(folder) / name for name in ("encoder.json", "vocab.bpe")}
+        refuse_pipes(*files.values())
         try:
             encoder: dict[str, int] = json.loads(files["encoder.json"].read_text(encoding="utf-8"))
             merges = files["vocab.bpe"].read_text(encoding="utf-8").rstrip("\n").split("\n")[1:]
         except OSError as error:
             raise UserError(f"cannot read the GPT-2 tokenizer: {error.filename}: {error.strerror or error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{folder}/encoder.json and vocab.bpe are not GPT-2's tokenizer: {error}") from error
         pairs = [tuple(line.split(" ")) for line in merges]
-        if not isinstance(encoder, dict) or sorted(encoder.values()) != list(range(len(encoder))):
+        is_plain = isinstance(encoder, dict) and all(type(own_id) is int for own_id in encoder.values())
+        if not is_plain or sorted(encoder.values()) != list(range(len(encoder))):
             raise UserError(f"{files['encoder.json']} is not GPT-2's encoder.json: its ids are not 0 to {len(encoder) - 1}")
         if any(len(pair) != 2 or "".join(pair) not in encoder for pair in pairs):
             raise UserError(f"{files['vocab.bpe']} does not belong to {files['encoder.json']}: a merge gives a token that has no id")
@@ -229,11 +244,16 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError as error:
             raise UserError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
         path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        refuse_pipes(path)
         if not path.is_file():
             raise UserError(f"{path} is missing")
         try:
-            self._model: Any = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
+            self._model: Any = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # by name only UTF-8 will do
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
+        except BaseException as error:  # the package raises plain Exception, and where it fails in Rust not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(f"{path} is not a tokenizer.json that this version of tokenizers reads: {error}") from error
         self._model.no_truncation()
         self._model.no_padding()
@@ -243,10 +263,13 @@ class HuggingFaceTokenizer(Tokenizer):
             files[beside.name] = beside
             try:
                 settings = dict(json.loads(beside.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{beside} is not a JSON object: {error}") from error
         self._model.encode_special_tokens = bool(settings.get("split_special_tokens"))
         ids: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
+        most = max(ids.values(), default=-1)
+        if not 0 <= most < _MOST_IDS:
+            raise UserError(f"{path} is no tokenizer of a language model: its largest id is {most}")
         self.symbols = [str(i) for i in range(1 + max(ids.values()))]
         for role, special in self._ROLES.items():
             token = settings.get(role)
@@ -256,6 +279,26 @@ class HuggingFaceTokenizer(Tokenizer):
         if all(ids.get(name) == i or self.symbols[i : i + 1] == [name] for i, name in enumerate(SPECIALS)):
             self.symbols = [*SPECIALS, *map(str, range(len(SPECIALS), len(self.symbols)))]  # a role that lies elsewhere is no special
         super().__init__(files, self.symbols, dictionary)
+
+    def encode_as_text(self, texts: Sequence[str]) -> list[list[int]]:
+        before = self._model.encode_special_tokens
+        self._model.encode_special_tokens = True
+        try:
+            return self.encode_batch(texts)
+        finally:
+            self._model.encode_special_tokens = before
+
+    def special_tokens_in(self, texts: Sequence[str]) -> int:
+        if self.splits_special_tokens or self._special is None:
+            return 0
+        return sum(len(self._special.findall(text)) for text in texts)
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        added = self._model.get_added_tokens_decoder().values()
+        names = [token.content for token in added if token.special and token.content]
+        longest_first = sorted(names, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if names else None
 
     def token(self, own_id: int) -> str:
         """What the tokenizer calls its id."""
@@ -274,7 +317,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._to_dictionary[special[:before]].tolist()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._model.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._model.encode_batch(list(texts), add_special_tokens=False)]
+        except BaseException as error:  # as above
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            problem = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.files['tokenizer.json']} cannot take a text ({problem}); use another tokenizer") from error
 
     def _decode(self, own_ids: list[int]) -> str:
         return self._model.decode(own_ids, skip_special_tokens=False)

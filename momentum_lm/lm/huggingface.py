@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from momentum_lm.data.hub import hub_answers
 from momentum_lm.errors import UserError
-from momentum_lm.files import file_sha256
+from momentum_lm.files import Unchanged, file_sha256
 
 from .inference import inference
 from .momentum_attention import added_momentum
 from .shared_prefix import PACKED_ATTENTION, PackedRows, SharedPrefix, packed, register_packed_attention
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.py")
 _ENDLESS = 1 << 20  # tokenizers without a limit give one far above any model's
 
 
@@ -31,7 +32,8 @@ class HuggingFaceLM:
     separated by an empty line (by ``</s>`` for XGLM, the form in which fairseq's dense LMs are published: they never saw line breaks).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, sha256: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, sha256: str, unchanged: Unchanged | None = None) -> None:
+        self._unchanged = unchanged or Unchanged([])
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name, self.sha256 = name, sha256
@@ -80,6 +82,22 @@ class HuggingFaceLM:
             return False
         layers = DynamicCache(config=self.model.config).layers
         return all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in layers)
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """Digest of all that makes token ids of texts."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+        names = getattr(tokenizer, "vocab_files_names", {}) if backend is None else {}
+        files = [path for name in names if (path := getattr(tokenizer, name, None)) and Path(path).is_file()]
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        text = json.dumps([type(tokenizer).__name__, rules, special, self.bos, file_sha256(*files)], sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where the files of the weights are no longer those that were read."""
+        self._unchanged.check()
 
     def describe(self) -> dict[str, Any]:
         """What a record says of the model."""
@@ -212,6 +230,7 @@ def load_huggingface(
             raise UserError(f"--hf-gguf-file {gguf_file}: {folder} holds no such file")
     if not Path(name).is_dir() and not hub_answers():
         given["local_files_only"] = True  # what earlier downloads left
+    unchanged = Unchanged(_files(name, gguf_file))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **given)
@@ -220,7 +239,19 @@ def load_huggingface(
             raise UserError(f"--hf-model {name} brings code of its own: add --trust-checkpoint if you trust it") from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"--hf-model {name} does not load: {reason}") from error
-    return HuggingFaceLM(model.to(device), tokenizer, name, _digest(name, gguf_file, model))
+    digest = _digest(name, gguf_file, model)
+    unchanged.check()
+    return HuggingFaceLM(model.to(device), tokenizer, name, digest, unchanged)
+
+
+def _files(name: str, gguf_file: str | None) -> list[Path]:
+    """The files of a folder that say what the model computes, code of its own included; none of a model of the hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return []
+    if gguf_file:
+        return [folder / gguf_file]
+    return [*sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)), folder / "config.json"]
 
 
 def _digest(name: str, gguf_file: str | None, model: Any) -> str:
@@ -228,7 +259,4 @@ def _digest(name: str, gguf_file: str | None, model: Any) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return hashlib.sha256(f"{name} {getattr(model.config, '_commit_hash', None)}".encode()).hexdigest()
-    if gguf_file:
-        return file_sha256(folder / gguf_file)
-    weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
-    return file_sha256(*weights, folder / "config.json")
+    return file_sha256(*_files(name, gguf_file))

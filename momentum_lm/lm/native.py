@@ -20,8 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from momentum_lm.errors import UserError
-from momentum_lm.files import file_sha256
+from momentum_lm.errors import TornCheckpoint, UserError
+from momentum_lm.files import Unchanged, file_sha256
+from momentum_lm.formats import options as checkpoint_options
+from momentum_lm.formats.checkpoint import load_checkpoint, trusted
+from momentum_lm.formats.pickles import shown
 from momentum_lm.modules import Decoder, DecoderConfig
 from momentum_lm.modules.attention import Cache
 from momentum_lm.modules.decoder import document_ids
@@ -30,7 +33,7 @@ from momentum_lm.modules.precision import Float32
 
 from .inference import inference
 from .scoring import target_log_probs
-from .shards import join_parts, part_files
+from .shards import is_part, join_parts, part_files
 
 CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
 _OPTIONS = (  # those of fairseq's and our own options that say what a decoder computes
@@ -60,10 +63,14 @@ class NativeLM:
         tokenizer_path: str | os.PathLike[str] | None = None,
         in_training: bool = False,
         files: Sequence[Path] = (),
+        unchanged: Unchanged | None = None,
+        trained_on: str | os.PathLike[str] | None = None,
     ) -> None:
         self.model = model if in_training else model.eval().requires_grad_(False)
         self.path = path
         self.files = files or [path]  # a checkpoint in parts has several
+        self._unchanged = unchanged or Unchanged(self.files)
+        self.trained_on = Path(trained_on) if trained_on else None  # the folder of data that the checkpoint names
         self.packed_documents = packed_documents  # whether it was trained on packed documents
         self.bos = bos
         self.tokenizer_path = Path(tokenizer_path) if tokenizer_path else path
@@ -107,7 +114,18 @@ class NativeLM:
     @cached_property
     def sha256(self) -> str:
         """Digest of the checkpoint's files, which tells one checkpoint from another wherever it lies."""
-        return file_sha256(*self.files)
+        digest = file_sha256(*self.files)
+        self.check_unchanged()
+        return digest
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Digest of the tokenizer's files and the dictionary's symbols."""
+        return self.tokenizer.sha256()
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where the checkpoint's files are no longer those that were read."""
+        self._unchanged.check()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -186,18 +204,22 @@ def load_native(
     The architecture comes from the checkpoint; where it holds none, shapes come from the tensors and the rest from
     ``overrides``: fairseq's model options as a mapping or as the text of a Python dict, such as
     ``{'decoder_attention_heads': 8}``. ``trust`` lifts the limit on what a checkpoint may hold (see
-    ``fairseq_compat.load_checkpoint``). ``dtype`` None is fp32, whatever was saved. ``tokenizer`` is a folder or file for
+    ``momentum_lm.formats.checkpoint``). ``dtype`` None is fp32, whatever was saved. ``tokenizer`` is a folder or file for
     ``load_tokenizer``; None is beside the checkpoint, or else in the data that the checkpoint says it was trained on.
 
     Raises UserError for a missing or damaged checkpoint, and for a model that the decoder cannot represent.
     """
     path = find_checkpoint(path)
+    before = Unchanged([path])
     files, state = _read(path, trust)
+    unchanged = Unchanged(files)
+    before.check()
     path = files[0]
-    tensors = _tensors(state, path)
-    model_cfg, task_cfg = _options(state)
-    del state  # or every tensor would be kept until the last one is converted
     try:
+        tensors = _tensors(state)
+        _check_amount(tensors, files)
+        model_cfg, task_cfg = _options(state, trust)
+        del state  # or every tensor would be kept until the last one is converted
         options = model_cfg or _options_from_tensors(tensors)
         options = options | _parse_overrides(overrides, options)
         if not model_cfg and "decoder_attention_heads" not in options:
@@ -208,14 +230,27 @@ def load_native(
         for name in ("tokens_per_sample", "max_target_positions"):
             options.setdefault(name, task_cfg.get(name))
         config = DecoderConfig.from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
+        checkpoint_options.check_sizes(tensors, config.layers, config.dim, config.ffn_dim)
         model = _build(config, tensors, torch.device(device), dtype or torch.float32)
+        bos = BOS if not task_cfg or checkpoint_options.flag(task_cfg, "add_bos_token") else EOS
+        packed = checkpoint_options.flag(task_cfg, "packed_documents")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    bos = BOS if not task_cfg or task_cfg.get("add_bos_token") else EOS
-    if tokenizer is None and not has_tokenizer(path.parent):
-        data = str(task_cfg.get("data") or "").split(os.pathsep)[0]
-        tokenizer = data if data and has_tokenizer(data) else None
-    return NativeLM(model, path, bool(task_cfg.get("packed_documents", False)), (bos,), tokenizer, files=files)
+    data = _data_folder(task_cfg)
+    if tokenizer is None and data and not has_tokenizer(path.parent):
+        tokenizer = data if has_tokenizer(data) else None
+    return NativeLM(model, path, packed, (bos,), tokenizer, files=files, unchanged=unchanged, trained_on=data)
+
+
+def _data_folder(task_cfg: Mapping[str, Any]) -> str:
+    """The (first) folder of the data that the checkpoint says it was trained on, where that is here; else nothing."""
+    data = task_cfg.get("data")
+    data = data[0] if isinstance(data, (list, tuple)) and data else data
+    folder = data.split(os.pathsep)[0] if isinstance(data, str) else ""
+    try:
+        return folder if folder and os.path.isdir(folder) else ""
+    except (OSError, ValueError):  # what cannot be a path: too long, or with a null byte
+        return ""
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -232,71 +267,108 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 def _read(path: Path, trust: bool) -> tuple[list[Path], dict[str, Any]]:
     """The checkpoint's files, and what it holds, its tensors mapped. The optimizer's state, twice the model, is never read."""
-    from fairseq_compat import CheckpointError, load_checkpoint
-
+    state = load_checkpoint(path, trust=trust, mmap=True)
     try:
-        state = load_checkpoint(path, trust=trust, mmap=True)
         files = part_files(path, state)
         if not files:
             return [path], state
-        states = [load_checkpoint(file, trust=trust, mmap=True) for file in files]
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    try:
-        return files, join_parts(states)
+        return files, join_parts([load_checkpoint(file, trust=trust, mmap=True) for file in files])
+    except TornCheckpoint:
+        raise
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     """The decoder's state dict under this package's names, from the forms that fairseq's versions have written."""
-    weights = state.get("model", state)
-    if not isinstance(weights, Mapping) or "decoder.embed_tokens.weight" not in weights:
-        raise UserError(f"{path} holds no decoder-only language model (no decoder.embed_tokens.weight); is it another kind of checkpoint?")
-    foreign = [name for name in weights if not name.startswith("decoder.")]
-    if foreign:
-        raise UserError(f"{path} holds more than a decoder-only language model, such as {foreign[0]}")
-    wrong = [name for name, value in weights.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]} is no tensor; the checkpoint is damaged, or of another program")
+    weights = checkpoint_options.weights(state)
+    if "decoder.embed_tokens.weight" not in weights:
+        raise UserError("it holds no decoder-only language model (no decoder.embed_tokens.weight); is it another kind of checkpoint?")
+    foreign = next((name for name in weights if not name.startswith("decoder.")), None)
+    if foreign is not None:
+        raise UserError(f"it holds more than a decoder-only language model, such as {shown(foreign)}")
     tensors: dict[str, Tensor] = {}
     for key, value in weights.items():
         name = key.removeprefix("decoder.")
+        if _IGNORED.match(name):
+            continue
+        _check_tensor(name, value)
         fused = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
         if fused:  # before 2019: queries, keys and values in one matrix
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                tensors[f"{fused[1]}.{letter}_proj.{fused[2]}"] = part
+            if not value.dim() or len(value) % 3:
+                raise UserError(f"{shown(name)} is {tuple(value.shape)}, which is not queries, keys and values in one")
+            found = {f"{fused[1]}.{letter}_proj.{fused[2]}": part for letter, part in zip("qkv", value.chunk(3), strict=True)}
         elif name == "embed_out":  # an untied output projection, before 2020
-            tensors["output_projection.weight"] = value
-        elif not _IGNORED.match(name):
-            tensors[name] = value
-    tensors.setdefault("output_projection.weight", tensors["embed_tokens.weight"])  # tied, before 2020
+            found = {"output_projection.weight": value}
+        else:
+            found = {name: value}
+        twice = next((name for name in found if name in tensors), None)
+        if twice is not None:
+            raise UserError(f"it holds {shown(twice)} twice, under an old name too")
+        tensors |= found
+    embedding = tensors["embed_tokens.weight"]
+    if embedding.dim() != 2:
+        raise UserError(f"embed_tokens.weight is {tuple(embedding.shape)}, which is no matrix of embeddings")
+    tensors.setdefault("output_projection.weight", embedding)  # tied, before 2020
     return tensors
 
 
-def _options(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _check_tensor(name: str, value: Any) -> None:
+    """Raises UserError for what cannot be a decoder's parameter, before it is converted to one in silence."""
+    if not isinstance(value, Tensor):
+        raise UserError(f"{shown(name)} is no tensor; the checkpoint is damaged, or of another program")
+    if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+        raise UserError(f"{shown(name)} is sparse, quantised or without values; save it as an ordinary tensor")
+    if not value.is_floating_point() and name.rpartition(".")[2] not in NOTES:
+        raise UserError(f"{shown(name)} is of {str(value.dtype).removeprefix('torch.')}, and weights are floating-point numbers")
+
+
+def _check_amount(tensors: Mapping[str, Tensor], files: Sequence[Path]) -> None:
+    """Tensors of one storage under many names would be many, once they are converted. Only the output projection may be another's."""
+    own = {name: value for name, value in tensors.items() if name != "output_projection.weight"}
+    told, held = sum(value.nbytes for value in own.values()), sum(file.stat().st_size for file in files)
+    if told > held:
+        raise UserError(f"its tensors have {told:,} bytes, and the checkpoint has {held:,}: some are the same under several names")
+
+
+def check_fairseq_model(state: Mapping[str, Any]) -> None:
+    """Whether a model of ours can be made as a checkpoint's options say: fairseq makes it before it looks at the tensors.
+
+    ``state`` is what fairseq made of a checkpoint. Raises UserError; says nothing of models that are not ours.
+    """
+    cfg = state.get("cfg")
+    options = cfg.get("model") if isinstance(cfg, Mapping) else None
+    if not isinstance(options, Mapping) or "position" not in options:
+        return
+    prefix = "decoder."
+    tensors = {name.removeprefix(prefix): value for name, value in checkpoint_options.weights(state).items() if name.startswith(prefix)}
+    for name, value in tensors.items():
+        if not _IGNORED.match(name):
+            _check_tensor(name, value)
+    config = DecoderConfig.from_fairseq({name: options.get(name) for name in options}, 1 << 40)
+    divided = is_part(state)
+    positions = config.max_positions + 2 if config.position == "learned" else 0
+    checkpoint_options.check_sizes(tensors, config.layers, config.dim, config.ffn_dim, positions, divided)
+
+
+def _options(state: dict[str, Any], trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """fairseq's options of the model and of the task; empty where the checkpoint holds none."""
+    if not (trust or trusted()):
+        checkpoint_options.check_options(state)
     cfg = state.get("cfg")
     if isinstance(cfg, Mapping):
-        return _mapping(cfg.get("model")), _mapping(cfg.get("task"))
-    arguments = _mapping(state.get("args"))  # before 2020: one namespace for all
+        return checkpoint_options.mapping(cfg.get("model"), "cfg.model"), checkpoint_options.mapping(cfg.get("task"), "cfg.task")
+    arguments = checkpoint_options.mapping(state.get("args"), "args")  # before 2020: one namespace for all
     return arguments, arguments
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if value is None or isinstance(value, str):  # fairseq keeps the bare name where a component has no options
-        return {}
-    return dict(value) if isinstance(value, Mapping) else dict(vars(value))
 
 
 def _options_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What the tensors show. What they do not show is that of the fairseq dense LMs: gelu, scaled embeddings,
     sinusoidal positions, 2048."""
     embedding, output = tensors["embed_tokens.weight"], tensors["output_projection.weight"]
-    layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
     options: dict[str, Any] = {
         "decoder_embed_dim": embedding.shape[1],
-        "decoder_layers": len(layers),
+        "decoder_layers": checkpoint_options.num_layers(tensors),
         "activation_fn": "gelu",
         "dropout": 0.0,
         "position": "sinusoidal",
@@ -304,24 +376,33 @@ def _options_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "max_target_positions": 2048,
     }
     if "layers.0.fc1.weight" in tensors:
-        options["decoder_ffn_embed_dim"] = tensors["layers.0.fc1.weight"].shape[0]
+        options["decoder_ffn_embed_dim"] = _rows(tensors, "layers.0.fc1.weight")
     if "embed_positions.weight" in tensors:
-        options |= {"position": "learned", "max_target_positions": tensors["embed_positions.weight"].shape[0] - 2}
+        options |= {"position": "learned", "max_target_positions": _rows(tensors, "embed_positions.weight") - 2}
     momentum = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith("layers.0.self_attn.momentum.")}
     if momentum:
         options["momentum_kind"] = "multi_ema" if "delta" in momentum else "ema"
         options["momentum_learned"] = "decay_logit" in momentum
         options["momentum_normalize"] = "normalized" in momentum
-        if "fixed_log_decay" in momentum:
-            options["momentum_eta"] = _eta(float(momentum["fixed_log_decay"][0]))
+        if "fixed_log_decay" in momentum and _rows(momentum, "fixed_log_decay"):
+            options["momentum_eta"] = _eta(float(momentum["fixed_log_decay"].flatten()[0]))
         options["momentum_gate"] = "zero" if "gate" in momentum else "none"
         if options["momentum_kind"] == "ema":
-            options["decoder_attention_heads"] = next(tensor.shape[0] for tensor in momentum.values() if tensor.dim())
+            heads = [tensor.shape[0] for tensor in momentum.values() if tensor.dim()]
+            options |= {"decoder_attention_heads": heads[0]} if heads else {}
     return options
 
 
+def _rows(tensors: Mapping[str, Tensor], name: str) -> int:
+    if not tensors[name].dim():
+        raise UserError(f"{name} is a single number, and should have rows")
+    return len(tensors[name])
+
+
 def _eta(log_decay: float) -> float:
-    """The shortest decimal number whose logarithm is the fp32 number ``log_decay``."""
+    """The shortest decimal number whose logarithm is the fp32 number ``log_decay``. Raises UserError for that of no decay."""
+    if not -100 < log_decay < 0:
+        raise UserError(f"its fixed_log_decay is {log_decay:g}, which is not the logarithm of a decay between 0 and 1")
     candidates = (float(f"{math.exp(log_decay):.{digits}g}") for digits in range(1, 18))
     fitting = (eta for eta in candidates if 0 < eta < 1 and float(torch.tensor(math.log(eta))) == log_decay)
     return next(fitting, math.exp(log_decay))
@@ -342,7 +423,7 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"--model-overrides: no option is called {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UserError(f"--model-overrides: no option is called {shown(key)!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return dict(value)
 
 
@@ -366,7 +447,7 @@ def _build(config: DecoderConfig, tensors: dict[str, Tensor], device: torch.devi
         del tensors[name]
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
-        lack, extra = (f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) for names in (missing, unknown))
+        lack, extra = (shown(names[0]) + f" and {len(names) - 1} more" * (len(names) > 1) if names else "" for names in (missing, unknown))
         parts = [f"lacks {lack}"] * bool(missing) + [f"has {extra}, which the decoder does not"] * bool(unknown)
         raise UserError(f"its tensors do not fit its architecture: the checkpoint {' and '.join(parts)}")
     for name, tensor in tensors.items():

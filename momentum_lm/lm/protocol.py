@@ -47,6 +47,16 @@ class LanguageModel(Protocol):
         """What stands between demonstrations: text, or token ids that no text gives."""
         ...
 
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Digest of all that makes token ids of texts."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where the files of the weights are no longer those that were read: their pages may be of two
+        models."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Path, digest and architecture, for a record's ``model``."""
         ...

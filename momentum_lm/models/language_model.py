@@ -10,6 +10,7 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, regi
 from omegaconf import II, DictConfig, OmegaConf
 from torch import Tensor
 
+from momentum_lm.errors import UserError
 from momentum_lm.modules import Cache, Decoder, DecoderConfig
 from momentum_lm.modules.decoder import ACTIVATIONS, DEFAULT_ETA, MOMENTUM_KINDS, POSITIONS
 from momentum_lm.modules.sizes import Size, architecture, architectures
@@ -109,6 +110,10 @@ class FairseqDecoder(Decoder, FairseqIncrementalDecoder):
             destination[f"{prefix}embed_positions._float_tensor"] = torch.zeros(1)
 
 
+class DoesNotFit(UserError, RuntimeError):
+    """Tensors that are not the model's. Also a RuntimeError, as torch's own."""
+
+
 class MomentumLanguageModel(FairseqLanguageModel):
     """GPT with or without momentum attention; one subclass per architecture, so that each has complete hydra defaults."""
 
@@ -124,6 +129,15 @@ class MomentumLanguageModel(FairseqLanguageModel):
         if cfg.compile:
             decoder.compile_blocks()
         return cls(decoder)
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As fairseq's. Raises DoesNotFit, one line, for tensors that are not this model's by name or shape."""
+        try:
+            return super().load_state_dict(state_dict, strict, **kwargs)
+        except RuntimeError as error:
+            first, *others = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+            more = f" (and {len(others)} more)" if others else ""
+            raise DoesNotFit(f"the checkpoint's tensors do not fit the model: {first[:300]}{more}") from error
 
     def max_positions(self) -> int:
         return self.decoder.max_positions()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,15 +77,26 @@ class DecoderConfig:
             raise UserError(f"--momentum-learned and --momentum-normalize belong to --momentum-kind ema, not {self.momentum_kind}")
         if self.momentum_kind == "none" and self.momentum_gate != "none":
             raise UserError("--momentum-gate needs --momentum-kind ema or multi_ema")
-        for flag, number in (
-            ("--decoder-layers", self.layers),
-            ("--decoder-attention-heads", self.heads),
-            ("--decoder-embed-dim", self.dim),
-            ("--decoder-ffn-embed-dim", self.ffn_dim),
-            ("--max-target-positions", self.max_positions),
+        for flag, number, most in (
+            ("--decoder-layers", self.layers, 10_000),
+            ("--decoder-attention-heads", self.heads, 1 << 20),
+            ("--decoder-embed-dim", self.dim, 1 << 20),
+            ("--decoder-ffn-embed-dim", self.ffn_dim, 1 << 24),
+            ("--max-target-positions", self.max_positions, 1 << 40),
         ):
             if number < 1:
                 raise UserError(f"{flag} {number}: must be at least 1")
+            if number > most:
+                raise UserError(f"{flag} {number}: must be at most {most:,}")
+        for flag, share in (
+            ("--dropout", self.dropout),
+            ("--attention-dropout", self.attention_dropout),
+            ("--activation-dropout", self.activation_dropout),
+        ):
+            if not 0 <= share <= 1:
+                raise UserError(f"{flag} {share}: must be a probability, from 0 to 1")
+        if self.vocab_size <= max(self.padding_idx, self.eos_idx):
+            raise UserError(f"a dictionary of {self.vocab_size} entries lacks the special symbols")
         if self.dim % self.heads:
             raise UserError(f"--decoder-embed-dim {self.dim} is not a multiple of --decoder-attention-heads {self.heads}")
         if self.position == "rotary" and self.dim // self.heads % 2:
@@ -105,13 +118,35 @@ class DecoderConfig:
             value = cfg.get(name)
             return default if value is None else value
 
+        def wrong(name: str, value: Any, what: str) -> UserError:
+            text = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:79]}…"
+            return UserError(f"--{name.replace('_', '-')} {text}: must be {what}")
+
         def number(kind: type, name: str, default: Any) -> Any:
             value = get(name, default)
+            what = "a whole number" if kind is int else "a number"
             try:
-                return kind(value)
+                if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)) or (isinstance(value, str) and len(value) > 40):
+                    raise TypeError
+                result = kind(value)
             except (TypeError, ValueError, OverflowError) as error:
-                what = "whole number" if kind is int else "number"
-                raise UserError(f"--{name.replace('_', '-')} {value!r}: must be a {what}") from error
+                raise wrong(name, value, what) from error
+            if not isinstance(value, str) and result != value and kind is int:
+                raise wrong(name, value, what)
+            return result
+
+        def flag(name: str) -> bool:
+            value = get(name, False)
+            if not isinstance(value, (bool, int)) or value not in (0, 1):
+                raise wrong(name, value, "True or False")
+            return bool(value)
+
+        def text(name: str, default: str) -> str:
+            value = get(name, default)
+            value = str(value) if isinstance(value, enum.Enum) else value  # as fairseq keeps choices
+            if not isinstance(value, str) or len(value) > 80:
+                raise wrong(name, value, "a word")
+            return value
 
         unsupported = {
             "character_embeddings": False,
@@ -133,14 +168,14 @@ class DecoderConfig:
         for name, plain in unsupported.items():
             if get(name, plain) != plain:
                 raise UserError(f"the model was trained with --{name.replace('_', '-')}, which this decoder does not have")
-        if "decoder_normalize_before" in cfg and not cfg["decoder_normalize_before"]:
+        if "decoder_normalize_before" in cfg and not flag("decoder_normalize_before"):
             raise UserError("the model normalises after each block (no --decoder-normalize-before); this decoder normalises before")
         dim = number(int, "decoder_embed_dim", 512)
         for name in ("decoder_input_dim", "decoder_output_dim"):
             if number(int, name, dim) != dim:
                 raise UserError(f"the model's --{name.replace('_', '-')} differs from --decoder-embed-dim, which this decoder cannot do")
         stock = "position" not in cfg
-        tied = get("share_decoder_input_output_embed", False) if stock else not get("untie_embeddings", False)
+        tied = flag("share_decoder_input_output_embed") if stock else not flag("untie_embeddings")
         return cls(
             vocab_size=vocab_size,
             dim=dim,
@@ -150,19 +185,19 @@ class DecoderConfig:
             max_positions=number(int, "max_target_positions", get("tokens_per_sample", 1024)),
             padding_idx=padding_idx,
             eos_idx=eos_idx,
-            position=("learned" if get("decoder_learned_pos", False) else "sinusoidal") if stock else str(cfg["position"]),
-            activation=str(get("activation_fn", "relu")),
-            tie_embeddings=bool(tied),
-            scale_embeddings=not get("no_scale_embedding", False),
+            position=("learned" if flag("decoder_learned_pos") else "sinusoidal") if stock else text("position", "sinusoidal"),
+            activation=text("activation_fn", "relu"),
+            tie_embeddings=tied,
+            scale_embeddings=not flag("no_scale_embedding"),
             dropout=number(float, "dropout", 0.1),
             attention_dropout=number(float, "attention_dropout", 0.0),
             activation_dropout=number(float, "activation_dropout", 0.0),
-            checkpoint_activations=bool(get("checkpoint_activations", False)),
-            momentum_kind=str(get("momentum_kind", "none")),
+            checkpoint_activations=flag("checkpoint_activations"),
+            momentum_kind=text("momentum_kind", "none"),
             momentum_eta=number(float, "momentum_eta", DEFAULT_ETA),
-            momentum_learned=bool(get("momentum_learned", False)),
-            momentum_normalize=bool(get("momentum_normalize", False)),
-            momentum_gate=str(get("momentum_gate", "none")),
+            momentum_learned=flag("momentum_learned"),
+            momentum_normalize=flag("momentum_normalize"),
+            momentum_gate=text("momentum_gate", "none"),
             absent_tokens=token_ids(get("absent_tokens", "")),
         )
 

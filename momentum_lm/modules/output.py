@@ -31,5 +31,6 @@ def token_ids(value: Any) -> tuple[int, ...]:
     parts = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     try:
         return tuple(sorted({int(part) for part in parts}))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--absent-tokens {value!r}: must be token ids with commas between, such as 0,1,3") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        given = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:79]}…"
+        raise UserError(f"--absent-tokens {given}: must be token ids with commas between, such as 0,1,3") from error

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from momentum_lm.analysis.statistics import t_interval, wilson_interval
-from momentum_lm.errors import UserError
+from momentum_lm.files import file_stem
+from momentum_lm.results.records import SAMPLES, read_samples
 
 from .common import read_runs, replace_events
 from .figures import AccuracyPoint, accuracy_panel, confusion_panel, draw, save_png, to_svg
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .tensorboard import TrainingLog
 
 TASK = "icl_classification"
-SAMPLES = "samples.json"
 Run = Mapping[str, Any]
 Cell = tuple[str, int, str]  # dataset, shots, calibration
 
@@ -143,12 +143,12 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     return sentences
 
 
-def write_report(folder: str | os.PathLike[str]) -> Table:
+def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
     """Writes ``report.html``, ``accuracy-<dataset>.png``, ``confusion-<dataset>.png`` and TensorBoard events beside a
     ``results.json``; returns its table.
 
-    Raises UserError for results of other tasks, or without a finished run.
-    """
+    Raises UserError for results of other tasks, or without a finished run, and for files of these names that are not
+    ours, unless ``replace``. """
     folder = Path(folder)
     (results,) = read_runs([folder], [TASK])
     runs, table = results["runs"], results_table(results["runs"])
@@ -158,12 +158,14 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
     }
     for dataset in dict.fromkeys(run["dataset"] for run in runs):
         chosen = [run for run in runs if run["dataset"] == dataset]
-        save_png(_accuracy_figure(chosen), folder / f"accuracy-{dataset}.png")
+        save_png(_accuracy_figure(chosen), folder / f"accuracy-{file_stem(dataset)}.png", replace)
         parts: list[Part] = [_curves(chosen)]
         panels = _confusions(chosen, results["config"]["datasets"][dataset]["labels"])
         if panels:
             side = max(3.2, 1.6 + 0.42 * len(chosen[0]["confusion"]))
-            save_png(draw(*panels.values(), size=(side + 1.2, side)), folder / f"confusion-{dataset}.png")
+            save_png(
+                draw(*panels.values(), size=(side + 1.2, side)), folder / f"confusion-{file_stem(dataset)}.png", replace
+            )
             parts += [Picture(to_svg(draw(panel, size=(side + 1.2, side))), text) for text, panel in panels.items()]
         sections[dataset] = parts
     sections["Every run"] = [Folded(f"{len(runs)} runs", [_runs_table(runs)])]
@@ -174,7 +176,7 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
     sections["What was measured"] = [Folded("Model and configuration", [Code(json.dumps(details, indent=1, ensure_ascii=False))])]
     if results["config"].get("command"):
         sections["How to run it again"] = [Code(results["config"]["command"])]
-    write_page(folder / "report.html", "In-context classification", sections)
+    write_page(folder / "report.html", "In-context classification", sections, replace)
     _write_events(folder, results)
     return table
 
@@ -255,7 +257,7 @@ def _runs_table(runs: Sequence[Run]) -> Table:
         [
             *(run["dataset"], shots_text([run]), str(run["seed"]), str(run["order"]), run["calibration"]),
             *(percent(run["accuracy"]), interval_text(run["ci95"]), "" if run["macro_f1"] is None else percent(run["macro_f1"])),
-            *(f"{run['num_examples']:,}", f"{run['prefix_tokens']:,}", f"{run['seconds']:.1f}"),
+            *(f"{run['num_examples']:,}", f"{run.get('prefix_tokens', 0):,}", f"{run.get('seconds', 0.0):.1f}"),
         ]
         for chosen in cells(runs).values()
         for run in chosen
@@ -267,16 +269,15 @@ def _samples(path: Path) -> list[Part]:
     """The prompts that the study kept, with what was scored after them. Raises UserError for a damaged file."""
     if not path.exists():
         return []
-    try:
-        parts: list[Part] = []
-        for sample in json.loads(path.read_text(encoding="utf-8")):
-            choices = "; ".join(json.dumps(text, ensure_ascii=False) for text in sample["continuations"])
-            right = json.dumps(sample["continuations"][sample["gold"]], ensure_ascii=False)
-            line = f"{sample['dataset']}, {sample['shots']} shots" + (f", seed {sample['seed']}" if sample["shots"] else "")
-            parts.append(Folded(line, [Code(sample["prompt"]), Paragraph(f"Scored after it: {choices}. Right: {right}.")]))
-        return parts
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run the evaluation again") from error
+    parts: list[Part] = []
+    for sample in read_samples(path):
+        choices = "; ".join(json.dumps(text, ensure_ascii=False) for text in sample["continuations"])
+        right = json.dumps(sample["continuations"][sample["gold"]], ensure_ascii=False)
+        line = f"{sample['dataset']}, {sample['shots']} shots" + (
+            f", seed {sample.get('seed')}" if sample["shots"] else ""
+        )
+        parts.append(Folded(line, [Code(sample["prompt"]), Paragraph(f"Scored after it: {choices}. Right: {right}.")]))
+    return parts
 
 
 def _write_events(folder: Path, results: Mapping[str, Any]) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 from momentum_lm.analysis.classification import AccuracyDifference, compare_accuracy
 from momentum_lm.analysis.statistics import Interval
 from momentum_lm.errors import UserError
+from momentum_lm.results.predictions import Answers, read_answers, run_key
 
 from .classification import INTERVALS, TASK, Run, baseline, cells, interval_text, percent, points, results_table, summarise_cell
 from .common import Folder, read_runs, short_names
 from .figures import accuracy_panel, draw, to_svg
 from .html import Code, Folded, Paragraph, Part, Picture, Points, write_page
-from .predictions import Answers, read_answers, run_key
 from .tables import Table
 
 VARIABLES = ("shots", "calibration")
@@ -133,6 +133,7 @@ class ClassificationComparison:
                 pairs = self._pair(place, side)
                 if pairs:
                     self.pairs[place, number] = pairs
+                    self._note_other_texts(place, side, pairs)
         if not self.pairs:
             raise UserError(
                 f"{' and '.join(side.name for side in self.sides)} have no dataset, shots, calibration, seed and order in common"
@@ -167,14 +168,29 @@ class ClassificationComparison:
         if also["shots"] == 0:
             return [(run, also) for run in first.values()]
         pairs = [(run, other[draw]) for draw, run in first.items() if draw in other]
-        where = ", ".join(f"{value} shots" if isinstance(value, int) else value for value in place)
+        where = _where(place)
         alone = len(first) + len(other) - 2 * len(pairs)
         if alone:
             self.notes.append(f"{where}: {alone} runs of {self.sides[0].name} or {side.name} have no counterpart and are not compared.")
-        shown = sum(a["demonstrations"] != b["demonstrations"] for a, b in pairs)
+        shown = sum(differ(a, b, "demonstrations") or differ(a, b, "demonstrations_sha256") for a, b in pairs)
         if shown and self.varied != "shots":
             self.notes.append(f"{where}: {self.sides[0].name} and {side.name} saw other demonstrations in {shown} of {len(pairs)} pairs.")
         return pairs
+
+    def _note_other_texts(self, place: Place, side: Side, pairs: Sequence[tuple[Run, Run]]) -> None:
+        """Pairs are of the same examples by number and label; says where the digests of their texts differ, or are not
+        there."""
+        names = f"{self.sides[0].name} and {side.name}"
+        other = sum(differ(a, b, "examples_sha256") for a, b in pairs)
+        if other:
+            self.notes.append(
+                f"{_where(place)}: {names} were asked about the same examples in other words in {other} of "
+                f"{len(pairs)} pairs (another template, other data, or other --max-field-tokens)."
+            )
+        if any("examples_sha256" not in run for pair in pairs for run in pair):
+            note = f"{names}: not known to be of the same texts: results of an older version do not say which they saw."
+            if note not in self.notes:
+                self.notes.append(note)
 
     def _check_examples(self, dataset: str, side: Side, one: Answers, two: Answers) -> None:
         names = self.sides[0].name, side.name
@@ -243,6 +259,15 @@ def parse_between(text: str) -> tuple[str, list[Any]]:
     if not all(value.isdecimal() for value in values.split(",")):
         raise UserError(f"--between {text}: shots are whole numbers")
     return variable, [int(value) for value in values.split(",")]
+
+
+def differ(one: Run, other: Run, name: str) -> bool:
+    """Whether both runs have an entry, and not the same one."""
+    return name in one and name in other and one[name] != other[name]
+
+
+def _where(place: Place) -> str:
+    return ", ".join(f"{value} shots" if isinstance(value, int) else value for value in place)
 
 
 def _draw(first: Run, other: Run) -> tuple[int, int]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from momentum_lm.errors import UserError
-
-from .records import read_results
+from momentum_lm.files import check_folder
+from momentum_lm.results.ownership import EVENTS
+from momentum_lm.results.records import read_results
 
 if TYPE_CHECKING:
     from .tensorboard import TrainingLog
@@ -41,7 +42,9 @@ def short_names(folders: Sequence[Folder]) -> list[str]:
 
     Raises UserError where two are the same.
     """
-    parts = [list(Path(folder).resolve().parts) for folder in folders]
+    parts = [
+        [os.fsencode(part).decode("utf-8", "replace") for part in Path(folder).resolve().parts] for folder in folders
+    ]
     if len({tuple(p) for p in parts}) < len(parts):
         raise UserError("the same results folder is named twice")
     if len(parts) == 1:
@@ -54,12 +57,27 @@ def short_names(folders: Sequence[Folder]) -> list[str]:
 
 
 def replace_events(folder: Folder, hparams: Mapping[str, Any], write: Callable[[TrainingLog], None]) -> None:
-    """Puts what ``write`` logs into ``tensorboard`` of a results folder, in place of older events."""
+    """Puts what ``write`` logs into ``tensorboard`` of a results folder, in place of the events that an earlier call
+    put there; what others log there, such as a training run, stays. Raises UserError where ``tensorboard`` is no
+    folder."""
     from .tensorboard import TrainingLog  # which imports torch
 
-    fresh, final = Path(folder) / ".tensorboard.new", Path(folder) / "tensorboard"
-    shutil.rmtree(fresh, ignore_errors=True)
-    with TrainingLog(fresh, hparams) as log:
-        write(log)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(fresh, final)
+    home = Path(folder) / "tensorboard"
+    check_folder(home)
+    before = _events(home)
+    try:
+        with TrainingLog(home, hparams, EVENTS) as log:
+            write(log)
+    except BaseException:
+        for path in _events(home) - before:
+            path.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            home.rmdir()
+        raise
+    for path in before:
+        path.unlink()
+
+
+def _events(home: Path) -> set[Path]:
+    """The event files of ours."""
+    return {path for path in home.glob(f"events.out.tfevents.*{EVENTS}") if path.is_file() and not path.is_symlink()}

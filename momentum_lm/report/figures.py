@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from momentum_lm.files import atomic_write
+from momentum_lm.results.ownership import PICTURE, check_ours
 
 # Okabe and Ito's colours that have contrast on white and on near-black alike
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
@@ -30,6 +31,8 @@ _INK = "#010203"  # stands for the page's text colour, put in when a figure goes
 _STYLE: dict[str, Any] = {
     "font.size": 10,
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # names are text, whatever dollars are in them
+    "text.usetex": False,
     "svg.hashsalt": "momentum_lm",  # the same figure gives the same bytes
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -37,7 +40,17 @@ _STYLE: dict[str, Any] = {
 }
 
 
+_LONGEST = 60  # characters of a name in a figure
+
 Panel = Callable[[Any], None]  # draws into a matplotlib Axes
+
+
+def shown(name: str, most: int = _LONGEST) -> str:
+    """A name as a figure can hold it: one line, not too long, and not hidden from a legend by a ``_`` at its
+    beginning."""
+    plain = "".join(c if c.isprintable() else "\ufffd" for c in name)
+    cut = plain if len(plain) <= most else plain[: most - 1] + "…"
+    return f"\u2009{cut}" if cut.startswith("_") else cut
 
 
 def draw(*panels: Panel, size: tuple[float, float] = (6.4, 4.0), columns: int | None = None) -> Figure:
@@ -62,10 +75,17 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
     """Perplexity over context length, in tokens: ``series`` maps a model's name to its (context length, perplexity) points."""
 
     def panel(axes: Any) -> None:
-        axes.set(xlabel="context length (tokens)", ylabel=f"perplexity per token ({split}), lower is better")
+        axes.set(xlabel="context length (tokens)", ylabel=f"perplexity per token ({shown(split, 24)}), lower is better")
         for index, (name, points) in enumerate(series.items()):
             lengths, values = zip(*sorted(points), strict=True)
-            axes.plot(lengths, values, label=name, marker=MARKERS[index % len(MARKERS)], markersize=5, **line_style(index))
+            axes.plot(
+                lengths,
+                values,
+                label=shown(name),
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=5,
+                **line_style(index),
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted({length for points in series.values() for length, _ in points})))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -87,12 +107,19 @@ def loss_panel(curves: Mapping[str, Sequence[tuple[float, float]]], levels: Mapp
         looks: dict[str, int] = {}
         for name, points in curves.items():
             model = name.split(" seed")[0]
-            label = None if model in looks else model
+            label = None if model in looks else shown(model)
             tokens, losses = zip(*points, strict=True) if points else ((), ())
             axes.plot(tokens, losses, label=label, alpha=0.9, **line_style(looks.setdefault(model, len(looks))))
         for name, level in (levels or {}).items():
             axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (2, 2)))
-            axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right")
+            axes.annotate(
+                shown(name),
+                (1, level),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+            )
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
 
@@ -121,7 +148,7 @@ def accuracy_panel(
     """
 
     def panel(axes: Any) -> None:
-        axes.set(xlabel="demonstrations in the prompt (shots)", ylabel="accuracy (%)", title=title)
+        axes.set(xlabel="demonstrations in the prompt (shots)", ylabel="accuracy (%)", title=shown(title))
         every = sorted({point.shots for points in lines.values() for point in points})
         for index, (name, points) in enumerate(lines.items()):
             if not points:
@@ -137,15 +164,22 @@ def accuracy_panel(
             dots = [(place, 100 * value) for place, point in zip(places, ordered, strict=True) for value in point.seeds]
             if dots:
                 axes.scatter(*zip(*dots, strict=True), s=16, color=colour, alpha=0.4, linewidth=0)
-            axes.plot(places, mean, label=name, marker=marker, markersize=5, **line_style(index))
+            axes.plot(places, mean, label=shown(name), marker=marker, markersize=5, **line_style(index))
         if level is not None:
             name, height = level
-            axes.axhline(100 * height, color="#888888", linewidth=1.2, linestyle=(0, (4, 3)), label=f"{name} {100 * height:.1f}")
+            axes.axhline(
+                100 * height,
+                color="#888888",
+                linewidth=1.2,
+                linestyle=(0, (4, 3)),
+                label=f"{shown(name)} {100 * height:.1f}",
+            )
         axes.xaxis.set_major_locator(FixedLocator([math.log2(1 + shots) for shots in every]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value - 1:.0f}"))
         axes.margins(x=0.06)
-        entries = len(axes.get_legend_handles_labels()[0])  # below the axes: nowhere within is free for certain
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(3, entries), title=what)
+        columns = legend_columns(axes.get_legend_handles_labels()[1])
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # nowhere within is free for certain
+        axes.legend(frameon=False, ncols=columns, title=what, **below)
 
     return panel
 
@@ -166,12 +200,12 @@ def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], titl
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=COLOURS[0], alpha=0.7 * share, linewidth=0))
             if share >= 0.005:
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=size)
-        names = [label if len(label) <= 18 else label[:17] + "…" for label in labels]
+        names = [shown(label, 18) for label in labels]
         turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) * len(names) > 30 else {}
         axes.set_xticks(range(len(names)), names, fontsize=size, **turned)
         rows = [f"{name} ({total:,.0f})" for name, total in zip(names, totals, strict=True)]
         axes.set_yticks(range(len(names)), rows, fontsize=size)
-        axes.set(xlabel="predicted", ylabel="gold (examples)", title=title, aspect="equal")
+        axes.set(xlabel="predicted", ylabel="gold (examples)", title=shown(title), aspect="equal")
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
         axes.grid(False)
         axes.tick_params(length=0)
@@ -181,11 +215,13 @@ def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], titl
     return panel
 
 
-def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a picture on a white ground, atomically."""
-    with atomic_write(path, "wb") as file:
+def save_png(figure: Figure, path: str | os.PathLike[str], replace: bool = True) -> None:
+    """Writes a picture on a white ground, atomically; without ``replace`` in place of nothing but one of ours."""
+    if not replace:
+        check_ours(path, PICTURE)
+    with atomic_write(path, "wb") as file, matplotlib.rc_context(_STYLE):
         FigureCanvasAgg(figure)
-        figure.savefig(file, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        figure.savefig(file, format="png", dpi=150, facecolor="white", metadata={"Software": PICTURE.decode()})
 
 
 def read_png(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -204,6 +240,11 @@ def to_svg(figure: Figure) -> str:
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return re.sub(r'(<svg[^>]*?) width="([^"]*)"', r'\1 style="max-width: \2"', svg, count=1)
+
+
+def legend_columns(names: Sequence[str]) -> int:
+    """In how many columns, at most three, a legend of these names is not wider than its figure."""
+    return max(1, min(3, len(names), 60 // max(map(len, names), default=1)))
 
 
 def line_style(index: int) -> dict[str, Any]:

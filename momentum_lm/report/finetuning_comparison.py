@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from .classification_comparison import differ
 from .common import Folder, read_runs, short_names
 from .figures import draw, to_svg
 from .finetuning_summary import (
@@ -68,7 +69,7 @@ class FinetuningComparison:
             first = {run["seed"]: run for run in self.sides[0].get((dataset, shots), [])}
             for name, side in zip(self.names[1:], self.sides[1:], strict=True):
                 pairs = [(first[run["seed"]], run) for run in side.get((dataset, shots), []) if run["seed"] in first]
-                pairs = [pair for pair in pairs if all(len({json.dumps(run.get(key)) for run in pair}) == 1 for key in _THE_SAME)]
+                pairs = [pair for pair in pairs if _alike(*pair)]
                 if pairs:
                     gaps = [[b["accuracy"][key] - a["accuracy"][key] for a, b in pairs] for key in SETTINGS]
                     cells = [signed(estimate(gap), percent=True) for gap in gaps]
@@ -107,6 +108,14 @@ class FinetuningComparison:
             missing = [name for name in self.names if name not in found]
             if missing:
                 notes.append(f"{where}: not in {' and '.join(missing)}.")
+            for name, runs in found.items():
+                first = {run["seed"]: run for run in self.sides[0].get(place, [])}
+                other = sum(run["seed"] in first and not _alike(first[run["seed"]], run) for run in runs)
+                if other:
+                    notes.append(
+                        f"{where}: {other} of the seeds of {self.names[0]} and {name} have other demonstrations or "
+                        f"examples and are not paired."
+                    )
             if len({tuple((run["seed"], run["num_examples"]) for run in runs) for runs in found.values()}) > 1:
                 notes.append(f"{where}: not all of the same seeds and numbers of examples.")
         return notes
@@ -121,6 +130,13 @@ class FinetuningComparison:
             lines.append(f"{name}: {results['model']['path']}")
             lines += [f"  {key}: {json.dumps(config.get(key), ensure_ascii=False)}" for key in differing]
         return "\n".join(lines)
+
+
+def _alike(first: Run, second: Run) -> bool:
+    """Whether two runs of a seed are a pair: of the same demonstrations and examples, by their texts where both records
+    say them."""
+    same = all(json.dumps(first.get(key)) == json.dumps(second.get(key)) for key in _THE_SAME)
+    return same and not any(differ(first, second, key) for key in ("examples_sha256", "demonstrations_sha256"))
 
 
 def _gap(first: Run, second: Run, name: str) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from momentum_lm.files import atomic_write
+from momentum_lm.results.ownership import PAGE, check_ours
 
 from .tables import Table
 
@@ -123,14 +124,19 @@ def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
         body += map(_part, parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{PAGE.decode()}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
         f"<body><h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
-def write_page(path: str | os.PathLike[str], title: str, sections: Mapping[str, Sequence[Part]]) -> None:
-    """Writes :func:`page` atomically."""
+def write_page(
+    path: str | os.PathLike[str], title: str, sections: Mapping[str, Sequence[Part]], replace: bool = True
+) -> None:
+    """Writes :func:`page` atomically; without ``replace`` in place of nothing but one of ours."""
+    if not replace:
+        check_ours(path, PAGE)
     with atomic_write(path) as file:
         file.write(page(title, sections))
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from momentum_lm.files import file_stem
+
 from .common import read_runs, replace_events
 from .figures import Panel, draw, read_png, save_png, to_svg
 from .finetuning_summary import (
@@ -139,12 +141,12 @@ def difference_table(runs: Sequence[Run]) -> Table:
     return Table(["corrected, minus", *(CONTROLS[control] for control in controls)], rows)
 
 
-def write_report(folder: str | os.PathLike[str]) -> Table:
+def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
     """Writes ``report.html``, ``layers-``, ``overlap-``, ``heads-`` and ``attention-<dataset>-<shots>shot.png`` and TensorBoard events
     beside a ``results.json``; returns its table of metrics.
 
-    Raises UserError for results of other tasks, or without a finished run.
-    """
+    Raises UserError for results of other tasks, or without a finished run, and for files of these names that are not
+    ours, unless ``replace``. """
     folder = Path(folder)
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
@@ -157,9 +159,9 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
     beside = paper_table(runs)
     pictures: list[str] = []
     for (dataset, shots), chosen in groups.items():
-        found = _pictures(chosen, f"{dataset}-{shots}shot")
+        found = _pictures(chosen, f"{file_stem(dataset)}-{shots}shot")
         for name, figure in found.items():
-            save_png(figure, folder / f"{name}.png")
+            save_png(figure, folder / f"{name}.png", replace)
         pictures += found
         sections[f"{dataset}, {shots} shots"] = _section(chosen)
     if beside is not None:
@@ -171,7 +173,7 @@ def write_report(folder: str | os.PathLike[str]) -> Table:
     sections["Configuration"] = [Folded("Model and configuration", [Code(json.dumps(details, indent=1, ensure_ascii=False))])]
     if results["config"].get("command"):
         sections["How to run it again"] = [Code(results["config"]["command"])]
-    write_page(folder / "report.html", "In-context learning against finetuning", sections)
+    write_page(folder / "report.html", "In-context learning against finetuning", sections, replace)
     _write_events(folder, results, pictures)
     return results_table(runs)
 
@@ -257,7 +259,7 @@ def _attention(run: Run) -> list[Part]:
     ]
     if not pictures:
         return []
-    labels = ", ".join(f"{number} {label}" for number, label in enumerate(run["demonstration_labels"], 1))
+    labels = ", ".join(f"{number} {label}" for number, label in enumerate(run.get("demonstration_labels", ()), 1))
     return [Folded("Attention of single examples to the demonstrations", [Gallery(pictures), Paragraph(f"Demonstrations: {labels}.")])]
 
 

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from .figures import COLOURS, MARKERS, Panel, line_style
+from .figures import COLOURS, MARKERS, Panel, legend_columns, line_style, shown
 
 _NEUTRAL = "#888888"  # as far from white as from black
 
@@ -31,7 +31,7 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="layer", ylabel=unit, yscale="log" if log else "linear")
-        axes.set_title(title, fontsize=10.5, loc="left")
+        axes.set_title(shown(title), fontsize=10.5, loc="left")
         axes.axhline(int(log), color=_NEUTRAL, linewidth=0.9)
         for number, (name, curve) in enumerate(curves.items()):
             layers = np.arange(1, len(curve.mean) + 1)
@@ -41,7 +41,7 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
             axes.plot(
                 layers,
                 curve.mean,
-                label=name if len(curves) > 1 else None,
+                label=shown(name, 30) if len(curves) > 1 else None,
                 marker=MARKERS[curve.look % len(MARKERS)],
                 markersize=3,
                 **style,
@@ -52,7 +52,11 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
             axes.set_ylim(max(low, -1.05), min(high, 1.05))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if len(curves) > 1:
-            below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3}
+            below: dict[str, Any] = {
+                "loc": "upper center",
+                "bbox_to_anchor": (0.5, -0.17),
+                "ncols": legend_columns([shown(name, 30) for name in curves]),
+            }
             axes.legend(frameon=False, fontsize=8.5, columnspacing=1.2, **below)
 
     return panel
@@ -68,7 +72,7 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
     columns = (("finetuning repairs", wrong[:, 1], COLOURS[0]), ("finetuning does not", wrong[:, 0], COLOURS[1]))
 
     def panel(axes: Any) -> None:
-        axes.set_title(title, fontsize=10.5, loc="left")
+        axes.set_title(shown(title), fontsize=10.5, loc="left")
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="repaired in context (%)")
         axes.grid(False)
         axes.spines["bottom"].set_visible(False)
@@ -120,7 +124,7 @@ def heads_panel(values: ArrayLike, title: str = "", xlabel: str = "head") -> Pan
 
     def panel(axes: Any) -> None:
         layers, heads = table.shape
-        axes.set_title(title, fontsize=10.5, loc="left")
+        axes.set_title(shown(title), fontsize=10.5, loc="left")
         axes.grid(False)
         squares(axes, table, [(h + 0.5, layer + 0.5, 1, 1) for layer in range(layers) for h in range(heads)])
         lost = [(h + 1, layer + 1) for layer, h in np.argwhere(~np.isfinite(table))]

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
-from momentum_lm.files import NPZ_ERRORS
+from momentum_lm.files import NPZ_ERRORS, file_stem, read_arrays
+from momentum_lm.results.records import read_results
 
 from .common import read_runs, replace_events, short_names
 from .figures import draw, perplexity_panel, save_png, to_svg
-from .html import Code, Paragraph, Part, Picture, write_page
-from .records import read_results
+from .html import Code, Paragraph, Part, Picture, Points, write_page
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -48,20 +48,20 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     return Table(["split", "context", "perplexity", "95% interval", "bits/byte", "tokens", "documents"], rows)
 
 
-def write_report(folder: str | os.PathLike[str]) -> Table:
+def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
     """Writes ``report.html``, ``perplexity-<split>.png`` and TensorBoard events beside a ``results.json``; returns its
-    table."""
+    table. Raises UserError for files of these names that are not ours, unless ``replace``."""
     folder = Path(folder)
     results = read_results(folder)
     table = results_table(results["runs"])
     sections: dict[str, Sequence[Part]] = {"": [Paragraph(f"Model: {results['model']['path']}"), table, Paragraph(_PROTOCOL)]}
     for split, points in _series(results["runs"]).items():
         figure = draw(perplexity_panel({Path(results["model"]["path"]).name: points}, split))
-        save_png(figure, folder / f"perplexity-{split}.png")
+        save_png(figure, folder / f"perplexity-{file_stem(split)}.png", replace)
         sections[f"Perplexity on {split}"] = [Picture(to_svg(figure), f"Perplexity on {split} at each context length.")]
     details = {name: results[name] for name in ("model", "config")}
     sections["What was measured"] = [Code(json.dumps(details, indent=1, ensure_ascii=False))]
-    write_page(folder / "report.html", "Perplexity", sections)
+    write_page(folder / "report.html", "Perplexity", sections, replace)
     _write_events(folder, results)
     return table
 
@@ -80,6 +80,7 @@ class Comparison:
         self.names = list(names) if names else short_names(self.folders)
         self.seed = seed
         self.differences: dict[tuple[str, int, str], PairedDifference] = {}  # by split, context length and name
+        self.notes: list[str] = []
         for index in range(1, len(self.folders)):
             self._compare(index)
 
@@ -100,7 +101,8 @@ class Comparison:
 
     def write_page(self, path: str | os.PathLike[str]) -> None:
         """One HTML page with the table and a figure for each split."""
-        sections: dict[str, Sequence[Part]] = {"": [self.table(), Paragraph(_PROTOCOL + f" Differences are from {self.names[0]}.")]}
+        top: list[Part] = [self.table(), Paragraph(_PROTOCOL + f" Differences are from {self.names[0]}.")]
+        sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
         for split in sorted({run["split"] for results in self.results for run in results["runs"]}):
             series = {n: s[split] for n, r in zip(self.names, self.results, strict=True) if split in (s := _series(r["runs"]))}
             sections[f"Perplexity on {split}"] = [
@@ -113,7 +115,19 @@ class Comparison:
         for run in self.results[index]["runs"]:
             key = run["split"], run["context_length"]
             first = next((r for r in self.results[0]["runs"] if (r["split"], r["context_length"]) == key), None)
-            if first is None or first["data_sha256"] != run["data_sha256"] or run["num_documents"] < 2:
+            if first is None:
+                continue
+            dictionaries = {
+                r["config"].get("data", {}).get("dictionary_sha256") for r in (self.results[0], self.results[index])
+            } - {None}
+            if first["data_sha256"] != run["data_sha256"] or len(dictionaries) > 1:
+                self.notes.append(
+                    f"{run['split']}, context {run['context_length']}: {self.names[0]} and {self.names[index]} scored "
+                    f"other data or by another "
+                    "dictionary; their perplexities must not be compared."
+                )
+                continue
+            if run["num_documents"] < 2:
                 continue
             nll, tokens = document_sums(self.folders[index], run)
             baseline, _ = document_sums(self.folders[0], first)
@@ -125,10 +139,19 @@ def document_sums(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> tup
     is damaged."""
     path = Path(folder) / str(run["documents"])
     try:
-        with np.load(path) as arrays:
-            nll, tokens = arrays["nll"], arrays["tokens"]
+        arrays = read_arrays(path)
+        nll, tokens = arrays["nll"], arrays["tokens"]
+    except UserError:
+        raise
     except NPZ_ERRORS as error:
         raise UserError(f"cannot read {path} ({error}); delete it and run the evaluation again") from error
+    plain = nll.ndim == 1 and nll.shape == tokens.shape and nll.dtype.kind == "f" and tokens.dtype.kind in "iu"
+    if not plain or not np.isfinite(nll).all() or (tokens < 0).any() or tokens.sum() != run["num_tokens"]:
+        raise UserError(
+            f"{path} is damaged: it is not a log-likelihood and a number of tokens for each document, "
+            f"{run['num_tokens']:,} tokens in all; "
+            "delete it and run the evaluation again"
+        )
     return nll[tokens > 0], tokens[tokens > 0]
 
 
@@ -163,5 +186,11 @@ def _write_events(folder: Path, results: Mapping[str, Any]) -> None:
         log.hparams_with_metrics({f"{r['split']}/perplexity_at_{r['context_length']}": r["perplexity"] for r in results["runs"]}, 0)
 
     replace_events(
-        folder, {"model": results["model"]["path"], "dtype": results["config"]["dtype"], **results["model"]["architecture"]}, write
+        folder,
+        {
+            "model": results["model"]["path"],
+            "dtype": results["config"].get("dtype"),
+            **results["model"].get("architecture", {}),
+        },
+        write,
     )

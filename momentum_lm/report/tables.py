@@ -30,7 +30,7 @@ class Table:
 
     def text(self) -> str:
         """Aligned plain text; the caption, if any, above it."""
-        lines = [list(self.columns), *[list(row) for row in self.rows]]
+        lines = [list(map(printable, line)) for line in (self.columns, *self.rows)]
         widths = [max(_width(line[i]) for line in lines) for i in range(len(self.columns))]
         out = ["  ".join(self._pad(cell, widths[i], i) for i, cell in enumerate(line)).rstrip() for line in lines]
         out.insert(1, "  ".join("-" * width for width in widths))
@@ -38,8 +38,8 @@ class Table:
 
     def markdown(self) -> str:
         """A GitHub table; ``|`` in a cell is escaped."""
-        lines = [list(self.columns), ["--:" if right else ":--" for right in self._right], *[list(row) for row in self.rows]]
-        lines[2:] = [[cell.replace("|", "\\|") for cell in line] for line in lines[2:]]
+        lines = [[printable(cell).replace("|", "\\|") for cell in line] for line in (self.columns, *self.rows)]
+        lines.insert(1, ["--:" if right else ":--" for right in self._right])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def html(self) -> str:
@@ -56,6 +56,11 @@ class Table:
     def _pad(self, cell: str, width: int, column: int) -> str:
         space = " " * (width - _width(cell))
         return space + cell if self._right[column] else cell + space
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: names in other people's files may hold what moves its cursor."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def _width(text: str) -> int:

@@ -24,9 +24,10 @@ class TrainingLog:
     ``atexit``: an interrupted program then loses nothing.
     """
 
-    def __init__(self, logdir: str | os.PathLike[str], hparams: Mapping[str, Any]) -> None:
-        """``hparams``: numbers, booleans and strings; None is left out and anything else written as its text."""
-        self._writer: SummaryWriter | None = SummaryWriter(os.fspath(logdir), flush_secs=30)
+    def __init__(self, logdir: str | os.PathLike[str], hparams: Mapping[str, Any], suffix: str = "") -> None:
+        """``hparams``: numbers, booleans and strings; None is left out and anything else written as its text.
+        ``suffix``: of the event file's name."""
+        self._writer: SummaryWriter | None = SummaryWriter(os.fspath(logdir), flush_secs=30, filename_suffix=suffix)
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hparams.items() if v is not None}
         # The first summary, the experiment's columns, is left out: without it TensorBoard collects the columns of all runs itself.
         _, session_start, self._session_end = hparams_summaries(plain, {})

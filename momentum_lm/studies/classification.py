@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import logging
 import os
 import time
@@ -28,17 +26,17 @@ from momentum_lm.analysis.classification import accuracy, confusion_matrix, macr
 from momentum_lm.analysis.statistics import wilson_interval
 from momentum_lm.data.classification import Example, LabelledDataset
 from momentum_lm.errors import UserError
-from momentum_lm.files import locked, write_json
+from momentum_lm.files import file_stem
 from momentum_lm.icl import calibration, scoring
 from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query
 from momentum_lm.icl.scoring import Scores
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.classification import TASK, summary
-from momentum_lm.report.records import Predictions, Results
-
-from .journal import Journal
-from .processes import Processes
+from momentum_lm.results import identity
+from momentum_lm.results.journal import Journal
+from momentum_lm.results.processes import TIMEOUT, Processes
+from momentum_lm.results.records import Predictions, Results, Samples, results_lock, say_finished
 
 KEY = ("dataset", "seed", "shots", "order", "calibration")
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three inputs of Zhao et al., arXiv 2102.09690
@@ -84,7 +82,9 @@ class Unit:
     @property
     def name(self) -> str:
         """Also the stem of its files."""
-        return f"{self.dataset}-{self.shots}shot" + (f"-seed{self.seed}-order{self.order}" if self.shots else "")
+        return f"{file_stem(self.dataset)}-{self.shots}shot" + (
+            f"-seed{self.seed}-order{self.order}" if self.shots else ""
+        )
 
 
 class Questions:
@@ -107,6 +107,11 @@ class Questions:
     def longest(self) -> int:
         """Tokens of the longest query with its continuation."""
         return longest_query(self.lm, [*self.examples, *self.content_free])
+
+    @functools.cached_property
+    def examples_sha256(self) -> str:
+        """Digest of the evaluated examples' texts and labels, whatever model they go to."""
+        return identity.examples_sha256(self.examples)
 
     @property
     def size(self) -> int:
@@ -182,30 +187,36 @@ def evaluate(
     command: str | None = None,
     force: bool = False,
     show_progress: bool = True,
+    timeout: float = TIMEOUT,
 ) -> bool:
     """Scores every unit that ``folder`` does not hold yet; writes results.json, predictions.jsonl and samples.json there.
 
-    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises UserError for
-    prompts that do not fit, results of other settings in ``folder``, and whatever the data or the model does not allow.
-    """
+    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
+    UserError for prompts that do not fit, results of other settings in ``folder``, processes with other models, data or
+    settings than rank 0 or without a sign of life for ``timeout`` seconds, files of the model that change meanwhile,
+    and whatever the data or the model does not allow. """
     form = settings.form(lm)
     questions = {data.spec.name: Questions(lm, data, settings) for data in datasets}
-    with Processes() as processes, contextlib.ExitStack() as stack:
+    with Processes(timeout) as processes, contextlib.ExitStack() as stack:
+        agree(processes, lm, datasets, settings)
         recorder, todo = None, None
         if processes.first:
+            stack.enter_context(results_lock(folder))
             config = configuration(lm, datasets, settings, form, command)
             recorder = _Recorder(Results(folder, TASK, lm.describe(), config, KEY, force, summary), settings, questions)
             todo = [unit for unit in units(list(questions), settings) if recorder.lacks(unit)]
+            if not todo and show_progress:
+                say_finished(folder)
         todo = processes.from_first(todo) or []
         for unit in todo:
             questions[unit.dataset].check(form, unit)
+            processes.alive()
         if processes.first and todo:
-            stack.enter_context(locked(folder))
             for name in dict.fromkeys(unit.dataset for unit in todo):
                 _warn(questions[name], settings)
         total = sum(questions[unit.dataset].size for unit in todo)
         with tqdm(total=total, unit="query", disable=not (todo and show_progress and processes.first)) as bar:
-            scorer = _Scorer(lm, settings, os.path.join(folder, "scores"), processes, bar)
+            scorer = _Scorer(lm, settings, os.path.join(folder, "scores"), processes, bar, force)
             for unit in todo:
                 bar.set_description(unit.name)
                 began = time.perf_counter()
@@ -216,7 +227,7 @@ def evaluate(
                 scores = scorer(prompts, unit.name)
                 domain = None
                 if "domain_pmi" in settings.calibrations and asked.allows("domain_pmi"):
-                    domain = scorer(asked.domain_prompts(form), f"{unit.dataset}-domain", counted=False)
+                    domain = scorer(asked.domain_prompts(form), f"{file_stem(unit.dataset)}-domain", counted=False)
                 if recorder is not None and scores is not None:
                     recorder.add(unit, demonstrations, prompts, scores, domain, time.perf_counter() - began)
         return processes.first
@@ -225,26 +236,46 @@ def evaluate(
 class _Scorer:
     """Scores prompts by way of a journal; the processes share the batches. Gives rank 0 the scores, the others None."""
 
-    def __init__(self, lm: LanguageModel, settings: Settings, folder: str, processes: Processes, bar: tqdm[Any]) -> None:
-        self.lm, self.settings, self.folder, self.processes, self.bar = lm, settings, folder, processes, bar
+    def __init__(
+        self,
+        lm: LanguageModel,
+        settings: Settings,
+        folder: str,
+        processes: Processes,
+        bar: tqdm[Any],
+        force: bool = False,
+    ) -> None:
+        self.lm, self.settings, self.folder, self.processes, self.bar, self.force = (
+            lm,
+            settings,
+            folder,
+            processes,
+            bar,
+            force,
+        )
 
     def __call__(self, prompts: Prompts, name: str, counted: bool = True) -> Scores | None:
         """``counted``: whether the progress bar expects these queries."""
         lm, processes, begin = self.lm, self.processes, self.bar.n
-        journal = Journal(self.folder, name, _fingerprint(lm, prompts), processes.rank)
-        scores = journal.scores()
+        fingerprint = _fingerprint(lm, prompts)
+        processes.agree(prompts=fingerprint)
+        choices = [len(query) for query in prompts.queries]
+        journal = Journal(self.folder, name, fingerprint, processes.rank, self.force)
+        scores = journal.scores(choices) if processes.first else None
         if not processes.from_first(scores is not None):
             budget = self.settings.batch_tokens or journal.batch_tokens or scoring.token_budget(lm, prompts)
             batches = scoring.plan(prompts, processes.from_first(budget))
-            journal.begin(processes.from_first(budget))
+            journal.begin(processes.from_first(budget), batches, choices)
 
             def finished(number: int, sums: Mapping[int, list[float]]) -> None:
                 journal.add(number, sums)
+                processes.alive()
                 self.bar.update(len(sums) * processes.world)  # the others keep about the same pace
 
             mine = range(processes.rank, len(batches), processes.world)
             self.bar.update(sum(len(batches[number]) for number in journal.batches))
             scoring.score(lm, prompts, batches, self.settings.padding_side, finished, [n for n in mine if n not in journal.batches])
+            lm.check_unchanged()  # what its pages said is the model's whose digest is recorded
             parts = processes.gather({number: journal.batches[number] for number in mine})
             if processes.first:
                 scores = scoring.collect(prompts, {q: sums for part in parts for batch in part.values() for q, sums in batch.items()})
@@ -260,6 +291,7 @@ class _Recorder:
     def __init__(self, results: Results, settings: Settings, questions: dict[str, Questions]) -> None:
         self.results, self.settings, self.questions = results, settings, questions
         self.predictions = Predictions(results)
+        self.samples = Samples(results)
 
     def lacks(self, unit: Unit) -> bool:
         """Whether a unit has results to come."""
@@ -277,6 +309,9 @@ class _Recorder:
             "shots_fitted": len(demonstrations),
             "demonstrations": [example.index for example in demonstrations],
             "prefix_tokens": len(prompts.prefix),
+            "prompts_sha256": prompts.sha256(),
+            "examples_sha256": asked.examples_sha256,
+            "demonstrations_sha256": identity.examples_sha256(demonstrations),
             "seconds": round(seconds, 3),
         }
         for key in self._keys(unit):
@@ -309,15 +344,12 @@ class _Recorder:
 
     def _sample(self, unit: Unit, example: Example, prompts: Prompts) -> None:
         """Keeps the first prompt of each dataset and number of shots, for people to look at."""
-        path = self.results.folder / "samples.json"
-        samples = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        if any((sample["dataset"], sample["shots"]) == (unit.dataset, unit.shots) for sample in samples):
+        if (unit.dataset, unit.shots) in self.samples:
             return
         request = prompts.queries[0][example.gold]
         text = self.questions[unit.dataset].lm.decode([*prompts.prefix, *request.tokens[: request.start]])
         sample = {"dataset": unit.dataset, "shots": unit.shots, "seed": unit.seed, "prompt": text}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, [*samples, {**sample, "continuations": list(example.continuations), "gold": example.gold}])
+        self.samples.add({**sample, "continuations": list(example.continuations), "gold": example.gold})
 
 
 def measure(asked: Questions, predicted: NDArray[np.int64]) -> dict[str, Any]:
@@ -339,8 +371,19 @@ def measure(asked: Questions, predicted: NDArray[np.int64]) -> dict[str, Any]:
 
 def _fingerprint(lm: LanguageModel, prompts: Prompts) -> str:
     """Of everything that scores depend on."""
-    model = {name: value for name, value in lm.describe().items() if name != "path"}
-    return hashlib.sha256(f"{json.dumps(model, sort_keys=True)} {lm.dtype} {prompts.sha256()}".encode()).hexdigest()
+    return identity.digest([identity.REVISION, identity.of_model(lm), prompts.sha256()])
+
+
+def agree(processes: Processes, lm: LanguageModel, datasets: Sequence[LabelledDataset], settings: Any) -> None:
+    """Raises UserError, naming the process and what it is, where one has another model, data, settings or code than
+    process 0."""
+    if processes.world > 1:
+        processes.agree(
+            model=identity.digest(identity.of_model(lm)),
+            data=identity.digest({data.spec.name: identity.dataset_sha256(data) for data in datasets}),
+            flags=identity.digest(repr(settings)),
+            code=identity.digest([identity.REVISION, identity.versions()]),
+        )
 
 
 def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
@@ -367,9 +410,19 @@ def configuration(
         "limit": settings.limit,
         "bos": list(form.bos),
         "separator": form.separator,
-        "dtype": str(lm.dtype).removeprefix("torch."),
+        "dtype": identity.dtype(lm),
+        "device": lm.device.type,
+        "tokenizer": lm.tokenizer_sha256,
+        "revision": identity.REVISION,
+        "versions": identity.versions(),
         "datasets": {
-            data.spec.name: {"labels": data.spec.labels, "template": data.spec.template, "source": data.source} for data in datasets
+            data.spec.name: {
+                "labels": data.spec.labels,
+                "template": data.spec.template,
+                "source": data.source,
+                "sha256": identity.dataset_sha256(data),
+            }
+            for data in datasets
         },
         "command": command,
     }

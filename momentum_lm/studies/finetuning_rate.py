@@ -14,8 +14,8 @@ from momentum_lm.errors import UserError
 from momentum_lm.icl import scoring
 from momentum_lm.icl.finetuning import Diverged, Lesson
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build
+from momentum_lm.results.processes import Processes
 
-from .processes import Processes
 from .traces import Learned, TracedModel
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ def _scores(lm: TracedModel, prompts: Prompts, score: str, batch_tokens: int | N
     batches = scoring.plan(prompts, processes.from_first(batch_tokens or scoring.token_budget(lm, prompts)))
     sums: dict[int, list[float]] | None
     try:
-        sums = scoring.score(lm, prompts, batches, numbers=range(processes.rank, len(batches), processes.world))
+        numbers = range(processes.rank, len(batches), processes.world)
+        sums = scoring.score(lm, prompts, batches, finished=lambda number, sums: processes.alive(), numbers=numbers)
     except UserError:  # the one thing that it complains of: the other processes must hear of it too
         sums = None
     parts = processes.gather(sums)

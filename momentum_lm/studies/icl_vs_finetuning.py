@@ -21,7 +21,7 @@ from tqdm import tqdm
 from momentum_lm.cpu import return_memory
 from momentum_lm.data.classification import Example, LabelledDataset
 from momentum_lm.errors import UserError
-from momentum_lm.files import atomic_write, locked
+from momentum_lm.files import atomic_write, file_stem
 from momentum_lm.icl import scoring
 from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.finetuning import Diverged, Lesson
@@ -29,12 +29,14 @@ from momentum_lm.icl.prompts import PromptFormat, build, common_length, demonstr
 from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.finetuning_summary import TASK, summary
-from momentum_lm.report.records import Predictions, Results
+from momentum_lm.results import identity
+from momentum_lm.results.ownership import ARRAYS, check_ours
+from momentum_lm.results.processes import TIMEOUT, Processes
+from momentum_lm.results.records import Predictions, Results, results_lock, say_finished
 
 from . import classification
 from .findings import SETTINGS, Findings, record
 from .finetuning_rate import Choice, choose
-from .processes import Processes
 from .similarity import Rows, Student, measure
 from .traces import Learned, Seen, TracedModel, align, ask, demonstration_matrices, unshared
 from .untrained import untrained
@@ -72,7 +74,7 @@ class Unit:
     @property
     def name(self) -> str:
         """Also the stem of its files."""
-        return f"{self.dataset}-{self.shots}shot-seed{self.seed}"
+        return f"{file_stem(self.dataset)}-{self.shots}shot-seed{self.seed}"
 
 
 def analyse(
@@ -83,27 +85,32 @@ def analyse(
     command: str | None = None,
     force: bool = False,
     show_progress: bool = True,
+    timeout: float = TIMEOUT,
 ) -> bool:
     """Analyses every unit that ``folder`` does not hold yet; writes results.json and predictions.jsonl there.
 
-    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises UserError for zero
-    shots, demonstrations of which none fits, results of other settings in ``folder``, learning rates that all diverge, and whatever the
-    data or the model does not allow. The model's weights are as before when it is over.
-    """
+    Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
+    UserError for zero shots, demonstrations of which none fits, results of other settings in ``folder``, learning rates
+    that all diverge, processes as of :func:`momentum_lm.studies.classification.evaluate`, and whatever the data or the
+    model does not allow. The model's weights are as before when it is over. """
     asked = settings.questions
     if 0 in asked.shots:
         raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
     form = asked.form(lm)
-    with Processes() as processes, contextlib.ExitStack() as stack:
+    with Processes(timeout) as processes, contextlib.ExitStack() as stack:
+        classification.agree(processes, lm, datasets, settings)
         units = [Unit(data.spec.name, seed, shots) for data in datasets for shots in asked.shots for seed in asked.seeds]
         todo: list[Unit] | None = None
         if processes.first:
+            stack.enter_context(results_lock(folder))
             results = Results(folder, TASK, lm.describe(), _config(lm, datasets, settings, form, command), KEY, force, summary)
             predictions = Predictions(results, len(SETTINGS))
             todo = [unit for unit in dict.fromkeys(units) if (unit.dataset, unit.seed, unit.shots) not in predictions.runs]
+            for unit in todo if settings.save_traces and not force else ():
+                check_ours(_traces(folder, unit), ARRAYS)
+            if not todo and show_progress:
+                say_finished(folder)
         todo = processes.from_first(todo) or []
-        if processes.first and todo:
-            stack.enter_context(locked(folder))
         loaded = {data.spec.name: data for data in datasets}
 
         def analyse_one(unit: Unit) -> None:  # a function, so that nothing of one unit is held beside the next
@@ -116,12 +123,13 @@ def analyse(
             if "untrained" in settings.controls:  # made anew each time: beside it only the model itself is held
                 baselines["untrained"] = study.findings(untrained(lm), rate.rate, False).get("finetuned")
                 return_memory()
+            lm.check_unchanged()  # finetuning gives the model its own weights back, the pages of its file among them
             if processes.first:
                 main = findings["finetuned"]
                 assert main is not None
                 run = record(main, baselines, study.examples, asked.score)
                 if settings.save_traces:
-                    save_traces(Path(folder) / "traces" / f"{unit.name}.npz", main)
+                    save_traces(_traces(folder, unit), main, study.digest())
                 about = study.about(rate) | {"seconds": round(time.perf_counter() - began, 3)}
                 key = dict(zip(KEY, (unit.dataset, unit.seed, unit.shots), strict=True))
                 predictions.add(tuple(key.values()), ({**key, **line} for line in main.lines(study.examples, asked.score)))
@@ -164,12 +172,20 @@ class _Study:
         if self.aligned is None and processes.first:
             _log.warning("%s: the demonstrations have other tokens in the prompt than alone; no attention to them is compared", unit.name)
 
+    def digest(self) -> str:
+        """Of the token ids of all prompts and of what is learned."""
+        learned = [[lesson.start, list(lesson.tokens)] for lesson in self.lessons]
+        return identity.digest([self.in_context.sha256(), self.zero_shot.sha256(), learned])
+
     def about(self, rate: Choice) -> dict[str, Any]:
         """What a record says of this unit beside what was found."""
         pairs = zip(self.demonstrations, self._shuffled(), strict=True)
         return {
             "labels_changed_by_shuffling": sum(one.gold != other.gold for one, other in pairs),
             "shots_fitted": len(self.demonstrations),
+            "prompts_sha256": self.digest(),
+            "examples_sha256": identity.examples_sha256(self.examples),
+            "demonstrations_sha256": identity.examples_sha256(self.demonstrations),
             "demonstrations": [example.index for example in self.demonstrations],
             "demonstration_labels": [example.continuations[example.gold].strip() for example in self.demonstrations],
             "finetune_lr": rate.rate,
@@ -205,6 +221,7 @@ class _Study:
         batches = self._batches()
         for number in range(processes.rank, len(batches), processes.world):
             halving(look, batches[number])
+            self.processes.alive()
             return_memory(collect=False)  # or what one batch leaves in the heap adds to the next one's
         return self._merged(lm, look.found, rate, students, controls)
 
@@ -342,12 +359,21 @@ def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[
     return [Example(e.index, e.inputs, e.continuations, label) for e, label in zip(demonstrations, labels, strict=True)]
 
 
-def save_traces(path: Path, findings: Findings) -> None:
+def _traces(folder: str | os.PathLike[str], unit: Unit) -> Path:
+    return Path(folder) / "traces" / f"{unit.name}.npz"
+
+
+def save_traces(path: Path, findings: Findings, fingerprint: str = "") -> None:
     """Attention outputs (n, 3 settings, L, 2 positions, C) in half precision, and every metric by example."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {f"{part}/{name}": values for part, kept in findings.metrics.items() for name, values in kept.arrays.items()}
     with atomic_write(path, "wb") as file:
-        np.savez_compressed(file, outputs=np.stack([findings.outputs[i] for i in sorted(findings.outputs)]), **arrays)
+        np.savez_compressed(
+            file,
+            fingerprint=np.array(fingerprint),
+            outputs=np.stack([findings.outputs[i] for i in sorted(findings.outputs)]),
+            **arrays,
+        )
 
 
 def _config(

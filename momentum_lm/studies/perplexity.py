@@ -27,10 +27,12 @@ from momentum_lm.analysis.statistics import bootstrap_mean_ci
 from momentum_lm.data.dictionary import EOS, PAD, Dictionary
 from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.errors import UserError
-from momentum_lm.files import atomic_write, file_sha256
+from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
 from momentum_lm.report.perplexity import TASK
-from momentum_lm.report.records import Results
+from momentum_lm.results import identity
+from momentum_lm.results.ownership import ARRAYS, check_ours
+from momentum_lm.results.records import Results, results_lock, say_finished
 
 _RESAMPLES = 2000
 _WORST = 700.0  # nats for one token: beyond, its perplexity is no longer a number
@@ -45,6 +47,8 @@ class Split:
     dataset: IndexedDataset
     sha256: str
     bytes: int | None
+    dictionary_sha256: str
+    files: Unchanged
 
 
 def load_split(data: str | os.PathLike[str], name: str, lm: PerplexityModel) -> Split:
@@ -62,13 +66,29 @@ def load_split(data: str | os.PathLike[str], name: str, lm: PerplexityModel) -> 
             f"{folder / 'dict.txt'} has {len(dictionary)} entries, but {lm.name} was trained with {lm.vocab_size}: "
             "evaluate on data made with the model's own dictionary"
         )
-    beside = Path(lm.name).parent / "dict.txt"
-    if beside.exists() and Dictionary.load(beside).symbols != dictionary.symbols:
-        raise UserError(f"{folder / 'dict.txt'} is not the model's dictionary {beside}; make the data with the latter")
+    _check_dictionary(lm, dictionary, folder / "dict.txt")
+    files = Unchanged([f"{prefix}.idx", f"{prefix}.bin"])
     dataset = IndexedDataset(prefix)
     if dataset.num_tokens == 0:
         raise UserError(f"{prefix}.bin is empty: there is nothing to score")
-    return Split(name, dataset, file_sha256(f"{prefix}.idx", f"{prefix}.bin"), _text_bytes(folder, name, dataset.num_tokens))
+    sha256 = file_sha256(f"{prefix}.idx", f"{prefix}.bin")
+    symbols = identity.digest(dictionary.symbols)
+    return Split(name, dataset, sha256, _text_bytes(folder, name, dataset.num_tokens), symbols, files)
+
+
+def _check_dictionary(lm: PerplexityModel, dictionary: Dictionary, path: Path) -> None:
+    """Raises UserError where the data's dictionary has other symbols than the model's: beside the checkpoint, or else
+    that of the data that the checkpoint says it was trained on, where it still is."""
+    named = getattr(lm, "trained_on", None)
+    places = [Path(lm.name).parent / "dict.txt", *([Path(named) / "dict.txt"] if named else [])]
+    own = next((place for place in places if place.is_file()), None)
+    if own is not None and Dictionary.load(own).symbols != dictionary.symbols:
+        what = (
+            "the model's dictionary"
+            if own == places[0]
+            else "the dictionary of the data that the model was trained on,"
+        )
+        raise UserError(f"{path} is not {what} {own}; evaluate on data made with the model's own dictionary")
 
 
 def batches(
@@ -162,14 +182,35 @@ def evaluate(
 
     Writes ``results.json`` and ``documents/<split>-<length>.npz`` (``nll`` in nats and ``tokens`` per document).
     ``seed`` is that of the bootstrap over documents behind each ``ci95``. Raises UserError as the functions above and
-    ``Results`` do.
+    ``Results`` do, and where the model's or the data's files change meanwhile.
     """
+    with results_lock(folder):
+        return _evaluate(
+            lm, data, folder, context_lengths, splits, batch_tokens, packed_documents, seed, force, show_progress
+        )
+
+
+def _evaluate(
+    lm: PerplexityModel,
+    data: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    context_lengths: Sequence[int],
+    splits: Sequence[str],
+    batch_tokens: int,
+    packed_documents: bool,
+    seed: int,
+    force: bool,
+    show_progress: bool,
+) -> Results:
     for length in context_lengths:
         check_context_length(lm, length)
     opened = [load_split(data, name, lm) for name in dict.fromkeys(splits)]
     config = {
-        "data": {"path": str(data)},
-        "dtype": str(lm.dtype).removeprefix("torch."),
+        "data": {"path": str(data), "dictionary_sha256": opened[0].dictionary_sha256},
+        "dtype": identity.dtype(lm),
+        "device": lm.device.type,
+        "revision": identity.REVISION,
+        "versions": identity.versions(),
         "packed_documents": packed_documents,
         "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
     }
@@ -185,6 +226,10 @@ def evaluate(
                 )
             if old is None or not (results.folder / old["documents"]).exists():
                 todo.append((split, length))
+                if not force:
+                    check_ours(results.folder / _documents(split, length), ARRAYS)
+    if not todo and show_progress:
+        say_finished(folder)
     with tqdm(
         total=sum(split.dataset.num_tokens for split, _ in todo), unit="tok", unit_scale=True, disable=not (todo and show_progress)
     ) as bar:
@@ -192,11 +237,16 @@ def evaluate(
             bar.set_description(f"{split.name}, context {length}")
             start = time.perf_counter()
             nll = score_documents(lm, split.dataset, length, batch_tokens, packed_documents, bar)
+            lm.check_unchanged()
+            split.files.check()
             run = _record(split, length, nll, seed) | {"device": str(lm.device), "seconds": round(time.perf_counter() - start, 3)}
             target = results.folder / run["documents"]
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target, "wb") as file:
-                np.savez_compressed(file, nll=nll, tokens=np.asarray(split.dataset.sizes, dtype=np.int64))
+                fingerprint = np.array(split.sha256)  # first: it is the mark that the file is ours
+                np.savez_compressed(
+                    file, fingerprint=fingerprint, nll=nll, tokens=np.asarray(split.dataset.sizes, dtype=np.int64)
+                )
             results.add(run)
     return results
 
@@ -219,8 +269,12 @@ def _record(split: Split, context_length: int, nll: NDArray[np.float64], seed: i
         "num_documents": int(kept.sum()),
         "nll": total,
         "data_sha256": split.sha256,
-        "documents": f"documents/{split.name}-{context_length}.npz",
+        "documents": _documents(split, context_length),
     }
+
+
+def _documents(split: Split, context_length: int) -> str:
+    return f"documents/{file_stem(split.name)}-{context_length}.npz"
 
 
 def _text_bytes(folder: Path, split: str, tokens: int) -> int | None:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from momentum_lm.cli.prepare import main as prepare_command
+from momentum_lm.cli.prepare import summary
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"Document {i} tells of {i * i} things; it ends here.\nIts second line is {'very ' * (i % 7)}long." for i in range(200)]
 
@@ -31,6 +34,7 @@ def prepare(run_cli, tmp_path_factory):
         environment = {"PYTHONPATH": ROOT} | kwargs.pop("env", {})
         return run_cli(["python", "-m", "momentum_lm.cli.prepare", *args], env=environment, **{"cwd": folder} | kwargs)
 
+    run.program = run_cli
     return run
 
 
@@ -188,6 +192,59 @@ def tree_memory(pid):
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return total + sum(map(tree_memory, children))
+
+
+def main(*args, status=0):
+    assert prepare_command([str(arg) for arg in args]) == status
+
+
+def test_a_file_that_is_one_document_is_told_of_before_anything_is_made(tmp_path, capsys):
+    path = tmp_path / "reviews.txt"
+    path.write_text("\n".join(DOCUMENTS))
+    main(path, "--output", tmp_path / "data", "--vocab-size", 300, status=2)
+    assert capsys.readouterr().err == (
+        f"error: {path} is one document, since a whole file is one, and leaves nothing to split: --document line makes each line one, "
+        "--document blank-line what stands between blank lines; or --valid 0 --test 0 trains on it alone\n"
+    )
+    assert not (tmp_path / "data").exists()
+    main(path, "--output", tmp_path / "data", "--vocab-size", 300, "--valid", 0, "--test", 0)
+    assert f"note: {path} is one document; --document line makes each line one, " in capsys.readouterr().err
+    main(path, path, "--output", tmp_path / "both", "--vocab-size", 300, status=2)
+    said = capsys.readouterr().err
+    assert "note: 2 text files are 2 documents; --document line" in said and f"note: {path} is the same file as {path}" in said
+
+
+def test_what_is_left_out_or_ambiguous_is_in_the_summary(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*DOCUMENTS, None, None]))
+    (tmp_path / "b.tsv").write_text('text\n"a ""quoted"" text"\n')
+    main(tmp_path / "a.jsonl", tmp_path / "b.tsv", "--output", tmp_path / "data", "--vocab-size", 300, "--valid", 9, "--test", 0)
+    out = capsys.readouterr().out
+    assert "note: 2 rows have no text (null) and are left out\n" in out
+    assert "note: 1 texts of .tsv files look as if they were quoted for CSV; they are taken as they are, with their quotation marks" in out
+    text = summary({**json.loads((tmp_path / "data" / "prepare.json").read_text()), "special_tokens": 1234}, "data")
+    assert "note: the text spells out special tokens of the tokenizer 1,234 times; they are ordinary text here, and end no document" in text
+
+
+def test_paths_that_are_not_utf8(tmp_path, capfd):
+    path, output = (tmp_path / os.fsdecode(name) for name in (b"\xff.txt", b"out\xfe"))
+    path.write_text("\n".join(DOCUMENTS))
+    for _ in range(2):
+        main(path, "--document", "line", "--output", output, "--vocab-size", 300, "--valid", 9, "--test", 0)
+    assert json.loads((output / "prepare.json").read_text())["config"]["sources"] == [str(path)]
+    main(tmp_path / os.fsdecode(b"\xfd.txt"), "--output", output, status=2)
+    assert "no such file or folder" in capfd.readouterr().err
+
+
+def test_workers_run_no_file_of_the_folder_with_the_data(prepare, tmp_path):
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(DOCUMENTS):
+        (tmp_path / "text" / f"{i}.txt").write_text(text * 3)
+    for name in ("pickle", "multiprocessing", "json", "numpy", "signal"):
+        (tmp_path / "text" / f"{name}.py").write_text("open('ran', 'w')")
+    command = ["momentum-lm", "prepare", ".", "--output", "../out", "--vocab-size", 400, "--valid", 9, "--test", 0, "--workers", 2]
+    done = prepare.program(command, cwd=tmp_path / "text")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "text" / "ran").exists()
 
 
 @pytest.mark.slow

@@ -167,13 +167,13 @@ def test_pipes_are_not_waited_for(make_model, refused, tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (theirs / name).rename(tmp_path / "away")
         os.mkfifo(theirs / name)
-        assert f"{theirs / name} is a pipe or a device, and not a file" in refused(theirs, tmp_path / "ours")
+        assert f"{theirs / name} is a named pipe, not a file" in refused(theirs, tmp_path / "ours")
         (theirs / name).unlink()
         (tmp_path / "away").rename(theirs / name)
     for name in ("pipe.pt", "checkpoint-shard0.pt"):
         os.mkfifo(tmp_path / name)
-        assert f"{name} is a pipe or a device, and not a file" in refused(tmp_path / name, tmp_path / "ours")
-    assert "is a pipe or a device" in refused("/dev/zero", tmp_path / "ours")
+        assert f"{name} is a named pipe, not a file" in refused(tmp_path / name, tmp_path / "ours")
+    assert "/dev/zero is a device, not a file" in refused("/dev/zero", tmp_path / "ours")
 
 
 def test_a_damaged_file_of_pytorch(make_model, refused, tmp_path):

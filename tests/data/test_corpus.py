@@ -227,6 +227,226 @@ def test_changed_sources_are_refused_unless_forced(tmp_path, documents):
     prepare(settings, workers=1, force=True)
 
 
+def test_text_changed_in_the_middle_is_noticed_whatever_its_size_and_time(tmp_path, documents):
+    path, output = tmp_path / "c.txt", tmp_path / "data"
+    path.write_text("\n".join(documents))
+    settings = config(output, path, document="line", valid="0")
+    prepare(settings, workers=1)
+    before, times = content(output), path.stat()
+    time.sleep(0.02)  # file systems count time in steps
+    middle = times.st_size // 2
+    raw = path.read_bytes()
+    path.write_bytes(raw[:middle] + b"XYZ" + raw[middle + 3 :])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="was prepared with a source whose content has changed since"):
+        prepare(settings, workers=1)
+    assert content(output) == before
+    path.write_bytes(raw)
+    assert prepare(settings, workers=1)["documents_read"] == len("\n".join(documents).splitlines())
+
+
+def test_other_times_with_the_same_documents_are_the_same_data(tmp_path, jsonl, monkeypatch):
+    """As of a copy, or packed otherwise; it is looked once, and then the times are known."""
+    path, output = tmp_path / "c.jsonl", tmp_path / "data"
+    path.write_bytes(jsonl.read_bytes())
+    first = prepare(config(output, path), workers=1)
+    before = content(output, "prepare.json")
+    os.utime(path, (1, 1))
+    said = []
+    again = prepare(config(output, path), workers=1, say=said.append)
+    assert said == [f"{output} is already prepared with these settings"]
+    assert again == first | {"sources_as_of": again["sources_as_of"]} and again["sources_as_of"] != first["sources_as_of"]
+    assert content(output, "prepare.json") == before
+    monkeypatch.setattr("momentum_lm.data.corpus._Run.read_all", None)
+    assert prepare(config(output, path), workers=1) == again
+
+
+def test_a_file_more_in_a_folder_is_noticed(tmp_path, documents):
+    (tmp_path / "corpus").mkdir()
+    for i, text in enumerate(documents[:100]):
+        (tmp_path / "corpus" / f"{i:03}.txt").write_text(text)
+    settings = config(tmp_path / "data", tmp_path / "corpus", vocab_size=400)
+    prepare(settings, workers=1)
+    (tmp_path / "corpus" / "050b.txt").write_text("one more")
+    with pytest.raises(UserError, match="a source whose content has changed since"):
+        prepare(settings, workers=1)
+
+
+def test_data_of_an_earlier_version_is_not_taken_for_the_same(tmp_path, jsonl):
+    output = tmp_path / "data"
+    made = prepare(config(output, jsonl), workers=1)
+    made.pop("sources_as_of")
+    (output / "prepare.json").write_text(json.dumps(made | {"config": made["config"] | {"source_fingerprint": "of its ends"}}))
+    with pytest.raises(UserError, match="was prepared by an earlier version, which kept no record of the sources' content; use another"):
+        prepare(config(output, jsonl), workers=1)
+
+
+# --- what is others'
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_called_prepare_that_is_not_ours_stays(tmp_path, jsonl, force):
+    mine = tmp_path / "data" / ".prepare"
+    mine.mkdir(parents=True)
+    for name in ("config.json", "notes.txt"):
+        (mine / name).write_text('{"my": "settings"}')
+    with pytest.raises(UserError, match=r"data/\.prepare holds config\.json, which this command did not make; move it away, or use"):
+        prepare(config(tmp_path / "data", jsonl), workers=1, force=force)
+    assert content(mine) == dict.fromkeys(("config.json", "notes.txt"), b'{"my": "settings"}')
+
+
+def test_a_file_beside_unfinished_work_stays(tmp_path, jsonl, prepared, monkeypatch):
+    interrupt(monkeypatch, tmp_path, jsonl)
+    (tmp_path / "data" / ".prepare" / "notes.txt").write_text("mine")
+    prepare(config(tmp_path / "data", jsonl), workers=1)
+    assert content(tmp_path / "data" / ".prepare") == {"notes.txt": b"mine", "lock": b""}
+    assert content_of_files(tmp_path / "data") == content(prepared[0])
+
+
+def interrupt(monkeypatch, tmp_path, *sources, **settings):
+    """Leaves unfinished work, as Ctrl-C does once some of it is saved."""
+    from momentum_lm.data import corpus
+
+    real = corpus._Run._save
+
+    def save(self, *args):
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus._Run, "_save", save)
+        patch.setattr(corpus, "_SAVE_EVERY", -1)
+        patch.setattr(corpus, "CHUNK", 3000)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(tmp_path / "data", *sources, **settings), workers=1)
+
+
+def content_of_files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("what", [".prepare", "lock", "a lock with text", "a pipe as lock"])
+def test_links_in_place_of_ours_are_not_followed(tmp_path, jsonl, what):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    work = tmp_path / "data" / ".prepare"
+    if what == ".prepare":
+        (tmp_path / "data").mkdir()
+        work.symlink_to(tmp_path / "precious")
+    else:
+        work.mkdir(parents=True)
+        if what == "lock":
+            (work / "lock").symlink_to(tmp_path / "precious" / "file")
+        elif what == "a pipe as lock":
+            os.mkfifo(work / "lock")
+        else:
+            (work / "lock").write_text("mine")
+    message = "is a link or a file" if what == ".prepare" else r"lock is not a lock of this command"
+    with pytest.raises(UserError, match=message + "; move it away, or use another --output"):
+        prepare(config(tmp_path / "data", jsonl), workers=1, force=True)
+    assert content(tmp_path / "precious") == {"file": b"mine"}
+    assert work.is_symlink() or [p.name for p in work.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("name", ["train.bin", "dict.txt", "prepare.json"])
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_ordinary_files_alone_are_replaced(tmp_path, jsonl, name, kind):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    path = tmp_path / "data" / name
+    {"link": lambda: path.symlink_to(tmp_path / "precious"), "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}[kind]()
+    with pytest.raises(UserError, match=rf"{name} is a link, a folder or a device, which is not replaced; move it away"):
+        prepare(config(tmp_path / "data", jsonl), workers=1, force=True)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [name] and (tmp_path / "precious").read_text() == "mine"
+
+
+def test_an_output_that_is_no_folder_stays_what_it_is(tmp_path, jsonl):
+    (tmp_path / "to nothing").symlink_to("nothing")
+    (tmp_path / "to a device").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    for output, kind in (("/dev/null", "device"), (tmp_path / "to a device", "device"), (tmp_path / "pipe", "device or pipe"),
+                         (tmp_path / "to nothing", "link to nothing")):  # fmt: skip
+        with pytest.raises(UserError, match=f"--output {output} is a {kind}"):
+            prepare(config(output, jsonl), workers=1, force=True)
+    assert Path("/dev/null").is_char_device() and (tmp_path / "pipe").is_fifo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "to a device", "to nothing"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "nonsense", "[" * 100_000])
+def test_a_prepare_json_that_is_none_is_refused(tmp_path, jsonl, text):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prepare.json").write_text(text)
+    with pytest.raises(UserError, match=r"prepare\.json is (damaged|not a file of this command)"):
+        prepare(config(tmp_path / "data", jsonl), workers=1)
+    assert content(tmp_path / "data") == {"prepare.json": text.encode()}
+
+
+def test_what_another_run_finished_meanwhile_is_not_replaced(tmp_path, jsonl, monkeypatch):
+    """It is looked again once the folder is locked."""
+    from momentum_lm.data import corpus
+
+    output, real = tmp_path / "data", corpus.reserved
+
+    def late(folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(corpus, "reserved", real)
+            prepare(config(output, jsonl, seed=2), workers=1)
+        return real(folder)
+
+    monkeypatch.setattr(corpus, "reserved", late)
+    with pytest.raises(UserError, match=r"was prepared with other settings: seed 2 \(now 1\)"):
+        prepare(config(output, jsonl), workers=1)
+    assert json.loads((output / "prepare.json").read_text())["config"]["seed"] == 2 and not (output / ".prepare").exists()
+
+
+# --- what becomes of the text
+
+
+def end_of_text_tokenizer(folder, kind):
+    """tokenizer.json with <|endoftext|> as </s>. A model of words or of unigrams knows it as an ordinary entry, too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    if kind == "bpe":
+        model = tokenizers.Tokenizer(tokenizers.models.BPE())
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+        model.train_from_iterator(["some text"], trainer)
+        model.pre_tokenizer, model.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    else:
+        words = {word: i for i, word in enumerate(["<unk>", "<|endoftext|>", "a", "text", "ends", "1", "2", "3"])}
+        model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+        model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens(["<|endoftext|>"])
+    folder.mkdir()
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "unk_token": "<unk>"}))
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "words"])
+def test_special_tokens_that_the_text_spells_end_no_document(tmp_path, kind):
+    lines = [f"a {i} <|endoftext|> text ends {i}" for i in (1, 2, 3)] + ["a text"]
+    (tmp_path / "c.txt").write_text("\n".join(lines))
+    settings = config(tmp_path / "data", tmp_path / "c.txt", document="line", valid="0", test="0",
+                      hf_tokenizer=end_of_text_tokenizer(tmp_path / "tokenizer", kind))  # fmt: skip
+    result = prepare(settings, workers=1)
+    items = [item.tolist() for item in IndexedDataset(tmp_path / "data" / "train")]
+    assert len(items) == 4 and all(item.count(2) == 1 and item[-1] == 2 for item in items)
+    assert result["special_tokens"] == 3
+    assert result["splits"]["train"]["unknown"] == (0 if kind == "bpe" else 3)
+    if kind == "bpe":
+        assert texts(tmp_path / "data", "train") == lines
+
+
+def test_rows_without_text_and_quoted_ones_are_counted(tmp_path, gpt2_folder):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ["one", None, "two", None]))
+    (tmp_path / "b.tsv").write_text('text\n"a ""quoted"" text"\nplain\n')
+    (tmp_path / "c.jsonl").write_text('{"text": null}\n{"text": "three"}\n')
+    sources = [tmp_path / name for name in ("a.jsonl", "b.tsv", "c.jsonl")]
+    settings = config(tmp_path / "data", *sources, valid="0", test="1", gpt2_bpe=str(gpt2_folder))
+    result = prepare(settings, workers=1)
+    assert (result["nulls"], result["quoted"], result["documents_read"]) == (3, 1, 5)
+
+
 def test_data_made_by_others_is_refused_unless_forced(jsonl, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.bin").write_bytes(b"precious")
@@ -359,37 +579,45 @@ def test_what_was_tokenised_before_a_kill_is_not_tokenised_again(prepared, jsonl
     assert content(tmp_path / "data") == content(output)
 
 
-def test_sources_that_change_under_unfinished_work_are_noticed(tmp_path, documents):
-    """Even where size, beginning and end are what they were."""
-    path = tmp_path / "corpus.jsonl"
-    long = [text + " filler" * 40 for text in documents]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
-    assert path.stat().st_size > 140_000
-    process = start(tmp_path, path, 1)
-    while not (tmp_path / "data" / ".prepare" / "state.json").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    state = json.loads((tmp_path / "data" / ".prepare" / "state.json").read_text())
-    raw = bytearray(path.read_bytes())
-    position = raw.index(b" filler", 66_000)
-    raw[position : position + 7] = b" FILLER"
-    path.write_bytes(raw)
-    changed_at = raw[:position].count(b"\n") + 1
-    while state["counts"]["read"] < changed_at:  # tokenise a little further
-        process = start(tmp_path, path, 1)
-        while json.loads((tmp_path / "data" / ".prepare" / "state.json").read_text()) == state and process.poll() is None:
-            time.sleep(0.001)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        state = json.loads((tmp_path / "data" / ".prepare" / "state.json").read_text())
-    raw[position : position + 7] = b" FiLLeR"
-    path.write_bytes(raw)
-    process = start(tmp_path, path, 1)
-    assert "the sources have changed since this run began, so its work so far is dropped" in process.communicate()[1]
-    assert not (tmp_path / "data").exists() or list((tmp_path / "data").iterdir()) == []
+@pytest.mark.parametrize("shares", [{"valid": "0.1", "test": "20"}, {"valid": "0.1", "test": "0.1"}])
+@pytest.mark.parametrize("place", ["tokenised", "to come"])
+def test_sources_that_change_under_unfinished_work_are_noticed(tmp_path, documents, gpt2_folder, monkeypatch, shares, place):
+    """Even where size, beginning and end are what they were. What comes later is free to change, unless the splits depend on it."""
+    path, output = tmp_path / "corpus.jsonl", tmp_path / "data"
+    path.write_text("".join(json.dumps({"text": text + " filler" * 40}) + "\n" for text in documents))
+    settings = config(output, path, gpt2_bpe=str(gpt2_folder), **shares)
+    interrupt(monkeypatch, tmp_path, path, gpt2_bpe=str(gpt2_folder), **shares)
+    state = json.loads((output / ".prepare" / "state.json").read_text())
+    lines = path.read_text().splitlines(keepends=True)
+    assert 1 < state["counts"]["read"] < 100
+    changed = 1 if place == "tokenised" else 150
+    lines[changed] = lines[changed].replace(" filler", " FILLER")
+    path.write_text("".join(lines))
+    if place == "to come" and shares["test"] == "0.1":
+        assert prepare(settings, workers=1)["documents_read"] == len(documents)
+        prepare(config(tmp_path / "afresh", path, gpt2_bpe=str(gpt2_folder), **shares), workers=1)
+        assert content(output, "prepare.json") == content(tmp_path / "afresh", "prepare.json")
+        return
+    with pytest.raises(UserError, match="the sources have changed since this run began, so its work so far is dropped"):
+        prepare(settings, workers=1)
+    assert not output.exists() or list(output.iterdir()) == []
+
+
+def test_sources_that_change_between_two_readings_are_noticed(tmp_path, jsonl, monkeypatch):
+    from momentum_lm.data import corpus
+
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(jsonl.read_bytes())
+    real = corpus.train_sentencepiece
+
+    def train(*args):
+        path.write_bytes(path.read_bytes().replace(b"ba", b"BA", 1))
+        return real(*args)
+
+    monkeypatch.setattr(corpus, "train_sentencepiece", train)
+    with pytest.raises(UserError, match="the sources have changed since this run began"):
+        prepare(config(tmp_path / "data", path), workers=1)
+    assert not (tmp_path / "data").exists()
 
 
 def test_two_at_once_are_refused(jsonl, tmp_path):

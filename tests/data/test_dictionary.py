@@ -1,5 +1,7 @@
 """dict.txt as fairseq reads and writes it."""
 
+import os
+
 import pytest
 
 from momentum_lm.data.dictionary import Dictionary
@@ -48,9 +50,14 @@ def test_counts():
         ("a 1\nb\n", r"dict\.txt:2: expected '<symbol> <count>'"),
         ("a 1\nb two\n", r"dict\.txt:2: expected"),
         ("a 1\n\nb 1\n", r"dict\.txt:2: expected"),
+        ("a " + "9" * 5000 + "\n", r"dict\.txt:1: expected"),
         ("a 1\nb 1\na 2\n", r"dict\.txt:3: 'a' is listed before; add '#fairseq:overwrite'"),
         ("<unk> 1\n", r"dict\.txt:1: '<unk>' is listed before"),
         (b"\xff\xfe 1\n", r"dict\.txt is not a dictionary: byte 0 is not UTF-8"),
+        (b"a 1\n" + b"".join(b"b%d 1\n" % i for i in range(20_000)) + b"\xff 1\n", r"dict\.txt is not a dictionary: byte 168894 is not UTF-8"),
+        ("a -1\n", r"dict\.txt:1: expected"),
+        (f"a {'9' * 5000}\n", r"dict\.txt:1: expected '<symbol> <count>', got 'a 9{78}'; is"),
+        ("a" * 9000 + " 1\n" + "a" * 9000 + " 1\n", r"dict\.txt:2: 'a{80}' is listed before"),
         (None, r"cannot read the dictionary .*dict\.txt: No such file"),
     ],
 )
@@ -67,3 +74,20 @@ def test_symbols_that_no_line_can_hold_are_refused(tmp_path, symbol):
     with pytest.raises(ValueError, match="cannot stand in"):
         Dictionary([symbol]).save(tmp_path / "dict.txt")
     assert not (tmp_path / "dict.txt").exists()
+
+
+def test_what_is_no_dictionary_is_not_read_through(tmp_path, monkeypatch):
+    from momentum_lm.data import dictionary
+
+    path = tmp_path / "dict.txt"
+    path.write_text("".join(f"word{i} 1\n" for i in range(100)))
+    monkeypatch.setattr(dictionary, "_MOST_SYMBOLS", 50)
+    with pytest.raises(UserError, match=r"dict\.txt has more than 50 lines, far more than a dictionary"):
+        Dictionary.load(path)
+    monkeypatch.setattr(dictionary, "_MOST_BYTES", 50)
+    with pytest.raises(UserError, match=r"dict\.txt has \d+ bytes, far more"):
+        Dictionary.load(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"cannot read the dictionary .*dict\.txt: it is no ordinary file"):
+        Dictionary.load(path)

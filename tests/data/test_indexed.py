@@ -169,6 +169,14 @@ def damaged(path, change):
         ("idx", lambda b: b[:17] + b"\6" + b[18:], r"type code 6"),
         ("idx", lambda b: b[:30] + b"\xff" + b[31:], r"data\.idx is damaged: its offsets do not fit"),
         ("idx", lambda b: b[:-3] + b"\xff" + b[-2:], r"data\.idx is damaged: its offsets do not fit"),
+        ("idx", lambda b: b[:18] + b"\xff" * 8 + b[26:], r"data\.idx says 18446744073709551615 items and should have"),
+        ("idx", lambda b: b[:18] + bytes(8) + b[26:], r"data\.idx says 0 items and should have 26 bytes"),
+        ("idx", lambda b: b[:18] + bytes(7) + b"\x10" + b[26:], r"data\.idx says 1152921504606846976 items"),
+        ("idx", lambda b: b[:-8] + b"\xff" * 8, r"data\.idx is damaged: its last item has \d+ tokens at byte -1"),
+        ("idx", lambda b: b[:-8] + b"\xff" * 7 + b"\x7f", r"data\.idx is damaged: its offsets do not fit|data\.bin has"),
+        ("idx", lambda b: b[: 26 + 4 * 49] + b"\xff" * 4 + b[26 + 4 * 50 :], r"data\.idx is damaged: its last item has -1 tokens"),
+        ("idx", lambda b: b[:26] + b"\xff\xff\xff\x7f" + b[30:], r"data\.idx is damaged: its offsets do not fit"),
+        ("idx", lambda b: b"", r"data\.idx is not an index"),
         ("idx", None, r"data\.idx is missing; make it with `momentum-lm prepare`"),
         ("bin", None, r"data\.bin is missing"),
     ],
@@ -179,3 +187,36 @@ def test_damaged_data_is_refused_by_name(tmp_path, end, change, message):
     path.unlink() if change is None else damaged(path, change)
     with pytest.raises(UserError, match=message):
         IndexedDataset(tmp_path / "data")
+
+
+def test_files_that_shrink_while_they_are_opened(tmp_path, monkeypatch):
+    """What is mapped has the length that was checked; a file that is replaced meanwhile is not mixed with the old one."""
+    from momentum_lm.data import indexed
+
+    write(tmp_path / "data", documents(100), 100)
+    stock = indexed._header
+
+    def cut(end, size):
+        def header(prefix):
+            found = stock(prefix)
+            path = tmp_path / f"data.{end}"
+            path.write_bytes(path.read_bytes()[:size])
+            return found
+
+        return header
+
+    monkeypatch.setattr(indexed, "_header", cut("idx", 100))
+    with pytest.raises(UserError, match=r"data\.idx was written to while it was read"):
+        IndexedDataset(tmp_path / "data")
+    write(tmp_path / "data", documents(100), 100)
+    monkeypatch.setattr(indexed, "_header", cut("bin", 100))
+    with pytest.raises(UserError, match=r"data\.bin has 100 bytes, but"):
+        IndexedDataset(tmp_path / "data")
+    monkeypatch.setattr(indexed, "_header", stock)
+    write(tmp_path / "data", documents(100), 100)
+    data = IndexedDataset(tmp_path / "data")
+    (tmp_path / "new.bin").write_bytes((tmp_path / "data.bin").read_bytes()[:100])
+    (tmp_path / "new.bin").rename(tmp_path / "data.bin")  # so the old file stays mapped; a reader by name sees the new one
+    assert len(data[len(data) - 1])
+    with pytest.raises(UserError, match=r"data\.bin was cut short while it was read"):
+        list(data.blocks(30))

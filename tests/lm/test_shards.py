@@ -72,7 +72,7 @@ def test_parts_that_do_not_join_are_named(parts):
     with pytest.raises(UserError, match=r"cannot read checkpoint .*checkpoint_last-shard1\.pt"):
         load_native(third)
     first.rename(parts / "best.pt")
-    with pytest.raises(UserError, match=r"best\.pt is one part of a checkpoint: name it NAME-shardN\.pt again"):
+    with pytest.raises(UserError, match=r"best\.pt: it is one part of a checkpoint: name it NAME-shardN\.pt again"):
         load_native(parts / "best.pt")
 
 
@@ -131,3 +131,76 @@ def test_fairscales_parts_of_different_updates(fairscale_parts):
         change(fairscale_parts / f"model-shard{rank}.pt", optimizer_history=[{"num_updates": 4 + rank}])
     with pytest.raises(UserError, match=r"the parts are of different updates \(4, 5, 6\)"):
         load_native(fairscale_parts)
+
+
+ODD_METADATA = {
+    "a billion parts": ({"world_size": 10**9}, r"cannot read checkpoint .*-shard3\.pt: it is not there, one of 1,000,000,000 parts"),
+    "no parts": ({"world_size": 0}, r"number of parts \(fsdp_metadata\) is 0, not a whole number of at least 1"),
+    "parts that are a word": ({"world_size": "3"}, r"number of parts \(fsdp_metadata\) is '3', not a whole number"),
+    "fewer parts": ({"world_size": 2}, "the checkpoint has 2 parts, and of these some are missing or doubled"),
+    "a rank that is a list": ({"rank": [0]}, r"its rank \(fsdp_metadata\) is \[0\], not a whole number"),
+    "a rank twice": ({"rank": 1}, r"has 3 parts, and of these \[0\] are missing"),
+    "a rank of another": ({"rank": 10**12}, "its rank .* is 1000000000000, not"),
+    "names that are numbers": ({"divided": [5]}, "`divided` that is not a list of names"),
+    "names that are a tensor": ({"divided": torch.ones(3)}, "`divided` that is not a list of names"),
+    "parts that are a tensor": ({"world_size": torch.ones(3)}, "its number of parts"),
+    "names that are a text": ({"divided": "decoder"}, "`divided` that is not a list of names"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_METADATA)
+def test_odd_metadata(case, parts):
+    entries, message = ODD_METADATA[case]
+    file = parts / "checkpoint_last-shard0.pt"
+    metadata = torch.load(file)["fsdp_metadata"]
+    change(file, fsdp_metadata=metadata | entries)
+    with pytest.raises(UserError, match=message) as error:
+        load_native(parts)
+    assert "checkpoint_last-shard" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"decoder.layers.0.fc1.bias": torch.zeros(2, 2)}, r"parts do not fit one another or their fsdp_metadata \(RuntimeError: "),
+        ({"decoder.layers.0.fc1.bias": torch.tensor(1.0)}, "parts do not fit one another"),
+        ({"decoder.layers.0.fc1.bias": torch.zeros(8).long()}, "the parts of a tensor are of different types"),
+        ({"decoder.layers.0.fc1.bias": 5}, r"decoder\.layers\.0\.fc1\.bias is no tensor"),
+        ({"decoder.more": torch.zeros(8)}, "the parts have different names of tensors"),
+    ],
+)
+def test_parts_of_different_shapes(changes, message, parts):
+    file = parts / "checkpoint_last-shard1.pt"
+    change(file, model=torch.load(file)["model"] | changes)
+    with pytest.raises(UserError, match=message):
+        load_native(parts)
+
+
+@pytest.mark.parametrize("entries", [{"params": 5}, {"params": {"flat_param_0": {}}}, {"fsdp_path": 3}, {"shared_param_info": [1]},
+                                     {"params": {"other": {"names": [], "shapes": [], "numels": [], "padding": 0}}}])  # fmt: skip
+def test_odd_metadata_of_fairscale(entries, fairscale_parts):
+    file = fairscale_parts / "model-shard0.pt"
+    metadata = torch.load(file)["fsdp_metadata"]
+    metadata["param_metadata"][0] |= entries
+    change(file, fsdp_metadata=metadata)
+    with pytest.raises(UserError, match=r"model-shard0\.pt: the parts do not fit one another or their fsdp_metadata"):
+        load_native(fairscale_parts)
+
+
+@pytest.mark.parametrize("history", [[5], "x", [{"num_updates": "7"}], [{"num_updates": -1}]])
+def test_odd_histories(history, parts):
+    change(parts / "checkpoint_last-shard1.pt", optimizer_history=history)
+    with pytest.raises(UserError, match=r"its (optimizer_history is not a list of dicts|number of updates is)"):
+        load_native(parts)
+
+
+def test_odd_parts_are_not_joined_by_the_command(parts, capsys):
+    from momentum_lm.cli.convert import main
+
+    file = parts / "checkpoint_last-shard0.pt"
+    metadata = torch.load(file)["fsdp_metadata"]
+    for entries, message in (({"world_size": 10**9}, "checkpoint_last-shard3.pt"), ({"world_size": [1]}, "its number of parts")):
+        change(file, fsdp_metadata=metadata | entries)
+        assert main([str(file), str(parts / "out.pt")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("error:") == 1 and not (parts / "out.pt").exists()

@@ -8,8 +8,8 @@ import pytest
 from momentum_lm.analysis.classification import compare_accuracy, mcnemar
 from momentum_lm.errors import UserError
 from momentum_lm.report.classification_comparison import ClassificationComparison, parse_between
-from momentum_lm.report.predictions import read_answers
-from momentum_lm.report.records import read_results
+from momentum_lm.results.predictions import read_answers
+from momentum_lm.results.records import read_results
 
 
 @pytest.fixture

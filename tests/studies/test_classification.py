@@ -12,8 +12,10 @@ import torch
 from momentum_lm.data.classification import load_dataset
 from momentum_lm.data.dictionary import EOS
 from momentum_lm.errors import UserError
-from momentum_lm.report.records import read_results
-from momentum_lm.studies.classification import Settings, Unit, evaluate, units
+from momentum_lm.report.classification import write_report
+from momentum_lm.results import identity
+from momentum_lm.results.records import read_results
+from momentum_lm.studies.classification import Questions, Settings, Unit, evaluate, units
 
 WORDS = ["good", "bad", "dull", "long", "thin", "film", "plot", "actors", "very", "the"]
 FILMS = """\
@@ -284,3 +286,189 @@ def test_orders_are_permutations(lm, films, tmp_path):
     drawn = [r["demonstrations"] for r in sorted(results["runs"], key=lambda r: r["order"])]
     assert len({tuple(d) for d in drawn}) == 3 and len({tuple(sorted(d)) for d in drawn}) == 1
     assert results["summary"]["films"]["6"]["num_seeds"] == 1
+
+
+# ---- what a number depends on
+
+
+def small(lm, datasets, folder, **changes):
+    settings = Settings(**{**SETTINGS.__dict__, "shots": (0,), "seeds": (1,), "calibrations": ("none",), **changes})
+    return run(lm, datasets, settings, folder)
+
+
+def test_another_tokenizer_is_not_the_same_model(lm, films, tmp_path, monkeypatch, calls):
+    small(lm, [films], tmp_path / "out")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    calls.clear()
+    monkeypatch.setattr(type(lm), "tokenizer_sha256", "another")
+    with pytest.raises(
+        UserError, match=r"holds other results \(config\.tokenizer: .*\); choose another --results-dir, or add --force"
+    ):
+        small(lm, [films], tmp_path / "out")
+    assert (tmp_path / "out" / "results.json").read_bytes() == before and not calls
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: folder.joinpath("films.yaml").write_text(FILMS.replace("Review:", "Film:")),
+        lambda folder: folder.joinpath("films.yaml").write_text(FILMS.replace("Positive", "Fine")),
+        lambda folder: folder.joinpath("films.yaml").write_text(FILMS + "domain_premise: 'A film is'\n"),
+        lambda folder: folder.joinpath("validation.jsonl").write_text(
+            folder.joinpath("validation.jsonl").read_text().replace("bad", "dab")
+        ),
+        lambda folder: folder.joinpath("train.jsonl").write_text(
+            folder.joinpath("train.jsonl").read_text().replace("film", "mlif")
+        ),
+    ],
+)
+def test_changed_data_is_not_the_same_data(lm, films, tmp_path, change, calls):
+    small(lm, [films], tmp_path / "out")
+    calls.clear()
+    change(tmp_path / "films")
+    with pytest.raises(UserError, match=r"holds other results \(config\.datasets\.films\."):
+        small(lm, [load_dataset(str(tmp_path / "films" / "films.yaml"))], tmp_path / "out")
+    assert not calls
+
+
+def test_what_changes_no_number_goes_on(lm, films, tmp_path, calls, monkeypatch):
+    small(lm, [films], tmp_path / "out")
+    calls.clear()
+    path = tmp_path / "films" / "films.yaml"
+    path.write_text(FILMS.replace("made-up reviews", "reviews, made up"))
+    monkeypatch.setattr(identity, "versions", lambda: {"momentum_lm": "99"})
+    small(lm, [load_dataset(str(path))], tmp_path / "out")
+    assert not calls
+    monkeypatch.setattr(identity, "REVISION", identity.REVISION + 1)
+    with pytest.raises(UserError, match=r"holds other results \(config\.revision: "):
+        small(lm, [films], tmp_path / "out")
+
+
+def test_runs_that_were_copied_from_other_results_are_refused(lm, films, tmp_path):
+    results = small(lm, [films], tmp_path / "out")
+    (one,) = results["runs"]
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results | {"runs": [one, one | {"seed": 2}]}))
+    with pytest.raises(UserError, match="run 1 was measured on something else than the file says"):
+        small(lm, [films], tmp_path / "out")
+
+
+def test_results_of_an_older_version_are_reported_but_not_added_to(lm, films, tmp_path):
+    results = small(lm, [films], tmp_path / "out")
+    for name in ("revision", "versions", "device", "tokenizer"):
+        del results["config"][name]
+    del results["config"]["datasets"]["films"]["sha256"]
+    for one in results["runs"]:
+        for name in ("digest", "prompts_sha256", "examples_sha256", "demonstrations_sha256"):
+            del one[name]
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    assert read_results(tmp_path / "out") == results
+    write_report(tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"was written by an older version.*choose another --results-dir, or add --force to start anew"
+    ):
+        small(lm, [films], tmp_path / "out")
+
+
+def test_a_checkpoint_that_changes_meanwhile_gives_no_results(make_lm, films, tmp_path, monkeypatch):
+    lm = make_lm()
+    log_probs = lm.log_probs
+
+    def replaced(*args):
+        lm.path.write_bytes(lm.path.read_bytes())
+        return log_probs(*args)
+
+    monkeypatch.setattr(lm, "log_probs", replaced)
+    with pytest.raises(
+        UserError, match=r"model\d+\.pt was (changed|replaced) while it was read, so its weights may be of two models"
+    ):
+        small(lm, [films], tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_two_runs_into_one_folder_lose_nothing(lm, films, tmp_path, monkeypatch):
+    """The one that comes second is told; what the first has found is read by the second when it comes again."""
+    check = Questions.check
+    said = []
+
+    def meanwhile(self, form, unit):
+        if not said:
+            with pytest.raises(UserError) as error:
+                small(lm, [films], tmp_path / "out", shots=(0,))
+            said.append(str(error.value))
+        return check(self, form, unit)
+
+    monkeypatch.setattr(Questions, "check", meanwhile)
+    small(lm, [films], tmp_path / "out", shots=(1,))
+    assert "out is being written by process" in said[0]
+    assert {r["shots"] for r in small(lm, [films], tmp_path / "out", shots=(0,))["runs"]} == {0, 1}
+    assert {line["shots"] for line in lines(tmp_path / "out")} == {0, 1}
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+# ---- what others put into the folder
+
+MINE = {"predictions.jsonl": '{"mine": 1}\n', "samples.json": "[]", "report.html": "mine", "scores/films-0shot.npz": "mine",
+        "scores/films-0shot.0.jsonl": "mine\n"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_a_file_of_ours_name_that_is_not_ours_stays(lm, films, tmp_path, name, calls):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(MINE[name])
+    with pytest.raises(
+        UserError, match=rf"{name}\S* .*(not ours|not written by fairseq-eval|not a prediction of ours)"
+    ):
+        small(lm, [films], tmp_path / "out")
+    assert path.read_text() == MINE[name] and not calls and not (tmp_path / "out" / "results.json").exists()
+
+
+def test_files_of_other_names_stay(lm, films, tmp_path):
+    for name in (
+        "scores/films-0shot.notes.jsonl",
+        "tensorboard/train/events.out.tfevents.1.host",
+        "tensorboard/events.out.tfevents.2.host",
+    ):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    for _ in range(2):
+        small(lm, [films], tmp_path / "out")
+        write_report(tmp_path / "out")
+    kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.read_bytes() == b"mine"]
+    assert len(kept) == 3
+    ours = [path.name for path in (tmp_path / "out" / "tensorboard").glob("*.momentum_lm")]
+    assert len(ours) == 1
+
+
+@pytest.mark.parametrize("name", ["scores", "tensorboard"])
+def test_a_linked_folder_is_not_written_through(lm, films, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"out/{name} is a symbolic link, where a folder is to be"):
+        small(lm, [films], tmp_path / "out")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_pickled_scores_are_scored_anew(lm, films, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    first = small(lm, [films], tmp_path / "out")
+    (tmp_path / "out" / "predictions.jsonl").unlink()
+    evil = np.array([Evil()], dtype=object)
+    np.savez(tmp_path / "out" / "scores" / "films-0shot.npz", fingerprint=evil, sums=evil, counts=evil)
+    again = small(lm, [films], tmp_path / "out")
+    assert again["runs"][0]["accuracy"] == first["runs"][0]["accuracy"] and not (tmp_path / "owned").exists()
+
+
+def test_finished_work_is_said_to_be_finished(lm, films, tmp_path, capsys):
+    settings = Settings(shots=(0,), seeds=(1,))
+    evaluate(lm, [films], settings, tmp_path / "out")
+    assert "already" not in capsys.readouterr().out
+    evaluate(lm, [films], settings, tmp_path / "out")
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 'out'} holds all of these results already; nothing was scored. --force measures anew.\n\n"
+    )

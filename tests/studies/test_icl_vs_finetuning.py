@@ -15,7 +15,7 @@ from momentum_lm.data.classification import Example, LabelledDataset, load_datas
 from momentum_lm.data.dictionary import BOS
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import load_native
-from momentum_lm.report.records import read_results
+from momentum_lm.results.records import read_results
 from momentum_lm.studies import classification
 from momentum_lm.studies import icl_vs_finetuning as study
 from momentum_lm.studies.icl_vs_finetuning import Settings, analyse

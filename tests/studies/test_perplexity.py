@@ -14,7 +14,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.modules import Decoder, DecoderConfig
 from momentum_lm.report.perplexity import document_sums
-from momentum_lm.report.records import read_results
+from momentum_lm.results.records import read_results, results_lock
 from momentum_lm.studies import perplexity
 
 VOCAB, LENGTHS = 40, (5, 1, 13, 2, 30, 7)
@@ -258,3 +258,58 @@ def test_bad_arguments(lm, data, tmp_path):
 def test_one_document_has_no_interval(lm, data, tmp_path):
     write(data, lengths=(9,))
     assert evaluate(lm, data, tmp_path / "out", (4,)).runs[0]["ci95"] is None
+
+
+def test_a_dictionary_of_equal_size_with_other_symbols_is_refused(lm, data, tmp_path):
+    """That of the data which the checkpoint names, where none lies beside it."""
+    write(tmp_path / "trained_on")
+    lm = NativeLM(lm.model, lm.path, trained_on=tmp_path / "trained_on")
+    evaluate(lm, data, tmp_path / "out", (4,))
+    Dictionary(f"x{i}" for i in range(VOCAB - 4)).save(data / "dict.txt")
+    with pytest.raises(
+        UserError,
+        match=r"data/dict\.txt is not the dictionary of the data that the model was trained on, .*trained_on/dict\.txt",
+    ):
+        evaluate(lm, data, tmp_path / "new", (4,))
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_dictionary_is_other_results(lm, data, tmp_path):
+    evaluate(lm, data, tmp_path / "out", (4,))
+    Dictionary(f"x{i}" for i in range(VOCAB - 4)).save(data / "dict.txt")
+    with pytest.raises(UserError, match=r"holds other results \(config\.data\.dictionary_sha256: "):
+        evaluate(lm, data, tmp_path / "out", (4,))
+
+
+def test_the_folder_is_locked_before_it_is_read(lm, data, tmp_path):
+    with results_lock(tmp_path / "out"), pytest.raises(UserError, match="out is being written by process"):
+        evaluate(lm, data, tmp_path / "out", (4,))
+
+
+def test_data_that_changes_meanwhile_gives_no_results(lm, data, tmp_path, monkeypatch):
+    stock = perplexity.score_documents
+
+    def rewritten(*args):
+        found = stock(*args)
+        (data / "valid.bin").write_bytes((data / "valid.bin").read_bytes())
+        return found
+
+    monkeypatch.setattr(perplexity, "score_documents", rewritten)
+    with pytest.raises(UserError, match=r"valid\.bin was changed while it was read"):
+        evaluate(lm, data, tmp_path / "out", (4,))
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_that_are_not_ours_stay(lm, data, tmp_path):
+    path = tmp_path / "out" / "documents" / "valid-4.npz"
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"valid-4\.npz is there and was not written by fairseq-eval"):
+        evaluate(lm, data, tmp_path / "out", (4,))
+    assert path.read_text() == "mine"
+
+
+def test_finished_work_is_said_to_be_finished(lm, data, tmp_path, capsys):
+    for expected in (False, True):
+        perplexity.evaluate(lm, data, tmp_path / "out", (4,))
+        assert ("holds all of these results already" in capsys.readouterr().out) == expected

@@ -4,7 +4,7 @@ import pytest
 
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_sha256
-from momentum_lm.report.records import Results, read_results
+from momentum_lm.results.records import Results, read_results
 
 MODEL, CONFIG = {"path": "m.pt", "sha256": "ab"}, {"dtype": "fp32", "shots": (0, 8)}
 
@@ -72,7 +72,7 @@ RUN = {"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "
         ({}, None),
         ({"runs": [{}]}, "run 0 has no split"),
         ({"runs": [RUN, {k: v for k, v in RUN.items() if k != "ci95"}]}, "run 1 has no ci95"),
-        ({"runs": [3]}, "run 0 has no split"),
+        ({"runs": [3]}, "run 0 is a int"),
         ({"runs": {}}, "runs is a dict"),
         ({"config": None}, "config is a NoneType"),
         ({"task": []}, "task is a list"),
@@ -91,7 +91,9 @@ def test_what_the_reports_would_stumble_over_is_named(tmp_path, change, problem)
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"--results-dir .*file/out cannot be written: Not a directory; choose another folder"):
+    with pytest.raises(
+        UserError, match=r"--results-dir .*file/out cannot be written: Not a directory; choose another folder"
+    ):
         open_results(tmp_path / "file" / "out")
     open_results(tmp_path / "new" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

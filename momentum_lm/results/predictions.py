@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,14 +14,15 @@ from numpy.typing import NDArray
 
 from momentum_lm.errors import UserError
 
-from .records import PREDICTIONS
+from .records import PREDICTIONS, prediction, prediction_lines
 
 KEY = ("dataset", "seed", "shots", "order", "calibration")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one run answered: index, gold and predicted class of its examples, each (n,), in the order of their indices."""
+    """What one run answered: index, gold and predicted class of its examples, each (n,), in the order of their
+    indices."""
 
     index: NDArray[np.int64]
     gold: NDArray[np.int64]
@@ -39,7 +39,8 @@ def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Answers]:
-    """{:func:`run_key`: answers} of these runs of a folder; memory grows with their answers, not with the file's other lines.
+    """{:func:`run_key`: answers} of these runs of a folder; memory grows with their answers, not with the file's other
+    lines.
 
     Raises UserError where the file is missing or damaged, or lacks answers of a run.
     """
@@ -47,18 +48,18 @@ def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any
     found: dict[tuple[Hashable, ...], tuple[array[int], array[int], array[int]]]
     found = {run_key(run): (array("q"), array("q"), array("q")) for run in runs}
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    entry = json.loads(line)
-                    columns = found.get(run_key(entry))
-                    if columns is not None:
-                        for column, name in zip(columns, ("index", "gold", "pred"), strict=True):
-                            column.append(entry[name])
-                except (ValueError, KeyError, TypeError) as error:
-                    if not line.endswith("\n"):
-                        break  # an evaluation that goes on, or was interrupted, in a run that is not asked for
-                    raise UserError(f"{path}, line {number} is damaged ({error}); run the evaluation again") from error
+        for number, line in prediction_lines(path):
+            entry, wrong = prediction(line)
+            if not wrong and not entry.keys() >= set(KEY):
+                wrong = f"no {next(name for name in KEY if name not in entry)}"
+            if wrong:
+                if not line.endswith(b"\n"):
+                    break  # an evaluation that goes on, or was interrupted, in a run that is not asked for
+                raise UserError(f"{path}, line {number} is damaged ({wrong}); run the evaluation again")
+            columns = found.get(run_key(entry))
+            if columns is not None:
+                for column, name in zip(columns, ("index", "gold", "pred"), strict=True):
+                    column.append(entry[name])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; run the evaluation again") from error
     answers = {}
@@ -69,7 +70,8 @@ def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any
         if not examples == len(index) == run["num_examples"]:
             which = ", ".join(f"{name} {value}" for name, value in zip(KEY, key, strict=True))
             raise UserError(
-                f"{path} answers {examples:,} examples in {len(index):,} lines for {which}, but {run['num_examples']:,} were evaluated; "
+                f"{path} answers {examples:,} examples in {len(index):,} lines for {which}, but "
+                f"{run['num_examples']:,} were evaluated; "
                 "run the evaluation again"
             )
         order = np.argsort(index)

@@ -1,0 +1,1 @@
+"""Files of models: read safely, whoever wrote them."""

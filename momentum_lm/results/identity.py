@@ -1,0 +1,82 @@
+"""What numbers depend on, as digests: two records with equal ones were measured on the same, and may go into one folder
+or be paired."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from momentum_lm import __version__
+from momentum_lm.data.classification import Example, LabelledDataset
+from momentum_lm.lm.protocol import LanguageModel
+
+# Raise it with every change of the code that changes numbers. Records of another revision are other results; the
+# versions of this package
+# and of those below it are recorded for the reader and not compared, so that an upgrade that changes nothing goes on
+# with what is there.
+REVISION = 1
+FOR_THE_READER = ("path", "command", "versions")  # entries of a record, at any depth, that no number depends on
+_PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "numpy")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compared(value: Any) -> Any:
+    """A JSON value without what is only there for the reader."""
+    if isinstance(value, Mapping):
+        return {name: compared(part) for name, part in value.items() if name not in FOR_THE_READER}
+    return [compared(part) for part in value] if isinstance(value, list) else value
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of those that compute its numbers."""
+    found = {"momentum_lm": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def examples_sha256(examples: Iterable[Example]) -> str:
+    """Of examples as texts: what is asked about which row, with which answers, of which one is right. No tokenizer has
+    a part in it."""
+    found = hashlib.sha256()
+    for example in examples:
+        text = repr((example.index, example.inputs, example.continuations, example.gold))
+        found.update(text.encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def dataset_sha256(data: LabelledDataset) -> str:
+    """Of a data set as it was read: its examples, and all of its YAML file but where it lies and what it says about
+    itself."""
+    names = [field.name for field in dataclasses.fields(data.spec)]
+    about = {
+        name: getattr(data.spec, name)
+        for name in names
+        if name not in ("path", "description", "licence", "hub", "files")
+    }
+    text = json.dumps(about, sort_keys=True, default=str)
+    return digest([text, examples_sha256(data.train), examples_sha256(data.evaluation)])
+
+
+def of_model(lm: LanguageModel) -> dict[str, Any]:
+    """What is compared of a model: its weights, architecture, tokenizer, dtype and kind of device. Raises UserError
+    where its files are no longer those that were read."""
+    described = compared(lm.describe())
+    lm.check_unchanged()
+    return {**described, "tokenizer": lm.tokenizer_sha256, "dtype": dtype(lm), "device": lm.device.type}
+
+
+def dtype(lm: LanguageModel) -> str:
+    return str(lm.dtype).removeprefix("torch.")

@@ -1,0 +1,32 @@
+"""Which files of a results folder are ours. Files of the same names that are not are left alone: nothing of others is
+overwritten."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from momentum_lm.errors import UserError
+from momentum_lm.files import check_ordinary, reading
+
+PAGE = b'<meta name="generator" content="momentum_lm">'
+PICTURE = b"momentum_lm"  # in a PNG's text
+ARRAYS = b"fingerprint.npy"  # the first array of a .npz
+EVENTS = ".momentum_lm"  # how the names of TensorBoard's event files end
+_HEAD = 4096  # bytes in which the mark is
+_CUT = 64  # a file that is shorter may be what a full disk left of ours
+
+
+def check_ours(path: str | os.PathLike[str], mark: bytes) -> None:
+    """Raises UserError for a file that lacks the ``mark`` of ours, or is no ordinary one. It may be absent, or
+    empty."""
+    check_ordinary(path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), reading(path) as file:
+        head = file.read(_HEAD)
+        cut = mark == ARRAYS and len(head) < _CUT and head.startswith(b"PK")
+        if head and mark not in head and not cut:
+            raise UserError(
+                f"{os.fspath(path)} is there and was not written by fairseq-eval; move it away, choose another "
+                f"--results-dir, or add --force "
+                "to replace it"
+            )

@@ -140,7 +140,8 @@ def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     _refuse(args, "a part of a checkpoint", "dtype", "tokenizer", "model_overrides")
     if os.path.lexists(args.output):
         if os.path.islink(args.output) or not os.path.isfile(args.output):
-            raise UserError(f"{args.output} is a link, a folder or a device; OUTPUT of a checkpoint in parts is the file to make")
+            what = "a link, a folder or a device"
+            raise UserError(f"{args.output} is {what}; OUTPUT of a checkpoint in parts is the file to make")
         if not args.force:
             raise UserError(f"{args.output} is there already; choose another name, or add --force")
     import torch

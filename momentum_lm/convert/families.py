@@ -89,12 +89,13 @@ class Family:
                 raise UserError(f"{theirs} is {_shown(value)}; no model has that")
             given[ours] = tuple(value) if isinstance(value, list) else value
         absent = given.get("absent_tokens", ())
-        if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size for token in absent):
+        if not all(type(token) is int and 0 <= token < vocab_size for token in absent):
             raise UserError(f"absent_tokens is {_shown(absent)}, which is no list of ids of its {vocab_size} tokens")
         if self is not MOMENTUM:
             if given["activation"] not in ACTIVATIONS:
                 known = ", ".join(ACTIVATIONS)
-                raise UserError(f"{self.fields['activation']} is {_shown(given['activation'])}, which the decoder does not have ({known})")
+                called = _shown(given["activation"])
+                raise UserError(f"{self.fields['activation']} is {called}, which the decoder does not have ({known})")
             given["activation"] = ACTIVATIONS[given["activation"]]
         return DecoderConfig(**{"vocab_size": vocab_size, **self.constants, **given})
 
@@ -157,7 +158,8 @@ class Family:
         """Raises UserError unless the tensors are those of the configuration: one missing, one too many, or one of another shape
         or not of fp64, fp32, fp16 or bf16."""
         if decoder.layers > len(theirs):  # each has more than one
-            raise UserError(f"its tensors do not fit its config.json: there are {len(theirs)} of them, for {decoder.layers} layers")
+            problem = f"there are {len(theirs)} of them, for {decoder.layers} layers"
+            raise UserError(f"its tensors do not fit its config.json: {problem}")
         own = dataclasses.replace(decoder, vocab_size=vocab_size, absent_tokens=())
         wanted = self.to_theirs(expected(own), decoder.tie_embeddings)
         missing, unknown = sorted(wanted.keys() - theirs.keys()), sorted(theirs.keys() - wanted.keys())

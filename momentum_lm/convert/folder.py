@@ -32,7 +32,8 @@ def whole_folder(output: Path, force: bool) -> Iterator[Path]:
     partial, old = (output.with_name(f".{output.name}.{word}") for word in ("partial", "old"))
     for path in (partial, old):  # what is left of a killed process is taken away, and nothing else
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or _foreign(path, {".lock"})):
-            raise UserError(f"{path} is where a conversion keeps what is not finished, and is not from one; move it away")
+            what = "where a conversion keeps what is not finished, and is not from one"
+            raise UserError(f"{path} is {what}; move it away")
     with naming(output), locked(partial):
         try:
             if old.exists() and not output.exists():  # a process was killed between the two renamings below
@@ -69,9 +70,11 @@ def _check(output: Path, force: bool) -> None:
 
 
 def _foreign(folder: Path, others: Set[str] = frozenset()) -> list[str]:
-    """Names in a folder, sorted, that no conversion wrote: other ones than its own and ``others``, and what is no ordinary file."""
+    """Names in a folder, sorted, that no conversion wrote: other ones than its own and ``others``, and what is no
+    ordinary file."""
     ordinary = {entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)}
-    return sorted(name for name in os.listdir(folder) if name not in ordinary or not (_OURS.fullmatch(name) or name in others))
+    ours = {name for name in ordinary if _OURS.fullmatch(name) or name in others}
+    return sorted(set(os.listdir(folder)) - ours)
 
 
 def _remove(path: Path) -> None:

@@ -249,9 +249,10 @@ def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
     state = load_checkpoint(path, trust=trust, mmap=True)
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path} holds {shown(name)}, which is no tensor: it is not the weights of a model of transformers")
+            what = "which is no tensor: it is not the weights of a model of transformers"
+            raise UserError(f"{path} holds {shown(name)}, {what}")
         if tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(f"{path}: {shown(name)} is {tensor.layout} on {tensor.device}, and no weights of a model of transformers")
+            raise UserError(f"{path}: {shown(name)} is {tensor.layout} on {tensor.device}, and no weights of a model")
     return {name: Lazy.of(tensor) for name, tensor in state.items()}
 
 

@@ -74,8 +74,9 @@ class Lazy:
         return replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
 
     def weight(self, name: str, dtype: torch.dtype | None) -> Lazy:
-        """As :meth:`to`, of numbers that must be there afterwards: reading it raises UserError, which calls it ``name``, if it holds NaN or
-        infinity, or what ``dtype`` would make infinite. What ``dtype`` makes 0 is close to it."""
+        """As :meth:`to`, of numbers that must be there afterwards: reading it raises UserError, which calls it
+        ``name``, if it holds NaN or infinity, or what ``dtype`` would make infinite. What ``dtype`` makes 0 is close to
+        it."""
         result = replace(self, dtype=dtype) if dtype is not None and self.dtype.is_floating_point else self
 
         def load() -> Tensor:
@@ -84,10 +85,11 @@ class Lazy:
                 extremes = torch.stack(tensor.aminmax())  # which are NaN if any is
                 if not extremes.isfinite().all():
                     held = "NaN" if extremes.isnan().any() else "infinity"
-                    raise UserError(f"{name} holds {held}: the model is broken; convert an earlier checkpoint of it, or another copy")
+                    raise UserError(f"{name} holds {held}: the model is broken; convert an earlier checkpoint or another copy")
                 if not extremes.to(result.dtype).isfinite().all():
-                    largest, most = extremes.abs().max(), torch.finfo(result.dtype).max
-                    raise UserError(f"{name} reaches {largest:.6g}, and {_FLAGS[result.dtype]} ends at {most:.6g}: {_ROOM[result.dtype]}")
+                    largest, limit = extremes.abs().max(), torch.finfo(result.dtype).max
+                    what = f"{name} reaches {largest:.6g}, and {_FLAGS[result.dtype]} ends at {limit:.6g}"
+                    raise UserError(f"{what}: {_ROOM[result.dtype]}")
             return tensor.to(result.dtype)
 
         return replace(result, load=load)

@@ -43,8 +43,10 @@ def read_checkpoint(
     dtypes = {tensor.dtype for name, tensor in named.items() if name.endswith((".weight", ".bias"))}
     for name, tensor in named.items():  # what else there is, notes of the format, is in fp32
         if tensor.dtype not in FLOATS and (".momentum." in name or name.endswith((".weight", ".bias"))):
-            raise UserError(f"{path}: {name} is in {tensor.dtype}: give the model in fp32, bf16 or fp16, before it was quantised")
-    return load_native(path, overrides, trust, dtype=functools.reduce(torch.promote_types, dtypes or {torch.float32}), tokenizer=tokenizer)
+            remedy = "give the model in fp32, bf16 or fp16, before it was quantised"
+            raise UserError(f"{path}: {name} is in {tensor.dtype}: {remedy}")
+    dtype = functools.reduce(torch.promote_types, dtypes or {torch.float32})
+    return load_native(path, overrides, trust, dtype=dtype, tokenizer=tokenizer)
 
 
 def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> tuple[str, int, list[str]]:
@@ -57,7 +59,9 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     family, order = choose(decoder, dictionary, tokenizer, bos)
     ours = {name: Lazy.of(tensor) for name, tensor in lm.model.state_dict().items()}
     tensors = family.to_theirs(ours, decoder.tie_embeddings, order)
-    tensors = {name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype) for name, lazy in tensors.items()}
+    tensors = {
+        name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype) for name, lazy in tensors.items()
+    }
     names = _write_parts(tensors, folder, progress)
     where = {our: i for i, our in enumerate(order.tolist())} if order is not None else {i: i for i in range(decoder.vocab_size)}
     ids = {"bos_token_id": where[bos], "eos_token_id": where[EOS], "pad_token_id": where.get(PAD)}
@@ -79,7 +83,8 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
 
 
 def names_of_tokens(lm: NativeLM) -> dict[str, int]:
-    """The names in a text that are special tokens to transformers with what :func:`write_model` writes, and text to ``lm``: their ids."""
+    """The names in a text that are special tokens to transformers with what :func:`write_model` writes, and text to
+    ``lm``: their ids."""
     order = choose(lm.config, lm.tokenizer.dictionary, lm.tokenizer, lm.bos[0])[1]
     return special_tokens(lm.tokenizer, None if order is None else order.tolist())
 

@@ -35,7 +35,8 @@ def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTo
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not tokenizer.is_fast:
-            raise UserError(f"{source}: the tokenizer is {type(tokenizer).__name__}, Python code without a tokenizer.json")
+            kind = type(tokenizer).__name__
+            raise UserError(f"{source}: the tokenizer is {kind}, Python code without a tokenizer.json")
         backend = tokenizer.backend_tokenizer
         if own.exists() and type(backend).from_file(str(own)).to_str() == backend.to_str():
             shutil.copyfile(own, folder / own.name)  # as it is: scores lose a digit each time they are read and written
@@ -101,10 +102,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int, bos:
 
 
 def special_tokens(tokenizer: Tokenizer, order: Sequence[int] | None = None) -> dict[str, int]:
-    """The names in a text that are tokens, and not text, to what :func:`write_tokenizer` makes of a tokenizer, and not to itself: ids.
+    """The names in a text that are tokens, and not text, to what :func:`write_tokenizer` makes of a tokenizer, and not
+    to itself: ids.
 
-    fairseq's tokenizers know no special tokens. Those of transformers all do, and whoever writes prompts for them (a chat template, what
-    ends a text in finetuning, an evaluation harness) relies on it; to split them would also split those that a user adds.
+    fairseq's tokenizers know no special tokens. Those of transformers all do, and whoever writes prompts for them (a
+    chat template, what ends a text in finetuning, an evaluation harness) relies on it; to split them would also split
+    those that a user adds.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return {name: i for i, name in enumerate(SPECIALS)}

@@ -43,17 +43,19 @@ _log = logging.getLogger(__name__)
 
 @register_model("momentum_lm")
 class MomentumLM(LM):
-    """A fairseq checkpoint, ours, a stock ``transformer_lm*`` or a published dense LM, as lm-evaluation-harness asks it.
+    """A fairseq checkpoint, ours, a stock ``transformer_lm*`` or a published dense LM, as lm-evaluation-harness asks
+    it.
 
-    A prompt begins with the token that the model's training inputs began with (``NativeLM.bos``), as for ``fairseq-eval``, and an empty
-    one is that token alone. What is longer than the model's context loses its beginning, that token included. A continuation's tokens are
-    those in which the prompt with it differs from the prompt without, whose final white space counts as the continuation's.
+    A prompt begins with the token that the model's training inputs began with (``NativeLM.bos``), as for
+    ``fairseq-eval``, and an empty one is that token alone. What is longer than the model's context loses its beginning,
+    that token included. A continuation's tokens are those in which the prompt with it differs from the prompt without,
+    whose final white space counts as the continuation's.
 
-    A text that spells a special token is that token: ``<s>``, ``</s>`` and ``<unk>`` for fairseq's tokenizers, and for a
-    ``tokenizer.json`` what it says itself. So it is with ``--model hf`` on every model (``<|endoftext|>`` with GPT-2), and there a prompt
-    that begins with the text of the first token gets no other; ``--model hf`` on what ``momentum-lm convert`` makes of the checkpoint sees
-    the same ids. A text with ``<pad>`` is refused: padding is no token to the model. ``fairseq-eval``, whose texts are data, reads all
-    such names as ordinary text.
+    A text that spells a special token is that token: ``<s>``, ``</s>`` and ``<unk>`` for fairseq's tokenizers, and for
+    a ``tokenizer.json`` what it says itself. So it is with ``--model hf`` on every model (``<|endoftext|>`` with
+    GPT-2), and there a prompt that begins with the text of the first token gets no other; ``--model hf`` on what
+    ``momentum-lm convert`` makes of the checkpoint sees the same ids. A text with ``<pad>`` is refused: padding is no
+    token to the model. ``fairseq-eval``, whose texts are data, reads all such names as ordinary text.
 
     Arguments, those of ``--model_args``:
         path: checkpoint file, or a folder with one; or a loaded ``NativeLM``, to which ``tokenizer`` to ``trust_checkpoint`` do not apply.
@@ -252,7 +254,8 @@ class MomentumLM(LM):
         encoded = [[token for part in parts for token in ids[part]] for parts in split]
         for text, tokens in zip(texts, encoded, strict=True):
             if PAD in tokens:
-                raise UserError(f"a prompt holds {SPECIALS[PAD]}, the padding of {self.lm.name}, which it cannot read: {_excerpt(text)}")
+                what = f"a prompt holds {SPECIALS[PAD]}, the padding of {self.lm.name}, which it cannot read"
+                raise UserError(f"{what}: {_excerpt(text)}")
         return encoded
 
     def _warn(self, lengths: Sequence[int], most: int) -> None:

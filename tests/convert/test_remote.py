@@ -163,7 +163,8 @@ class _Plain(MomentumLMForCausalLM):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("changes", [*SOME, MOMENTA["multi_ema_gated"] | OTHERS["rotary"]])
 def test_packed_documents_do_not_see_each_other(changes, implementation):
-    """As padding-free training has them: by positions that begin anew. To the last bit, through chunks of any place and length."""
+    """As padding-free training has them: by positions that begin anew. To the last bit, through chunks of any place and
+    length."""
     decoder, model = pair(**changes)
     model.set_attn_implementation(implementation)
     documents = [random_tokens(length, seed=length) for length in (5, CHUNK + 8, 1, CHUNK + 1, 2 * CHUNK + 6)]

@@ -1,11 +1,13 @@
 """The export under transformers' own test mixins: whatever ``LlamaForCausalLM`` passes with them, it passes too.
 
-The mixins are in transformers' repository and not in its wheel. ``MOMENTUM_LM_TRANSFORMERS_TESTS`` names a checkout of it, of about the
-installed version; without it pip is asked for the source distribution, which has the half about models and not the one about generation.
+The mixins are in transformers' repository and not in its wheel. ``MOMENTUM_LM_TRANSFORMERS_TESTS`` names a checkout of
+it, of about the installed version; without it pip is asked for the source distribution, which has the half about models
+and not the one about generation.
 """
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,7 +23,14 @@ from momentum_lm.convert.remote.configuration_momentum_lm import MomentumLMConfi
 from momentum_lm.convert.remote.modeling_momentum_lm import MomentumLMForCausalLM, MomentumLMModel  # noqa: E402
 
 VARIABLE = "MOMENTUM_LM_TRANSFORMERS_TESTS"
-SHAPE = dict(vocab_size=99, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
+SHAPE = dict(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=37,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+)
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 CONFIGURATIONS = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE, **SPECIAL),
@@ -31,19 +40,25 @@ CONFIGURATIONS = {
 }
 CLASSES = {
     "llama": [transformers.LlamaModel, transformers.LlamaForCausalLM],
-    **dict.fromkeys(("vanilla", "ema", "multi_ema"), [MomentumLMModel, MomentumLMForCausalLM]),
+    **{kind: [MomentumLMModel, MomentumLMForCausalLM] for kind in ("vanilla", "ema", "multi_ema")},
 }
 
 
 @pytest.fixture(scope="module")
-def mixins(tmp_path_factory):
+def mixins(tmp_path_factory, pytestconfig):
     """(module of transformers' common tests, the mixins that there are)."""
     folder = os.environ.get(VARIABLE)
     if folder is None:
         folder = _from_pip(tmp_path_factory.mktemp("transformers"))
     if not (Path(folder) / "tests" / "test_modeling_common.py").is_file():
         pytest.skip(f"{folder} has no tests/test_modeling_common.py; set {VARIABLE} to a checkout of transformers")
-    before, path = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "tests"}, list(sys.path)
+    for file in (Path(folder) / "tests").rglob("*.py"):
+        for mark in sorted(set(re.findall(r"\bmark\.([a-z]\w+)", file.read_text(encoding="utf-8")))):
+            pytestconfig.addinivalue_line("markers", f"{mark}: of transformers' own tests")
+    before, path = (
+        {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "tests"},
+        list(sys.path),
+    )
     for name in before:  # theirs has the same name
         del sys.modules[name]
     sys.path.insert(0, str(folder))
@@ -57,14 +72,29 @@ def mixins(tmp_path_factory):
 
 
 def _from_pip(folder):
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers", "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        "transformers",
+        "--dest",
+        str(folder),
+    ]
     try:
-        done = subprocess.run([*command, f"transformers=={transformers.__version__}"], capture_output=True, timeout=300, check=False)
+        done = subprocess.run(
+            [*command, f"transformers=={transformers.__version__}"], capture_output=True, timeout=300, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         done = None
     archives = list(folder.glob("transformers-*.tar.gz"))
     if done is None or done.returncode or not archives:
-        pytest.skip(f"pip has no source distribution of transformers {transformers.__version__}; set {VARIABLE} to a checkout")
+        pytest.skip(
+            f"pip has no source distribution of transformers {transformers.__version__}; set {VARIABLE} to a checkout"
+        )
     with tarfile.open(archives[0]) as archive:
         archive.extractall(folder, filter="data")
     return archives[0].with_name(archives[0].name.removesuffix(".tar.gz"))
@@ -74,7 +104,10 @@ def _load(folder):
     package = types.ModuleType("tests")
     package.__path__ = [str(folder / "tests")]
     sys.modules["tests"] = package
-    for name, mixin in (("generation.test_utils", "GenerationTesterMixin"), ("exporters.test_export", "ExportTesterMixin")):
+    for name, mixin in (
+        ("generation.test_utils", "GenerationTesterMixin"),
+        ("exporters.test_export", "ExportTesterMixin"),
+    ):
         if not (folder / "tests" / f"{name.replace('.', '/')}.py").is_file():  # a source distribution
             parent = types.ModuleType(f"tests.{name.partition('.')[0]}")
             parent.__path__ = []
@@ -133,7 +166,9 @@ def _failures(common, kind):
 def test_what_llama_passes(mixins, monkeypatch):
     from transformers.models.auto import modeling_auto
 
-    monkeypatch.setitem(modeling_auto.MODEL_MAPPING_NAMES, "momentum_lm", "MomentumLMModel")  # by which the mixins know who takes labels
+    monkeypatch.setitem(
+        modeling_auto.MODEL_MAPPING_NAMES, "momentum_lm", "MomentumLMModel"
+    )  # by which the mixins know who takes labels
     monkeypatch.setitem(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "momentum_lm", "MomentumLMForCausalLM")
     passed, _ = _failures(mixins, "llama")
     assert len(passed) > 50

@@ -8,11 +8,12 @@ from transformers import PretrainedConfig
 class MomentumLMConfig(PretrainedConfig):
     """Shapes and choices of a decoder with momentum attention (arXiv 2212.10559, section 5).
 
-    ``position``: sinusoidal, learned or rotary. ``activation``: gelu, gelu_accurate (its tanh form) or relu. ``momentum_kind``: none;
-    ema, which adds sum_{i<t} eta^(t-i) v_i to each head; or multi_ema, eight learned decays a channel. ``momentum_learned``: one decay a
-    head is learned. ``momentum_normalize``: the weights are scaled to sum to 1. ``momentum_gate``: none, or zero, a learned factor that
-    starts at 0. ``absent_tokens``: ids that are never predicted. ``padding_idx`` and ``eos_idx``: the ids that the model was trained with.
-    The first positions follow from ``padding_idx``, so it stays when ``pad_token_id`` is set to a token of one's own.
+    ``position``: sinusoidal, learned or rotary. ``activation``: gelu, gelu_accurate (its tanh form) or relu.
+    ``momentum_kind``: none; ema, which adds sum_{i<t} eta^(t-i) v_i to each head; or multi_ema, eight learned decays a
+    channel. ``momentum_learned``: one decay a head is learned. ``momentum_normalize``: the weights are scaled to sum to
+    1. ``momentum_gate``: none, or zero, a learned factor that starts at 0. ``absent_tokens``: ids that are never
+    predicted. ``padding_idx`` and ``eos_idx``: the ids that the model was trained with. The first positions follow from
+    ``padding_idx``, so it stays when ``pad_token_id`` is set to a token of one's own.
     """
 
     model_type = "momentum_lm"

@@ -21,7 +21,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .configuration_momentum_lm import MomentumLMConfig
 
 if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"this model needs transformers 5 or later, not {transformers.__version__}: pip install --upgrade transformers")
+    raise ImportError(
+        f"this model needs transformers 5 or later, not {transformers.__version__}: pip install --upgrade transformers"
+    )
 
 CHUNK = 32
 _LONGEST = 2**22  # tokens in a row of an exported model, whose rows may be of any length
@@ -29,12 +31,14 @@ ACTIVATIONS: dict[str, Any] = {"gelu": F.gelu, "gelu_accurate": lambda x: F.gelu
 
 
 class Seen(NamedTuple):
-    """What each new token (T of them) sees of the values (S of them, those of a cache included). All None: all before it, and itself.
+    """What each new token (T of them) sees of the values (S of them, those of a cache included). All None: all before
+    it, and itself.
 
-    ``order`` (B, S): the values in the order in which the average takes them, those that no token sees first; ``hidden`` (B, S): which
-    these are, in that order; ``where`` (B, T): each new token's place among the last T of the average. ``documents`` (B, S): the document
-    of each value, in that order, of rows that hold several. ``lag`` (B, 1 or H, T, S), which makes all others needless: how many tokens
-    before the new one a value is, negative if it is not seen.
+    ``order`` (B, S): the values in the order in which the average takes them, those that no token sees first;
+    ``hidden`` (B, S): which these are, in that order; ``where`` (B, T): each new token's place among the last T of the
+    average. ``documents`` (B, S): the document of each value, in that order, of rows that hold several. ``lag`` (B, 1
+    or H, T, S), which makes all others needless: how many tokens before the new one a value is, negative if it is not
+    seen.
     """
 
     order: Tensor | None = None
@@ -81,7 +85,9 @@ class Momentum(nn.Module):
         if self.delta is not None and self.gamma is not None:
             log_decay, weight = F.logsigmoid(self.delta), self.gamma / math.sqrt(self.gamma.shape[0])
         else:
-            log_decay = torch.full((self.config.num_attention_heads, 1), math.log(self.config.momentum_eta), device=device)
+            log_decay = torch.full(
+                (self.config.num_attention_heads, 1), math.log(self.config.momentum_eta), device=device
+            )
             if self.decay_logit is not None:
                 log_decay = F.logsigmoid(self.decay_logit)[:, None]
             weight = torch.expm1(-log_decay) if self.config.momentum_normalize else torch.ones_like(log_decay)
@@ -117,19 +123,22 @@ class Momentum(nn.Module):
         kernel = (weight[..., None] * torch.exp(distance * log_decay[..., None])).sum(1)
         kernel = kernel.unflatten(0, (values.shape[1], -1)).transpose(1, 2)[None]  # (1, H, S, D), by distance
         out = []
-        for row in lag.expand(*values.shape[:2], -1, -1).unbind(2):  # one query at a time: these are weights for each channel
+        for row in lag.expand(*values.shape[:2], -1, -1).unbind(
+            2
+        ):  # one query at a time: these are weights for each channel
             index = row.clamp(min=0)[..., None].expand_as(values)
             weights = kernel.expand_as(values).gather(2, index).masked_fill((row < 0)[..., None], 0.0)
             out.append((weights * values).sum(2))
         return torch.stack(out, 2)
 
     def average(self, values: Tensor, length: int, documents: Tensor | None = None) -> Tensor:
-        """values (B, R, S, D) -> (B, R, length, D): within chunks by the matrix of all decays, and over them by their sums.
+        """values (B, R, S, D) -> (B, R, length, D): within chunks by the matrix of all decays, and over them by their
+        sums.
 
         documents (B, S), one number a document, whose averages begin anew; ``length`` is S then.
         """
         log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
-        # Of several documents the matrices are each row's own, and with them each channel's if there are several decays.
+        # Of several documents the matrices are each row's own, and with several decays each channel's.
         size = CHUNK if documents is None or not self.several else 8
         if _unknown(values.shape[2]):
             size = 1  # then neither is how many chunks there are, which is arithmetic that an exporter does not follow
@@ -165,7 +174,8 @@ class Momentum(nn.Module):
         return out.flatten(2, 3)[:, :, used * size - length :]
 
     def carried_over(self, sums: Tensor, log_decay: Tensor, ends: Tensor | None) -> Tensor:
-        """sums (B, N, R, K, D) of K chunks alone -> of each and all chunks before it, in log2(K) steps. log_decay (R, N): over a chunk.
+        """sums (B, N, R, K, D) of K chunks alone -> of each and all chunks before it, in log2(K) steps. log_decay (R,
+        N): over a chunk.
 
         ends (B, K): only chunks that end in the same document belong together.
         """
@@ -189,7 +199,8 @@ class Momentum(nn.Module):
 
 
 def _unknown(count: Any) -> bool:
-    """Whether a size may be any number in the graph that is being made: ``torch.export`` fixes what a program compares."""
+    """Whether a size may be any number in the graph that is being made: ``torch.export`` fixes what a program
+    compares."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
     return isinstance(count, torch.SymInt) or (exporting and torch.compiler.is_dynamo_compiling())
 
@@ -220,7 +231,9 @@ class MomentumLMAttention(nn.Module):
     def __init__(self, config: MomentumLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+        )
         self.momentum = None if config.momentum_kind == "none" else Momentum(config)
 
     def forward(
@@ -234,7 +247,9 @@ class MomentumLMAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, T, C) -> the same shape, and the weights of eager attention."""
         shape = (*hidden_states.shape[:2], self.config.num_attention_heads, -1)
-        query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if rotation is not None:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         if past_key_values is not None:
@@ -322,12 +337,14 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """As other models of transformers: input_ids (B, T) or inputs_embeds (B, T, C) -> hidden states (B, T, C). ``attention_mask`` is
-        (B, tokens seen so far, and these), 0 at padding; or (B, 1 or H, T, S), True or 0 where a token sees another.
+        """As other models of transformers: input_ids (B, T) or inputs_embeds (B, T, C) -> hidden states (B, T, C).
+        ``attention_mask`` is (B, tokens seen so far, and these), 0 at padding; or (B, 1 or H, T, S), True or 0 where a
+        token sees another.
 
-        Where ``position_ids`` begin anew, another document begins, which sees nothing of the one before: in a row without
-        ``attention_mask``, as padding-free training has it, wherever a position is not the next one; with it, where they do not grow.
-        Raises ValueError for a mask of another width, and for more tokens than there are learned positions.
+        Where ``position_ids`` begin anew, another document begins, which sees nothing of the one before: in a row
+        without ``attention_mask``, as padding-free training has it, wherever a position is not the next one; with it,
+        where they do not grow. Raises ValueError for a mask of another width, and for more tokens than there are
+        learned positions.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -339,7 +356,9 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
             past_key_values = DynamicCache(config=config)
         length = x.shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        fixed = getattr(past_key_values, "is_compileable", False)  # a cache of fixed size, whose ``past`` may be a tensor
+        fixed = getattr(
+            past_key_values, "is_compileable", False
+        )  # a cache of fixed size, whose ``past`` may be a tensor
         total = past_key_values.layers[0].max_cache_len if fixed else past + length
         columns = torch.arange(length, device=x.device) + past
 
@@ -348,7 +367,9 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             missing = total - attention_mask.shape[1]
             if missing and not (fixed and missing > 0):
-                raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns for {past} tokens seen and {length} new ones")
+                raise ValueError(
+                    f"attention_mask has {attention_mask.shape[1]} columns for {past} tokens seen and {length} new ones"
+                )
             visible = given = F.pad(attention_mask.bool(), (0, missing)) if missing else attention_mask.bool()
         elif attention_mask is None and fixed:
             visible = torch.arange(total, device=x.device)[None] < past + length
@@ -375,15 +396,25 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         if documents is not None:
             mask = _own_mask(documents, visible)
         elif length == 1 and visible is not None and config._attn_implementation in ("eager", "sdpa"):
-            mask = visible[:, None, None]  # transformers looks whether all is visible, which waits for a GPU at each token
+            mask = visible[
+                :, None, None
+            ]  # transformers looks whether all is visible, which waits for a GPU at each token
         else:
-            mask = create_causal_mask(config=config, inputs_embeds=x, attention_mask=given, past_key_values=past_key_values)
+            mask = create_causal_mask(
+                config=config, inputs_embeds=x, attention_mask=given, past_key_values=past_key_values
+            )
         seen = Seen() if config.momentum_kind == "none" else _seen(config, given, visible, documents, columns, total)
 
         hidden, attentions = [x], []
         for layer in self.layers:
             x, weights = layer(
-                x, attention_mask=mask, past_key_values=past_key_values, rotation=rotation, seen=seen, use_cache=use_cache, **kwargs
+                x,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                rotation=rotation,
+                seen=seen,
+                use_cache=use_cache,
+                **kwargs,
             )
             hidden.append(x)
             attentions.append(weights)
@@ -403,8 +434,9 @@ class MomentumLMForCausalLM(MomentumLMPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, past_key_values: Any, **unused: Any) -> Tensor | None:
-        """What ``generate`` hands on with a cache of fixed size: attention_mask (B, tokens so far) -> (B, tokens of the cache), from which
-        the model makes the masks of attention and momentum. Of one width, so that a compiled model stays the same."""
+        """What ``generate`` hands on with a cache of fixed size: attention_mask (B, tokens so far) -> (B, tokens of the
+        cache), from which the model makes the masks of attention and momentum. Of one width, so that a compiled model
+        stays the same."""
         if attention_mask is None or attention_mask.dim() != 2:
             return attention_mask
         return F.pad(attention_mask, (0, past_key_values.layers[0].max_cache_len - attention_mask.shape[1]))
@@ -433,17 +465,31 @@ class MomentumLMForCausalLM(MomentumLMPreTrainedModel, GenerationMixin):
         """As other models of transformers, with the errors of :class:`MomentumLMModel`: input_ids (B, T) or inputs_embeds (B, T, C) ->
         logits (B, T, V), or of the last ``logits_to_keep`` tokens. ``labels`` (B, T) are the same tokens, which the loss shifts by one;
         -100 counts for nothing."""
-        found = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **kwargs)
+        found = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            return_dict=True,
+            **kwargs,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(found.last_hidden_state[:, kept])
         if self.config.absent_tokens:
             logits[..., list(self.config.absent_tokens)] = -math.inf
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        )
         return CausalLMOutputWithPast(loss, logits, found.past_key_values, found.hidden_states, found.attentions)
 
 
 def _documents(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
-    """position_ids (B, T), visible (B, T) or None -> the number of each token's document in its row; None if all rows are of one.
+    """position_ids (B, T), visible (B, T) or None -> the number of each token's document in its row; None if all rows
+    are of one.
 
     While a graph is made nothing is looked at, and there always are numbers.
     """
@@ -459,7 +505,8 @@ def _documents(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
 
 
 def _own_mask(documents: Tensor, visible: Tensor | None) -> Tensor:
-    """documents (B, T) -> (B, 1, T, T), True where a token (row) sees another: itself, and what is before it in its document."""
+    """documents (B, T) -> (B, 1, T, T), True where a token (row) sees another: itself, and what is before it in its
+    document."""
     length = documents.shape[1]
     index = torch.arange(length, device=documents.device)
     allowed = (documents[:, :, None] == documents[:, None]) & (index[:, None] >= index)
@@ -469,9 +516,15 @@ def _own_mask(documents: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def _seen(
-    config: MomentumLMConfig, mask: Tensor | None, visible: Tensor | None, documents: Tensor | None, columns: Tensor, total: int
+    config: MomentumLMConfig,
+    mask: Tensor | None,
+    visible: Tensor | None,
+    documents: Tensor | None,
+    columns: Tensor,
+    total: int,
 ) -> Seen:
-    """What momentum is to know of a row: mask (B, 1 or H, T, S) or what ``visible`` (B or 1, S) says, columns (T,) of the new tokens."""
+    """What momentum is to know of a row: mask (B, 1 or H, T, S) or what ``visible`` (B or 1, S) says, columns (T,) of
+    the new tokens."""
     if mask is not None and mask.dim() == 4:
         sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         after = sees.flip(-1).cumsum(-1).flip(-1) - sees.long()  # how many of those that a token sees come later

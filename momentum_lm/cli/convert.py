@@ -65,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _join(args, match)
         return 0
     from momentum_lm.convert.from_huggingface import find_model
+    from momentum_lm.files import refuse_pipes
 
     source, output = find_model(args.source), Path(os.path.abspath(args.output))
+    refuse_pipes(*(source.iterdir() if source.is_dir() else [source]))
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{args.output} holds {args.source}; choose another OUTPUT")
     if source.is_dir() and (source / "config.json").exists():
@@ -136,15 +138,21 @@ def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:
 
 def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     _refuse(args, "a part of a checkpoint", "dtype", "tokenizer", "model_overrides")
-    if os.path.exists(args.output) and not args.force:
-        raise UserError(f"{args.output} is there already; choose another name, or add --force")
+    if os.path.lexists(args.output):
+        if os.path.islink(args.output) or not os.path.isfile(args.output):
+            what = "a link, a folder or a device"
+            raise UserError(f"{args.output} is {what}; OUTPUT of a checkpoint in parts is the file to make")
+        if not args.force:
+            raise UserError(f"{args.output} is there already; choose another name, or add --force")
     import torch
     from tqdm import tqdm
 
-    from momentum_lm.files import atomic_write
+    from momentum_lm.files import atomic_write, refuse_pipes
     from momentum_lm.formats.checkpoint import load_checkpoint
     from momentum_lm.formats.options import num_updates
     from momentum_lm.lm.shards import join_shards, part_count
+
+    refuse_pipes(args.source)
 
     def load(rank: int) -> dict[str, Any]:
         return load_checkpoint(f"{match[1]}{rank}{match[2]}", trust=args.trust_checkpoint, mmap=True)

@@ -29,6 +29,8 @@ _KINDS: dict[str, tuple[Any, str]] = {  # of DecoderConfig's fields
     "int": (int, "whole number"), "float": ((int, float), "number"), "bool": (bool, "true or false"), "str": (str, "word"),
     "tuple[int, ...]": ((list, tuple), "list"),
 }  # fmt: skip
+_SHARES = ("dropout", "attention_dropout", "activation_dropout")
+_MOST = 1 << 31  # of anything that a configuration counts
 _VOCABULARY = ("embed_tokens.weight", "output_projection.weight")
 _OFFSET = 2  # rows of a learned position table that no token has: fairseq counts from the padding token's id + 1
 
@@ -44,6 +46,7 @@ class Family:
     transposed: names there of matrices that are stored the other way round. ignored: names of tensors that say nothing.
     base: the prefix that a file lacks if it was saved without the output projection.
     position_rows: rows of a learned position table there that no token has. fairseq_ids: token ids are those of a fairseq dictionary.
+    earlier: what entries of config.json were called in files of earlier versions.
     """
 
     model_type: str
@@ -58,6 +61,7 @@ class Family:
     base: str = "model."
     position_rows: int = _OFFSET
     fairseq_ids: bool = True
+    earlier: Mapping[str, str] = field(default_factory=dict)
 
     def theirs(self, name: str) -> str:
         """The name there of the tensor that is ``name`` here."""
@@ -68,32 +72,42 @@ class Family:
         for name, (value, reason) in self.needs.items():
             found = config.get(name, value)
             if found != value:
-                raise UserError(f"{name} is {found!r}: {reason}")
+                raise UserError(f"{name} is {_shown(found)}: {reason}")
         given: dict[str, Any] = {}
         kinds = {f.name: f.type for f in dataclasses.fields(DecoderConfig)}
         for ours, theirs in self.fields.items():
-            value = config.get(theirs)
+            value = config.get(theirs, config.get(self.earlier.get(theirs, theirs)))
             value = self.defaults.get(theirs) if value is None else value
             if value is None and ours == "ffn_dim":
                 value = 4 * given["dim"]
             kind, what = _KINDS[str(kinds[ours])]
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise UserError(f"{theirs} is {value!r}, which is no {what}")
+                raise UserError(f"{theirs} is {_shown(value)}, which is no {what}")
+            if ours in _SHARES and not 0 <= value <= 1:
+                raise UserError(f"{theirs} is {value}, which is no share of 1")
+            if kind is int and not 0 < value < _MOST:
+                raise UserError(f"{theirs} is {_shown(value)}; no model has that")
             given[ours] = tuple(value) if isinstance(value, list) else value
-        if self.fields is not _OWN:
+        absent = given.get("absent_tokens", ())
+        if not all(type(token) is int and 0 <= token < vocab_size for token in absent):
+            raise UserError(f"absent_tokens is {_shown(absent)}, which is no list of ids of its {vocab_size} tokens")
+        if self is not MOMENTUM:
             if given["activation"] not in ACTIVATIONS:
                 known = ", ".join(ACTIVATIONS)
-                raise UserError(f"{self.fields['activation']} is {given['activation']!r}, which the decoder does not have ({known})")
+                called = _shown(given["activation"])
+                raise UserError(f"{self.fields['activation']} is {called}, which the decoder does not have ({known})")
             given["activation"] = ACTIVATIONS[given["activation"]]
         return DecoderConfig(**{"vocab_size": vocab_size, **self.constants, **given})
 
     def config(self, decoder: DecoderConfig, vocab_size: int) -> dict[str, Any]:
         """The config.json of a decoder that the family represents, apart from its dtype and its token ids (but those in ``needs``)."""
         values = dataclasses.asdict(decoder) | {"vocab_size": vocab_size}
-        if self.fields is not _OWN:
+        if self is not MOMENTUM:
             values["activation"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == decoder.activation)
         named = {theirs: values[ours] for ours, theirs in self.fields.items()}
         needed = {name: value for name, (value, _) in self.needs.items()}
+        if self is MOMENTUM:
+            needed = {"pad_token_id": decoder.padding_idx, "eos_token_id": decoder.eos_idx}
         return {"model_type": self.model_type, "architectures": [self.architecture], "vocab_size": vocab_size, **needed, **named}
 
     def represents(self, decoder: DecoderConfig) -> bool:
@@ -143,6 +157,9 @@ class Family:
     def check(self, theirs: Mapping[str, Lazy], decoder: DecoderConfig, vocab_size: int) -> None:
         """Raises UserError unless the tensors are those of the configuration: one missing, one too many, or one of another shape
         or not of fp64, fp32, fp16 or bf16."""
+        if decoder.layers > len(theirs):  # each has more than one
+            problem = f"there are {len(theirs)} of them, for {decoder.layers} layers"
+            raise UserError(f"its tensors do not fit its config.json: {problem}")
         own = dataclasses.replace(decoder, vocab_size=vocab_size, absent_tokens=())
         wanted = self.to_theirs(expected(own), decoder.tie_embeddings)
         missing, unknown = sorted(wanted.keys() - theirs.keys()), sorted(theirs.keys() - wanted.keys())
@@ -157,6 +174,12 @@ class Family:
                 raise UserError(f"{name} is in {theirs[name].dtype}: give the model before it was quantised")
 
 
+def _shown(value: object) -> str:
+    """A value of somebody's file, in a message: on one line, and not all of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def expected(decoder: DecoderConfig) -> dict[str, Lazy]:
     """The decoder's state dict: names, shapes, and nothing in them."""
     with torch.device("meta"):
@@ -169,7 +192,15 @@ def _note(decoder: DecoderConfig, name: str) -> Tensor:
     return momentum.state_dict()[name.rpartition(".")[2]]
 
 
-_OWN = {f.name: f.name for f in dataclasses.fields(DecoderConfig) if f.name not in ("vocab_size", "checkpoint_activations")}
+_USUAL = {  # what transformers' own models call it, for what reads a config.json
+    "dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_OWN = [f.name for f in dataclasses.fields(DecoderConfig) if f.name not in ("vocab_size", "checkpoint_activations")]
 _TRAINING = {"dropout": "dropout", "attention_dropout": "attention_dropout"}
 
 XGLM = Family(
@@ -271,7 +302,8 @@ MOMENTUM = Family(
     "momentum_lm",
     "MomentumLMForCausalLM",
     names=((r"output_projection\.", "lm_head."), ("", "model.")),
-    fields=_OWN,
+    fields={name: _USUAL.get(name, name) for name in _OWN},
+    earlier={theirs: ours for ours, theirs in _USUAL.items()},
 )
 FAMILIES = {family.model_type: family for family in (XGLM, OPT, GPT2, MOMENTUM)}
 
@@ -279,7 +311,8 @@ FAMILIES = {family.model_type: family for family in (XGLM, OPT, GPT2, MOMENTUM)}
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises UserError for a model that the decoder cannot be, saying why and what to use instead."""
     kind = config.get("model_type")
-    name = (config.get("architectures") or [kind])[0]
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else kind
     family = FAMILIES.get(str(kind))
     if family is None:
         raise UserError(

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from momentum_lm.errors import UserError
@@ -30,6 +30,10 @@ def whole_folder(output: Path, force: bool) -> Iterator[Path]:
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} does not exist; make that folder first, or choose another OUTPUT")
     partial, old = (output.with_name(f".{output.name}.{word}") for word in ("partial", "old"))
+    for path in (partial, old):  # what is left of a killed process is taken away, and nothing else
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or _foreign(path, {".lock"})):
+            what = "where a conversion keeps what is not finished, and is not from one"
+            raise UserError(f"{path} is {what}; move it away")
     with naming(output), locked(partial):
         try:
             if old.exists() and not output.exists():  # a process was killed between the two renamings below
@@ -58,12 +62,19 @@ def _check(output: Path, force: bool) -> None:
         return
     if not output.is_dir() or output.is_symlink():
         raise UserError(f"{output} is {'a link' if output.is_symlink() else 'not a folder'}; OUTPUT is the folder to make")
-    found = sorted(output.iterdir())
-    foreign = [path.name for path in found if path.is_dir() or not _OURS.fullmatch(path.name)]
+    foreign = _foreign(output)
     if foreign:
         raise UserError(f"{output} holds {foreign[0]}, which a conversion does not write; choose another OUTPUT")
-    if found and not force:
+    if any(output.iterdir()) and not force:
         raise UserError(f"{output} is there already; choose another OUTPUT, or add --force")
+
+
+def _foreign(folder: Path, others: Set[str] = frozenset()) -> list[str]:
+    """Names in a folder, sorted, that no conversion wrote: other ones than its own and ``others``, and what is no
+    ordinary file."""
+    ordinary = {entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)}
+    ours = {name for name in ordinary if _OURS.fullmatch(name) or name in others}
+    return sorted(set(os.listdir(folder)) - ours)
 
 
 def _remove(path: Path) -> None:

@@ -27,6 +27,7 @@ from .lazy import Lazy, read_safetensors, write_torch
 from .tokenizers import save_tokenizer
 
 CHECKPOINT = "model.pt"
+_MOST_JSON = 1 << 27  # bytes: an index of a hundred thousand tensors has a tenth
 _BESIDE = ("*.json", "*.txt", "*.model")
 
 
@@ -83,7 +84,7 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
     try:
         family = family_of(config)
         vocabulary = config.get("vocab_size")
-        if not isinstance(vocabulary, int):
+        if not isinstance(vocabulary, int) or isinstance(vocabulary, bool) or not 0 < vocabulary < 1 << 31:
             raise UserError("it gives no vocab_size")
         decoder = family.decoder_config(config, vocabulary)
     except UserError as error:
@@ -103,7 +104,7 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
         raise UserError(f"{folder}: {error}") from error
     eos = config.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos  # of several, the first is the pretrained model's
-    eos = eos if isinstance(eos, int) else None
+    eos = eos if isinstance(eos, int) and not isinstance(eos, bool) else None
     tokenizer = _save_tokenizer(folder, output, eos)
     dictionary, order = _vocabulary(folder, family, vocabulary, tokenizer, eos)
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -122,7 +123,9 @@ def write_checkpoint(source: Source, folder: Path, dtype: torch.dtype | None, pr
     weights: dict[str, Any] = {}
     made: dict[Lazy, Lazy] = {}  # so that what is tied stays so
     for name, lazy in tensors.items():
-        weights[f"decoder.{name}"] = made.setdefault(lazy, lazy if ".momentum." in name else lazy.to(dtype))
+        if lazy not in made:
+            made[lazy] = lazy.weight(f"{source.folder}: {name}", None if ".momentum." in name else dtype)
+        weights[f"decoder.{name}"] = made[lazy]
     # what stock fairseq asks for in a strict load
     weights["decoder.version"] = Lazy.of(torch.tensor([3.0]))
     if source.decoder.position == "sinusoidal":
@@ -244,9 +247,12 @@ def _tensors(folder: Path, family: Family, trust: bool) -> dict[str, Lazy]:
 
 def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
     state = load_checkpoint(path, trust=trust, mmap=True)
-    wrong = next((name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor) or not isinstance(name, str)), None)
-    if wrong is not None:
-        raise UserError(f"{path} holds {shown(wrong)}, which is no tensor: it is not the weights of a model of transformers")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            what = "which is no tensor: it is not the weights of a model of transformers"
+            raise UserError(f"{path} holds {shown(name)}, {what}")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{path}: {shown(name)} is {tensor.layout} on {tensor.device}, and no weights of a model")
     return {name: Lazy.of(tensor) for name, tensor in state.items()}
 
 
@@ -299,9 +305,13 @@ def _vocabulary(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _MOST_JSON:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes; no configuration is so large")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be read: it is nested too deeply") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from momentum_lm.errors import UserError
+from momentum_lm.modules.precision import DTYPES
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,6 +33,12 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of wei
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
              torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}  # fmt: skip
+_FLAGS = {dtype: name for name, dtype in DTYPES.items()}
+_ROOM = {  # what holds more
+    torch.float16: "use --dtype bf16 or fp32",
+    torch.bfloat16: "use --dtype fp32, or leave out --dtype",
+    torch.float32: "leave out --dtype",
+}
 _ALIGNMENT = 64  # of tensors in torch's file, as torch itself aligns them
 
 
@@ -65,6 +72,27 @@ class Lazy:
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
         return replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
+
+    def weight(self, name: str, dtype: torch.dtype | None) -> Lazy:
+        """As :meth:`to`, of numbers that must be there afterwards: reading it raises UserError, which calls it
+        ``name``, if it holds NaN or infinity, or what ``dtype`` would make infinite. What ``dtype`` makes 0 is close to
+        it."""
+        result = replace(self, dtype=dtype) if dtype is not None and self.dtype.is_floating_point else self
+
+        def load() -> Tensor:
+            tensor = self.load()
+            if tensor.is_floating_point() and tensor.numel():
+                extremes = torch.stack(tensor.aminmax())  # which are NaN if any is
+                if not extremes.isfinite().all():
+                    held = "NaN" if extremes.isnan().any() else "infinity"
+                    raise UserError(f"{name} holds {held}: the model is broken; convert an earlier checkpoint or another copy")
+                if not extremes.to(result.dtype).isfinite().all():
+                    largest, limit = extremes.abs().max(), torch.finfo(result.dtype).max
+                    what = f"{name} reaches {largest:.6g}, and {_FLAGS[result.dtype]} ends at {limit:.6g}"
+                    raise UserError(f"{what}: {_ROOM[result.dtype]}")
+            return tensor.to(result.dtype)
+
+        return replace(result, load=load)
 
     def transposed(self) -> Lazy:
         """(A, B) -> (B, A)."""

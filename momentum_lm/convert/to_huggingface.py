@@ -20,13 +20,14 @@ from momentum_lm.modules import DecoderConfig
 from momentum_lm.modules.momentum import NOTES
 
 from .families import GPT2, MOMENTUM, OPT, XGLM, Family
-from .lazy import Lazy, write_safetensors
-from .tokenizers import write_tokenizer
+from .lazy import FLOATS, Lazy, write_safetensors
+from .tokenizers import special_tokens, write_tokenizer
 
 PART = 5_000_000_000  # bytes, as transformers cuts
 _REMOTE = Path(__file__).parent / "remote"
 _MODULES = {
     "AutoConfig": "configuration_momentum_lm.MomentumLMConfig",
+    "AutoModel": "modeling_momentum_lm.MomentumLMModel",
     "AutoModelForCausalLM": "modeling_momentum_lm.MomentumLMForCausalLM",
 }
 
@@ -38,9 +39,14 @@ def read_checkpoint(
     weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
     found = weights.get("model", weights)
     tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong
-    parameters = [value for name, value in tensors if isinstance(value, torch.Tensor) and str(name).endswith((".weight", ".bias"))]
-    dtypes = {tensor.dtype for tensor in parameters if tensor.is_floating_point() and tensor.itemsize > 1} or {torch.float32}  # what else there is, notes of the format, is in fp32
-    return load_native(path, overrides, trust, dtype=functools.reduce(torch.promote_types, dtypes), tokenizer=tokenizer)
+    named = {str(name): value for name, value in tensors if isinstance(value, torch.Tensor)}
+    dtypes = {tensor.dtype for name, tensor in named.items() if name.endswith((".weight", ".bias"))}
+    for name, tensor in named.items():  # what else there is, notes of the format, is in fp32
+        if tensor.dtype not in FLOATS and (".momentum." in name or name.endswith((".weight", ".bias"))):
+            remedy = "give the model in fp32, bf16 or fp16, before it was quantised"
+            raise UserError(f"{path}: {name} is in {tensor.dtype}: {remedy}")
+    dtype = functools.reduce(torch.promote_types, dtypes or {torch.float32})
+    return load_native(path, overrides, trust, dtype=dtype, tokenizer=tokenizer)
 
 
 def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> tuple[str, int, list[str]]:
@@ -53,7 +59,9 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     family, order = choose(decoder, dictionary, tokenizer, bos)
     ours = {name: Lazy.of(tensor) for name, tensor in lm.model.state_dict().items()}
     tensors = family.to_theirs(ours, decoder.tie_embeddings, order)
-    tensors = {name: lazy if ".momentum." in name else lazy.to(dtype) for name, lazy in tensors.items()}
+    tensors = {
+        name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype) for name, lazy in tensors.items()
+    }
     names = _write_parts(tensors, folder, progress)
     where = {our: i for i, our in enumerate(order.tolist())} if order is not None else {i: i for i in range(decoder.vocab_size)}
     ids = {"bos_token_id": where[bos], "eos_token_id": where[EOS], "pad_token_id": where.get(PAD)}
@@ -61,9 +69,8 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     config = {**ids, **family.config(decoder, len(where)), "dtype": str(stored).removeprefix("torch.")}
     if family is MOMENTUM:
         config["auto_map"] = _MODULES
-        for module in _MODULES.values():
-            name = f"{module.partition('.')[0]}.py"
-            shutil.copyfile(_REMOTE / name, folder / name)
+        for module in sorted({name.partition(".")[0] for name in _MODULES.values()}):
+            shutil.copyfile(_REMOTE / f"{module}.py", folder / f"{module}.py")
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
     notes = [f"{len(names)} files of weights"] if len(names) > 1 else []
@@ -73,6 +80,13 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     else:
         notes.append("there is no tokenizer beside the checkpoint, so none was written; name its folder with --tokenizer")
     return family.architecture, sum(lazy.numel for name, lazy in tensors.items() if name.rpartition(".")[2] not in NOTES), notes
+
+
+def names_of_tokens(lm: NativeLM) -> dict[str, int]:
+    """The names in a text that are special tokens to transformers with what :func:`write_model` writes, and text to
+    ``lm``: their ids."""
+    order = choose(lm.config, lm.tokenizer.dictionary, lm.tokenizer, lm.bos[0])[1]
+    return special_tokens(lm.tokenizer, None if order is None else order.tolist())
 
 
 def choose(

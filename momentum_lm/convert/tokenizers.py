@@ -14,6 +14,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
 
 NAMES = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+_MOST_TOKENS = 1 << 24
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # one of which every tokenizer of transformers has
 
 
@@ -30,22 +31,32 @@ def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTo
         import transformers
     except ImportError as error:
         raise UserError("tokenizers of Hugging Face need transformers: pip install 'momentum_lm[transformers]'") from error
+    own = source / "tokenizer.json"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # of many kinds
+        if not tokenizer.is_fast:
+            kind = type(tokenizer).__name__
+            raise UserError(f"{source}: the tokenizer is {kind}, Python code without a tokenizer.json")
+        backend = tokenizer.backend_tokenizer
+        if own.exists() and type(backend).from_file(str(own)).to_str() == backend.to_str():
+            shutil.copyfile(own, folder / own.name)  # as it is: scores lose a digit each time they are read and written
+        else:
+            (folder / own.name).write_text(backend.to_str(pretty=True), encoding="utf-8")
+        last = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        roles = {role: str(token) for role in NAMES if (token := getattr(tokenizer, role)) is not None}
+        if "eos_token" not in roles and eos is not None and 0 <= eos < len(tokenizer):
+            roles["eos_token"] = tokenizer.convert_ids_to_tokens(eos)
+        length = tokenizer.model_max_length
+        limit = {"model_max_length": length} if isinstance(length, int) and 0 < length < 1 << 40 else {}
+    except UserError:
+        raise
+    except BaseException as error:  # of many kinds: what is written in Rust panics with one of its own
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)):
+            raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source}: transformers does not load the tokenizer: {reason}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{source}: the tokenizer is {type(tokenizer).__name__}, Python code without a tokenizer.json")
-    backend, own = tokenizer.backend_tokenizer, source / "tokenizer.json"
-    if own.exists() and type(backend).from_file(str(own)).to_str() == backend.to_str():
-        shutil.copyfile(own, folder / own.name)  # as it is: scores lose a digit each time they are read and written
-    else:
-        (folder / own.name).write_text(backend.to_str(pretty=True), encoding="utf-8")
-    roles = {role: str(token) for role in NAMES if (token := getattr(tokenizer, role)) is not None}
-    if "eos_token" not in roles and eos is not None and 0 <= eos < len(tokenizer):
-        roles["eos_token"] = tokenizer.convert_ids_to_tokens(eos)
-    limit = {"model_max_length": tokenizer.model_max_length} if tokenizer.model_max_length < 1 << 40 else {}
+    if last > _MOST_TOKENS:
+        raise UserError(f"{source}: the tokenizer has an id of {last:,}; no model has so many tokens")
     _write_settings(folder, roles, bool(tokenizer.split_special_tokens), limit)
     return HuggingFaceTokenizer(folder)
 
@@ -84,14 +95,30 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int, bos:
         folder / "tokenizer.json",
         model | {"version": "1.0", "added_tokens": _added(SPECIALS), "post_processor": _template(SPECIALS, bos)},
     )
-    _write_settings(folder, names, True, limit)
+    _write_settings(folder, names, False, limit)
     if isinstance(tokenizer, GPT2Tokenizer):
         return None
     return "SentencePiece adds up in fp32 and tokenizer.json in fp64, so where cuts tie, as in long runs of one sign, pieces may differ"
 
 
+def special_tokens(tokenizer: Tokenizer, order: Sequence[int] | None = None) -> dict[str, int]:
+    """The names in a text that are tokens, and not text, to what :func:`write_tokenizer` makes of a tokenizer, and not
+    to itself: ids.
+
+    fairseq's tokenizers know no special tokens. Those of transformers all do, and whoever writes prompts for them (a
+    chat template, what ends a text in finetuning, an evaluation harness) relies on it; to split them would also split
+    those that a user adds.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return {name: i for i, name in enumerate(SPECIALS)}
+    ids = tokenizer.own_to_dictionary[: tokenizer.vocab_size]
+    if order is not None or tokenizer.splits_special_tokens or ids == list(range(len(ids))):
+        return {}
+    return {name: i for i, name in enumerate(SPECIALS) if i not in ids}  # those that it had none for
+
+
 def _write_settings(folder: Path, names: dict[str, str], split: bool, more: dict[str, Any]) -> None:
-    """``tokenizer_config.json``. ``split``: the names of special tokens are ordinary text, as they are to fairseq."""
+    """``tokenizer_config.json``. ``split``: the names of special tokens are ordinary text, as the tokenizer had it."""
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": split, "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", {**fixed, **names, **more})
 

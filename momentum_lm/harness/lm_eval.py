@@ -25,7 +25,8 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from momentum_lm.data.dictionary import BOS, EOS, SPECIALS
+from momentum_lm.convert.to_huggingface import names_of_tokens
+from momentum_lm.data.dictionary import PAD, SPECIALS
 from momentum_lm.errors import UserError
 from momentum_lm.icl.prompts import Request, common_length
 from momentum_lm.icl.scoring import halving
@@ -35,7 +36,6 @@ from momentum_lm.modules.precision import DTYPES
 from .generation import generate, likeliest, row_budget, sample
 from .scoring import Answer, batches, score
 
-_SPECIAL = {SPECIALS[token]: [token] for token in (BOS, EOS)}
 _AT_ONCE = 256  # requests whose texts are encoded together
 _GENERATED_AT_ONCE = 64  # rows, as the harness's own models have it; where memory allows
 _log = logging.getLogger(__name__)
@@ -43,12 +43,19 @@ _log = logging.getLogger(__name__)
 
 @register_model("momentum_lm")
 class MomentumLM(LM):
-    """A fairseq checkpoint, ours, a stock ``transformer_lm*`` or a published dense LM, as lm-evaluation-harness asks it.
+    """A fairseq checkpoint, ours, a stock ``transformer_lm*`` or a published dense LM, as lm-evaluation-harness asks
+    it.
 
-    A prompt begins with the token that the model's training inputs began with (``NativeLM.bos``), as for ``fairseq-eval``, and an empty
-    one is that token alone; ``<s>`` and ``</s>`` in a text are the tokens, as the harness's own models have it. What is longer than the
-    model's context loses its beginning, that token included. A continuation's tokens are those in which the prompt with it differs from
-    the prompt without, whose final white space counts as the continuation's.
+    A prompt begins with the token that the model's training inputs began with (``NativeLM.bos``), as for
+    ``fairseq-eval``, and an empty one is that token alone. What is longer than the model's context loses its beginning,
+    that token included. A continuation's tokens are those in which the prompt with it differs from the prompt without,
+    whose final white space counts as the continuation's.
+
+    A text that spells a special token is that token: ``<s>``, ``</s>`` and ``<unk>`` for fairseq's tokenizers, and for
+    a ``tokenizer.json`` what it says itself. So it is with ``--model hf`` on every model (``<|endoftext|>`` with
+    GPT-2), and there a prompt that begins with the text of the first token gets no other; ``--model hf`` on what
+    ``momentum-lm convert`` makes of the checkpoint sees the same ids. A text with ``<pad>`` is refused: padding is no
+    token to the model. ``fairseq-eval``, whose texts are data, reads all such names as ordinary text.
 
     Arguments, those of ``--model_args``:
         path: checkpoint file, or a folder with one; or a loaded ``NativeLM``, to which ``tokenizer`` to ``trust_checkpoint`` do not apply.
@@ -94,6 +101,7 @@ class MomentumLM(LM):
         if self.max_length > self.lm.max_positions:
             raise UserError(f"--model_args max_length={max_length}: {self.lm.name} takes {self.lm.max_positions} tokens; give no more")
         self.max_gen_toks = _number("max_gen_toks", max_gen_toks, 256)
+        self._special = names_of_tokens(self.lm)
         auto = str(batch_size).partition(":")[0] == "auto"
         self._rows = _number("max_batch_size", max_batch_size, None) if auto else _number("batch_size", batch_size, None)
 
@@ -238,10 +246,17 @@ class MomentumLM(LM):
         return tokens if bos and tokens[: len(bos)] == bos else bos + tokens
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        split = [[part for part in re.split("(<s>|</s>)", text) if part] for text in texts]
-        plain = list({part for parts in split for part in parts} - _SPECIAL.keys())
-        ids = dict(zip(plain, self.lm.encode(plain), strict=True)) | _SPECIAL
-        return [[token for part in parts for token in ids[part]] for parts in split]
+        special = {name: [token] for name, token in self._special.items()}
+        names = "|".join(map(re.escape, special))
+        split = [[part for part in re.split(f"({names})", text) if part] if names else [text] for text in texts]
+        plain = list({part for parts in split for part in parts} - special.keys())
+        ids = dict(zip(plain, self.lm.encode(plain), strict=True)) | special
+        encoded = [[token for part in parts for token in ids[part]] for parts in split]
+        for text, tokens in zip(texts, encoded, strict=True):
+            if PAD in tokens:
+                what = f"a prompt holds {SPECIALS[PAD]}, the padding of {self.lm.name}, which it cannot read"
+                raise UserError(f"{what}: {_excerpt(text)}")
+        return encoded
 
     def _warn(self, lengths: Sequence[int], most: int) -> None:
         long = sum(length > most for length in lengths)
@@ -325,6 +340,11 @@ def _number(name: str, value: Any, default: int | None) -> Any:
     if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)) or int(value) < 1:
         raise UserError(f"--model_args {name}={value}: give a whole number above 0")
     return int(value)
+
+
+def _excerpt(text: str) -> str:
+    place = max(0, text.find(SPECIALS[PAD]) - 30)
+    return repr(text[place : place + 60])
 
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -79,6 +79,117 @@ def test_tensors_that_do_not_fit(make_model, refused, tmp_path, change, message)
     assert sorted(os.listdir(tmp_path)) == ["theirs"]
 
 
+def infinite(tensors):
+    tensors["transformer.h.1.ln_1.weight"][3] = -torch.inf
+
+
+def undefined(tensors):
+    tensors["transformer.wte.weight"][5, 5] = torch.nan
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype", "fp16"]])
+@pytest.mark.parametrize("change, what", [(infinite, "holds infinity"), (undefined, "holds NaN")])
+def test_broken_weights(make_model, refused, tmp_path, change, what, flags):
+    _, theirs = make_model("gpt2")
+    tensors = load_file(theirs / "model.safetensors")
+    change(tensors)
+    save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
+    line = refused(theirs, tmp_path / "ours", *flags)
+    assert f"{theirs}: " in line and f"weight {what}: the model is broken" in line
+    assert sorted(os.listdir(tmp_path)) == ["theirs"]
+
+
+def test_a_dtype_that_cannot_hold_the_weights(make_model, convert, refused, tmp_path):
+    """Both ways; what becomes 0 is well; the largest numbers stay where they fit."""
+    _, theirs = make_model("opt")
+    path = theirs / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.decoder.layers.1.fc1.weight"
+    tensors[name][2, 3], tensors[name][0, 0] = -65504, 1e-12
+    save_file(tensors, path, {"format": "pt"})
+    convert(theirs, tmp_path / "ours", "--dtype", "fp16")
+    weight = torch.load(tmp_path / "ours" / "model.pt", weights_only=True)["model"]["decoder.layers.1.fc1.weight"]
+    assert weight[2, 3] == -65504 and weight[0, 0] == 0 and weight.dtype == torch.float16
+    tensors[name][2, 3] = -70000
+    save_file(tensors, path, {"format": "pt"})
+    convert(theirs, tmp_path / "large")
+    for source, called in ((theirs, "layers.1.fc1.weight"), (tmp_path / "large", name)):
+        line = refused(source, tmp_path / "x", "--dtype", "fp16")
+        assert f"{called} reaches 70000, and fp16 ends at 65504: use --dtype bf16 or fp32" in line
+    tensors[name][2, 3] = 3.4e38
+    save_file(tensors, path, {"format": "pt"})
+    line = refused(theirs, tmp_path / "x", "--dtype", "bf16")
+    assert "reaches 3.4e+38, and bf16 ends at 3.38953e+38: use --dtype fp32, or leave out --dtype" in line
+    tensors[name][2, 3] = 1
+    save_file({key: tensor.double() * (1e300 if key == name else 1) for key, tensor in tensors.items()}, path, {"format": "pt"})
+    assert "ends at 3.40282e+38: leave out --dtype" in refused(theirs, tmp_path / "x", "--dtype", "fp32")
+    assert sorted(os.listdir(tmp_path)) == ["large", "ours", "theirs"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool])
+def test_a_checkpoint_of_other_numbers(make_lm, refused, tmp_path, dtype):
+    state = {f"decoder.{name}": tensor for name, tensor in make_lm().model.state_dict().items()}
+    state["decoder.layers.0.fc1.weight"] = state["decoder.layers.0.fc1.weight"].to(dtype)
+    torch.save({"model": state}, tmp_path / "model.pt")
+    line = refused(tmp_path / "model.pt", tmp_path / "x", "--model-overrides", "{'decoder_attention_heads': 2}")
+    assert f"decoder.layers.0.fc1.weight is in {dtype}: give the model in fp32, bf16 or fp16" in line
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"model_type": "gpt2", "architectures": 5}', "gives no vocab_size"),
+        ('{"model_type": ["gpt2"], "architectures": {"a": 1}}', "is none of XGLMForCausalLM"),
+        ('{"vocab_size": true}', "gives no vocab_size"),
+        ('{"vocab_size": 1000000000000}', "gives no vocab_size"),
+        ('{"n_layer": 1000000000}', "--decoder-layers 1000000000: must be at most"),
+        ('{"n_layer": 500}', "there are 40 of them, for 500 layers"),
+        ('{"n_layer": -1}', "n_layer is -1; no model has that"),
+        ('{"n_head": 0}', "n_head is 0; no model has that"),
+        ('{"n_embd": 4000000000000}', "n_embd is 4000000000000; no model has that"),
+        ('{"resid_pdrop": NaN}', "resid_pdrop is nan, which is no share of 1"),
+        ('{"attn_pdrop": 1e999}', "attn_pdrop is inf, which is no share of 1"),
+        ('{"activation_function": ' + "[" * 500 + "]" * 500 + "}", "..., which is no word"),
+    ],
+)
+def test_configurations_of_no_model(make_model, refused, tmp_path, content, message):
+    _, theirs = make_model("gpt2")
+    if content.endswith("}") and "model_type" not in content:
+        edit(theirs, **json.loads(content))
+    else:
+        (theirs / "config.json").write_text(content)
+    assert message in refused(theirs, tmp_path / "ours")
+    assert sorted(os.listdir(tmp_path)) == ["theirs"]
+
+
+def test_pipes_are_not_waited_for(make_model, refused, tmp_path):
+    _, theirs = make_model("gpt2")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (theirs / name).rename(tmp_path / "away")
+        os.mkfifo(theirs / name)
+        assert f"{theirs / name} is a named pipe, not a file" in refused(theirs, tmp_path / "ours")
+        (theirs / name).unlink()
+        (tmp_path / "away").rename(theirs / name)
+    for name in ("pipe.pt", "checkpoint-shard0.pt"):
+        os.mkfifo(tmp_path / name)
+        assert f"{name} is a named pipe, not a file" in refused(tmp_path / name, tmp_path / "ours")
+    assert "/dev/zero is a device, not a file" in refused("/dev/zero", tmp_path / "ours")
+
+
+def test_a_damaged_file_of_pytorch(make_model, refused, tmp_path):
+    _, theirs = make_model("gpt2")
+    tensors = load_file(theirs / "model.safetensors")
+    (theirs / "model.safetensors").unlink()
+    for changes, message in (
+        ({5: torch.zeros(2)}, "holds 5, which is no tensor"),
+        ({"transformer.wpe.weight": torch.empty(48, 32, device="meta")}, "pytorch_model.bin holds a tensor without values"),
+        ({"transformer.wpe.weight": torch.eye(32).to_sparse()}, "pytorch_model.bin holds"),
+    ):
+        torch.save(tensors | changes, theirs / "pytorch_model.bin")
+        assert message in refused(theirs, tmp_path / "ours")
+
+
 def test_damaged_files(make_model, refused, tmp_path):
     _, theirs = make_model("gpt2")
     weights, out = theirs / "model.safetensors", tmp_path / "ours"
@@ -136,6 +247,24 @@ def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypa
     (tmp_path / "mine" / "notes.md").write_text("mine")
     assert "mine holds notes.md, which a conversion does not write" in refused(theirs, tmp_path / "mine", "--force")
     assert (tmp_path / "mine" / "notes.md").read_text() == "mine"
+    for name in (".own.partial", ".own.old"):  # a user's, by chance
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.md").write_text("mine")
+        line = refused(theirs, tmp_path / "own", "--force")
+        assert f"{name} is where a conversion keeps what is not finished, and is not from one" in line
+        assert (tmp_path / name / "notes.md").read_text() == "mine"
+        (tmp_path / name).rename(tmp_path / f"kept{name}")
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+        assert "is not from one; move it away" in refused(theirs, tmp_path / "own", "--force")
+        (tmp_path / name).unlink()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "config.json").symlink_to(theirs / "config.json")
+    assert "linked holds config.json, which a conversion does not write" in refused(theirs, tmp_path / "linked", "--force")
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is not a folder; OUTPUT is the folder to make" in refused(theirs, tmp_path / "pipe", "--force")
+    assert "/dev/null is not a folder" in refused(theirs, "/dev/null", "--force")
+    for name in ("link", "pipe", "/dev/null", "mine"):
+        assert "is a link, a folder or a device; OUTPUT of a checkpoint in parts" in refused("a-shard0.pt", name, "--force")
     (tmp_path / "empty").mkdir()
     convert(theirs, "empty")
     assert "empty is there already; choose another OUTPUT, or add --force" in refused(theirs, tmp_path / "empty")
@@ -144,7 +273,7 @@ def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypa
     assert "which is a model of Hugging Face; leave it out" in refused(theirs, tmp_path / "x", "--model-overrides", "{'a': 1}")
     assert "checkpoints/checkpoint_bset.pt does not exist; give a checkpoint" in refused("checkpoints/checkpoint_bset.pt", tmp_path / "x")
     torch.save({"model": None}, tmp_path / "none.pt")
-    assert "none.pt holds no decoder-only language model" in refused(tmp_path / "none.pt", tmp_path / "x")
+    assert "none.pt: its model is of type NoneType, not a dict of tensors" in refused(tmp_path / "none.pt", tmp_path / "x")
     (tmp_path / "bad.pt").write_bytes(b"nothing")
     assert "bad.pt" in refused(tmp_path / "bad.pt", tmp_path / "x")
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))

@@ -160,6 +160,157 @@ class _Plain(MomentumLMForCausalLM):
         return transformers.modeling_outputs.CausalLMOutputWithPast(logits=self.decoder(input_ids))
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("changes", [*SOME, MOMENTA["multi_ema_gated"] | OTHERS["rotary"]])
+def test_packed_documents_do_not_see_each_other(changes, implementation):
+    """As padding-free training has them: by positions that begin anew. To the last bit, through chunks of any place and
+    length."""
+    decoder, model = pair(**changes)
+    model.set_attn_implementation(implementation)
+    documents = [random_tokens(length, seed=length) for length in (5, CHUNK + 8, 1, CHUNK + 1, 2 * CHUNK + 6)]
+    packed = torch.cat(documents)[None]
+    positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
+    alone = torch.cat([decoder(document[None])[0] for document in documents])
+    everything = torch.ones_like(packed)
+    for given in ({}, {"use_cache": False}, {"attention_mask": everything}):
+        close(model(packed, position_ids=positions, **given).logits[0], alone, atol=2e-5, rtol=1e-5)
+    others = packed.clone()
+    others[0, : 5 + CHUNK + 8] = 7
+    start = 5 + CHUNK + 8
+    assert torch.equal(model(others, position_ids=positions).logits[0, start:], model(packed, position_ids=positions).logits[0, start:])
+    # with padding on the left, and in the middle
+    padded = torch.nn.functional.pad(packed, (3, 0), value=PAD)
+    padded = torch.cat([padded[:, :20], torch.full((1, 4), PAD), padded[:, 20:]], 1)
+    mask = padded.ne(PAD).long()
+    places = torch.zeros_like(padded)
+    places[mask.bool()] = positions[0]
+    close(model(padded, attention_mask=mask, position_ids=places).logits[mask.bool()], alone, atol=2e-5, rtol=1e-5)
+
+
+def test_what_the_collator_of_padding_free_training_makes():
+    _, model = pair(**MOMENTA["ema"])
+    rows = [random_tokens(length, seed=length).tolist() for length in (9, 4, 17)]
+    batch = transformers.DataCollatorWithFlattening()([{"input_ids": row, "labels": row} for row in rows])
+    losses = [model(torch.tensor([row]), labels=torch.tensor([row])).loss * (len(row) - 1) for row in rows]
+    close(model(**batch).loss, sum(losses) / sum(len(row) - 1 for row in rows))
+    count = torch.tensor(7)
+    close(model(**batch, num_items_in_batch=count).loss, sum(losses) / 7)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("changes", [*SOME, MOMENTA["multi_ema_gated"] | OTHERS["rotary"]])
+def test_a_mask_of_who_sees_whom(changes, implementation):
+    """(B, 1, T, S), as bool or added: padding and documents are those of the mask of tokens."""
+    _, model = pair(**changes)
+    model.set_attn_implementation(implementation)
+    _, tokens, mask = left_padded([41, 30])
+    expected = model(tokens, attention_mask=mask).logits
+    sees = torch.ones(41, 41, dtype=torch.bool).tril() & mask.bool()[:, None, None] | torch.eye(41, dtype=torch.bool)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for given in (sees, torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)):
+        found = model(tokens, attention_mask=given, position_ids=positions).logits
+        close(found[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [*SOME, MOMENTA["multi_ema_gated"] | OTHERS["rotary"]])
+def test_a_cache_of_fixed_size(changes):
+    """In generation of a padded batch, and step by step with and without a mask."""
+    _, model = pair(**changes)
+    _, tokens, mask = left_padded([7, 3, 12])
+    settings = dict(do_sample=False, max_new_tokens=25, suppress_tokens=[PAD])
+    expected = model.generate(tokens, attention_mask=mask, **settings)
+    assert torch.equal(model.generate(tokens, attention_mask=mask, cache_implementation="static", **settings), expected)
+    whole = model(tokens, attention_mask=mask).logits
+    for masked in (True, False):
+        cache, found, start = transformers.StaticCache(config=model.config, max_cache_len=40), [], 0
+        for step in (8, 1, 3):
+            given = {"attention_mask": mask[:, : start + step]} if masked else {}
+            found.append(model(tokens[:, start : start + step], past_key_values=cache, **given).logits)
+            start += step
+        reference, seen = (whole, mask.bool()) if masked else (model(tokens).logits, torch.ones_like(mask).bool())
+        close(torch.cat(found, 1)[seen], reference[seen], atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="attention_mask has 41 columns"):
+        model(tokens, attention_mask=torch.ones(3, 41), past_key_values=transformers.StaticCache(config=model.config, max_cache_len=40))
+
+
+@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"]])
+def test_a_step_looks_at_no_value(changes, monkeypatch):
+    """Which would wait for a GPU at each token."""
+    _, model = pair(**changes)
+    _, tokens, mask = left_padded([7, 3, 12])
+    cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
+    step, more, positions = random_tokens(3, 1), torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1), mask.sum(1, keepdim=True)
+
+    def look(*args, **kwargs):
+        raise AssertionError("a tensor's value was looked at")
+
+    for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, look)
+    logits = model(step, attention_mask=more, position_ids=positions, past_key_values=cache).logits
+    monkeypatch.undo()
+    expected = model(torch.cat([tokens, step], 1), attention_mask=more).logits[:, -1:]
+    close(logits, expected, atol=2e-5, rtol=1e-5)
+
+
+class Graph:
+    """A compiler that compiles nothing, and counts the graphs."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"]])
+def test_exported(changes):
+    _, model = pair(**changes, layers=1)
+    _, tokens, mask = left_padded([41, 30])
+    graph = torch.export.export(model, (), {"input_ids": tokens, "attention_mask": mask, "use_cache": False}, strict=False)
+    _, tokens, mask = left_padded([20, 41], seed=9)
+    close(graph.module()(input_ids=tokens, attention_mask=mask, use_cache=False).logits, model(tokens, attention_mask=mask).logits)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"]])
+def test_compiled_in_one_graph(changes):
+    _, model = pair(**changes)
+    torch.compiler.reset()
+    backend = Graph()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    _, tokens, mask = left_padded([41, 30])
+    close(compiled(tokens, attention_mask=mask, use_cache=False).logits, model(tokens, attention_mask=mask).logits, atol=2e-5, rtol=1e-5)
+    positions = torch.cat([torch.arange(25), torch.arange(16)])[None].repeat(2, 1)
+    found = compiled(tokens, position_ids=positions, use_cache=False).logits
+    close(found, model(tokens, position_ids=positions).logits, atol=2e-5, rtol=1e-5)
+    assert backend.count == 2
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"] | OTHERS["learned_untied"]])
+@pytest.mark.nightly
+def test_exported_with_rows_of_any_length(changes, strict):
+    _, model = pair(**changes)
+    _, tokens, mask = left_padded([50, 43])
+    rows, length = torch.export.Dim("rows", min=1, max=64), torch.export.Dim("length", min=2, max=150)
+    packed = torch.cat([torch.arange(30), torch.arange(20)])[None].repeat(2, 1)
+    for given in ({"attention_mask": mask}, {"position_ids": packed}):
+        shapes = {name: {0: rows, 1: length} for name in ("input_ids", *given)} | {"use_cache": None}
+        graph = torch.export.export(model, (), {"input_ids": tokens, **given, "use_cache": False}, dynamic_shapes=shapes, strict=strict)
+        for size in (50, 33, 128, 5):
+            others = random_tokens(3, size)
+            seen = torch.ones(3, size, dtype=torch.bool)
+            if "attention_mask" in given:
+                seen[1, :3] = False
+                name, value = "attention_mask", seen.long()
+            else:
+                name, value = "position_ids", torch.arange(size)[None].repeat(3, 1) % 30
+            found = graph.module()(input_ids=others, **{name: value}, use_cache=False).logits
+            close(found[seen], model(others, **{name: value}).logits[seen], atol=2e-5, rtol=1e-5)
+
+
 def test_a_cropped_and_a_repeated_cache(learned):
     decoder, model = learned
     tokens = random_tokens(1, 20)
@@ -215,6 +366,11 @@ import torch, transformers
 tokens = torch.load({str(tmp_path / "tokens.pt")!r})
 model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "exported")!r}, trust_remote_code=True)
 assert not {{"momentum_lm", "fairseq"}} & set(sys.modules)
+base = transformers.AutoModel.from_pretrained({str(tmp_path / "exported")!r}, trust_remote_code=True)
+hidden = base(tokens).last_hidden_state
+assert type(base).__name__ == "MomentumLMModel" and torch.equal(model.lm_head(hidden), model(tokens).logits)
+short = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "exported")!r}, trust_remote_code=True, num_hidden_layers=1)
+assert len(short.model.layers) == short.config.num_hidden_layers == 1
 torch.save([model(tokens).logits.detach(), model.generate(tokens, max_new_tokens=8, do_sample=False)], {str(tmp_path / "found.pt")!r})
 model.save_pretrained({str(tmp_path / "again")!r})
 half = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True, dtype=torch.bfloat16)
@@ -261,6 +417,32 @@ def test_configurations_go_both_ways():
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.tie_word_embeddings) == (3, 4, False)
     for content in (theirs.to_dict(), json.loads(theirs.to_json_string())):
         assert MOMENTUM.decoder_config(content, content["vocab_size"]) == config
+
+
+def test_a_config_json_of_earlier_versions():
+    """And the names that other tools look for, in ours."""
+    config = DecoderConfig(70, 24, 30, 3, 2, 33, momentum_kind="ema", tie_embeddings=False)
+    content = MOMENTUM.config(config, 70)
+    usual = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    assert [content[name] for name in usual] == [24, 30, 3, 2, 33]
+    before = {MOMENTUM.earlier.get(name, name): value for name, value in content.items()}
+    assert "dim" in before and "hidden_size" not in before
+    assert MOMENTUM.decoder_config(before, 70) == MOMENTUM.decoder_config(content, 70) == config
+    assert MomentumLMConfig(**before).to_dict() == MomentumLMConfig(**content).to_dict()
+    theirs = MomentumLMConfig(**content)
+    theirs.num_hidden_layers = 1
+    assert theirs.layers == 1 and len(MomentumLMForCausalLM(theirs).model.layers) == 1
+
+
+def test_another_padding_token_leaves_the_positions():
+    _, model = pair()
+    tokens = random_tokens(1, 9)
+    expected = model(tokens).logits
+    model.config.pad_token_id = 60
+    assert torch.equal(model(tokens).logits, expected)
+    model.resize_token_embeddings(VOCAB + 2)
+    close(model(tokens).logits[..., :VOCAB], expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.vocab_size == VOCAB + 2
 
 
 def test_half_precision(learned):
@@ -340,10 +522,6 @@ def test_hidden_states_attentions_and_embeddings(learned):
 def test_bad_input(learned):
     _, model = learned
     tokens = random_tokens(1, 5)
-    with pytest.raises(ValueError, match="a cache that grows, such as DynamicCache"):
-        model.generate(tokens, max_new_tokens=3, cache_implementation="static")
-    with pytest.raises(ValueError, match=r"an attention_mask \(batch, all tokens\)"):
-        model(tokens, attention_mask=torch.ones(1, 1, 5, 5))
     with pytest.raises(ValueError, match="attention_mask has 3 columns for 0 tokens seen and 5 new ones"):
         model(tokens, attention_mask=torch.ones(1, 3))
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):

@@ -3,14 +3,15 @@
 import copy
 import json
 import random
+import re
 import shutil
 
 import pytest
 import sentencepiece
 import transformers
 
-from momentum_lm.convert.tokenizers import write_tokenizer
-from momentum_lm.data.dictionary import Dictionary
+from momentum_lm.convert.tokenizers import special_tokens, write_tokenizer
+from momentum_lm.data.dictionary import SPECIALS, Dictionary
 from momentum_lm.data.tokenizer import GPT2Tokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from momentum_lm.data.vocabulary import train_sentencepiece
 
@@ -42,6 +43,28 @@ def awkward_texts(count, seed=0):
         "madeupword0000",
     ]
     return ["".join(draw.choices(pieces, k=draw.randrange(12))) for _ in range(count)]
+
+
+def with_specials(tokenizer, text):
+    """Its ids, where the names of fairseq's special tokens are these: as what goes to transformers reads them."""
+    parts = re.split("(" + "|".join(SPECIALS) + ")", text)
+    return [i for part in parts for i in ([SPECIALS.index(part)] if part in SPECIALS else tokenizer.encode(part) if part else [])]
+
+
+def test_special_tokens_are_those_that_a_user_adds_too(tmp_path):
+    (tmp_path / "sentencepiece.model").write_bytes(train_sentencepiece(sentences(2000, seed=1), 330))
+    for tokenizer in (SentencePieceTokenizer(tmp_path / "sentencepiece.model"), gpt2_files(tmp_path / "gpt2")):
+        out = tmp_path / tokenizer.kind
+        out.mkdir(exist_ok=True)
+        write_tokenizer(tokenizer, out, 100, bos=2)
+        theirs = transformers.AutoTokenizer.from_pretrained(out)
+        size = len(theirs)
+        theirs.add_special_tokens({"additional_special_tokens": ["<|user|>"], "pad_token": "[PAD]"})
+        ids = theirs("a<|user|> [PAD]</s>", add_special_tokens=False).input_ids
+        assert len(theirs) == size + 2 and [i for i in ids if i >= size] == [theirs("<|user|>").input_ids[-1], theirs.pad_token_id]
+        assert ids[-1] == theirs.eos_token_id == 2 and theirs.decode(ids, skip_special_tokens=True).strip() == "a"
+        ordinary = theirs("</s> [PAD]", add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ordinary == tokenizer.encode("</s> [PAD]")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "xglm"])
@@ -122,8 +145,9 @@ def test_gpt2_bpe_there(tmp_path, dictionary):
     assert write_tokenizer(tokenizer, out, 100, bos=2) is None
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     for text in TEXTS + awkward_texts(1000) + sentences(100, seed=7):
-        ids = tokenizer.encode(text)
+        ids = with_specials(tokenizer, text)
         assert theirs(text, add_special_tokens=False).input_ids == ids, text
+        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == tokenizer.encode(text), text
         assert theirs(text).input_ids == [2, *ids]
         if 3 not in ids:
             assert theirs.decode(ids) == text
@@ -141,8 +165,9 @@ def test_sentencepiece_there(tmp_path, begins_with):
     assert "where cuts tie, as in long runs of one sign, pieces may differ" in write_tokenizer(tokenizer, out, 100, begins_with)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     for text in TEXTS + awkward_texts(1000) + sentences(300, seed=7):
-        ids = tokenizer.encode(text)
+        ids = with_specials(tokenizer, text)
         assert theirs(text, add_special_tokens=False).input_ids == ids, text
+        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == tokenizer.encode(text), text
         assert theirs(text).input_ids == [begins_with, *ids]
         assert theirs.decode(ids) == text
     assert theirs.bos_token_id == begins_with and theirs.eos_token_id == 2
@@ -174,9 +199,9 @@ def test_a_tokenizer_json_in_the_dictionarys_order(tmp_path, tokenizer_of, famil
     assert write_tokenizer(tokenizer, out, 100, 2) is None
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     for text in TEXTS + awkward_texts(200) + sentences(50, seed=9):
-        ids = tokenizer.encode(text)
-        if family == "gpt2" and any(name in text for name in ("<s>", "<pad>", "<unk>")):
-            continue  # tokens that it did not have, and has now
+        names = special_tokens(tokenizer)  # tokens that it did not have, and has now
+        parts = re.split("(" + "|".join(names) + ")", text) if names else [text]
+        ids = [i for part in parts for i in ([names[part]] if part in names else tokenizer.encode(part))]
         assert theirs(text, add_special_tokens=False).input_ids == ids, text
         assert theirs(text).input_ids[0] == 2
     assert (theirs.eos_token_id, theirs.pad_token_id) == (2, 1)

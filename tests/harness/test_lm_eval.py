@@ -202,6 +202,30 @@ def test_a_prompt_begins_as_in_training_and_may_be_empty(harness, native):
     assert begun == pytest.approx(plain)  # not twice
 
 
+SPELLED = ["good</s> film", "<s>the plot", "</s>", "a<unk>b </s></s>", "<|endoftext|> on", "< s></ s> </S>"]
+
+
+def test_a_special_token_in_a_text_is_one_for_hf_on_the_export_too(harness, native, tmp_path):
+    """The same ids and log-probabilities both ways."""
+    from lm_eval.models.huggingface import HFLM
+
+    from momentum_lm.convert.to_huggingface import write_model
+
+    write_model(native, tmp_path, None, lambda count: None)
+    hf = HFLM(pretrained=str(tmp_path), trust_remote_code=True, device="cpu", dtype="float32", batch_size=1)
+    assert harness._encode(SPELLED) == [hf.tok_encode(text, add_special_tokens=False) for text in SPELLED]
+    assert [EOS in ids for ids in harness._encode(SPELLED)] == [True, False, True, True, False, False]
+    asked = [(text, " film") for text in SPELLED] + [("", "good film"), ("the film", " is")]
+    theirs, ours = (ask(lm, "loglikelihood", asked) for lm in (hf, harness))
+    np.testing.assert_allclose([total for total, _ in ours], [total for total, _ in theirs], atol=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+def test_padding_in_a_text_is_told(harness):
+    with pytest.raises(UserError, match=r"a prompt holds <pad>, the padding of .*model.pt, which it cannot read: 'good <pad>'"):
+        ask(harness, "loglikelihood", [("good <pad>", " film")])
+
+
 def test_white_space_before_a_continuation_is_its_own(harness):
     answers = ask(harness, "loglikelihood", [("the film ", "is"), ("the film", " is"), ("the film\n", "is"), ("the film", "\nis")])
     assert answers[0] == answers[1] and answers[2] == answers[3] != answers[0]

@@ -1,6 +1,6 @@
 """What a momentum language model is, for Hugging Face ``transformers``. A copy of this file lies in every folder with such a model."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PretrainedConfig
 
@@ -8,38 +8,41 @@ from transformers import PretrainedConfig
 class MomentumLMConfig(PretrainedConfig):
     """Shapes and choices of a decoder with momentum attention (arXiv 2212.10559, section 5).
 
-    ``position``: sinusoidal, learned or rotary. ``activation``: gelu, gelu_accurate (its tanh form) or relu. ``momentum_kind``: none;
-    ema, which adds sum_{i<t} eta^(t-i) v_i to each head; or multi_ema, eight learned decays a channel. ``momentum_learned``: one decay a
-    head is learned. ``momentum_normalize``: the weights are scaled to sum to 1. ``momentum_gate``: none, or zero, a learned factor that
-    starts at 0. ``absent_tokens``: ids that are never predicted.
+    ``position``: sinusoidal, learned or rotary. ``activation``: gelu, gelu_accurate (its tanh form) or relu.
+    ``momentum_kind``: none; ema, which adds sum_{i<t} eta^(t-i) v_i to each head; or multi_ema, eight learned decays a
+    channel. ``momentum_learned``: one decay a head is learned. ``momentum_normalize``: the weights are scaled to sum to
+    1. ``momentum_gate``: none, or zero, a learned factor that starts at 0. ``absent_tokens``: ids that are never
+    predicted. ``padding_idx`` and ``eos_idx``: the ids that the model was trained with. The first positions follow from
+    ``padding_idx``, so it stays when ``pad_token_id`` is set to a token of one's own.
     """
 
     model_type = "momentum_lm"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
-    attribute_map: ClassVar = {
-        "hidden_size": "dim",
-        "intermediate_size": "ffn_dim",
-        "num_hidden_layers": "layers",
-        "num_attention_heads": "heads",
-        "max_position_embeddings": "max_positions",
-        "padding_idx": "pad_token_id",
-        "eos_idx": "eos_token_id",
-        "tie_word_embeddings": "tie_embeddings",
+    attribute_map: ClassVar = {  # the names in momentum_lm, and in the config.json of earlier versions
+        "dim": "hidden_size",
+        "ffn_dim": "intermediate_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "max_positions": "max_position_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
     }
 
     vocab_size: int = 51200
-    dim: int = 768
-    ffn_dim: int = 3072
-    layers: int = 12
-    heads: int = 12
-    max_positions: int = 1024
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 1024
     bos_token_id: int | None = None
-    pad_token_id: int = 1
-    eos_token_id: int = 2
+    pad_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    padding_idx: int = 1
+    eos_idx: int = 2
     position: str = "sinusoidal"
     activation: str = "gelu"
-    tie_embeddings: bool = True
+    tie_word_embeddings: bool = True
     scale_embeddings: bool = True
+    initializer_range: float = 0.02
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -50,7 +53,3 @@ class MomentumLMConfig(PretrainedConfig):
     momentum_gate: str = "none"
     absent_tokens: list[int] | tuple[int, ...] = ()
     use_cache: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, under its name in ``momentum_lm`` too, for what goes back there."""
-        return {**super().to_dict(), "padding_idx": self.pad_token_id, "eos_idx": self.eos_token_id}

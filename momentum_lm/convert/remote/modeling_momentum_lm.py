@@ -5,7 +5,7 @@ holds all values, so the average of a new token is computed from there, and beam
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,36 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_momentum_lm import MomentumLMConfig
 
 if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"this model needs transformers 5 or later, not {transformers.__version__}: pip install --upgrade transformers")
+    raise ImportError(
+        f"this model needs transformers 5 or later, not {transformers.__version__}: pip install --upgrade transformers"
+    )
 
 CHUNK = 32
+_LONGEST = 2**22  # tokens in a row of an exported model, whose rows may be of any length
 ACTIVATIONS: dict[str, Any] = {"gelu": F.gelu, "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+
+
+class Seen(NamedTuple):
+    """What each new token (T of them) sees of the values (S of them, those of a cache included). All None: all before
+    it, and itself.
+
+    ``order`` (B, S): the values in the order in which the average takes them, those that no token sees first;
+    ``hidden`` (B, S): which these are, in that order; ``where`` (B, T): each new token's place among the last T of the
+    average. ``documents`` (B, S): the document of each value, in that order, of rows that hold several. ``lag`` (B, 1
+    or H, T, S), which makes all others needless: how many tokens before the new one a value is, negative if it is not
+    seen.
+    """
+
+    order: Tensor | None = None
+    hidden: Tensor | None = None
+    where: Tensor | None = None
+    documents: Tensor | None = None
+    lag: Tensor | None = None
 
 
 class Momentum(nn.Module):
@@ -35,7 +56,7 @@ class Momentum(nn.Module):
         super().__init__()
         self.config = config
         self.several = config.momentum_kind == "multi_ema"
-        rows = config.dim if self.several else config.heads
+        rows = config.hidden_size if self.several else config.num_attention_heads
         self.delta = nn.Parameter(torch.empty(rows, 8)) if self.several else None
         self.gamma = nn.Parameter(torch.empty(rows, 8)) if self.several else None
         self.decay_logit = nn.Parameter(torch.empty(rows)) if config.momentum_learned else None
@@ -64,54 +85,124 @@ class Momentum(nn.Module):
         if self.delta is not None and self.gamma is not None:
             log_decay, weight = F.logsigmoid(self.delta), self.gamma / math.sqrt(self.gamma.shape[0])
         else:
-            log_decay = torch.full((self.config.heads, 1), math.log(self.config.momentum_eta), device=device)
+            log_decay = torch.full(
+                (self.config.num_attention_heads, 1), math.log(self.config.momentum_eta), device=device
+            )
             if self.decay_logit is not None:
                 log_decay = F.logsigmoid(self.decay_logit)[:, None]
             weight = torch.expm1(-log_decay) if self.config.momentum_normalize else torch.ones_like(log_decay)
         return log_decay, weight if self.gate is None else weight * self.gate[:, None]
 
-    def forward(self, values: Tensor, length: int, visible: Tensor | None = None) -> Tensor:
-        """values (B, H, S, D) -> the averages at the last ``length`` tokens (B, H, length, D), in fp32 at least.
+    def forward(self, values: Tensor, length: int, seen: Seen) -> Tensor:
+        """values (B, H, S, D) -> the averages at the ``length`` new tokens (B, H, length, D), in fp32 at least.
 
-        visible: (B, S) False at padding, wherever it stands, which is neither seen nor any time to the average.
+        What is not seen is no time to the average either, wherever it stands.
         """
-        heads, total = values.shape[1:3]
+        heads = values.shape[1]
         with torch.autocast(values.device.type, enabled=False):
             values = values.to(torch.promote_types(values.dtype, torch.float32))
-            if visible is not None:  # what is seen goes to the end, in its order, and the averages back to where their tokens are
-                order = visible.long().argsort(dim=1, stable=True)
-                back = (order.argsort(dim=1)[:, -length:] - (total - length)).clamp(min=0)
-                values = values.masked_fill(~visible[:, None, :, None], 0.0)
-                values = values.gather(2, order[:, None, :, None].expand_as(values))
+            if seen.lag is not None:
+                return self.summed(values, seen.lag)
+            if seen.order is not None and seen.hidden is not None:
+                index = seen.order[:, None, :, None].expand_as(values)
+                values = values.gather(2, index).masked_fill(seen.hidden[:, None, :, None], 0.0)
             if self.several:
                 values = values.transpose(2, 3).flatten(1, 2)[..., None]  # (B, H * D, S, 1)
-            out = self.average(values, length)
+            out = self.average(values, length, seen.documents)
             if self.several:
                 out = out[..., 0].unflatten(1, (heads, -1)).transpose(2, 3)
-            return out if visible is None else out.gather(2, back[:, None, :, None].expand_as(out))
+            return out if seen.where is None else out.gather(2, seen.where[:, None, :, None].expand_as(out))
 
-    def average(self, values: Tensor, length: int) -> Tensor:
-        """values (B, R, S, D) -> (B, R, length, D): within chunks by the matrix of all decays, and over them by their sums."""
+    def summed(self, values: Tensor, lag: Tensor) -> Tensor:
+        """values (B, H, S, D), lag (B, 1 or H, T, S) -> (B, H, T, D), by the equation: each value times its weight."""
         log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
-        size = min(CHUNK, values.shape[2])
-        chunks = F.pad(values, (0, 0, -values.shape[2] % size, 0)).unflatten(2, (-1, size))  # zeros before the first change nothing
-        place = torch.arange(size, device=values.device)
-        asked = place[-length:]
-        to_end = torch.exp((size - 1 - place) * log_decay[..., None])  # (R, N, size)
-        sums = torch.einsum("rnc,brkcd->kbrnd", to_end, chunks)
-        over = torch.exp(size * log_decay)[..., None]
-        before = [torch.zeros_like(sums[0])]
-        for chunk in sums[:-1]:
-            before.append(over * before[-1] + chunk)
+        if not self.several:
+            weights = weight[..., None] * torch.exp(lag.clamp(min=0) * log_decay[..., None])  # (B, H, T, S)
+            return weights.masked_fill(lag < 1, 0.0) @ values
+        distance = torch.arange(values.shape[2], device=values.device)
+        kernel = (weight[..., None] * torch.exp(distance * log_decay[..., None])).sum(1)
+        kernel = kernel.unflatten(0, (values.shape[1], -1)).transpose(1, 2)[None]  # (1, H, S, D), by distance
+        out = []
+        for row in lag.expand(*values.shape[:2], -1, -1).unbind(
+            2
+        ):  # one query at a time: these are weights for each channel
+            index = row.clamp(min=0)[..., None].expand_as(values)
+            weights = kernel.expand_as(values).gather(2, index).masked_fill((row < 0)[..., None], 0.0)
+            out.append((weights * values).sum(2))
+        return torch.stack(out, 2)
 
+    def average(self, values: Tensor, length: int, documents: Tensor | None = None) -> Tensor:
+        """values (B, R, S, D) -> (B, R, length, D): within chunks by the matrix of all decays, and over them by their
+        sums.
+
+        documents (B, S), one number a document, whose averages begin anew; ``length`` is S then.
+        """
+        log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
+        # Of several documents the matrices are each row's own, and with several decays each channel's.
+        size = CHUNK if documents is None or not self.several else 8
+        if _unknown(values.shape[2]):
+            size = 1  # then neither is how many chunks there are, which is arithmetic that an exporter does not follow
+        count = (values.shape[2] + size - 1) // size
+        front = count * size - values.shape[2]  # zeros before the first change nothing
+        chunks = F.pad(values, (0, 0, front, 0)).unflatten(2, (count, size))
+        place = torch.arange(size, device=values.device)
+        to_end = torch.exp((size - 1 - place) * log_decay[..., None])  # (R, N, size)
+        if documents is None:
+            ends = None
+            sums = torch.einsum("rnc,brkcd->bnrkd", to_end, chunks)
+        else:
+            documents = F.pad(documents, (front, 0), value=-1).unflatten(1, (count, size))
+            ends = documents[..., -1]  # (B, K): the document that a chunk ends in, which alone it hands on
+            handed = (documents == ends[..., None])[:, None, ..., None]
+            sums = torch.einsum("rnc,brkcd->bnrkd", to_end, chunks * handed)
+        sums = self.carried_over(sums, log_decay * size, ends)
+        before = F.pad(sums, (0, 0, 1, 0))[:, :, :, :-1]  # (B, N, R, K, D)
+
+        used = (length + size - 1) // size  # of the new tokens
         kernel = (weight[..., None] * torch.exp(place * log_decay[..., None])).sum(1)  # (R, size), by distance
-        lag = asked[:, None] - place
-        inside = kernel[:, lag.clamp(min=0)].masked_fill(lag < (0 if self.several else 1), 0.0)
-        carried = weight[..., None] * torch.exp((asked + 1) * log_decay[..., None])
-        used = -(-length // size)
-        out = torch.einsum("rqc,brkcd->brkqd", inside, chunks[:, :, -used:])
-        out = out + torch.einsum("rnq,kbrnd->brkqd", carried, torch.stack(before[-used:]))
-        return out.flatten(2, 3)[:, :, -length:]
+        lag = place[:, None] - place
+        inside = kernel[:, lag.clamp(min=0)].masked_fill(lag < (0 if self.several else 1), 0.0)  # (R, size, size)
+        carried = weight[..., None] * torch.exp((place + 1) * log_decay[..., None])
+        if documents is None or ends is None:
+            out = torch.einsum("rqc,brkcd->brkqd", inside, chunks[:, :, count - used :])
+            out = out + torch.einsum("rnq,bnrkd->brkqd", carried, before[:, :, :, count - used :])
+        else:
+            same = documents[..., None] == documents[:, :, None]  # (B, K, size, size)
+            out = (inside[:, None] * same[:, None]) @ chunks
+            going_on = documents == ends.roll(1, 1)[..., None]  # before the first chunk there is nothing
+            out = out + torch.einsum("rnq,bnrkd->brkqd", carried, before) * going_on[:, None, ..., None]
+        return out.flatten(2, 3)[:, :, used * size - length :]
+
+    def carried_over(self, sums: Tensor, log_decay: Tensor, ends: Tensor | None) -> Tensor:
+        """sums (B, N, R, K, D) of K chunks alone -> of each and all chunks before it, in log2(K) steps. log_decay (R,
+        N): over a chunk.
+
+        ends (B, K): only chunks that end in the same document belong together.
+        """
+        count = sums.shape[3]
+        unknown = _unknown(count)
+        index = torch.arange(count, device=sums.device)
+        shift = 1
+        while shift < (_LONGEST if unknown else count):
+            if unknown:  # how many chunks there are, and so whether any lie so far apart
+                source = (index - shift).clamp(min=0)
+                earlier = sums[:, :, :, source].masked_fill((index < shift)[:, None], 0.0)
+                same = None if ends is None else ends[:, source] == ends
+            else:
+                earlier = F.pad(sums[:, :, :, : count - shift], (0, 0, shift, 0))
+                same = None if ends is None else F.pad(ends[:, : count - shift], (shift, 0), value=-1) == ends
+            if same is not None:
+                earlier = earlier * same[:, None, None, :, None]
+            sums = sums + torch.exp(shift * log_decay).t()[..., None, None] * earlier
+            shift *= 2
+        return sums
+
+
+def _unknown(count: Any) -> bool:
+    """Whether a size may be any number in the graph that is being made: ``torch.export`` fixes what a program
+    compares."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    return isinstance(count, torch.SymInt) or (exporting and torch.compiler.is_dynamo_compiling())
 
 
 def eager_attention_forward(
@@ -126,7 +217,9 @@ def eager_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention (B, T, H, D) and its weights (B, H, T, S), one operation after another."""
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
@@ -138,7 +231,9 @@ class MomentumLMAttention(nn.Module):
     def __init__(self, config: MomentumLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+        )
         self.momentum = None if config.momentum_kind == "none" else Momentum(config)
 
     def forward(
@@ -147,12 +242,14 @@ class MomentumLMAttention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: Any,
         rotation: tuple[Tensor, Tensor] | None,
-        visible: Tensor | None,
+        seen: Seen,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, T, C) -> the same shape, and the weights of eager attention."""
-        shape = (*hidden_states.shape[:2], self.config.heads, -1)
-        query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        shape = (*hidden_states.shape[:2], self.config.num_attention_heads, -1)
+        query, key, value = (
+            p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if rotation is not None:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         if past_key_values is not None:
@@ -162,7 +259,7 @@ class MomentumLMAttention(nn.Module):
         scaling = query.shape[-1] ** -0.5
         out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         if self.momentum is not None:
-            out = (out + self.momentum(value, query.shape[2], visible).transpose(1, 2)).to(out.dtype)
+            out = (out + self.momentum(value, query.shape[2], seen).transpose(1, 2)).to(out.dtype)
         return self.out_proj(out.flatten(2)), weights
 
 
@@ -173,10 +270,10 @@ class MomentumLMBlock(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.self_attn = MomentumLMAttention(config, layer_idx)
-        self.self_attn_layer_norm = nn.LayerNorm(config.dim)
-        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
-        self.final_layer_norm = nn.LayerNorm(config.dim)
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, T, C) -> the same shape, and the weights of eager attention."""
@@ -199,6 +296,12 @@ class MomentumLMPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ("momentum",)
     _supports_sdpa = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: MomentumLMConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.momentum_kind == "none":
+            self._keep_in_fp32_modules_strict = set()  # type: ignore[assignment]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -212,12 +315,12 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
 
     def __init__(self, config: MomentumLMConfig) -> None:
         super().__init__(config)
-        padding = config.pad_token_id
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, padding)
+        padding, width = config.padding_idx, config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width, padding)
         if config.position == "learned":
-            self.embed_positions = nn.Embedding(config.max_positions + padding + 1, config.dim, padding)
-        self.layers = nn.ModuleList(MomentumLMBlock(config, i) for i in range(config.layers))
-        self.layer_norm = nn.LayerNorm(config.dim)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings + padding + 1, width, padding)
+        self.layers = nn.ModuleList(MomentumLMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layer_norm = nn.LayerNorm(width)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -232,12 +335,16 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """As other models of transformers: input_ids (B, T) or inputs_embeds (B, T, C) -> hidden states (B, T, C). ``attention_mask`` is
-        (B, tokens seen so far, and these), 0 at padding.
+        """As other models of transformers: input_ids (B, T) or inputs_embeds (B, T, C) -> hidden states (B, T, C).
+        ``attention_mask`` is (B, tokens seen so far, and these), 0 at padding; or (B, 1 or H, T, S), True or 0 where a
+        token sees another.
 
-        Raises ValueError for another mask, which a static cache makes of it, and for more tokens than there are learned positions.
+        Where ``position_ids`` begin anew, another document begins, which sees nothing of the one before: in a row
+        without ``attention_mask``, as padding-free training has it, wherever a position is not the next one; with it,
+        where they do not grow. Raises ValueError for a mask of another width, and for more tokens than there are
+        learned positions.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -247,33 +354,67 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
             use_cache = config.use_cache and not (self.gradient_checkpointing and self.training)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = x.shape[1]
-        if getattr(past_key_values, "is_compileable", False) or (attention_mask is not None and attention_mask.dim() != 2):
-            raise ValueError("momentum needs a cache that grows, such as DynamicCache, and an attention_mask (batch, all tokens)")
-        if attention_mask is not None and attention_mask.shape[1] != past + length:
-            raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns for {past} tokens seen and {length} new ones")
-        visible = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-        if position_ids is None:
-            count = torch.arange(1, past + length + 1, device=x.device)[None] if visible is None else visible.cumsum(1)
-            position_ids = (count - 1).clamp(min=0)[:, -length:]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        fixed = getattr(
+            past_key_values, "is_compileable", False
+        )  # a cache of fixed size, whose ``past`` may be a tensor
+        total = past_key_values.layers[0].max_cache_len if fixed else past + length
+        columns = torch.arange(length, device=x.device) + past
 
-        x = x * math.sqrt(config.dim) if config.scale_embeddings else x
-        rows = position_ids + config.pad_token_id + 1
+        given = attention_mask  # as it is to be seen by the attention
+        visible = None  # (B or 1, total): what is no padding
+        if attention_mask is not None and attention_mask.dim() == 2:
+            missing = total - attention_mask.shape[1]
+            if missing and not (fixed and missing > 0):
+                raise ValueError(
+                    f"attention_mask has {attention_mask.shape[1]} columns for {past} tokens seen and {length} new ones"
+                )
+            visible = given = F.pad(attention_mask.bool(), (0, missing)) if missing else attention_mask.bool()
+        elif attention_mask is None and fixed:
+            visible = torch.arange(total, device=x.device)[None] < past + length
+        documents = None
+        if position_ids is None:
+            count = columns[None] + 1 if visible is None else visible.cumsum(1)[:, columns]
+            position_ids = (count - 1).clamp(min=0)
+        elif length > 1 and not fixed and past == 0 and (given is None or given.dim() == 2):
+            documents = _documents(position_ids.expand(x.shape[0], -1), given)
+
+        x = x * math.sqrt(config.hidden_size) if config.scale_embeddings else x
+        rows = position_ids + config.padding_idx + 1
         if config.position == "learned":
-            if past + length > config.max_positions:
-                raise ValueError(f"{past + length} tokens exceed the {config.max_positions} learned positions of the model")
+            if not fixed and past + length > config.max_position_embeddings:
+                most = config.max_position_embeddings
+                raise ValueError(f"{past + length} tokens exceed the {most} learned positions of the model")
             x = x + self.embed_positions(rows)
         elif config.position == "sinusoidal":
-            x = x + sinusoids(rows, config.dim).to(x.dtype)
+            x = x + sinusoids(rows, config.hidden_size).to(x.dtype)
         x = F.dropout(x, config.dropout, self.training)
-        rotation = rotations(position_ids, config.dim // config.heads) if config.position == "rotary" else None
-        mask = create_causal_mask(config=config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values)
+        rotation = None
+        if config.position == "rotary":
+            rotation = rotations(position_ids, config.hidden_size // config.num_attention_heads)
+        if documents is not None:
+            mask = _own_mask(documents, visible)
+        elif length == 1 and visible is not None and config._attn_implementation in ("eager", "sdpa"):
+            mask = visible[
+                :, None, None
+            ]  # transformers looks whether all is visible, which waits for a GPU at each token
+        else:
+            mask = create_causal_mask(
+                config=config, inputs_embeds=x, attention_mask=given, past_key_values=past_key_values
+            )
+        seen = Seen() if config.momentum_kind == "none" else _seen(config, given, visible, documents, columns, total)
 
         hidden, attentions = [x], []
         for layer in self.layers:
             x, weights = layer(
-                x, attention_mask=mask, past_key_values=past_key_values, rotation=rotation, visible=visible, use_cache=use_cache, **kwargs
+                x,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                rotation=rotation,
+                seen=seen,
+                use_cache=use_cache,
+                **kwargs,
             )
             hidden.append(x)
             attentions.append(weights)
@@ -291,12 +432,21 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
 class MomentumLMForCausalLM(MomentumLMPreTrainedModel, GenerationMixin):
     """Tokens to logits of each next token."""
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, past_key_values: Any, **unused: Any) -> Tensor | None:
+        """What ``generate`` hands on with a cache of fixed size: attention_mask (B, tokens so far) -> (B, tokens of the
+        cache), from which the model makes the masks of attention and momentum. Of one width, so that a compiled model
+        stays the same."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return attention_mask
+        return F.pad(attention_mask, (0, past_key_values.layers[0].max_cache_len - attention_mask.shape[1]))
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MomentumLMConfig) -> None:
         super().__init__(config)
         self.model = MomentumLMModel(config)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -310,18 +460,88 @@ class MomentumLMForCausalLM(MomentumLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """As other models of transformers, with the errors of :class:`MomentumLMModel`: input_ids (B, T) or inputs_embeds (B, T, C) ->
         logits (B, T, V), or of the last ``logits_to_keep`` tokens. ``labels`` (B, T) are the same tokens, which the loss shifts by one;
         -100 counts for nothing."""
-        found = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **kwargs)
+        found = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            return_dict=True,
+            **kwargs,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(found.last_hidden_state[:, kept])
         if self.config.absent_tokens:
             logits[..., list(self.config.absent_tokens)] = -math.inf
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        )
         return CausalLMOutputWithPast(loss, logits, found.past_key_values, found.hidden_states, found.attentions)
+
+
+def _documents(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
+    """position_ids (B, T), visible (B, T) or None -> the number of each token's document in its row; None if all rows
+    are of one.
+
+    While a graph is made nothing is looked at, and there always are numbers.
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    if visible is None:
+        begins = (position_ids - position_ids.roll(1, 1) != 1) & (index > 0)
+    else:  # padding may stand anywhere, so what counts is the position of the last token before that is none
+        last = torch.where(visible, index, -1).cummax(1).values.roll(1, 1)
+        before = position_ids.gather(1, last.clamp(min=0))
+        begins = visible & (index > 0) & (last >= 0) & (position_ids <= before)
+    looked_at = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or begins.is_meta)
+    return None if looked_at and not bool(begins.any()) else begins.cumsum(1)
+
+
+def _own_mask(documents: Tensor, visible: Tensor | None) -> Tensor:
+    """documents (B, T) -> (B, 1, T, T), True where a token (row) sees another: itself, and what is before it in its
+    document."""
+    length = documents.shape[1]
+    index = torch.arange(length, device=documents.device)
+    allowed = (documents[:, :, None] == documents[:, None]) & (index[:, None] >= index)
+    if visible is not None:
+        allowed = allowed & (visible[:, None] | (index[:, None] == index))
+    return allowed[:, None]
+
+
+def _seen(
+    config: MomentumLMConfig,
+    mask: Tensor | None,
+    visible: Tensor | None,
+    documents: Tensor | None,
+    columns: Tensor,
+    total: int,
+) -> Seen:
+    """What momentum is to know of a row: mask (B, 1 or H, T, S) or what ``visible`` (B or 1, S) says, columns (T,) of
+    the new tokens."""
+    if mask is not None and mask.dim() == 4:
+        sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        after = sees.flip(-1).cumsum(-1).flip(-1) - sees.long()  # how many of those that a token sees come later
+        return Seen(lag=after.masked_fill(~sees, -1))
+    length = columns.shape[0]
+    if length == 1 and config.momentum_kind == "ema":
+        count = torch.arange(total, device=columns.device)[None] if visible is None else visible.cumsum(1)
+        lag = count[:, -1:] - count
+        return Seen(lag=(lag if visible is None else lag.masked_fill(~visible, -1))[:, None, None])
+    if visible is None:
+        return Seen(documents=documents)
+    # what is seen goes to the end, in its order, and the averages back to where their tokens are
+    order = visible.long().argsort(dim=1, stable=True)
+    count = visible.cumsum(1)
+    where = (count[:, columns] - count[:, -1:] + length - 1).clamp(min=0)
+    moved = None if documents is None else documents.gather(1, order)
+    return Seen(order, ~visible.gather(1, order), where, moved)
 
 
 def sinusoids(rows: Tensor, dim: int) -> Tensor:

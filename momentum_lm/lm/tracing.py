@@ -34,8 +34,7 @@ class AttentionTrace:
 
     outputs: (N, P, C) attention output after its output projection, before dropout and residual; momentum included
     logits: (N, P, H, S) fp32, what the softmax is of: q k^T with the query already scaled, over all keys, a prefix's first; soft-capped
-        where a model does so, with what it adds for positions, and -inf at what its mask hides (in our own decoder columns after the
-        position mean nothing)
+        where a model does so, with what it adds for positions, and -inf at what it does not see, such as the future
     queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is not found and it does
         turn them), or (B, T, H * D) without positions
     With ``projections``, inputs: (B, T, C) what goes into the projections; keys, values: (B, T, Hkv * D) what comes out, before rotary
@@ -86,11 +85,11 @@ class AttentionTrace:
         seen = (column <= last[..., None])[:, :, None]  # (N, P, 1 or H, S)
         if mask is not None:
             added, seen = split_mask(self._mask_rows(mask))
-            logits = (logits if added is None else logits + added).masked_fill(~seen, -torch.inf)
+            logits = logits if added is None else logits + added
+        logits = logits.masked_fill(~seen, -torch.inf)
         self.logits.append(logits)
         if self.relax:
             values = value[:count].detach().float()
-            logits = logits.masked_fill(~seen, -torch.inf)
             if sinks is not None:
                 logits = torch.cat([logits, sinks.detach().float()[:, None].expand(*logits.shape[:3], 1)], -1)
             weights = logits.softmax(-1)[..., : key.shape[2]].unflatten(2, (groups, -1))
@@ -392,18 +391,21 @@ class _Trial:
     def __init__(self) -> None:
         self.results: dict[nn.Module, list[tuple[nn.Module, Any, Any]]] = {}  # of every submodule: itself, what it was given, what it gave
         self.used: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}  # query, key, value
-        self.joined: dict[nn.Module, list[Tensor]] = {}  # attention's result, (B, T, H * D)
+        self.joined: dict[nn.Module, Tensor] = {}  # attention's result, (B, T, H * D)
         self.outputs: dict[nn.Module, Tensor] = {}
         self.parts: dict[nn.Module, dict[str, Tensor]] = {}
         self.options: set[str] = set()
 
     def watch(self, module: nn.Module) -> list[Any]:
-        """Hooks on every part of an attention module."""
+        """Hooks on an attention module, where a call begins anew, and on every part of it."""
+
+        def begin(module: nn.Module, given: Any) -> None:
+            self.results[module] = []
 
         def keep(part: nn.Module, given: Any, result: Any) -> None:
-            self.results.setdefault(module, []).append((part, given[0] if given else None, result))
+            self.results[module].append((part, given[0] if given else None, result))
 
-        return [part.register_forward_hook(keep) for part in module.modules() if part is not module]
+        return [module.register_forward_pre_hook(begin)] + [part.register_forward_hook(keep) for part in module.modules() if part is not module]
 
     def finish(self, module: nn.Module, output: Tensor, parts: dict[str, Tensor]) -> None:
         """What an attention module gave at last."""
@@ -412,7 +414,8 @@ class _Trial:
     def query_source(self, module: nn.Module) -> tuple[nn.Module | None, bool, float] | None:
         """At the first token rotary positions turn nothing: what equals the query there, and ran last, is the query before they do."""
         query = self.used[module][0].transpose(1, 2)  # (B, T, H, D)
-        found: list[tuple[nn.Module | None, Any]] = [(part, result) for part, _, result in self.results.get(module, [])]
+        ran = [part for part, _, _ in self.results[module]]  # what runs twice, such as one norm for queries and keys, tells too little
+        found: list[tuple[nn.Module | None, Any]] = [(part, result) for part, _, result in self.results[module] if ran.count(part) == 1]
         found.append((None, self.parts[module].get("q")))
         for part, result in reversed(found):
             if not isinstance(result, Tensor) or result.numel() != query.numel():
@@ -429,8 +432,8 @@ class _Trial:
 
     def projection(self, module: nn.Module) -> nn.Module | None:
         """The part that gets attention's result and gives the module's output."""
-        joined = self.joined[module][-1]
-        for part, given, result in reversed(self.results.get(module, [])):
+        joined = self.joined[module]
+        for part, given, result in reversed(self.results[module]):
             if isinstance(given, Tensor) and isinstance(result, Tensor) and given.numel() == joined.numel():
                 same = result.shape == self.outputs[module].shape and _near(result, self.outputs[module], result.dtype)
                 if same and _near(given.reshape(joined.shape), joined, given.dtype) and next(part.parameters(), None) is not None:
@@ -463,8 +466,11 @@ def anatomy(model: Any) -> Anatomy:
     return known[name]
 
 
-def _try(model: Any) -> Anatomy:
-    """Reads a few dozen tokens, which cross the model's windows, and compares with what the model itself gives for them."""
+def _trial(model: Any) -> tuple[_Trial, AttentionTrace, Anatomy]:
+    """Reads a few dozen tokens, which cross the model's windows, and compares with what the model itself gives for them.
+
+    Raises UserError for a model that does not go through transformers' attention interface, or attends otherwise than is read.
+    """
     kind, modules = type(model).__name__, attention_modules(model)
     config = model.config.get_text_config(decoder=True)
     _, length = trial_lengths(config, position_limit(config))
@@ -476,8 +482,21 @@ def _try(model: Any) -> Anatomy:
         with _reading(model, trace, found, trial):
             traced = model(tokens, use_cache=False).logits
     given = f" (it takes {', '.join(sorted(trial.options))})" if trial.options else ""
-    if apart(traced[0], plain[0]) > tolerance(plain.dtype) or len(trace.logits) != len(trace.outputs) or len(trace.logits) != len(modules):
+    if max(map(apart, traced, plain)) > tolerance(plain.dtype) or not len(trace.logits) == len(trace.outputs) == len(modules):
         raise UserError(f"the attention of {kind} cannot be read: with it read, the model gives other predictions{given}")
+    return trial, trace, found
+
+
+def check_attention(model: Any) -> None:
+    """Raises UserError for a model whose attention is not, or not only, softmax over what its masks show."""
+    _trial(model)
+
+
+def _try(model: Any) -> Anatomy:
+    """What a trial tells of the parts of the attention modules."""
+    kind = type(model).__name__
+    trial, trace, found = _trial(model)
+    modules = found.modules
     shapes = {(x.shape[2], q.shape[-1], h.shape[-1], o.shape[-1])
               for x, q, h, o in zip(trace.logits, trace.queries, trace.heads, trace.outputs, strict=True)}  # fmt: skip
     if len(shapes) > 1:
@@ -488,7 +507,9 @@ def _try(model: Any) -> Anatomy:
             found.queries[module] = source
         if project is not None:
             found.projects[module] = project
-        elif _near(trial.outputs[module].flatten(2), trial.joined[module][-1], plain.dtype):
+        elif trial.outputs[module].shape == trial.joined[module].shape and _near(
+            trial.outputs[module], trial.joined[module], trace.heads[0].dtype
+        ):
             raise UserError(f"the attention of {kind} cannot be read: its output projection stands elsewhere")
     found.keys = all(map(trial.projected_keys, dict.fromkeys(modules))) and len(key_value_weights(model)) == len(modules)
     left_out = [] if found.keys else ["the similarity of weight updates (keys or values are not plain projections)"]
@@ -572,7 +593,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
         raise UserError(f"the attention of {type(reading.model).__name__} cannot be read: it is not softmax attention alone (it takes {names})")
     if reading.trial is not None:
         reading.trial.used[module] = query, key, value
-        reading.trial.joined.setdefault(module, []).append(out.flatten(2))
+        reading.trial.joined[module] = out.flatten(2)
         reading.trial.options |= _special(options)
     return out, weights
 

@@ -55,6 +55,8 @@ def configuration(name, **changes):
     given = {key: value for key, value in COMMON.items() if key in known}
     if known.get("layer_types"):  # every kind of layer
         given["layer_types"] = (list(dict.fromkeys(known["layer_types"])) * 4)[:4]
+    if "kv_lora_rank" in known:
+        given["num_key_value_heads"] = given["num_attention_heads"]
     given |= SPECIAL.get(name, {})
     return type(base)(**{**given, **changes})
 
@@ -148,6 +150,10 @@ def attention_apart(lm):
     before = lm.model.config._attn_implementation
     outputs: dict = {}
     trace = AttentionTrace(positions, True, True)
+
+    def keep(module, given, result):
+        outputs[module] = result[0] if isinstance(result, tuple) else result
+
     with torch.no_grad():
         plain = lm.model(tokens, use_cache=False).logits
         with tracing(lm.model, trace):
@@ -155,10 +161,7 @@ def attention_apart(lm):
         worst = (plain - traced).abs().max().item()
         try:
             lm.model.set_attn_implementation("eager")
-            handles = [
-                module.register_forward_hook(lambda module, given, result: outputs.setdefault(module, result[0] if isinstance(result, tuple) else result))
-                for module in attention_modules(lm.model)
-            ]
+            handles = [module.register_forward_hook(keep) for module in dict.fromkeys(attention_modules(lm.model))]
             weights = lm.model(tokens, use_cache=False, output_attentions=True)
             weights = getattr(weights, "attentions", None) or ()
         except Exception as error:  # what a model itself does not do

@@ -264,7 +264,7 @@ def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
     for module in modules:
         pair: list[Any] = [child(module, _KEY), child(module, _VALUE)]
         projection = child(module, [fused_name(model) or ""])
-        if None not in pair:
+        if all(isinstance(getattr(part, "weight", None), Tensor) for part in pair):
             parts = [(part.weight, getattr(part, "bias", None)) for part in pair]
         elif projection is not None:
             heads, bias, stored = fused_heads(model), getattr(projection, "bias", None), cast(Tensor, projection.weight)

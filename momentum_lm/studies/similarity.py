@@ -108,7 +108,9 @@ def measure(
                 shares[example] = _shares(np.stack([context, products[1][i]]), aligned.lengths)
             heads["kendall"] = found["kendall"]
             corrected |= {name: _mean(value) for name, value in found.items()}
+        seen = [bool(np.isfinite(layer[i, PREDICTING][:, row.begin : row.query(PREDICTING)[1].start]).any()) for layer in icl.logits]
         for name, value in weights.items():
+            value[i, ~np.array(seen)] = np.nan  # what no query sees updates nothing
             corrected[name] = _mean(value[i])
         if "dw_similarity" in weights:
             heads["dw_similarity"] = weights["dw_similarity"][i]

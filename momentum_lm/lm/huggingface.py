@@ -239,43 +239,42 @@ class HuggingFaceLM:
         tokens = torch.zeros(2, whole - first, dtype=torch.long)
         tokens[0], tokens[1, : len(short) - first] = ids[0, first:], short[first:]
         padding = torch.arange(tokens.shape[1]) >= torch.tensor([whole, len(short)])[:, None] - first
-        close = tolerance(self.dtype)
+        close, kind = tolerance(self.dtype), type(self.model).__name__
         with shortened_windows(self.model):
             try:
                 plain = self._plain_log_probs(torch.stack([ids[0], changed, other]))[..., targets]
                 expected = torch.cat([plain[0, first:], self._plain_log_probs(short[None])[0, first:, targets]])
             except Exception as error:
                 reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                raise UserError(f"{self.name} ({type(self.model).__name__}) does not run on text alone: {reason}") from error
+                raise UserError(f"{self.name} ({kind}) does not run on text alone: {reason}") from error
             if apart(plain[1, :first], plain[0, :first]) > close:
                 raise UserError(
-                    f"{self.name} ({type(self.model).__name__}) is not a causal language model: what it predicts depends on tokens that "
-                    "come later; give a model that was trained to continue text"
+                    f"{self.name} ({kind}) is not a causal language model: what it predicts depends on tokens that come later; "
+                    "give a model that was trained to continue text"
                 )
             close = min(close, 0.25 * apart(plain[2, first:], plain[0, first:]) + 1e-6)
 
             def right() -> bool:
-                asked = rows.repeat_interleave(len(targets)), positions.repeat_interleave(len(targets)), targets.repeat(len(rows))
+                asked = (x.repeat_interleave(len(targets)) for x in (rows, positions))
                 try:
                     prefix = self.encode_prefix(ids[0, :first].tolist())
-                    found = self.log_probs(tokens, padding, *asked, prefix).view(len(rows), -1)
+                    found = self.log_probs(tokens, padding, *asked, targets.repeat(len(rows)), prefix).view(len(rows), -1)
                 except Exception:  # whatever a model does not take
                     return False
                 return apart(found, expected) <= close
 
-            wanted = self.shares_prefixes
-            for self.shares_prefixes, self._selects_logits, self._pads_rows in (
-                *([(True, True, True), (True, False, True)] if wanted else []), (False, True, True), (False, False, True), (False, False, False)
-            ):  # fmt: skip
+            remembers_more = not self.shares_prefixes
+            sharing = [] if remembers_more else [(True, True, True), (True, False, True)]
+            for ways in (*sharing, (False, True, True), (False, False, True), (False, False, False)):
+                self.shares_prefixes, self._selects_logits, self._pads_rows = ways
                 if right():
                     break
             else:
-                raise UserError(
-                    f"{self.name} ({type(self.model).__name__}) gives other predictions for the same prompt when it is read again or in a batch"
-                )
+                raise UserError(f"{self.name} ({kind}) gives other predictions for the same prompt when it is read again or in a batch")
         if not self.shares_prefixes:
-            why = "remembers more than keys and values" if not wanted else "does not give the same after keys and values of a prompt's beginning"
-            _log.warning("%s %s: prompts are read as a whole%s, which takes longer", self.name, why, "" if self._pads_rows else " and one by one")
+            why = "remembers more than keys and values" if remembers_more else "gives something else after keys and values of a prefix"
+            one_by_one = "" if self._pads_rows else " and one by one"
+            _log.warning("%s %s: prompts are read as a whole%s, which takes longer", self.name, why, one_by_one)
 
     @inference
     def _plain_log_probs(self, tokens: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -132,7 +132,7 @@ class AttentionTrace:
 
 
 def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A mask of transformers' attention interface -> what it adds to logits, if anything, and True at what is seen."""
+    """A mask of transformers' attention interface (..., T, S) -> what it adds to logits, if anything, and True at what is seen."""
     if mask.dtype == torch.bool:
         return None, mask
     seen = mask > torch.finfo(mask.dtype).min / 2
@@ -389,7 +389,7 @@ class _Trial:
     """What a trial notes of each attention module: the tensors by which its parts are known."""
 
     def __init__(self) -> None:
-        self.results: dict[nn.Module, list[tuple[nn.Module, Any, Any]]] = {}  # of every submodule: itself, what it was given, what it gave
+        self.results: dict[nn.Module, list[tuple[nn.Module, Any, Any]]] = {}  # of every part: itself, what it was given, what it gave
         self.used: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}  # query, key, value
         self.joined: dict[nn.Module, Tensor] = {}  # attention's result, (B, T, H * D)
         self.outputs: dict[nn.Module, Tensor] = {}
@@ -405,7 +405,8 @@ class _Trial:
         def keep(part: nn.Module, given: Any, result: Any) -> None:
             self.results[module].append((part, given[0] if given else None, result))
 
-        return [module.register_forward_pre_hook(begin)] + [part.register_forward_hook(keep) for part in module.modules() if part is not module]
+        parts = [part for part in module.modules() if part is not module]
+        return [module.register_forward_pre_hook(begin), *(part.register_forward_hook(keep) for part in parts)]
 
     def finish(self, module: nn.Module, output: Tensor, parts: dict[str, Tensor]) -> None:
         """What an attention module gave at last."""
@@ -415,8 +416,8 @@ class _Trial:
         """At the first token rotary positions turn nothing: what equals the query there, and ran last, is the query before they do."""
         query = self.used[module][0].transpose(1, 2)  # (B, T, H, D)
         ran = [part for part, _, _ in self.results[module]]  # what runs twice, such as one norm for queries and keys, tells too little
-        found: list[tuple[nn.Module | None, Any]] = [(part, result) for part, _, result in self.results[module] if ran.count(part) == 1]
-        found.append((None, self.parts[module].get("q")))
+        once = [(part, result) for part, _, result in self.results[module] if ran.count(part) == 1]
+        found: list[tuple[nn.Module | None, Any]] = [*once, (None, self.parts[module].get("q"))]
         for part, result in reversed(found):
             if not isinstance(result, Tensor) or result.numel() != query.numel():
                 continue
@@ -589,8 +590,8 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     trace.attention(query, key, value, _scale(query, options), plain, mask, options.get("softcap"), options.get("s_aux"))
     out, weights = reading.attention(module, query, key, value, attention_mask, *given, **options)
     if trace.relax and trace.positions is not None and trace.read_wrongly(reading.without_momentum):
-        names = ", ".join(sorted(_special(options))) or "a mask"
-        raise UserError(f"the attention of {type(reading.model).__name__} cannot be read: it is not softmax attention alone (it takes {names})")
+        kind, names = type(reading.model).__name__, ", ".join(sorted(_special(options))) or "a mask"
+        raise UserError(f"the attention of {kind} cannot be read: it is not softmax attention alone (it takes {names})")
     if reading.trial is not None:
         reading.trial.used[module] = query, key, value
         reading.trial.joined[module] = out.flatten(2)

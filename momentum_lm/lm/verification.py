@@ -52,7 +52,8 @@ def shortened_windows(model: Any) -> Iterator[None]:
     """Within it every window of attention that is too long for a trial holds :data:`SHORTENED` tokens."""
     config = model.config.get_text_config(decoder=True)
     changed: list[tuple[Any, str, int]] = []
-    for holder in {id(x): x for x in (model.config, config, *model.modules(), *(getattr(m, "config", None) for m in model.modules()))}.values():
+    holders = [model.config, config, *model.modules(), *(getattr(module, "config", None) for module in model.modules())]
+    for holder in {id(x): x for x in holders}.values():
         for name in _SHORTENABLE:
             value = getattr(holder, "__dict__", {}).get(name)
             if type(value) is int and value > CROSSED:

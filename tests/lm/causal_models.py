@@ -14,36 +14,41 @@ import sys
 import tempfile
 import traceback
 import warnings
+from pathlib import Path
 
 VOCAB, WINDOW = 300, 7
-SECONDS, MEMORY, MOST_PARAMETERS = 90, 6 << 30, 20_000_000
-COMMON = {
-    **dict.fromkeys(
-        ("hidden_size d_model n_embd dim hidden_dim embedding_dim embedding_size word_embed_proj_dim lru_width d_embed attention_hidden_size "
-         "embedding_hidden_size emb_dim").split(), 32
-    ),
-    **dict.fromkeys("intermediate_size ffn_dim n_inner inner_dim d_ff decoder_ffn_dim encoder_ffn_dim d_inner feed_forward_size dff".split(), 48),
-    **dict.fromkeys("num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers".split(), 4),
-    **dict.fromkeys("num_attention_heads n_head attention_heads n_heads num_heads decoder_attention_heads encoder_attention_heads".split(), 4),
-    **dict.fromkeys("num_key_value_heads num_experts_per_tok moe_topk linear_num_key_heads linear_num_value_heads n_mamba_heads".split(), 2),
-    **dict.fromkeys("head_dim rotary_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim "
-                    "mamba_head_dim mamba_n_heads mamba_d_head mamba_num_heads hidden_size_per_layer_input d_head".split(), 8),
-    **dict.fromkeys("max_position_embeddings n_positions n_ctx max_seq_len".split(), 256),
-    **dict.fromkeys("sliding_window window_size attention_window attention_chunk_size attention_window_size".split(), WINDOW),
-    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank kv_lora_rank qk_head_dim "
-                    "block_size moe_shared_expert_intermediate_size".split(), 16),
-    **dict.fromkeys("num_experts num_local_experts n_routed_experts state_size mamba_d_state mamba_d_conv ssm_state_size laurel_rank "
-                    "time_step_rank mamba_dt_rank moe_num_experts".split(), 4),
-    **dict.fromkeys("encoder_layers n_group topk_group first_k_dense_replace moe_layer_start_index mamba_n_groups n_shared_experts n_groups "
-                    "num_shared_experts".split(), 1),
-    **dict.fromkeys("mamba_expand altup_num_inputs".split(), 2),
-    "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0, "conv_L_cache": 3, "use_mamba_kernels": False,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 8,
+CPU_SECONDS, SECONDS, MEMORY, MOST_PARAMETERS = 60, 900, 6 << 30, 20_000_000
+_SIZES = {
+    32: "hidden_size d_model n_embd dim hidden_dim embedding_dim embedding_size word_embed_proj_dim lru_width d_embed emb_dim "
+        "attention_hidden_size embedding_hidden_size",
+    48: "intermediate_size ffn_dim n_inner inner_dim d_ff decoder_ffn_dim encoder_ffn_dim d_inner feed_forward_size dff",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank kv_lora_rank qk_head_dim block_size "
+        "moe_shared_expert_intermediate_size",
+    8: "head_dim rotary_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_head_dim "
+       "mamba_n_heads mamba_d_head mamba_num_heads hidden_size_per_layer_input d_head index_topk index_head_dim",
+    4: "num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers num_attention_heads n_head attention_heads n_heads "
+       "num_heads decoder_attention_heads encoder_attention_heads num_experts num_local_experts n_routed_experts state_size mamba_d_state "
+       "mamba_d_conv ssm_state_size laurel_rank time_step_rank mamba_dt_rank moe_num_experts",
+    2: "num_key_value_heads num_experts_per_tok moe_topk linear_num_key_heads linear_num_value_heads n_mamba_heads mamba_expand "
+       "altup_num_inputs index_n_heads pad_token_id",
+    1: "encoder_layers n_group topk_group first_k_dense_replace moe_layer_start_index mamba_n_groups n_shared_experts n_groups "
+       "num_shared_experts eos_token_id",
+    0: "num_kv_shared_layers bos_token_id use_mamba_kernels",
+    256: "max_position_embeddings n_positions n_ctx max_seq_len",
+    WINDOW: "sliding_window window_size attention_window attention_chunk_size attention_window_size",
+    VOCAB: "vocab_size vocab_size_per_layer_input",
+    3: "conv_L_cache moe_k",
 }  # fmt: skip
+COMMON = {name: size for size, names in _SIZES.items() for name in names.split()}
 _PHI3 = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [8.0, 10.0, 20.0, 40.0]}
 SPECIAL: dict[str, dict] = {
-    **dict.fromkeys(("axk1", "axk2", "bailing_hybrid"), {"num_key_value_heads": 4}),
-    "phi3": {"original_max_position_embeddings": 32, "rope_parameters": {**_PHI3, "original_max_position_embeddings": 32}, "sliding_window": None},
+    "phi3": {
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {**_PHI3, "original_max_position_embeddings": 32},
+        "sliding_window": None,
+    },
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "ernie4_5_moe": {"moe_k": 2},
 }
 
 
@@ -54,7 +59,7 @@ def configuration(name, **changes):
     known = base.to_dict()
     given = {key: value for key, value in COMMON.items() if key in known}
     if known.get("layer_types"):  # every kind of layer
-        given["layer_types"] = (list(dict.fromkeys(known["layer_types"])) * 4)[:4]
+        given["layer_types"] = (list(dict.fromkeys(known["layer_types"])) * 4)[: changes.get("num_hidden_layers", 4)]
     if "kv_lora_rank" in known:
         given["num_key_value_heads"] = given["num_attention_heads"]
     given |= SPECIAL.get(name, {})
@@ -183,6 +188,8 @@ def attention_apart(lm):
 
 
 def analysis(lm):
+    import dataclasses
+
     import numpy as np
     import torch
 
@@ -190,8 +197,6 @@ def analysis(lm):
     from momentum_lm.errors import UserError
     from momentum_lm.studies import classification
     from momentum_lm.studies import icl_vs_finetuning as study
-
-    import dataclasses
 
     try:
         worst, note = attention_apart(lm)
@@ -205,7 +210,7 @@ def analysis(lm):
         before = {key: value.clone() for key, value in lm.model.state_dict().items()}
         with tempfile.TemporaryDirectory() as folder:
             study.analyse(lm, [data], settings, folder, show_progress=False)
-            run = json.loads(open(os.path.join(folder, "results.json")).read())["runs"][0]
+            run = json.loads((Path(folder) / "results.json").read_text())["runs"][0]
         if not all(torch.equal(value, before[key]) for key, value in lm.model.state_dict().items()):
             return "wrong: the model's weights are others afterwards"
         if not all(np.isfinite(run["accuracy"][key]) for key in ("zero_shot", "in_context", "finetuned")):
@@ -226,9 +231,11 @@ def look(name):
         if lm is not None:
             found["analysis"] = analysis(lm)
     except Exception as error:
-        where = [frame for frame in traceback.extract_tb(error.__traceback__) if "momentum_lm/" in frame.filename]
+        frames = traceback.extract_tb(error.__traceback__)
+        where = next((frame for frame in reversed(frames) if "momentum_lm/" in frame.filename), frames[-1])
         key = "analysis" if "evaluation" in found else "evaluation"
-        found[key] = f"crash: {type(error).__name__}: {str(error)[:150]} at {where[-1].filename.rsplit('/', 1)[1]}:{where[-1].lineno}" if where else f"crash: {error}"
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        found[key] = f"crash: {type(error).__name__}: {str(error)[:150]} at {place}"
     return found
 
 
@@ -239,6 +246,7 @@ def isolated(name):
     if not child:
         os.close(read)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         signal.alarm(SECONDS)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
@@ -249,8 +257,10 @@ def isolated(name):
     with open(read, "rb") as file:
         found = file.read()
     status = os.waitpid(child, 0)[1]
-    stage = "not built: too large or too slow" if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGKILL) else "crash: "
-    return json.loads(found) if found else {"name": name, "evaluation": f"{stage} (status {status})"}
+    if found:
+        return json.loads(found)
+    limited = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGKILL, signal.SIGXCPU)
+    return {"name": name, "evaluation": "not built: too large or too slow" if limited else f"crash: status {status}"}
 
 
 def causal_names():
@@ -265,8 +275,8 @@ if __name__ == "__main__":
     import transformers
 
     transformers.logging.set_verbosity_error()
-    import momentum_lm.studies.icl_vs_finetuning
-    import momentum_lm.lm.huggingface  # noqa: F401
+    import momentum_lm.lm.huggingface
+    import momentum_lm.studies.icl_vs_finetuning  # noqa: F401
 
     for each in sys.argv[1:] or causal_names():
         print(json.dumps(isolated(each)), flush=True)

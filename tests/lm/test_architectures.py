@@ -117,6 +117,13 @@ def test_what_is_outside_a_window_is_not_attended_to():
     assert all(np.isnan(value).all() for value in (found.kendall, found.recall, found.kendall_example, found.recall_example))
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_the_whole_analysis(name):
+    """Soft-capping, windows and query norms, with every control; what does not apply is left out."""
+    lm = HuggingFaceLM(models.tiny(name, num_hidden_layers=2), models.Tokenizer(), name, "0")
+    assert models.analysis(lm) == "right"
+
+
 def test_windows_of_thousands_are_shortened_for_a_trial():
     model = models.tiny("mistral", sliding_window=4096)
     tokens = torch.arange(20, 60)[None]

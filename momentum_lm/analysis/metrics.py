@@ -214,7 +214,8 @@ def training_attention(
 ) -> TrainingAttention:
     """Kendall's tau-b and recall@k between ICL's and FT's attention to the demonstrations' tokens.
 
-    icl (..., N): logits from the query row to the demonstrations' tokens; ft (..., N): :func:`query_products` for the same tokens.
+    icl (..., N): logits from the query row to the demonstrations' tokens, -inf for those that attention does not see, which come last;
+    all NaN where it sees none; ft (..., N): :func:`query_products` for the same tokens.
     ``lengths`` gives each demonstration's number of tokens, sum N; BOS and separators are left out by the caller. Returns (...).
 
     ``corrected=False``, the authors' code: icl and ft are sums over heads; weights are their softmax over the N tokens, which may
@@ -262,9 +263,11 @@ def random_training_attention(icl: ArrayLike, lengths: Sequence[int], key: int |
 
 
 def softmax(logits: ArrayLike) -> Floats:
-    """Softmax along the last axis, (..., N) -> (..., N), in float64. Entries more than about 745 below the largest are 0."""
+    """Softmax along the last axis, (..., N) -> (..., N), in float64. Entries more than about 745 below the largest are 0; NaN where all are
+    -inf."""
     x = np.asarray(logits, dtype=np.float64)
-    weights = np.exp(x - x.max(-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(x - x.max(-1, keepdims=True))
     return np.asarray(weights / weights.sum(-1, keepdims=True))
 
 
@@ -274,11 +277,14 @@ def example_sums(weights: ArrayLike, lengths: Sequence[int]) -> Floats:
 
 
 def example_scores(logits: ArrayLike, lengths: Sequence[int]) -> Floats:
-    """Log of the mean of exp(logit) over each demonstration's tokens, (..., N) -> (..., M): mean attention per token, up to a constant."""
+    """Log of the mean of exp(logit) over each demonstration's tokens, (..., N) -> (..., M): mean attention per token, up to a constant;
+    -inf where all are."""
     x, starts = np.asarray(logits, dtype=np.float64), _starts(lengths)
     top = np.maximum.reduceat(x, starts, axis=-1)
+    top = np.where(np.isneginf(top), 0.0, top)
     sums = np.add.reduceat(np.exp(x - np.repeat(top, lengths, axis=-1)), starts, axis=-1)
-    return np.asarray(top + np.log(sums / np.asarray(lengths)))
+    with np.errstate(divide="ignore"):
+        return np.asarray(top + np.log(sums / np.asarray(lengths)))
 
 
 def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:

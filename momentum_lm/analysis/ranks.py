@@ -32,14 +32,16 @@ def recall_at_k(found: ArrayLike, wanted: ArrayLike, k: int) -> Floats:
     """Share of the k largest entries of ``wanted`` that are among the k largest of ``found``, along the last axis.
 
     found, wanted (..., n), broadcast against each other -> (...). Of equal entries the first ones count as larger. Where n < k (the
-    authors' code stops there) k is n, and recall is 1. NaN for rows with a NaN. Raises ValueError for k < 1, no entries, or unequal n.
+    authors' code stops there) k is n, and recall is 1. Entries of -inf, what attention does not see, are never found. NaN for rows with a
+    NaN, or without anything to find. Raises ValueError for k < 1, no entries, or unequal n.
     """
     first, second = _paired(found, wanted)
     k = min(k, first.shape[-1])
     if k < 1:
         raise ValueError("recall@k needs k >= 1 and at least one entry")
-    recall = (_top(first, k) & _top(second, k)).sum(-1) / k
-    return np.where(np.isnan(first).any(-1) | np.isnan(second).any(-1), np.nan, recall)
+    hidden = np.isneginf(first)
+    recall = (_top(first, k) & ~hidden & _top(second, k)).sum(-1) / k
+    return np.where(np.isnan(first).any(-1) | np.isnan(second).any(-1) | hidden.all(-1), np.nan, recall)
 
 
 def chance_recall(n: int, k: int) -> float:
@@ -82,7 +84,8 @@ def _ranks(x: Floats, y: Floats) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     order = np.argsort(x, axis=1)
     x, y = (np.take_along_axis(v, order, axis=1) for v in (x, y))
     order = np.argsort(y, axis=1)
-    plain: NDArray[np.bool_] = np.all([(np.diff(v, axis=1) > 0).all(1) for v in (x, np.take_along_axis(y, order, axis=1))], axis=0)
+    with np.errstate(invalid="ignore"):  # -inf twice is a tie
+        plain: NDArray[np.bool_] = np.all([(np.diff(v, axis=1) > 0).all(1) for v in (x, np.take_along_axis(y, order, axis=1))], axis=0)
     return _places(order), plain
 
 

@@ -91,8 +91,10 @@ def _step(
     trace = AttentionTrace()
     with torch.enable_grad(), tracing(model, trace) if keep else contextlib.nullcontext():
         if layerwise:
-            outputs = [h[0, predicting] for h in _block_outputs(model, tokens)]
-            losses, slopes = zip(*(_slope(model, h, targets) for h in outputs), strict=True)
+            whole, tuples, logits = _block_outputs(model, tokens)
+            outputs = [h[0, predicting] for h in whole]
+            unembed = _unembedding(model, tuples, tokens[:, predicting], outputs[-1], logits[0, predicting])
+            losses, slopes = zip(*(_slope(unembed, h, targets) for h in outputs), strict=True)
             loss = torch.stack(losses).sum()
         else:
             outputs, slopes = [F.cross_entropy(_logits(model, tokens)[0, predicting].float(), targets)], (None,)
@@ -115,10 +117,10 @@ def _step(
         done.queries.append([layer[0] for layer in trace.queries])
 
 
-def _slope(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _slope(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of predicting from one block's output (N, C), and its gradient there: one block's logits are held at a time."""
     leaf = hidden.detach().requires_grad_(True)
-    loss = F.cross_entropy(_unembed(model, leaf).float(), targets)
+    loss = F.cross_entropy(unembed(leaf).float(), targets)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
@@ -159,16 +161,19 @@ def _key_value_mask(model: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def blocks(model: Any) -> list[nn.Module]:
-    """The model's blocks in order: each holds one attention module."""
+    """The model's blocks in order: the list of modules in which attention stands, those without attention included."""
     if isinstance(model, Decoder):
         return list(model.layers)
-    names = {module: name for name, module in model.named_modules()}
-    return [model.get_submodule(names[module].rpartition(".")[0]) for module in attention_modules(model)]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    wanted = set(attention_modules(model))
+    return [block for each in lists if any(not wanted.isdisjoint(block.modules()) for block in each) for block in each]
 
 
-def _block_outputs(model: Any, tokens: Tensor) -> list[Tensor]:
-    """The output of every block, none with a way back to the block before it."""
+def _block_outputs(model: Any, tokens: Tensor) -> tuple[list[Tensor], dict[nn.Module, bool], Tensor]:
+    """The output (1, T, C) of every block, none with a way back to the block before it; the blocks that give it in a tuple; and the
+    model's logits."""
     outputs: list[Tensor] = []
+    tuples: dict[nn.Module, bool] = {}
 
     def cut(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return (given[0].detach(), *given[1:]) if given else given, {
@@ -176,31 +181,62 @@ def _block_outputs(model: Any, tokens: Tensor) -> list[Tensor]:
         }
 
     def keep(module: nn.Module, given: Any, result: Any) -> None:
+        tuples[module] = isinstance(result, tuple)
         outputs.append(result[0] if isinstance(result, tuple) else result)
 
     handles: list[Any] = []
     for block in blocks(model):
         handles += [block.register_forward_pre_hook(cut, with_kwargs=True), block.register_forward_hook(keep)]
     try:
-        _logits(model, tokens)
+        logits = _logits(model, tokens)
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
+    if not outputs or any(output.shape[:-1] != tokens.shape for output in outputs):
+        raise _not_layerwise(model)
+    return outputs, tuples, logits
 
 
-def _unembed(model: Any, hidden: Tensor) -> Tensor:
-    """Final norm and output projection of hidden states (N, C)."""
+def _unembedding(
+    model: Any, tuples: dict[nn.Module, bool], tokens: Tensor, hidden: Tensor, logits: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Hidden states (N, C) -> logits (N, V), as the model makes them of its last block's output.
+
+    tuples: the model's blocks, and whether they give a tuple; tokens (1, N): any; hidden, logits: what the last block gave, and the model
+    made of it. Raises UserError where that cannot be repeated.
+    """
     if isinstance(model, Decoder):
-        return model.output_projection(model.layer_norm(hidden))
-    return model.get_output_embeddings()(_final_norm(model)(hidden))
+        return lambda states: model.output_projection(model.layer_norm(states))
+
+    def unembed(states: Tensor) -> Tensor:
+        with _skipped(tuples, states[None]):
+            return _logits(model, tokens)[0]
+
+    with torch.no_grad():
+        again = unembed(hidden)
+    if not torch.allclose(again.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.detach().float().std()), equal_nan=True):
+        raise _not_layerwise(model)
+    return unembed
 
 
-def _final_norm(model: Any) -> Callable[[Tensor], Tensor]:
-    parent = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm"):
-        if isinstance(getattr(parent, name, None), nn.Module):
-            return getattr(parent, name)
-    raise UserError(
-        f"{type(model).__name__} has no final norm under a known name, which layer-causal finetuning needs; leave that control out"
+@contextlib.contextmanager
+def _skipped(tuples: dict[nn.Module, bool], states: Tensor) -> Iterator[None]:
+    """Blocks that do nothing but give ``states``: what the model does after them, and to logits, is its own."""
+    before = {block: block.__dict__.get("forward") for block in tuples}
+    try:
+        for block, is_tuple in tuples.items():
+            given = (states,) if is_tuple else states
+            block.__dict__["forward"] = lambda *unused, given=given, **unused_too: given
+        yield
+    finally:
+        for block, forward in before.items():
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward
+
+
+def _not_layerwise(model: Any) -> UserError:
+    return UserError(
+        f"{type(model).__name__} cannot be finetuned layer by layer: its blocks' outputs are not what its predictions are made of; "
+        "leave lcgd out of --controls"
     )

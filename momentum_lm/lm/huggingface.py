@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -22,14 +23,21 @@ from momentum_lm.files import Unchanged, file_sha256
 from .inference import inference
 from .momentum_attention import added_momentum
 from .shared_prefix import PACKED_ATTENTION, PackedRows, SharedPrefix, packed, register_packed_attention
+from .tracing import being_traced
+from .verification import apart, position_limit, reset_rotary, shortened_windows, switch_length, tolerance, trial_lengths, trial_tokens
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.py")
 _ENDLESS = 1 << 20  # tokenizers without a limit give one far above any model's
+_log = logging.getLogger(__name__)
 
 
 class HuggingFaceLM:
     """A causal model of ``transformers`` in evaluation mode. Prompts begin as its tokenizer begins a text; demonstrations are
     separated by an empty line (by ``</s>`` for XGLM, the form in which fairseq's dense LMs are published: they never saw line breaks).
+
+    The model is tried on a few dozen tokens first: scores after a shared prefix must be those of whole prompts. Where they are not,
+    prompts are read as a whole, with a warning. Raises UserError for a model that sees the future, or that gives other predictions
+    however it is run.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, sha256: str, unchanged: Unchanged | None = None) -> None:
@@ -38,12 +46,17 @@ class HuggingFaceLM:
         self.tokenizer = tokenizer
         self.name, self.sha256 = name, sha256
         self.config = model.config.get_text_config(decoder=True)
+        self.shares_prefixes = self._may_share_prefixes()
+        """Whether rows share keys and values of a prefix. Other models read each prompt as a whole."""
+        self._selects_logits, self._pads_rows = True, True
+        self._switch_length = switch_length(self.config)
         # others, such as sparse attention, may look at the implementation's name
         if self.config._attn_implementation == "sdpa" and model.device.type == "cpu" and self.shares_prefixes:
             model.set_attn_implementation(register_packed_attention())
         parameters = inspect.signature(model.forward).parameters
         self._takes_logits_to_keep, self._takes_cache_position = (name in parameters for name in ("logits_to_keep", "cache_position"))
         self.separator: str | tuple[int, ...] = (tokenizer.eos_token_id,) if self.config.model_type == "xglm" else "\n\n"
+        self._verify()
 
     @property
     def device(self) -> torch.device:
@@ -56,15 +69,14 @@ class HuggingFaceLM:
     @property
     def vocab_size(self) -> int:
         """Rows of the output embedding."""
-        return self.model.get_output_embeddings().weight.shape[0]
+        weight = getattr(self.model.get_output_embeddings(), "weight", None)
+        return self.config.vocab_size if weight is None else weight.shape[0]
 
     @cached_property
     def max_positions(self) -> int:
         """The longest input that the model was made for, in tokens."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-        limits = [value for name in names if isinstance(value := getattr(self.config, name, None), int)]
         limit = getattr(self.tokenizer, "model_max_length", _ENDLESS)
-        return min([*limits, *([int(limit)] if limit < _ENDLESS else [])], default=2048)
+        return position_limit(self.config, int(limit) if limit < _ENDLESS else None)
 
     @cached_property
     def bos(self) -> tuple[int, ...]:
@@ -73,9 +85,8 @@ class HuggingFaceLM:
         before = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
         return tuple(special[:before])
 
-    @cached_property
-    def shares_prefixes(self) -> bool:
-        """Whether all that the model remembers is keys and values, which rows can share. Others read each prompt as a whole."""
+    def _may_share_prefixes(self) -> bool:
+        """Whether keys and values are all that the model remembers, as far as its configuration tells."""
         from transformers import DynamicCache
 
         if getattr(self.model, "_is_stateful", False):
@@ -136,6 +147,8 @@ class HuggingFaceLM:
     def row_bytes(self, prefix: int, length: int) -> int:
         """Keys, values and mask of one layer over the whole row, and one block's activations."""
         config = self.config
+        if not self.shares_prefixes:
+            prefix, length = 0, prefix + length
         dim = int(getattr(config, "hidden_size", 1024))
         ffn = int(getattr(config, "intermediate_size", None) or 4 * dim)
         return self.dtype.itemsize * (4 * dim * (prefix + length) + length * (6 * dim + 3 * ffn)) + 4 * 4 * self.vocab_size
@@ -150,7 +163,7 @@ class HuggingFaceLM:
         cache = DynamicCache()  # without the configuration it keeps every token: a window is the mask's affair
         last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
         self.model(torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True, **last)
-        return SharedPrefix(cache)
+        return SharedPrefix(cache, ids)
 
     @inference
     def log_probs(
@@ -167,6 +180,10 @@ class HuggingFaceLM:
         shift = padding.long().argmin(1)
         order = (torch.arange(tokens.shape[1]) + shift[:, None]) % tokens.shape[1]
         tokens, seen, positions = tokens.masked_fill(padding, 0).gather(1, order), ~padding.gather(1, order), positions - shift[rows]
+        if not self._pads_rows or (
+            self._switch_length is not None and tokens.shape[1] + (0 if prefix is None else len(prefix)) > self._switch_length
+        ):
+            return self._separate_log_probs(tokens, seen, rows, positions, targets, prefix)
         plain = self.config._attn_implementation == PACKED_ATTENTION and self.dtype == torch.float32 and self.device.type == "cpu"
         if plain and isinstance(prefix, SharedPrefix) and self._packs_rows:
             return self._packed_log_probs(tokens, seen, rows, positions, targets, prefix)
@@ -181,6 +198,22 @@ class HuggingFaceLM:
         elif prefix is not None:
             tokens, positions = torch.cat([torch.tensor(prefix).expand(len(tokens), -1), tokens], 1), positions + len(prefix)
         return self._read(tokens, given, rows, positions, targets)
+
+    def _separate_log_probs(
+        self, tokens: Tensor, seen: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: SharedPrefix | tuple[int, ...] | None
+    ) -> Tensor:
+        """Each row by itself, whole: in some models the longest row of a batch changes what all of them give."""
+        if being_traced():
+            limit = "" if self._switch_length is None else f" beyond {self._switch_length} tokens"
+            raise UserError(f"{self.name} gives other predictions for rows that are read together{limit}: its attention cannot be analysed")
+        before = torch.tensor(() if prefix is None else tuple(prefix.ids if isinstance(prefix, SharedPrefix) else prefix), dtype=torch.long)
+        found = torch.empty(len(rows))
+        for row in rows.unique().tolist():
+            asked = rows == row
+            whole = torch.cat([before, tokens[row, seen[row]]])[None]
+            places = positions[asked] + len(before)
+            found[asked] = self._read(whole, {"use_cache": False}, torch.zeros_like(places), places, targets[asked])
+        return found
 
     def _packed_log_probs(
         self, tokens: Tensor, seen: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: SharedPrefix
@@ -212,16 +245,79 @@ class HuggingFaceLM:
 
     def _read(self, tokens: Tensor, given: dict[str, Any], rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         """Runs the model over tokens (B, T)."""
+        if self._switch_length is not None:
+            reset_rotary(self.model)
         places, which = torch.unique(torch.stack([rows, positions]), dim=1, return_inverse=True)
         row, place = places.to(self.device)
-        # The output projection sees what is asked alone; what the model does to logits after it, such as capping, stays.
-        output: Any = self.model.get_output_embeddings()
-        hook = output.register_forward_pre_hook(lambda module, inputs: (inputs[0][row, place][None],))
-        try:
-            logits = self.model(tokens.to(self.device), **given).logits[0]
-        finally:
-            hook.remove()
+        if self._selects_logits:
+            # The output projection sees what is asked alone; what the model does to logits after it, such as capping, stays.
+            output: Any = self.model.get_output_embeddings()
+            hook = output.register_forward_pre_hook(lambda module, inputs: (inputs[0][row, place][None],))
+            try:
+                logits = self.model(tokens.to(self.device), **given).logits[0]
+            finally:
+                hook.remove()
+        else:
+            logits = self.model(tokens.to(self.device), **given).logits[row, place]
         return F.log_softmax(logits.float(), -1)[which.to(self.device), targets.to(self.device)].cpu()
+
+    def _verify(self) -> None:
+        """Tries the model, and settles on the quickest way of reading prompts in which it gives what it gives for whole prompts alone."""
+        first, whole = trial_lengths(self.config, self.max_positions)
+        ids = trial_tokens(self.config, self.vocab_size, 4, whole)
+        other, changed = ids[0].clone(), ids[0].clone()
+        other[:first] = ids[1, :first]  # another beginning: what the beginning is for
+        changed[first:] = ids[2, first:]
+        short = changed[: first + max(1, (whole - first) // 4)]
+        targets = torch.unique(ids[3])
+        rows = torch.tensor([0] * (whole - first) + [1] * (len(short) - first))
+        positions = torch.cat([torch.arange(whole - first), torch.arange(len(short) - first)])
+        tokens = torch.zeros(2, whole - first, dtype=torch.long)
+        tokens[0], tokens[1, : len(short) - first] = ids[0, first:], short[first:]
+        padding = torch.arange(tokens.shape[1]) >= torch.tensor([whole, len(short)])[:, None] - first
+        close, kind = tolerance(self.dtype), type(self.model).__name__
+        with shortened_windows(self.model):
+            try:
+                plain = self._plain_log_probs(torch.stack([ids[0], changed, other]))[..., targets]
+                expected = torch.cat([plain[0, first:], self._plain_log_probs(short[None])[0, first:, targets]])
+            except Exception as error:
+                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise UserError(f"{self.name} ({kind}) does not run on text alone: {reason}") from error
+            if apart(plain[1, :first], plain[0, :first]) > close:
+                raise UserError(
+                    f"{self.name} ({kind}) is not a causal language model: what it predicts depends on tokens that come later; "
+                    "give a model that was trained to continue text"
+                )
+            close = min(close, 0.25 * apart(plain[2, first:], plain[0, first:]) + 1e-6)
+
+            def right() -> bool:
+                asked = (x.repeat_interleave(len(targets)) for x in (rows, positions))
+                try:
+                    prefix = self.encode_prefix(ids[0, :first].tolist())
+                    found = self.log_probs(tokens, padding, *asked, targets.repeat(len(rows)), prefix).view(len(rows), -1)
+                except Exception:  # whatever a model does not take
+                    return False
+                return apart(found, expected) <= close
+
+            remembers_more = not self.shares_prefixes
+            sharing = [] if remembers_more else [(True, True, True), (True, False, True)]
+            for ways in (*sharing, (False, True, True), (False, False, True), (False, False, False)):
+                self.shares_prefixes, self._selects_logits, self._pads_rows = ways
+                if right():
+                    break
+            else:
+                raise UserError(f"{self.name} ({kind}) gives other predictions for the same prompt when it is read again or in a batch")
+        if not self.shares_prefixes:
+            why = "remembers more than keys and values" if remembers_more else "gives something else after keys and values of a prefix"
+            one_by_one = "" if self._pads_rows else " and one by one"
+            _log.warning("%s %s: prompts are read as a whole%s, which takes longer", self.name, why, one_by_one)
+
+    @inference
+    def _plain_log_probs(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, vocabulary): the model as it is."""
+        if self._switch_length is not None:
+            reset_rotary(self.model)
+        return F.log_softmax(self.model(tokens.to(self.device), use_cache=False).logits.float(), -1).cpu()
 
 
 def load_huggingface(

@@ -53,7 +53,8 @@ def grouped_attention(
     fifth of the time."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if attention_mask is None or query.shape[1] == key.shape[1] or key.device.type != "cpu":
+    special = any(given.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+    if attention_mask is None or query.shape[1] == key.shape[1] or key.device.type != "cpu" or special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=given.get("scaling"), enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None

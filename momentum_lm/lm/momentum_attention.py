@@ -44,9 +44,10 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
     copy.
 
     Source: arXiv 2212.10559, section 5. Raises UserError, naming the command line's flag, for a decay that is none, and for a model with
-    momentum of its own, another attention than SDPA, or attention that transformers' interface does not reach.
+    momentum of its own, another attention than SDPA, attention that transformers' interface does not reach, or one that does not see what
+    its masks show: each is tried on a few tokens.
     """
-    from .tracing import attention_modules  # which itself needs this module
+    from .tracing import attention_modules, check_attention  # which itself needs this module
 
     name = type(model).__name__
     check_eta(eta)
@@ -63,6 +64,10 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
         raise UserError(f"--hf-momentum-eta: {name} does not use transformers' attention interface, so momentum cannot be added") from error
     if not all(getattr(module, "is_causal", True) for module in modules):
         raise UserError(f"--hf-momentum-eta: the attention of {name} is not causal")
+    try:
+        check_attention(model)
+    except UserError as error:
+        raise UserError(f"--hf-momentum-eta: {error}") from error
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     added = Added(base, float(eta), normalize, float(gate))

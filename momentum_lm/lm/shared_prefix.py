@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,13 +20,16 @@ _FLASH_SHARES_KEYS = tuple(int(part) for part in torch.__version__.split(".")[:2
 
 
 class SharedPrefix:
-    """Keys and values of one row, which rows of any number read, and which none adds to."""
+    """Keys and values of one row, which rows of any number read, and which none adds to; ``ids``: its tokens."""
 
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
+    def __init__(self, cache: Any, ids: Sequence[int] = ()) -> None:
+        self.cache, self.ids = cache, ids
         self.length: int = cache.get_seq_length()
         for layer in cache.layers:
             layer.update = functools.partial(_read, layer.keys, layer.values)  # not of the layer, which would refer to itself
+
+    def __len__(self) -> int:
+        return self.length
 
 
 class PackedRows:

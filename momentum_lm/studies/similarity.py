@@ -108,7 +108,9 @@ def measure(
                 shares[example] = _shares(np.stack([context, products[1][i]]), aligned.lengths)
             heads["kendall"] = found["kendall"]
             corrected |= {name: _mean(value) for name, value in found.items()}
+        seen = [bool(np.isfinite(layer[i, PREDICTING][:, row.begin : row.query(PREDICTING)[1].start]).any()) for layer in icl.logits]
         for name, value in weights.items():
+            value[i, ~np.array(seen)] = np.nan  # what no query sees updates nothing
             corrected[name] = _mean(value[i])
         if "dw_similarity" in weights:
             heads["dw_similarity"] = weights["dw_similarity"][i]
@@ -120,30 +122,32 @@ def measure(
 
 
 def _shares(logits: NDArray[Any], lengths: Sequence[int]) -> Floats:
-    """(..., H, n) logits over the demonstrations' tokens -> (..., M): softmax, summed over each one's tokens, the mean over heads."""
-    return metrics.example_sums(metrics.softmax(logits), lengths).mean(-2).astype(np.float32)
+    """(..., H, n) logits over the demonstrations' tokens -> (..., M): softmax, summed over each one's tokens, the mean over heads; 0 for
+    heads that see none of them."""
+    weights = np.where(np.isneginf(logits), 0.0, metrics.softmax(logits))
+    return metrics.example_sums(weights, lengths).mean(-2).astype(np.float32)
 
 
 def _paper(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool) -> Values:
     h_zs, h_icl, h_ft = (seen.outputs[:, i, PAPER] for seen in (zero_shot, icl, ft))
-    m_zs, m_icl, m_ft = _maps(zero_shot, icl, ft, i, row, PAPER)
-    found: Values = {"simaou": metrics.simaou(h_icl, h_ft, h_zs, normalize=True), "simam": metrics.simam(m_icl, m_ft).mean(-1)}
+    (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, PAPER)
+    found: Values = {"simaou": metrics.simaou(h_icl, h_ft, h_zs, normalize=True), "simam": metrics.simam(m_icl, m_ft, seen).mean(-1)}
     if baselines:
         found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=True)
-        found["simam_before"] = metrics.simam(m_icl, m_zs).mean(-1)
+        found["simam_before"] = metrics.simam(m_icl, m_zs, seen).mean(-1)
     return found
 
 
 def _corrected(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool) -> tuple[Values, Values]:
     h_zs, h_icl, h_ft = (seen.outputs[:, i, PREDICTING] for seen in (zero_shot, icl, ft))
-    m_zs, m_icl, m_ft = _maps(zero_shot, icl, ft, i, row, PREDICTING)
+    (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, PREDICTING)
     heads: Values = {
-        "simam": metrics.simam(m_icl, m_ft),
-        "simam_delta": metrics.simam_delta(m_icl, m_ft, m_zs, noise=NOISE),
-        "simam_delta_centred": metrics.simam_delta(m_icl, m_ft, m_zs, centred=True, noise=NOISE),
+        "simam": metrics.simam(m_icl, m_ft, seen),
+        "simam_delta": metrics.simam_delta(m_icl, m_ft, m_zs, seen, noise=NOISE),
+        "simam_delta_centred": metrics.simam_delta(m_icl, m_ft, m_zs, seen, centred=True, noise=NOISE),
     }
     if baselines:
-        heads["simam_before"] = metrics.simam(m_icl, m_zs)
+        heads["simam_before"] = metrics.simam(m_icl, m_zs, seen)
     found: Values = {name: _mean(value) for name, value in heads.items()}
     found["simaou"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False)
     if baselines:
@@ -151,11 +155,15 @@ def _corrected(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Seq
     return found, heads
 
 
-def _maps(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, position: int) -> list[NDArray[np.float32]]:
-    """(L, H, n) logits over the query's own tokens."""
+def _maps(
+    zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, position: int
+) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_] | None]:
+    """(L, H, n) logits over the query's own tokens, and (L, n) which of them attention sees in all settings; None: all."""
     short, long = row.query(position)
     columns = ((zero_shot, short), (icl, long), (ft, short))
-    return [np.stack([layer[i, position][:, span] for layer in seen.logits]) for seen, span in columns]
+    maps = [np.stack([layer[i, position][:, span] for layer in seen.logits]) for seen, span in columns]
+    hidden = np.any([np.isneginf(m).any(1) for m in maps], axis=0)
+    return maps, ~hidden if hidden.any() else None
 
 
 def _products(ft: Seen, student: Student) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:

@@ -26,6 +26,7 @@ def untrained(lm: TracedModel, seed: int = 0) -> TracedModel:
         else:
             from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_config(lm.model.config)
+            # a model's own code, where it brings some, runs here already
+            model = AutoModelForCausalLM.from_config(lm.model.config, trust_remote_code=True)
     fresh.model = model.to(device=lm.device, dtype=lm.dtype).eval().requires_grad_(False)
     return fresh

@@ -360,3 +360,19 @@ def test_relaxation_of_degenerate_rows(rng):
     cosines, ratios = mt.relaxation_distance(np.ones((2, 4)), np.zeros((2, 4, 3)), 1.0)
     assert np.isnan(cosines).all() and np.isnan(ratios).all()
     np.testing.assert_allclose(mt.softmax_heads(rng.normal(size=(2, 1)), values[:, :1]), values[:, 0])  # a single token
+
+
+def test_what_attention_does_not_see_is_not_ranked():
+    """-inf comes last, is never found among the largest, and nothing but -inf is nothing to rank."""
+    icl = np.array([[-np.inf, -np.inf, 1.0, 3.0, 2.0, 0.0], [-np.inf] * 6])
+    ft = np.array([6.0, 5.0, 1.0, 4.0, 3.0, 2.0])
+    found = mt.training_attention(icl, ft, [2, 2, 2], True, k_tokens=2, k_examples=1)
+    seen = np.array([0.0, 0.0, 1.0, 3.0, 2.0, 0.5]) + np.array([-9, -9, 0, 0, 0, 0])
+    assert found.kendall[0] == pytest.approx(kendall_tau(seen, ft))
+    assert found.recall[0] == pytest.approx((0 - 2 / 6) / (1 - 2 / 6))  # the two largest of ft are not seen
+    np.testing.assert_allclose(mt.example_scores(icl, [2, 2, 2])[0, 1:], mt.example_scores(icl[0, 2:], [2, 2]))
+    assert np.isneginf(mt.example_scores(icl, [2, 2, 2])).tolist() == [[True, False, False], [True] * 3]
+    for value in (found.kendall, found.recall, found.kendall_example, found.recall_example):
+        assert np.isnan(value[1]) and np.isfinite(value[0])
+    paper = mt.training_attention(icl, ft, [2, 2, 2], False)
+    assert np.isnan(paper.kendall[1]) and np.isfinite(paper.kendall[0])

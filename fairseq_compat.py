@@ -289,6 +289,35 @@ def _checkpoint_writing(module: ModuleType) -> None:
     manager.copy = staticmethod(copy)
 
 
+def _restoring(module: ModuleType) -> None:
+    """A checkpoint whose optimizer, schedule, counters or meters are not those of the run is one line that says how to do without them.
+
+    (Weights that do not fit fairseq explains itself. Where an exception came from, the log says at the level DEBUG.)
+    """
+    import functools
+    import logging
+
+    stock = module.Trainer.load_checkpoint
+
+    @functools.wraps(stock)
+    def load_checkpoint(self: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return stock(self, filename, *args, **kwargs)
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            if getattr(error, "user_error", False) or isinstance(error, NotImplementedError) or "memory" in reason:
+                raise
+            from momentum_lm.errors import CheckpointError
+
+            logging.getLogger("fairseq_compat").debug("%s", filename, exc_info=True)
+            raise CheckpointError(
+                f"the state of training in {filename} does not fit this run ({type(error).__name__}: {reason}); to take its weights alone add "
+                "--reset-optimizer --reset-lr-scheduler --reset-dataloader --reset-meters"
+            ) from error
+
+    module.Trainer.load_checkpoint = load_checkpoint  # type: ignore[attr-defined]
+
+
 def _dictionary_errors(module: ModuleType) -> None:
     """A ``dict.txt`` that is none is one line that names it, in every task."""
     import functools
@@ -501,6 +530,7 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq.utils": (_user_dir,),
     "fairseq.options": (_options,),
     "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing, _chosen_task),
+    "fairseq.trainer": (_restoring,),
     "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu),
     "fairseq.models.distributed_fairseq_model": (_ddp_on_cpu,),
     "fairseq.modules.transformer_layer": (_encoder_mask_type,),

@@ -39,7 +39,21 @@ MEMORY = 1 << 30
 def _boundary(rng: random.Random, size: int) -> bytes:
     """An integer of ``size`` bytes that programs stumble over."""
     bits = 8 * size
-    value = rng.choice([0, 1, 2, 3, 7, (1 << bits) - 1, 1 << (bits - 1), (1 << (bits - 1)) - 1, 1 << (bits // 2), 1 << (bits - 2), 1000])
+    value = rng.choice(
+        [
+            0,
+            1,
+            2,
+            3,
+            7,
+            (1 << bits) - 1,
+            1 << (bits - 1),
+            (1 << (bits - 1)) - 1,
+            1 << (bits // 2),
+            1 << (bits - 2),
+            1000,
+        ]
+    )
     return (value % (1 << bits)).to_bytes(size, rng.choice(["little", "little", "big"]))
 
 
@@ -50,7 +64,12 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     result = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         length = len(result)
-        at = min(rng.choice([rng.randrange(length), rng.randrange(min(length, 64)), length - 1 - rng.randrange(min(length, 128))]), length - 1)
+        at = min(
+            rng.choice(
+                [rng.randrange(length), rng.randrange(min(length, 64)), length - 1 - rng.randrange(min(length, 128))]
+            ),
+            length - 1,
+        )
         span = rng.choice([1, 2, 4, 8, 16, 100, 1000])
         match rng.randrange(8):
             case 0:
@@ -70,7 +89,10 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
                 result[at:at] = rng.randbytes(span)
             case 7:
                 other = rng.randrange(length)
-                result[at : at + span], result[other : other + span] = result[other : other + span], result[at : at + span]
+                result[at : at + span], result[other : other + span] = (
+                    result[other : other + span],
+                    result[at : at + span],
+                )
         if not result:
             break
     return bytes(result)
@@ -165,7 +187,18 @@ def _odd_tensor(rng: random.Random) -> Any:
     if rng.random() < 0.5:
         return _odd_value(rng)
     shape = rng.choice([(), (0,), (1,), (2, 8), (16, 16), (40, 16), (3, 0), (1, 1, 1)])
-    kind = rng.choice([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.complex64])
+    kind = rng.choice(
+        [
+            torch.float32,
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int8,
+            torch.bool,
+            torch.complex64,
+        ]
+    )
     tensor = torch.zeros(shape, dtype=kind)
     match rng.randrange(6):
         case 0:
@@ -252,7 +285,9 @@ def mutate_checkpoint(data: bytes, rng: random.Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = [(name, archive.read(name)) for name in archive.namelist()]
     if kind < 0.9:
-        return write_zip([(name, mutate_pickle(content, rng) if name.endswith("data.pkl") else content) for name, content in entries])
+        return write_zip(
+            [(name, mutate_pickle(content, rng) if name.endswith("data.pkl") else content) for name, content in entries]
+        )
     at = rng.randrange(len(entries))
     name, content = entries[at]
     match rng.randrange(6):
@@ -413,7 +448,10 @@ def _classification(folder: Path) -> None:
         key = {"dataset": "mr", "seed": seed, "shots": 4, "order": 0, "calibration": "none"}
         runs.append(key | {"num_examples": 4, "accuracy": 0.75, "ci95": [0.3, 0.95], "macro_f1": 0.7, "confusion": [[2, 0], [1, 1]],
                            "majority": 0.5, "shots_fitted": 4, "demonstrations": [0, 1, 2, 3], "prefix_tokens": 30, "seconds": 1.5})  # fmt: skip
-        lines += [key | {"setting": "in_context", "index": i, "gold": i % 2, "pred": int(i == 1), "scores": [0.1, 0.2]} for i in range(4)]
+        lines += [
+            key | {"setting": "in_context", "index": i, "gold": i % 2, "pred": int(i == 1), "scores": [0.1, 0.2]}
+            for i in range(4)
+        ]
     about = {"labels": ["Negative", "Positive"], "template": "paper", "source": {"kind": "local"}}
     config = {"score": "mean", "sampling": "random", "dtype": "float32", "separator": "\n\n", "bos": [0], "datasets": {"mr": about},
               "command": "fairseq-eval --task x"}  # fmt: skip
@@ -424,7 +462,9 @@ def _classification(folder: Path) -> None:
 
 def _write_results(folder: Path, task: str, config: Any, runs: Any, **more: Any) -> None:
     model = {"path": "model.pt", "sha256": "ab", "parameters": 10, "architecture": {"hidden_size": 8}}
-    (folder / "results.json").write_text(json.dumps({"task": task, "model": model, "config": config, "runs": runs, **more}))
+    (folder / "results.json").write_text(
+        json.dumps({"task": task, "model": model, "config": config, "runs": runs, **more})
+    )
 
 
 def _twice(make: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -445,7 +485,10 @@ def _report(folder: Path) -> None:
 
 
 def _rows() -> list[dict[str, Any]]:
-    return [{"text": f"a film that is {word}", "label": i % 2} for i, word in enumerate("good bad long dull warm thin".split())]
+    return [
+        {"text": f"a film that is {word}", "label": i % 2}
+        for i, word in enumerate("good bad long dull warm thin".split())
+    ]
 
 
 def _data_set(folder: Path, suffix: str) -> None:
@@ -526,9 +569,13 @@ READERS = {
         Reader("predictions.jsonl", _twice(_classification), _report, mutate_text, "a/predictions.jsonl"),
         Reader("documents.npz", _twice(_perplexity), _report, mutate_bytes, "a/documents/*.npz"),
         Reader("data set: YAML", lambda folder: _data_set(folder, "jsonl"), _load_data_set, mutate_text, "*.yaml"),
-        Reader("data set: JSON Lines", lambda folder: _data_set(folder, "jsonl"), _load_data_set, mutate_text, "*.jsonl"),
+        Reader(
+            "data set: JSON Lines", lambda folder: _data_set(folder, "jsonl"), _load_data_set, mutate_text, "*.jsonl"
+        ),
         Reader("data set: CSV", lambda folder: _data_set(folder, "csv"), _load_data_set, mutate_text, "*.csv"),
-        Reader("data set: parquet", lambda folder: _data_set(folder, "parquet"), _load_data_set, mutate_bytes, "*.parquet"),
+        Reader(
+            "data set: parquet", lambda folder: _data_set(folder, "parquet"), _load_data_set, mutate_bytes, "*.parquet"
+        ),
         Reader("corpus: JSON Lines", lambda folder: _table(folder / "corpus.jsonl"), _read_corpus, mutate_text),
         Reader("corpus: CSV", lambda folder: _table(folder / "corpus.csv"), _read_corpus, mutate_text),
         Reader("corpus: parquet", lambda folder: _table(folder / "corpus.parquet"), _read_corpus),

@@ -53,7 +53,9 @@ def load_checkpoint(path: str | os.PathLike[str], trust: bool = False, mmap: boo
     """
     path = os.fspath(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe must not make the program wait
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # a named pipe must not make the program wait
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise TornCheckpoint(f"cannot read checkpoint {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -62,7 +64,11 @@ def load_checkpoint(path: str | os.PathLike[str], trust: bool = False, mmap: boo
             what = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
             raise TornCheckpoint(f"cannot read checkpoint {path}: it is {what}")
         with open(descriptor, "rb", closefd=False) as file:
-            state = _load_anything(path, mmap) if trust or trusted() else _load_safely(path, file.fileno(), status.st_size, mmap)
+            state = (
+                _load_anything(path, mmap)
+                if trust or trusted()
+                else _load_safely(path, file.fileno(), status.st_size, mmap)
+            )
         if os.fstat(descriptor).st_size != status.st_size:
             raise TornCheckpoint(f"{path} was written to while it was read; use a checkpoint that is whole")
     finally:
@@ -113,7 +119,9 @@ def _load_safely(path: str, descriptor: int, size: int, mmap: bool) -> Any:
     except OSError as error:
         raise _torn(path, str(error.strerror or error)) from error
     except (MemoryError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {path} ({size:,} bytes) does not fit into the memory that is free: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {path} ({size:,} bytes) does not fit into the memory that is free: {error}"
+        ) from error
 
 
 class _File:
@@ -184,7 +192,9 @@ class _Zip(_File):
         entries: dict[str, tuple[int, int, int]] = {}
         directory, position, total = self._directory(), 0, 0
         while position < len(directory):
-            magic, flags, method, checksum, packed, count, name, extra, comment, start = _ENTRY.unpack_from(directory, position)
+            magic, flags, method, checksum, packed, count, name, extra, comment, start = _ENTRY.unpack_from(
+                directory, position
+            )
             position += _ENTRY.size
             text = directory[position : position + name].decode("utf-8")
             fields = directory[position + name : position + name + extra]
@@ -239,7 +249,9 @@ class _Zip(_File):
 
     def _mapped(self) -> torch.UntypedStorage:
         name = f"/proc/self/fd/{self.descriptor}"  # the file that was checked, whatever has its name by now
-        return torch.UntypedStorage.from_file(name if os.path.exists(name) else f"/dev/fd/{self.descriptor}", False, self.size)
+        return torch.UntypedStorage.from_file(
+            name if os.path.exists(name) else f"/dev/fd/{self.descriptor}", False, self.size
+        )
 
 
 def _large(fields: bytes, *values: int) -> tuple[int, ...]:
@@ -264,7 +276,11 @@ class _Legacy(_File):
             raise Malformed("it is a pickle, but not of torch.save")
         version, position = self._pickle(position)
         system, position = self._pickle(position)
-        if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not (sys.byteorder == "little"):
+        if (
+            version != 1001
+            or not isinstance(system, dict)
+            or system.get("little_endian") is not (sys.byteorder == "little")
+        ):
             raise Malformed("it is of another version, or was written on a machine of another byte order")
         # Once to learn where it ends and what is behind it, and once with the numbers.
         first = Reader(self.data, None, position, self.budget)
@@ -283,7 +299,9 @@ class _Legacy(_File):
             raise Malformed("its tensors have odd names")
         for name in names:
             count = storages[name].count
-            if position + 8 + storages[name].nbytes > self.size or struct.unpack("<q", self.read(position, 8)) != (count,):
+            if position + 8 + storages[name].nbytes > self.size or struct.unpack("<q", self.read(position, 8)) != (
+                count,
+            ):
                 raise Malformed("it is cut short or damaged")
             places[name] = position + 8
             position += 8 + storages[name].nbytes
@@ -295,4 +313,3 @@ class _Legacy(_File):
                 raise Malformed("it lacks numbers of its tensors")
             self.vectors[storage.key] = self.read_vector(self.places[storage.key], storage.nbytes)
         return self.vectors[storage.key]
-

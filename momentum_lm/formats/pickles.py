@@ -18,8 +18,28 @@ import torch
 from torch import Tensor
 
 MAX_DEPTH = 100  # of lists, tuples and dicts within one another
-_KEYS = (str, int, float, bytes, bool, type(None))  # of dicts and sets: their hashes are salted or of 64 bits, so that none can be made alike
-_SCALARS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}  # NumPy's numbers, by kind and size in bytes
+_KEYS = (
+    str,
+    int,
+    float,
+    bytes,
+    bool,
+    type(None),
+)  # of dicts and sets: their hashes are salted or of 64 bits, so that none can be made alike
+_SCALARS = {
+    "b1",
+    "i1",
+    "i2",
+    "i4",
+    "i8",
+    "u1",
+    "u2",
+    "u4",
+    "u8",
+    "f2",
+    "f4",
+    "f8",
+}  # NumPy's numbers, by kind and size in bytes
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
@@ -37,7 +57,10 @@ _UNUSABLE = {  # what torch's own list of safe names has, and no command here co
     "torch._utils._rebuild_qtensor": "a quantised tensor",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
 }
-_OLD_MODULES = {"__builtin__": "builtins", "numpy.core.multiarray": "numpy._core.multiarray"}  # Python 2's and NumPy 1's names
+_OLD_MODULES = {
+    "__builtin__": "builtins",
+    "numpy.core.multiarray": "numpy._core.multiarray",
+}  # Python 2's and NumPy 1's names
 
 
 class Malformed(ValueError):
@@ -54,7 +77,9 @@ class Refused(ValueError):
 
 def shown(text: Any, most: int = 80) -> str:
     """``text`` from a file as it may stand in a message: short, in one line, and nothing that a terminal obeys."""
-    text = text if isinstance(text, str) else f"<{type(text).__name__}>" if not isinstance(text, int) else str(text)[:most]
+    text = (
+        text if isinstance(text, str) else f"<{type(text).__name__}>" if not isinstance(text, int) else str(text)[:most]
+    )
     text = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -99,7 +124,9 @@ class Reader:
     table; what ``read_storage`` raises passes.
     """
 
-    def __init__(self, data: bytes, read_storage: Callable[[Storage], Tensor] | None, start: int = 0, budget: int = 4_000_000) -> None:
+    def __init__(
+        self, data: bytes, read_storage: Callable[[Storage], Tensor] | None, start: int = 0, budget: int = 4_000_000
+    ) -> None:
         self.data, self.end, self.read_storage, self.budget, self.allowed = data, start, read_storage, budget, budget
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
@@ -277,7 +304,10 @@ class Reader:
 
     @staticmethod
     def _key(key: Any) -> Any:
-        _require(type(key) in _KEYS and not (type(key) is int and key.bit_length() > 60), f"it has a {type(key).__name__} for a name")
+        _require(
+            type(key) in _KEYS and not (type(key) is int and key.bit_length() > 60),
+            f"it has a {type(key).__name__} for a name",
+        )
         return key
 
     def _stack_name(self) -> None:
@@ -311,7 +341,10 @@ class Reader:
         if type(target) is OrderedDict:  # of a module's state_dict(): the versions of its parts
             versions = state.get("_metadata", {})
             fits = state.keys() <= {"_metadata"} and isinstance(versions, dict)
-            _require(fits and all(isinstance(version, dict) for version in versions.values()), "it has a dict with odd attributes")
+            _require(
+                fits and all(isinstance(version, dict) for version in versions.values()),
+                "it has a dict with odd attributes",
+            )
         else:
             odd = next((name for name in state if hasattr(argparse.Namespace, name)), None)
             _require(odd is None, f"its options have the name {odd}")
@@ -352,11 +385,17 @@ class Reader:
         return text.encode("latin-1")
 
     def _size(self, sizes: Any = ()) -> torch.Size:
-        _require(type(sizes) in (list, tuple) and len(sizes) <= 64 and all(map(_is_size, sizes)), "it has a shape that cannot be")
+        _require(
+            type(sizes) in (list, tuple) and len(sizes) <= 64 and all(map(_is_size, sizes)),
+            "it has a shape that cannot be",
+        )
         return torch.Size(sizes)
 
     def _device(self, kind: Any, index: Any = None) -> torch.device:
-        _require(type(kind) is str and len(kind) < 20 and (index is None or _is_size(index, 128)), "it has a device that cannot be")
+        _require(
+            type(kind) is str and len(kind) < 20 and (index is None or _is_size(index, 128)),
+            "it has a device that cannot be",
+        )
         return torch.device(kind) if index is None else torch.device(kind, index)
 
     def _numpy_type(self, code: Any, align: Any = False, copy: Any = True) -> _NumpyType:
@@ -369,33 +408,58 @@ class Reader:
     def _set_byte_order(target: _NumpyType, state: Any) -> None:
         """A number's dtype has this state and no other: no fields, no shape, and its size and alignment are those of its kind."""
         fits = type(state) is tuple and len(state) in (8, 9) and state[0] in (3, 4) and state[1] in ("<", ">", "|", "=")
-        _require(fits and state[2:8] == (None, None, None, -1, -1, 0) and state[8:] in ((), (None,)), "it has a number of an odd type")
+        _require(
+            fits and state[2:8] == (None, None, None, -1, -1, 0) and state[8:] in ((), (None,)),
+            "it has a number of an odd type",
+        )
         target.order = state[1]
 
     def _numpy_scalar(self, kind: Any, data: Any) -> Any:
-        _require(type(kind) is _NumpyType and type(data) is bytes and len(data) == int(kind.code[1:]), "it has a number of an odd type")
+        _require(
+            type(kind) is _NumpyType and type(data) is bytes and len(data) == int(kind.code[1:]),
+            "it has a number of an odd type",
+        )
         return numpy.frombuffer(data, kind.order + kind.code).astype(kind.code)[0]
 
     def _persistent(self, entry: Any) -> Storage:
         """("storage", type, name, device, number of elements), and in the form before torch 1.6 None for a view of another storage."""
         fits = type(entry) is tuple and len(entry) in (5, 6) and entry[0] == "storage" and entry[5:] in ((), (None,))
-        _require(fits and type(entry[1]) is _Name and type(entry[2]) is str and _is_size(entry[4]), "it has a tensor of an odd form")
+        _require(
+            fits and type(entry[1]) is _Name and type(entry[2]) is str and _is_size(entry[4]),
+            "it has a tensor of an odd form",
+        )
         name = entry[1].name.removeprefix("torch.")
         _require(name in _STORAGES or name == "storage.UntypedStorage", "it has a tensor of an odd form")
         storage = Storage(entry[2], _STORAGES.get(name), entry[4])
         known = self.storages.setdefault(storage.key, storage)
-        _require((known.dtype, known.count) == (storage.dtype, storage.count), "it has two different tensors of one name")
+        _require(
+            (known.dtype, known.count) == (storage.dtype, storage.count), "it has two different tensors of one name"
+        )
         return known
 
     def _tensor(
-        self, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, dtype: Any = None, *more: Any
+        self,
+        storage: Any,
+        offset: Any,
+        size: Any,
+        stride: Any,
+        requires_grad: Any = False,
+        hooks: Any = None,
+        dtype: Any = None,
+        *more: Any,
     ) -> Tensor:
         """A view of a storage, within it and with no element twice."""
         self.budget -= 8
-        _require(type(storage) is Storage and _is_size(offset) and type(size) is tuple and type(stride) is tuple, "it has a tensor of an odd form")
+        _require(
+            type(storage) is Storage and _is_size(offset) and type(size) is tuple and type(stride) is tuple,
+            "it has a tensor of an odd form",
+        )
         size, stride = self._size(size), self._size(stride)
         dtype = storage.dtype or dtype
-        _require(isinstance(dtype, torch.dtype) and len(size) == len(stride) and not any(more), "it has a tensor of an odd form")
+        _require(
+            isinstance(dtype, torch.dtype) and len(size) == len(stride) and not any(more),
+            "it has a tensor of an odd form",
+        )
         held = storage.nbytes // dtype.itemsize
         count = 1
         for length in size:

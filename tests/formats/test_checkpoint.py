@@ -44,7 +44,9 @@ def test_what_torch_saves_is_read_as_it_was(tmp_path, new, protocol, mmap):
             assert loaded[name].stride() == value.stride() and loaded[name].dtype == value.dtype, name
             assert loaded[name].detach().float().tolist() == value.detach().float().tolist(), name
         elif name == "module":
-            assert loaded[name]._metadata == value._metadata and all(torch.equal(loaded[name][key], value[key]) for key in value)
+            assert loaded[name]._metadata == value._metadata and all(
+                torch.equal(loaded[name][key], value[key]) for key in value
+            )
         else:
             assert loaded[name] == value and repr(loaded[name]) == repr(value), name
     loaded["shared"].add_(1)
@@ -58,7 +60,9 @@ def test_checksums(tmp_path, monkeypatch):
     data = (tmp_path / "c.pt").read_bytes()
     at = data.index(np.float32(7).tobytes() * 100) + 200
     (tmp_path / "c.pt").write_bytes(data[:at] + b"\1" + data[at + 1 :])
-    with pytest.raises(TornCheckpoint, match=r"c\.pt \(\d,\d+ bytes\) is torn or not a checkpoint: numbers of its tensors are damaged"):
+    with pytest.raises(
+        TornCheckpoint, match=r"c\.pt \(\d,\d+ bytes\) is torn or not a checkpoint: numbers of its tensors are damaged"
+    ):
         load_checkpoint(tmp_path / "c.pt")
     at = data.index(b"model")
     (tmp_path / "c.pt").write_bytes(data[:at] + b"M" + data[at + 1 :])
@@ -122,8 +126,16 @@ def write(path, content, method=zipfile.ZIP_STORED, numbers=bytes(40)):
 
 def test_pickles_by_hand_are_right(tmp_path):
     assert load_checkpoint(write(tmp_path / "c.pt", entry(tensor())))["x"].tolist() == [0.0] * 10
-    assert load_checkpoint(write(tmp_path / "c.pt", entry(scalar("f8", dtype_state(-1, "<"), struct.pack("<d", 2.5)))))["x"] == 2.5
-    assert load_checkpoint(write(tmp_path / "c.pt", entry(scalar("i4", dtype_state(-1, ">"), struct.pack(">i", 7)))))["x"] == 7
+    assert (
+        load_checkpoint(write(tmp_path / "c.pt", entry(scalar("f8", dtype_state(-1, "<"), struct.pack("<d", 2.5)))))[
+            "x"
+        ]
+        == 2.5
+    )
+    assert (
+        load_checkpoint(write(tmp_path / "c.pt", entry(scalar("i4", dtype_state(-1, ">"), struct.pack(">i", 7)))))["x"]
+        == 7
+    )
 
 
 HOSTILE = {
@@ -284,7 +296,13 @@ def test_another_byte_order(tmp_path):
 
 
 def legacy(tmp_path, **changes):
-    parts = {"magic": checkpoint._LEGACY_MAGIC, "version": 1001, "system": {"little_endian": True}, "names": ["0"], "count": 10} | changes
+    parts = {
+        "magic": checkpoint._LEGACY_MAGIC,
+        "version": 1001,
+        "system": {"little_endian": True},
+        "names": ["0"],
+        "count": 10,
+    } | changes
     head = b"".join(pickle.dumps(parts[part], 2) for part in ("magic", "version", "system"))
     storage = STORAGE.replace(b"tQ", b"NtQ")  # with a view
     body = entry(tensor(storage=storage)) + pickle.dumps(parts["names"], 2) + struct.pack("<q", parts["count"])

@@ -339,7 +339,8 @@ ODD = {
     "no options": ({"cfg": None}, "it has no options"),
     "options that are a text": ({"cfg": "a: 1"}, "its cfg is of type str, not a dict"),
     "options of a list": ({"cfg": {"task": [1]}}, "its cfg.task is of type list, not options"),
-    "an option that looks elsewhere": ({"cfg": {"task": {"data": "${oc.env:HOME}"}}}, "refers to something else: .{oc.env:HOME}"),
+    "an option that looks elsewhere": ({"cfg": {"task": {"data": "${oc.env:HOME}"}}},
+    "refers to something else: .{oc.env:HOME}"),
     "arguments that are a dict": ({"args": {"a": 1}}, "its args are of type dict"),
     "a model of numbers": ({"model": {"decoder.x": 5}}, "decoder.x is no tensor"),
     "a model with numbers for names": ({"model": {5: torch.ones(1)}}, "its model has a name of type int"),
@@ -350,18 +351,25 @@ ODD = {
     "a number for the optimizer": ({"optimizer_history": [{"optimizer_name": 5}]}, "its optimizer_name is not a name"),
     "a list for what is extra": ({"extra_state": [1]}, "its extra_state is of type list"),
     "a position that is a list": ({"extra_state": {"train_iterator": [1]}}, "its train_iterator is not a dict"),
-    "a position that is a word": ({"extra_state": {"train_iterator": {"epoch": "x"}}}, "its train_iterator's epoch is 'x'"),
+    "a position that is a word": ({"extra_state": {"train_iterator": {"epoch": "x"}}},
+    "its train_iterator's epoch is 'x'"),
     "an optimizer that is a list": ({"last_optimizer_state": [1]}, "its last_optimizer_state is of type list"),
     "an optimizer without groups": ({"last_optimizer_state": {"param_groups": 5}}, "no list of param_groups"),
-    "an optimizer of numbers": ({"last_optimizer_state": {"param_groups": [], "state": {0: 5}}}, "a state that is no dict of dicts"),
+    "an optimizer of numbers": ({"last_optimizer_state": {"param_groups": [], "state": {0: 5}}},
+    "a state that is no dict of dicts"),
     "parts of a list": ({"fsdp_metadata": [1]}, "its fsdp_metadata is of type list"),
     "only its weights": (None, "it has no optimizer_history, so it is not a checkpoint of fairseq's trainer"),
-    "ours with 10**9 layers": ({"cfg": {"model": {"position": "rotary", "decoder_layers": 10**9}}}, "--decoder-layers 1000000000: must be at most"),
-    "ours with other layers": ({"cfg": {"model": {"position": "rotary", "decoder_layers": 9000}}}, "0 layers in the checkpoint, 9000 by"),
+    "ours with 10**9 layers": ({"cfg": {"model": {"position": "rotary", "decoder_layers": 10**9}}},
+    "--decoder-layers 1000000000: must be at most"),
+    "ours with other layers": ({"cfg": {"model": {"position": "rotary", "decoder_layers": 9000}}},
+    "0 layers in the checkpoint, 9000 by"),
     "ours with another width": ({"cfg": {"model": {"position": "rotary", "decoder_embed_dim": 1 << 20}}, "model": {
-        "decoder.embed_tokens.weight": torch.ones(9, 4), **{f"decoder.layers.{i}.x": torch.ones(1) for i in range(6)}}}, "is .9, 4. in the"),
-    "ours with sparse numbers": ({"cfg": {"model": {"position": "rotary"}}, "model": {"decoder.x": torch.ones(2).to_sparse()}}, "a sparse tensor"),
-    "ours with whole numbers": ({"cfg": {"model": {"position": "rotary"}}, "model": {"decoder.x": torch.ones(2).long()}}, "x is of int64"),
+        "decoder.embed_tokens.weight": torch.ones(9, 4), **{f"decoder.layers.{i}.x": torch.ones(1) for i in range(6)}}},
+        "is .9, 4. in the"),
+    "ours with sparse numbers": ({"cfg": {"model": {"position": "rotary"}},
+    "model": {"decoder.x": torch.ones(2).to_sparse()}}, "a sparse tensor"),
+    "ours with whole numbers": ({"cfg": {"model": {"position": "rotary"}},
+    "model": {"decoder.x": torch.ones(2).long()}}, "x is of int64"),
 }  # fmt: skip
 
 
@@ -371,7 +379,8 @@ def test_odd_checkpoints_are_one_line_in_fairseq_too(case, trained, fairseq):
 
     entries, message = ODD[case]
     state = load_checkpoint(trained)
-    torch.save({"model": {}, "cfg": {}} if entries is None else {**state, "args": None, "cfg": {"task": {"_name": "language_modeling"}}, **entries}, trained)
+    torch.save({"model": {}, "cfg": {}} if entries is None else {**state, "args": None,
+        "cfg": {"task": {"_name": "language_modeling"}}, **entries}, trained)
     if "ours with" in case and "layers" in case:
         torch.save({**load_checkpoint(trained), "model": {"decoder.embed_tokens.weight": torch.ones(9, 512)}}, trained)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -383,12 +392,16 @@ COMPONENTS = {
     "no task": ({"task": None}, "it has no options of its task"),
     "no name": ({"task": {}}, "it does not name its task"),
     "a number for a name": ({"task": {"_name": 5}}, "it does not name its task"),
-    "an unknown task": ({"task": {"_name": "nowhere"}}, "its task 'nowhere' is not known here; if a plugin has it, add --user-dir"),
-    "an unknown option": ({"task": {"_name": "language_modeling", "x": 1}}, "its task language_modeling has an option that it does not take: Key 'x'"),
+    "an unknown task": ({"task": {"_name": "nowhere"}},
+    "its task 'nowhere' is not known here; if a plugin has it, add --user-dir"),
+    "an unknown option": ({"task": {"_name": "language_modeling", "x": 1}},
+    "its task language_modeling has an option that it does not take: Key 'x'"),
     "an option of another type": (
-        {"task": {"_name": "language_modeling", "tokens_per_sample": "many"}}, "an option that it does not take: Value 'many'"),
+        {"task": {"_name": "language_modeling", "tokens_per_sample": "many"}},
+            "an option that it does not take: Value 'many'"),
     "an unknown model": ({"model": {"_name": "nothing"}}, "its model 'nothing' is not known here"),
-    "a model's option of another type": ({"model": {"_name": "gpt_lm_tiny", "decoder_layers": None}}, "its model gpt_lm_tiny has an option"),
+    "a model's option of another type": ({"model": {"_name": "gpt_lm_tiny", "decoder_layers": None}},
+        "its model gpt_lm_tiny has an option"),
 }  # fmt: skip
 
 
@@ -397,12 +410,14 @@ def test_what_fairseq_does_not_know_is_said_before_it_is_made(case, trained, fai
     from fairseq import checkpoint_utils
 
     sections, message = COMPONENTS[case]
-    good = {"task": {"_name": "language_modeling", "data": "nowhere"}, "model": {"_name": "gpt_lm_tiny"}, "criterion": {"_name": "cross_entropy"}}
-    torch.save({**load_checkpoint(trained), "args": None, "cfg": {k: v for k, v in (good | sections).items() if v is not None}}, trained)
+    good = {"task": {"_name": "language_modeling", "data": "nowhere"}, "model": {"_name": "gpt_lm_tiny"},
+        "criterion": {"_name": "cross_entropy"}}
+    torch.save({**load_checkpoint(trained), "args": None, "cfg": {k: v for k,
+        v in (good | sections).items() if v is not None}}, trained)
     with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint_utils.load_model_ensemble_and_task([str(trained)])
     assert "trained.pt" in str(caught.value) and "\n" not in str(caught.value)
-    checkpoint_utils.load_checkpoint_to_cpu(str(trained))  # which training goes on from, or takes weights of, and makes nothing of these
+    checkpoint_utils.load_checkpoint_to_cpu(str(trained))  # training takes states and weights, and makes nothing of these
 
 
 def test_odd_dictionaries_are_one_line_in_fairseq_too(fairseq, tmp_path):
@@ -410,7 +425,8 @@ def test_odd_dictionaries_are_one_line_in_fairseq_too(fairseq, tmp_path):
 
     from momentum_lm.errors import UserError
 
-    for content, message in ((b"a b\n", "Incorrect dictionary format"), (b"a 1\na 1\n", "Duplicate word"), (b"\xff 1\n", "Incorrect encoding"),
+    for content, message in ((b"a b\n", "Incorrect dictionary format"), (b"a 1\na 1\n", "Duplicate word"),
+        (b"\xff 1\n", "Incorrect encoding"),
                              (b"a " + b"9" * 5000, "Incorrect dictionary format")):  # fmt: skip
         (tmp_path / "dict.txt").write_bytes(content)
         with pytest.raises(UserError, match=f"cannot read the dictionary .*dict.txt: {message}"):
@@ -690,10 +706,12 @@ def test_a_state_of_training_that_does_not_fit_is_one_line(train, tmp_path):
     assert trained.returncode == 0, trained.stderr
     state = load_checkpoint(tmp_path / "out/checkpoint_last.pt")
     groups = [{**group, "params": group["params"][:1]} for group in state["last_optimizer_state"]["param_groups"]]
-    torch.save({**state, "last_optimizer_state": {**state["last_optimizer_state"], "param_groups": groups}}, tmp_path / "odd.pt")
+    torch.save({**state, "last_optimizer_state": {**state["last_optimizer_state"], "param_groups": groups}},
+        tmp_path / "odd.pt")
     refused = train("--restore-file", tmp_path / "odd.pt", "--save-dir", tmp_path / "again")
     last = refused.stderr.splitlines()[-1]
-    assert refused.returncode == 1 and last.startswith(f"error: the state of training in {tmp_path}/odd.pt does not fit this run (ValueError: ")
+    expected = f"error: the state of training in {tmp_path}/odd.pt does not fit this run (ValueError: "
+    assert refused.returncode == 1 and last.startswith(expected)
     assert "Traceback" not in refused.stderr and "--reset-optimizer" in last
 
 

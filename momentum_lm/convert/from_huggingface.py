@@ -244,9 +244,14 @@ def _tensors(folder: Path, family: Family, trust: bool) -> dict[str, Lazy]:
 
 def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
     state = load_checkpoint(path, trust=trust, mmap=True)
-    wrong = next((name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor) or not isinstance(name, str)), None)
+    wrong = next(
+        (name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor) or not isinstance(name, str)),
+        None,
+    )
     if wrong is not None:
-        raise UserError(f"{path} holds {shown(wrong)}, which is no tensor: it is not the weights of a model of transformers")
+        raise UserError(
+            f"{path} holds {shown(wrong)}, which is no tensor: it is not the weights of a model of transformers"
+        )
     return {name: Lazy.of(tensor) for name, tensor in state.items()}
 
 

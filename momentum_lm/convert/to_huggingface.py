@@ -38,8 +38,12 @@ def read_checkpoint(
     weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
     found = weights.get("model", weights)
     tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong
-    parameters = [value for name, value in tensors if isinstance(value, torch.Tensor) and str(name).endswith((".weight", ".bias"))]
-    dtypes = {tensor.dtype for tensor in parameters if tensor.is_floating_point() and tensor.itemsize > 1} or {torch.float32}  # what else there is, notes of the format, is in fp32
+    parameters = [
+        value for name, value in tensors if isinstance(value, torch.Tensor) and str(name).endswith((".weight", ".bias"))
+    ]
+    dtypes = {tensor.dtype for tensor in parameters if tensor.is_floating_point() and tensor.itemsize > 1} or {
+        torch.float32
+    }  # what else there is, notes of the format, is in fp32
     return load_native(path, overrides, trust, dtype=functools.reduce(torch.promote_types, dtypes), tokenizer=tokenizer)
 
 

@@ -173,7 +173,9 @@ def _header(prefix: str) -> tuple[np.dtype, int, int]:
         file.seek(-8, os.SEEK_END)
         (offset,) = struct.unpack("<q", file.read(8))
         if size < 0 or offset < 0:
-            raise UserError(f"{index} is damaged: its last item has {size} tokens at byte {offset}; copy or make it anew")
+            raise UserError(
+                f"{index} is damaged: its last item has {size} tokens at byte {offset}; copy or make it anew"
+            )
         return dtype, items, offset + size * dtype.itemsize
 
 
@@ -203,7 +205,9 @@ class IndexedDataset:
             raise UserError(f"{index} is damaged: its offsets do not fit its sizes; copy or make it anew")
         self._data: NDArray[np.generic] = np.empty(0, self.dtype)
         with open(f"{self.prefix}.bin", "rb") as file:
-            _check_length(self.prefix, os.fstat(file.fileno()).st_size, end)  # of the file that is mapped, whatever has its name later
+            _check_length(
+                self.prefix, os.fstat(file.fileno()).st_size, end
+            )  # of the file that is mapped, whatever has its name later
             if end:
                 self._map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
                 self._data = np.frombuffer(self._map, self.dtype)

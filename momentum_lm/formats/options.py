@@ -1,6 +1,8 @@
-"""What a checkpoint says besides its tensors: fairseq's options, histories and counters, looked at before anybody uses them.
+"""What a checkpoint says besides its tensors: fairseq's options, histories and counters, looked at before anybody uses
+them.
 
-fairseq's own code takes a checkpoint's word for everything. Here each entry that it (or this package) reads has a type and bounds.
+fairseq's own code takes a checkpoint's word for everything. Here each entry that it (or this package) reads has a type
+and bounds.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def count(entry: Any, what: str, least: int = 0, most: int = _MAX_COUNT) -> int:
 
 
 def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's tensors by name, of a checkpoint (``model``) or of a bare state dict. Raises UserError for anything else in it."""
+    """The model's tensors by name, of a checkpoint (``model``) or of a bare state dict. Raises UserError for anything
+    else in it.
+    """
     found = state.get("model", state)
     if not isinstance(found, Mapping):
         raise UserError(f"its model is of type {type(found).__name__}, not a dict of tensors")
@@ -188,8 +192,9 @@ def check_sizes(
 ) -> None:
     """Whether a decoder's tensors, by their names without ``decoder.``, are as many and as large as its options say.
 
-    It costs nothing, and comes before a model of these options is made, which can take any amount of time and memory. ``positions`` 0: not
-    learned. ``divided``: these are one part of a checkpoint's, of which only widths can be told. Raises UserError.
+    It costs nothing, and comes before a model of these options is made, which can take any amount of time and memory.
+    ``positions`` 0: not learned. ``divided``: these are one part of a checkpoint's, of which only widths can be told.
+    Raises UserError.
     """
     embedding = tensors.get("embed_tokens.weight")
     if embedding is None or "flat_param_0" in tensors:  # of fairscale: all parameters are one
@@ -208,5 +213,6 @@ def check_sizes(
         wanted = (rows, shape[1])
         if has != wanted:
             raise UserError(
-                f"its tensors do not fit its architecture: {name} is {has} in the checkpoint, {wanted} by the architecture"
+                f"its tensors do not fit its architecture: {name} is {has} in the checkpoint, "
+                f"{wanted} by the architecture"
             )

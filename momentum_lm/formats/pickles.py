@@ -1,8 +1,8 @@
 """The part of pickle that checkpoints need, interpreted here: plain data, tensors and NumPy numbers, and nothing else.
 
-Python's own unpickler calls what the file names. This one knows a fixed table of names, each with a function that checks its arguments, and
-counts what the file makes it do, so that a small file can neither run code nor fill the memory. Nothing of it runs on anybody's classes:
-there is no ``__setstate__``, no ``__reduce__``, no attribute by name.
+Python's own unpickler calls what the file names. This one knows a fixed table of names, each with a function that
+checks its arguments, and counts what the file makes it do, so that a small file can neither run code nor fill the
+memory. Nothing of it runs on anybody's classes: there is no ``__setstate__``, no ``__reduce__``, no attribute by name.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ _SCALARS = {
     "f8",
 }  # NumPy's numbers, by kind and size in bytes
 _STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
+    "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }  # fmt: skip
 DTYPES = {str(dtype): dtype for dtype in _STORAGES.values()}
 DTYPES |= {
@@ -68,7 +70,9 @@ class Malformed(ValueError):
 
 
 class Refused(ValueError):
-    """``name`` is outside of the table, so that reading it would take more than data. ``unusable``: a tensor of a kind that is of no use."""
+    """``name`` is outside of the table, so that reading it would take more than data. ``unusable``: a tensor of a kind
+    that is of no use.
+    """
 
     def __init__(self, name: str, unusable: bool = False) -> None:
         super().__init__(name)
@@ -85,7 +89,9 @@ def shown(text: Any, most: int = 80) -> str:
 
 
 class Storage:
-    """Numbers of one kind in a row, which tensors are views of. ``key`` is their name in the file; ``dtype`` None: as the tensor says."""
+    """Numbers of one kind in a row, which tensors are views of. ``key`` is their name in the file; ``dtype`` None: as
+    the tensor says.
+    """
 
     def __init__(self, key: str, dtype: torch.dtype | None, count: int) -> None:
         self.key, self.dtype, self.count = key, dtype, count
@@ -118,9 +124,9 @@ def _is_size(value: Any, below: int = 1 << 48) -> bool:
 class Reader:
     """Interprets one pickle of ``data`` from byte ``start`` on; afterwards ``end`` is the byte behind it.
 
-    ``read_storage`` gives the bytes of a Storage as a vector of uint8 that has exactly ``nbytes`` of them; None: every tensor is made empty,
-    and ``storages`` tells which there are. ``budget`` is how many steps the
-    pickle may take, which bounds time and memory: at most about 100 bytes each. Raises Malformed, and Refused for a name outside of the
+    ``read_storage`` gives the bytes of a Storage as a vector of uint8 that has exactly ``nbytes`` of them; None: every
+    tensor is made empty, and ``storages`` tells which there are. ``budget`` is how many steps the pickle may take,
+    which bounds time and memory: at most about 100 bytes each. Raises Malformed, and Refused for a name outside of the
     table; what ``read_storage`` raises passes.
     """
 
@@ -214,23 +220,33 @@ class Reader:
     def _steps(self) -> dict[int, Callable[[], None]]:
         push = self._push
         plain: dict[str, Callable[[], Any]] = {
-            "N": lambda: None, "\x88": lambda: True, "\x89": lambda: False, ")": tuple, "]": list, "}": dict, "\x8f": self._set,
+            "N": lambda: None, "\x88": lambda: True, "\x89": lambda: False, ")": tuple, "]": list, "}": dict,
+            "\x8f": self._set,
             "J": lambda: self._unpack("<i", 4), "K": lambda: self._unpack("<B", 1), "M": lambda: self._unpack("<H", 2),
-            "G": lambda: self._unpack(">d", 8), "\x8a": lambda: int.from_bytes(self._take(self._unpack("<B", 1)), "little", signed=True),
-            "X": lambda: self._text(self._take(self._unpack("<I", 4))), "\x8c": lambda: self._text(self._take(self._unpack("<B", 1))),
+            "G": lambda: self._unpack(">d", 8), "\x8a": lambda: int.from_bytes(self._take(self._unpack("<B", 1)),
+                "little", signed=True),
+            "X": lambda: self._text(self._take(self._unpack("<I", 4))),
+            "\x8c": lambda: self._text(self._take(self._unpack("<B", 1))),
             "B": lambda: self._take(self._unpack("<I", 4)), "C": lambda: self._take(self._unpack("<B", 1)),
-            "T": lambda: self._old_text(self._take(self._unpack("<i", 4))), "U": lambda: self._old_text(self._take(self._unpack("<B", 1))),
+            "T": lambda: self._old_text(self._take(self._unpack("<i", 4))),
+            "U": lambda: self._old_text(self._take(self._unpack("<B", 1))),
             "h": lambda: self.memo[self._unpack("<B", 1)], "j": lambda: self.memo[self._unpack("<I", 4)],
             "c": lambda: self._name(self._line(), self._line()), "t": lambda: tuple(self._pop_mark()),
             "\x85": lambda: (self.stack.pop(),), "\x86": lambda: self._last(2), "\x87": lambda: self._last(3),
             "Q": lambda: self._persistent(self.stack.pop()),
         }  # fmt: skip
-        steps: dict[str, Callable[[], None]] = {code: (lambda make=make: push(make())) for code, make in plain.items()}
+
+        def pushing(make: Callable[[], Any]) -> Callable[[], None]:
+            return lambda: push(make())
+
+        steps: dict[str, Callable[[], None]] = {code: pushing(make) for code, make in plain.items()}
         steps |= {
             "\x80": lambda: _require(self._unpack("<B", 1) <= 5, "its pickle is of an unknown version"),
-            "\x95": lambda: self._unpack("<Q", 8) and None, "(": self._mark, "a": self._append, "e": self._appends, "s": self._set_item,
+            "\x95": lambda: self._unpack("<Q", 8) and None, "(": self._mark, "a": self._append, "e": self._appends,
+            "s": self._set_item,
             "u": self._set_items, "\x90": self._add_items, "q": lambda: self._put(self._unpack("<B", 1)),
-            "r": lambda: self._put(self._unpack("<I", 4)), "\x94": lambda: self._put(len(self.memo)), "\x93": self._stack_name,
+            "r": lambda: self._put(self._unpack("<I", 4)), "\x94": lambda: self._put(len(self.memo)),
+            "\x93": self._stack_name,
             "R": self._reduce, "\x81": self._reduce, "b": self._build,
         }  # fmt: skip
         return {ord(code): step for code, step in steps.items()}
@@ -354,7 +370,8 @@ class Reader:
 
     def _table(self) -> dict[str, _Name]:
         table: dict[str, Callable[..., Any] | None] = {
-            "collections.OrderedDict": self._ordered, "builtins.set": self._set, "argparse.Namespace": argparse.Namespace,
+            "collections.OrderedDict": self._ordered, "builtins.set": self._set,
+            "argparse.Namespace": argparse.Namespace,
             "_codecs.encode": self._encoded, "torch.Size": self._size, "torch.device": self._device,
             "numpy.dtype": self._numpy_type, "numpy._core.multiarray.scalar": self._numpy_scalar,
             "torch._utils._rebuild_tensor": self._tensor, "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -406,7 +423,9 @@ class Reader:
 
     @staticmethod
     def _set_byte_order(target: _NumpyType, state: Any) -> None:
-        """A number's dtype has this state and no other: no fields, no shape, and its size and alignment are those of its kind."""
+        """A number's dtype has this state and no other: no fields, no shape, and its size and alignment are those of
+        its kind.
+        """
         fits = type(state) is tuple and len(state) in (8, 9) and state[0] in (3, 4) and state[1] in ("<", ">", "|", "=")
         _require(
             fits and state[2:8] == (None, None, None, -1, -1, 0) and state[8:] in ((), (None,)),
@@ -422,7 +441,9 @@ class Reader:
         return numpy.frombuffer(data, kind.order + kind.code).astype(kind.code)[0]
 
     def _persistent(self, entry: Any) -> Storage:
-        """("storage", type, name, device, number of elements), and in the form before torch 1.6 None for a view of another storage."""
+        """("storage", type, name, device, number of elements), and in the form before torch 1.6 None for a view of
+        another storage.
+        """
         fits = type(entry) is tuple and len(entry) in (5, 6) and entry[0] == "storage" and entry[5:] in ((), (None,))
         _require(
             fits and type(entry[1]) is _Name and type(entry[2]) is str and _is_size(entry[4]),

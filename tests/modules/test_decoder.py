@@ -353,7 +353,9 @@ def test_options_have_types_and_bounds(options, message):
 
 
 def test_options_may_be_numbers_of_other_kinds():
-    config = DecoderConfig.from_fairseq({"decoder_layers": 3.0, "decoder_embed_dim": "32", "untie_embeddings": 1, "position": "rotary", "dropout": 0}, 50)
-    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and DecoderConfig.from_fairseq({}, 50).layers == 6
+    config = DecoderConfig.from_fairseq({"decoder_layers": 3.0, "decoder_embed_dim": "32", "untie_embeddings": 1,
+        "position": "rotary", "dropout": 0}, 50)
+    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and DecoderConfig.from_fairseq({},
+        50).layers == 6
     with pytest.raises(UserError, match="a dictionary of 2 entries lacks the special symbols"):
         DecoderConfig.from_fairseq({}, 2)

@@ -254,7 +254,10 @@ class IndexedDataset:
         return item, position - int(self._offsets[item]) // self.dtype.itemsize
 
     def blocks(self, size: int = 1 << 22) -> Iterator[NDArray[np.generic]]:
-        """All token ids in order, (n,) with n up to ``size`` at a time whatever the items, so that memory stays at one block."""
+        """All token ids in order, (n,) with n up to ``size`` at a time whatever the items, so that memory stays at one block.
+
+        Raises UserError if the file is shorter by now.
+        """
         for start in range(0, len(self._data), size):
             count = min(size, len(self._data) - start)
             block = np.fromfile(f"{self.prefix}.bin", self.dtype, count, offset=start * self.dtype.itemsize)

@@ -8,6 +8,7 @@ and bounds.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -27,18 +28,20 @@ _MAX_COUNT = 1 << 62
 def mapping(value: Any, what: str) -> dict[str, Any]:
     """The options of one component: a dict or a namespace of them; none where fairseq keeps a component's bare name.
 
-    ``what`` is the entry's name in the checkpoint, for the message of the UserError that anything else is.
+    ``what`` is the entry's name in the checkpoint. Raises UserError, naming it, for anything else.
     """
     if value is None or isinstance(value, str):
         return {}
-    options = value if isinstance(value, Mapping) else vars(value) if isinstance(value, argparse.Namespace) else None
+    options = value if isinstance(value, Mapping) else None
+    if isinstance(value, argparse.Namespace) or dataclasses.is_dataclass(value):  # the latter only where it is trusted
+        options = vars(value)
     if options is None or not all(isinstance(name, str) for name in options):
         raise UserError(f"its {what} is of type {type(value).__name__}, not a dict of options")
     return dict(options)
 
 
 def flag(options: Mapping[str, Any], name: str) -> bool:
-    """An option that is on or off; where there is none, off."""
+    """An option that is on or off; where there is none, off. Raises UserError for any other value."""
     value = options.get(name)
     if value is not None and (not isinstance(value, (bool, int)) or value not in (0, 1)):
         raise UserError(f"its option {name} is {shown(repr(value))}, not true or false")
@@ -46,15 +49,16 @@ def flag(options: Mapping[str, Any], name: str) -> bool:
 
 
 def count(entry: Any, what: str, least: int = 0, most: int = _MAX_COUNT) -> int:
-    """A whole number of a checkpoint, ``what`` by name."""
+    """A whole number of a checkpoint, ``what`` by name, from ``least`` to ``most``. Raises UserError for anything else."""
     if isinstance(entry, bool) or not isinstance(entry, int) or not least <= entry <= most:
         raise UserError(f"its {what} is {shown(repr(entry))}, not a whole number of at least {least}")
     return entry
 
 
 def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's tensors by name, of a checkpoint (``model``) or of a bare state dict. Raises UserError for anything
-    else in it.
+    """The model's tensors, of any shape, by name, of a checkpoint (``model``) or of a bare state dict.
+
+    Raises UserError for anything else in it.
     """
     found = state.get("model", state)
     if not isinstance(found, Mapping):
@@ -190,7 +194,7 @@ def num_layers(names: Mapping[str, Any]) -> int:
 def check_sizes(
     tensors: Mapping[str, Tensor], layers: int, dim: int, ffn_dim: int, positions: int = 0, divided: bool = False
 ) -> None:
-    """Whether a decoder's tensors, by their names without ``decoder.``, are as many and as large as its options say.
+    """Whether a decoder's tensors, of any shape, by their names without ``decoder.``, are as many and as large as it says.
 
     It costs nothing, and comes before a model of these options is made, which can take any amount of time and memory.
     ``positions`` 0: not learned. ``divided``: these are one part of a checkpoint's, of which only widths can be told.

@@ -141,7 +141,10 @@ class Reader:
         self.names = self._table()
 
     def load(self) -> Any:
-        """The object, a tree of at most MAX_DEPTH levels whose shared parts, counted each time, are few."""
+        """The object, a tree of at most MAX_DEPTH levels whose shared parts, counted each time, are few.
+
+        Raises Malformed, and Refused for a name outside of the table.
+        """
         try:
             value = self._interpret()
         except (struct.error, IndexError, KeyError) as error:  # a jump behind the data, an empty stack, an unknown memo

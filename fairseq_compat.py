@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """``load_checkpoint``, ``CheckpointError`` and ``TornCheckpoint``: momentum_lm's, which is installed with this module, at first use."""
+    """``load_checkpoint``, ``CheckpointError`` and ``TornCheckpoint``: momentum_lm's, which is installed with this
+    module, at first use.
+    """
     if name == "load_checkpoint":
         from momentum_lm.formats.checkpoint import load_checkpoint
 
@@ -45,9 +47,9 @@ def _trusted() -> bool:
 
 
 def _plain_value(text: str) -> Any:
-    """What fairseq's modules get for ``eval``, to which they give options, a checkpoint's too: it takes literals and their sums and
-    products ("[(512, 3)] * 4") and runs no code. Raises CheckpointError for anything else, and for what is longer than any option, unless
-    checkpoints are trusted.
+    """What fairseq's modules get for ``eval``, to which they give options, a checkpoint's too: it takes literals and
+    their sums and products ("[(512, 3)] * 4") and runs no code. Raises CheckpointError for anything else, and for
+    what is longer than any option, unless checkpoints are trusted.
     """
     import ast
     import operator
@@ -68,7 +70,9 @@ def _plain_value(text: str) -> Any:
         if isinstance(node, ast.BinOp) and type(node.op) in operators:
             left, right = value(node.left), value(node.right)
             sizes = length(left), length(right)
-            times = max((n for n in (left, right) if isinstance(n, int)), default=1) if isinstance(node.op, ast.Mult) else 1
+            times = (
+                max((n for n in (left, right) if isinstance(n, int)), default=1) if isinstance(node.op, ast.Mult) else 1
+            )
             if sum(sizes) * times > longest:
                 raise ValueError("too long")
             return operators[type(node.op)](left, right)
@@ -80,8 +84,8 @@ def _plain_value(text: str) -> Any:
         return value(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise CheckpointError(
-            f"{text[:200]!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can run code. "
-            "If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
+            f"{text[:200]!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can "
+            "run code. If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
         ) from error
 
 
@@ -149,7 +153,8 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
-    mmap, building = False, ()  # of the call that is under way; ``building``: what will be made as the checkpoint's options say
+    mmap = False  # of the call that is under way, as is what follows: the components that will be made of its options
+    building: tuple[str, ...] = ()
 
     def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
         from momentum_lm.formats.checkpoint import load_checkpoint
@@ -179,14 +184,19 @@ def _checkpoint_loading(module: ModuleType) -> None:
         except UserError as error:
             raise CheckpointError(f"checkpoint {path}: {error}") from error
         except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:200]  # entries that fairseq's upgrade of old forms needs, or options that are none
-            raise CheckpointError(f"checkpoint {path} is not one that fairseq can read: {type(error).__name__}: {reason}") from error
+            # entries that fairseq's upgrade of old forms needs, or options that are none
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"checkpoint {path} is not one that fairseq can read: {type(error).__name__}: {reason}"
+            ) from error
         return state
 
     stock_ensemble = module.load_model_ensemble_and_task
 
     @functools.wraps(stock_ensemble)
-    def load_model_ensemble_and_task(filenames: Any, arg_overrides: Any = None, task: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def load_model_ensemble_and_task(
+        filenames: Any, arg_overrides: Any = None, task: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         nonlocal building
         building = ("model",) if task is not None else ("task", "model")
         try:
@@ -208,7 +218,8 @@ def _checkpoint_loading(module: ModuleType) -> None:
 
 
 def _check_components(cfg: Any, sections: tuple[str, ...]) -> None:
-    """Whether fairseq knows the task and the model of a checkpoint, and they these options; else it fails deep inside of its registries.
+    """Whether fairseq knows the task and the model of a checkpoint, and they these options; else it fails deep inside
+    of its registries.
 
     Raises momentum_lm's UserError.
     """
@@ -231,7 +242,11 @@ def _check_components(cfg: Any, sections: tuple[str, ...]) -> None:
             raise UserError(f"it has no options of its {section}")
         name = getattr(options, old_name, None) if section == "task" else None
         name = name if isinstance(name, str) else getattr(options, "_name", None) or getattr(options, old_name, None)
-        if name is None and section == "model" and len(vars(options) if isinstance(options, argparse.Namespace) else options) == 1:
+        if (
+            name is None
+            and section == "model"
+            and len(vars(options) if isinstance(options, argparse.Namespace) else options) == 1
+        ):
             continue  # options in a folder of the model's name, which fairseq looks up itself
         if not isinstance(name, str):
             raise UserError(f"it does not name its {section}")
@@ -241,7 +256,9 @@ def _check_components(cfg: Any, sections: tuple[str, ...]) -> None:
             try:
                 merge_with_parent(dataclasses[name](), copy.deepcopy(options), section == "model")
             except Exception as error:  # omegaconf's, of many kinds
-                raise UserError(f"its {section} {name} has an option that it does not take: {' '.join(str(error).split())[:200]}") from error
+                raise UserError(
+                    f"its {section} {name} has an option that it does not take: {' '.join(str(error).split())[:200]}"
+                ) from error
 
 
 def _checkpoint_writing(module: ModuleType) -> None:
@@ -280,6 +297,36 @@ def _checkpoint_writing(module: ModuleType) -> None:
     manager.copy = staticmethod(copy)
 
 
+def _restoring(module: ModuleType) -> None:
+    """A checkpoint whose optimizer, schedule, counters or meters are not those of the run is one line that says how to
+    do without them.
+
+    (Weights that do not fit fairseq explains itself. Where an exception came from, the log says at the level DEBUG.)
+    """
+    import functools
+    import logging
+
+    stock = module.Trainer.load_checkpoint
+
+    @functools.wraps(stock)
+    def load_checkpoint(self: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return stock(self, filename, *args, **kwargs)
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            if getattr(error, "user_error", False) or isinstance(error, NotImplementedError) or "memory" in reason:
+                raise
+            from momentum_lm.errors import CheckpointError
+
+            logging.getLogger("fairseq_compat").debug("%s", filename, exc_info=True)
+            raise CheckpointError(
+                f"the state of training in {filename} does not fit this run ({type(error).__name__}: {reason}); "
+                "to take its weights alone add --reset-optimizer --reset-lr-scheduler --reset-dataloader --reset-meters"
+            ) from error
+
+    module.Trainer.load_checkpoint = load_checkpoint
+
+
 def _dictionary_errors(module: ModuleType) -> None:
     """A ``dict.txt`` that is none is one line that names it, in every task."""
     import functools
@@ -299,7 +346,7 @@ def _dictionary_errors(module: ModuleType) -> None:
 
             raise UserError(f"cannot read the dictionary {f}: {' '.join(str(error).split())[:300]}") from error
 
-    module.Dictionary.add_from_file = add_from_file  # type: ignore[attr-defined]
+    module.Dictionary.add_from_file = add_from_file
 
 
 def _chosen_task(module: ModuleType) -> None:
@@ -547,7 +594,9 @@ def _user_errors(module: ModuleType) -> None:
             reason = reason.__context__ if type(reason) is Exception else None
         if reason is not None:
             line = " ".join(str(reason).split())
-            print("error: " + "".join(c if c >= " " and not "\x7f" <= c < "\xa0" else "?" for c in line), file=sys.stderr)
+            print(
+                "error: " + "".join(c if c >= " " and not "\x7f" <= c < "\xa0" else "?" for c in line), file=sys.stderr
+            )
         else:
             stock(kind, error, trace)
 
@@ -591,6 +640,7 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq.dataclass.utils": (_types_of_options,),
     "fairseq.options": (_options,),
     "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing, _chosen_task),
+    "fairseq.trainer": (_restoring,),
     "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu, _isolated_workers),
     "fairseq.models.distributed_fairseq_model": (_ddp_on_cpu,),
     "fairseq.modules.transformer_layer": (_encoder_mask_type,),

@@ -62,5 +62,7 @@ def _fail(message: str) -> int:
 
 
 def one_line(message: str) -> str:
-    """``message`` in one line, without the control characters that names in a stranger's file may have and a terminal obeys."""
+    """``message`` in one line, without the control characters that names in a stranger's file may have and a terminal
+    obeys.
+    """
     return "".join("?" if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in " ".join(message.split()))

@@ -1,11 +1,13 @@
 """Damages files in every way that we can think of, and sees what reads them: nothing but one clear line, or an answer.
 
     python tests/mutations.py                      the names of the readers
-    python tests/mutations.py READER [FIRST COUNT] mutations FIRST to FIRST + COUNT - 1 of that reader's files; prints what went wrong
+    python tests/mutations.py READER [FIRST COUNT] mutations FIRST to FIRST + COUNT - 1 of that reader's files:
+                                                   prints what went wrong
 
-A reader is one line of ``READERS``: a name, a function that makes its good files in a folder, and a function that reads them from there.
-Everything follows from the reader's name and the mutation's number. ``run`` reads in a child process that may take 1 GB more than it has
-at first, and 10 s of time; a child that crashes, or is ended for these, is one failure, and the next mutations get another child.
+A reader is one line of ``READERS``: a name, a function that makes its good files in a folder, and a function that reads
+them from there. Everything follows from the reader's name and the mutation's number. ``run`` reads in a child process
+that may take 1 GB more than it has at first, and 10 s of time; a child that crashes, or is ended for these, is one
+failure, and the next mutations get another child.
 """
 
 from __future__ import annotations
@@ -39,18 +41,39 @@ MEMORY = 1 << 30
 def _boundary(rng: random.Random, size: int) -> bytes:
     """An integer of ``size`` bytes that programs stumble over."""
     bits = 8 * size
-    value = rng.choice([0, 1, 2, 3, 7, (1 << bits) - 1, 1 << (bits - 1), (1 << (bits - 1)) - 1, 1 << (bits // 2), 1 << (bits - 2), 1000])
+    value = rng.choice(
+        [
+            0,
+            1,
+            2,
+            3,
+            7,
+            (1 << bits) - 1,
+            1 << (bits - 1),
+            (1 << (bits - 1)) - 1,
+            1 << (bits // 2),
+            1 << (bits - 2),
+            1000,
+        ]
+    )
     return (value % (1 << bits)).to_bytes(size, rng.choice(["little", "little", "big"]))
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Flips, cuts, doubles, moves or overwrites some bytes; what is near the beginning or the end, headers and tables, more often."""
+    """Flips, cuts, doubles, moves or overwrites some bytes; what is near the beginning or the end, headers and tables,
+    more often.
+    """
     if not data:
         return rng.randbytes(rng.choice([1, 10, 1000]))
     result = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         length = len(result)
-        at = min(rng.choice([rng.randrange(length), rng.randrange(min(length, 64)), length - 1 - rng.randrange(min(length, 128))]), length - 1)
+        at = min(
+            rng.choice(
+                [rng.randrange(length), rng.randrange(min(length, 64)), length - 1 - rng.randrange(min(length, 128))]
+            ),
+            length - 1,
+        )
         span = rng.choice([1, 2, 4, 8, 16, 100, 1000])
         match rng.randrange(8):
             case 0:
@@ -70,20 +93,27 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
                 result[at:at] = rng.randbytes(span)
             case 7:
                 other = rng.randrange(length)
-                result[at : at + span], result[other : other + span] = result[other : other + span], result[at : at + span]
+                result[at : at + span], result[other : other + span] = (
+                    result[other : other + span],
+                    result[at : at + span],
+                )
         if not result:
             break
     return bytes(result)
 
 
 def mutate_text(data: bytes, rng: random.Random) -> bytes:
-    """Bytes, or words of which formats think something: quotes, brackets, long numbers, control characters, whole lines again."""
+    """Bytes, or words of which formats think something: quotes, brackets, long numbers, control characters, whole lines
+    again.
+    """
     if rng.random() < 0.4:
         return mutate_bytes(data, rng)
     lines = data.split(b"\n")
     words = [
-        b'"', b"'", b"{", b"}", b"[", b"]", b":", b",", b"\0", b"\xff", b"\r", b"\t", b"&a", b"*a", b"!!python/object:os.system x", b"---",
-        b"9" * 5000, b"1e999", b"-1", b"NaN", b"2024-01-01", b"null", b"[" * 3000, b"{\"a\":" * 3000, b"#fairseq:overwrite", b"\xe2\x80\xa8",
+        b'"', b"'", b"{", b"}", b"[", b"]", b":", b",", b"\0", b"\xff", b"\r", b"\t", b"&a", b"*a",
+            b"!!python/object:os.system x", b"---",
+        b"9" * 5000, b"1e999", b"-1", b"NaN", b"2024-01-01", b"null", b"[" * 3000, b"{\"a\":" * 3000,
+        b"#fairseq:overwrite", b"\xe2\x80\xa8",
         b"$\\frac{1}{0}$", b"\x1b[31m", b"-0", b"a" * 100_000, b"\xed\xa0\x80", b"<s> 1", b"true",
     ]  # fmt: skip
     for _ in range(rng.choice([1, 1, 2, 4])):
@@ -112,8 +142,10 @@ def mutate_text(data: bytes, rng: random.Random) -> bytes:
 
 def _odd_value(rng: random.Random) -> Any:
     return rng.choice([
-        None, True, 0, -1, 1, 2, 5, 10**9, 2**63, -(2**63), 10**30, 0.0, -0.5, float("nan"), float("inf"), 1e308, "", "x", "1", "\x1b[31m\n",
-        "${oc.env:HOME}", "a" * 10_000, "../../etc/passwd", "$\\frac{1}{0}$", "\u2028", [], {}, [1, 2], [[]], {"a": 1}, {"": None}, "<script>",
+        None, True, 0, -1, 1, 2, 5, 10**9, 2**63, -(2**63), 10**30, 0.0, -0.5, float("nan"), float("inf"), 1e308, "",
+        "x", "1", "\x1b[31m\n",
+        "${oc.env:HOME}", "a" * 10_000, "../../etc/passwd", "$\\frac{1}{0}$", "\u2028", [], {}, [1, 2], [[]], {"a": 1},
+        {"": None}, "<script>",
     ])  # fmt: skip
 
 
@@ -165,7 +197,18 @@ def _odd_tensor(rng: random.Random) -> Any:
     if rng.random() < 0.5:
         return _odd_value(rng)
     shape = rng.choice([(), (0,), (1,), (2, 8), (16, 16), (40, 16), (3, 0), (1, 1, 1)])
-    kind = rng.choice([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.complex64])
+    kind = rng.choice(
+        [
+            torch.float32,
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int8,
+            torch.bool,
+            torch.complex64,
+        ]
+    )
     tensor = torch.zeros(shape, dtype=kind)
     match rng.randrange(6):
         case 0:
@@ -187,17 +230,24 @@ def mutate_pickle(data: bytes, rng: random.Random) -> bytes:
         return mutate_bytes(data, rng)
     parts = [data[a:b] for a, b in zip(places, [*places[1:], len(data)], strict=True)]
     numbers = [
-        b"K\x00", b"K\x01", b"K\xff", b"J\xff\xff\xff\xff", b"J\x00\x00\x00\x80", b"J\xff\xff\xff\x7f", b"\x8a\x05\x00\x00\x00\x00\x01",
+        b"K\x00", b"K\x01", b"K\xff", b"J\xff\xff\xff\xff", b"J\x00\x00\x00\x80", b"J\xff\xff\xff\x7f",
+        b"\x8a\x05\x00\x00\x00\x00\x01",
         b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x8a\xff" + b"\x7f" * 255, b"G\x7f\xf8\x00\x00\x00\x00\x00\x00",
     ]  # fmt: skip
     names = [
-        b"cos\nsystem\n", b"cbuiltins\nbytearray\n", b"cbuiltins\neval\n", b"ctorch\nLongStorage\n", b"ctorch\nBoolStorage\n", b"cnumpy\ndtype\n",
-        b"cargparse\nNamespace\n", b"ccollections\nOrderedDict\n", b"ctorch\nSize\n", b"ctorch._utils\n_rebuild_parameter\n", b"c_codecs\nencode\n",
-        b"ctorch._utils\n_rebuild_sparse_tensor\n", b"cnumpy._core.multiarray\nscalar\n", b"ctorch.storage\nUntypedStorage\n",
+        b"cos\nsystem\n", b"cbuiltins\nbytearray\n", b"cbuiltins\neval\n", b"ctorch\nLongStorage\n",
+        b"ctorch\nBoolStorage\n", b"cnumpy\ndtype\n",
+        b"cargparse\nNamespace\n", b"ccollections\nOrderedDict\n", b"ctorch\nSize\n",
+        b"ctorch._utils\n_rebuild_parameter\n", b"c_codecs\nencode\n",
+        b"ctorch._utils\n_rebuild_sparse_tensor\n", b"cnumpy._core.multiarray\nscalar\n",
+        b"ctorch.storage\nUntypedStorage\n",
     ]  # fmt: skip
-    others = [b"N", b"\x88", b")", b"]", b"}", b"(", b".", b"R", b"b", b"\x81", b"t", b"\x85", b"\x86", b"\x87", b"Q", b"s", b"u", b"a", b"e",
-              b"0", b"2", b"X\x01\x00\x00\x00x", b"X\xff\xff\xff\x7fx", b"B\xff\xff\xff\xffx", b"h\x00", b"q\x00", b"j\xff\xff\xff\xff",
-              b"r\xff\xff\xff\xff", b"\x8e" + b"\xff" * 8, b"\x95" + b"\xff" * 8, b"}" * 1000, b"N\x85" * 1000]  # fmt: skip
+    others = [b"N", b"\x88", b")", b"]", b"}", b"(", b".", b"R", b"b", b"\x81", b"t", b"\x85", b"\x86", b"\x87", b"Q",
+        b"s", b"u", b"a", b"e",
+              b"0", b"2", b"X\x01\x00\x00\x00x", b"X\xff\xff\xff\x7fx", b"B\xff\xff\xff\xffx", b"h\x00", b"q\x00",
+              b"j\xff\xff\xff\xff",
+              b"r\xff\xff\xff\xff", b"\x8e" + b"\xff" * 8, b"\x95" + b"\xff" * 8, b"}" * 1000,
+                  b"N\x85" * 1000]  # fmt: skip
     for _ in range(rng.choice([1, 1, 2, 3])):
         at = rng.randrange(len(parts))
         alike = [i for i, part in enumerate(parts) if part[:1] == parts[at][:1]]
@@ -252,7 +302,9 @@ def mutate_checkpoint(data: bytes, rng: random.Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = [(name, archive.read(name)) for name in archive.namelist()]
     if kind < 0.9:
-        return write_zip([(name, mutate_pickle(content, rng) if name.endswith("data.pkl") else content) for name, content in entries])
+        return write_zip(
+            [(name, mutate_pickle(content, rng) if name.endswith("data.pkl") else content) for name, content in entries]
+        )
     at = rng.randrange(len(entries))
     name, content = entries[at]
     match rng.randrange(6):
@@ -276,7 +328,9 @@ def mutate_checkpoint(data: bytes, rng: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Reader:
-    """``make(folder)`` writes good files; ``read(folder)`` reads them; ``mutate`` changes one of them, chosen by ``files`` (a glob)."""
+    """``make(folder)`` writes good files; ``read(folder)`` reads them; ``mutate`` changes one of them, chosen by
+    ``files`` (a glob).
+    """
 
     name: str
     make: Callable[[Path], object]
@@ -286,7 +340,8 @@ class Reader:
 
 
 OPTIONS = {
-    "_name": "momentum_lm_tiny", "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2, "decoder_attention_heads": 4,
+    "_name": "momentum_lm_tiny", "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2,
+    "decoder_attention_heads": 4,
     "activation_fn": "gelu", "position": "sinusoidal", "momentum_kind": "ema", "momentum_learned": True, "dropout": 0.0,
     "max_target_positions": 32, "tokens_per_sample": 32,
 }  # fmt: skip
@@ -302,13 +357,17 @@ def _state() -> dict[str, Any]:
     model = Decoder(DecoderConfig(40, 16, 24, 2, 4, max_positions=32, momentum_kind="ema", momentum_learned=True))
     return {
         "args": None,
-        "cfg": {"model": dict(OPTIONS), "task": {"_name": "language_modeling", "data": "nowhere", "tokens_per_sample": 32, "add_bos_token": True,
+        "cfg": {"model": dict(OPTIONS), "task": {"_name": "language_modeling", "data": "nowhere",
+            "tokens_per_sample": 32, "add_bos_token": True,
                                                  "max_target_positions": 32},
                 "criterion": {"_name": "cross_entropy"}, "common": {"seed": 1}},
         "model": {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()},
-        "optimizer_history": [{"num_updates": 7, "optimizer_name": "FairseqAdam", "criterion_name": "X", "lr_scheduler_state": {"best": 1.5}}],
-        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 3}, "best": float(numpy.float64(2.5)), "n": numpy.int64(3)},
-        "last_optimizer_state": {"state": {0: {"exp_avg": torch.zeros(4), "step": 7}}, "param_groups": [{"params": [0], "lr": 0.1}]},
+        "optimizer_history": [{"num_updates": 7, "optimizer_name": "FairseqAdam", "criterion_name": "X",
+        "lr_scheduler_state": {"best": 1.5}}],
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 3}, "best": float(numpy.float64(2.5)),
+        "n": numpy.int64(3)},
+        "last_optimizer_state": {"state": {0: {"exp_avg": torch.zeros(4), "step": 7}},
+        "param_groups": [{"params": [0], "lr": 0.1}]},
     }  # fmt: skip
 
 
@@ -401,8 +460,10 @@ def _perplexity(folder: Path) -> None:
     (folder / "documents").mkdir()
     nll, tokens = numpy.linspace(1, 9, 8), numpy.arange(4, 12)
     numpy.savez_compressed(folder / "documents" / "valid-16.npz", nll=nll, tokens=tokens)
-    run = {"split": "valid", "context_length": 16, "perplexity": 5.5, "ci95": [5.0, 6.0], "bits_per_byte": 1.5, "num_tokens": int(tokens.sum()),
-           "num_documents": 8, "nll": float(nll.sum()), "data_sha256": "ab", "documents": "documents/valid-16.npz", "device": "cpu",
+    run = {"split": "valid", "context_length": 16, "perplexity": 5.5, "ci95": [5.0, 6.0], "bits_per_byte": 1.5,
+        "num_tokens": int(tokens.sum()),
+           "num_documents": 8, "nll": float(nll.sum()), "data_sha256": "ab", "documents": "documents/valid-16.npz",
+           "device": "cpu",
            "seconds": 1.0}  # fmt: skip
     _write_results(folder, "lm_perplexity", {"dtype": "float32"}, [run])
 
@@ -411,11 +472,17 @@ def _classification(folder: Path) -> None:
     runs, lines = [], []
     for seed in (1, 2):
         key = {"dataset": "mr", "seed": seed, "shots": 4, "order": 0, "calibration": "none"}
-        runs.append(key | {"num_examples": 4, "accuracy": 0.75, "ci95": [0.3, 0.95], "macro_f1": 0.7, "confusion": [[2, 0], [1, 1]],
-                           "majority": 0.5, "shots_fitted": 4, "demonstrations": [0, 1, 2, 3], "prefix_tokens": 30, "seconds": 1.5})  # fmt: skip
-        lines += [key | {"setting": "in_context", "index": i, "gold": i % 2, "pred": int(i == 1), "scores": [0.1, 0.2]} for i in range(4)]
+        runs.append(key | {"num_examples": 4, "accuracy": 0.75, "ci95": [0.3, 0.95], "macro_f1": 0.7,
+            "confusion": [[2, 0], [1, 1]],
+                           "majority": 0.5, "shots_fitted": 4, "demonstrations": [0, 1, 2, 3], "prefix_tokens": 30,
+                               "seconds": 1.5})  # fmt: skip
+        lines += [
+            key | {"setting": "in_context", "index": i, "gold": i % 2, "pred": int(i == 1), "scores": [0.1, 0.2]}
+            for i in range(4)
+        ]
     about = {"labels": ["Negative", "Positive"], "template": "paper", "source": {"kind": "local"}}
-    config = {"score": "mean", "sampling": "random", "dtype": "float32", "separator": "\n\n", "bos": [0], "datasets": {"mr": about},
+    config = {"score": "mean", "sampling": "random", "dtype": "float32", "separator": "\n\n", "bos": [0],
+        "datasets": {"mr": about},
               "command": "fairseq-eval --task x"}  # fmt: skip
     summary = {"mr": {"4": {"mean": 0.75, "ci95": [0.7, 0.8], "num_seeds": 2}}}
     _write_results(folder, "icl_classification", config, runs, summary=summary)
@@ -424,7 +491,9 @@ def _classification(folder: Path) -> None:
 
 def _write_results(folder: Path, task: str, config: Any, runs: Any, **more: Any) -> None:
     model = {"path": "model.pt", "sha256": "ab", "parameters": 10, "architecture": {"hidden_size": 8}}
-    (folder / "results.json").write_text(json.dumps({"task": task, "model": model, "config": config, "runs": runs, **more}))
+    (folder / "results.json").write_text(
+        json.dumps({"task": task, "model": model, "config": config, "runs": runs, **more})
+    )
 
 
 def _twice(make: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -445,7 +514,10 @@ def _report(folder: Path) -> None:
 
 
 def _rows() -> list[dict[str, Any]]:
-    return [{"text": f"a film that is {word}", "label": i % 2} for i, word in enumerate("good bad long dull warm thin".split())]
+    return [
+        {"text": f"a film that is {word}", "label": i % 2}
+        for i, word in enumerate("good bad long dull warm thin".split())
+    ]
 
 
 def _data_set(folder: Path, suffix: str) -> None:
@@ -526,9 +598,13 @@ READERS = {
         Reader("predictions.jsonl", _twice(_classification), _report, mutate_text, "a/predictions.jsonl"),
         Reader("documents.npz", _twice(_perplexity), _report, mutate_bytes, "a/documents/*.npz"),
         Reader("data set: YAML", lambda folder: _data_set(folder, "jsonl"), _load_data_set, mutate_text, "*.yaml"),
-        Reader("data set: JSON Lines", lambda folder: _data_set(folder, "jsonl"), _load_data_set, mutate_text, "*.jsonl"),
+        Reader(
+            "data set: JSON Lines", lambda folder: _data_set(folder, "jsonl"), _load_data_set, mutate_text, "*.jsonl"
+        ),
         Reader("data set: CSV", lambda folder: _data_set(folder, "csv"), _load_data_set, mutate_text, "*.csv"),
-        Reader("data set: parquet", lambda folder: _data_set(folder, "parquet"), _load_data_set, mutate_bytes, "*.parquet"),
+        Reader(
+            "data set: parquet", lambda folder: _data_set(folder, "parquet"), _load_data_set, mutate_bytes, "*.parquet"
+        ),
         Reader("corpus: JSON Lines", lambda folder: _table(folder / "corpus.jsonl"), _read_corpus, mutate_text),
         Reader("corpus: CSV", lambda folder: _table(folder / "corpus.csv"), _read_corpus, mutate_text),
         Reader("corpus: parquet", lambda folder: _table(folder / "corpus.parquet"), _read_corpus),
@@ -569,7 +645,7 @@ def problem(reader: Reader, folder: Path) -> str:
 
 
 def run(name: str, folder: Path, first: int = 0, count: int = 1000) -> dict[int, str]:
-    """Mutations of one reader's files, each read in a limited child process -> what is wrong, by the mutation's number."""
+    """Mutations of one reader's files, each read in a limited child process -> what is wrong, by its number."""
     reader = READERS[name]
     good, work = folder / "good", folder / "work"
     good.mkdir(parents=True)

@@ -375,6 +375,113 @@ def test_a_task_for_any_checkpoint_replaces_the_checkpoints_own(trained, fairseq
         assert load(**ours) == ("language_modeling", "new", True, "cross_entropy")
 
 
+ODD = {
+    "no options": ({"cfg": None}, "it has no options"),
+    "options that are a text": ({"cfg": "a: 1"}, "its cfg is of type str, not a dict"),
+    "options of a list": ({"cfg": {"task": [1]}}, "its cfg.task is of type list, not options"),
+    "an option that looks elsewhere": ({"cfg": {"task": {"data": "${oc.env:HOME}"}}},
+    "refers to something else: .{oc.env:HOME}"),
+    "arguments that are a dict": ({"args": {"a": 1}}, "its args are of type dict"),
+    "a model of numbers": ({"model": {"decoder.x": 5}}, "decoder.x is no tensor"),
+    "a model with numbers for names": ({"model": {5: torch.ones(1)}}, "its model has a name of type int"),
+    "no history": ({"optimizer_history": []}, "its optimizer_history is empty"),
+    "a history of numbers": ({"optimizer_history": [5]}, "its optimizer_history is not a list of dicts"),
+    "negative updates": ({"optimizer_history": [{"num_updates": -1}]}, "its number of updates is -1"),
+    "endless updates": ({"optimizer_history": [{"num_updates": 10**30}]}, "its number of updates is 1000"),
+    "a number for the optimizer": ({"optimizer_history": [{"optimizer_name": 5}]}, "its optimizer_name is not a name"),
+    "a list for what is extra": ({"extra_state": [1]}, "its extra_state is of type list"),
+    "a position that is a list": ({"extra_state": {"train_iterator": [1]}}, "its train_iterator is not a dict"),
+    "a position that is a word": ({"extra_state": {"train_iterator": {"epoch": "x"}}},
+    "its train_iterator's epoch is 'x'"),
+    "an optimizer that is a list": ({"last_optimizer_state": [1]}, "its last_optimizer_state is of type list"),
+    "an optimizer without groups": ({"last_optimizer_state": {"param_groups": 5}}, "no list of param_groups"),
+    "an optimizer of numbers": ({"last_optimizer_state": {"param_groups": [], "state": {0: 5}}},
+    "a state that is no dict of dicts"),
+    "parts of a list": ({"fsdp_metadata": [1]}, "its fsdp_metadata is of type list"),
+    "only its weights": (None, "it has no optimizer_history, so it is not a checkpoint of fairseq's trainer"),
+    "ours with 10**9 layers": ({"cfg": {"model": {"position": "rotary", "decoder_layers": 10**9}}},
+    "--decoder-layers 1000000000: must be at most"),
+    "ours with other layers": ({"cfg": {"model": {"position": "rotary", "decoder_layers": 9000}}},
+    "0 layers in the checkpoint, 9000 by"),
+    "ours with another width": ({"cfg": {"model": {"position": "rotary", "decoder_embed_dim": 1 << 20}}, "model": {
+        "decoder.embed_tokens.weight": torch.ones(9, 4), **{f"decoder.layers.{i}.x": torch.ones(1) for i in range(6)}}},
+        "is .9, 4. in the"),
+    "ours with sparse numbers": ({"cfg": {"model": {"position": "rotary"}},
+    "model": {"decoder.x": torch.ones(2).to_sparse()}}, "a sparse tensor"),
+    "ours with whole numbers": ({"cfg": {"model": {"position": "rotary"}},
+    "model": {"decoder.x": torch.ones(2).long()}}, "x is of int64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_checkpoints_are_one_line_in_fairseq_too(case, trained, fairseq):
+    from fairseq import checkpoint_utils
+
+    entries, message = ODD[case]
+    state = load_checkpoint(trained)
+    torch.save({"model": {}, "cfg": {}} if entries is None else {**state, "args": None,
+        "cfg": {"task": {"_name": "language_modeling"}}, **entries}, trained)
+    if "ours with" in case and "layers" in case:
+        torch.save({**load_checkpoint(trained), "model": {"decoder.embed_tokens.weight": torch.ones(9, 512)}}, trained)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint_utils.load_checkpoint_to_cpu(str(trained))
+    assert "trained.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+COMPONENTS = {
+    "no task": ({"task": None}, "it has no options of its task"),
+    "no name": ({"task": {}}, "it does not name its task"),
+    "a number for a name": ({"task": {"_name": 5}}, "it does not name its task"),
+    "an unknown task": ({"task": {"_name": "nowhere"}},
+    "its task 'nowhere' is not known here; if a plugin has it, add --user-dir"),
+    "an unknown option": ({"task": {"_name": "language_modeling", "x": 1}},
+    "its task language_modeling has an option that it does not take: Key 'x'"),
+    "an option of another type": (
+        {"task": {"_name": "language_modeling", "tokens_per_sample": "many"}},
+            "an option that it does not take: Value 'many'"),
+    "an unknown model": ({"model": {"_name": "nothing"}}, "its model 'nothing' is not known here"),
+    "a model's option of another type": ({"model": {"_name": "gpt_lm_tiny", "decoder_layers": None}},
+        "its model gpt_lm_tiny has an option"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPONENTS)
+def test_what_fairseq_does_not_know_is_said_before_it_is_made(case, trained, fairseq):
+    from fairseq import checkpoint_utils
+
+    sections, message = COMPONENTS[case]
+    good = {"task": {"_name": "language_modeling", "data": "nowhere"}, "model": {"_name": "gpt_lm_tiny"},
+        "criterion": {"_name": "cross_entropy"}}
+    torch.save({**load_checkpoint(trained), "args": None, "cfg": {k: v for k,
+        v in (good | sections).items() if v is not None}}, trained)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint_utils.load_model_ensemble_and_task([str(trained)])
+    assert "trained.pt" in str(caught.value) and "\n" not in str(caught.value)
+    checkpoint_utils.load_checkpoint_to_cpu(str(trained))  # training takes states and weights, and makes nothing of these
+
+
+def test_odd_dictionaries_are_one_line_in_fairseq_too(fairseq, tmp_path):
+    from fairseq.data import Dictionary
+
+    from momentum_lm.errors import UserError
+
+    for content, message in ((b"a b\n", "Incorrect dictionary format"), (b"a 1\na 1\n", "Duplicate word"),
+        (b"\xff 1\n", "Incorrect encoding"),
+                             (b"a " + b"9" * 5000, "Incorrect dictionary format")):  # fmt: skip
+        (tmp_path / "dict.txt").write_bytes(content)
+        with pytest.raises(UserError, match=f"cannot read the dictionary .*dict.txt: {message}"):
+            Dictionary.load(str(tmp_path / "dict.txt"))
+    (tmp_path / "dict.txt").unlink()
+    with pytest.raises(FileNotFoundError):
+        Dictionary.load(str(tmp_path / "dict.txt"))
+
+
+def test_errors_are_shown_without_control_characters(run_cli):
+    code = "import fairseq; from momentum_lm.errors import UserError; raise UserError('a\\x1b[31m\\nb\\x9bc')"
+    result = run_cli(["python", "-c", code])
+    assert result.stderr.splitlines()[-1] == "error: a?[31m b?c"
+
+
 def test_code_in_a_checkpoint_runs_only_on_request(tmp_path, monkeypatch):
     monkeypatch.delenv("FAIRSEQ_TRUST_CHECKPOINT", raising=False)
     marker, path = tmp_path / "owned", tmp_path / "hostile.pt"
@@ -406,6 +513,11 @@ def test_code_in_a_checkpoint_runs_only_on_request(tmp_path, monkeypatch):
         "[0] * 'a'",
         "[" * 5000,
         "[0] * 10**12",
+        "[0] * 1000000000",
+        "'a' * 1000000000",
+        "[[0] * 50000] * 50000",
+        "+".join(["[0] * 99999"] * 100),
+        "[" + "0," * 100_000 + "]",
         "[0] * (10 * 9",
     ],
 )
@@ -413,7 +525,7 @@ def test_options_are_plain_values(text, fairseq, monkeypatch):
     monkeypatch.delenv("FAIRSEQ_TRUST_CHECKPOINT", raising=False)
     with pytest.raises(CheckpointError, match="--trust-checkpoint") as caught:
         fairseq.utils.eval_str_list(text)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_options_that_fairseq_itself_evaluates_mean_what_they_meant(fairseq):
@@ -627,6 +739,20 @@ def test_options_in_a_checkpoint_run_no_code(train, run_cli, tmp_path):
         assert not (tmp_path / "OWNED").exists()
     run_cli([*words, "--trust-checkpoint"])
     assert (tmp_path / "OWNED").exists()
+
+
+def test_a_state_of_training_that_does_not_fit_is_one_line(train, tmp_path):
+    trained = train("--save-dir", tmp_path / "out")
+    assert trained.returncode == 0, trained.stderr
+    state = load_checkpoint(tmp_path / "out/checkpoint_last.pt")
+    groups = [{**group, "params": group["params"][:1]} for group in state["last_optimizer_state"]["param_groups"]]
+    torch.save({**state, "last_optimizer_state": {**state["last_optimizer_state"], "param_groups": groups}},
+        tmp_path / "odd.pt")
+    refused = train("--restore-file", tmp_path / "odd.pt", "--save-dir", tmp_path / "again")
+    last = refused.stderr.splitlines()[-1]
+    expected = f"error: the state of training in {tmp_path}/odd.pt does not fit this run (ValueError: "
+    assert refused.returncode == 1 and last.startswith(expected)
+    assert "Traceback" not in refused.stderr and "--reset-optimizer" in last
 
 
 def test_train_names_a_torn_checkpoint_and_a_missing_one(train, tmp_path):

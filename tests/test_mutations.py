@@ -13,8 +13,16 @@ mutations = importlib.util.module_from_spec(spec)
 sys.modules["mutations"] = mutations
 spec.loader.exec_module(mutations)
 
-KNOWN = {"checkpoint, by fairseq": [44, 213, 214, 246, 300, 344, 487, 508], "checkpoint in parts": [294, 828]}  # numbers of mutations that once went wrong
-NIGHTLY_ONLY = {"results of lm_perplexity", "results of icl_classification", "predictions.jsonl", "documents.npz"}  # a report takes a second
+KNOWN = {
+    "checkpoint, by fairseq": [44, 213, 214, 246, 300, 344, 487, 508],
+    "checkpoint in parts": [294, 828],
+}  # numbers of mutations that once went wrong
+NIGHTLY_ONLY = {
+    "results of lm_perplexity",
+    "results of icl_classification",
+    "predictions.jsonl",
+    "documents.npz",
+}  # a report takes a second
 
 
 @pytest.mark.parametrize("name", [name for name in mutations.READERS if name not in NIGHTLY_ONLY])
@@ -78,5 +86,7 @@ def test_a_mutation_is_always_the_same(name, tmp_path):
     reader.make(tmp_path / "good")
     for folder in ("one", "other"):
         mutations.mutated(reader, 5, tmp_path / "good", tmp_path / folder)
-    files = [{path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("good", "one", "other")]
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("good", "one", "other")
+    ]
     assert files[1] == files[2] != files[0]

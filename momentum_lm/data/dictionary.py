@@ -95,7 +95,10 @@ class Dictionary:
             if not symbol or not field.isdecimal() or len(field) > _DIGITS:
                 raise UserError(f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq dict.txt?")
             if symbol in seen and not overwrite:
-                raise UserError(f"{path}:{number}: {symbol[:80]!r} is listed before; add '{_OVERWRITE}' to the line if that is meant")
+                raise UserError(
+                    f"{path}:{number}: {symbol[:80]!r} is listed before; "
+                    f"add '{_OVERWRITE}' to the line if that is meant"
+                )
             seen.add(symbol)
             symbols.append(symbol)
             counts.append(int(field))
@@ -109,11 +112,16 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[str]:
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"cannot read the dictionary {path}: it is no ordinary file")
         if status.st_size > _MOST_BYTES:
-            raise UserError(f"{path} has {status.st_size:,} bytes, far more than a dictionary; is this a fairseq dict.txt?")
+            raise UserError(
+                f"{path} has {status.st_size:,} bytes, far more than a dictionary; is this a fairseq dict.txt?"
+            )
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file):
                 if number == _MOST_SYMBOLS:
-                    raise UserError(f"{path} has more than {_MOST_SYMBOLS:,} lines, far more than a dictionary; is this a fairseq dict.txt?")
+                    raise UserError(
+                        f"{path} has more than {_MOST_SYMBOLS:,} lines, far more than a dictionary; "
+                        "is this a fairseq dict.txt?"
+                    )
                 yield line
     except OSError as error:
         raise UserError(f"cannot read the dictionary {path}: {error.strerror or error}") from error

@@ -173,7 +173,9 @@ def _header(prefix: str) -> tuple[np.dtype, int, int]:
         file.seek(-8, os.SEEK_END)
         (offset,) = struct.unpack("<q", file.read(8))
         if size < 0 or offset < 0:
-            raise UserError(f"{index} is damaged: its last item has {size} tokens at byte {offset}; copy or make it anew")
+            raise UserError(
+                f"{index} is damaged: its last item has {size} tokens at byte {offset}; copy or make it anew"
+            )
         return dtype, items, offset + size * dtype.itemsize
 
 
@@ -203,7 +205,9 @@ class IndexedDataset:
             raise UserError(f"{index} is damaged: its offsets do not fit its sizes; copy or make it anew")
         self._data: NDArray[np.generic] = np.empty(0, self.dtype)
         with open(f"{self.prefix}.bin", "rb") as file:
-            _check_length(self.prefix, os.fstat(file.fileno()).st_size, end)  # of the file that is mapped, whatever has its name later
+            _check_length(
+                self.prefix, os.fstat(file.fileno()).st_size, end
+            )  # of the file that is mapped, whatever has its name later
             if end:
                 self._map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
                 self._data = np.frombuffer(self._map, self.dtype)
@@ -250,7 +254,10 @@ class IndexedDataset:
         return item, position - int(self._offsets[item]) // self.dtype.itemsize
 
     def blocks(self, size: int = 1 << 22) -> Iterator[NDArray[np.generic]]:
-        """All token ids in order, (n,) with n up to ``size`` at a time whatever the items, so that memory stays at one block."""
+        """All token ids in order, (n,) with n up to ``size`` at a time whatever the items, so that memory stays at one block.
+
+        Raises UserError if the file is shorter by now.
+        """
         for start in range(0, len(self._data), size):
             count = min(size, len(self._data) - start)
             block = np.fromfile(f"{self.prefix}.bin", self.dtype, count, offset=start * self.dtype.itemsize)

@@ -1,9 +1,10 @@
-"""Checkpoints, and other files of torch.save, read without running code from them, and within bounds that the file's own size sets.
+"""Checkpoints, and other files of torch.save, read without running code from them, and within bounds that the file's
+own size sets.
 
-Both of torch's formats: since 1.6 a ZIP archive without compression, whose ``data.pkl`` describes the tensors and whose ``data/N`` are their
-numbers; before, pickles one after another, and the numbers behind them. Neither format's parts are larger together than the file, and here
-that is checked before anything is made from them, so that reading takes no more memory than the file has bytes (mapped: next to none), and
-a little for what lies around the tensors.
+Both of torch's formats: since 1.6 a ZIP archive without compression, whose ``data.pkl`` describes the tensors and whose
+``data/N`` are their numbers; before, pickles one after another, and the numbers behind them. Neither format's parts are
+larger together than the file, and here that is checked before anything is made from them, so that reading takes no more
+memory than the file has bytes (mapped: next to none), and a little for what lies around the tensors.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from .pickles import Malformed, Reader, Refused, Storage
 
 _TRUST = "If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch's own, before 1.6
-# Of a ZIP archive: an entry's own header (signature, lengths of its name and of its extra field); an entry of the table of contents (signature,
-# flags, method, checksum, both sizes, lengths of name, extra field and comment, place); the end (signature, size and place of the table); where
-# the end of a large archive is; and that end.
+# Of a ZIP archive, what is read here: an entry's own header (signature, lengths of its name and of its extra field); an
+# entry of the table of contents (signature, flags, method, checksum, both sizes, lengths of name, extra field and
+# comment, place); the end (signature, size and place of the table); where the end of a large archive is; and that end.
 _LOCAL = struct.Struct("<4s22xHH")
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")
 _END = struct.Struct("<4s8xII2x")
@@ -43,17 +44,22 @@ def trusted() -> bool:
 
 
 def load_checkpoint(path: str | os.PathLike[str], trust: bool = False, mmap: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint without running code from it: tensors, on the CPU, and the few plain types that fairseq's trainer saves.
+    """Reads a checkpoint without running code from it: tensors, on the CPU, and the few plain types that fairseq's
+    trainer saves.
 
-    ``trust=True`` (or FAIRSEQ_TRUST_CHECKPOINT=1) lifts that limit: torch.load reads whatever it is. ``mmap=True`` maps tensors instead of
-    reading them, privately: writing into one leaves the file alone. What is read is the file that was there at first, also if another one
-    takes its name meanwhile. (A mapped file must not be cut short while its tensors are in use: the system then ends the program.)
+    ``trust=True`` (or FAIRSEQ_TRUST_CHECKPOINT=1) lifts that limit: torch.load reads whatever it is. ``mmap=True`` maps
+    tensors instead of reading them, privately: writing into one leaves the file alone. What is read is the file that
+    was there at first, also if another one takes its name meanwhile. (A mapped file must not be cut short while its
+    tensors are in use: the system then ends the program.)
 
-    Raises CheckpointError for a file that holds anything else, and of that kind TornCheckpoint if it is missing, damaged or no checkpoint.
+    Raises CheckpointError for a file that holds anything else, and of that kind TornCheckpoint if it is missing,
+    damaged or no checkpoint.
     """
     path = os.fspath(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe must not make the program wait
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # a named pipe must not make the program wait
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise TornCheckpoint(f"cannot read checkpoint {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -62,7 +68,11 @@ def load_checkpoint(path: str | os.PathLike[str], trust: bool = False, mmap: boo
             what = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
             raise TornCheckpoint(f"cannot read checkpoint {path}: it is {what}")
         with open(descriptor, "rb", closefd=False) as file:
-            state = _load_anything(path, mmap) if trust or trusted() else _load_safely(path, file.fileno(), status.st_size, mmap)
+            state = (
+                _load_anything(path, mmap)
+                if trust or trusted()
+                else _load_safely(path, file.fileno(), status.st_size, mmap)
+            )
         if os.fstat(descriptor).st_size != status.st_size:
             raise TornCheckpoint(f"{path} was written to while it was read; use a checkpoint that is whole")
     finally:
@@ -75,7 +85,8 @@ def load_checkpoint(path: str | os.PathLike[str], trust: bool = False, mmap: boo
 def _torn(path: str, reason: str) -> TornCheckpoint:
     size = f"{os.path.getsize(path):,} bytes" if os.path.exists(path) else "gone"
     return TornCheckpoint(
-        f"{path} ({size}) is torn or not a checkpoint: {reason}; use another one, such as an earlier checkpoint_*.pt beside it"
+        f"{path} ({size}) is torn or not a checkpoint: {reason}; "
+        "use another one, such as an earlier checkpoint_*.pt beside it"
     )
 
 
@@ -104,7 +115,8 @@ def _load_safely(path: str, descriptor: int, size: int, mmap: bool) -> Any:
         if refused.unusable:
             raise CheckpointError(f"checkpoint {path} holds {refused.name}, which nothing here can use") from refused
         raise CheckpointError(
-            f"checkpoint {path} holds {refused.name}, which is not on the list of types known to be safe: loading it can run code. {_TRUST}"
+            f"checkpoint {path} holds {refused.name}, which is not on the list of types known to be safe: "
+            f"loading it can run code. {_TRUST}"
         ) from refused
     except Malformed as error:
         raise _torn(path, str(error)) from error
@@ -113,7 +125,9 @@ def _load_safely(path: str, descriptor: int, size: int, mmap: bool) -> Any:
     except OSError as error:
         raise _torn(path, str(error.strerror or error)) from error
     except (MemoryError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {path} ({size:,} bytes) does not fit into the memory that is free: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {path} ({size:,} bytes) does not fit into the memory that is free: {error}"
+        ) from error
 
 
 class _File:
@@ -142,7 +156,8 @@ class _File:
     def read_vector(self, offset: int, count: int) -> Tensor:
         vector = torch.empty(count, dtype=torch.uint8)
         if count:
-            view, done = memoryview(vector.numpy()), 0
+            data: Any = vector.numpy()
+            view, done = memoryview(data), 0
             while done < count:
                 step = os.preadv(self.descriptor, [view[done : done + (1 << 30)]], offset + done)
                 if not step:
@@ -184,7 +199,9 @@ class _Zip(_File):
         entries: dict[str, tuple[int, int, int]] = {}
         directory, position, total = self._directory(), 0, 0
         while position < len(directory):
-            magic, flags, method, checksum, packed, count, name, extra, comment, start = _ENTRY.unpack_from(directory, position)
+            magic, flags, method, checksum, packed, count, name, extra, comment, start = _ENTRY.unpack_from(
+                directory, position
+            )
             position += _ENTRY.size
             text = directory[position : position + name].decode("utf-8")
             fields = directory[position + name : position + name + extra]
@@ -233,13 +250,16 @@ class _Zip(_File):
         if self.whole is not None and count and offset % _ALIGNMENT == 0:
             return torch.empty(0, dtype=torch.uint8).set_(self.whole[offset : offset + count])
         vector = self.read_vector(offset, count)
-        if self.whole is None and checksum and zlib.crc32(vector.numpy()) != checksum:
+        data: Any = vector.numpy()
+        if self.whole is None and checksum and zlib.crc32(data) != checksum:
             raise Malformed("numbers of its tensors are damaged (checksum)")
         return vector
 
     def _mapped(self) -> torch.UntypedStorage:
         name = f"/proc/self/fd/{self.descriptor}"  # the file that was checked, whatever has its name by now
-        return torch.UntypedStorage.from_file(name if os.path.exists(name) else f"/dev/fd/{self.descriptor}", False, self.size)
+        name = name if os.path.exists(name) else f"/dev/fd/{self.descriptor}"
+        whole: torch.UntypedStorage = torch.UntypedStorage.from_file(name, False, self.size)  # type: ignore[assignment]
+        return whole
 
 
 def _large(fields: bytes, *values: int) -> tuple[int, ...]:
@@ -255,7 +275,9 @@ def _large(fields: bytes, *values: int) -> tuple[int, ...]:
 
 
 class _Legacy(_File):
-    """torch's format before 1.6: a magic number, a version, the system's sizes, the object, the names of its storages, their numbers."""
+    """torch's format before 1.6: a magic number, a version, the system's sizes, the object, the names of its storages,
+    their numbers.
+    """
 
     def load(self) -> Any:
         self.data = self.read(0, min(self.size, self.most))
@@ -264,7 +286,11 @@ class _Legacy(_File):
             raise Malformed("it is a pickle, but not of torch.save")
         version, position = self._pickle(position)
         system, position = self._pickle(position)
-        if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not (sys.byteorder == "little"):
+        if (
+            version != 1001
+            or not isinstance(system, dict)
+            or system.get("little_endian") is not (sys.byteorder == "little")
+        ):
             raise Malformed("it is of another version, or was written on a machine of another byte order")
         # Once to learn where it ends and what is behind it, and once with the numbers.
         first = Reader(self.data, None, position, self.budget)
@@ -283,7 +309,9 @@ class _Legacy(_File):
             raise Malformed("its tensors have odd names")
         for name in names:
             count = storages[name].count
-            if position + 8 + storages[name].nbytes > self.size or struct.unpack("<q", self.read(position, 8)) != (count,):
+            if position + 8 + storages[name].nbytes > self.size or struct.unpack("<q", self.read(position, 8)) != (
+                count,
+            ):
                 raise Malformed("it is cut short or damaged")
             places[name] = position + 8
             position += 8 + storages[name].nbytes
@@ -295,4 +323,3 @@ class _Legacy(_File):
                 raise Malformed("it lacks numbers of its tensors")
             self.vectors[storage.key] = self.read_vector(self.places[storage.key], storage.nbytes)
         return self.vectors[storage.key]
-

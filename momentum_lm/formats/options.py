@@ -1,11 +1,14 @@
-"""What a checkpoint says besides its tensors: fairseq's options, histories and counters, looked at before anybody uses them.
+"""What a checkpoint says besides its tensors: fairseq's options, histories and counters, looked at before anybody uses
+them.
 
-fairseq's own code takes a checkpoint's word for everything. Here each entry that it (or this package) reads has a type and bounds.
+fairseq's own code takes a checkpoint's word for everything. Here each entry that it (or this package) reads has a type
+and bounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -25,18 +28,20 @@ _MAX_COUNT = 1 << 62
 def mapping(value: Any, what: str) -> dict[str, Any]:
     """The options of one component: a dict or a namespace of them; none where fairseq keeps a component's bare name.
 
-    ``what`` is the entry's name in the checkpoint, for the message of the UserError that anything else is.
+    ``what`` is the entry's name in the checkpoint. Raises UserError, naming it, for anything else.
     """
     if value is None or isinstance(value, str):
         return {}
-    options = value if isinstance(value, Mapping) else vars(value) if isinstance(value, argparse.Namespace) else None
+    options = value if isinstance(value, Mapping) else None
+    if isinstance(value, argparse.Namespace) or dataclasses.is_dataclass(value):  # the latter only where it is trusted
+        options = vars(value)
     if options is None or not all(isinstance(name, str) for name in options):
         raise UserError(f"its {what} is of type {type(value).__name__}, not a dict of options")
     return dict(options)
 
 
 def flag(options: Mapping[str, Any], name: str) -> bool:
-    """An option that is on or off; where there is none, off."""
+    """An option that is on or off; where there is none, off. Raises UserError for any other value."""
     value = options.get(name)
     if value is not None and (not isinstance(value, (bool, int)) or value not in (0, 1)):
         raise UserError(f"its option {name} is {shown(repr(value))}, not true or false")
@@ -44,21 +49,26 @@ def flag(options: Mapping[str, Any], name: str) -> bool:
 
 
 def count(entry: Any, what: str, least: int = 0, most: int = _MAX_COUNT) -> int:
-    """A whole number of a checkpoint, ``what`` by name."""
+    """A whole number of a checkpoint, ``what`` by name, from ``least`` to ``most``. Raises UserError for anything else."""
     if isinstance(entry, bool) or not isinstance(entry, int) or not least <= entry <= most:
         raise UserError(f"its {what} is {shown(repr(entry))}, not a whole number of at least {least}")
     return entry
 
 
 def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's tensors by name, of a checkpoint (``model``) or of a bare state dict. Raises UserError for anything else in it."""
+    """The model's tensors, of any shape, by name, of a checkpoint (``model``) or of a bare state dict.
+
+    Raises UserError for anything else in it.
+    """
     found = state.get("model", state)
     if not isinstance(found, Mapping):
         raise UserError(f"its model is of type {type(found).__name__}, not a dict of tensors")
     for name, value in found.items():
         if not isinstance(name, str):
             raise UserError(f"its model has a name of type {type(name).__name__}")
-        if not isinstance(value, Tensor) and not name.endswith("_extra_state"):  # torch's own name for what is no tensor
+        if not isinstance(value, Tensor) and not name.endswith(
+            "_extra_state"
+        ):  # torch's own name for what is no tensor
             raise UserError(f"{shown(name)} is no tensor; the checkpoint is damaged, or of another program")
     return dict(found)
 
@@ -88,13 +98,22 @@ def check_state(state: Mapping[str, Any], path: str) -> None:
         check_options(state)
         if "optimizer_history" in state and not _history(state):
             raise UserError("its optimizer_history is empty")
-        if "optimizer_history" not in state and not {"optimizer", "best_loss"} <= state.keys():  # which an old one has instead
+        if (
+            "optimizer_history" not in state and not {"optimizer", "best_loss"} <= state.keys()
+        ):  # which an old one has instead
             raise UserError("it has no optimizer_history, so it is not a checkpoint of fairseq's trainer")
         num_updates(state)
         for name in ("optimizer_name", "criterion_name"):
             if _history(state) and not isinstance(_history(state)[-1].get(name, ""), str):
                 raise UserError(f"its {name} is not a name")
-        for name in ("extra_state", "last_optimizer_state", "task_state", "fsdp_metadata", "shard_metadata", "lr_scheduler_state"):
+        for name in (
+            "extra_state",
+            "last_optimizer_state",
+            "task_state",
+            "fsdp_metadata",
+            "shard_metadata",
+            "lr_scheduler_state",
+        ):
             if not isinstance(state.get(name, {}), (dict, type(None))):
                 raise UserError(f"its {name} is of type {type(state[name]).__name__}, not a dict")
         extra = state.get("extra_state")
@@ -115,7 +134,9 @@ def _check_optimizer(state: Any) -> None:
     if not state or "param_groups" not in state:
         return
     groups, own = state["param_groups"], state.get("state", {})
-    if not isinstance(groups, list) or not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
         raise UserError("its last_optimizer_state has no list of param_groups")
     if not isinstance(own, dict) or not all(isinstance(entry, (dict, list, Tensor)) for entry in own.values()):
         raise UserError("its last_optimizer_state has a state that is no dict of dicts")
@@ -129,7 +150,9 @@ def check_options(state: Mapping[str, Any]) -> None:
     if args is not None and not isinstance(args, argparse.Namespace):
         raise UserError(f"its args are of type {type(args).__name__}, not a namespace")
     for name, section in (cfg or {}).items():
-        if not isinstance(name, str) or not isinstance(section, (Mapping, argparse.Namespace, str, type(None), bool, int, float)):
+        if not isinstance(name, str) or not isinstance(
+            section, (Mapping, argparse.Namespace, str, type(None), bool, int, float)
+        ):
             raise UserError(f"its cfg.{shown(name)} is of type {type(section).__name__}, not options")
     level: list[tuple[str, Any]] = [("cfg", cfg), ("args", args)]
     seen = 0
@@ -145,7 +168,9 @@ def check_options(state: Mapping[str, Any]) -> None:
                 raise UserError(f"its option {where} is a tensor")
             elif isinstance(inner, str) and len(inner) > _MAX_TEXT:
                 raise UserError(f"its option {where} has {len(inner):,} characters")
-            elif isinstance(inner, str) and "${" in inner:  # omegaconf would look it up, in the environment too; fairseq writes what it found
+            elif (
+                isinstance(inner, str) and "${" in inner
+            ):  # omegaconf would look it up, in the environment too; fairseq writes what it found
                 raise UserError(f"its option {where} refers to something else: {shown(inner)}")
             elif isinstance(inner, int) and inner.bit_length() > 64:
                 raise UserError(f"its option {where} is a number of {inner.bit_length()} bits")
@@ -166,18 +191,23 @@ def num_layers(names: Mapping[str, Any]) -> int:
     return len({match[1] for name in names if (match := _LAYER.match(name))})
 
 
-def check_sizes(tensors: Mapping[str, Tensor], layers: int, dim: int, ffn_dim: int, positions: int = 0, divided: bool = False) -> None:
-    """Whether a decoder's tensors, by their names without ``decoder.``, are as many and as large as its options say.
+def check_sizes(
+    tensors: Mapping[str, Tensor], layers: int, dim: int, ffn_dim: int, positions: int = 0, divided: bool = False
+) -> None:
+    """Whether a decoder's tensors, of any shape, by their names without ``decoder.``, are as many and as large as it says.
 
-    It costs nothing, and comes before a model of these options is made, which can take any amount of time and memory. ``positions`` 0: not
-    learned. ``divided``: these are one part of a checkpoint's, of which only widths can be told. Raises UserError.
+    It costs nothing, and comes before a model of these options is made, which can take any amount of time and memory.
+    ``positions`` 0: not learned. ``divided``: these are one part of a checkpoint's, of which only widths can be told.
+    Raises UserError.
     """
     embedding = tensors.get("embed_tokens.weight")
     if embedding is None or "flat_param_0" in tensors:  # of fairscale: all parameters are one
         return
     found = num_layers(tensors)
     if found != layers:
-        raise UserError(f"its tensors do not fit its architecture: {found} layers in the checkpoint, {layers} by the architecture")
+        raise UserError(
+            f"its tensors do not fit its architecture: {found} layers in the checkpoint, {layers} by the architecture"
+        )
     expected = {"embed_tokens.weight": (None, dim), "layers.0.fc1.weight": (ffn_dim, dim)}
     if positions:
         expected["embed_positions.weight"] = (positions, dim)
@@ -187,5 +217,6 @@ def check_sizes(tensors: Mapping[str, Tensor], layers: int, dim: int, ffn_dim: i
         wanted = (rows, shape[1])
         if has != wanted:
             raise UserError(
-                f"its tensors do not fit its architecture: {name} is {has} in the checkpoint, {wanted} by the architecture"
+                f"its tensors do not fit its architecture: {name} is {has} in the checkpoint, "
+                f"{wanted} by the architecture"
             )

@@ -1,8 +1,8 @@
 """The part of pickle that checkpoints need, interpreted here: plain data, tensors and NumPy numbers, and nothing else.
 
-Python's own unpickler calls what the file names. This one knows a fixed table of names, each with a function that checks its arguments, and
-counts what the file makes it do, so that a small file can neither run code nor fill the memory. Nothing of it runs on anybody's classes:
-there is no ``__setstate__``, no ``__reduce__``, no attribute by name.
+Python's own unpickler calls what the file names. This one knows a fixed table of names, each with a function that
+checks its arguments, and counts what the file makes it do, so that a small file can neither run code nor fill the
+memory. Nothing of it runs on anybody's classes: there is no ``__setstate__``, no ``__reduce__``, no attribute by name.
 """
 
 from __future__ import annotations
@@ -18,12 +18,34 @@ import torch
 from torch import Tensor
 
 MAX_DEPTH = 100  # of lists, tuples and dicts within one another
-_KEYS = (str, int, float, bytes, bool, type(None))  # of dicts and sets: their hashes are salted or of 64 bits, so that none can be made alike
-_SCALARS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}  # NumPy's numbers, by kind and size in bytes
+_KEYS = (
+    str,
+    int,
+    float,
+    bytes,
+    bool,
+    type(None),
+)  # of dicts and sets: their hashes are salted or of 64 bits, so that none can be made alike
+_SCALARS = {
+    "b1",
+    "i1",
+    "i2",
+    "i4",
+    "i8",
+    "u1",
+    "u2",
+    "u4",
+    "u8",
+    "f2",
+    "f4",
+    "f8",
+}  # NumPy's numbers, by kind and size in bytes
 _STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
+    "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }  # fmt: skip
 DTYPES = {str(dtype): dtype for dtype in _STORAGES.values()}
 DTYPES |= {
@@ -37,7 +59,10 @@ _UNUSABLE = {  # what torch's own list of safe names has, and no command here co
     "torch._utils._rebuild_qtensor": "a quantised tensor",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
 }
-_OLD_MODULES = {"__builtin__": "builtins", "numpy.core.multiarray": "numpy._core.multiarray"}  # Python 2's and NumPy 1's names
+_OLD_MODULES = {
+    "__builtin__": "builtins",
+    "numpy.core.multiarray": "numpy._core.multiarray",
+}  # Python 2's and NumPy 1's names
 
 
 class Malformed(ValueError):
@@ -45,7 +70,9 @@ class Malformed(ValueError):
 
 
 class Refused(ValueError):
-    """``name`` is outside of the table, so that reading it would take more than data. ``unusable``: a tensor of a kind that is of no use."""
+    """``name`` is outside of the table, so that reading it would take more than data. ``unusable``: a tensor of a kind
+    that is of no use.
+    """
 
     def __init__(self, name: str, unusable: bool = False) -> None:
         super().__init__(name)
@@ -54,13 +81,17 @@ class Refused(ValueError):
 
 def shown(text: Any, most: int = 80) -> str:
     """``text`` from a file as it may stand in a message: short, in one line, and nothing that a terminal obeys."""
-    text = text if isinstance(text, str) else f"<{type(text).__name__}>" if not isinstance(text, int) else str(text)[:most]
+    text = (
+        text if isinstance(text, str) else f"<{type(text).__name__}>" if not isinstance(text, int) else str(text)[:most]
+    )
     text = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 class Storage:
-    """Numbers of one kind in a row, which tensors are views of. ``key`` is their name in the file; ``dtype`` None: as the tensor says."""
+    """Numbers of one kind in a row, which tensors are views of. ``key`` is their name in the file; ``dtype`` None: as
+    the tensor says.
+    """
 
     def __init__(self, key: str, dtype: torch.dtype | None, count: int) -> None:
         self.key, self.dtype, self.count = key, dtype, count
@@ -93,13 +124,15 @@ def _is_size(value: Any, below: int = 1 << 48) -> bool:
 class Reader:
     """Interprets one pickle of ``data`` from byte ``start`` on; afterwards ``end`` is the byte behind it.
 
-    ``read_storage`` gives the bytes of a Storage as a vector of uint8 that has exactly ``nbytes`` of them; None: every tensor is made empty,
-    and ``storages`` tells which there are. ``budget`` is how many steps the
-    pickle may take, which bounds time and memory: at most about 100 bytes each. Raises Malformed, and Refused for a name outside of the
+    ``read_storage`` gives the bytes of a Storage as a vector of uint8 that has exactly ``nbytes`` of them; None: every
+    tensor is made empty, and ``storages`` tells which there are. ``budget`` is how many steps the pickle may take,
+    which bounds time and memory: at most about 100 bytes each. Raises Malformed, and Refused for a name outside of the
     table; what ``read_storage`` raises passes.
     """
 
-    def __init__(self, data: bytes, read_storage: Callable[[Storage], Tensor] | None, start: int = 0, budget: int = 4_000_000) -> None:
+    def __init__(
+        self, data: bytes, read_storage: Callable[[Storage], Tensor] | None, start: int = 0, budget: int = 4_000_000
+    ) -> None:
         self.data, self.end, self.read_storage, self.budget, self.allowed = data, start, read_storage, budget, budget
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
@@ -108,7 +141,10 @@ class Reader:
         self.names = self._table()
 
     def load(self) -> Any:
-        """The object, a tree of at most MAX_DEPTH levels whose shared parts, counted each time, are few."""
+        """The object, a tree of at most MAX_DEPTH levels whose shared parts, counted each time, are few.
+
+        Raises Malformed, and Refused for a name outside of the table.
+        """
         try:
             value = self._interpret()
         except (struct.error, IndexError, KeyError) as error:  # a jump behind the data, an empty stack, an unknown memo
@@ -187,23 +223,33 @@ class Reader:
     def _steps(self) -> dict[int, Callable[[], None]]:
         push = self._push
         plain: dict[str, Callable[[], Any]] = {
-            "N": lambda: None, "\x88": lambda: True, "\x89": lambda: False, ")": tuple, "]": list, "}": dict, "\x8f": self._set,
+            "N": lambda: None, "\x88": lambda: True, "\x89": lambda: False, ")": tuple, "]": list, "}": dict,
+            "\x8f": self._set,
             "J": lambda: self._unpack("<i", 4), "K": lambda: self._unpack("<B", 1), "M": lambda: self._unpack("<H", 2),
-            "G": lambda: self._unpack(">d", 8), "\x8a": lambda: int.from_bytes(self._take(self._unpack("<B", 1)), "little", signed=True),
-            "X": lambda: self._text(self._take(self._unpack("<I", 4))), "\x8c": lambda: self._text(self._take(self._unpack("<B", 1))),
+            "G": lambda: self._unpack(">d", 8), "\x8a": lambda: int.from_bytes(self._take(self._unpack("<B", 1)),
+                "little", signed=True),
+            "X": lambda: self._text(self._take(self._unpack("<I", 4))),
+            "\x8c": lambda: self._text(self._take(self._unpack("<B", 1))),
             "B": lambda: self._take(self._unpack("<I", 4)), "C": lambda: self._take(self._unpack("<B", 1)),
-            "T": lambda: self._old_text(self._take(self._unpack("<i", 4))), "U": lambda: self._old_text(self._take(self._unpack("<B", 1))),
+            "T": lambda: self._old_text(self._take(self._unpack("<i", 4))),
+            "U": lambda: self._old_text(self._take(self._unpack("<B", 1))),
             "h": lambda: self.memo[self._unpack("<B", 1)], "j": lambda: self.memo[self._unpack("<I", 4)],
             "c": lambda: self._name(self._line(), self._line()), "t": lambda: tuple(self._pop_mark()),
             "\x85": lambda: (self.stack.pop(),), "\x86": lambda: self._last(2), "\x87": lambda: self._last(3),
             "Q": lambda: self._persistent(self.stack.pop()),
         }  # fmt: skip
-        steps: dict[str, Callable[[], None]] = {code: (lambda make=make: push(make())) for code, make in plain.items()}
+
+        def pushing(make: Callable[[], Any]) -> Callable[[], None]:
+            return lambda: push(make())
+
+        steps: dict[str, Callable[[], None]] = {code: pushing(make) for code, make in plain.items()}
         steps |= {
             "\x80": lambda: _require(self._unpack("<B", 1) <= 5, "its pickle is of an unknown version"),
-            "\x95": lambda: self._unpack("<Q", 8) and None, "(": self._mark, "a": self._append, "e": self._appends, "s": self._set_item,
+            "\x95": lambda: self._unpack("<Q", 8) and None, "(": self._mark, "a": self._append, "e": self._appends,
+            "s": self._set_item,
             "u": self._set_items, "\x90": self._add_items, "q": lambda: self._put(self._unpack("<B", 1)),
-            "r": lambda: self._put(self._unpack("<I", 4)), "\x94": lambda: self._put(len(self.memo)), "\x93": self._stack_name,
+            "r": lambda: self._put(self._unpack("<I", 4)), "\x94": lambda: self._put(len(self.memo)),
+            "\x93": self._stack_name,
             "R": self._reduce, "\x81": self._reduce, "b": self._build,
         }  # fmt: skip
         return {ord(code): step for code, step in steps.items()}
@@ -277,7 +323,10 @@ class Reader:
 
     @staticmethod
     def _key(key: Any) -> Any:
-        _require(type(key) in _KEYS and not (type(key) is int and key.bit_length() > 60), f"it has a {type(key).__name__} for a name")
+        _require(
+            type(key) in _KEYS and not (type(key) is int and key.bit_length() > 60),
+            f"it has a {type(key).__name__} for a name",
+        )
         return key
 
     def _stack_name(self) -> None:
@@ -311,7 +360,10 @@ class Reader:
         if type(target) is OrderedDict:  # of a module's state_dict(): the versions of its parts
             versions = state.get("_metadata", {})
             fits = state.keys() <= {"_metadata"} and isinstance(versions, dict)
-            _require(fits and all(isinstance(version, dict) for version in versions.values()), "it has a dict with odd attributes")
+            _require(
+                fits and all(isinstance(version, dict) for version in versions.values()),
+                "it has a dict with odd attributes",
+            )
         else:
             odd = next((name for name in state if hasattr(argparse.Namespace, name)), None)
             _require(odd is None, f"its options have the name {odd}")
@@ -321,7 +373,8 @@ class Reader:
 
     def _table(self) -> dict[str, _Name]:
         table: dict[str, Callable[..., Any] | None] = {
-            "collections.OrderedDict": self._ordered, "builtins.set": self._set, "argparse.Namespace": argparse.Namespace,
+            "collections.OrderedDict": self._ordered, "builtins.set": self._set,
+            "argparse.Namespace": argparse.Namespace,
             "_codecs.encode": self._encoded, "torch.Size": self._size, "torch.device": self._device,
             "numpy.dtype": self._numpy_type, "numpy._core.multiarray.scalar": self._numpy_scalar,
             "torch._utils._rebuild_tensor": self._tensor, "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -352,11 +405,17 @@ class Reader:
         return text.encode("latin-1")
 
     def _size(self, sizes: Any = ()) -> torch.Size:
-        _require(type(sizes) in (list, tuple) and len(sizes) <= 64 and all(map(_is_size, sizes)), "it has a shape that cannot be")
+        _require(
+            type(sizes) in (list, tuple) and len(sizes) <= 64 and all(map(_is_size, sizes)),
+            "it has a shape that cannot be",
+        )
         return torch.Size(sizes)
 
     def _device(self, kind: Any, index: Any = None) -> torch.device:
-        _require(type(kind) is str and len(kind) < 20 and (index is None or _is_size(index, 128)), "it has a device that cannot be")
+        _require(
+            type(kind) is str and len(kind) < 20 and (index is None or _is_size(index, 128)),
+            "it has a device that cannot be",
+        )
         return torch.device(kind) if index is None else torch.device(kind, index)
 
     def _numpy_type(self, code: Any, align: Any = False, copy: Any = True) -> _NumpyType:
@@ -367,35 +426,64 @@ class Reader:
 
     @staticmethod
     def _set_byte_order(target: _NumpyType, state: Any) -> None:
-        """A number's dtype has this state and no other: no fields, no shape, and its size and alignment are those of its kind."""
+        """A number's dtype has this state and no other: no fields, no shape, and its size and alignment are those of
+        its kind.
+        """
         fits = type(state) is tuple and len(state) in (8, 9) and state[0] in (3, 4) and state[1] in ("<", ">", "|", "=")
-        _require(fits and state[2:8] == (None, None, None, -1, -1, 0) and state[8:] in ((), (None,)), "it has a number of an odd type")
+        _require(
+            fits and state[2:8] == (None, None, None, -1, -1, 0) and state[8:] in ((), (None,)),
+            "it has a number of an odd type",
+        )
         target.order = state[1]
 
     def _numpy_scalar(self, kind: Any, data: Any) -> Any:
-        _require(type(kind) is _NumpyType and type(data) is bytes and len(data) == int(kind.code[1:]), "it has a number of an odd type")
+        _require(
+            type(kind) is _NumpyType and type(data) is bytes and len(data) == int(kind.code[1:]),
+            "it has a number of an odd type",
+        )
         return numpy.frombuffer(data, kind.order + kind.code).astype(kind.code)[0]
 
     def _persistent(self, entry: Any) -> Storage:
-        """("storage", type, name, device, number of elements), and in the form before torch 1.6 None for a view of another storage."""
+        """("storage", type, name, device, number of elements), and in the form before torch 1.6 None for a view of
+        another storage.
+        """
         fits = type(entry) is tuple and len(entry) in (5, 6) and entry[0] == "storage" and entry[5:] in ((), (None,))
-        _require(fits and type(entry[1]) is _Name and type(entry[2]) is str and _is_size(entry[4]), "it has a tensor of an odd form")
+        _require(
+            fits and type(entry[1]) is _Name and type(entry[2]) is str and _is_size(entry[4]),
+            "it has a tensor of an odd form",
+        )
         name = entry[1].name.removeprefix("torch.")
         _require(name in _STORAGES or name == "storage.UntypedStorage", "it has a tensor of an odd form")
         storage = Storage(entry[2], _STORAGES.get(name), entry[4])
         known = self.storages.setdefault(storage.key, storage)
-        _require((known.dtype, known.count) == (storage.dtype, storage.count), "it has two different tensors of one name")
+        _require(
+            (known.dtype, known.count) == (storage.dtype, storage.count), "it has two different tensors of one name"
+        )
         return known
 
     def _tensor(
-        self, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, dtype: Any = None, *more: Any
+        self,
+        storage: Any,
+        offset: Any,
+        size: Any,
+        stride: Any,
+        requires_grad: Any = False,
+        hooks: Any = None,
+        dtype: Any = None,
+        *more: Any,
     ) -> Tensor:
         """A view of a storage, within it and with no element twice."""
         self.budget -= 8
-        _require(type(storage) is Storage and _is_size(offset) and type(size) is tuple and type(stride) is tuple, "it has a tensor of an odd form")
+        _require(
+            type(storage) is Storage and _is_size(offset) and type(size) is tuple and type(stride) is tuple,
+            "it has a tensor of an odd form",
+        )
         size, stride = self._size(size), self._size(stride)
         dtype = storage.dtype or dtype
-        _require(isinstance(dtype, torch.dtype) and len(size) == len(stride) and not any(more), "it has a tensor of an odd form")
+        _require(
+            isinstance(dtype, torch.dtype) and len(size) == len(stride) and not any(more),
+            "it has a tensor of an odd form",
+        )
         held = storage.nbytes // dtype.itemsize
         count = 1
         for length in size:

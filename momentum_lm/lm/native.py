@@ -199,17 +199,18 @@ def load_native(
     dtype: torch.dtype | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> NativeLM:
-    """Reads a checkpoint file, or the one in a folder (``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``), whole or in parts
-    (``checkpoint_best-shard0.pt`` and so on; any of them may be named).
+    """Reads a checkpoint file, or the one in a folder (``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``),
+    whole or in parts (``checkpoint_best-shard0.pt`` and so on; any of them may be named).
 
-    The weights are the file's own memory pages where dtype and device allow it, and what changes them leaves the file alone; parts are
-    joined, and others converted tensor by tensor, so that there are never two copies of all.
+    The weights are the file's own memory pages where dtype and device allow it, and what changes them leaves the file
+    alone; parts are joined, and others converted tensor by tensor, so that there are never two copies of all.
 
     The architecture comes from the checkpoint; where it holds none, shapes come from the tensors and the rest from
     ``overrides``: fairseq's model options as a mapping or as the text of a Python dict, such as
     ``{'decoder_attention_heads': 8}``. ``trust`` lifts the limit on what a checkpoint may hold (see
-    ``momentum_lm.formats.checkpoint``). ``dtype`` None is fp32, whatever was saved. ``tokenizer`` is a folder or file for
-    ``load_tokenizer``; None is beside the checkpoint, or else in the data that the checkpoint says it was trained on.
+    ``momentum_lm.formats.checkpoint``). ``dtype`` None is fp32, whatever was saved. ``tokenizer`` is a folder or file
+    for ``load_tokenizer``; None is beside the checkpoint, or else in the data that the checkpoint says it was trained
+    on.
 
     Raises UserError for a missing or damaged checkpoint, and for a model that the decoder cannot represent.
     """
@@ -297,7 +298,10 @@ def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     """The decoder's state dict under this package's names, from the forms that fairseq's versions have written."""
     weights = checkpoint_options.weights(state)
     if "decoder.embed_tokens.weight" not in weights:
-        raise UserError("it holds no decoder-only language model (no decoder.embed_tokens.weight); is it another kind of checkpoint?")
+        raise UserError(
+            "it holds no decoder-only language model (no decoder.embed_tokens.weight); "
+            "is it another kind of checkpoint?"
+        )
     foreign = next((name for name in weights if not name.startswith("decoder.")), None)
     if foreign is not None:
         raise UserError(f"it holds more than a decoder-only language model, such as {shown(foreign)}")
@@ -311,7 +315,9 @@ def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
         if fused:  # before 2019: queries, keys and values in one matrix
             if not value.dim() or len(value) % 3:
                 raise UserError(f"{shown(name)} is {tuple(value.shape)}, which is not queries, keys and values in one")
-            found = {f"{fused[1]}.{letter}_proj.{fused[2]}": part for letter, part in zip("qkv", value.chunk(3), strict=True)}
+            found = {
+                f"{fused[1]}.{letter}_proj.{fused[2]}": part for letter, part in zip("qkv", value.chunk(3), strict=True)
+            }
         elif name == "embed_out":  # an untied output projection, before 2020
             found = {"output_projection.weight": value}
         else:
@@ -334,19 +340,26 @@ def _check_tensor(name: str, value: Any) -> None:
     if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
         raise UserError(f"{shown(name)} is sparse, quantised or without values; save it as an ordinary tensor")
     if not value.is_floating_point() and name.rpartition(".")[2] not in NOTES:
-        raise UserError(f"{shown(name)} is of {str(value.dtype).removeprefix('torch.')}, and weights are floating-point numbers")
+        raise UserError(
+            f"{shown(name)} is of {str(value.dtype).removeprefix('torch.')}, and weights are floating-point numbers"
+        )
 
 
 def _check_amount(tensors: Mapping[str, Tensor], files: Sequence[Path]) -> None:
-    """Tensors of one storage under many names would be many, once they are converted. Only the output projection may be another's."""
+    """Tensors of one storage under many names would be many, once they are converted. Only the output projection may be
+    another's.
+    """
     own = {name: value for name, value in tensors.items() if name != "output_projection.weight"}
     told, held = sum(value.nbytes for value in own.values()), sum(file.stat().st_size for file in files)
     if told > held:
-        raise UserError(f"its tensors have {told:,} bytes, and the checkpoint has {held:,}: some are the same under several names")
+        raise UserError(
+            f"its tensors have {told:,} bytes, and the checkpoint has {held:,}: some are the same under several names"
+        )
 
 
 def check_fairseq_model(state: Mapping[str, Any]) -> None:
-    """Whether a model of ours can be made as a checkpoint's options say: fairseq makes it before it looks at the tensors.
+    """Whether a model of ours can be made as a checkpoint's options say: fairseq makes it before it looks at the
+    tensors.
 
     ``state`` is what fairseq made of a checkpoint. Raises UserError; says nothing of models that are not ours.
     """
@@ -355,7 +368,11 @@ def check_fairseq_model(state: Mapping[str, Any]) -> None:
     if not isinstance(options, Mapping) or "position" not in options:
         return
     prefix = "decoder."
-    tensors = {name.removeprefix(prefix): value for name, value in checkpoint_options.weights(state).items() if name.startswith(prefix)}
+    tensors = {
+        name.removeprefix(prefix): value
+        for name, value in checkpoint_options.weights(state).items()
+        if name.startswith(prefix)
+    }
     for name, value in tensors.items():
         if not _IGNORED.match(name):
             _check_tensor(name, value)
@@ -371,7 +388,9 @@ def _options(state: dict[str, Any], trust: bool) -> tuple[dict[str, Any], dict[s
         checkpoint_options.check_options(state)
     cfg = state.get("cfg")
     if isinstance(cfg, Mapping):
-        return checkpoint_options.mapping(cfg.get("model"), "cfg.model"), checkpoint_options.mapping(cfg.get("task"), "cfg.task")
+        return checkpoint_options.mapping(cfg.get("model"), "cfg.model"), checkpoint_options.mapping(
+            cfg.get("task"), "cfg.task"
+        )
     arguments = checkpoint_options.mapping(state.get("args"), "args")  # before 2020: one namespace for all
     return arguments, arguments
 
@@ -414,7 +433,9 @@ def _rows(tensors: Mapping[str, Tensor], name: str) -> int:
 
 
 def _eta(log_decay: float) -> float:
-    """The shortest decimal number whose logarithm is the fp32 number ``log_decay``. Raises UserError for that of no decay."""
+    """The shortest decimal number whose logarithm is the fp32 number ``log_decay``. Raises UserError for that of no
+    decay.
+    """
     if not -100 < log_decay < 0:
         raise UserError(f"its fixed_log_decay is {log_decay:g}, which is not the logarithm of a decay between 0 and 1")
     candidates = (float(f"{math.exp(log_decay):.{digits}g}") for digits in range(1, 18))
@@ -437,7 +458,10 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"--model-overrides: no option is called {shown(key)!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UserError(
+                f"--model-overrides: no option is called {shown(key)!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
     return dict(value)
 
 
@@ -461,7 +485,10 @@ def _build(config: DecoderConfig, tensors: dict[str, Tensor], device: torch.devi
         del tensors[name]
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
-        lack, extra = (shown(names[0]) + f" and {len(names) - 1} more" * (len(names) > 1) if names else "" for names in (missing, unknown))
+        lack, extra = (
+            shown(names[0]) + f" and {len(names) - 1} more" * (len(names) > 1) if names else ""
+            for names in (missing, unknown)
+        )
         parts = [f"lacks {lack}"] * bool(missing) + [f"has {extra}, which the decoder does not"] * bool(unknown)
         raise UserError(f"its tensors do not fit its architecture: the checkpoint {' and '.join(parts)}")
     for name, tensor in tensors.items():

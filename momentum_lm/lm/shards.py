@@ -27,7 +27,9 @@ def part_files(path: Path, state: dict[str, Any]) -> list[Path]:
     metadata = _metadata(state)
     match = re.fullmatch(r"(.*-shard)\d+(\.pt)", path.name)
     if not match:
-        raise UserError("it is one part of a checkpoint: name it NAME-shardN.pt again, as it was, and leave it beside the others")
+        raise UserError(
+            "it is one part of a checkpoint: name it NAME-shardN.pt again, as it was, and leave it beside the others"
+        )
     found = sum(1 for _ in path.parent.glob(f"{glob.escape(match[1])}*{match[2]}"))
     world = part_count(state) if "world_size" in metadata else found
 
@@ -71,7 +73,9 @@ def _as_described() -> Iterator[None]:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = shown(" ".join(str(error).split()), 200)
-        raise UserError(f"the parts do not fit one another or their fsdp_metadata ({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"the parts do not fit one another or their fsdp_metadata ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def join_parts(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -112,9 +116,9 @@ def _join_fairscale(states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
                     f"of its parts {len(states)} are there, and they do not make up {prefix}{entry['names'][0]}: some are missing"
                 )
             start = 0
-            for name, shape, count in zip(entry["names"], entry["shapes"], entry["numels"], strict=True):
-                model[prefix + name] = _range(parts, start, start + count).view(shape)
-                start += count
+            for name, shape, length in zip(entry["names"], entry["shapes"], entry["numels"], strict=True):
+                model[prefix + name] = _range(parts, start, start + length).view(shape)
+                start += length
         model |= {prefix + other: model[prefix + name] for name, other in first["shared_param_info"]}
     return model
 
@@ -155,13 +159,19 @@ def _concatenated(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tensors = [weights(state) for state in states]
     if any(part.keys() != tensors[0].keys() for part in tensors):
         raise UserError("the parts have different names of tensors")
-    first["model"] = {name: _whole([part[name] for part in tensors]) if name in divided else value for name, value in tensors[0].items()}
+    first["model"] = {
+        name: _whole([part[name] for part in tensors]) if name in divided else value
+        for name, value in tensors[0].items()
+    }
     if first.get("last_optimizer_state"):
         optimizer = dict(first["last_optimizer_state"])
         parts = [state["last_optimizer_state"]["state"] for state in states]
         # of a parameter's state only the step count is one number, the same everywhere
         optimizer["state"] = {
-            index: {key: _whole([part[index][key] for part in parts]) if value.dim() else value for key, value in entry.items()}
+            index: {
+                key: _whole([part[index][key] for part in parts]) if value.dim() else value
+                for key, value in entry.items()
+            }
             for index, entry in optimizer["state"].items()
         }
         first["last_optimizer_state"] = optimizer

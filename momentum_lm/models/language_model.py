@@ -135,7 +135,9 @@ class MomentumLanguageModel(FairseqLanguageModel):
             decoder.compile_blocks()
         return cls(decoder)
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], strict: bool = True, **kwargs: Any
+    ) -> Any:
         """As fairseq's. Raises DoesNotFit, one line, for tensors that are not this model's by name or shape."""
         try:
             return super().load_state_dict(state_dict, strict, **kwargs)

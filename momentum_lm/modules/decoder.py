@@ -127,7 +127,11 @@ class DecoderConfig:
             value = get(name, default)
             what = "a whole number" if kind is int else "a number"
             try:
-                if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)) or (isinstance(value, str) and len(value) > 40):
+                if (
+                    isinstance(value, bool)
+                    or not isinstance(value, (str, numbers.Real))
+                    or (isinstance(value, str) and len(value) > 40)
+                ):
                     raise TypeError
                 result = kind(value)
             except (TypeError, ValueError, OverflowError) as error:
@@ -186,7 +190,9 @@ class DecoderConfig:
             max_positions=number(int, "max_target_positions", get("tokens_per_sample", 1024)),
             padding_idx=padding_idx,
             eos_idx=eos_idx,
-            position=("learned" if flag("decoder_learned_pos") else "sinusoidal") if stock else text("position", "sinusoidal"),
+            position=("learned" if flag("decoder_learned_pos") else "sinusoidal")
+            if stock
+            else text("position", "sinusoidal"),
             activation=text("activation_fn", "relu"),
             tie_embeddings=tied,
             scale_embeddings=not flag("no_scale_embedding"),

@@ -173,8 +173,10 @@ def damaged(path, change):
         ("idx", lambda b: b[:18] + bytes(8) + b[26:], r"data\.idx says 0 items and should have 26 bytes"),
         ("idx", lambda b: b[:18] + bytes(7) + b"\x10" + b[26:], r"data\.idx says 1152921504606846976 items"),
         ("idx", lambda b: b[:-8] + b"\xff" * 8, r"data\.idx is damaged: its last item has \d+ tokens at byte -1"),
-        ("idx", lambda b: b[:-8] + b"\xff" * 7 + b"\x7f", r"data\.idx is damaged: its offsets do not fit|data\.bin has"),
-        ("idx", lambda b: b[: 26 + 4 * 49] + b"\xff" * 4 + b[26 + 4 * 50 :], r"data\.idx is damaged: its last item has -1 tokens"),
+        ("idx", lambda b: b[:-8] + b"\xff" * 7 + b"\x7f",
+            r"data\.idx is damaged: its offsets do not fit|data\.bin has"),
+        ("idx", lambda b: b[: 26 + 4 * 49] + b"\xff" * 4 + b[26 + 4 * 50 :],
+            r"data\.idx is damaged: its last item has -1 tokens"),
         ("idx", lambda b: b[:26] + b"\xff\xff\xff\x7f" + b[30:], r"data\.idx is damaged: its offsets do not fit"),
         ("idx", lambda b: b"", r"data\.idx is not an index"),
         ("idx", None, r"data\.idx is missing; make it with `momentum-lm prepare`"),
@@ -190,7 +192,7 @@ def test_damaged_data_is_refused_by_name(tmp_path, end, change, message):
 
 
 def test_files_that_shrink_while_they_are_opened(tmp_path, monkeypatch):
-    """What is mapped has the length that was checked; a file that is replaced meanwhile is not mixed with the old one."""
+    """What is mapped has the length that was checked; a file that is replaced meanwhile is not mixed with the old."""
     from momentum_lm.data import indexed
 
     write(tmp_path / "data", documents(100), 100)
@@ -216,7 +218,7 @@ def test_files_that_shrink_while_they_are_opened(tmp_path, monkeypatch):
     write(tmp_path / "data", documents(100), 100)
     data = IndexedDataset(tmp_path / "data")
     (tmp_path / "new.bin").write_bytes((tmp_path / "data.bin").read_bytes()[:100])
-    (tmp_path / "new.bin").rename(tmp_path / "data.bin")  # so the old file stays mapped; a reader by name sees the new one
+    (tmp_path / "new.bin").rename(tmp_path / "data.bin")  # the old file stays mapped; a reader by name sees the new one
     assert len(data[len(data) - 1])
     with pytest.raises(UserError, match=r"data\.bin was cut short while it was read"):
         list(data.blocks(30))

@@ -19,11 +19,16 @@ from momentum_lm.formats.pickles import Malformed, Reader, shown
 
 EVERYTHING = {
     "float": torch.arange(5.0), "half": torch.ones(3).half(), "bf16": torch.ones(3).bfloat16(), "long": torch.arange(4),
-    "float8": torch.ones(3).to(torch.float8_e4m3fn), "uint16": torch.ones(3, dtype=torch.uint16), "bool": torch.tensor([True, False]),
-    "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "turned": torch.arange(12).view(3, 4).t(), "part": torch.arange(9)[2:5],
-    "parameter": torch.nn.Parameter(torch.ones(2)), "numbers": [np.float64(1.5), np.float32(0.5), np.int64(-3), np.bool_(True), np.uint8(7)],
-    "plain": [None, True, False, -5, 2**70, 1.5, "é\udc80", b"abc\xff", (1, (2,)), [[]], {"a": {1: 2, None: 3, 0.5: 4, True: 5}}, {1, 2}],
-    "namespace": argparse.Namespace(a=1, _name="x"), "size": torch.Size([1, 2]), "dtype": torch.float32, "device": torch.device("cuda", 1),
+    "float8": torch.ones(3).to(torch.float8_e4m3fn), "uint16": torch.ones(3, dtype=torch.uint16),
+    "bool": torch.tensor([True, False]),
+    "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "turned": torch.arange(12).view(3, 4).t(),
+    "part": torch.arange(9)[2:5],
+    "parameter": torch.nn.Parameter(torch.ones(2)), "numbers": [np.float64(1.5), np.float32(0.5), np.int64(-3),
+        np.bool_(True), np.uint8(7)],
+    "plain": [None, True, False, -5, 2**70, 1.5, "é\udc80", b"abc\xff", (1, (2,)), [[]],
+        {"a": {0: 2, None: 3, 0.5: 4, True: 5}}, {1, 2}],
+    "namespace": argparse.Namespace(a=1, _name="x"), "size": torch.Size([1, 2]), "dtype": torch.float32,
+    "device": torch.device("cuda", 1),
     "ordered": OrderedDict(b=1, a=2),
 }  # fmt: skip
 
@@ -44,7 +49,9 @@ def test_what_torch_saves_is_read_as_it_was(tmp_path, new, protocol, mmap):
             assert loaded[name].stride() == value.stride() and loaded[name].dtype == value.dtype, name
             assert loaded[name].detach().float().tolist() == value.detach().float().tolist(), name
         elif name == "module":
-            assert loaded[name]._metadata == value._metadata and all(torch.equal(loaded[name][key], value[key]) for key in value)
+            assert loaded[name]._metadata == value._metadata and all(
+                torch.equal(loaded[name][key], value[key]) for key in value
+            )
         else:
             assert loaded[name] == value and repr(loaded[name]) == repr(value), name
     loaded["shared"].add_(1)
@@ -58,7 +65,9 @@ def test_checksums(tmp_path, monkeypatch):
     data = (tmp_path / "c.pt").read_bytes()
     at = data.index(np.float32(7).tobytes() * 100) + 200
     (tmp_path / "c.pt").write_bytes(data[:at] + b"\1" + data[at + 1 :])
-    with pytest.raises(TornCheckpoint, match=r"c\.pt \(\d,\d+ bytes\) is torn or not a checkpoint: numbers of its tensors are damaged"):
+    with pytest.raises(
+        TornCheckpoint, match=r"c\.pt \(\d,\d+ bytes\) is torn or not a checkpoint: numbers of its tensors are damaged"
+    ):
         load_checkpoint(tmp_path / "c.pt")
     at = data.index(b"model")
     (tmp_path / "c.pt").write_bytes(data[:at] + b"M" + data[at + 1 :])
@@ -122,17 +131,29 @@ def write(path, content, method=zipfile.ZIP_STORED, numbers=bytes(40)):
 
 def test_pickles_by_hand_are_right(tmp_path):
     assert load_checkpoint(write(tmp_path / "c.pt", entry(tensor())))["x"].tolist() == [0.0] * 10
-    assert load_checkpoint(write(tmp_path / "c.pt", entry(scalar("f8", dtype_state(-1, "<"), struct.pack("<d", 2.5)))))["x"] == 2.5
-    assert load_checkpoint(write(tmp_path / "c.pt", entry(scalar("i4", dtype_state(-1, ">"), struct.pack(">i", 7)))))["x"] == 7
+    assert (
+        load_checkpoint(write(tmp_path / "c.pt", entry(scalar("f8", dtype_state(-1, "<"), struct.pack("<d", 2.5)))))[
+            "x"
+        ]
+        == 2.5
+    )
+    assert (
+        load_checkpoint(write(tmp_path / "c.pt", entry(scalar("i4", dtype_state(-1, ">"), struct.pack(">i", 7)))))["x"]
+        == 7
+    )
 
 
 HOSTILE = {
-    "code": (name("os", "system") + text("true") + b"\x85R", "holds os.system, which is not on the list of types known to be safe"),
-    "code by Python 2's name": (name("__builtin__", "eval") + text("1") + b"\x85R", "holds __builtin__.eval, which is not on the list"),
+    "code": (name("os", "system") + text("true") + b"\x85R",
+    "holds os.system, which is not on the list of types known to be safe"),
+    "code by Python 2's name": (name("__builtin__", "eval") + text("1") + b"\x85R",
+        "holds __builtin__.eval, which is not on the list"),
     "a name with control characters": (name("a\x1b[31m", "b"), r"holds a\?\[31m\.b, which"),
     "an attribute": (name("builtins", "getattr") + b")R", "holds builtins.getattr"),
-    "a string of negative size": (scalar("S4", dtype_state(-8), b"A" * 8), "holds numpy.dtype of 'S4', which is not on the list of types"),
-    "a character that is none": (scalar("U1", dtype_state(4, "<"), b"\xff\xff\xff\x7f"), "holds numpy.dtype of 'U1', which is not on the list"),
+    "a string of negative size": (scalar("S4", dtype_state(-8), b"A" * 8),
+    "holds numpy.dtype of 'S4', which is not on the list of types"),
+    "a character that is none": (scalar("U1", dtype_state(4, "<"), b"\xff\xff\xff\x7f"),
+    "holds numpy.dtype of 'U1', which is not on the list"),
     "objects of NumPy": (scalar("O8", dtype_state(-1), bytes(8)), "holds numpy.dtype of 'O8'"),
     "a number of another size": (scalar("f8", dtype_state(-8, "<"), bytes(8)), "a number of an odd type"),
     "a number with fields": (scalar("f8", dtype_state(-1, "<", b"N)}"), bytes(8)), "a number of an odd type"),
@@ -142,17 +163,22 @@ HOSTILE = {
     "a tensor behind its numbers": (tensor(offset=b"K\x01"), r"a tensor of shape \(10,\), and 10 numbers"),
     "a tensor before its numbers": (tensor(offset=number(-1)), "a tensor of an odd form"),
     "a negative length": (tensor(size=number(-1) + b"\x85"), "a shape that cannot be"),
-    "a tensor that is many times its numbers": (tensor(size=number(10**6) * 2 + b"\x86", stride=b"K\x00K\x00\x86"), "and 10 numbers"),
+    "a tensor that is many times its numbers": (tensor(size=number(10**6) * 2 + b"\x86", stride=b"K\x00K\x00\x86"),
+    "and 10 numbers"),
     "a length of 2**200": (tensor(size=b"\x8a\x1a" + bytes(25) + b"\x01\x85"), "a shape that cannot be"),
-    "numbers that are not there": (tensor(storage=STORAGE.replace(text("0"), text("1"))), "lacks numbers of its tensors"),
-    "more numbers than there are": (tensor(storage=STORAGE.replace(b"K\x0a", b"K\xff")), "lacks numbers of its tensors"),
-    "numbers of two kinds": (tensor() + tensor(storage=STORAGE.replace(b"Float", b"Int")) + b"\x86", "two different tensors"),
+    "numbers that are not there": (tensor(storage=STORAGE.replace(text("0"), text("1"))),
+    "lacks numbers of its tensors"),
+    "more numbers than there are": (tensor(storage=STORAGE.replace(b"K\x0a", b"K\xff")),
+    "lacks numbers of its tensors"),
+    "numbers of two kinds": (tensor() + tensor(storage=STORAGE.replace(b"Float", b"Int")) + b"\x86",
+    "two different tensors"),
     "no numbers at all": (STORAGE, "ends in the middle of a tensor"),
     "a type alone": (name("torch", "FloatStorage"), "ends in the middle of a tensor"),
     "a tensor as a function": (tensor() + b")R", "pickle is damaged"),
     "an attribute of a list": (b"]}b", "pickle is damaged"),
     "an attribute of a function": (name("torch", "Size") + b"}b", "pickle is damaged"),
-    "options that hide a method": (name("argparse", "Namespace") + b")\x81}" + text("__class__") + b"Nsb", "have the name __class__"),
+    "options that hide a method": (name("argparse", "Namespace") + b")\x81}" + text("__class__") + b"Nsb",
+    "have the name __class__"),
     "an attribute of a dict": (name("collections", "OrderedDict") + b")R}" + text("keys") + b"Nsb", "odd attributes"),
     "a tuple for a name": (b"}K\x01\x85Ns", "a tuple for a name"),
     "a number of many digits for a name": (b"}\x8a\xff" + b"\x7f" * 255 + b"Ns", "a int for a name"),
@@ -162,8 +188,10 @@ HOSTILE = {
     "itself": (b"]q\x01h\x01a", "more than 100 deep"),
     "depth": (b"N" + b"\x85" * 100_000, "more than 100 deep"),
     "marks": (b"(" * 100_000, "pickle is cut short or damaged"),
-    "references to references": (b"(]q\x01" + b"".join(b"(" + b"h%c" % i * 10 + b"tq%c" % (i + 1) for i in range(1, 30)) + b"t", "more often than"),
-    "a large text again and again": (text("x" * 1_000_000) + b"q\x01" + (name("_codecs", "encode") + b"h\x01" + text("latin1") + b"\x86R") * 90,
+    "references to references": (b"(]q\x01" + b"".join(b"(" + b"h%c" % i * 10 + b"tq%c" % (i + 1) for i in range(1,
+    30)) + b"t", "more often than"),
+    "a large text again and again": (text("x" * 1_000_000) + b"q\x01" + (name("_codecs",
+    "encode") + b"h\x01" + text("latin1") + b"\x86R") * 90,
                                      "more small parts than a checkpoint has"),
 }  # fmt: skip
 
@@ -219,7 +247,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     path = write(tmp_path / "c.pt", b"N0" * 5_000_000, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 100_000
     for mmap in (False, True):
-        with pytest.raises(TornCheckpoint, match="compressed or encrypted, and torch.save writes it plain"):
+        with pytest.raises(TornCheckpoint, match=r"compressed or encrypted, and torch\.save writes it plain"):
             load_checkpoint(path, mmap=mmap)
 
 
@@ -245,12 +273,11 @@ def test_archives_that_lie(tmp_path):
         "no end": good[:end],
         "half": good[: len(good) // 2],
     }
-    for what, content in lies.items():
+    for content in lies.values():
         (tmp_path / "c.pt").write_bytes(content)
         for mmap in (False, True):
             with pytest.raises(TornCheckpoint, match=r"c\.pt"):
                 load_checkpoint(tmp_path / "c.pt", mmap=mmap)
-                pytest.fail(what)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -284,7 +311,13 @@ def test_another_byte_order(tmp_path):
 
 
 def legacy(tmp_path, **changes):
-    parts = {"magic": checkpoint._LEGACY_MAGIC, "version": 1001, "system": {"little_endian": True}, "names": ["0"], "count": 10} | changes
+    parts = {
+        "magic": checkpoint._LEGACY_MAGIC,
+        "version": 1001,
+        "system": {"little_endian": True},
+        "names": ["0"],
+        "count": 10,
+    } | changes
     head = b"".join(pickle.dumps(parts[part], 2) for part in ("magic", "version", "system"))
     storage = STORAGE.replace(b"tQ", b"NtQ")  # with a view
     body = entry(tensor(storage=storage)) + pickle.dumps(parts["names"], 2) + struct.pack("<q", parts["count"])
@@ -295,7 +328,8 @@ def legacy(tmp_path, **changes):
 def test_the_old_format_by_hand(tmp_path):
     path = legacy(tmp_path)
     assert load_checkpoint(path)["x"].tolist() == list(range(10))
-    for change in ({"magic": 5}, {"magic": "x"}, {"version": 1000}, {"system": []}, {"system": {"little_endian": False}}, {"names": []},
+    for change in ({"magic": 5}, {"magic": "x"}, {"version": 1000}, {"system": []},
+        {"system": {"little_endian": False}}, {"names": []},
                    {"names": ["1"]}, {"names": 5}, {"names": ["0", "0"]}, {"count": 11}, {"count": -1}):  # fmt: skip
         with pytest.raises(TornCheckpoint, match=r"c\.pt"):
             load_checkpoint(legacy(tmp_path, **change))
@@ -304,8 +338,8 @@ def test_the_old_format_by_hand(tmp_path):
         path.write_bytes(path.read_bytes()[:end])
         with pytest.raises(TornCheckpoint, match=r"c\.pt"):
             load_checkpoint(path)
+    (tmp_path / "c.pt").write_bytes(pickle.dumps(os.system, 2))
     with pytest.raises(CheckpointError, match=r"holds posix\.system"):
-        (tmp_path / "c.pt").write_bytes(pickle.dumps(os.system, 2))
         load_checkpoint(tmp_path / "c.pt")
 
 

@@ -260,13 +260,15 @@ def test_stock_model_without_options_of_ours_is_not_taken_for_ours(tmp_path):
 
 def replaced(**entries):
     """Makes a function of a model: its tensors, with these, by name with __ for a dot and without ``decoder.``."""
-    return lambda model: weights(model) | {f"decoder.{name.replace('__', '.')}": value for name, value in entries.items()}
+    return lambda model: weights(model) | {f"decoder.{name.replace('__', '.')}": value for name,
+        value in entries.items()}
 
 
 def state(tensors=weights, model=None, **entries):
     """Makes a function of nothing: a checkpoint that is odd in one respect."""
     options = OURS | {"momentum_kind": "none"} | (model if isinstance(model, dict) else {})
-    return lambda: {"cfg": {"model": options if model is None or isinstance(model, dict) else model}, "model": tensors(decoder())} | entries
+    return lambda: {"cfg": {"model": options if model is None or isinstance(model, dict) else model},
+        "model": tensors(decoder())} | entries
 
 
 def deep(levels):
@@ -279,9 +281,11 @@ ODD = {
     "options with numbers for names": (state(model={1: 2}), "its cfg.model is of type dict, not a dict of options"),
     "configuration that is a text": (state(cfg="a: 1"), "its cfg is of type str, not a dict"),
     "arguments that are a dict": (state(args={"a": 1}), "its args are of type dict, not a namespace"),
-    "an option that looks elsewhere": (state(model={"data": "${oc.env:HOME}"}), r"option cfg\.model\.data refers to something else"),
+    "an option that looks elsewhere": (state(model={"data": "${oc.env:HOME}"}),
+    r"option cfg\.model\.data refers to something else"),
     "an option that is a tensor": (state(model={"dropout": torch.ones(1)}), r"option cfg\.model\.dropout is a tensor"),
-    "an option of many digits": (state(model={"decoder_layers": 10**300}), r"option cfg\.model\.decoder_layers is a number of 997 bits"),
+    "an option of many digits": (state(model={"decoder_layers": 10**300}),
+    r"option cfg\.model\.decoder_layers is a number of 997 bits"),
     "a long option": (state(model={"x": "a" * 200_000}), r"option cfg\.model\.x has 200,000 characters"),
     "deep options": (state(model={"x": deep(40)}), "options lie in one another"),
     "many options": (state(model={"x": [[0] * 1000 for _ in range(200)]}), "has more than 100,000 options"),
@@ -291,36 +295,56 @@ ODD = {
     "minus one layer": (state(model={"decoder_layers": -1}), "--decoder-layers -1: must be at least 1"),
     "half a layer": (state(model={"decoder_layers": 2.5}), r"--decoder-layers 2\.5: must be a whole number"),
     "layers that are true": (state(model={"decoder_layers": True}), "--decoder-layers True: must be a whole number"),
-    "a huge width": (state(model={"decoder_embed_dim": 1 << 20, "decoder_attention_heads": 1}), r"embed_tokens\.weight is \(40, 16\) in the"),
-    "huge feed-forward layers": (state(model={"decoder_ffn_embed_dim": 1 << 24}), r"fc1\.weight is \(24, 16\) in the checkpoint"),
-    "positions without end": (state(model={"max_target_positions": 10**15}), "--max-target-positions 1000000000000000: must be at most"),
-    "NaN positions": (state(model={"max_target_positions": float("nan")}), "--max-target-positions nan: must be a whole number"),
+    "a huge width": (state(model={"decoder_embed_dim": 1 << 20, "decoder_attention_heads": 1}),
+    r"embed_tokens\.weight is \(40, 16\) in the"),
+    "huge feed-forward layers": (state(model={"decoder_ffn_embed_dim": 1 << 24}),
+    r"fc1\.weight is \(24, 16\) in the checkpoint"),
+    "positions without end": (state(model={"max_target_positions": 10**15}),
+    "--max-target-positions 1000000000000000: must be at most"),
+    "NaN positions": (state(model={"max_target_positions": float("nan")}),
+    "--max-target-positions nan: must be a whole number"),
     "NaN for the decay": (state(model={"momentum_kind": "ema", "momentum_eta": float("nan")}), "--momentum-eta nan"),
     "a dropout of two": (state(model={"dropout": 2.0}), r"--dropout 2\.0: must be a probability"),
-    "a word for a switch": (state(model={"untie_embeddings": "False"}), "--untie-embeddings 'False': must be True or False"),
+    "a word for a switch": (state(model={"untie_embeddings": "False"}),
+    "--untie-embeddings 'False': must be True or False"),
     "a list for a word": (state(model={"position": ["rotary"]}), r"--position \['rotary'\]: must be a word"),
     "a long word": (state(model={"activation_fn": "x" * 9000}), "--activation-fn 'xxx.*…: must be a word"),
-    "absent tokens of many digits": (state(model={"absent_tokens": "9" * 9000}), "--absent-tokens '999.*…: must be token ids"),
-    "a task's switch that is none": (state(cfg={"model": OURS | {"momentum_kind": "none"}, "task": {"packed_documents": "no"}}),
+    "absent tokens of many digits": (state(model={"absent_tokens": "9" * 9000}),
+    "--absent-tokens '999.*…: must be token ids"),
+    "a task's switch that is none": (state(cfg={"model": OURS | {"momentum_kind": "none"},
+        "task": {"packed_documents": "no"}}),
                                      "its option packed_documents is 'no', not true or false"),
     "a model that is a list": (state(tensors=lambda m: [1]), "its model is of type list, not a dict of tensors"),
-    "a number for a name": (state(tensors=lambda m: weights(m) | {5: torch.zeros(1)}), "its model has a name of type int"),
-    "an integer matrix": (state(tensors=replaced(layers__0__fc1__weight=torch.ones(24, 16, dtype=torch.int8))), "fc1.weight is of int8"),
-    "a complex embedding": (state(tensors=replaced(embed_tokens__weight=torch.ones(40, 16, dtype=torch.complex64))), "is of complex64"),
-    "a truth-valued embedding": (state(tensors=replaced(embed_tokens__weight=torch.ones(40, 16) > 0)), "is of bool, and weights are"),
-    "a number for an embedding": (state(tensors=replaced(embed_tokens__weight=torch.tensor(1.0))), r"is \(\), which is no matrix"),
-    "a vector for an embedding": (state(tensors=replaced(embed_tokens__weight=torch.ones(40))), r"is \(40,\), which is no matrix"),
-    "an embedding without rows": (state(tensors=replaced(embed_tokens__weight=torch.ones(0, 16))), "a dictionary of 0 entries lacks"),
+    "a number for a name": (state(tensors=lambda m: weights(m) | {5: torch.zeros(1)}),
+    "its model has a name of type int"),
+    "an integer matrix": (state(tensors=replaced(layers__0__fc1__weight=torch.ones(24, 16, dtype=torch.int8))),
+    "fc1.weight is of int8"),
+    "a complex embedding": (state(tensors=replaced(embed_tokens__weight=torch.ones(40, 16, dtype=torch.complex64))),
+    "is of complex64"),
+    "a truth-valued embedding": (state(tensors=replaced(embed_tokens__weight=torch.ones(40, 16) > 0)),
+    "is of bool, and weights are"),
+    "a number for an embedding": (state(tensors=replaced(embed_tokens__weight=torch.tensor(1.0))),
+    r"is \(\), which is no matrix"),
+    "a vector for an embedding": (state(tensors=replaced(embed_tokens__weight=torch.ones(40))),
+    r"is \(40,\), which is no matrix"),
+    "an embedding without rows": (state(tensors=replaced(embed_tokens__weight=torch.ones(0, 16))),
+    "a dictionary of 0 entries lacks"),
     "queries, keys and values that are not three": (
-        state(tensors=replaced(layers__0__self_attn__in_proj_weight=torch.ones(2, 8))), r"in_proj_weight is \(2, 8\), which is not"),
+        state(tensors=replaced(layers__0__self_attn__in_proj_weight=torch.ones(2, 8))),
+            r"in_proj_weight is \(2, 8\), which is not"),
     "queries under two names": (
-        state(tensors=replaced(layers__0__self_attn__in_proj_weight=torch.ones(48, 16))), r"self_attn\.[kqv]_proj\.weight twice, under an old"),
-    "an output projection under two names": (state(tensors=replaced(embed_out=torch.ones(40, 16))), r"output_projection\.weight twice"),
+        state(tensors=replaced(layers__0__self_attn__in_proj_weight=torch.ones(48, 16))),
+            r"self_attn\.[kqv]_proj\.weight twice, under an old"),
+    "an output projection under two names": (state(tensors=replaced(embed_out=torch.ones(40, 16))),
+    r"output_projection\.weight twice"),
     "a layer of 5000 digits": (
-        state(tensors=lambda m: weights(m) | {f"decoder.layers.{'9' * 5000}.fc1.weight": torch.ones(2, 8)}), r"has layers\.9+…, which the"),
-    "names with control characters": (state(tensors=replaced(**{"a\x1b[31m": torch.ones(1)})), r"has a\?\[31m, which the decoder does not"),
+        state(tensors=lambda m: weights(m) | {f"decoder.layers.{'9' * 5000}.fc1.weight": torch.ones(2, 8)}),
+            r"has layers\.9+…, which the"),
+    "names with control characters": (state(tensors=replaced(**{"a\x1b[31m": torch.ones(1)})),
+    r"has a\?\[31m, which the decoder does not"),
     "one tensor for all layers": (state(model={"decoder_layers": 40}, tensors=lambda m: weights(m) | {
-        name.replace("layers.0", f"layers.{i}"): tensor for i in range(40) for name, tensor in weights(m).items() if "layers.0" in name}),
+        name.replace("layers.0", f"layers.{i}"): tensor for i in range(40) for name,
+            tensor in weights(m).items() if "layers.0" in name}),
         "are the same under several names"),
     "metadata that is a list": (state(fsdp_metadata=[1]), "its fsdp_metadata is of type list, not a dict"),
 }  # fmt: skip
@@ -349,7 +373,8 @@ def test_odd_checkpoints_are_refused_in_one_line(case, tmp_path):
     ],
 )
 def test_odd_tensors_without_options(changes, message, tmp_path):
-    tensors = {f"decoder.{name}": tensor for name, tensor in ({"embed_tokens.weight": torch.zeros(40, 16)} | changes).items()}
+    tensors = {f"decoder.{name}": tensor for name, tensor in ({"embed_tokens.weight": torch.zeros(40,
+        16)} | changes).items()}
     torch.save({"model": tensors}, tmp_path / "c.pt")
     with pytest.raises(UserError, match=message):
         load_native(tmp_path / "c.pt")
@@ -358,4 +383,5 @@ def test_odd_tensors_without_options(changes, message, tmp_path):
 def test_the_data_that_a_checkpoint_names_need_not_be_a_path(tmp_path):
     for data in (5, "a\0b", [], ["nowhere", 3], None, "x" * 9000, {"a": 1}):
         task = {"tokens_per_sample": 32, "data": data}
-        assert load_native(save(tmp_path / "c.pt", decoder(momentum_kind="ema", momentum_eta=0.7), {"model": OURS, "task": task})).bos
+        assert load_native(save(tmp_path / "c.pt", decoder(momentum_kind="ema", momentum_eta=0.7),
+            {"model": OURS, "task": task})).bos

@@ -134,7 +134,8 @@ def test_fairscales_parts_of_different_updates(fairscale_parts):
 
 
 ODD_METADATA = {
-    "a billion parts": ({"world_size": 10**9}, r"cannot read checkpoint .*-shard3\.pt: it is not there, one of 1,000,000,000 parts"),
+    "a billion parts": ({"world_size": 10**9},
+    r"cannot read checkpoint .*-shard3\.pt: it is not there, one of 1,000,000,000 parts"),
     "no parts": ({"world_size": 0}, r"number of parts \(fsdp_metadata\) is 0, not a whole number of at least 1"),
     "parts that are a word": ({"world_size": "3"}, r"number of parts \(fsdp_metadata\) is '3', not a whole number"),
     "fewer parts": ({"world_size": 2}, "the checkpoint has 2 parts, and of these some are missing or doubled"),
@@ -162,7 +163,8 @@ def test_odd_metadata(case, parts):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"decoder.layers.0.fc1.bias": torch.zeros(2, 2)}, r"parts do not fit one another or their fsdp_metadata \(RuntimeError: "),
+        ({"decoder.layers.0.fc1.bias": torch.zeros(2, 2)},
+            r"parts do not fit one another or their fsdp_metadata \(RuntimeError: "),
         ({"decoder.layers.0.fc1.bias": torch.tensor(1.0)}, "parts do not fit one another"),
         ({"decoder.layers.0.fc1.bias": torch.zeros(8).long()}, "the parts of a tensor are of different types"),
         ({"decoder.layers.0.fc1.bias": 5}, r"decoder\.layers\.0\.fc1\.bias is no tensor"),
@@ -176,8 +178,10 @@ def test_parts_of_different_shapes(changes, message, parts):
         load_native(parts)
 
 
-@pytest.mark.parametrize("entries", [{"params": 5}, {"params": {"flat_param_0": {}}}, {"fsdp_path": 3}, {"shared_param_info": [1]},
-                                     {"params": {"other": {"names": [], "shapes": [], "numels": [], "padding": 0}}}])  # fmt: skip
+@pytest.mark.parametrize("entries", [{"params": 5}, {"params": {"flat_param_0": {}}}, {"fsdp_path": 3},
+    {"shared_param_info": [1]},
+                                     {"params": {"other": {"names": [], "shapes": [], "numels": [],
+                                         "padding": 0}}}])  # fmt: skip
 def test_odd_metadata_of_fairscale(entries, fairscale_parts):
     file = fairscale_parts / "model-shard0.pt"
     metadata = torch.load(file)["fsdp_metadata"]
@@ -199,7 +203,8 @@ def test_odd_parts_are_not_joined_by_the_command(parts, capsys):
 
     file = parts / "checkpoint_last-shard0.pt"
     metadata = torch.load(file)["fsdp_metadata"]
-    for entries, message in (({"world_size": 10**9}, "checkpoint_last-shard3.pt"), ({"world_size": [1]}, "its number of parts")):
+    for entries, message in (({"world_size": 10**9}, "checkpoint_last-shard3.pt"),
+        ({"world_size": [1]}, "its number of parts")):
         change(file, fsdp_metadata=metadata | entries)
         assert main([str(file), str(parts / "out.pt")]) == 2
         error = capsys.readouterr().err

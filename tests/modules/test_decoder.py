@@ -328,3 +328,34 @@ def test_impossible_configurations_name_their_flag(options, flag):
     shape = dict(vocab_size=50, dim=16, ffn_dim=32, layers=2, heads=2)
     with pytest.raises(UserError, match=flag):
         DecoderConfig(**shape | options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"decoder_layers": 10**9}, "--decoder-layers 1000000000: must be at most 10,000"),
+        ({"decoder_layers": True}, "--decoder-layers True: must be a whole number"),
+        ({"decoder_layers": 2.5}, r"--decoder-layers 2\.5: must be a whole number"),
+        ({"decoder_layers": "9" * 5000}, "--decoder-layers '9{78}…: must be a whole number"),
+        ({"decoder_embed_dim": 1 << 30}, "--decoder-embed-dim 1073741824: must be at most 1,048,576"),
+        ({"max_target_positions": -5}, "--max-target-positions -5: must be at least 1"),
+        ({"dropout": float("nan")}, "--dropout nan: must be a probability"),
+        ({"attention_dropout": -0.1}, r"--attention-dropout -0\.1: must be a probability"),
+        ({"position": "rotary", "untie_embeddings": "False"}, "--untie-embeddings 'False': must be True or False"),
+        ({"momentum_learned": 2}, "--momentum-learned 2: must be True or False"),
+        ({"position": 5}, "--position 5: must be a word"),
+        ({"momentum_kind": "x" * 99}, "--momentum-kind 'x{78}…: must be a word"),
+    ],
+)
+def test_options_have_types_and_bounds(options, message):
+    with pytest.raises(UserError, match=message):
+        DecoderConfig.from_fairseq(options, 50)
+
+
+def test_options_may_be_numbers_of_other_kinds():
+    config = DecoderConfig.from_fairseq({"decoder_layers": 3.0, "decoder_embed_dim": "32", "untie_embeddings": 1,
+        "position": "rotary", "dropout": 0}, 50)
+    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and DecoderConfig.from_fairseq({},
+        50).layers == 6
+    with pytest.raises(UserError, match="a dictionary of 2 entries lacks the special symbols"):
+        DecoderConfig.from_fairseq({}, 2)

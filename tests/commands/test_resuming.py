@@ -220,7 +220,8 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_is_dead(train_
 def test_what_lies_in_the_lock_files_place_is_left_as_it_is(train_here, log, tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text("mine")
-    for number, make in enumerate((lambda path: path.symlink_to(mine), os.mkfifo, lambda path: path.mkdir(), lambda path: os.link(mine, path))):
+    ways = (lambda path: path.symlink_to(mine), os.mkfifo, os.mkdir, lambda path: os.link(mine, path))
+    for number, make in enumerate(ways):
         folder = tmp_path / str(number)
         folder.mkdir()
         make(folder / NAME)

@@ -424,11 +424,13 @@ def _encoder_mask_type(module: ModuleType) -> None:
     # Written out, and with types, because TorchScript compiles it together with the encoder that calls it.
     def forward(
         x: Tensor, dim: int, heads: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gelu: bool, norm_first: bool, eps: float,
-        w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor, w5: Tensor, b5: Tensor, w6: Tensor, b6: Tensor, mask: Optional[Tensor] = None,  # noqa: UP045
+        w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor, w5: Tensor, b5: Tensor, w6: Tensor, b6: Tensor,
+        mask: Optional[Tensor] = None,  # noqa: UP045 - as TorchScript reads it
     ) -> Tensor:  # fmt: skip
         kind = 1
         return torch._transformer_encoder_layer_fwd(
-            x, dim, heads, w1, b1, w2, b2, gelu, norm_first, eps, w3, b3, w4, b4, w5, b5, w6, b6, mask, None if mask is None else kind
+            x, dim, heads, w1, b1, w2, b2, gelu, norm_first, eps, w3, b3, w4, b4, w5, b5, w6, b6,
+            mask, None if mask is None else kind,
         )  # fmt: skip
 
     module.torch = _view(module.torch, _transformer_encoder_layer_fwd=forward)  # type: ignore[attr-defined]

@@ -308,20 +308,21 @@ class TokenDataTask(LanguageModelingTask):
 
 
     def _check_room(self, asked: SimpleNamespace) -> None:
-        """Raises UserError where no sample of the data fits a batch, or the model: fairseq would leave out all of them."""
+        """Raises UserError where no sample fits a batch, or none to train with the model: fairseq would leave out all of them, and say that
+        the data is empty, or that the perplexity is 1."""
         if not isinstance(asked.dataset, TokenDataset):
             return
+        training = asked.dataset is self.datasets.get(self.args.train_subset)
         cut = asked.dataset.dataset
         least = cut.blocks.longest if isinstance(cut, BlockDataset) else int(np.min(asked.dataset.sizes))
         if asked.max_tokens is not None and least > asked.max_tokens:
-            valid = any(asked.dataset is dataset for name, dataset in self.datasets.items() if name != self.args.train_subset)
-            flag = "--max-tokens-valid" if valid and asked.max_tokens != self.args.max_tokens else "--max-tokens"
+            flag = "--max-tokens" if training or asked.max_tokens == self.args.max_tokens else "--max-tokens-valid"
             raise UserError(
                 f"a sample of {least} tokens does not fit {flag} {asked.max_tokens}: raise it, or lower --tokens-per-sample "
                 f"{self.args.tokens_per_sample}"
             )
         limit = asked.max_positions
-        if asked.ignore_invalid_inputs and isinstance(limit, (int, float)) and least > limit:
+        if training and isinstance(limit, (int, float)) and least > limit:
             raise UserError(
                 f"a sample of {least} tokens does not fit the model, which takes {limit:g}: lower --tokens-per-sample, or for a new model "
                 "raise --max-target-positions"

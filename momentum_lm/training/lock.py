@@ -68,7 +68,8 @@ def _locked(file: int, folder: str | os.PathLike[str]) -> bool:
     who = text.removeprefix(_MARK).decode(errors="replace").strip() if text.startswith(_MARK) else "unknown"
     os.close(file)
     raise UserError(
-        f"--save-dir {os.fspath(folder)} is in use by another training (process {who}): wait until it ends, end it, or choose another folder"
+        f"--save-dir {os.fspath(folder)} is in use by another training (process {who}): "
+        "wait until it ends, end it, or choose another folder"
     )
 
 

@@ -220,7 +220,8 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_is_dead(train_
 def test_what_lies_in_the_lock_files_place_is_left_as_it_is(train_here, log, tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text("mine")
-    for number, make in enumerate((lambda path: path.symlink_to(mine), os.mkfifo, lambda path: path.mkdir(), lambda path: os.link(mine, path))):
+    ways = (lambda path: path.symlink_to(mine), os.mkfifo, os.mkdir, lambda path: os.link(mine, path))
+    for number, make in enumerate(ways):
         folder = tmp_path / str(number)
         folder.mkdir()
         make(folder / NAME)
@@ -245,3 +246,23 @@ def test_fairseqs_own_models_resume_as_without_us(train_here, log, tmp_path):
     assert not (tmp_path / NAME).exists()
     state = fairseq_compat.load_checkpoint(tmp_path / "checkpoint_last.pt")
     assert state["task_state"] == {} and not {"skipped", "early_stop"} & state["extra_state"].keys()
+
+
+# What cannot be trained is one line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-tokens", "20"], "a sample of 32 tokens does not fit --max-tokens 20"),
+        (["--max-tokens", "1", "--sample-break-mode", "eos"], r"a sample of \d+ tokens does not fit --max-tokens 1"),
+        (["--max-target-positions", "16"], "a sample of 32 tokens does not fit the model, which takes 16"),
+        (["--output-dictionary-size", "50"], "--output-dictionary-size: .* predict all 504 entries"),
+        (["--memory-efficient-fp16"], "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw"),
+        (["--memory-efficient-bf16"], "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw"),
+    ],
+)
+def test_impossible_flags(words, said, train_here, tmp_path):
+    with pytest.raises(UserError, match=said):
+        train_here(tmp_path, *OURS, *words, updates=1)
+    assert not list(tmp_path.glob("*.pt"))

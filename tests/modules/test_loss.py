@@ -99,7 +99,8 @@ def test_wrong_arguments_are_named():
 def test_an_adapter_on_the_output_projection_acts_in_the_loss():
     """Hooks and adapters see their call, gradients come through it, and a plain projection is still never called."""
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(vocab_size=40, dim=16, ffn_dim=32, layers=1, heads=2, tie_embeddings=False, absent_tokens=(3,))).double()
+    shape = {"vocab_size": 40, "dim": 16, "ffn_dim": 32, "layers": 1, "heads": 2}
+    model = Decoder(DecoderConfig(**shape, tie_embeddings=False, absent_tokens=(3,))).double()
     tokens, targets = torch.randint(4, 40, (2, 2, 9))
     targets[0, :4] = model.config.padding_idx
     calls = []
@@ -124,7 +125,8 @@ def test_gradients_of_each_sample_by_torch_func():
     from torch.func import functional_call, grad, vmap
 
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(vocab_size=40, dim=16, ffn_dim=32, layers=1, heads=2, momentum_kind="ema", momentum_learned=True)).double()
+    shape = {"vocab_size": 40, "dim": 16, "ffn_dim": 32, "layers": 1, "heads": 2}
+    model = Decoder(DecoderConfig(**shape, momentum_kind="ema", momentum_learned=True)).double()
     tokens, targets = torch.randint(4, 40, (2, 3, 9))
     parameters = dict(model.named_parameters())
 

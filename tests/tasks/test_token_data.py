@@ -17,7 +17,7 @@ import pytest
 import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
-from fairseq.data.iterators import EpochBatchIterator
+from fairseq.data.iterators import EpochBatchIterator, GroupedIterator
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import momentum_lm
@@ -299,6 +299,39 @@ def test_other_numbers_of_processes_go_on_without_loss_or_repetition(worlds, cor
     assert last.epoch == 3 and following == samples(straight.next_epoch_itr())[worlds[-1] - 1 :: worlds[-1]] + [[]] * (
         len(following) - len(range(worlds[-1] - 1, len(straight.frozen_batches), worlds[-1]))
     )
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_other_batches_and_processes_go_on_without_loss_or_repetition(turn, corpus):
+    """Stretches of an epoch of two updates, each with a batch size, a number of processes and an --update-freq of its own."""
+    draw = np.random.default_rng(turn)
+    drawn, state, stretches = [], {}, 0
+    while state.get("epoch", 2) == 2:
+        stretches += 1
+        rows, processes, frequency = (int(draw.integers(1, most)) for most in (6, 4, 4))
+        task, cfg = build("momentum_language_modeling", corpus / "a", "--batch-size", str(rows))
+        iterators = [iterator(task, cfg, 2, processes=processes, process=p, disable_iterator_cache=True) for p in range(processes)]
+        epochs = []
+        for it in iterators:
+            it.update_freq = frequency
+            if state:
+                it.load_state_dict(state)
+            epochs.append(GroupedIterator(it.next_epoch_itr(), frequency))
+        for _, step in zip(range(2), zip(*epochs, strict=True), strict=False):
+            drawn += [i for batches in step for batch in samples(batches) for i in batch]
+        states = [it.state_dict() for it in iterators]
+        state = states[0]
+        assert all(other == state for other in states)
+    assert stretches > 2 and sorted(drawn) == list(range(len(iterators[0].dataset)))
+
+
+@pytest.mark.parametrize("change", [{"parts": [[0, 1, 3]]}, {"parts": []}, {"parts": "x"}, {"seed": None}, {"blocks": "many"}])
+def test_a_damaged_place_in_the_data_is_one_line(change, corpus):
+    it = iterator(*build("momentum_language_modeling", corpus / "a"))
+    list(itertools.islice(it.next_epoch_itr(), 3))
+    state = it.state_dict()
+    with pytest.raises(UserError, match="place in the data is damaged"):
+        iterator(*build("momentum_language_modeling", corpus / "a")).load_state_dict({**state, "batching": {**state["batching"], **change}})
 
 
 DAMAGE = {

@@ -18,6 +18,7 @@ PAPER_EVALUATED = 2000  # the authors evaluate no more of a split
 POOL = 512  # training examples that are enough to draw demonstrations from
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Identity = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def select(
@@ -127,10 +128,10 @@ def separate(
     if free < max(shots, len(train) / 10):
         missing = max(shots, min((len(train) + 1) // 2, POOL)) - free
     labels = {example.gold for i, example in enumerate(train) if i not in hidden}
-    copies: dict[bytes, list[int]] = defaultdict(list)
+    copies: dict[Identity, list[int]] = defaultdict(list)
     for i, key in hidden.items():
         copies[key].append(i)
-    shown: set[bytes] = set()
+    shown: set[Identity] = set()
     for key in _in_turn({key: train[places[0]].gold for key, places in copies.items()}):
         label = train[copies[key][0]].gold
         if missing > 0 or (label not in labels and len(shown) + 1 < len(keys)):
@@ -146,15 +147,15 @@ def separate(
     return Separation(rest, frozenset(i for i, key in hidden.items() if key not in shown), len(evaluated) - len(rest))
 
 
-def identity(example: Example) -> bytes:
+def identity(example: Example) -> Identity:
     """The same for examples with the same inputs and choices, whatever their labels and places."""
-    return hashlib.blake2b(repr((example.inputs, example.continuations)).encode(), digest_size=16).digest()
+    return example.inputs, example.continuations
 
 
-def _in_turn(labels: dict[bytes, int]) -> Iterator[bytes]:
-    """The keys, one of each label after the other."""
-    waiting: dict[int, list[bytes]] = defaultdict(list)
-    for key in sorted(labels, reverse=True):
+def _in_turn(labels: dict[Identity, int]) -> Iterator[Identity]:
+    """The keys, one of each label after the other; in an order of their own, whatever the files'."""
+    waiting: dict[int, list[Identity]] = defaultdict(list)
+    for key in sorted(labels, key=lambda key: hashlib.sha256(repr(key).encode()).digest(), reverse=True):
         waiting[labels[key]].append(key)
     while waiting:
         for label in sorted(waiting):

@@ -128,11 +128,14 @@ def separate(
     if free < max(shots, len(train) / 10):
         missing = max(shots, min((len(train) + 1) // 2, POOL)) - free
     labels = {example.gold for i, example in enumerate(train) if i not in hidden}
+    all_labels = {example.gold for example in train}
     copies: dict[Identity, list[int]] = defaultdict(list)
     for i, key in hidden.items():
         copies[key].append(i)
     shown: set[Identity] = set()
     for key in _in_turn({key: train[places[0]].gold for key, places in copies.items()}):
+        if missing <= 0 and labels == all_labels:
+            break
         label = train[copies[key][0]].gold
         if missing > 0 or (label not in labels and len(shown) + 1 < len(keys)):
             shown.add(key)

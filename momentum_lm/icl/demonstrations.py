@@ -110,7 +110,7 @@ def separate(
     train: Sequence[Example], evaluated: Sequence[Example], shots: int, protocol_paper: bool = False
 ) -> Separation:
     """Sees to it that no evaluated example is a demonstration, for any seed and up to ``shots`` shots, so that all of
-    them are compared on the same examples. Without shots nothing is to be separated.
+    them are compared on the same examples. Without shots, or with more than :func:`select` allows, nothing is done.
 
     Examples are the same if their inputs and choices are. A training example that is evaluated is not shown. Where that
     leaves fewer than ``shots``, or less than a tenth of the training split, to draw from, as with one file for both
@@ -120,7 +120,9 @@ def separate(
     Raises UserError where nothing is left to evaluate.
     """
     keys = {identity(example) for example in evaluated}
-    hidden = {i: key for i, example in enumerate(train) if (key := identity(example)) in keys} if shots else {}
+    hidden = {i: key for i, example in enumerate(train) if (key := identity(example)) in keys}
+    if not 0 < shots <= len(train):
+        hidden = {}
     if protocol_paper or not hidden:
         return Separation(list(evaluated), shared=len(hidden))
     free = len(train) - len(hidden)

@@ -209,7 +209,8 @@ def test_a_label_that_is_evaluated_only_is_shown_once():
 
 def test_without_shots_nothing_is_separated():
     rows = texts(*(f"film {i}" for i in range(10)))
-    assert separate(rows, rows, 0).evaluated == rows and not any(separate(rows, rows, 0).counts().values())
+    for shots in (0, 11):  # the latter are refused when they are drawn
+        assert separate(rows, rows, shots).evaluated == rows and not any(separate(rows, rows, shots).counts().values())
 
 
 def test_nothing_left_to_evaluate_or_to_show():

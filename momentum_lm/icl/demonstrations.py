@@ -18,6 +18,7 @@ PAPER_EVALUATED = 2000  # the authors evaluate no more of a split
 POOL = 512  # training examples that are enough to draw demonstrations from
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Identity = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def select(
@@ -109,7 +110,7 @@ def separate(
     train: Sequence[Example], evaluated: Sequence[Example], shots: int, protocol_paper: bool = False
 ) -> Separation:
     """Sees to it that no evaluated example is a demonstration, for any seed and up to ``shots`` shots, so that all of
-    them are compared on the same examples. Without shots nothing is to be separated.
+    them are compared on the same examples. Without shots, or with more than :func:`select` allows, nothing is done.
 
     Examples are the same if their inputs and choices are. A training example that is evaluated is not shown. Where that
     leaves fewer than ``shots``, or less than a tenth of the training split, to draw from, as with one file for both
@@ -119,7 +120,9 @@ def separate(
     Raises UserError where nothing is left to evaluate.
     """
     keys = {identity(example) for example in evaluated}
-    hidden = {i: key for i, example in enumerate(train) if (key := identity(example)) in keys} if shots else {}
+    hidden = {i: key for i, example in enumerate(train) if (key := identity(example)) in keys}
+    if not 0 < shots <= len(train):
+        hidden = {}
     if protocol_paper or not hidden:
         return Separation(list(evaluated), shared=len(hidden))
     free = len(train) - len(hidden)
@@ -127,11 +130,14 @@ def separate(
     if free < max(shots, len(train) / 10):
         missing = max(shots, min((len(train) + 1) // 2, POOL)) - free
     labels = {example.gold for i, example in enumerate(train) if i not in hidden}
-    copies: dict[bytes, list[int]] = defaultdict(list)
+    all_labels = {example.gold for example in train}
+    copies: dict[Identity, list[int]] = defaultdict(list)
     for i, key in hidden.items():
         copies[key].append(i)
-    shown: set[bytes] = set()
+    shown: set[Identity] = set()
     for key in _in_turn({key: train[places[0]].gold for key, places in copies.items()}):
+        if missing <= 0 and labels == all_labels:
+            break
         label = train[copies[key][0]].gold
         if missing > 0 or (label not in labels and len(shown) + 1 < len(keys)):
             shown.add(key)
@@ -146,15 +152,15 @@ def separate(
     return Separation(rest, frozenset(i for i, key in hidden.items() if key not in shown), len(evaluated) - len(rest))
 
 
-def identity(example: Example) -> bytes:
+def identity(example: Example) -> Identity:
     """The same for examples with the same inputs and choices, whatever their labels and places."""
-    return hashlib.blake2b(repr((example.inputs, example.continuations)).encode(), digest_size=16).digest()
+    return example.inputs, example.continuations
 
 
-def _in_turn(labels: dict[bytes, int]) -> Iterator[bytes]:
-    """The keys, one of each label after the other."""
-    waiting: dict[int, list[bytes]] = defaultdict(list)
-    for key in sorted(labels, reverse=True):
+def _in_turn(labels: dict[Identity, int]) -> Iterator[Identity]:
+    """The keys, one of each label after the other; in an order of their own, whatever the files'."""
+    waiting: dict[int, list[Identity]] = defaultdict(list)
+    for key in sorted(labels, key=lambda key: hashlib.sha256(repr(key).encode()).digest(), reverse=True):
         waiting[labels[key]].append(key)
     while waiting:
         for label in sorted(waiting):

@@ -143,7 +143,10 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     overlaps = {run["dataset"]: run["overlap"] for run in runs if isinstance(run.get("overlap"), dict)}
     for dataset, overlap in overlaps.items():
         for name, what in (
-            ("not_evaluated", "examples are left out, for demonstrations are drawn from the training split's copies of them"),
+            (
+                "not_evaluated",
+                "examples are left out, for demonstrations are drawn from the training split's copies of them",
+            ),
             ("shown_and_evaluated", "training examples are evaluated too and may be among their own demonstrations"),
         ):
             if overlap.get(name):

@@ -28,7 +28,7 @@ from momentum_lm.data.classification import Example, LabelledDataset, by_name
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_stem
 from momentum_lm.icl import calibration, scoring
-from momentum_lm.icl.demonstrations import evaluation_subset, select, separate
+from momentum_lm.icl.demonstrations import Separation, evaluation_subset, select, separate
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query, special_notes
 from momentum_lm.icl.scoring import Scores
 from momentum_lm.lm.protocol import LanguageModel
@@ -95,10 +95,8 @@ class Questions:
 
     def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings) -> None:
         self.lm, self.spec, self.train, self.settings = lm, dataset.spec, dataset.train, settings
-        paper = settings.protocol == "paper"
-        chosen = evaluation_subset(dataset.evaluation, settings.limit, protocol_paper=paper)
         with self._named():
-            self.separation = separate(self.train, chosen, max(settings.shots), paper)
+            self.separation = separation(dataset, settings)
         self.examples, self.notes = self.separation.evaluated, [*dataset.notes, *self.separation.notes()]
         self.partial = any(len(example.inputs) > 1 for example in self.examples)
         self._drawn: dict[Unit, list[Example]] = {}
@@ -173,6 +171,18 @@ class Questions:
         labels = self.examples[0].continuations if self.spec.labels else ()
         first = [tokens[:1] for tokens in self.lm.encode(list(labels))]
         return [(labels[i].strip(), labels[j].strip()) for i, j in itertools.combinations(range(len(labels)), 2) if first[i] == first[j]]
+
+
+def separation(dataset: LabelledDataset, settings: Settings) -> Separation:
+    """What is evaluated of a data set, and which of its training examples are therefore not shown."""
+    paper = settings.protocol == "paper"
+    evaluated = evaluation_subset(dataset.evaluation, settings.limit, protocol_paper=paper)
+    return separate(dataset.train, evaluated, max(settings.shots), paper)
+
+
+def _fewer(separation: Separation) -> dict[str, int]:
+    """For a configuration: more shots, or some after none, may leave other examples to evaluate."""
+    return {"not_evaluated": separation.left_out} if separation.left_out else {}
 
 
 def units(datasets: Sequence[str], settings: Settings) -> Iterator[Unit]:
@@ -435,6 +445,7 @@ def configuration(
                 "source": data.source,
                 "sha256": identity.dataset_sha256(data),
             }
+            | _fewer(separation(data, settings))
             for data in datasets
         },
         "command": command,

@@ -23,8 +23,8 @@ from momentum_lm.data.classification import Example, LabelledDataset, by_name
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, file_stem
 from momentum_lm.icl import scoring
-from momentum_lm.icl.demonstrations import Separation, evaluation_subset, select, separate
 from momentum_lm.icl.demonstrations import identity as example_identity
+from momentum_lm.icl.demonstrations import select
 from momentum_lm.icl.finetuning import Diverged, Lesson
 from momentum_lm.icl.prompts import (
     PromptFormat,
@@ -122,7 +122,7 @@ def analyse(
         todo = processes.from_first(todo) or []
         if processes.first and todo:
             for name in dict.fromkeys(unit.dataset for unit in todo):
-                data, separation = loaded[name], _separation(loaded[name], asked)
+                data, separation = loaded[name], classification.separation(loaded[name], asked)
                 template = data.spec.templates[data.spec.template]
                 special = special_notes(lm, form, template, [*separation.evaluated, *data.train])
                 for note in [*data.notes, *separation.notes(), *special]:
@@ -167,7 +167,7 @@ class _Study:
         paper = asked.protocol == "paper"
         labels = len(data.spec.labels) if data.spec.labels else None
         try:
-            self.separation = _separation(data, asked)
+            self.separation = classification.separation(data, asked)
             self.examples, hidden = self.separation.evaluated, self.separation.hidden
             drawn = select(
                 data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels, hidden=hidden
@@ -366,12 +366,6 @@ def _key_heads(seen: Seen) -> int:
     """Key/value heads: what is as wide as the query heads, of the keys' width."""
     width = seen.trace.heads[0].shape[-1]
     return seen.trace.keys[0].shape[-1] // width
-
-
-def _separation(data: LabelledDataset, asked: classification.Settings) -> Separation:
-    paper = asked.protocol == "paper"
-    evaluated = evaluation_subset(data.evaluation, asked.limit, protocol_paper=paper)
-    return separate(data.train, evaluated, max(asked.shots), paper)
 
 
 def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:

@@ -505,6 +505,8 @@ def test_no_evaluated_example_is_a_demonstration(lm, one_file, tmp_path, caplog,
 def test_without_demonstrations_all_are_evaluated(lm, one_file, tmp_path):
     (one,) = run(lm, [one_file], Settings(shots=(0,), seeds=(1,)), tmp_path / "out")["runs"]
     assert one["num_examples"] == 12 and not any(one["overlap"].values())
+    with pytest.raises(UserError, match=r"holds other results \(config.datasets.films.not_evaluated: null there, 6 "):
+        run(lm, [one_file], Settings(shots=(0, 2), seeds=(1,)), tmp_path / "out")
 
 
 def test_the_authors_protocol_draws_what_it_draws(lm, one_file, tmp_path, caplog):

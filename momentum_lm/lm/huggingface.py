@@ -88,7 +88,7 @@ class HuggingFaceLM:
         """Digest of all that makes token ids of texts."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = getattr(tokenizer, "get_vocab", dict)()
+        vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
         rules = json.dumps(sorted(vocabulary.items())) if backend is None else backend.to_str()
         names = getattr(tokenizer, "vocab_files_names", {}) if backend is None else {}
         files = [path for name in names if (path := getattr(tokenizer, name, None)) and Path(path).is_file()]

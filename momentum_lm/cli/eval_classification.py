@@ -84,7 +84,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per forward pass (default: by the memory there is)")
     group.add_argument(
         "--process-timeout", type=float, default=600.0, metavar="S",
-        help="under torchrun: seconds after which a process that does not come or hangs is named (default: %(default)g)",
+        help="under torchrun: seconds until a process that does not come or hangs is named (default: %(default)g)",
     )  # fmt: skip
     group.add_argument(
         "--padding-side", default="right", choices=["right", "left"], help="changes nothing but rounding (default: %(default)s)"

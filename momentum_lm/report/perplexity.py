@@ -49,7 +49,8 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
     """Writes ``report.html``, ``perplexity-<split>.png`` and TensorBoard events beside a ``results.json``; returns its
-    table. Raises UserError for results of other tasks or without a finished run, and for files of these names that are not ours, unless ``replace``."""
+    table. Raises UserError for results of other tasks or without a finished run, and for files of these names that are
+    not ours, unless ``replace``."""
     folder = Path(folder)
     (results,) = read_runs([folder], [TASK])
     table = results_table(results["runs"])

@@ -187,7 +187,8 @@ class Predictions:
             if wrong or not entry.keys() >= set(self.key):
                 if not (force or _cut_short(line)):
                     raise UserError(
-                        f"{self.path}, line {number} is damaged or not a prediction of ours ({wrong or 'other keys'}); move the file, "
+                        f"{self.path}, line {number} is damaged or not a prediction of ours ({wrong or 'other keys'}); "
+                        "move the file, "
                         f"{_REMEDY} it"
                     )
                 yield None, line

@@ -292,10 +292,10 @@ class HuggingFaceLM:
             close = min(close, 0.25 * apart(plain[2, first:], plain[0, first:]) + 1e-6)
 
             def right() -> bool:
-                asked = (x.repeat_interleave(len(targets)) for x in (rows, positions))
+                row, position = (x.repeat_interleave(len(targets)) for x in (rows, positions))
                 try:
                     prefix = self.encode_prefix(ids[0, :first].tolist())
-                    found = self.log_probs(tokens, padding, *asked, targets.repeat(len(rows)), prefix).view(len(rows), -1)
+                    found = self.log_probs(tokens, padding, row, position, targets.repeat(len(rows)), prefix).view(len(rows), -1)
                 except Exception:  # whatever a model does not take
                     return False
                 return apart(found, expected) <= close

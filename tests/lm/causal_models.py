@@ -33,13 +33,13 @@ _SIZES = {
        "altup_num_inputs index_n_heads pad_token_id",
     1: "encoder_layers n_group topk_group first_k_dense_replace moe_layer_start_index mamba_n_groups n_shared_experts n_groups "
        "num_shared_experts eos_token_id",
-    0: "num_kv_shared_layers bos_token_id use_mamba_kernels",
+    0: "num_kv_shared_layers bos_token_id",
     256: "max_position_embeddings n_positions n_ctx max_seq_len",
     WINDOW: "sliding_window window_size attention_window attention_chunk_size attention_window_size",
     VOCAB: "vocab_size vocab_size_per_layer_input",
     3: "conv_L_cache moe_k",
 }  # fmt: skip
-COMMON = {name: size for size, names in _SIZES.items() for name in names.split()}
+COMMON = {name: size for size, names in _SIZES.items() for name in names.split()} | {"use_mamba_kernels": False}
 _PHI3 = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [8.0, 10.0, 20.0, 40.0]}
 SPECIAL: dict[str, dict] = {
     "phi3": {
@@ -221,8 +221,12 @@ def analysis(lm):
 
 
 def look(name):
+    import torch
+
     try:
         model = tiny(name)
+        with torch.no_grad():
+            model(torch.arange(20, 28)[None], use_cache=False)  # sizes that do not fit each other are the configuration's fault
     except Exception as error:
         return {"name": name, "evaluation": f"not built: {type(error).__name__}: {str(error)[:200]}"}
     found = {"name": name, "implementation": model.config._attn_implementation}

@@ -526,6 +526,10 @@ def test_bad_input(learned):
         model(tokens, attention_mask=torch.ones(1, 3))
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+    model.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ValueError, match="which continuous batching keeps elsewhere: use generate"):
+        model(tokens)
+    model.config._attn_implementation = "sdpa"
     limited = pair(position="learned", max_positions=8)[1]
     with pytest.raises(ValueError, match="9 tokens exceed the 8 learned positions"):
         limited(random_tokens(1, 9))

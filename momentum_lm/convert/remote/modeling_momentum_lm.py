@@ -335,7 +335,7 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
         """As other models of transformers: input_ids (B, T) or inputs_embeds (B, T, C) -> hidden states (B, T, C).
         ``attention_mask`` is (B, tokens seen so far, and these), 0 at padding; or (B, 1 or H, T, S), True or 0 where a
@@ -349,6 +349,8 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if config.momentum_kind != "none" and config._attn_implementation.startswith("paged"):
+            raise ValueError("momentum needs all values of a row, which continuous batching keeps elsewhere: use generate")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = config.use_cache and not (self.gradient_checkpointing and self.training)
@@ -460,7 +462,7 @@ class MomentumLMForCausalLM(MomentumLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """As other models of transformers, with the errors of :class:`MomentumLMModel`: input_ids (B, T) or inputs_embeds (B, T, C) ->
         logits (B, T, V), or of the last ``logits_to_keep`` tokens. ``labels`` (B, T) are the same tokens, which the loss shifts by one;

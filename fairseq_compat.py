@@ -153,7 +153,8 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
-    mmap = False  # of the call that is under way, as is what follows: the components that will be made of its options
+    # Of the call that is under way: how it reads, whether a checkpoint of the trainer, and what will be made of its options.
+    mmap, whole = False, False
     building: tuple[str, ...] = ()
 
     def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _checkpoint_loading(module: ModuleType) -> None:
         from momentum_lm.formats.options import check_state
 
         state = load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
-        if not _trusted():
+        if whole and not _trusted():
             check_state(state, file.name)
         return state
 
@@ -169,11 +170,12 @@ def _checkpoint_loading(module: ModuleType) -> None:
 
     @functools.wraps(stock_to_cpu)
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
-        nonlocal mmap
+        nonlocal mmap, whole
         from momentum_lm.errors import CheckpointError, UserError
         from momentum_lm.lm.native import check_fairseq_model
 
         mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
+        whole = True
         try:
             state: dict[str, Any] = stock_to_cpu(path, arg_overrides, load_on_all_ranks)
             if not _trusted():
@@ -184,11 +186,13 @@ def _checkpoint_loading(module: ModuleType) -> None:
         except UserError as error:
             raise CheckpointError(f"checkpoint {path}: {error}") from error
         except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError) as error:
-            # entries that fairseq's upgrade of old forms needs, or options that are none
+            # It lacks an entry that fairseq's upgrade of old forms needs, or has options that are none.
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"checkpoint {path} is not one that fairseq can read: {type(error).__name__}: {reason}"
             ) from error
+        finally:
+            whole = False
         return state
 
     stock_ensemble = module.load_model_ensemble_and_task

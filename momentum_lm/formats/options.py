@@ -61,6 +61,7 @@ def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises UserError for anything else in it.
     """
     found = state.get("model", state)
+    found = {} if found is None else found
     if not isinstance(found, Mapping):
         raise UserError(f"its model is of type {type(found).__name__}, not a dict of tensors")
     for name, value in found.items():

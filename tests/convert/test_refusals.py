@@ -273,7 +273,7 @@ def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypa
     assert "which is a model of Hugging Face; leave it out" in refused(theirs, tmp_path / "x", "--model-overrides", "{'a': 1}")
     assert "checkpoints/checkpoint_bset.pt does not exist; give a checkpoint" in refused("checkpoints/checkpoint_bset.pt", tmp_path / "x")
     torch.save({"model": None}, tmp_path / "none.pt")
-    assert "none.pt: its model is of type NoneType, not a dict of tensors" in refused(tmp_path / "none.pt", tmp_path / "x")
+    assert "none.pt: it holds no decoder-only language model" in refused(tmp_path / "none.pt", tmp_path / "x")
     (tmp_path / "bad.pt").write_bytes(b"nothing")
     assert "bad.pt" in refused(tmp_path / "bad.pt", tmp_path / "x")
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))

@@ -50,7 +50,10 @@ class Settings:
     corpus: str = ""  # empty: the movie reviews
     seconds: float | None = None  # bound on training, which then sets ``updates``
     # SmolLM2-135M on MR: flags of its two evaluations
-    icl: tuple[str, ...] = ("--shots", "0,4,16", "--seeds", "1,2,3", "--limit", "100", "--calibration", "none,batch")
+    icl: tuple[str, ...] = (
+        *("--shots", "0,4,16", "--seeds", "1,2,3,4,5,6,7,8,9,10", "--limit", "30", "--fresh-queries"),
+        *("--calibration", "none,batch"),
+    )
     finetuning: tuple[str, ...] = ("--shots", "16", "--seeds", "1,2", "--limit", "50", "--lr-examples", "50")
 
     def fast(self) -> Settings:

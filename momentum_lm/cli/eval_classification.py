@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one or more of {', '.join(CALIBRATIONS)}, from the same scores (default: none)",
     )
     group.add_argument("--orders", type=int, default=1, metavar="N", help="orders of each seed's demonstrations (default: %(default)s)")
+    help = "with --limit: another sample for each seed, so that the spread over seeds is that of demonstrations and queries"
+    group.add_argument("--fresh-queries", action="store_true", help=help)
     add_output_arguments(parser)
 
 
@@ -99,7 +101,11 @@ def run(args: argparse.Namespace) -> int:
     calibrations = tuple(choices(args.calibration, "--calibration", CALIBRATIONS))
     if args.orders < 1:
         raise UserError(f"--orders {args.orders}: must be at least 1")
-    settings = dataclasses.replace(settings_from(args), score=args.score, calibrations=calibrations, orders=args.orders)
+    if args.fresh_queries and (args.limit is None or args.protocol == "paper"):
+        raise UserError("--fresh-queries: samples of their own for each seed need a --limit, and --protocol default")
+    settings = dataclasses.replace(
+        settings_from(args), score=args.score, calibrations=calibrations, orders=args.orders, fresh_queries=args.fresh_queries
+    )
     lm = load_model(args)
     keep_memory()
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])

@@ -48,7 +48,8 @@ class Settings:
     """What is asked of a model.
 
     ``protocol`` ``paper``: demonstrations and evaluated examples are drawn as by the authors' code. ``score``: ``mean`` or ``sum`` of a
-    continuation's log-probabilities. ``limit``: at most so many evaluated examples. ``bos`` and ``separator`` None: the model's own.
+    continuation's log-probabilities. ``limit``: at most so many evaluated examples; with ``fresh_queries`` a sample of its own for
+    each seed, so that the spread over seeds is that of demonstrations and queries. ``bos`` and ``separator`` None: the model's own.
     ``batch_tokens`` None: by the memory there is.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     score: str = "mean"
     calibrations: tuple[str, ...] = ("none",)
     limit: int | None = None
+    fresh_queries: bool = False
     bos: tuple[int, ...] | None = None
     separator: str | tuple[int, ...] | None = None
     batch_tokens: int | None = None
@@ -72,31 +74,39 @@ class Settings:
 
 @dataclass(frozen=True)
 class Unit:
-    """One draw of demonstrations for one dataset."""
+    """One draw of demonstrations for one dataset. ``queries``: the seed of the sample that is evaluated."""
 
     dataset: str
     shots: int
     seed: int
     order: int
+    queries: int = 1
 
     @property
     def name(self) -> str:
         """Also the stem of its files."""
-        return f"{file_stem(self.dataset)}-{self.shots}shot" + (
-            f"-seed{self.seed}-order{self.order}" if self.shots else ""
-        )
+        return self._name(f"{self.shots}shot" + (f"-seed{self.seed}-order{self.order}" if self.shots else ""))
+
+    @property
+    def domain(self) -> str:
+        """The stem of the files of its queries' continuations after no query (:meth:`Questions.domain_prompts`)."""
+        return self._name("domain")
+
+    def _name(self, what: str) -> str:
+        return f"{file_stem(self.dataset)}-{what}" + (f"-queries{self.queries}" if self.queries != 1 else "")
 
 
 class Questions:
-    """What is asked about one dataset: the evaluated examples, after each unit's demonstrations.
+    """What is asked about one dataset: the evaluated examples, after each unit's demonstrations. ``queries``: the seed of
+    their sample.
 
     Raises UserError, naming the dataset, where the data does not allow what the settings ask.
     """
 
-    def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings) -> None:
+    def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings, queries: int = 1) -> None:
         self.lm, self.spec, self.train, self.settings = lm, dataset.spec, dataset.train, settings
         with self._named():
-            self.separation = separation(dataset, settings)
+            self.separation = separation(dataset, settings, queries)
         self.examples, self.notes = self.separation.evaluated, [*dataset.notes, *self.separation.notes()]
         self.partial = any(len(example.inputs) > 1 for example in self.examples)
         self._drawn: dict[Unit, list[Example]] = {}
@@ -173,10 +183,10 @@ class Questions:
         return [(labels[i].strip(), labels[j].strip()) for i, j in itertools.combinations(range(len(labels)), 2) if first[i] == first[j]]
 
 
-def separation(dataset: LabelledDataset, settings: Settings) -> Separation:
+def separation(dataset: LabelledDataset, settings: Settings, queries: int = 1) -> Separation:
     """What is evaluated of a data set, and which of its training examples are therefore not shown."""
     paper = settings.protocol == "paper"
-    evaluated = evaluation_subset(dataset.evaluation, settings.limit, protocol_paper=paper)
+    evaluated = evaluation_subset(dataset.evaluation, settings.limit, queries, protocol_paper=paper)
     return separate(dataset.train, evaluated, max(settings.shots), paper)
 
 
@@ -186,13 +196,11 @@ def _fewer(separation: Separation) -> dict[str, int]:
 
 
 def units(datasets: Sequence[str], settings: Settings) -> Iterator[Unit]:
-    """All units, those without demonstrations once."""
+    """All units, those without demonstrations once for each sample of queries."""
     for dataset, shots in itertools.product(datasets, dict.fromkeys(settings.shots)):
-        if shots == 0:
-            yield Unit(dataset, 0, settings.seeds[0], 0)
-            continue
-        for seed, order in itertools.product(dict.fromkeys(settings.seeds), range(settings.orders)):
-            yield Unit(dataset, shots, seed, order)
+        fresh, orders = settings.fresh_queries, range(settings.orders if shots else 1)
+        for seed, order in itertools.product(dict.fromkeys(settings.seeds if shots or fresh else settings.seeds[:1]), orders):
+            yield Unit(dataset, shots, seed, order, seed if fresh else 1)
 
 
 def evaluate(
@@ -212,7 +220,9 @@ def evaluate(
     settings than rank 0 or without a sign of life for ``timeout`` seconds, files of the model that change meanwhile,
     and whatever the data or the model does not allow. """
     form = settings.form(lm)
-    questions = {name: Questions(lm, data, settings) for name, data in by_name(datasets).items()}
+    named = by_name(datasets)
+    samples = dict.fromkeys(settings.seeds) if settings.fresh_queries else (1,)
+    questions = {(name, seed): Questions(lm, data, settings, seed) for name, data in named.items() for seed in samples}
     with Processes(timeout) as processes, contextlib.ExitStack() as stack:
         agree(processes, lm, datasets, settings)
         recorder, todo = None, None
@@ -220,30 +230,30 @@ def evaluate(
             stack.enter_context(results_lock(folder))
             config = configuration(lm, datasets, settings, form, command)
             recorder = _Recorder(Results(folder, TASK, lm.describe(), config, KEY, force, summary), settings, questions)
-            todo = [unit for unit in units(list(questions), settings) if recorder.lacks(unit)]
+            todo = [unit for unit in units(list(named), settings) if recorder.lacks(unit)]
             if not todo and show_progress:
                 say_finished(folder)
         todo = processes.from_first(todo) or []
         for unit in todo:
-            questions[unit.dataset].check(form, unit)
+            questions[unit.dataset, unit.queries].check(form, unit)
             processes.alive()
         if processes.first and todo:
-            for name in dict.fromkeys(unit.dataset for unit in todo):
-                _warn(questions[name], settings)
-        total = sum(questions[unit.dataset].size for unit in todo)
+            for key in {unit.dataset: (unit.dataset, unit.queries) for unit in todo}.values():
+                _warn(questions[key], settings)
+        total = sum(questions[unit.dataset, unit.queries].size for unit in todo)
         with tqdm(total=total, unit="query", disable=not (todo and show_progress and processes.first)) as bar:
             scorer = _Scorer(lm, settings, os.path.join(folder, "scores"), processes, bar, force)
             for unit in todo:
                 bar.set_description(unit.name)
                 began = time.perf_counter()
-                asked = questions[unit.dataset]
+                asked = questions[unit.dataset, unit.queries]
                 demonstrations, prompts = asked.prompts(form, unit)
                 if len(demonstrations) < unit.shots and processes.first:
                     _warn_fit(unit, len(demonstrations), lm)
                 scores = scorer(prompts, unit.name)
                 domain = None
                 if "domain_pmi" in settings.calibrations and asked.allows("domain_pmi"):
-                    domain = scorer(asked.domain_prompts(form), f"{file_stem(unit.dataset)}-domain", counted=False)
+                    domain = scorer(asked.domain_prompts(form), unit.domain, counted=False)
                 if recorder is not None and scores is not None:
                     recorder.add(unit, demonstrations, prompts, scores, domain, time.perf_counter() - began)
         return processes.first
@@ -304,7 +314,7 @@ class _Scorer:
 class _Recorder:
     """Turns scores into runs, predictions and sample prompts on disk."""
 
-    def __init__(self, results: Results, settings: Settings, questions: dict[str, Questions]) -> None:
+    def __init__(self, results: Results, settings: Settings, questions: dict[tuple[str, int], Questions]) -> None:
         self.results, self.settings, self.questions = results, settings, questions
         self.predictions = Predictions(results)
         self.samples = Samples(results)
@@ -317,7 +327,7 @@ class _Recorder:
         self, unit: Unit, demonstrations: Sequence[Example], prompts: Prompts, scores: Scores, domain: Scores | None, seconds: float
     ) -> None:
         """Records every calibration of a unit that is not there yet."""
-        asked, kind = self.questions[unit.dataset], self.settings.score
+        asked, kind = self.questions[unit.dataset, unit.queries], self.settings.score
         count = len(asked.examples)
         values = scores.values(kind)
         self._sample(unit, asked.examples[0], prompts)
@@ -355,8 +365,10 @@ class _Recorder:
 
     def _keys(self, unit: Unit) -> list[tuple[Any, ...]]:
         """The runs that a unit gives: one for each calibration, and without demonstrations for each seed."""
-        seeds = dict.fromkeys(self.settings.seeds) if unit.shots == 0 else [unit.seed]
-        names = [name for name in self.settings.calibrations if self.questions[unit.dataset].allows(name)]
+        every = unit.shots == 0 and not self.settings.fresh_queries
+        seeds = dict.fromkeys(self.settings.seeds) if every else [unit.seed]
+        allows = self.questions[unit.dataset, unit.queries].allows
+        names = [name for name in self.settings.calibrations if allows(name)]
         return [(unit.dataset, seed, unit.shots, unit.order, name) for seed in seeds for name in names]
 
     def _sample(self, unit: Unit, example: Example, prompts: Prompts) -> None:
@@ -364,7 +376,7 @@ class _Recorder:
         if (unit.dataset, unit.shots) in self.samples:
             return
         request = prompts.queries[0][example.gold]
-        text = self.questions[unit.dataset].lm.decode([*prompts.prefix, *request.tokens[: request.start]])
+        text = self.questions[unit.dataset, unit.queries].lm.decode([*prompts.prefix, *request.tokens[: request.start]])
         sample = {"dataset": unit.dataset, "shots": unit.shots, "seed": unit.seed, "prompt": text}
         self.samples.add({**sample, "continuations": list(example.continuations), "gold": example.gold})
 
@@ -431,6 +443,7 @@ def configuration(
         "sampling": "random" if settings.protocol == "paper" else settings.sampling,
         "score": settings.score,
         "limit": settings.limit,
+        **({"fresh_queries": True} if settings.fresh_queries else {}),
         "bos": list(form.bos),
         "separator": form.separator,
         "dtype": identity.dtype(lm),

@@ -1,9 +1,11 @@
 """A small random model on real files: what is computed, what is kept, and what is not computed again."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import logging
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -528,3 +530,18 @@ def test_two_data_sets_of_one_name_are_refused(lm, films, tmp_path):
     ):
         evaluate(lm, [films, load_dataset(str(films.spec.path))], SETTINGS, tmp_path / "out", show_progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_fresh_queries_are_a_sample_for_each_seed(lm, films, tmp_path):
+    settings = Settings(shots=(0, 2), seeds=(1, 2, 3), limit=4, fresh_queries=True, calibrations=("none", "domain_pmi"))
+    runs = run(lm, [films], settings, tmp_path / "fresh")["runs"]
+    asked = defaultdict(set)
+    for line in lines(tmp_path / "fresh"):
+        asked[line["seed"]].add((line["shots"], line["calibration"], line["index"]))
+    samples = {seed: {index for _, _, index in cells} for seed, cells in asked.items()}
+    assert [len(sample) for sample in samples.values()] == [4, 4, 4] and len(set(map(frozenset, samples.values()))) == 3
+    for seed, cells in asked.items():  # all numbers of shots and calibrations of a seed have the same queries
+        assert cells == {(shots, c, index) for shots in (0, 2) for c in settings.calibrations for index in samples[seed]}
+    alone = run(lm, [films], dataclasses.replace(settings, seeds=(2,)), tmp_path / "alone")["runs"]
+    keys = ("accuracy", "prompts_sha256", "shots", "calibration")
+    assert [[r[k] for k in keys] for r in runs if r["seed"] == 2] == [[r[k] for k in keys] for r in alone]

@@ -493,7 +493,7 @@ def _forked_loaders(module: ModuleType) -> None:
         return stock(*args, num_workers=num_workers, **{**context, **kwargs})
 
     data = _view(module.torch.utils.data, DataLoader=loader)
-    module.torch = _view(module.torch, utils=_view(module.torch.utils, data=data))  # type: ignore[attr-defined]
+    module.torch = _view(module.torch, utils=_view(module.torch.utils, data=data))
 
 
 def _bleu_in_python(module: ModuleType) -> None:

@@ -228,21 +228,39 @@ def headlines(runs: Sequence[Run]) -> list[str]:
     sentences = []
     places = [place(gap) for chosen in groups if (gap := above_chance(chosen))["num"]]
     if places:
-        count = places.count("above")
-        sentences.append(
-            f"Predictions: Rec2FTP lies above chance (what ICL repairs of all zero-shot errors) in {count} of {len(places)} settings."
-        )
+        sentences.append(f"Predictions: Rec2FTP {_sides({'chance (what ICL repairs of all zero-shot errors)': places})}.")
     for name in EVIDENCE:
-        counts = []
+        beside = {}
         for control, title in NULLS.items():
             places = [place(gap) for chosen in groups if (gap := difference(chosen, name, control))["num"]]
             if places:
-                counts.append(f"{title} in {places.count('above')} of {len(places)}")
+                beside[title] = places
         values = [value["mean"] for chosen in groups if (value := metric(chosen, name))["mean"] is not None]
         if values:
-            found = f"the interval of its difference is above zero against {', '.join(counts)} settings" if counts else "no control was run"
-            sentences.append(f"{METRICS[name]}, corrected: {_range(values)}; {found}.")
+            sentences.append(f"{METRICS[name]}, corrected: {_range(values)}; {_sides(beside) if beside else 'no control was run'}.")
     return sentences
+
+
+_SIDES = {"above": "above", "level": "not distinguishable from", "below": "below", "unknown": "without an interval beside"}
+
+
+def _sides(beside: Mapping[str, Sequence[str]]) -> str:
+    """In words on which side of each control a value lies, of :func:`place` for each setting: with one setting the side,
+    with several in how many of them it is above."""
+    if max(map(len, beside.values())) == 1:
+        return "; ".join(
+            f"{words} {', '.join(names)}"
+            for side, words in _SIDES.items()
+            if (names := [name for name, places in beside.items() if places[0] == side])
+        )
+    return "above " + ", ".join(f"{name} in {_how_many(places)}" for name, places in beside.items())
+
+
+def _how_many(places: Sequence[str]) -> str:
+    count, total = places.count("above"), len(places)
+    if count in (0, total):
+        return f"{'all' if count else 'none'} of {total} settings"
+    return f"{count} of {total} settings"
 
 
 def verdict(runs: Sequence[Run]) -> list[str]:
@@ -270,8 +288,7 @@ def verdict(runs: Sequence[Run]) -> list[str]:
             if gap["num"]:
                 level = metric(runs, name, control=control)["mean"]
                 sides.setdefault(place(gap), []).append(f"{title} ({three(level)})")
-        words = {"above": "above", "level": "not distinguishable from", "below": "below", "unknown": "without an interval beside"}
-        parts = [f"{words[side]} {', '.join(sides[side])}" for side in words if side in sides]
+        parts = [f"{words} {', '.join(sides[side])}" for side, words in _SIDES.items() if side in sides]
         sentences.append(text + (": " + "; ".join(parts) if parts else "; no control was run") + ".")
     return sentences
 

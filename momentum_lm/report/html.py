@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,19 +24,29 @@ p, ul, pre { max-width: 54rem; }
 a { color: inherit; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
+@media (min-width: 68rem) { .scroll { margin-right: calc((66rem - 100vw) / 2 + 1.5rem); } }
 table { border-collapse: collapse; margin: 0.5rem 0; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 @media (max-width: 40rem) { table { font-size: 0.8rem; } }
 caption { text-align: left; color: var(--soft); padding-bottom: 0.3rem; }
-th, td { padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: normal; }
 th { font-weight: 600; } .number { text-align: right; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 0.2rem 1.6rem; }
 figcaption, .note { color: var(--soft); font-size: 0.9rem; } details { margin: 0.4rem 0; } summary { cursor: pointer; }
 pre { background: var(--panel); padding: 0.7rem; white-space: pre-wrap; border-radius: 4px; font-size: 0.85rem; }
+@media screen and (max-width: 40rem) { STACK(table) }
+@media screen and (max-width: 68rem) { STACK(table.wide) }
 @media print {
-  figure, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 0.7rem; } th, td { white-space: normal; }
+  figure, tr { break-inside: avoid; } .scroll { overflow: visible; margin: 0; } table { font-size: 0.7rem; }
 }
 """
+# Where a table has no room, its rows stand below one another, each cell behind its column's name
+_STACK = """TABLE thead { display: none; } TABLE tr { display: block; padding: 0.5rem 0; border-bottom: 1px solid var(--line); }
+TABLE, TABLE tbody, TABLE caption { display: block; } TABLE td { display: flex; justify-content: space-between; gap: 1rem; border: 0;
+padding: 0.1rem 0; text-align: right; overflow-wrap: anywhere; } TABLE td:empty { display: none; }
+TABLE td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none; max-width: 50%; }"""
+_CSS = re.sub(r"STACK\((.+?)\)", lambda match: _STACK.replace("TABLE", match[1]), _CSS)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,8 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
                 **style,
             )
             axes.set_xlim(0.4, len(layers) + 0.6)
-        if not log:  # cosines and correlations: an interval over two or three draws may reach further than they can
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, -1.05), min(high, 1.05))
+        if not log:
+            axes.set_ylim(*_limits(curves))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if len(curves) > 1:
             below: dict[str, Any] = {
@@ -60,6 +59,23 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
             axes.legend(frameon=False, fontsize=8.5, columnspacing=1.2, **below)
 
     return panel
+
+
+def _limits(curves: Mapping[str, Curve]) -> tuple[float, float]:
+    """Ends of an axis that shows every line, and what there is room for of the first one's band: an interval over two or
+    three draws may reach much further than the lines do, and further than a cosine can."""
+    first = next(iter(curves.values()))
+    means = np.concatenate([curve.mean for curve in curves.values()])
+    means = means[np.isfinite(means)]
+    if not len(means):
+        return -1.05, 1.05
+    low, high = float(means.min()), float(means.max())
+    room = max(high - low, 0.05)
+    for end in (*first.low, *first.high, 0.0):  # zero is marked
+        if np.isfinite(end):
+            low, high = min(low, max(end, means.min() - room)), max(high, min(end, means.max() + room))
+    margin = 0.05 * (high - low)
+    return max(low - margin, -1.05), min(high + margin, 1.05)
 
 
 def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:

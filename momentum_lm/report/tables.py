@@ -45,13 +45,19 @@ class Table:
     def html(self) -> str:
         """A ``<table>``, everything escaped."""
 
+        names = [html.escape(name, quote=True) for name in self.columns]
+        marks = [' class="number"' if right else "" for right in self._right]
+
         def row(cells: Sequence[str], tag: str) -> str:
-            marks = [' class="number"' if right else "" for right in self._right]
-            return "<tr>" + "".join(f"<{tag}{m}>{html.escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"
+            # A narrow screen shows a row as lines "column: cell"
+            labels = [f' data-column="{name}"' if tag == "td" and name else "" for name in names]
+            attributes = [mark + label for mark, label in zip(marks, labels, strict=True)]
+            return "<tr>" + "".join(f"<{tag}{a}>{html.escape(c)}</{tag}>" for c, a in zip(cells, attributes, strict=True)) + "</tr>"
 
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         body = "".join(row(r, "td") for r in self.rows)
-        return f"<table>{caption}<thead>{row(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+        wide = ' class="wide"' if len(self.columns) > 5 else ""
+        return f"<table{wide}>{caption}<thead>{row(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
 
     def _pad(self, cell: str, width: int, column: int) -> str:
         space = " " * (width - _width(cell))

@@ -104,7 +104,7 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
 def _in_context(output: Path) -> Chapter:
     folder = output / "icl"
     runs = read_results(folder)["runs"]
-    level = classification.baseline(runs[0])
+    level = classification.baseline(runs)
     settings = []
     for (_, shots, calibration), chosen in classification.cells(runs).items():
         if calibration == runs[0]["calibration"]:

@@ -30,7 +30,7 @@ Cell = tuple[str, int, str]  # dataset, shots, calibration
 
 INTERVALS = (
     "Accuracy is the mean over seeds, the orders of one seed's demonstrations averaged first. Its 95% interval is Student's over seeds: "
-    "what other demonstrations would give on these examples. Where nothing is drawn (0 shots), where there is one seed, and where all "
+    "what other demonstrations would give on these examples (with --fresh-queries, and on others). Where nothing is drawn (0 shots), where there is one seed, and where all "
     "seeds agree, it is Wilson's over examples: what other examples would give."
 )
 _BASELINES = (
@@ -59,12 +59,13 @@ def by_seed(runs: Sequence[Run]) -> dict[int, float]:
 def summarise_cell(runs: Sequence[Run]) -> dict[str, Any]:
     """``mean``, ``ci95`` and what it is ``over`` (``seeds`` or ``examples``), ``num_seeds``, ``sd``, ``min``, ``max`` of one cell.
 
-    The interval is Student's over seeds, cut to [0, 1]. It is Wilson's over examples for a single seed, without demonstrations, and
-    where all seeds agree: their interval would have no width, as if there were no doubt. ``sd`` is null where nothing was drawn twice.
+    The interval is Student's over seeds, cut to [0, 1]. It is Wilson's over examples for a single seed, without demonstrations (unless
+    each seed has other queries), and where all seeds agree: their interval would have no width, as if there were no doubt. ``sd`` is null where nothing was drawn twice.
     """
     values = list(by_seed(runs).values())
     mean = float(np.mean(values))
-    drawn = len(values) > 1 and runs[0]["shots"] > 0
+    samples = {run.get("examples_sha256") for run in runs}
+    drawn = len(values) > 1 and (runs[0]["shots"] > 0 or len(samples) > 1)
     if drawn and max(values) > min(values):
         interval, over = t_interval(values), "seeds"
     else:
@@ -92,16 +93,22 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     return found
 
 
-def baseline(run: Run) -> tuple[str, float]:
-    """What needs no model: ("majority", share of the most frequent label), or ("chance", accuracy of guessing)."""
-    return ("chance", run["chance"]) if run["majority"] is None else ("majority", run["majority"])
+def baseline(runs: Sequence[Run]) -> tuple[str, float]:
+    """What needs no model: ("majority", share of the most frequent label), or ("chance", accuracy of guessing), of the queries of all
+    runs together."""
+    if runs[0]["majority"] is None:
+        return "chance", float(np.mean([run["chance"] for run in runs]))
+    if runs[0].get("confusion") is None:
+        return "majority", runs[0]["majority"]
+    gold = np.sum([np.sum(run["confusion"], axis=1) for run in runs], axis=0)
+    return "majority", float(gold.max() / gold.sum())
 
 
 def results_table(runs: Sequence[Run]) -> Table:
     """One row for each dataset, number of shots and calibration, in percent, and whether it beats the baseline."""
     rows = []
     for (dataset, _, calibration), chosen in cells(runs).items():
-        cell, (name, level) = summarise_cell(chosen), baseline(chosen[0])
+        cell, (name, level) = summarise_cell(chosen), baseline(chosen)
         scores = [run["macro_f1"] for run in chosen if run["macro_f1"] is not None]
         rows.append(
             [
@@ -126,7 +133,7 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     """A sentence for every cell that does not beat its baseline, and one for demonstrations that did not fit."""
     sentences = []
     for (dataset, shots, calibration), chosen in cells(runs).items():
-        cell, (name, level) = summarise_cell(chosen), baseline(chosen[0])
+        cell, (name, level) = summarise_cell(chosen), baseline(chosen)
         if cell["ci95"][0] <= level:
             what = "the majority class" if name == "majority" else "chance"
             sentences.append(
@@ -215,7 +222,7 @@ def points(runs: Sequence[Run]) -> dict[str, list[AccuracyPoint]]:
 
 def _accuracy_figure(runs: Sequence[Run]) -> Figure:
     """Of one data set."""
-    return draw(accuracy_panel(points(runs), runs[0]["dataset"], baseline(runs[0]), "calibration"), size=(5.8, 4.4))
+    return draw(accuracy_panel(points(runs), runs[0]["dataset"], baseline(runs), "calibration"), size=(5.8, 4.4))
 
 
 def _curves(runs: Sequence[Run]) -> Picture:

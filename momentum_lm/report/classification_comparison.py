@@ -215,7 +215,7 @@ class ClassificationComparison:
         level = None
         for side in self.sides:
             runs = [run for place, chosen in side.runs.items() if place[0] == dataset for run in chosen.values()]
-            level = level or (baseline(runs[0]) if runs else None)
+            level = level or (baseline(runs) if runs else None)
             for calibration, line in points(runs).items():
                 title = dataset if self.varied else f"{dataset}, calibration {calibration}"
                 pictures.setdefault(title, {})[side.name] = line

@@ -20,6 +20,20 @@ def run(accuracy, seed=1, shots=4, order=0, calibration="none", dataset="mr", n=
             "accuracy": accuracy, "macro_f1": accuracy / 2, "majority": 0.5, "shots_fitted": shots, **more}  # fmt: skip
 
 
+def test_other_queries_for_each_seed_are_draws_too():
+    """Without demonstrations seeds differ by their queries alone, and the baseline is that of all queries together."""
+    confusions = [[[2, 4], [1, 3]], [[5, 1], [2, 2]]]
+    runs = [
+        run(x, seed, shots=0, n=10, confusion=confusion, examples_sha256=str(seed))
+        for seed, (x, confusion) in enumerate(zip((0.5, 0.7), confusions, strict=True))
+    ]
+    cell = c.summarise_cell(runs)
+    assert (cell["over"], cell["mean"], cell["sd"]) == ("seeds", pytest.approx(0.6), pytest.approx(0.1 * np.sqrt(2)))
+    assert c.baseline(runs) == ("majority", 12 / 20)
+    same = [r | {"examples_sha256": "a", "accuracy": 0.5} for r in runs]
+    assert c.summarise_cell(same)["over"] == "examples"
+
+
 def test_summary_averages_orders_then_seeds():
     runs = [run(0.6), run(0.8, order=1), run(0.9, seed=2), run(0.3, calibration="batch"), run(0.3, seed=2, calibration="batch")]
     entry = c.summary(runs)["mr"]["4"]

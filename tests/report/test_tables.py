@@ -26,7 +26,7 @@ def test_html_escapes_everything():
     html = TABLE.html()
     assert "<caption>Perplexity &amp; more</caption>" in html
     assert '<td data-column="model">a|b&lt;c&gt;</td>' in html and "<c>" not in html
-    assert '<td class="number">101.25</td>' in html
+    assert '<td class="number" data-column="ppl">101.25</td>' in html
 
 
 def test_ragged_rows_are_refused():

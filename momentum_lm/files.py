@@ -140,27 +140,6 @@ def read_bytes(path: str | os.PathLike[str], most: int = JSON_BYTES) -> bytes:
     return content
 
 
-def read_json(path: str | os.PathLike[str], most: int = JSON_BYTES) -> Any:
-    """What a JSON file holds. Raises OSError, UserError as :func:`read_bytes`, and ValueError for what is not JSON (NaN
-    is not), not UTF-8, or too deep."""
-    return parse_json(read_bytes(path, most))
-
-
-def parse_json(text: bytes | str) -> Any:
-    """What JSON text holds. Raises ValueError for what is not JSON (NaN is not), not UTF-8 (half a surrogate pair is
-    not), or too deep."""
-    try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text, parse_constant=_no_number)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of a ``.npz``, without pickled objects. Raises one of NPZ_ERRORS for a damaged one, and for one whose
     arrays are larger than its names promise or than any of ours."""
@@ -347,10 +326,6 @@ def _same_file(descriptor: int, path: Path) -> bool:
 def _temporary(name: str) -> str:
     """How a temporary file beside one of this name begins."""
     return f".{name[:60]}."
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
 
 
 def refuse_pipes(*paths: str | os.PathLike[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from momentum_lm.errors import UserError
+from momentum_lm.files import JSON_BYTES, read_bytes
 
 YAML_BYTES = 1 << 18  # PyYAML reads about this much in a second
 YAML_DEPTH = 20
@@ -100,22 +101,40 @@ def printable(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def parse_json(line: str | bytes) -> Any:
-    """A JSON value, in which an object with a repeated name is a :class:`Record`.
+def read_json(path: str | os.PathLike[str], most: int = JSON_BYTES) -> Any:
+    """What a JSON file of ours holds. Raises OSError, UserError as :func:`read_bytes`, and ValueError as the strict
+    :func:`parse_json`."""
+    return parse_json(read_bytes(path, most), strict=True)
 
-    Raises ValueError whose text fits a message, for what is no JSON, nested too deeply, or holds a number of thousands
-    of digits.
+
+def parse_json(text: str | bytes, strict: bool = False) -> Any:
+    """A JSON value, in which an object with a repeated name is a :class:`Record`. ``strict``, for what we wrote
+    ourselves: NaN and half a surrogate pair are refused, and of a repeated name the last value is taken.
+
+    Raises ValueError whose text fits a message, for what is no JSON, not UTF-8 (UnicodeError), nested too deeply, or
+    holds a number of thousands of digits.
     """
     try:
-        return json.loads(line.decode() if isinstance(line, bytes) else line, object_pairs_hook=Record.of)
+        text = text.decode() if isinstance(text, bytes) else text
+        if not strict:
+            return json.loads(text, object_pairs_hook=Record.of)
+        value = json.loads(text, parse_constant=_no_number)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except UnicodeDecodeError:
-        raise
-    except json.JSONDecodeError as error:
-        raise ValueError(brief(str(error))) from error
-    except ValueError as error:  # Python's limit to the digits of a whole number
-        raise ValueError("a whole number of thousands of digits") from error
+    except UnicodeError as error:
+        if not strict:
+            raise
+        raise ValueError(f"not UTF-8: {error}") from error
+    except ValueError as error:  # of which one is Python's limit to the digits of a whole number
+        reason = str(error)
+        raise ValueError("a whole number of thousands of digits" if "digits" in reason else brief(reason)) from error
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
 
 
 def check_marks(start: bytes, name: str | os.PathLike[str]) -> None:

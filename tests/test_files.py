@@ -22,9 +22,9 @@ from momentum_lm.files import (
     locked,
     naming,
     read_arrays,
-    read_json,
     write_json,
 )
+from momentum_lm.untrusted import read_json
 
 
 def told(work, capsys):

@@ -25,6 +25,7 @@ from momentum_lm.data.sources import Interrupted
 from momentum_lm.data.tokenizer import load_tokenizer
 from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
+from momentum_lm.untrusted import parse_json
 
 TOKENIZER_FILES = ("sentencepiece.model", "encoder.json", "vocab.bpe", "tokenizer.json", "tokenizer_config.json")
 OUTPUTS = (*(f"{split}.{end}" for split in SPLITS for end in ("bin", "idx")), "dict.txt", *TOKENIZER_FILES)
@@ -246,10 +247,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file; move it away, or use another --output")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or use --force") from error
     if not isinstance(value, dict):
         problem = f"{path} is not a file of this command: it holds no JSON object"

@@ -83,7 +83,7 @@ def appending(path: str | os.PathLike[str], sync: bool = False) -> Iterator[IO[s
     """Opens a file to add lines to; with ``sync`` they are on disk afterwards. Raises OSError naming ``path``, and
     UserError for what is no ordinary file."""
     path = Path(path)
-    with naming(path), os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+    with naming(path), os.fdopen(open_ordinary(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
         yield file
         file.flush()
         if sync:
@@ -120,11 +120,51 @@ def kind(mode: int) -> str:
     return next((name for test, name in _KINDS if test(mode)), "an ordinary file")
 
 
+def check_readable(path: str | os.PathLike[str]) -> os.stat_result:
+    """What ``stat`` gives. Raises UserError for a link to nothing, a folder, and a device or a pipe, reading which might
+    take for ever; OSError where there is nothing."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"{os.fspath(path)} is a link to {os.readlink(path)}, where there is nothing; mend the link")
+    status = os.stat(path)
+    _refuse(path, status.st_mode)
+    return status
+
+
+def refuse_pipes(*paths: str | os.PathLike[str]) -> None:
+    """Raises UserError for what is there and neither file nor folder."""
+    for path in paths:
+        if os.path.exists(path) and not os.path.isdir(path):
+            check_readable(path)
+
+
+def open_ordinary(path: str | os.PathLike[str], flags: int, follow: bool = False) -> int:
+    """A descriptor of an ordinary file, or with ``follow`` of what a link leads to. Raises OSError as ``open`` does, and
+    UserError for a device or a pipe, at once and without a change to it."""
+    if not follow:
+        check_ordinary(path)
+        flags |= os.O_NOFOLLOW
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, "Is a directory", os.fspath(path))
+        _refuse(path, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{os.fspath(path)} is {kind(mode)}, not a file; name an ordinary file")
+
+
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Opens an ordinary file, or a link to one, for reading. Raises OSError as ``open`` does, and UserError for a pipe
     or a device, at which ``open`` would wait or never end."""
-    with os.fdopen(_open(Path(path), os.O_RDONLY, follow=True), "rb") as file:
+    with os.fdopen(open_ordinary(path, os.O_RDONLY, follow=True), "rb") as file:
         yield file
 
 
@@ -214,7 +254,7 @@ def _locked_file(folder: Path) -> Iterator[None]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = _open(path, os.O_RDWR | os.O_CREAT)
+            descriptor = open_ordinary(path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:  # another process has just removed the empty folder
             continue
         with os.fdopen(descriptor, "r+b") as file:
@@ -295,21 +335,6 @@ def file_stem(name: str) -> str:
     return f"{encoded[:120].decode('utf-8', 'ignore')}-{digest}"
 
 
-def _open(path: Path, flags: int, follow: bool = False) -> int:
-    """A descriptor of an ordinary file. Raises UserError for anything else, at once and without a change to it."""
-    links = 0 if follow else os.O_NOFOLLOW
-    if not follow:
-        check_ordinary(path)
-    descriptor = os.open(path, flags | links | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "Is a directory", os.fspath(path))
-        raise UserError(f"{path} is {kind(mode)}, and not an ordinary file; name another")
-    return descriptor
-
-
 def _state(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:
     try:
         found = os.stat(path)
@@ -326,14 +351,6 @@ def _same_file(descriptor: int, path: Path) -> bool:
 def _temporary(name: str) -> str:
     """How a temporary file beside one of this name begins."""
     return f".{name[:60]}."
-
-
-def refuse_pipes(*paths: str | os.PathLike[str]) -> None:
-    """Raises UserError for what is there and neither file nor folder, such as a named pipe: reading it might take for
-    ever."""
-    for path in paths:
-        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-            raise UserError(f"{os.fspath(path)} is {kind(os.stat(path).st_mode)}, not a file; remove it, or name another")
 
 
 def _umask() -> int:

@@ -7,14 +7,13 @@ import codecs
 import json
 import os
 import reprlib
-import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from momentum_lm.errors import UserError
-from momentum_lm.files import JSON_BYTES, read_bytes
+from momentum_lm.files import JSON_BYTES, check_readable, read_bytes
 
 YAML_BYTES = 1 << 18  # PyYAML reads about this much in a second
 YAML_DEPTH = 20
@@ -148,16 +147,6 @@ def check_marks(start: bytes, name: str | os.PathLike[str]) -> None:
             )
 
 
-def check_regular(path: Path) -> None:
-    """Raises UserError for a link to nothing, a folder, a device or a pipe, and OSError where there is nothing."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {printable(os.readlink(path))}, where there is nothing; mend the link")
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise UserError(f"{path} is {kind}, not a file; check the path")
-
-
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file: of texts, lists and mappings with text as keys, and :class:`Plain` for whatever else
     a scalar may be.
@@ -167,7 +156,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     than YAML_BYTES and repeated keys.
     """
     try:
-        check_regular(path)
+        check_readable(path)
         with open(path, "rb") as file:
             content = file.read(YAML_BYTES + 1)
     except OSError as error:

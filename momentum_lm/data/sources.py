@@ -13,7 +13,6 @@ import itertools
 import logging
 import os
 import re
-import stat
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 
 from momentum_lm.data.compression import MAX_WINDOW, WindowError, ZstdError, open_decompressed
 from momentum_lm.errors import UserError
+from momentum_lm.files import check_readable
 from momentum_lm.untrusted import Record, parse_json
 
 MAX_DOCUMENT = 8 << 20  # bytes; a document is held and tokenised whole
@@ -251,15 +251,10 @@ def _looks_like_file(name: str) -> bool:
 def _status_of_file(path: Path) -> os.stat_result:
     """Raises UserError for what is no ordinary file: it would be read for ever, or only once."""
     try:
-        status = path.stat()
+        return check_readable(path)
     except OSError as error:
         problem = f"{path} cannot be read: {error.strerror}"
         raise UserError(f"{problem}; mend or remove it, or name the files that you mean") from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(status.st_mode), "a device")
-        problem = f"{path} is {kind}, not a file that can be read again and again"
-        raise UserError(f"{problem}; put its text into one, or remove it")
-    return status
 
 
 class _Folders:

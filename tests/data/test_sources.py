@@ -333,7 +333,7 @@ def test_what_is_no_file_is_refused_by_name(tmp_path, kind, inside):
 
 def test_a_link_to_nothing_is_refused_by_name(tmp_path):
     (tmp_path / "t.txt").symlink_to("gone")
-    with pytest.raises(UserError, match=r"t\.txt cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"t\.txt is a link to gone, where there is nothing"):
         read(tmp_path)
 
 

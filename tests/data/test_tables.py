@@ -100,7 +100,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     for name, message in (
         ("link", "is a link to .*gone"),
-        ("pipe", "is a device or a pipe"),
+        ("pipe", "is a named pipe"),
         ("folder", "is a folder"),
         ("none", "no such file"),
     ):

@@ -12,6 +12,7 @@ import re
 import stat
 import struct
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -254,33 +255,72 @@ def _locked_file(folder: Path) -> Iterator[None]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = open_ordinary(path, os.O_RDWR | os.O_CREAT)
+            descriptor = take_lock(path)
+            break
         except FileNotFoundError:  # another process has just removed the empty folder
             continue
-        with os.fdopen(descriptor, "r+b") as file:
-            content = file.read(32)
-            if not re.fullmatch(rb"\d*\s*", content):
-                raise UserError(f"{path} is not a lock of ours; move it, or choose another folder")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                who = content.decode().strip()
-                raise UserError(f"{folder} is being written by process {who}; wait until it ends, or end it") from None
-            except OSError:  # a file system without locks
-                pass
-            if not _same_file(file.fileno(), path):  # whoever had it has removed it meanwhile
-                continue
-            file.seek(0)
-            file.truncate(0)
-            file.write(str(os.getpid()).encode())
-            file.flush()
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    if _same_file(file.fileno(), path):  # it may have gone with its folder
-                        path.unlink()
-            return
+        except LockTaken as taken:
+            _check_lock(path, taken.content)
+            who = taken.content.decode().strip()
+            raise UserError(f"{folder} is being written by process {who}; wait until it ends, or end it") from None
+    with os.fdopen(descriptor):
+        _check_lock(path, os.pread(descriptor, 500, 0))
+        sign_lock(descriptor, str(os.getpid()))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if _same_file(descriptor, path):  # it may have gone with its folder
+                    path.unlink()
+
+
+def _check_lock(path: Path, content: bytes) -> None:
+    if not re.fullmatch(rb"\d*\s*", content):
+        raise UserError(f"{path} is not a lock of ours; move it, or choose another folder")
+
+
+class LockTaken(Exception):
+    """Another process has the lock. ``content``: what it has written into its file."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.content = content
+
+
+def take_lock(path: str | os.PathLike[str], patience: float = 0) -> int:
+    """A descriptor of the file ``path``, made if need be and left as it is, which nobody else has locked until this process
+    closes it or ends. (On a file system without locks, others may have it too.)
+
+    Raises LockTaken where another process keeps it for ``patience`` seconds more, UserError for what is no ordinary
+    file, and OSError as ``open`` does.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            descriptor = open_ordinary(path, os.O_RDWR | os.O_CREAT)
+        except PermissionError:
+            descriptor = open_ordinary(path, os.O_RDONLY)  # another user's can be locked all the same
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            content = os.pread(descriptor, 500, 0)
+            os.close(descriptor)
+            if time.monotonic() >= deadline:
+                raise LockTaken(content) from None
+            time.sleep(0.1)
+            continue
+        except OSError:  # a file system without locks
+            pass
+        if _same_file(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # of a process that has removed it meanwhile
+
+
+def sign_lock(descriptor: int, text: str) -> None:
+    """Writes into a lock's file who has it, if this user may."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -343,7 +383,7 @@ def _state(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
+def _same_file(descriptor: int, path: str | os.PathLike[str]) -> bool:
     mine, named = os.fstat(descriptor), _state(path)
     return named is not None and named[:2] == (mine.st_dev, mine.st_ino)
 

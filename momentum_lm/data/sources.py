@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from momentum_lm.data.compression import MAX_WINDOW, WindowError, ZstdError, open_decompressed
 from momentum_lm.errors import UserError
 from momentum_lm.files import check_readable
-from momentum_lm.untrusted import Record, parse_json
+from momentum_lm.untrusted import Record, check_marks, parse_json
 
 MAX_DOCUMENT = 8 << 20  # bytes; a document is held and tokenised whole
 TEXT_SUFFIXES = (".txt", ".md")
@@ -506,19 +506,12 @@ def _lines(file: BinaryIO, name: str) -> Iterator[str]:
         offset += len(line)
 
 
-_BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-
-
 def _decode(text: bytes, name: str, offset: int) -> str:
     try:
         decoded = text.decode()
     except UnicodeDecodeError as error:
-        for mark, encoding in _BYTE_ORDER_MARKS.items():
-            if not offset and text.startswith(mark):
-                raise UserError(
-                    f"{name} is {encoding.upper()} (it begins with the byte order mark {mark.hex(' ')}), not UTF-8; "
-                    f"convert the file first, as with `iconv -f {encoding} -t utf-8`"
-                ) from error
+        if not offset:
+            check_marks(text, name)
         raise UserError(
             f"{name}: byte {offset + error.start} is not UTF-8 (0x{text[error.start]:02x}); convert the file first, as with "
             "`iconv -f latin1 -t utf-8`"

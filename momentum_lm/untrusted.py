@@ -95,6 +95,12 @@ def brief(text: str) -> str:
     return text if len(text) <= 4 * _SHOWN else text[: 4 * _SHOWN] + "..."
 
 
+def legible(text: str, most: int, other: str = "?") -> str:
+    """Text in one line of at most ``most`` characters, with ``other`` for what a terminal obeys and no font shows."""
+    text = "".join(c if c.isprintable() else other for c in text[: most + 1])
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text that can be written anywhere: of bytes that are no UTF-8, their numbers."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -12,13 +12,17 @@ failure, and the next mutations get another child.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import csv
 import faulthandler
+import importlib.util
 import io
 import json
 import os
 import pickletools
 import random
+import re
 import resource
 import shutil
 import signal
@@ -27,8 +31,11 @@ import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,41 +48,39 @@ MEMORY = 1 << 30
 def _boundary(rng: random.Random, size: int) -> bytes:
     """An integer of ``size`` bytes that programs stumble over."""
     bits = 8 * size
-    value = rng.choice(
-        [
-            0,
-            1,
-            2,
-            3,
-            7,
-            (1 << bits) - 1,
-            1 << (bits - 1),
-            (1 << (bits - 1)) - 1,
-            1 << (bits // 2),
-            1 << (bits - 2),
-            1000,
-        ]
-    )
+    high = 1 << (bits - 1)
+    value = rng.choice([0, 1, 2, 3, 7, (1 << bits) - 1, high, high - 1, 1 << (bits // 2), 1 << (bits - 2), 1000])
     return (value % (1 << bits)).to_bytes(size, rng.choice(["little", "little", "big"]))
 
 
-def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Flips, cuts, doubles, moves or overwrites some bytes; what is near the beginning or the end, headers and tables,
-    more often.
+# Of which one format or another thinks something
+PIECES = [
+    b"", b'"', b'""', b"'", b"`", b"{", b"}", b"{{", b"[", b"]", b"[]", b"{}", b":", b": ", b",", b"%s", b"- ", b"---\n",
+    b"\0", b"\0" * 40, b"\n", b"\n\n", b"\r", b"\r\n", b"\t", b"\x1b[31m", b"\xe2\x80\xa8", b"\xc4\xb0",
+    b"\xff", b"\xe9", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\ud83d", b"\\u0000",
+    b"null", b"~", b"true", b"no", b"NaN", b"-Infinity", b"1e999", b"-0", b"-1", b"2024-01-01", b"2024-99-99",
+    b"9" * 5000, b"0x" + b"f" * 5000, b"a" * 100_000, b"[" * 3000, b"[" * 30_000, b'{"a":' * 9000,
+    b"&a", b"*a", b"&a [*a, *a]", b"<<: *a", b"!!int z", b"!!python/object/apply:os.system [ls]",
+    b"text", b"label", b'"text": "x",', b"{text.9}", b"{text[0]}", b"$\\frac{1}{0}$",
+    b"#fairseq:overwrite", b"<s> 1",
+    b"\x7f\xff\xff\xff", b"\xff" * 8, b"\x80" * 9 + b"\x01",
+    b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18\xff\xff\xff\xff", b"\x1f\x8b\x08\x1c",  # beginnings of zstd and gzip
+]  # fmt: skip
+
+
+def mutate_bytes(data: bytes, rng: random.Random, pieces: list[bytes] | None = None) -> bytes:
+    """Flips, cuts, doubles, moves or overwrites some bytes, also with one of ``pieces``; what is near the beginning or
+    the end, headers and tables, more often.
     """
     if not data:
         return rng.randbytes(rng.choice([1, 10, 1000]))
     result = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         length = len(result)
-        at = min(
-            rng.choice(
-                [rng.randrange(length), rng.randrange(min(length, 64)), length - 1 - rng.randrange(min(length, 128))]
-            ),
-            length - 1,
-        )
+        near = min(length, 64), min(length, 128)
+        at = rng.choice([rng.randrange(length), rng.randrange(near[0]), length - 1 - rng.randrange(near[1])])
         span = rng.choice([1, 2, 4, 8, 16, 100, 1000])
-        match rng.randrange(8):
+        match rng.randrange(8 if pieces is None else 10):
             case 0:
                 result[at] ^= 1 << rng.randrange(8)
             case 1:
@@ -93,60 +98,50 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
                 result[at:at] = rng.randbytes(span)
             case 7:
                 other = rng.randrange(length)
-                result[at : at + span], result[other : other + span] = (
-                    result[other : other + span],
-                    result[at : at + span],
-                )
+                here, there = result[at : at + span], result[other : other + span]
+                result[at : at + span], result[other : other + span] = there, here
+            case _:
+                result[at : at + rng.choice([0, 1, span])] = rng.choice(pieces or [b""])
         if not result:
             break
     return bytes(result)
 
 
+mutate_packed = partial(mutate_bytes, pieces=PIECES)
+
+
 def mutate_text(data: bytes, rng: random.Random) -> bytes:
-    """Bytes, or words of which formats think something: quotes, brackets, long numbers, control characters, whole lines
-    again.
-    """
-    if rng.random() < 0.4:
-        return mutate_bytes(data, rng)
-    lines = data.split(b"\n")
-    words = [
-        b'"', b"'", b"{", b"}", b"[", b"]", b":", b",", b"\0", b"\xff", b"\r", b"\t", b"&a", b"*a",
-            b"!!python/object:os.system x", b"---",
-        b"9" * 5000, b"1e999", b"-1", b"NaN", b"2024-01-01", b"null", b"[" * 3000, b"{\"a\":" * 3000,
-        b"#fairseq:overwrite", b"\xe2\x80\xa8",
-        b"$\\frac{1}{0}$", b"\x1b[31m", b"-0", b"a" * 100_000, b"\xed\xa0\x80", b"<s> 1", b"true",
-    ]  # fmt: skip
-    for _ in range(rng.choice([1, 1, 2, 4])):
+    """Bytes, words or lines: put in, changed into one of PIECES, left out, there again, elsewhere."""
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        lines = data.splitlines(keepends=True) or [b""]
         at = rng.randrange(len(lines))
-        match rng.randrange(5):
-            case 0:
-                line = lines[at]
-                where = rng.randrange(len(line) + 1)
-                lines[at] = line[:where] + rng.choice(words) + line[where + rng.choice([0, 0, 1, 5]) :]
-            case 1:
-                lines[at] = rng.choice(words)
-            case 2:
-                lines.insert(at, lines[rng.randrange(len(lines))])
-            case 3:
-                del lines[at]
-                lines = lines or [b""]
-            case 4:
-                parts = lines[at].split(b" ")
-                parts[rng.randrange(len(parts))] = rng.choice(words)
-                lines[at] = b" ".join(parts)
-    return b"\n".join(lines)
+        words = list(re.finditer(rb"[\w.]+|[^\s\w]", data))
+        match rng.randrange(10):
+            case 0 | 1 | 2 | 3:
+                data = mutate_packed(data, rng)
+            case 4 | 5 | 6 if words:
+                word = rng.choice(words)
+                data = data[: rng.choice(word.span())] + rng.choice(PIECES) + data[word.end() :]
+            case 7:
+                data = b"".join([*lines[:at], rng.choice([rng.choice(lines), rng.choice(PIECES) + b"\n"]), *lines[at:]])
+            case 8:
+                data = b"".join(lines[:at] + lines[at + 1 :])
+            case 9:
+                rng.shuffle(lines)
+                data = b"".join(lines[at:] + lines[:1])
+    return data
 
 
 # Values: what JSON, YAML and pickle hold
 
 
-def _odd_value(rng: random.Random) -> Any:
-    return rng.choice([
-        None, True, 0, -1, 1, 2, 5, 10**9, 2**63, -(2**63), 10**30, 0.0, -0.5, float("nan"), float("inf"), 1e308, "",
-        "x", "1", "\x1b[31m\n",
-        "${oc.env:HOME}", "a" * 10_000, "../../etc/passwd", "$\\frac{1}{0}$", "\u2028", [], {}, [1, 2], [[]], {"a": 1},
-        {"": None}, "<script>",
-    ])  # fmt: skip
+ODD = [
+    None, True, 0, -1, 1, 2, 5, 10**9, 2**63, -(2**63), 10**30, 0.0, -0.5, float("nan"), float("inf"), 1e308, "",
+    "x", "1", "\x1b[31m\n",
+    "${oc.env:HOME}", "a" * 10_000, "../../etc/passwd", "$\\frac{1}{0}$", "\u2028", [], {}, [1, 2], [[]], {"a": 1},
+    {"": None}, "<script>",
+]  # fmt: skip
+ODD_JSON = [*ODD, 10**400, "\0", [None], {"a": {}}, [1, 2, 3]]
 
 
 def _nodes(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
@@ -158,7 +153,7 @@ def _nodes(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     return found
 
 
-def mutate_value(value: Any, rng: random.Random, odd: Callable[[random.Random], Any] = _odd_value) -> Any:
+def mutate_value(value: Any, rng: random.Random, odd: Callable[[random.Random], Any]) -> Any:
     """A copy with some nodes changed, doubled, renamed or gone."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
@@ -185,7 +180,14 @@ def mutate_value(value: Any, rng: random.Random, odd: Callable[[random.Random], 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return mutate_text(data, rng)
-    return json.dumps(mutate_value(json.loads(data), rng)).encode()
+    return json.dumps(mutate_value(json.loads(data), rng, lambda rng: rng.choice(ODD_JSON))).encode()
+
+
+def mutate_json_lines(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.5:
+        return mutate_text(data, rng)
+    values = mutate_value([json.loads(line) for line in data.splitlines()], rng, lambda rng: rng.choice(ODD_JSON))
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
 # torch.save's files
@@ -195,20 +197,10 @@ def _odd_tensor(rng: random.Random) -> Any:
     import torch
 
     if rng.random() < 0.5:
-        return _odd_value(rng)
+        return rng.choice(ODD)
     shape = rng.choice([(), (0,), (1,), (2, 8), (16, 16), (40, 16), (3, 0), (1, 1, 1)])
-    kind = rng.choice(
-        [
-            torch.float32,
-            torch.float64,
-            torch.float16,
-            torch.bfloat16,
-            torch.int64,
-            torch.int8,
-            torch.bool,
-            torch.complex64,
-        ]
-    )
+    kinds = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+    kind = rng.choice([*kinds, torch.int64, torch.int8, torch.bool, torch.complex64])
     tensor = torch.zeros(shape, dtype=kind)
     match rng.randrange(6):
         case 0:
@@ -469,24 +461,40 @@ def _perplexity(folder: Path) -> None:
 
 
 def _classification(folder: Path) -> None:
+    from momentum_lm.report.classification import summary
+
     runs, lines = [], []
-    for seed in (1, 2):
-        key = {"dataset": "mr", "seed": seed, "shots": 4, "order": 0, "calibration": "none"}
-        runs.append(key | {"num_examples": 4, "accuracy": 0.75, "ci95": [0.3, 0.95], "macro_f1": 0.7,
-            "confusion": [[2, 0], [1, 1]],
-                           "majority": 0.5, "shots_fitted": 4, "demonstrations": [0, 1, 2, 3], "prefix_tokens": 30,
-                               "seconds": 1.5})  # fmt: skip
+    for dataset, shots, seed in [(d, n, s) for d in ("mr", "piqa") for n in (0, 4) for s in (1, 2)]:
+        key = {"dataset": dataset, "seed": seed, "shots": shots, "order": 0, "calibration": "none"}
+        run = key | {"num_examples": 4, "accuracy": 0.75, "ci95": [0.3, 0.95], "shots_fitted": shots,
+                     "demonstrations": list(range(shots)), "prefix_tokens": 30, "seconds": 1.5}  # fmt: skip
+        if dataset == "mr":
+            runs.append(run | {"macro_f1": 0.7, "confusion": [[2, 0], [1, 1]], "majority": 0.5})
+        else:  # of choices, not labels
+            runs.append(run | {"macro_f1": None, "confusion": None, "majority": None, "chance": 0.5})
+        setting = "in_context" if shots else "zero_shot"
         lines += [
-            key | {"setting": "in_context", "index": i, "gold": i % 2, "pred": int(i == 1), "scores": [0.1, 0.2]}
+            key | {"setting": setting, "index": i, "gold": i % 2, "pred": int(i == 1), "scores": [0.1, 0.2]}
             for i in range(4)
         ]
     about = {"labels": ["Negative", "Positive"], "template": "paper", "source": {"kind": "local"}}
     config = {"score": "mean", "sampling": "random", "dtype": "float32", "separator": "\n\n", "bos": [0],
-        "datasets": {"mr": about},
-              "command": "fairseq-eval --task x"}  # fmt: skip
-    summary = {"mr": {"4": {"mean": 0.75, "ci95": [0.7, 0.8], "num_seeds": 2}}}
-    _write_results(folder, "icl_classification", config, runs, summary=summary)
+              "datasets": {"mr": about, "piqa": about | {"labels": None}}, "command": "fairseq-eval --task x"}  # fmt: skip
+    _write_results(folder, "icl_classification", config, runs, summary=summary(runs))
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sample = {"dataset": "mr", "seed": 1, "prompt": "x", "continuations": [" a", " b"], "gold": 1}
+    (folder / "samples.json").write_text(json.dumps([sample | {"shots": 0}, sample | {"shots": 4}]))
+
+
+def _analysis(folder: Path) -> None:
+    from momentum_lm.report.finetuning_summary import summary
+
+    spec = importlib.util.spec_from_file_location("report_conftest", Path(__file__).parent / "report" / "conftest.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(conftest := importlib.util.module_from_spec(spec))
+    runs = [conftest._analysed(seed=seed, depth=2, heads=2, controls=("untrained",)) for seed in (1, 2)]
+    config = {"finetune_lr": [0.01, 0.003], "finetune_loss": "sequence", "datasets": {}, "command": "fairseq-eval"}
+    _write_results(folder, "icl_finetune_analysis", config, runs, summary=summary(runs))
 
 
 def _write_results(folder: Path, task: str, config: Any, runs: Any, **more: Any) -> None:
@@ -508,68 +516,244 @@ def _twice(make: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 def _report(folder: Path) -> None:
+    """Tables and sometimes the page of one folder, and what ``momentum-lm report`` makes of two."""
     from momentum_lm.cli.report import main
+    from momentum_lm.report import classification, finetuning_summary, icl_vs_finetuning, perplexity
+    from momentum_lm.results.records import read_results
 
-    assert main([str(folder / "a"), str(folder / "b"), "--output", str(folder / "page.html")]) in (0, 2)
+    results, pages = read_results(folder / "a"), zlib.crc32((folder / "a" / "results.json").read_bytes()) % 20 == 0
+    runs, task = results["runs"], results["task"]
+    if runs and task == "icl_classification":
+        json.dumps(classification.summary(runs)), classification.verdicts(runs)
+        if pages:
+            classification.write_report(folder / "a")
+    elif runs and task == "icl_finetune_analysis":
+        json.dumps(finetuning_summary.summary(runs)), finetuning_summary.headlines(runs)
+        icl_vs_finetuning.results_table(runs), icl_vs_finetuning.accuracy_table(runs)
+        for chosen in finetuning_summary.settings(runs).values():  # drawing them all would take half a minute
+            icl_vs_finetuning.panels(chosen), icl_vs_finetuning.attention_panels(chosen[0])
+            icl_vs_finetuning.verdict(chosen), finetuning_summary.mean_heads(chosen, "kendall")
+    elif task == "lm_perplexity":
+        perplexity.results_table(runs).text()
+        if pages:
+            perplexity.write_report(folder / "a")
+    page = [] if not pages or task == "icl_finetune_analysis" else ["--output", str(folder / "page.html")]
+    main.__wrapped__([str(folder / "a"), str(folder / "b"), *page])
 
 
-def _rows() -> list[dict[str, Any]]:
-    return [
-        {"text": f"a film that is {word}", "label": i % 2}
-        for i, word in enumerate("good bad long dull warm thin".split())
-    ]
+def _document_sums(folder: Path) -> None:
+    from momentum_lm.report import perplexity
+
+    perplexity.document_sums(folder, {"documents": "documents/valid-16.npz", "num_tokens": 60})
+
+
+def _go_on(folder: Path) -> None:
+    """As an evaluation that goes on in a folder reads its predictions and samples."""
+    from momentum_lm.report.classification_comparison import ClassificationComparison
+    from momentum_lm.results.records import Predictions, Results, Samples
+
+    found = json.loads((folder / "results.json").read_text())
+    key = ("dataset", "seed", "shots", "order", "calibration")
+    results = Results(folder, found["task"], found["model"], {"other": 1}, key, True)
+    results.data["runs"], results.force = found["runs"], False
+    Samples(results)
+    ClassificationComparison([folder], between=("shots", [0, 4]))
+    Predictions(results)
+
+
+CHOICES = [2, 2, 3]  # of three queries
+
+
+def _scores() -> Any:
+    import numpy
+
+    from momentum_lm.icl.scoring import Scores
+
+    there = numpy.arange(3)[None] < numpy.array(CHOICES)[:, None]
+    return Scores(numpy.where(there, -1.5, numpy.nan), there.astype(numpy.int64))
+
+
+def _journal(folder: Path) -> None:
+    from momentum_lm.results.journal import Journal
+
+    journal = Journal(folder, "mr-0shot", "ab")
+    journal.begin(100, [[0, 1], [2]], CHOICES)
+    journal.add(0, {0: [-1.0, -2.0], 1: [-1.0, -2.0]})
+    unfinished = (folder / "mr-0shot.0.jsonl").read_bytes()
+    journal.finish(_scores())
+    (folder / "mr-0shot.0.jsonl").write_bytes(unfinished)
+
+
+def _read_journal(folder: Path) -> None:
+    import numpy
+
+    from momentum_lm.results.journal import Journal
+
+    journal = Journal(folder, "mr-0shot", "ab")
+    read = journal.scores(CHOICES)
+    assert read is None or numpy.array_equal(read.sums, _scores().sums, equal_nan=True)
+    journal.begin(100, [[0, 1], [2]], CHOICES)
+    assert journal.batches.keys() <= {0, 1}
+
+
+# Labelled data
+
+TICKETS = """\
+description: "tickets"
+files: {train: FILE, evaluation: FILE}
+label: {column: label, values: [[no, nothing], 1, two]}
+choices: &o [one, two, three]
+lowercase_choices: true
+templates:
+  paper: "Ticket: {text}. {body.1.part}\\nDepartment: {kind}"
+  code: '{text} {kind}'
+fields: {kind: {column: kind, words: {1: a, 2: b}}, body: {column: text, without_final: "."}}
+"""
+FILMS = """\
+files: {train: FILE, evaluation: FILE}
+label: {column: label, values: [False, True]}
+labels: [Bad, Good]
+templates: {code: "Review: {text} Sentiment:"}
+"""
+ROWS = [
+    {"text": f"ticket {i}.", "body": [{"part": "a"}, {"part": "b\u00e9"}], "kind": 1 + i % 2,
+     "one": "x", "two": "Y", "three": None, "label": i % 2}
+    for i in range(5)
+]  # fmt: skip
 
 
 def _data_set(folder: Path, suffix: str) -> None:
-    files = f"files: {{train: train.{suffix}, evaluation: test.{suffix}}}"
-    labels = "label: label\nlabels: [Negative, Positive]\ndescription: films"
-    (folder / "films.yaml").write_text(f'{files}\n{labels}\ntemplates:\n  code: "Review: {{text}} Sentiment:"\n')
-    for split in ("train", "test"):
-        _table(folder / f"{split}.{suffix}")
-
-
-def _table(path: Path) -> None:
-    rows = _rows()
-    if path.suffix == ".parquet":
+    path = folder / f"rows.{suffix}"
+    nested = suffix in ("jsonl", "parquet")
+    (folder / "set.yaml").write_text((TICKETS if nested else FILMS).replace("FILE", path.name))
+    if suffix == "parquet":
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        path.write_text("text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows))
+        table = pyarrow.Table.from_pylist([{**row, "three": "z" if i else None} for i, row in enumerate(ROWS)])
+        pyarrow.parquet.write_table(table.append_column("dictionary", table["text"].dictionary_encode()), path)
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [["text", "label", "more"], *([f'"a {i}"', "True" if i % 2 else "False", "x"] for i in range(5))]
+        path.write_bytes("".join({"csv": ",", "tsv": "\t"}[suffix].join(line) + "\r\n" for line in lines).encode())
 
 
 def _load_data_set(folder: Path) -> None:
     from momentum_lm.data.classification import load_dataset
 
-    load_dataset(str(folder / "films.yaml"))
+    with _naming(folder.name):
+        data = load_dataset(str(folder / "set.yaml"))
+    for example in (*data.train, *data.evaluation):
+        assert 0 <= example.gold < len(example.continuations) >= 2
+        assert all(isinstance(text, str) and text.encode() is not None for text in example.inputs)
+        assert all(text.strip() and text.encode() is not None for text in example.continuations)
+        assert len(example.inputs) in (1, len(example.continuations))
 
 
-def _compressed(folder: Path, suffix: str) -> None:
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Whoever refuses a file says which one, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        if name not in str(error) or "\n" in str(error):
+            raise AssertionError(str(error)) from error
+        raise
+
+
+# Corpora
+
+TEXTS = [
+    "one", 'a "quoted" text,\nof two lines', "", "naïve café 日本語", "  spaces  ", "tab\tand\r\nreturn", "long " * 300, "last",
+]  # fmt: skip
+CORPORA: dict[str, dict[str, str]] = {  # and how each is read
+    "file.txt": {}, "lines.txt": {"document": "line"}, "blocks.txt": {"document": "blank-line"},
+    "t.csv": {}, "t.tsv": {}, "t.jsonl": {}, "nested.jsonl": {"column": "doc.text.0"},
+    "t.jsonl.gz": {}, "repetitive.txt.gz": {"document": "line"},
+    "t.jsonl.zst": {}, "repetitive.txt.zst": {"document": "line"},
+    "t.parquet": {}, "kind.parquet": {"column": "kind"}, "plain.parquet": {"column": "doc.text"},
+}  # fmt: skip
+
+
+def _corpus(folder: Path, name: str) -> None:
     import gzip
 
     import zstandard
 
-    text = "".join(json.dumps(row) + "\n" for row in _rows() * 20).encode()
-    packed = gzip.compress(text) if suffix == "gz" else zstandard.ZstdCompressor().compress(text)
-    (folder / f"corpus.jsonl.{suffix}").write_bytes(packed)
+    lines = [json.dumps({"id": i, "text": text, "doc": {"text": [text]}}) + "\n" for i, text in enumerate(TEXTS)]
+    again = b"the same line\n" * 20_000
+    zstd = zstandard.ZstdCompressor(write_checksum=True)
+    makers: dict[str, Callable[[], bytes]] = {
+        "txt": lambda: "\n\n".join(TEXTS).encode(),
+        "csv": lambda: _csv(TEXTS),
+        "tsv": lambda: _csv([" ".join(t.split()) for t in TEXTS], delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None),
+        "jsonl": lambda: "".join(lines).encode(),
+        "jsonl.gz": lambda: gzip.compress("".join(lines).encode(), mtime=0),
+        "jsonl.zst": lambda: b"".join(zstd.compress("".join(part).encode()) for part in (lines[:5], lines[5:])),
+        "txt.gz": lambda: gzip.compress(again, mtime=0),
+        "txt.zst": lambda: zstandard.compress(again),
+        "parquet": lambda: _parquet(name),
+    }
+    (folder / name).write_bytes(makers[name.partition(".")[2]]())
 
 
-def _read_corpus(folder: Path) -> None:
-    from momentum_lm.data.sources import find_sources
+def _csv(texts: list[str], **style: Any) -> bytes:
+    file = io.StringIO(newline="")
+    csv.writer(file, **style).writerows([["id", "text"], *([str(i), text] for i, text in enumerate(texts))])
+    return file.getvalue().encode()
 
-    for source in find_sources([str(path) for path in folder.iterdir()], "text", None):
-        source.fingerprint()
-        for _ in source.documents():
-            pass
+
+def _parquet(name: str) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    settings: dict[str, Any] = {
+        "kind.parquet": {"compression": "zstd"},
+        "plain.parquet": {"use_dictionary": False, "compression": "none", "write_statistics": False},
+    }.get(name, {})
+    columns = {"id": list(range(len(TEXTS))), "text": TEXTS, "kind": pyarrow.array(TEXTS).dictionary_encode(),
+               "doc": [{"text": text} for text in TEXTS]}  # fmt: skip
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=3, **settings)
+    return file.getvalue()
+
+
+def _read_corpus(folder: Path, name: str) -> None:
+    from momentum_lm.data.sources import MAX_DOCUMENT, find_sources
+
+    settings: dict[str, Any] = {"column": "text", "document": None, **CORPORA[name]}
+    with _naming(name):
+        sources = find_sources([str(folder / name)], **settings)
+        documents = [document for source in sources for document in source.documents()]
+    assert all(len(document) <= MAX_DOCUMENT and document.decode() is not None for document in documents)
+    right = _right_documents(name, (folder / name).read_bytes())
+    assert right is None or right == documents, f"{len(documents)} documents, not the right ones"
+
+
+def _right_documents(name: str, data: bytes) -> list[bytes] | None:
+    """The documents of a mutated file, found in a plain way; None where they are not known."""
+    plain = data.removeprefix(b"\xef\xbb\xbf")
+    if name == "file.txt":
+        return [plain]
+    if name == "lines.txt":
+        return [line.rstrip(b"\r") for line in plain.removesuffix(b"\n").split(b"\n")]
+    if name == "t.csv":
+        rows = [row for row in csv.reader(io.StringIO(plain.decode(), newline="")) if row]
+        return [row[rows[0].index("text")].encode() for row in rows[1:]]
+    if name == "t.jsonl":
+        texts = [json.loads(line)["text"] for line in plain.split(b"\n") if line.strip()]
+        return [text.encode() for text in texts if text is not None]
+    return [text.encode() for text in TEXTS] if name.startswith("t.jsonl.") else None  # with a checksum
+
+
+# Tokenizers
 
 
 def _sentencepiece(folder: Path) -> None:
     from momentum_lm.data.vocabulary import train_sentencepiece
 
-    words = " ".join(row["text"] for row in _rows()).split()
+    words = "a film that is good bad long dull warm thin".split()
     rng = random.Random(0)
     sentences = [" ".join(rng.choices(words, k=8)) for _ in range(500)]
     (folder / "sentencepiece.model").write_bytes(train_sentencepiece(sentences, 290))
@@ -595,21 +779,20 @@ READERS = {
         Reader("dict.txt, by fairseq", _dictionary, _load_fairseqs_dictionary, mutate_text),
         Reader("results of lm_perplexity", _twice(_perplexity), _report, mutate_json, "a/results.json"),
         Reader("results of icl_classification", _twice(_classification), _report, mutate_json, "a/results.json"),
-        Reader("predictions.jsonl", _twice(_classification), _report, mutate_text, "a/predictions.jsonl"),
-        Reader("documents.npz", _twice(_perplexity), _report, mutate_bytes, "a/documents/*.npz"),
-        Reader("data set: YAML", lambda folder: _data_set(folder, "jsonl"), _load_data_set, mutate_text, "*.yaml"),
-        Reader(
-            "data set: JSON Lines", lambda folder: _data_set(folder, "jsonl"), _load_data_set, mutate_text, "*.jsonl"
+        Reader("results of icl_finetune_analysis", _twice(_analysis), _report, mutate_json, "a/results.json"),
+        Reader("predictions.jsonl", _classification, _go_on, mutate_json_lines, "predictions.jsonl"),
+        Reader("samples.json", _classification, _go_on, mutate_json, "samples.json"),
+        Reader("scores", _journal, _read_journal, mutate_packed),
+        Reader("documents.npz", _perplexity, _document_sums, mutate_packed, "documents/*.npz"),
+        Reader("data set: YAML", partial(_data_set, suffix="jsonl"), _load_data_set, mutate_text, "*.yaml"),
+        Reader("data set: jsonl", partial(_data_set, suffix="jsonl"), _load_data_set, mutate_json_lines, "*.jsonl"),
+        Reader("data set: csv", partial(_data_set, suffix="csv"), _load_data_set, mutate_text, "*.csv"),
+        Reader("data set: tsv", partial(_data_set, suffix="tsv"), _load_data_set, mutate_text, "*.tsv"),
+        Reader("data set: parquet", partial(_data_set, suffix="parquet"), _load_data_set, mutate_packed, "*.parquet"),
+        *(
+            Reader(f"corpus: {name}", partial(_corpus, name=name), partial(_read_corpus, name=name), mutate_packed)
+            for name in CORPORA
         ),
-        Reader("data set: CSV", lambda folder: _data_set(folder, "csv"), _load_data_set, mutate_text, "*.csv"),
-        Reader(
-            "data set: parquet", lambda folder: _data_set(folder, "parquet"), _load_data_set, mutate_bytes, "*.parquet"
-        ),
-        Reader("corpus: JSON Lines", lambda folder: _table(folder / "corpus.jsonl"), _read_corpus, mutate_text),
-        Reader("corpus: CSV", lambda folder: _table(folder / "corpus.csv"), _read_corpus, mutate_text),
-        Reader("corpus: parquet", lambda folder: _table(folder / "corpus.parquet"), _read_corpus),
-        Reader("corpus: gzip", lambda folder: _compressed(folder, "gz"), _read_corpus),
-        Reader("corpus: zstd", lambda folder: _compressed(folder, "zst"), _read_corpus),
         Reader("sentencepiece.model", _sentencepiece, _load_tokenizer),
     )
 }
@@ -626,8 +809,11 @@ def mutated(reader: Reader, number: int, good: Path, folder: Path) -> None:
     path.write_bytes(reader.mutate(path.read_bytes(), rng))
 
 
-def problem(reader: Reader, folder: Path) -> str:
-    """What is wrong with how the files are read; empty if nothing: they are, or one line says why not."""
+READ, REFUSED = "read", "refused"
+
+
+def outcome(reader: Reader, folder: Path) -> str:
+    """READ, REFUSED (in one clear line), or else what is wrong with how the files are read."""
     try:
         reader.read(folder)
     except Exception as error:
@@ -641,30 +827,36 @@ def problem(reader: Reader, folder: Path) -> str:
             if isinstance(cause, MemoryError) or "allocate" in str(cause):
                 return f"takes too much memory: {text}"
             cause = cause.__cause__ or cause.__context__
-    return ""
+        return REFUSED
+    return READ
 
 
 def run(name: str, folder: Path, first: int = 0, count: int = 1000) -> dict[int, str]:
-    """Mutations of one reader's files, each read in a limited child process -> what is wrong, by its number."""
+    """Mutations of one reader's files, each read in a limited child process -> what is wrong, by its number (-1: with all
+    of them together)."""
     reader = READERS[name]
     good, work = folder / "good", folder / "work"
     good.mkdir(parents=True)
     reader.make(good)
-    if wrong := problem(reader, good):
+    if (wrong := outcome(reader, good)) != READ:
         return {-1: wrong}  # and everything that reading imports is here before the children are
-    failures: dict[int, str] = {}
+    outcomes: dict[int, str] = {}
     following = first
     while following < first + count:
-        done, ended = _child(reader, good, work, following, first + count, failures)
+        done, ended = _child(reader, good, work, following, first + count, outcomes)
         following += done
         if following < first + count:
-            failures[following] = ended
+            outcomes[following] = ended
             following += 1
     shutil.rmtree(folder)
+    failures = {number: found for number, found in outcomes.items() if found not in (READ, REFUSED)}
+    tally = Counter(outcomes.values())
+    if count >= 1000 and not tally[READ] * tally[REFUSED]:
+        failures[-1] = f"the mutations are too weak, or too strong: {tally[READ]} are read, {tally[REFUSED]} refused"
     return failures
 
 
-def _child(reader: Reader, good: Path, work: Path, first: int, end: int, failures: dict[int, str]) -> tuple[int, str]:
+def _child(reader: Reader, good: Path, work: Path, first: int, end: int, outcomes: dict[int, str]) -> tuple[int, str]:
     """How many mutations from ``first`` on the child has read, and how it ended where these are not all."""
     source, target = os.pipe()
     child = os.fork()
@@ -676,7 +868,7 @@ def _child(reader: Reader, good: Path, work: Path, first: int, end: int, failure
                 mutated(reader, number, good, work)
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of processor time: the machine may be busy
                 signal.alarm(6 * SECONDS)
-                found = problem(reader, work)
+                found = outcome(reader, work)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.alarm(0)
                 os.write(target, json.dumps([number, found[-3000:]]).encode() + b"\n")
@@ -686,7 +878,7 @@ def _child(reader: Reader, good: Path, work: Path, first: int, end: int, failure
     with open(source, encoding="utf-8") as lines:
         answers = [json.loads(line) for line in lines]
     _, status = os.waitpid(child, 0)
-    failures.update({number: wrong for number, wrong in answers if wrong})
+    outcomes.update(answers)
     how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exit"
     return len(answers), f"the process was ended by {how}"
 

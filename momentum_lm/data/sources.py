@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from momentum_lm.data.compression import MAX_WINDOW, WindowError, ZstdError, open_decompressed
 from momentum_lm.errors import UserError
 from momentum_lm.files import check_readable
-from momentum_lm.untrusted import Record, check_marks, parse_json
+from momentum_lm.untrusted import Record, check_marks, legible, parse_json
 
 MAX_DOCUMENT = 8 << 20  # bytes; a document is held and tokenised whole
 TEXT_SUFFIXES = (".txt", ".md")
@@ -556,5 +556,5 @@ def _repeated(where: str, column: str, count: int) -> UserError:
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> UserError:
-    there = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "") or "none"
+    there = ", ".join(legible(name, 60) for name in columns[:20]) + (", ..." if len(columns) > 20 else "") or "none"
     return UserError(f"{where}: no column {column!r}; there are: {there}; name one with --column")

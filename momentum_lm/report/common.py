@@ -12,6 +12,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.files import check_folder
 from momentum_lm.results.ownership import EVENTS
 from momentum_lm.results.records import read_results
+from momentum_lm.untrusted import legible
 
 if TYPE_CHECKING:
     from .tensorboard import TrainingLog
@@ -25,7 +26,7 @@ def read_runs(folders: Sequence[Folder], tasks: Sequence[str]) -> list[dict[str,
     for folder in folders:
         results = read_results(folder)
         if results["task"] not in tasks:
-            raise UserError(f"{folder} holds results of {results['task']}, and not of {' or '.join(tasks)}")
+            raise UserError(f"{folder} holds results of {legible(str(results['task']), 60)}, and not of {' or '.join(tasks)}")
         if found and results["task"] != found[0]["task"]:
             raise UserError(
                 f"{folder} holds results of {results['task']}, which cannot stand beside those of {found[0]['task']} "

@@ -59,7 +59,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
     Raises OSError, naming ``path``, as ``open`` does, and UserError where something else than an ordinary file is
     there. ``path`` keeps its old content until the new one is whole on disk. Text is UTF-8; a path's bytes that are
-    none are written as ``\\udcXX``, which JSON reads as they were. """
+    none are written as ``\\udcXX``, which JSON reads as they were.
+    """
     path = Path(path)
     with naming(path):
         check_ordinary(path)
@@ -237,7 +238,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Take it first and read the folder then: what was read before may be another program's past. Folders that it had to
     make are removed again if nothing was put into them. Raises UserError if another process has it, perhaps a worker
-    that outlived its killed launcher, and where ``.lock`` is not a file that this function wrote. """
+    that outlived its killed launcher, and where ``.lock`` is not a file that this function wrote.
+    """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -352,13 +354,8 @@ class Unchanged:
         for path, before in self._seen.items():
             now = _state(path)
             if now != before:
-                what = (
-                    "is gone"
-                    if now is None
-                    else "was replaced"
-                    if before is None or now[:2] != before[:2]
-                    else "was changed"
-                )
+                replaced = before is None or (now and now[:2] != before[:2])
+                what = "is gone" if now is None else "was replaced" if replaced else "was changed"
                 raise UserError(
                     f"{path} {what} while it was read, so its weights may be of two models; run the same command again"
                 )

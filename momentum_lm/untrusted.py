@@ -270,11 +270,8 @@ class _YamlReader:
         import yaml
 
         try:
-            value = (
-                None
-                if kind == "timestamp"
-                else getattr(yaml.constructor.SafeConstructor(), f"construct_yaml_{kind}")(node)
-            )
+            make = getattr(yaml.constructor.SafeConstructor(), f"construct_yaml_{kind}")
+            value = None if kind == "timestamp" else make(node)
         except (ValueError, OverflowError, KeyError, IndexError):  # 2024-99-99, thousands of digits, !!bool maybe
             value = None
         if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very long ones

@@ -111,11 +111,8 @@ def _render(
         raise UserError(f"{what}: no examples, for {rest}; use another file")
     if left_out := count - len(examples):
         notes.append(f"{what}: {left_out:,} of {count:,} rows left out, which have not {spec.num_choices} choices")
-    fewer = (
-        sum(len(example.continuations) < len(spec.choices) for example in examples)
-        if isinstance(spec.choices, tuple)
-        else 0
-    )
+    most = len(spec.choices) if isinstance(spec.choices, tuple) else 0
+    fewer = sum(len(example.continuations) < most for example in examples)
     if fewer:
         notes.append(
             f"{what}: {fewer:,} of {count:,} rows have empty cells among {', '.join(spec.choices or ())}, which "

@@ -201,11 +201,9 @@ class DatasetSpec:
             return found
         gold = next((gold for gold, (number, _) in enumerate(choices) if number == found), None)
         if gold is None:
-            what = (
-                f"item {found} of column {self.choices!r}"
-                if isinstance(self.choices, str)
-                else f"column {(self.choices or ())[found]!r}"
-            )
+            what = f"item {found} of column {self.choices!r}"
+            if not isinstance(self.choices, str):
+                what = f"column {(self.choices or ())[found]!r}"
             raise UserError(f"{where}: the right answer is in {what}, which is empty; mend or remove the row")
         return gold
 

@@ -205,9 +205,8 @@ class IndexedDataset:
             raise UserError(f"{index} is damaged: its offsets do not fit its sizes; copy or make it anew")
         self._data: NDArray[np.generic] = np.empty(0, self.dtype)
         with open(f"{self.prefix}.bin", "rb") as file:
-            _check_length(
-                self.prefix, os.fstat(file.fileno()).st_size, end
-            )  # of the file that is mapped, whatever has its name later
+            # of the file that is mapped, whatever has its name later
+            _check_length(self.prefix, os.fstat(file.fileno()).st_size, end)
             if end:
                 self._map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
                 self._data = np.frombuffer(self._map, self.dtype)

@@ -62,12 +62,8 @@ def load_checkpoint(path: str | os.PathLike[str], trust: bool = False, mmap: boo
         raise TornCheckpoint(f"cannot read checkpoint {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         status = os.fstat(descriptor)
-        with open(descriptor, "rb", closefd=False) as file:
-            state = (
-                _load_anything(path, mmap)
-                if trust or trusted()
-                else _load_safely(path, file.fileno(), status.st_size, mmap)
-            )
+        anything = trust or trusted()
+        state = _load_anything(path, mmap) if anything else _load_safely(path, descriptor, status.st_size, mmap)
         if os.fstat(descriptor).st_size != status.st_size:
             raise TornCheckpoint(f"{path} was written to while it was read; use a checkpoint that is whole")
     finally:
@@ -304,9 +300,8 @@ class _Legacy(_File):
             raise Malformed("its tensors have odd names")
         for name in names:
             count = storages[name].count
-            if position + 8 + storages[name].nbytes > self.size or struct.unpack("<q", self.read(position, 8)) != (
-                count,
-            ):
+            whole = position + 8 + storages[name].nbytes <= self.size
+            if not whole or struct.unpack("<q", self.read(position, 8)) != (count,):
                 raise Malformed("it is cut short or damaged")
             places[name] = position + 8
             position += 8 + storages[name].nbytes

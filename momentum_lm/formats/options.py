@@ -67,9 +67,7 @@ def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(name, str):
             raise UserError(f"its model has a name of type {type(name).__name__}")
-        if not isinstance(value, Tensor) and not name.endswith(
-            "_extra_state"
-        ):  # torch's own name for what is no tensor
+        if not isinstance(value, Tensor) and not name.endswith("_extra_state"):  # torch's own name for what is none
             raise UserError(f"{shown(name)} is no tensor; the checkpoint is damaged, or of another program")
     return dict(found)
 
@@ -99,22 +97,15 @@ def check_state(state: Mapping[str, Any], path: str) -> None:
         check_options(state)
         if "optimizer_history" in state and not _history(state):
             raise UserError("its optimizer_history is empty")
-        if (
-            "optimizer_history" not in state and not {"optimizer", "best_loss"} <= state.keys()
-        ):  # which an old one has instead
+        old = {"optimizer", "best_loss"} <= state.keys()
+        if "optimizer_history" not in state and not old:
             raise UserError("it has no optimizer_history, so it is not a checkpoint of fairseq's trainer")
         num_updates(state)
         for name in ("optimizer_name", "criterion_name"):
             if _history(state) and not isinstance(_history(state)[-1].get(name, ""), str):
                 raise UserError(f"its {name} is not a name")
-        for name in (
-            "extra_state",
-            "last_optimizer_state",
-            "task_state",
-            "fsdp_metadata",
-            "shard_metadata",
-            "lr_scheduler_state",
-        ):
+        states = ("extra_state", "last_optimizer_state", "task_state", "lr_scheduler_state")
+        for name in (*states, "fsdp_metadata", "shard_metadata"):
             if not isinstance(state.get(name, {}), (dict, type(None))):
                 raise UserError(f"its {name} is of type {type(state[name]).__name__}, not a dict")
         extra = state.get("extra_state")
@@ -135,9 +126,8 @@ def _check_optimizer(state: Any) -> None:
     if not state or "param_groups" not in state:
         return
     groups, own = state["param_groups"], state.get("state", {})
-    if not isinstance(groups, list) or not all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    ):
+    listed = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    if not listed or not all(isinstance(group.get("params"), list) for group in groups):
         raise UserError("its last_optimizer_state has no list of param_groups")
     if not isinstance(own, dict) or not all(isinstance(entry, (dict, list, Tensor)) for entry in own.values()):
         raise UserError("its last_optimizer_state has a state that is no dict of dicts")
@@ -151,9 +141,8 @@ def check_options(state: Mapping[str, Any]) -> None:
     if args is not None and not isinstance(args, argparse.Namespace):
         raise UserError(f"its args are of type {type(args).__name__}, not a namespace")
     for name, section in (cfg or {}).items():
-        if not isinstance(name, str) or not isinstance(
-            section, (Mapping, argparse.Namespace, str, type(None), bool, int, float)
-        ):
+        kinds = (Mapping, argparse.Namespace, str, type(None), bool, int, float)
+        if not isinstance(name, str) or not isinstance(section, kinds):
             raise UserError(f"its cfg.{shown(name)} is of type {type(section).__name__}, not options")
     level: list[tuple[str, Any]] = [("cfg", cfg), ("args", args)]
     seen = 0

@@ -22,20 +22,8 @@ from momentum_lm.untrusted import legible
 MAX_DEPTH = 100  # of lists, tuples and dicts within one another
 # of dicts and sets: their hashes are salted or of 64 bits, so that none can be made alike
 _KEYS = (str, int, float, bytes, bool, type(None))
-_SCALARS = {
-    "b1",
-    "i1",
-    "i2",
-    "i4",
-    "i8",
-    "u1",
-    "u2",
-    "u4",
-    "u8",
-    "f2",
-    "f4",
-    "f8",
-}  # NumPy's numbers, by kind and size in bytes
+# NumPy's numbers, by kind and size in bytes
+_SCALARS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
@@ -55,10 +43,8 @@ _UNUSABLE = {  # what torch's own list of safe names has, and no command here co
     "torch._utils._rebuild_qtensor": "a quantised tensor",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
 }
-_OLD_MODULES = {
-    "__builtin__": "builtins",
-    "numpy.core.multiarray": "numpy._core.multiarray",
-}  # Python 2's and NumPy 1's names
+# Python 2's and NumPy 1's names
+_OLD_MODULES = {"__builtin__": "builtins", "numpy.core.multiarray": "numpy._core.multiarray"}
 
 
 class Malformed(ValueError):

@@ -181,6 +181,7 @@ class DecoderConfig:
                 raise UserError(f"the model's --{name.replace('_', '-')} differs from --decoder-embed-dim, which this decoder cannot do")
         stock = "position" not in cfg
         tied = flag("share_decoder_input_output_embed") if stock else not flag("untie_embeddings")
+        position = "learned" if stock and flag("decoder_learned_pos") else "sinusoidal"
         return cls(
             vocab_size=vocab_size,
             dim=dim,
@@ -190,9 +191,7 @@ class DecoderConfig:
             max_positions=number(int, "max_target_positions", get("tokens_per_sample", 1024)),
             padding_idx=padding_idx,
             eos_idx=eos_idx,
-            position=("learned" if flag("decoder_learned_pos") else "sinusoidal")
-            if stock
-            else text("position", "sinusoidal"),
+            position=position if stock else text("position", "sinusoidal"),
             activation=text("activation_fn", "relu"),
             tie_embeddings=tied,
             scale_embeddings=not flag("no_scale_embedding"),

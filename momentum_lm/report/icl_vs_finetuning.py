@@ -146,7 +146,8 @@ def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table
     beside a ``results.json``; returns its table of metrics.
 
     Raises UserError for results of other tasks, or without a finished run, and for files of these names that are not
-    ours, unless ``replace``. """
+    ours, unless ``replace``.
+    """
     folder = Path(folder)
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]

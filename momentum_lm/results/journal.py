@@ -29,7 +29,8 @@ class Journal:
     ``fingerprint`` tells what was asked of which model: what was written under another one is of no use and is
     overwritten. A line that was cut short by a kill is left out, and so is what follows it. Files of these names that
     are not ours are neither read nor removed; where one is in the way, :meth:`begin` raises UserError, unless
-    ``force``. """
+    ``force``.
+    """
 
     def __init__(
         self, folder: str | os.PathLike[str], name: str, fingerprint: str, rank: int = 0, force: bool = False
@@ -39,9 +40,8 @@ class Journal:
         self._mine = self.folder / f"{name}.{rank}.jsonl"
         self._whole = self.folder / f"{name}.npz"
         self.batch_tokens: int | None = None  # with which the batches found were planned
-        self.batches: dict[
-            int, dict[int, list[float]]
-        ] = {}  # by number; what any process finished before this one began
+        # by number; what any process finished before this one began
+        self.batches: dict[int, dict[int, list[float]]] = {}
         for path in self._files():
             self._read(path)
 
@@ -123,9 +123,9 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
             kind: Any = JournalHead
             while (line := file.readline(_LINE_BYTES)).endswith(b"\n"):
                 entry = parse_json(line, strict=True)
-                if problem(entry, kind, "") or (
-                    kind is JournalBatch and not all(map(_NUMBER.fullmatch, entry["sums"]))
-                ):
+                if problem(entry, kind, ""):
+                    return
+                if kind is JournalBatch and not all(map(_NUMBER.fullmatch, entry["sums"])):
                     return
                 kind = JournalBatch
                 yield entry

@@ -28,7 +28,8 @@ class Processes:
 
     Objects travel over gloo, whatever the device: they are small. Before each exchange the processes meet at a store of
     keys, so that one that does not come is known by its number: the others raise UserError naming it when it has given
-    no sign of life (:meth:`alive`) for ``timeout`` seconds. ``store`` and ``rank``: of a test without torchrun. """
+    no sign of life (:meth:`alive`) for ``timeout`` seconds. ``store`` and ``rank``: of a test without torchrun.
+    """
 
     def __init__(
         self, timeout: float = TIMEOUT, store: Any = None, rank: int | None = None, world: int | None = None

@@ -54,7 +54,8 @@ class Results:
     the first run is added. ``summarise`` maps the runs to ``summary``, an entry beside them.
 
     Raises UserError for a folder of other results or of an older version, a file that cannot be read, a folder that
-    cannot be written, and for files of these names that are not ours. """
+    cannot be written, and for files of these names that are not ours.
+    """
 
     def __init__(
         self,
@@ -125,17 +126,8 @@ class Results:
         config = {name: value for name, value in self.data["config"].items() if name != "datasets"}
         dataset = self.data["config"].get("datasets", {}).get(run.get("dataset"))
         found = {name: run.get(name) for name in (*self.key, *_DEPENDS_ON)}
-        return digest(
-            compared(
-                {
-                    "task": self.data["task"],
-                    "model": self.data["model"],
-                    "config": config,
-                    "dataset": dataset,
-                    "run": found,
-                }
-            )
-        )
+        about = {"task": self.data["task"], "model": self.data["model"], "config": config}
+        return digest(compared(about | {"dataset": dataset, "run": found}))
 
 
 class Predictions:

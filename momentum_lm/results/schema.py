@@ -1,7 +1,8 @@
 """What the files of a results folder hold, as types, and one validator that checks a value read from JSON against them.
 
 Files come from other people, other versions and full disks: nothing is used before it is what its type says. Keys that
-a type does not name may be there and are left alone, so that a later version may add some. """
+a type does not name may be there and are left alone, so that a later version may add some.
+"""
 
 # no `from __future__ import annotations`: TypedDict would not see NotRequired
 import functools
@@ -288,7 +289,8 @@ def problem(value: Any, shape: Any, where: str, of: str = "", depth: int = 0) ->
 
     ``shape``: a TypedDict of this module, ``list[X]``, ``dict[str, X]``, ``X | None``, ``Annotated[X, Bounds(...)]``,
     ``Literal``, int, float, str, bool, dict, list or Any. An int is a float, and a bool neither. ``where`` names the
-    value, ``of`` what it is part of. """
+    value, ``of`` what it is part of.
+    """
     if shape is Any:
         return ""
     origin, arguments = get_origin(shape), get_args(shape)
@@ -301,11 +303,9 @@ def problem(value: Any, shape: Any, where: str, of: str = "", depth: int = 0) ->
             return ""
         return problem(value, next(part for part in arguments if part is not type(None)), where, of, depth)
     if origin is Literal:
-        return (
-            ""
-            if value in arguments
-            else _said(where, of, f"is {_brief(value)}, and none of {', '.join(map(str, arguments))}")
-        )
+        if value in arguments:
+            return ""
+        return _said(where, of, f"is {_brief(value)}, and none of {', '.join(map(str, arguments))}")
     if depth > _DEPTH:
         return _said(where, of, "is nested too deeply")
     if is_typeddict(shape):

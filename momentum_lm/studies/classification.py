@@ -218,7 +218,8 @@ def evaluate(
     Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
     UserError for prompts that do not fit, results of other settings in ``folder``, processes with other models, data or
     settings than rank 0 or without a sign of life for ``timeout`` seconds, files of the model that change meanwhile,
-    and whatever the data or the model does not allow. """
+    and whatever the data or the model does not allow.
+    """
     form = settings.form(lm)
     named = by_name(datasets)
     samples = dict.fromkeys(settings.seeds) if settings.fresh_queries else (1,)
@@ -271,14 +272,8 @@ class _Scorer:
         bar: tqdm[Any],
         force: bool = False,
     ) -> None:
-        self.lm, self.settings, self.folder, self.processes, self.bar, self.force = (
-            lm,
-            settings,
-            folder,
-            processes,
-            bar,
-            force,
-        )
+        self.lm, self.settings, self.folder = lm, settings, folder
+        self.processes, self.bar, self.force = processes, bar, force
 
     def __call__(self, prompts: Prompts, name: str, counted: bool = True) -> Scores | None:
         """``counted``: whether the progress bar expects these queries."""

@@ -101,7 +101,8 @@ def analyse(
     Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
     UserError for zero shots, demonstrations of which none fits, results of other settings in ``folder``, learning rates
     that all diverge, processes as of :func:`momentum_lm.studies.classification.evaluate`, and whatever the data or the
-    model does not allow. The model's weights are as before when it is over. """
+    model does not allow. The model's weights are as before when it is over.
+    """
     asked = settings.questions
     if 0 in asked.shots:
         raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")

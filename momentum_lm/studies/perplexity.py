@@ -86,12 +86,8 @@ def _check_dictionary(lm: PerplexityModel, dictionary: Dictionary, path: Path) -
     places = [Path(lm.name).parent / "dict.txt", *([Path(named) / "dict.txt"] if named else [])]
     own = next((place for place in places if place.is_file()), None)
     if own is not None and Dictionary.load(own).symbols != dictionary.symbols:
-        what = (
-            "the model's dictionary"
-            if own == places[0]
-            else "the dictionary of the data that the model was trained on,"
-        )
-        raise UserError(f"{path} is not {what} {own}; evaluate on data made with the model's own dictionary")
+        what = "model's dictionary" if own == places[0] else "dictionary of the data that the model was trained on,"
+        raise UserError(f"{path} is not the {what} {own}; evaluate on data made with the model's own dictionary")
 
 
 def batches(

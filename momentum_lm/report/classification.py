@@ -59,8 +59,9 @@ def by_seed(runs: Sequence[Run]) -> dict[int, float]:
 def summarise_cell(runs: Sequence[Run]) -> dict[str, Any]:
     """``mean``, ``ci95`` and what it is ``over`` (``seeds`` or ``examples``), ``num_seeds``, ``sd``, ``min``, ``max`` of one cell.
 
-    The interval is Student's over seeds, cut to [0, 1]. It is Wilson's over examples for a single seed, without demonstrations (unless
-    each seed has other queries), and where all seeds agree: their interval would have no width, as if there were no doubt. ``sd`` is null where nothing was drawn twice.
+    The interval is Student's over seeds, cut to [0, 1]. It is Wilson's over examples for a single seed, without
+    demonstrations (unless each seed has other queries), and where all seeds agree: their interval would have no width,
+    as if there were no doubt. ``sd`` is null where nothing was drawn twice.
     """
     values = list(by_seed(runs).values())
     mean = float(np.mean(values))

@@ -34,8 +34,6 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
         try:
-            if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-                sys.stdout.reconfigure(errors="surrogateescape")  # paths are printed as they are, UTF-8 or not
             status = main(argv, **kwargs) or 0
             sys.stdout.flush()
             return status

@@ -12,6 +12,7 @@ import re
 import stat
 import struct
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -83,7 +84,7 @@ def appending(path: str | os.PathLike[str], sync: bool = False) -> Iterator[IO[s
     """Opens a file to add lines to; with ``sync`` they are on disk afterwards. Raises OSError naming ``path``, and
     UserError for what is no ordinary file."""
     path = Path(path)
-    with naming(path), os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+    with naming(path), os.fdopen(open_ordinary(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
         yield file
         file.flush()
         if sync:
@@ -120,11 +121,51 @@ def kind(mode: int) -> str:
     return next((name for test, name in _KINDS if test(mode)), "an ordinary file")
 
 
+def check_readable(path: str | os.PathLike[str]) -> os.stat_result:
+    """What ``stat`` gives. Raises UserError for a link to nothing, a folder, and a device or a pipe, reading which might
+    take for ever; OSError where there is nothing."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"{os.fspath(path)} is a link to {os.readlink(path)}, where there is nothing; mend the link")
+    status = os.stat(path)
+    _refuse(path, status.st_mode)
+    return status
+
+
+def refuse_pipes(*paths: str | os.PathLike[str]) -> None:
+    """Raises UserError for what is there and neither file nor folder."""
+    for path in paths:
+        if os.path.exists(path) and not os.path.isdir(path):
+            check_readable(path)
+
+
+def open_ordinary(path: str | os.PathLike[str], flags: int, follow: bool = False) -> int:
+    """A descriptor of an ordinary file, or with ``follow`` of what a link leads to. Raises OSError as ``open`` does, and
+    UserError for a device or a pipe, at once and without a change to it."""
+    if not follow:
+        check_ordinary(path)
+        flags |= os.O_NOFOLLOW
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, "Is a directory", os.fspath(path))
+        _refuse(path, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{os.fspath(path)} is {kind(mode)}, not a file; name an ordinary file")
+
+
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Opens an ordinary file, or a link to one, for reading. Raises OSError as ``open`` does, and UserError for a pipe
     or a device, at which ``open`` would wait or never end."""
-    with os.fdopen(_open(Path(path), os.O_RDONLY, follow=True), "rb") as file:
+    with os.fdopen(open_ordinary(path, os.O_RDONLY, follow=True), "rb") as file:
         yield file
 
 
@@ -138,27 +179,6 @@ def read_bytes(path: str | os.PathLike[str], most: int = JSON_BYTES) -> bytes:
             f"{os.fspath(path)} is larger than the {most >> 20} MB that such a file may have; is it the right one?"
         )
     return content
-
-
-def read_json(path: str | os.PathLike[str], most: int = JSON_BYTES) -> Any:
-    """What a JSON file holds. Raises OSError, UserError as :func:`read_bytes`, and ValueError for what is not JSON (NaN
-    is not), not UTF-8, or too deep."""
-    return parse_json(read_bytes(path, most))
-
-
-def parse_json(text: bytes | str) -> Any:
-    """What JSON text holds. Raises ValueError for what is not JSON (NaN is not), not UTF-8 (half a surrogate pair is
-    not), or too deep."""
-    try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text, parse_constant=_no_number)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
@@ -235,33 +255,72 @@ def _locked_file(folder: Path) -> Iterator[None]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = _open(path, os.O_RDWR | os.O_CREAT)
+            descriptor = take_lock(path)
+            break
         except FileNotFoundError:  # another process has just removed the empty folder
             continue
-        with os.fdopen(descriptor, "r+b") as file:
-            content = file.read(32)
-            if not re.fullmatch(rb"\d*\s*", content):
-                raise UserError(f"{path} is not a lock of ours; move it, or choose another folder")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                who = content.decode().strip()
-                raise UserError(f"{folder} is being written by process {who}; wait until it ends, or end it") from None
-            except OSError:  # a file system without locks
-                pass
-            if not _same_file(file.fileno(), path):  # whoever had it has removed it meanwhile
-                continue
-            file.seek(0)
-            file.truncate(0)
-            file.write(str(os.getpid()).encode())
-            file.flush()
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    if _same_file(file.fileno(), path):  # it may have gone with its folder
-                        path.unlink()
-            return
+        except LockTaken as taken:
+            _check_lock(path, taken.content)
+            who = taken.content.decode().strip()
+            raise UserError(f"{folder} is being written by process {who}; wait until it ends, or end it") from None
+    with os.fdopen(descriptor):
+        _check_lock(path, os.pread(descriptor, 500, 0))
+        sign_lock(descriptor, str(os.getpid()))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if _same_file(descriptor, path):  # it may have gone with its folder
+                    path.unlink()
+
+
+def _check_lock(path: Path, content: bytes) -> None:
+    if not re.fullmatch(rb"\d*\s*", content):
+        raise UserError(f"{path} is not a lock of ours; move it, or choose another folder")
+
+
+class LockTaken(Exception):
+    """Another process has the lock. ``content``: what it has written into its file."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.content = content
+
+
+def take_lock(path: str | os.PathLike[str], patience: float = 0) -> int:
+    """A descriptor of the file ``path``, made if need be and left as it is, which nobody else has locked until this process
+    closes it or ends. (On a file system without locks, others may have it too.)
+
+    Raises LockTaken where another process keeps it for ``patience`` seconds more, UserError for what is no ordinary
+    file, and OSError as ``open`` does.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            descriptor = open_ordinary(path, os.O_RDWR | os.O_CREAT)
+        except PermissionError:
+            descriptor = open_ordinary(path, os.O_RDONLY)  # another user's can be locked all the same
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            content = os.pread(descriptor, 500, 0)
+            os.close(descriptor)
+            if time.monotonic() >= deadline:
+                raise LockTaken(content) from None
+            time.sleep(0.1)
+            continue
+        except OSError:  # a file system without locks
+            pass
+        if _same_file(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # of a process that has removed it meanwhile
+
+
+def sign_lock(descriptor: int, text: str) -> None:
+    """Writes into a lock's file who has it, if this user may."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -316,21 +375,6 @@ def file_stem(name: str) -> str:
     return f"{encoded[:120].decode('utf-8', 'ignore')}-{digest}"
 
 
-def _open(path: Path, flags: int, follow: bool = False) -> int:
-    """A descriptor of an ordinary file. Raises UserError for anything else, at once and without a change to it."""
-    links = 0 if follow else os.O_NOFOLLOW
-    if not follow:
-        check_ordinary(path)
-    descriptor = os.open(path, flags | links | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "Is a directory", os.fspath(path))
-        raise UserError(f"{path} is {kind(mode)}, and not an ordinary file; name another")
-    return descriptor
-
-
 def _state(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:
     try:
         found = os.stat(path)
@@ -339,7 +383,7 @@ def _state(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
+def _same_file(descriptor: int, path: str | os.PathLike[str]) -> bool:
     mine, named = os.fstat(descriptor), _state(path)
     return named is not None and named[:2] == (mine.st_dev, mine.st_ino)
 
@@ -347,18 +391,6 @@ def _same_file(descriptor: int, path: Path) -> bool:
 def _temporary(name: str) -> str:
     """How a temporary file beside one of this name begins."""
     return f".{name[:60]}."
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
-
-
-def refuse_pipes(*paths: str | os.PathLike[str]) -> None:
-    """Raises UserError for what is there and neither file nor folder, such as a named pipe: reading it might take for
-    ever."""
-    for path in paths:
-        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-            raise UserError(f"{os.fspath(path)} is {kind(os.stat(path).st_mode)}, not a file; remove it, or name another")
 
 
 def _umask() -> int:

@@ -7,13 +7,13 @@ import codecs
 import json
 import os
 import reprlib
-import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from momentum_lm.errors import UserError
+from momentum_lm.files import JSON_BYTES, check_readable, read_bytes
 
 YAML_BYTES = 1 << 18  # PyYAML reads about this much in a second
 YAML_DEPTH = 20
@@ -95,27 +95,51 @@ def brief(text: str) -> str:
     return text if len(text) <= 4 * _SHOWN else text[: 4 * _SHOWN] + "..."
 
 
+def legible(text: str, most: int, other: str = "?") -> str:
+    """Text in one line of at most ``most`` characters, with ``other`` for what a terminal obeys and no font shows."""
+    text = "".join(c if c.isprintable() else other for c in text[: most + 1])
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text that can be written anywhere: of bytes that are no UTF-8, their numbers."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def parse_json(line: str | bytes) -> Any:
-    """A JSON value, in which an object with a repeated name is a :class:`Record`.
+def read_json(path: str | os.PathLike[str], most: int = JSON_BYTES) -> Any:
+    """What a JSON file of ours holds. Raises OSError, UserError as :func:`read_bytes`, and ValueError as the strict
+    :func:`parse_json`."""
+    return parse_json(read_bytes(path, most), strict=True)
 
-    Raises ValueError whose text fits a message, for what is no JSON, nested too deeply, or holds a number of thousands
-    of digits.
+
+def parse_json(text: str | bytes, strict: bool = False) -> Any:
+    """A JSON value, in which an object with a repeated name is a :class:`Record`. ``strict``, for what we wrote
+    ourselves: NaN and half a surrogate pair are refused, and of a repeated name the last value is taken.
+
+    Raises ValueError whose text fits a message, for what is no JSON, not UTF-8 (UnicodeError), nested too deeply, or
+    holds a number of thousands of digits.
     """
     try:
-        return json.loads(line.decode() if isinstance(line, bytes) else line, object_pairs_hook=Record.of)
+        text = text.decode() if isinstance(text, bytes) else text
+        if not strict:
+            return json.loads(text, object_pairs_hook=Record.of)
+        value = json.loads(text, parse_constant=_no_number)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except UnicodeDecodeError:
-        raise
-    except json.JSONDecodeError as error:
-        raise ValueError(brief(str(error))) from error
-    except ValueError as error:  # Python's limit to the digits of a whole number
-        raise ValueError("a whole number of thousands of digits") from error
+    except UnicodeError as error:
+        if not strict:
+            raise
+        raise ValueError(f"not UTF-8: {error}") from error
+    except ValueError as error:  # of which one is Python's limit to the digits of a whole number
+        reason = str(error)
+        raise ValueError("a whole number of thousands of digits" if "digits" in reason else brief(reason)) from error
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
 
 
 def check_marks(start: bytes, name: str | os.PathLike[str]) -> None:
@@ -124,19 +148,9 @@ def check_marks(start: bytes, name: str | os.PathLike[str]) -> None:
     for mark, encoding in _MARKS:
         if start.startswith(mark):
             raise UserError(
-                f"{os.fspath(name)} is {encoding.upper()}, not UTF-8; convert it first, as with `iconv -f "
-                f"{encoding} -t utf-8`"
+                f"{os.fspath(name)} is {encoding.upper()} (it begins with the byte order mark {mark.hex(' ')}), not UTF-8; "
+                f"convert the file first, as with `iconv -f {encoding} -t utf-8`"
             )
-
-
-def check_regular(path: Path) -> None:
-    """Raises UserError for a link to nothing, a folder, a device or a pipe, and OSError where there is nothing."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {printable(os.readlink(path))}, where there is nothing; mend the link")
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise UserError(f"{path} is {kind}, not a file; check the path")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -148,7 +162,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     than YAML_BYTES and repeated keys.
     """
     try:
-        check_regular(path)
+        check_readable(path)
         with open(path, "rb") as file:
             content = file.read(YAML_BYTES + 1)
     except OSError as error:

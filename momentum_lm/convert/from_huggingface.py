@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -21,6 +20,7 @@ from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.formats.pickles import shown
 from momentum_lm.modules import DecoderConfig
 from momentum_lm.modules.sizes import MOMENTUM_OF, SIZES
+from momentum_lm.untrusted import parse_json
 
 from .families import Family, family_of
 from .lazy import Lazy, read_safetensors, write_torch
@@ -307,11 +307,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON:
             raise UserError(f"{path} has {path.stat().st_size:,} bytes; no configuration is so large")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{path} cannot be read: it is nested too deeply") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from momentum_lm.errors import UserError
-from momentum_lm.files import atomic_write
+from momentum_lm.files import atomic_write, reading
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3 in every fairseq dictionary; dict.txt does not list them
 BOS, PAD, EOS, UNK = range(4)
@@ -108,15 +108,11 @@ class Dictionary:
 def _lines(path: str | os.PathLike[str]) -> Iterator[str]:
     """The lines of a ``dict.txt``. Raises UserError where they cannot be read, or are more than any dictionary's."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"cannot read the dictionary {path}: it is no ordinary file")
-        if status.st_size > _MOST_BYTES:
-            raise UserError(
-                f"{path} has {status.st_size:,} bytes, far more than a dictionary; is this a fairseq dict.txt?"
-            )
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file):
+        with reading(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST_BYTES:
+                raise UserError(f"{path} has {size:,} bytes, far more than a dictionary; is this a fairseq dict.txt?")
+            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8")):
                 if number == _MOST_SYMBOLS:
                     raise UserError(
                         f"{path} has more than {_MOST_SYMBOLS:,} lines, far more than a dictionary; "

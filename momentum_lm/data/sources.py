@@ -10,19 +10,19 @@ from __future__ import annotations
 import csv
 import gzip
 import itertools
-import json
 import logging
 import os
 import re
-import stat
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from momentum_lm.data.compression import MAX_WINDOW, WindowError, ZstdError, open_decompressed
 from momentum_lm.errors import UserError
+from momentum_lm.files import check_readable
+from momentum_lm.untrusted import Record, check_marks, parse_json
 
 MAX_DOCUMENT = 8 << 20  # bytes; a document is held and tokenised whole
 TEXT_SUFFIXES = (".txt", ".md")
@@ -251,15 +251,10 @@ def _looks_like_file(name: str) -> bool:
 def _status_of_file(path: Path) -> os.stat_result:
     """Raises UserError for what is no ordinary file: it would be read for ever, or only once."""
     try:
-        status = path.stat()
+        return check_readable(path)
     except OSError as error:
         problem = f"{path} cannot be read: {error.strerror}"
         raise UserError(f"{problem}; mend or remove it, or name the files that you mean") from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(status.st_mode), "a device")
-        problem = f"{path} is {kind}, not a file that can be read again and again"
-        raise UserError(f"{problem}; put its text into one, or remove it")
-    return status
 
 
 class _Folders:
@@ -348,38 +343,16 @@ def _read_text(file: BinaryIO, name: str, blank_lines: bool) -> Iterator[bytes]:
             block, size = [], 0
 
 
-class _Repeating(dict[str, Any]):
-    """A JSON object that names keys twice."""
-
-    repeated: frozenset[str] = frozenset()
-
-
-def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) == len(pairs):
-        return result
-    result = _Repeating(result)
-    result.repeated = frozenset(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-    return result
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_json_object)
-
-
 def _read_json_lines(file: BinaryIO, name: str, column: str, remarks: dict[str, int]) -> Iterator[bytes]:
     for number, line in enumerate(_lines(file, name), start=1):
         if not line.strip():
             continue
         where = f"{name}:{number}"
         try:
-            record = _JSON.decode(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             hint = "; this is one JSON array: make it JSON Lines, as with `jq -c '.[]'`" if number == 1 and line[0] == "[" else ""
             raise UserError(f"{where}: not a JSON record ({error}){hint}; mend or remove the line") from error
-        except ValueError as error:  # Python's limit for integers
-            raise UserError(f"{where}: a number of too many digits; mend or remove the line") from error
-        except RecursionError as error:
-            raise UserError(f"{where}: JSON nested too deeply; mend or remove the line") from error
         if not isinstance(record, dict):
             hint = "make the array JSON Lines, as with `jq -c '.[]'`" if isinstance(record, list) else "mend or remove the line"
             raise UserError(f"{where}: expected a JSON object with the column {column!r}, got {type(record).__name__}; {hint}")
@@ -397,7 +370,7 @@ def _look_up(record: dict[str, Any], column: str, where: str) -> Any:
     """
     value: Any = record
     for key in [column] if column in record else column.split("."):
-        if isinstance(value, _Repeating) and key in value.repeated:
+        if isinstance(value, Record) and key in value.repeated:
             raise UserError(f"{where}: {key!r} is there more than once; mend or remove the line")
         if isinstance(value, dict) and key in value:
             value = value[key]
@@ -533,19 +506,12 @@ def _lines(file: BinaryIO, name: str) -> Iterator[str]:
         offset += len(line)
 
 
-_BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-
-
 def _decode(text: bytes, name: str, offset: int) -> str:
     try:
         decoded = text.decode()
     except UnicodeDecodeError as error:
-        for mark, encoding in _BYTE_ORDER_MARKS.items():
-            if not offset and text.startswith(mark):
-                raise UserError(
-                    f"{name} is {encoding.upper()} (it begins with the byte order mark {mark.hex(' ')}), not UTF-8; "
-                    f"convert the file first, as with `iconv -f {encoding} -t utf-8`"
-                ) from error
+        if not offset:
+            check_marks(text, name)
         raise UserError(
             f"{name}: byte {offset + error.start} is not UTF-8 (0x{text[error.start]:02x}); convert the file first, as with "
             "`iconv -f latin1 -t utf-8`"

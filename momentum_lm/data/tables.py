@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import IO, Any, AnyStr
 
 from momentum_lm.errors import UserError
-from momentum_lm.untrusted import Record, brief, check_marks, check_regular, parse_json, shown
+from momentum_lm.files import check_readable
+from momentum_lm.untrusted import Record, brief, check_marks, parse_json, shown
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 LINE = 1 << 24  # characters of a line, or of a CSV cell, whose own limit in csv is 131,072
@@ -33,7 +34,7 @@ def read_rows(path: Path, needed: Needed | None = None) -> Rows:
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: rows are read from {', '.join(SUFFIXES)} files; convert it to one of these")
     try:
-        check_regular(path)
+        check_readable(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the path") from error
     except (OSError, ValueError) as error:  # a name that no file can have

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from momentum_lm.data.dictionary import BOS, EOS, PAD, SPECIALS, UNK, Dictionary
 from momentum_lm.errors import UserError
 from momentum_lm.files import refuse_pipes
+from momentum_lm.untrusted import parse_json
 
 _MOST_IDS = 1 << 24  # ids that a tokenizer may have: memory is taken for each up to the largest
 
@@ -165,11 +165,11 @@ class GPT2Tokenizer(Tokenizer):
         files = {name: Path(folder) / name for name in ("encoder.json", "vocab.bpe")}
         refuse_pipes(*files.values())
         try:
-            encoder: dict[str, int] = json.loads(files["encoder.json"].read_text(encoding="utf-8"))
+            encoder: dict[str, int] = parse_json(files["encoder.json"].read_bytes())
             merges = files["vocab.bpe"].read_text(encoding="utf-8").rstrip("\n").split("\n")[1:]
         except OSError as error:
             raise UserError(f"cannot read the GPT-2 tokenizer: {error.filename}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{folder}/encoder.json and vocab.bpe are not GPT-2's tokenizer: {error}") from error
         pairs = [tuple(line.split(" ")) for line in merges]
         is_plain = isinstance(encoder, dict) and all(type(own_id) is int for own_id in encoder.values())
@@ -262,8 +262,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if (beside := path.with_name("tokenizer_config.json")).is_file():
             files[beside.name] = beside
             try:
-                settings = dict(json.loads(beside.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, RecursionError) as error:
+                settings = dict(parse_json(beside.read_bytes()))
+            except (ValueError, TypeError) as error:
                 raise UserError(f"{beside} is not a JSON object: {error}") from error
         self._model.encode_special_tokens = bool(settings.get("split_special_tokens"))
         ids: dict[str, int] = self._model.get_vocab(with_added_tokens=True)

@@ -8,7 +8,6 @@ A folder of that name without such a ``config.json`` is somebody else's and stay
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -24,7 +23,8 @@ from momentum_lm.data.selection import SPLITS
 from momentum_lm.data.sources import Interrupted
 from momentum_lm.data.tokenizer import load_tokenizer
 from momentum_lm.errors import UserError
-from momentum_lm.files import write_json
+from momentum_lm.files import LockTaken, take_lock, write_json
+from momentum_lm.untrusted import parse_json
 
 TOKENIZER_FILES = ("sentencepiece.model", "encoder.json", "vocab.bpe", "tokenizer.json", "tokenizer_config.json")
 OUTPUTS = (*(f"{split}.{end}" for split in SPLITS for end in ("bin", "idx")), "dict.txt", *TOKENIZER_FILES)
@@ -114,21 +114,12 @@ def _take_lock(work: Path) -> int:
         work.mkdir(exist_ok=True)
         _refuse_what_is_not_ours(work)
         try:
-            lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            return take_lock(work / "lock")
         except FileNotFoundError:  # another process has just removed the folder
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
+        except LockTaken:
             problem = f"another prepare is at work in {work.parent}"
             raise UserError(f"{problem}; wait for it, or use another --output") from None
-        except OSError:  # a file system without locks
-            return lock
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.lstat(work / "lock")):
-                return lock
-        os.close(lock)  # of a process that has ended meanwhile and removed it
 
 
 _MARK = "sources"  # a key of config.json, by which a folder called .prepare is known to be ours
@@ -246,10 +237,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file; move it away, or use another --output")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or use --force") from error
     if not isinstance(value, dict):
         problem = f"{path} is not a file of this command: it holds no JSON object"

@@ -10,7 +10,6 @@ memory than the file has bytes (mapped: next to none), and a little for what lie
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import sys
 import zipfile
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from momentum_lm.errors import CheckpointError, TornCheckpoint
+from momentum_lm.files import open_ordinary
 
 from .pickles import Malformed, Reader, Refused, Storage
 
@@ -57,16 +57,11 @@ def load_checkpoint(path: str | os.PathLike[str], trust: bool = False, mmap: boo
     """
     path = os.fspath(path)
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # a named pipe must not make the program wait
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        descriptor = open_ordinary(path, os.O_RDONLY, follow=True)
+    except (OSError, ValueError) as error:  # ValueError: no ordinary file, or a null byte in the name
         raise TornCheckpoint(f"cannot read checkpoint {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            what = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
-            raise TornCheckpoint(f"cannot read checkpoint {path}: it is {what}")
         with open(descriptor, "rb", closefd=False) as file:
             state = (
                 _load_anything(path, mmap)

@@ -17,15 +17,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from momentum_lm.untrusted import legible
+
 MAX_DEPTH = 100  # of lists, tuples and dicts within one another
-_KEYS = (
-    str,
-    int,
-    float,
-    bytes,
-    bool,
-    type(None),
-)  # of dicts and sets: their hashes are salted or of 64 bits, so that none can be made alike
+# of dicts and sets: their hashes are salted or of 64 bits, so that none can be made alike
+_KEYS = (str, int, float, bytes, bool, type(None))
 _SCALARS = {
     "b1",
     "i1",
@@ -81,11 +77,9 @@ class Refused(ValueError):
 
 def shown(text: Any, most: int = 80) -> str:
     """``text`` from a file as it may stand in a message: short, in one line, and nothing that a terminal obeys."""
-    text = (
-        text if isinstance(text, str) else f"<{type(text).__name__}>" if not isinstance(text, int) else str(text)[:most]
-    )
-    text = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
-    return text if len(text) <= most else text[: most - 1] + "…"
+    if not isinstance(text, str):
+        text = str(text)[:most] if isinstance(text, int) else f"<{type(text).__name__}>"
+    return legible(text, most)
 
 
 class Storage:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from momentum_lm.files import atomic_write
 from momentum_lm.results.ownership import PICTURE, check_ours
+from momentum_lm.untrusted import legible
 
 # Okabe and Ito's colours that have contrast on white and on near-black alike
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
@@ -48,8 +49,7 @@ Panel = Callable[[Any], None]  # draws into a matplotlib Axes
 def shown(name: str, most: int = _LONGEST) -> str:
     """A name as a figure can hold it: one line, not too long, and not hidden from a legend by a ``_`` at its
     beginning."""
-    plain = "".join(c if c.isprintable() else "\ufffd" for c in name)
-    cut = plain if len(plain) <= most else plain[: most - 1] + "…"
+    cut = legible(name, most, "\ufffd")
     return f"\u2009{cut}" if cut.startswith("_") else cut
 
 

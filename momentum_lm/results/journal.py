@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from momentum_lm.errors import UserError
-from momentum_lm.files import NPZ_ERRORS, appending, atomic_write, check_folder, parse_json, read_arrays, reading
+from momentum_lm.files import NPZ_ERRORS, appending, atomic_write, check_folder, read_arrays, reading
 from momentum_lm.icl.scoring import Scores
+from momentum_lm.untrusted import parse_json
 
 from .ownership import ARRAYS, check_ours
 from .schema import JournalBatch, JournalHead, problem
@@ -121,7 +122,7 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
         with reading(path) as file:
             kind: Any = JournalHead
             while (line := file.readline(_LINE_BYTES)).endswith(b"\n"):
-                entry = parse_json(line)
+                entry = parse_json(line, strict=True)
                 if problem(entry, kind, "") or (
                     kind is JournalBatch and not all(map(_NUMBER.fullmatch, entry["sums"]))
                 ):

@@ -8,7 +8,6 @@ of ``fairseq-eval-lm --sample-break-mode none --tokens-per-sample L``.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -33,6 +32,7 @@ from momentum_lm.report.perplexity import TASK
 from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours
 from momentum_lm.results.records import Results, results_lock, say_finished
+from momentum_lm.untrusted import parse_json
 
 _RESAMPLES = 2000
 _WORST = 700.0  # nats for one token: beyond, its perplexity is no longer a number
@@ -286,7 +286,7 @@ def _text_bytes(folder: Path, split: str, tokens: int) -> int | None:
     if not path.exists():
         return None
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        splits = parse_json(path.read_bytes())["splits"]
         if split not in splits:  # made beside it by other means
             return None
         entry = splits[split]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
-import stat
-import time
 
 from momentum_lm.errors import UserError
+from momentum_lm.files import LockTaken, sign_lock, take_lock
 
 _log = logging.getLogger(__name__)
 NAME = ".training.lock"
@@ -22,55 +20,32 @@ _held: dict[tuple[int, int], int] = {}  # device and inode -> the file descripto
 def hold(folder: str | os.PathLike[str]) -> None:
     """Locks ``folder`` for this process until it ends, however it ends; again, it changes nothing.
 
-    Raises UserError, naming the other process, where another one has the lock. Where there can be none (a file system without locks, a
-    folder that cannot be written, a lock file that is a link or another's), a warning is given and training goes on.
+    Raises UserError, naming the other process, where another one has the lock. Where there can be none (a folder that
+    cannot be written, a lock file that is a link, a pipe or another's), a warning is given and training goes on.
     """
     path = os.path.join(os.fspath(folder), NAME)
     try:
-        file = _open(path)
-    except OSError as error:
-        _log.warning("%s cannot be locked (%s): see to it that no other training writes there", path, error.strerror)
+        if os.path.exists(path) and _identity(os.stat(path)) in _held:
+            return
+        file = take_lock(path, PATIENCE)
+    except LockTaken as taken:
+        text = taken.content
+        who = text.removeprefix(_MARK).decode(errors="replace").strip() if text.startswith(_MARK) else "unknown"
+        raise UserError(
+            f"--save-dir {os.fspath(folder)} is in use by another training (process {who}): "
+            "wait until it ends, end it, or choose another folder"
+        ) from None
+    except (OSError, UserError) as error:
+        why = getattr(error, "strerror", None) or error
+        _log.warning("%s cannot be locked (%s): see to it that no other training writes there", path, why)
         return
-    about = os.fstat(file)
-    identity = (about.st_dev, about.st_ino)
-    if not stat.S_ISREG(about.st_mode) or identity in _held or not _locked(file, folder):
-        os.close(file)
-        return
-    _held[identity] = file
-    with contextlib.suppress(OSError):  # opened for reading only
-        if os.pread(file, len(_MARK), 0) in (b"", _MARK):  # nobody else's file
-            os.ftruncate(file, 0)
-            os.pwrite(file, _MARK + f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held[_identity(os.fstat(file))] = file
+    if os.pread(file, len(_MARK), 0) in (b"", _MARK):  # nobody else's file
+        sign_lock(file, f"{_MARK.decode()}{os.getpid()} on {socket.gethostname()}\n")
 
 
-def _open(path: str) -> int:
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # no link is followed, no pipe waited for
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-    except PermissionError:
-        return os.open(path, os.O_RDONLY | flags)  # another user's can be locked all the same
-
-
-def _locked(file: int, folder: str | os.PathLike[str]) -> bool:
-    """Whether ``file`` is locked now; False where that is not possible here."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        except OSError:
-            return False
-    text = os.pread(file, 500, 0)
-    who = text.removeprefix(_MARK).decode(errors="replace").strip() if text.startswith(_MARK) else "unknown"
-    os.close(file)
-    raise UserError(
-        f"--save-dir {os.fspath(folder)} is in use by another training (process {who}): "
-        "wait until it ends, end it, or choose another folder"
-    )
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _let_go() -> None:

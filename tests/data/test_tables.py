@@ -64,7 +64,7 @@ def test_parquet(tmp_path):
         (
             "a.jsonl",
             '{"a": 1}\n'.encode("utf-16"),
-            r"a\.jsonl is UTF-16, not UTF-8; convert it first, as with `iconv -f utf-16 -t utf-8`",
+            r"a\.jsonl is UTF-16 .* ff fe\), not UTF-8; convert the file first, as with `iconv -f utf-16 -t utf-8`",
         ),
         ("a.csv", "a,b\n".encode("utf-16"), r"a\.csv is UTF-16"),
         ("a.csv", b"a,b\n\xe9,1\n", r"a\.csv: not UTF-8 after line 0 .*`iconv -f latin1 -t utf-8`"),
@@ -100,7 +100,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     for name, message in (
         ("link", "is a link to .*gone"),
-        ("pipe", "is a device or a pipe"),
+        ("pipe", "is a named pipe"),
         ("folder", "is a folder"),
         ("none", "no such file"),
     ):

@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from momentum_lm.report.classification import write_report
     from momentum_lm.studies import classification
 
+    timeout = process_timeout(args)
     calibrations = tuple(choices(args.calibration, "--calibration", CALIBRATIONS))
     if args.orders < 1:
         raise UserError(f"--orders {args.orders}: must be at least 1")
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     keep_memory()
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
     if classification.evaluate(
-        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=args.process_timeout
+        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=timeout
     ):
         print(write_report(args.results_dir, replace=args.force).text())
         print(f"\n{args.results_dir}/report.html")
@@ -130,8 +131,6 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise UserError(f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no")
     names = dict.fromkeys(args.datasets.split(","))
     check_names([load_spec(name, _template(args)) for name in names])  # now, not after a large model was read
-    if not 0 < args.process_timeout < 1e8:
-        raise UserError(f"--process-timeout {args.process_timeout:g}: must be a positive number of seconds")
     paper = args.protocol == "paper"
     return Settings(
         shots=tuple(integers(args.shots, "--shots")),
@@ -144,6 +143,13 @@ def settings_from(args: argparse.Namespace) -> Settings:
         batch_tokens=args.batch_tokens,
         padding_side=args.padding_side,
     )
+
+
+def process_timeout(args: argparse.Namespace) -> float:
+    """``--process-timeout`` in seconds. Raises UserError for what is no time."""
+    if not 0 < args.process_timeout < 1e8:
+        raise UserError(f"--process-timeout {args.process_timeout:g}: must be a positive number of seconds")
+    return float(args.process_timeout)
 
 
 def load_datasets(args: argparse.Namespace, lm: LanguageModel) -> list[LabelledDataset]:

@@ -9,7 +9,7 @@ import sys
 
 from momentum_lm.errors import UserError
 
-from .eval_classification import add_question_arguments, add_speed_arguments, load_datasets, settings_from
+from .eval_classification import add_question_arguments, add_speed_arguments, load_datasets, process_timeout, settings_from
 from .options import add_model_arguments, add_output_arguments, choices, load_model
 
 CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd", "all_parameters")
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         parameters=args.finetune_parameters,
         save_traces=args.save_traces,
     )
+    timeout = process_timeout(args)
     map_large_tensors()  # finetuned and untrained weights come and go
     lm = load_model(args)
     if names is None:
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     settings = dataclasses.replace(settings, controls=tuple(names))
     command = shlex.join(["fairseq-eval", *sys.argv[1:]])
     writes = study.analyse(
-        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=args.process_timeout
+        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=timeout
     )
     del lm
     return_memory()  # what the figures need comes in its place

@@ -35,8 +35,10 @@ _MODULES = {
 def read_checkpoint(
     path: str, overrides: Mapping[str, Any] | str | None = None, trust: bool = False, tokenizer: str | None = None
 ) -> NativeLM:
-    """The checkpoint with its weights in the dtype that they are saved in, as pages of the file. Raises
-    UserError for weights that are quantised."""
+    """The checkpoint with its weights in the dtype that they are saved in, as pages of the file.
+
+    Raises UserError as :func:`load_native`, and for weights that are no floating-point numbers.
+    """
     weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
     found = weights.get("model", weights)
     tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong

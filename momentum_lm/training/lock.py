@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -14,6 +15,7 @@ _log = logging.getLogger(__name__)
 NAME = ".training.lock"
 PATIENCE = 2.0  # seconds in which a killed process may still be ending
 _MARK = b"momentum_lm: training by process "
+_signed: dict[str, tuple[int, int]] = {}  # our lock files by their paths
 _held: dict[tuple[int, int], int] = {}  # device and inode -> the file descriptor that has the lock
 
 
@@ -41,6 +43,7 @@ def hold(folder: str | os.PathLike[str]) -> None:
         return
     _held[_identity(os.fstat(file))] = file
     if os.pread(file, len(_MARK), 0) in (b"", _MARK):  # nobody else's file
+        _signed[os.path.abspath(path)] = _identity(os.fstat(file))
         sign_lock(file, f"{_MARK.decode()}{os.getpid()} on {socket.gethostname()}\n")
 
 
@@ -50,10 +53,21 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 def _let_go() -> None:
     """A child, such as a worker that loads data, may live longer than the training, and must not keep its lock."""
+    _signed.clear()
     for file in _held.values():
         with contextlib.suppress(OSError):
             os.close(file)
     _held.clear()
 
 
+def _remove() -> None:
+    """What a training leaves where it ends by itself: nothing. (Killed, it leaves a file that nobody has locked.)"""
+    for path, identity in _signed.items():
+        with contextlib.suppress(OSError):
+            if identity in _held and _identity(os.lstat(path)) == identity:
+                os.unlink(path)
+    _let_go()
+
+
+atexit.register(_remove)
 os.register_at_fork(after_in_child=_let_go)

@@ -199,6 +199,7 @@ CASES = {  # what is done to a copy of the data, changed flags, what is told
     "no such calibration": (None, {"calibration": "foo"}, "--calibration foo: choose from none, contextual"),
     "no examples": (None, {"limit": "0"}, "--limit 0: must be at least 1"),
     "no order": (None, {"orders": "0"}, "--orders 0: must be at least 1"),
+    "no time": (None, {"process_timeout": "0"}, "--process-timeout 0: must be a positive number of seconds"),
     "fairseq's start for another model": (None, HUGGING_FACE | {"hf_model": "gpt2", "bos": "<s>"}, "--bos <s> is for fairseq checkpoints"),
     "no model": (None, {"path": None}, "one of the arguments --path --hf-model is required"),
     "two models": (None, {"hf_model": "gpt2"}, "not allowed with argument"),

@@ -43,7 +43,7 @@ def fairseq_model(folder):
     state = torch.load(folder / "model.pt", weights_only=True)
     cfg = OmegaConf.create(state["cfg"])
     dictionary = FairseqDictionary.load(str(folder / "dict.txt"))
-    task = type("Task", (), {"target_dictionary": dictionary})
+    task = type("Task", (), {"source_dictionary": dictionary, "target_dictionary": dictionary})
     from fairseq.models import build_model
 
     model = build_model(cfg.model, task, from_checkpoint=True).eval()

@@ -586,7 +586,7 @@ def test_script_data_sets_are_loaded_from_their_conversion(hub, monkeypatch):
 
 def test_without_a_network_it_is_quick_and_says_what_to_provide(run_cli, tmp_path):
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": tmp_path / "home", "HF_HUB_OFFLINE": "0"}
-    result = run_cli(["momentum-lm", "datasets", "mr"], env=environment, timeout=15)
+    result = run_cli(["momentum-lm", "datasets", "mr"], env=environment, timeout=60)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: mr could not be loaded from the hub (cornell-movie-review-data/rotten_tomatoes: ")
     assert (

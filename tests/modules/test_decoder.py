@@ -1,5 +1,9 @@
 """The decoder as a function: causality, padding, packing, caches. Its parity with fairseq is tested in tests/models."""
 
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -241,6 +245,10 @@ def test_bf16_autocast_trains_close_to_fp32():
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
 
 
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))) or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
 def test_compiled_blocks_compute_the_same():
     decoder = build("learned").float()
     tokens = random_tokens()

@@ -132,9 +132,11 @@ def test_batches_are_those_of_the_stock_task(flags, corpus):
 
 def test_samples_longer_than_the_model_are_left_out_as_by_the_stock_task(corpus):
     stock, ours = (build(name, corpus / "a") for name in ("language_modeling", "momentum_language_modeling"))
-    theirs, found = (iterator(*built, positions=20) for built in (stock, ours))
+    theirs, found = (iterator(*built, split="valid", positions=20) for built in (stock, ours))
     a, b = ([flat(batch) for batch in it.next_epoch_itr()] for it in (theirs, found))
     assert a == b and sum(batch["ntokens"] for batch in a) < 24  # the short last one, if any
+    with pytest.raises(UserError, match="a sample of 24 tokens does not fit the model, which takes 20"):
+        iterator(*ours, positions=20)  # nobody means to train on that last one alone
 
 
 def test_evaluation_with_a_context_window_is_the_stock_tasks(corpus):

@@ -283,18 +283,35 @@ def _checkpoint_writing(module: ModuleType) -> None:
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
         import shutil
 
+        from momentum_lm.errors import CheckpointError
+
         if remote(src_path) or remote(dst_path):
             return stock_copy(src_path, dst_path, overwrite)
         if os.path.exists(dst_path) and os.path.samefile(src_path, dst_path):
             return dst_path
+
+        def write() -> None:
+            with open(src_path, "rb") as source:
+                _write_atomically(dst_path, lambda file: shutil.copyfileobj(source, file, 1 << 24))
+
+        # What damages a file damages it under each of its names, and a run whose last checkpoint is torn goes on from
+        # another one: so the last one is a file of its own, where the disk has room for it.
+        no_room = None
+        if os.path.basename(dst_path).startswith("checkpoint_last"):
+            try:
+                write()
+                return dst_path
+            except CheckpointError as error:
+                no_room = error
         try:  # one file of two names: checkpoints are replaced, and never written into
             if os.path.lexists(dst_path + ".tmp"):
                 os.unlink(dst_path + ".tmp")
             os.link(src_path, dst_path + ".tmp")
             _rename(dst_path + ".tmp", dst_path)
         except OSError:  # a file system without links
-            with open(src_path, "rb") as source:
-                _write_atomically(dst_path, lambda file: shutil.copyfileobj(source, file, 1 << 24))
+            if no_room:
+                raise no_room from None
+            write()
         return dst_path
 
     module.torch_persistent_save = save  # type: ignore[attr-defined]

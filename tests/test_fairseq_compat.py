@@ -588,18 +588,21 @@ def test_checkpoints_are_written_beside_and_renamed(fairseq, tmp_path, monkeypat
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", os.path.realpath(f"/proc/self/fd/{fd}"))), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", a, b)), replace(a, b)))
-    first, last = str(tmp_path / "checkpoint_1_2.pt"), str(tmp_path / "checkpoint_last.pt")
+    names = ("checkpoint_1_2.pt", "checkpoint_best.pt", "checkpoint_last.pt")
+    first, best, last = (str(tmp_path / name) for name in names)
     checkpoint_utils.torch_persistent_save({"model": torch.ones(2)}, first, async_write=True)
-    assert PathManager.copy(first, last, overwrite=True)
-    assert load_checkpoint(last)["model"].tolist() == [1, 1]
-    assert os.path.samefile(first, last)  # a copy is another name
-    expected = [("fsync", first + ".tmp")]
-    for path in (first, last):
+    assert PathManager.copy(first, best, overwrite=True) and PathManager.copy(first, last, overwrite=True)
+    assert load_checkpoint(best)["model"].tolist() == load_checkpoint(last)["model"].tolist() == [1, 1]
+    assert os.path.samefile(first, best)  # a copy is another name
+    assert not os.path.samefile(first, last)  # but what tears the last one leaves the others whole
+    expected = []
+    for path in (first, best, last):
+        expected += [("fsync", path + ".tmp")] * (path != best)
         expected += [("replace", path + ".tmp", path), ("fsync", str(tmp_path))]
     assert events == expected
     checkpoint_utils.torch_persistent_save({"model": torch.zeros(2)}, first)  # and stays as it is when the first is written anew
-    assert load_checkpoint(last)["model"].tolist() == [1, 1] and load_checkpoint(first)["model"].tolist() == [0, 0]
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint_1_2.pt", "checkpoint_last.pt"]
+    assert load_checkpoint(best)["model"].tolist() == [1, 1] and load_checkpoint(first)["model"].tolist() == [0, 0]
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
 NO_LINK = """
@@ -626,6 +629,22 @@ for number, write in enumerate((lambda: save(state, "new.pt"), lambda: copy("new
         print(number, getattr(error, "user_error", False), error)
 raise error if len(sys.argv) > 2 else SystemExit
 """
+
+
+NO_ROOM = """
+import os, resource, signal, torch, fairseq
+from fairseq.file_io import PathManager
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+torch.save({"model": torch.zeros(100_000)}, "new.pt")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+PathManager.copy("new.pt", "checkpoint_last.pt", overwrite=True)
+print(os.path.samefile("new.pt", "checkpoint_last.pt"), sorted(os.listdir()))
+"""
+
+
+def test_the_last_checkpoint_is_another_name_where_the_disk_has_no_room_for_a_file(run_cli, tmp_path):
+    result = run_cli(["python", "-c", NO_ROOM], cwd=tmp_path)
+    assert result.stdout == "True ['checkpoint_last.pt', 'new.pt']\n", result.stderr
 
 
 def test_full_disk_is_an_error_and_leaves_the_old_checkpoint(run_cli, tmp_path):

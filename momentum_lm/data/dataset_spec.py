@@ -191,8 +191,11 @@ class DatasetSpec:
         if found is None or found >= total:
             names = [names[0] for names in self.label_values[:total]] or [str(i) for i in range(total)]
             words = f" ({_listed(list(self.labels))})" if self.labels and list(self.labels) != names else ""
-            label = shown(str(value).strip() if value is None or isinstance(value, str | float) else value)
-            label = label if label[:1] in "'\"" or isinstance(value, list | dict) else f"'{label}'"
+            label = shown(str(value).strip() if isinstance(value, str | float) else value)
+            if value is None:
+                label = "null"  # no text, and none that reads None
+            elif label[:1] not in "'\"" and not isinstance(value, list | dict):
+                label = f"'{label}'"
             raise UserError(
                 f"{where}: label {label} in column {self.label_column!r} is none of {_listed(names)}{words}; "
                 "mend the row or the YAML file"

@@ -436,7 +436,7 @@ def test_a_folder_whose_name_is_no_utf8(folder):
         ('{"txt": "a", "label": 1}', r"train\.jsonl:2: no column 'text'; there are: txt, label; rename it"),
         ('{"text": "a"}', r"train\.jsonl:2: no column 'label'; there are: text"),
         ('{"text": "a", "label": 2}', r"train\.jsonl:2: label '2' in column 'label' is none of 0, 1"),
-        ('{"text": "a", "label": null}', r"train\.jsonl:2: label 'None' in column 'label' is none of 0, 1"),
+        ('{"text": "a", "label": null}', r"train\.jsonl:2: label null in column 'label' is none of 0, 1"),
         ('{"text": NaN, "label": 1}', r"train\.jsonl:2: column 'text' holds nan, not text; mend or remove the row"),
         ('{"text": 1e999, "label": 1}', r"train\.jsonl:2: column 'text' holds inf, not text"),
         (

@@ -300,8 +300,11 @@ def take_lock(path: str | os.PathLike[str], patience: float = 0) -> int:
     while True:
         try:
             descriptor = open_ordinary(path, os.O_RDWR | os.O_CREAT)
-        except PermissionError:
-            descriptor = open_ordinary(path, os.O_RDONLY)  # another user's can be locked all the same
+        except PermissionError as error:
+            try:
+                descriptor = open_ordinary(path, os.O_RDONLY)  # another user's can be locked all the same
+            except FileNotFoundError:  # nor made; whoever asks takes "not found" for a folder that has just gone
+                raise error from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

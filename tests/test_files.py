@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import numpy as np
@@ -21,6 +22,7 @@ from momentum_lm.files import (
     locked,
     naming,
     read_arrays,
+    take_lock,
     write_json,
 )
 from momentum_lm.untrusted import read_json
@@ -247,3 +249,17 @@ def test_paths_that_are_no_utf8(tmp_path, capsys):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": odd}
     with pytest.raises(UserError, match=r"--results-dir .*the name is not UTF-8"):
         check_writable(tmp_path / odd, "--results-dir")
+
+
+def test_a_lock_that_nobody_may_make_is_no_folder_that_has_gone():
+    folder = tempfile.mkdtemp()
+    os.chmod(folder, 0o555)
+    user = os.geteuid()
+    try:
+        if not user:
+            os.seteuid(65534)  # root may write anywhere
+        with pytest.raises(PermissionError):  # FileNotFoundError would be taken for such a folder, and tried for ever
+            take_lock(os.path.join(folder, "lock"))
+    finally:
+        os.seteuid(user)
+        os.rmdir(folder)

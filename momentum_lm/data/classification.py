@@ -105,7 +105,7 @@ def _render(
         example = spec.render(row, count - 1, where, shorten)
         if example is not None:
             examples.append(example)
-            digest.update(repr((example.inputs, example.continuations, example.gold)).encode())
+            digest.update(ascii((example.inputs, example.continuations, example.gold)).encode())
     if not examples:
         rest = f"none of its {count} rows has {spec.num_choices} choices" if count else "it has no rows"
         raise UserError(f"{what}: no examples, for {rest}; use another file")

@@ -160,7 +160,7 @@ def identity(example: Example) -> Identity:
 def _in_turn(labels: dict[Identity, int]) -> Iterator[Identity]:
     """The keys, one of each label after the other; in an order of their own, whatever the files'."""
     waiting: dict[int, list[Identity]] = defaultdict(list)
-    for key in sorted(labels, key=lambda key: hashlib.sha256(repr(key).encode()).digest(), reverse=True):
+    for key in sorted(labels, key=lambda key: hashlib.sha256(ascii(key).encode()).digest(), reverse=True):
         waiting[labels[key]].append(key)
     while waiting:
         for label in sorted(waiting):

@@ -97,14 +97,15 @@ class HuggingFaceLM:
     @cached_property
     def tokenizer_sha256(self) -> str:
         """Digest of all that makes token ids of texts."""
-        tokenizer = self.tokenizer
+        tokenizer, bos = self.tokenizer, self.bos
+        # whose padding and truncation, which the file may bring, go with the first text: that of ``bos`` by now
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
         rules = json.dumps(sorted(vocabulary.items())) if backend is None else backend.to_str()
         names = getattr(tokenizer, "vocab_files_names", {}) if backend is None else {}
         files = [path for name in names if (path := getattr(tokenizer, name, None)) and Path(path).is_file()]
         special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
-        text = json.dumps([type(tokenizer).__name__, rules, special, self.bos, file_sha256(*files)], sort_keys=True)
+        text = json.dumps([type(tokenizer).__name__, rules, special, bos, file_sha256(*files)], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def check_unchanged(self) -> None:

@@ -19,7 +19,9 @@ from momentum_lm.lm.protocol import LanguageModel
 # and of those below it are recorded for the reader and not compared, so that an upgrade that changes nothing goes on
 # with what is there.
 REVISION = 1
-FOR_THE_READER = ("path", "command", "versions")  # entries of a record, at any depth, that no number depends on
+# Entries of a record, at any depth, that no number depends on. The last is in all configurations of transformers, and
+# tells which one is installed.
+FOR_THE_READER = ("path", "command", "versions", "transformers_version")
 _PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "numpy")
 
 
@@ -52,8 +54,8 @@ def examples_sha256(examples: Iterable[Example]) -> str:
     a part in it."""
     found = hashlib.sha256()
     for example in examples:
-        text = repr((example.index, example.inputs, example.continuations, example.gold))
-        found.update(text.encode("utf-8", "surrogatepass"))
+        # ascii: what repr escapes depends on the characters that this Python knows
+        found.update(ascii((example.index, example.inputs, example.continuations, example.gold)).encode())
     return found.hexdigest()
 
 
@@ -66,7 +68,7 @@ def dataset_sha256(data: LabelledDataset) -> str:
         for name in names
         if name not in ("path", "description", "licence", "hub", "files")
     }
-    text = json.dumps(about, sort_keys=True, default=str)
+    text = json.dumps(about, sort_keys=True, default=dataclasses.asdict)
     return digest([text, examples_sha256(data.train), examples_sha256(data.evaluation)])
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,6 +24,13 @@ def test_everything_of_an_example_is_in_its_digest(change):
     assert examples_sha256([example]) == examples_sha256([dataclasses.replace(example)])
     assert examples_sha256([example]) != examples_sha256([dataclasses.replace(example, **change)])
     assert examples_sha256([example]) != examples_sha256([example, example])
+
+
+def test_digests_do_not_depend_on_the_characters_that_python_knows():
+    for letter in ("\u00e9", "\U0001fae8", "\ud800"):  # the second is a character from Python 3.12 on
+        example = Example(0, (letter,), (" x", " y"), 1)
+        text = f"(0, ({ascii(letter)},), (' x', ' y'), 1)"
+        assert examples_sha256([example]) == hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,30 @@ def test_a_changed_tokenizer_has_another_digest(model):
     assert one.encode(["abc"]) != fewer.encode(["abc"])
     assert one.tokenizer_sha256 == same.tokenizer_sha256
     assert len({one.tokenizer_sha256, fewer.tokenizer_sha256, special.tokenizer_sha256}) == 3
+
+
+def test_a_tokenizer_has_one_digest_before_and_after_its_first_text(model):
+    from momentum_lm.lm.huggingface import HuggingFaceLM
+
+    digests = set()
+    for text in (None, "abc"):
+        made = tokenizer([("a", "b")])
+        made.backend_tokenizer.enable_padding(length=4)  # as a tokenizer.json may have it
+        made.backend_tokenizer.enable_truncation(2)
+        lm = HuggingFaceLM(model, made, "m", "")
+        if text is not None:
+            assert len(lm.encode([text])[0]) == 2
+        digests.add(lm.tokenizer_sha256)
+    assert len(digests) == 1
+
+
+def test_another_transformers_is_no_other_model(model):
+    from momentum_lm.lm.huggingface import HuggingFaceLM
+
+    described = HuggingFaceLM(model, tokenizer([("a", "b")]), "m", "").describe()
+    assert described["architecture"]["transformers_version"] == transformers.__version__
+    later = described | {"architecture": described["architecture"] | {"transformers_version": "99.0"}}
+    assert compared(later) == compared(described)
 
 
 def test_weights_that_are_replaced_after_loading_are_noticed(model, tmp_path):

@@ -89,30 +89,46 @@ class AccuracyDifference:
 
 
 def compare_accuracy(
-    a: ArrayLike, b: ArrayLike, seeds: Sequence[Hashable], n_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
+    a: ArrayLike,
+    b: ArrayLike,
+    seeds: Sequence[Hashable],
+    n_resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    asked: ArrayLike | None = None,
 ) -> AccuracyDifference:
     """Paired comparison of two classifiers in r pairs of runs.
 
     a, b (r, n) bool: whether each is right about each of the n examples in each run; ``seeds`` (r,) names each pair's draw of
     demonstrations. Runs of one seed (orders of the same demonstrations) are averaged first, then seeds. ``over_examples`` is a cluster
     bootstrap: examples are resampled, each with all of its runs, since its answers depend on each other (None for one example).
-    ``over_seeds`` is Student's interval of the seeds' paired differences. Raises ValueError for shapes that do not fit.
+    ``over_seeds`` is Student's interval of the seeds' paired differences. ``asked`` (r, n) bool: which examples each pair of runs was
+    asked about, where that is not all of them; examples, not places in a run, are resampled then too. Raises ValueError for shapes that
+    do not fit.
     """
     first, second = (np.atleast_2d(np.asarray(x, dtype=bool)) for x in (a, b))
     if first.shape != second.shape or first.ndim != 2 or len(first) != len(seeds) or first.size == 0:
         raise ValueError(f"need two arrays (runs, examples) and a seed for each run, got {first.shape}, {second.shape}, {len(seeds)}")
-    gaps = first.astype(np.float64) - second
+    there = np.ones(first.shape, dtype=bool) if asked is None else np.asarray(asked, dtype=bool)
+    if there.shape != first.shape or not (there.any(axis=0).all() and there.any(axis=1).all()):
+        raise ValueError(f"asked must be {first.shape}, and have every run and every example, got {there.shape}")
+    gaps = np.where(there, first.astype(np.float64) - second, 0.0)
     rows: dict[Hashable, list[int]] = {}
     for row, name in enumerate(seeds):
         rows.setdefault(name, []).append(row)
-    by_seed = np.stack([gaps[chosen].mean(axis=0) for chosen in rows.values()])  # (seeds, n)
+    by_seed, counts = (np.stack([x[chosen].mean(axis=0) for chosen in rows.values()]) for x in (gaps, there))  # (seeds, n)
     gap = by_seed.mean(axis=0)
-    tests = tuple(mcnemar(x, y) for x, y in zip(first, second, strict=True))
+    if not there.all():  # of the ratio, all differences by all answers, what each example adds
+        share = counts.mean(axis=0)
+        ratio = gap.sum() / share.sum()
+        gap = (gap - ratio * share) / share.mean() + ratio
+    tests = tuple(mcnemar(x[one], y[one]) for x, y, one in zip(first, second, there, strict=True))
     over_examples, p_value = bootstrap_difference(gap, n_resamples, seed, confidence) if gap.size > 1 else (None, 1.0)
+    means = by_seed.mean(axis=1) if there.all() else by_seed.sum(axis=1) / counts.sum(axis=1)
     return AccuracyDifference(
         difference=float(gap.mean()),
         over_examples=over_examples,
-        over_seeds=t_interval(by_seed.mean(axis=1), confidence) if len(rows) > 1 else None,
+        over_seeds=t_interval(means, confidence) if len(rows) > 1 else None,
         p_value=tests[0].p_value if len(tests) == 1 else p_value,
         tests=tests,
     )

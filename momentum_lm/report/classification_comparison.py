@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from momentum_lm.analysis.classification import AccuracyDifference, compare_accuracy
 from momentum_lm.analysis.statistics import Interval
@@ -26,7 +27,8 @@ VARIABLES = ("shots", "calibration")
 _READING = (
     "{intervals} Differences are in percentage points from {first}, over the same examples, paired by seed and order of demonstrations. "
     "The interval over examples (cluster bootstrap: an example is drawn with all its runs) says what other examples would give with these "
-    "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on these examples. "
+    "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on these examples (with "
+    "--fresh-queries: on others). "
     "p: exact McNemar test where there is one pair of runs, else of the bootstrap, and then at least 0.0002."
 )
 
@@ -148,26 +150,24 @@ class ClassificationComparison:
             other = [answers[number][run_key(run)] for _, run in pairs]
             for (run, _), one, two in zip(pairs, first, other, strict=True):
                 self._check_examples(run["dataset"], self.sides[number], one, two)
-            self.differences[place, number] = compare_accuracy(
-                np.stack([each.right for each in other]),
-                np.stack([each.right for each in first]),
-                [_draw(*pair)[0] for pair in pairs],
-                seed=self.seed,
-            )
+            asked, right = _aligned(first, other)
+            seeds = [_draw(*pair)[0] for pair in pairs]
+            self.differences[place, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed, asked=asked)
 
     def _pair(self, place: Place, side: Side) -> list[tuple[Run, Run]]:
-        """Runs that belong together. Without demonstrations all runs are the same one, which goes with any draw of the other side."""
+        """Runs that belong together: of the same draw. Without demonstrations all runs are the same one, which goes with
+        any draw of the other side, unless each seed has queries of its own."""
         first, other = self.sides[0].runs.get(place, {}), side.runs.get(place, {})
         if not first or not other:
             return []
-        zero, also = (next(iter(runs.values())) for runs in (first, other))
-        if zero["shots"] == also["shots"] == 0:
-            return [(zero, also)]
-        if zero["shots"] == 0:
-            return [(zero, run) for run in other.values()]
-        if also["shots"] == 0:
-            return [(run, also) for run in first.values()]
-        pairs = [(run, other[draw]) for draw, run in first.items() if draw in other]
+        zero, also = (next(iter(runs.values()))["shots"] == 0 for runs in (first, other))
+        draws = list(other if zero and not also else first)
+        if zero and also and not _fresh(first) and not _fresh(other):
+            draws = draws[:1]
+        both = ((_of_draw(first, draw), _of_draw(other, draw)) for draw in draws)
+        pairs = [(one, two) for one, two in both if one is not None and two is not None]
+        if zero or also:
+            return pairs
         where = _where(place)
         alone = len(first) + len(other) - 2 * len(pairs)
         if alone:
@@ -268,6 +268,33 @@ def differ(one: Run, other: Run, name: str) -> bool:
 
 def _where(place: Place) -> str:
     return ", ".join(f"{value} shots" if isinstance(value, int) else value for value in place)
+
+
+def _fresh(runs: Mapping[tuple[int, int], Run]) -> bool:
+    """Whether each seed has queries of its own."""
+    return len({run.get("examples_sha256") for run in runs.values()}) > 1
+
+
+def _of_draw(runs: Mapping[tuple[int, int], Run], draw: tuple[int, int]) -> Run | None:
+    """A cell's run for a seed and order."""
+    one = next(iter(runs.values()))
+    if one["shots"]:
+        return runs.get(draw)
+    return runs.get((draw[0], 0)) if _fresh(runs) else one
+
+
+def _aligned(first: Sequence[Answers], other: Sequence[Answers]) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_]]:
+    """Which of all examples each pair of runs was asked about, (r, n), None where it is all of them; and whether the
+    first and the other of a pair are right about them, (2, r, n)."""
+    examples = np.unique(np.concatenate([each.index for each in first]))
+    if all(len(each.index) == len(examples) for each in first):
+        return None, np.stack([np.stack([each.right for each in side]) for side in (first, other)])
+    asked = np.stack([np.isin(examples, each.index) for each in first])
+    right = np.zeros((2, *asked.shape), dtype=bool)
+    for number, side in enumerate((first, other)):
+        for row, each in enumerate(side):
+            right[number, row, asked[row]] = each.right
+    return asked, right
 
 
 def _draw(first: Run, other: Run) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from momentum_lm.data.classification import load_dataset
 from momentum_lm.data.dictionary import EOS
 from momentum_lm.errors import UserError
 from momentum_lm.report.classification import write_report
+from momentum_lm.report.classification_comparison import ClassificationComparison
 from momentum_lm.results import identity
 from momentum_lm.results.records import read_results
 from momentum_lm.studies.classification import KEY, Questions, Settings, Unit, evaluate, units
@@ -545,3 +546,11 @@ def test_fresh_queries_are_a_sample_for_each_seed(lm, films, tmp_path):
     alone = run(lm, [films], dataclasses.replace(settings, seeds=(2,)), tmp_path / "alone")["runs"]
     keys = ("accuracy", "prompts_sha256", "shots", "calibration")
     assert [[r[k] for k in keys] for r in runs if r["seed"] == 2] == [[r[k] for k in keys] for r in alone]
+    comparison = ClassificationComparison([tmp_path / "fresh"], between=("shots", [0, 2]))  # each seed's with its own
+    pairs = comparison.pairs[("films", "none"), 1]
+    assert [(one["seed"], two["seed"]) for one, two in pairs] == [(1, 1), (2, 2), (3, 3)]
+    found = {(r["seed"], r["shots"]): r["accuracy"] for r in runs if r["calibration"] == "none"}
+    gaps = [found[seed, 2] - found[seed, 0] for seed in (1, 2, 3)]
+    assert comparison.differences[("films", "none"), 1].difference == pytest.approx(np.mean(gaps))
+    calibrations = ClassificationComparison([tmp_path / "fresh"], between=("calibration", ["none", "domain_pmi"]))
+    assert {len(pairs) for pairs in calibrations.pairs.values()} == {3}  # without demonstrations too

@@ -109,14 +109,18 @@ def device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+_MOST = 2**53  # what every reader of JSON takes, and results.schema
+
+
 def integers(text: str, flag: str, least: int = 0, example: str = "0,4,16") -> list[int]:
     """``256,512`` -> [256, 512]. Raises UserError naming the flag for anything else, or a number below ``least``."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or min(values) < least:
-        raise UserError(f"{flag} {text}: give whole numbers from {least} on with commas between, such as {example}")
+    if not values or min(values) < least or max(values) > _MOST:
+        upward = "on" if not values or max(values) <= _MOST else f"to {_MOST:,}"
+        raise UserError(f"{flag} {text}: give whole numbers from {least} {upward} with commas between, such as {example}")
     return values
 
 

@@ -174,7 +174,9 @@ def _whole(head: list[int], query: list[tuple[list[int], int]]) -> list[tuple[li
 def _check(lm: LanguageModel, example: Example, tokens: list[int], start: int) -> None:
     where = f"example {example.index}"
     if start == 0:
-        raise UserError(f"{where} has no token before its continuation; give the template some text there, or add --bos yes")
+        raise UserError(
+            f"{where} has no token before its continuation; give the template some text there, or a fairseq checkpoint --bos '</s>'"
+        )
     if start == len(tokens):
         raise UserError(f"{where} has a continuation without tokens; mend its text in the data")
     if len(tokens) > lm.max_positions:

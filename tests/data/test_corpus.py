@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from momentum_lm.data.corpus import PrepareConfig, prepare
+from momentum_lm.data.corpus import PrepareConfig, _chunks, prepare
 from momentum_lm.data.dictionary import Dictionary
+from momentum_lm.data.encoding import DocumentStream
 from momentum_lm.data.indexed import IndexedDataset
+from momentum_lm.data.selection import Splitter
+from momentum_lm.data.sources import find_sources
 from momentum_lm.data.tokenizer import load_tokenizer
 from momentum_lm.errors import UserError
 
@@ -703,3 +706,22 @@ def test_a_killed_worker_is_told_and_the_work_kept(jsonl, tmp_path, prepared, mo
     prepare(config(tmp_path / "data", jsonl), workers=1, say=said.append)
     assert said[0].startswith("going on after document")
     assert content(tmp_path / "data") == content(prepared[0])
+
+
+@pytest.mark.parametrize("last", ["a document", "the first", ""])
+def test_what_was_saved_at_the_end_is_known_again(tmp_path, last):
+    """A duplicate or an empty line may follow the last document that counts."""
+    path = tmp_path / "lines.txt"
+    path.write_text(f"the first\nthe second\n{last}\n")
+
+    def stream():
+        return DocumentStream(find_sources([str(path)], "text", "line"), seed=1)
+
+    whole = list(_chunks(stream(), Splitter(0, 0), {"read": 0}))
+    ended = stream()
+    assert sum(len(chunk.documents) for chunk in whole) == len(list(ended))
+    assert whole[-1].counts == ended.counts()
+    assert list(_chunks(stream(), Splitter(0, 0), whole[-1].counts)) == []
+    path.write_text(f"the first\nanother\n{last}\n")
+    with pytest.raises(UserError, match="sources have changed"):
+        list(_chunks(stream(), Splitter(0, 0), whole[-1].counts))

@@ -102,9 +102,9 @@ def compare_accuracy(
     a, b (r, n) bool: whether each is right about each of the n examples in each run; ``seeds`` (r,) names each pair's draw of
     demonstrations. Runs of one seed (orders of the same demonstrations) are averaged first, then seeds. ``over_examples`` is a cluster
     bootstrap: examples are resampled, each with all of its runs, since its answers depend on each other (None for one example).
-    ``over_seeds`` is Student's interval of the seeds' paired differences. ``asked`` (r, n) bool: which examples each pair of runs was
-    asked about, where that is not all of them; examples, not places in a run, are resampled then too. Raises ValueError for shapes that
-    do not fit.
+    ``over_seeds`` is Student's interval of the seeds' paired differences. ``asked`` (r, n) bool: which examples
+    each pair of runs was asked about, where that is not all of them; examples, not places in a run, are resampled then
+    too. Raises ValueError for shapes that do not fit.
     """
     first, second = (np.atleast_2d(np.asarray(x, dtype=bool)) for x in (a, b))
     if first.shape != second.shape or first.ndim != 2 or len(first) != len(seeds) or first.size == 0:
@@ -116,7 +116,8 @@ def compare_accuracy(
     rows: dict[Hashable, list[int]] = {}
     for row, name in enumerate(seeds):
         rows.setdefault(name, []).append(row)
-    by_seed, counts = (np.stack([x[chosen].mean(axis=0) for chosen in rows.values()]) for x in (gaps, there))  # (seeds, n)
+    # (seeds, n) each
+    by_seed, counts = (np.stack([x[chosen].mean(axis=0) for chosen in rows.values()]) for x in (gaps, there))
     gap = by_seed.mean(axis=0)
     if not there.all():  # of the ratio, all differences by all answers, what each example adds
         share = counts.mean(axis=0)

@@ -120,7 +120,8 @@ def integers(text: str, flag: str, least: int = 0, example: str = "0,4,16") -> l
         values = []
     if not values or min(values) < least or max(values) > _MOST:
         upward = "on" if not values or max(values) <= _MOST else f"to {_MOST:,}"
-        raise UserError(f"{flag} {text}: give whole numbers from {least} {upward} with commas between, such as {example}")
+        what = f"whole numbers from {least} {upward} with commas between"
+        raise UserError(f"{flag} {text}: give {what}, such as {example}")
     return values
 
 

@@ -27,8 +27,8 @@ VARIABLES = ("shots", "calibration")
 _READING = (
     "{intervals} Differences are in percentage points from {first}, over the same examples, paired by seed and order of demonstrations. "
     "The interval over examples (cluster bootstrap: an example is drawn with all its runs) says what other examples would give with these "
-    "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on these examples (with "
-    "--fresh-queries: on others). "
+    "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on these examples "
+    "(with --fresh-queries: on others). "
     "p: exact McNemar test where there is one pair of runs, else of the bootstrap, and then at least 0.0002."
 )
 

@@ -282,9 +282,15 @@ class HuggingFaceLM:
             try:
                 plain = self._plain_log_probs(torch.stack([ids[0], changed, other]))[..., targets]
                 expected = torch.cat([plain[0, first:], self._plain_log_probs(short[None])[0, first:, targets]])
+            except torch.OutOfMemoryError:
+                raise  # of a GPU, which others may fill
             except Exception as error:
                 reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 raise UserError(f"{self.name} ({kind}) does not run on text alone: {reason}") from error
+            if plain.isnan().any():
+                raise UserError(
+                    f"{self.name} ({kind}) gives probabilities of NaN: its weights are broken, or too large for {self.dtype}"
+                )
             if apart(plain[1, :first], plain[0, :first]) > close:
                 raise UserError(
                     f"{self.name} ({kind}) is not a causal language model: what it predicts depends on tokens that come later; "
@@ -297,6 +303,8 @@ class HuggingFaceLM:
                 try:
                     prefix = self.encode_prefix(ids[0, :first].tolist())
                     found = self.log_probs(tokens, padding, row, position, targets.repeat(len(rows)), prefix).view(len(rows), -1)
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception:  # whatever a model does not take
                     return False
                 return apart(found, expected) <= close

@@ -69,10 +69,13 @@ def shortened_windows(model: Any) -> Iterator[None]:
 
 def apart(found: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference of (n, k) values, relative to the spread of the k, at the worst of n positions; at the median one
-    in half precision, where rounding sends a token to another expert now and then. Infinite where a value is not a number."""
-    difference = (found.float() - expected.float()).square().mean(-1).sqrt()
-    relative = difference / expected.float().std(-1).clamp(min=1e-6)
-    value = (relative.max() if expected.dtype in (torch.float32, torch.float64) else relative.median()).item()
+    in half precision, where rounding sends a token to another expert now and then. Infinite where a value is not a number. Of logarithms of
+    probabilities those of 0, which a model may give to tokens that it never saw, say nothing."""
+    exact = expected.dtype in (torch.float32, torch.float64)
+    given = ~expected.isneginf().flatten(0, -2).all(0)
+    found, expected = found[..., given].float(), expected[..., given].float()
+    relative = (found - expected).square().mean(-1).sqrt() / expected.std(-1).clamp(min=1e-6)
+    value = (relative.max() if exact else relative.median()).item()
     return value if value == value else float("inf")
 
 

@@ -14,6 +14,9 @@ from momentum_lm.files import LockTaken, sign_lock, take_lock
 _log = logging.getLogger(__name__)
 NAME = ".training.lock"
 PATIENCE = 2.0  # seconds in which a killed process may still be ending
+# and in which that of another machine may: 30 until torchrun kills it, 90 until a file server gives up the locks of a dead machine
+PATIENCE_AGAIN = 100.0
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _MARK = b"momentum_lm: training by process "
 _signed: dict[str, tuple[int, int]] = {}  # our lock files by their paths
 _held: dict[tuple[int, int], int] = {}  # device and inode -> the file descriptor that has the lock
@@ -29,7 +32,7 @@ def hold(folder: str | os.PathLike[str]) -> None:
     try:
         if os.path.exists(path) and _identity(os.stat(path)) in _held:
             return
-        file = take_lock(path, PATIENCE)
+        file = take_lock(path, _patience())
     except LockTaken as taken:
         text = taken.content
         who = text.removeprefix(_MARK).decode(errors="replace").strip() if text.startswith(_MARK) else "unknown"
@@ -45,6 +48,11 @@ def hold(folder: str | os.PathLike[str]) -> None:
     if os.pread(file, len(_MARK), 0) in (b"", _MARK):  # nobody else's file
         _signed[os.path.abspath(path)] = _identity(os.fstat(file))
         sign_lock(file, f"{_MARK.decode()}{os.getpid()} on {socket.gethostname()}\n")
+
+
+def _patience() -> float:
+    again = any(os.environ.get(name, "") not in ("", "0") for name in _RESTARTS)
+    return PATIENCE_AGAIN if again else PATIENCE
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

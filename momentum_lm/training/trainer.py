@@ -270,7 +270,8 @@ class Trainer(FairseqTrainer):
         if not (reset_optimizer or reset_lr_scheduler):
             self.skipped.update(extra_state.get("skipped", {}))
         if not reset_optimizer:
-            vars(_early_stop()).update(_counts(extra_state.get("early_stop")))
+            if not self.cfg.checkpoint.reset_meters:  # as fairseq does with its record of the best loss
+                vars(_early_stop()).update(_counts(extra_state.get("early_stop")))
             self._end_if_over(filename, own, extra_state)
         return extra_state
 
@@ -284,13 +285,15 @@ class Trainer(FairseqTrainer):
         """fairseq's loop would make an update before it looks whether there are any left."""
         options, updates, hours = self.cfg.optimization, self.get_num_updates(), self._previous_training_time / 3600
         patience, bad = self.cfg.checkpoint.patience, vars(_early_stop()).get("num_runs", 0)
+        # with --reset-dataloader fairseq begins with the first epoch again
+        epoch = 1 if self.cfg.checkpoint.reset_dataloader else extra_state["train_iterator"]["epoch"]
         if 0 < options.max_update <= updates:
             why = f"{updates} updates, and --max-update {options.max_update}"
         elif 0 < options.stop_time_hours < hours:
             why = f"{hours:.2f} hours of training, and --stop-time-hours {options.stop_time_hours:g}"
         elif 0 < patience <= bad:
             why = f"{bad} validations without improvement, and --patience {patience}"
-        elif 0 < options.max_epoch < extra_state["train_iterator"]["epoch"]:
+        elif 0 < options.max_epoch < epoch:
             why = f"all of its epochs, and --max-epoch {options.max_epoch}"
         else:
             return

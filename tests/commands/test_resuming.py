@@ -69,6 +69,22 @@ def test_a_run_that_lost_its_patience_trains_no_more(train_here, log, tmp_path):
     assert trained(log) == [last + 1]
 
 
+def test_a_run_that_is_over_goes_on_where_what_ended_it_is_to_be_forgotten(train_here, log, tmp_path):
+    """Its epochs with --reset-dataloader, its validations without improvement with --reset-meters."""
+    epochs = [*OURS, "--max-epoch", "1", "--batch-size", "400"]
+    train_here(tmp_path / "epochs", *epochs, updates=100)
+    last = trained(log)[-1]
+    assert last < 100
+    train_here(tmp_path / "epochs", *epochs, "--reset-dataloader", updates=100)
+    assert trained(log) == list(range(last + 1, 2 * last + 1))
+    bad = ["--arch", "gpt_lm_tiny", "--validate-interval-updates", "2", "--patience", "1", "--lr", "30"]
+    train_here(tmp_path / "bad", *bad, updates=100)
+    last = trained(log)[-1]
+    assert last < 100
+    train_here(tmp_path / "bad", *bad, "--reset-meters", updates=last + 1)
+    assert trained(log) == [last + 1]
+
+
 def test_more_updates_go_on_and_none_with_another_runs_checkpoint_are_an_error(train_here, log, tmp_path):
     train_here(tmp_path / "a", *OURS, updates=3)
     train_here(tmp_path / "a", *OURS, updates=5)

@@ -228,6 +228,15 @@ def test_tensors_of_no_use_are_named(make, what, tmp_path):
         load_checkpoint(tmp_path / "c.pt")
 
 
+@pytest.mark.parametrize("value", [{("a", 1): 2}, {("a", 1)}])
+def test_a_tuple_for_a_name_takes_trust_and_is_no_damage(value, tmp_path):
+    torch.save({"task_state": value}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"holds a tuple for a name, .* add --trust-checkpoint") as caught:
+        load_checkpoint(tmp_path / "c.pt")
+    assert not isinstance(caught.value, TornCheckpoint)
+    assert load_checkpoint(tmp_path / "c.pt", trust=True)["task_state"] == value
+
+
 def test_an_expanded_tensor_has_more_numbers_than_the_file(tmp_path):
     torch.save({"model": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "c.pt")
     with pytest.raises(TornCheckpoint, match=r"a tensor of shape \(1000000, 1000000\), and 1 numbers"):

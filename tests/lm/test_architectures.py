@@ -20,7 +20,7 @@ from momentum_lm.icl import finetuning  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM  # noqa: E402
 from momentum_lm.lm.momentum_attention import add_momentum  # noqa: E402
 from momentum_lm.lm.tracing import AttentionTrace, tracing  # noqa: E402
-from momentum_lm.lm.verification import shortened_windows, switch_length, trial_lengths  # noqa: E402
+from momentum_lm.lm.verification import apart, shortened_windows, switch_length, trial_lengths  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("causal_models.py")
 _spec = importlib.util.spec_from_file_location("causal_models", SCRIPT)
@@ -77,6 +77,34 @@ def test_a_model_that_sees_the_future_is_refused():
     assert outcome == "right"
     with pytest.raises(UserError, match="its output projection stands elsewhere"):
         models.attention_apart(lm)
+
+
+def test_tokens_that_are_never_predicted_are_no_sign_of_anything():
+    """Ours after ``momentum-lm convert`` gives them a probability of 0."""
+    from momentum_lm.convert.remote.configuration_momentum_lm import MomentumLMConfig
+    from momentum_lm.convert.remote.modeling_momentum_lm import MomentumLMForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MomentumLMConfig(**sizes, momentum_kind="ema", absent_tokens=list(range(60, 90)), max_position_embeddings=128)
+    lm = HuggingFaceLM(MomentumLMForCausalLM(config), models.Tokenizer(), "absent", "0")
+    assert lm.shares_prefixes
+    assert apart(torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([[1.0, 2.0, -torch.inf]])) == 0
+    assert apart(torch.tensor([[1.0, -torch.inf]] * 2), torch.tensor([[1.0, 2.0]] * 2)) == torch.inf
+    assert apart(torch.tensor([[1.0, torch.nan]]), torch.tensor([[1.0, torch.nan]])) == torch.inf
+
+
+def test_a_model_of_nan_or_too_large_for_the_gpu_is_not_called_something_else(monkeypatch):
+    model = models.tiny("llama")
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"llama \(LlamaForCausalLM\) gives probabilities of NaN: .* too large for torch\.float32"):
+        HuggingFaceLM(model, models.Tokenizer(), "llama", "0")
+
+    def fill(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(model), "forward", fill)
+    with pytest.raises(torch.OutOfMemoryError):
+        HuggingFaceLM(model, models.Tokenizer(), "llama", "0")
 
 
 def test_rotary_factors_that_grow_with_length():

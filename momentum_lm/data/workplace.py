@@ -46,13 +46,20 @@ def reserved(output: Path) -> Iterator[Path]:
     try:
         yield work
     finally:
-        if os.listdir(work) == ["lock"]:
-            (work / "lock").unlink()
-            work.rmdir()
-            if created:
-                with contextlib.suppress(OSError):  # by now somebody else has put something there
+        empty = False
+        try:
+            empty = os.listdir(work) == ["lock"]
+            if empty:
+                (work / "lock").unlink()
+        finally:
+            os.close(lock)
+        if empty:
+            # not sooner: on a network file system an open file stays in its folder, under another name; nor for certain,
+            # for by now somebody else may have put something there
+            with contextlib.suppress(OSError):
+                work.rmdir()
+                if created:
                     output.rmdir()
-        os.close(lock)
 
 
 def check_output(output: Path) -> None:

@@ -37,11 +37,21 @@ Place = tuple[Any, ...]  # of a row: dataset, shots and calibration, but for wha
 
 @dataclass(frozen=True)
 class Side:
-    """What stands beside others: a name, its folder, and its runs by place, seed and order."""
+    """What stands beside others: a name, its folder, its runs by place, seed and order, and whether each seed has queries
+    of its own."""
 
     name: str
     folder: Path
     runs: dict[Place, dict[tuple[int, int], Run]]
+    fresh: bool
+
+    def of_draw(self, place: Place, draw: tuple[int, int]) -> Run | None:
+        """The run of a seed and order; without demonstrations there is one for all orders, and mostly for all seeds."""
+        runs = self.runs[place]
+        one = next(iter(runs.values()))
+        if one["shots"]:
+            return runs.get(draw)
+        return runs.get((draw[0], 0)) if self.fresh else one
 
 
 class ClassificationComparison:
@@ -66,7 +76,9 @@ class ClassificationComparison:
         paths = [Path(folder) for folder in folders]
         if between is None:
             named = list(names) if names else short_names(folders)
-            self.sides = [Side(n, p, self._places(r["runs"])) for n, p, r in zip(named, paths, self.results, strict=True)]
+            self.sides = [
+                Side(n, p, self._places(r["runs"]), _fresh(r)) for n, p, r in zip(named, paths, self.results, strict=True)
+            ]
         else:
             self.sides = list(self._settings(paths, *between))
         self.differences: dict[tuple[Place, int], AccuracyDifference] = {}  # by place and number of the side
@@ -115,7 +127,8 @@ class ClassificationComparison:
         for value in values:
             if value not in there:
                 raise UserError(f"--between {variable}: {folders[0]} has no runs with {value}, only with {', '.join(map(str, there))}")
-            yield Side(str(value), folders[0], self._places([run for run in runs if run[variable] == value]))
+            chosen = [run for run in runs if run[variable] == value]
+            yield Side(str(value), folders[0], self._places(chosen), _fresh(self.results[0]))
 
     def _places(self, runs: Sequence[Run]) -> dict[Place, dict[tuple[int, int], Run]]:
         names = [name for name in ("dataset", *VARIABLES) if name != self.varied]
@@ -161,12 +174,11 @@ class ClassificationComparison:
         if not first or not other:
             return []
         zero, also = (next(iter(runs.values()))["shots"] == 0 for runs in (first, other))
-        draws = list(other if zero and not also else first)
-        if zero and also and not _fresh(first) and not _fresh(other):
-            draws = draws[:1]
-        both = ((_of_draw(first, draw), _of_draw(other, draw)) for draw in draws)
+        alike = zero and also and not self.sides[0].fresh and not side.fresh
+        draws = list(other if zero and not also else first)[: 1 if alike else None]
+        both = ((self.sides[0].of_draw(place, draw), side.of_draw(place, draw)) for draw in draws)
         pairs = [(one, two) for one, two in both if one is not None and two is not None]
-        if zero or also:
+        if alike or zero != also:
             return pairs
         where = _where(place)
         alone = len(first) + len(other) - 2 * len(pairs)
@@ -270,17 +282,8 @@ def _where(place: Place) -> str:
     return ", ".join(f"{value} shots" if isinstance(value, int) else value for value in place)
 
 
-def _fresh(runs: Mapping[tuple[int, int], Run]) -> bool:
-    """Whether each seed has queries of its own."""
-    return len({run.get("examples_sha256") for run in runs.values()}) > 1
-
-
-def _of_draw(runs: Mapping[tuple[int, int], Run], draw: tuple[int, int]) -> Run | None:
-    """A cell's run for a seed and order."""
-    one = next(iter(runs.values()))
-    if one["shots"]:
-        return runs.get(draw)
-    return runs.get((draw[0], 0)) if _fresh(runs) else one
+def _fresh(results: Mapping[str, Any]) -> bool:
+    return bool(results["config"].get("fresh_queries"))
 
 
 def _aligned(first: Sequence[Answers], other: Sequence[Answers]) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_]]:

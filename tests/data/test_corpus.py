@@ -19,6 +19,7 @@ from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.data.selection import Splitter
 from momentum_lm.data.sources import find_sources
 from momentum_lm.data.tokenizer import load_tokenizer
+from momentum_lm.data.workplace import reserved
 from momentum_lm.errors import UserError
 
 
@@ -725,3 +726,16 @@ def test_what_was_saved_at_the_end_is_known_again(tmp_path, last):
     path.write_text(f"the first\nanother\n{last}\n")
     with pytest.raises(UserError, match="sources have changed"):
         list(_chunks(stream(), Splitter(0, 0), whole[-1].counts))
+
+
+def test_on_a_network_file_system_an_open_file_stays_in_its_folder(tmp_path, monkeypatch):
+    def unlink(path, missing_ok=False):
+        os.rename(path, path.with_name(".nfs01"))
+
+    with monkeypatch.context() as network:
+        real, remove = os.close, Path.unlink
+        network.setattr("pathlib.Path.unlink", unlink)
+        network.setattr("os.close", lambda file: (remove(tmp_path / "out" / ".prepare" / ".nfs01"), real(file)))
+        with reserved(tmp_path / "out"):
+            pass
+    assert os.listdir(tmp_path) == []

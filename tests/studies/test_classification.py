@@ -554,3 +554,5 @@ def test_fresh_queries_are_a_sample_for_each_seed(lm, films, tmp_path):
     assert comparison.differences[("films", "none"), 1].difference == pytest.approx(np.mean(gaps))
     calibrations = ClassificationComparison([tmp_path / "fresh"], between=("calibration", ["none", "domain_pmi"]))
     assert {len(pairs) for pairs in calibrations.pairs.values()} == {3}  # without demonstrations too
+    both = ClassificationComparison([tmp_path / "fresh", tmp_path / "alone"])
+    assert "films, 0 shots, none: 2 runs of fresh or alone have no counterpart and are not compared." in both.notes

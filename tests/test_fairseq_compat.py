@@ -375,6 +375,19 @@ def test_a_task_for_any_checkpoint_replaces_the_checkpoints_own(trained, fairseq
         assert load(**ours) == ("language_modeling", "new", True, "cross_entropy")
 
 
+@pytest.mark.parametrize("trained", ["cfg"], indirect=True)
+def test_options_that_name_others_are_read_as_stock_fairseq_reads_them(trained, fairseq):
+    """Of a checkpoint of fairseq-hydra-train from the spring of 2021, when it did not write what they mean."""
+    from fairseq import checkpoint_utils
+
+    state = load_checkpoint(trained)
+    state["cfg"] |= {"common": {"seed": 5}, "optimization": {"lr": [0.1]}, "lr_scheduler": {"_name": "fixed", "lr": "${optimization.lr}"}}
+    state["cfg"]["task"]["seed"] = "${common.seed}"
+    torch.save(state, trained)
+    cfg = checkpoint_utils.load_checkpoint_to_cpu(str(trained))["cfg"]
+    assert cfg.task.seed == 5 and cfg.lr_scheduler.lr == [0.1]
+
+
 ODD = {
     "no options": ({"cfg": None}, "it has no options"),
     "options that are a text": ({"cfg": "a: 1"}, "its cfg is of type str, not a dict"),

@@ -134,7 +134,11 @@ def _check_optimizer(state: Any) -> None:
 
 
 def check_options(state: Mapping[str, Any]) -> None:
-    """Of a checkpoint's ``cfg`` and ``args``, types and amounts. Raises UserError naming the option."""
+    """Of a checkpoint's ``cfg`` and ``args``, types and amounts. Raises UserError naming the option.
+
+    An option that is but the name of another plain one, as fairseq of the spring of 2021 left it for omegaconf to look
+    up, gets that one's value here.
+    """
     cfg, args = state.get("cfg"), state.get("args")
     if cfg is not None and not isinstance(cfg, Mapping):
         raise UserError(f"its cfg is of type {type(cfg).__name__}, not a dict")
@@ -151,6 +155,8 @@ def check_options(state: Mapping[str, Any]) -> None:
         for where, value in level:
             inner = vars(value) if isinstance(value, argparse.Namespace) else value
             if isinstance(inner, Mapping):
+                if isinstance(inner, dict) and isinstance(cfg, Mapping):
+                    inner.update({name: _referred(cfg, entry) for name, entry in inner.items() if _refers(entry)})
                 following += [(f"{where}.{shown(name)}", entry) for name, entry in inner.items()]
             elif isinstance(inner, (list, tuple, set)):
                 following += [(where, entry) for entry in inner]
@@ -158,9 +164,7 @@ def check_options(state: Mapping[str, Any]) -> None:
                 raise UserError(f"its option {where} is a tensor")
             elif isinstance(inner, str) and len(inner) > _MAX_TEXT:
                 raise UserError(f"its option {where} has {len(inner):,} characters")
-            elif (
-                isinstance(inner, str) and "${" in inner
-            ):  # omegaconf would look it up, in the environment too; fairseq writes what it found
+            elif _refers(inner):  # omegaconf would look it up, in the environment too
                 raise UserError(f"its option {where} refers to something else: {shown(inner)}")
             elif isinstance(inner, int) and inner.bit_length() > 64:
                 raise UserError(f"its option {where} is a number of {inner.bit_length()} bits")
@@ -171,6 +175,34 @@ def check_options(state: Mapping[str, Any]) -> None:
             return
         level = following
     raise UserError(f"its options lie in one another, more than {_MAX_LEVELS} deep")
+
+
+_REFERENCE = re.compile(r"\$\{(\w{1,100}(?:\.\w{1,100}){0,9})\}")
+_MAX_REFERENCES = 10  # one to the next, and so on
+
+
+def _refers(entry: Any) -> bool:
+    return isinstance(entry, str) and "${" in entry
+
+
+def _referred(cfg: Mapping[str, Any], text: str) -> Any:
+    """The plain option, or list of such, that ``${GROUP.OPTION}`` means; ``text`` itself where it means none."""
+    value: Any = text
+    for _ in range(_MAX_REFERENCES):
+        match = _REFERENCE.fullmatch(value)
+        if not match:
+            return text
+        value = cfg
+        for name in match[1].split("."):
+            inner = vars(value) if isinstance(value, argparse.Namespace) else value
+            if not isinstance(inner, Mapping) or name not in inner:
+                return text
+            value = inner[name]
+        if not _refers(value):
+            parts = value if isinstance(value, list) else [value]
+            plain = all(isinstance(part, (str, int, float, type(None))) and not _refers(part) for part in parts)
+            return value if plain else text
+    return text
 
 
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")

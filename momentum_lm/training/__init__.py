@@ -34,7 +34,9 @@ def load_task_state(task: Any, state: dict[str, Any]) -> None:
     from momentum_lm.data.dictionary import DIGEST, check_symbols
 
     state = dict(state) if isinstance(state, Mapping) else {}
-    check_symbols(task.source_dictionary.symbols, state.pop(DIGEST, None), f"the dictionary of {getattr(task.args, 'data', 'the data')}")
+    options = getattr(task, "args", None) or task.cfg  # as tasks of fairseq's older and newer kind call them
+    whose = f"the dictionary of {getattr(options, 'data', 'the data')}"
+    check_symbols(task.source_dictionary.symbols, state.pop(DIGEST, None), whose)
     task.state.merge_state_dict(state)
 
 

@@ -14,7 +14,8 @@ from momentum_lm.files import LockTaken, sign_lock, take_lock
 _log = logging.getLogger(__name__)
 NAME = ".training.lock"
 PATIENCE = 2.0  # seconds in which a killed process may still be ending
-# and in which that of another machine may: 30 until torchrun kills it, 90 until a file server gives up the locks of a dead machine
+# and in which that of another machine may: 30 until torchrun kills it, 90 until a file server gives up the locks of a
+# machine that is dead
 PATIENCE_AGAIN = 100.0
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _MARK = b"momentum_lm: training by process "

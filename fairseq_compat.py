@@ -489,7 +489,7 @@ def _nested_groups(module: ModuleType) -> None:
     import argparse
 
     def add_argument_group(group: Any, *args: Any, **kwargs: Any) -> Any:
-        return group._container.add_argument_group(*args, **kwargs)
+        return group  # its arguments are listed with those of the group around it
 
     if sys.version_info >= (3, 14):
         kind: Any = argparse._ArgumentGroup

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from momentum_lm.errors import UserError, main_guard
+from momentum_lm.system import isolated_children
 
 from .options import Parser
 
@@ -69,4 +70,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--task {task or 'is missing'}: choose one of {', '.join(TASKS)}")
     module = importlib.import_module(TASKS[task].module)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(argv))
+    with isolated_children():
+        return module.run(parser.parse_args(argv))

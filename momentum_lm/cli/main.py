@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from momentum_lm import __version__
 from momentum_lm.errors import UserError, main_guard
+from momentum_lm.system import isolated_children
 
 _COMMANDS = {
     "prepare": "turn text into the binarised data that fairseq-train reads",
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(argv[0], commands(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands())}"
         raise UserError(f"momentum-lm has no command {argv[0]!r}; {hint}")
-    result: int | None = importlib.import_module(f"momentum_lm.cli.{argv[0]}").main(argv[1:])
+    with isolated_children():  # from Python 3.14 on, a progress bar starts a process that looks after its lock
+        result: int | None = importlib.import_module(f"momentum_lm.cli.{argv[0]}").main(argv[1:])
     return result or 0
 
 

@@ -109,7 +109,8 @@ def test_the_newest_whole_checkpoint_is_that_of_the_most_updates(train_here, log
     epochs = tmp_path / "epochs"
     epochs.mkdir()
     shutil.copy(newest, epochs / "checkpoint2.pt")
-    shutil.copy(next(tmp_path.glob("checkpoint_*_8.pt")), epochs / "checkpoint_1_8.pt")
+    older = [path for path in tmp_path.glob("checkpoint_*_*.pt") if int(path.stem.split("_")[2]) < 10]
+    shutil.copy(max(older, key=lambda path: int(path.stem.split("_")[2])), epochs)
     os.utime(epochs / "checkpoint2.pt", (1, 1))
     train_here(epochs, *words, updates=11)
     assert f"going on from {epochs / 'checkpoint2.pt'}" in log.text and trained(log) == [11]

@@ -1,7 +1,7 @@
 # Sourced by test.sh and quickstart.sh, with bash and `set -euo pipefail`, from the repository root: makes the virtual environment
 # or reuses it, and puts it first on PATH. Safe to repeat after an interruption and to run twice at once.
 #   VENV     its folder (default .venv). One that exists already is used as it is, with the packages installed into it.
-#   PYTHON   the interpreter to make it with, 3.11 or later (default: the first suitable one on PATH; tested: 3.11 to 3.14)
+#   PYTHON   the interpreter to make it with, 3.11 or later (default: the first suitable one on PATH; tested: 3.11, 3.12, 3.14)
 
 setup_fail() {
     echo "error: $*" >&2

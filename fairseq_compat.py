@@ -153,7 +153,8 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
-    # Of the call that is under way: how it reads, whether a checkpoint of the trainer, and what will be made of its options.
+    # Of the call that is under way: how it reads, whether a checkpoint of the trainer, and what will be made of its
+    # options.
     mmap, whole = False, False
     building: tuple[str, ...] = ()
 
@@ -423,7 +424,9 @@ def _broadcast(module: ModuleType) -> None:
 
 
 def _isolated_workers(module: ModuleType) -> None:
-    """The processes that a command starts, one a device, import nothing from the current folder: it may hold data of others."""
+    """The processes that a command starts, one a device, import nothing from the current folder: it may hold data of
+    others.
+    """
     import functools
 
     stock = module.call_main
@@ -562,7 +565,9 @@ def _options(module: ModuleType) -> None:
         parser.add_argument("--trust-checkpoint", action=Trust, nargs=0, dest=argparse.SUPPRESS, help=text)
 
         def error(message: str) -> NoReturn:
-            parser.exit(2, f"error: {message}; {parser.prog} --help lists the options\n")  # its usage is a hundred lines
+            parser.exit(
+                2, f"error: {message}; {parser.prog} --help lists the options\n"
+            )  # its usage is a hundred lines
 
         parser.error = error  # type: ignore[method-assign]
         return parser
@@ -603,7 +608,12 @@ def _quiet(module: ModuleType) -> None:
     """Hides deprecation warnings about fairseq's own use of hydra and torch: its users can do nothing about them."""
     import warnings
 
-    for message in (r"(?s).*hydra\.cc/docs", "hydra.experimental", r"`torch\.cuda\.amp\.autocast", "'pin_memory' argument"):
+    for message in (
+        r"(?s).*hydra\.cc/docs",
+        "hydra.experimental",
+        r"`torch\.cuda\.amp\.autocast",
+        "'pin_memory' argument",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -85,7 +85,10 @@ def appending(path: str | os.PathLike[str], sync: bool = False) -> Iterator[IO[s
     """Opens a file to add lines to; with ``sync`` they are on disk afterwards. Raises OSError naming ``path``, and
     UserError for what is no ordinary file."""
     path = Path(path)
-    with naming(path), os.fdopen(open_ordinary(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+    with (
+        naming(path),
+        os.fdopen(open_ordinary(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file,
+    ):
         yield file
         file.flush()
         if sync:
@@ -123,8 +126,9 @@ def kind(mode: int) -> str:
 
 
 def check_readable(path: str | os.PathLike[str]) -> os.stat_result:
-    """What ``stat`` gives. Raises UserError for a link to nothing, a folder, and a device or a pipe, reading which might
-    take for ever; OSError where there is nothing."""
+    """What ``stat`` gives. Raises UserError for a link to nothing, a folder, and a device or a pipe, reading which
+    might take for ever; OSError where there is nothing.
+    """
     if os.path.islink(path) and not os.path.exists(path):
         raise UserError(f"{os.fspath(path)} is a link to {os.readlink(path)}, where there is nothing; mend the link")
     status = os.stat(path)
@@ -140,8 +144,9 @@ def refuse_pipes(*paths: str | os.PathLike[str]) -> None:
 
 
 def open_ordinary(path: str | os.PathLike[str], flags: int, follow: bool = False) -> int:
-    """A descriptor of an ordinary file, or with ``follow`` of what a link leads to. Raises OSError as ``open`` does, and
-    UserError for a device or a pipe, at once and without a change to it."""
+    """A descriptor of an ordinary file, or with ``follow`` of what a link leads to. Raises OSError as ``open`` does,
+    and UserError for a device or a pipe, at once and without a change to it.
+    """
     if not follow:
         check_ordinary(path)
         flags |= os.O_NOFOLLOW
@@ -290,8 +295,8 @@ class LockTaken(Exception):
 
 
 def take_lock(path: str | os.PathLike[str], patience: float = 0) -> int:
-    """A descriptor of the file ``path``, made if need be and left as it is, which nobody else has locked until this process
-    closes it or ends. (On a file system without locks, others may have it too.)
+    """A descriptor of the file ``path``, made if need be and left as it is, which nobody else has locked until this
+    process closes it or ends. (On a file system without locks, others may have it too.)
 
     Raises LockTaken where another process keeps it for ``patience`` seconds more, UserError for what is no ordinary
     file, and OSError as ``open`` does.

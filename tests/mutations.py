@@ -687,7 +687,9 @@ def _corpus(folder: Path, name: str) -> None:
     makers: dict[str, Callable[[], bytes]] = {
         "txt": lambda: "\n\n".join(TEXTS).encode(),
         "csv": lambda: _csv(TEXTS),
-        "tsv": lambda: _csv([" ".join(t.split()) for t in TEXTS], delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None),
+        "tsv": lambda: _csv(
+            [" ".join(t.split()) for t in TEXTS], delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None
+        ),
         "jsonl": lambda: "".join(lines).encode(),
         "jsonl.gz": lambda: gzip.compress("".join(lines).encode(), mtime=0),
         "jsonl.zst": lambda: b"".join(zstd.compress("".join(part).encode()) for part in (lines[:5], lines[5:])),
@@ -832,8 +834,9 @@ def outcome(reader: Reader, folder: Path) -> str:
 
 
 def run(name: str, folder: Path, first: int = 0, count: int = 1000) -> dict[int, str]:
-    """Mutations of one reader's files, each read in a limited child process -> what is wrong, by its number (-1: with all
-    of them together)."""
+    """Mutations of one reader's files, each read in a limited child process -> what is wrong, by its number (-1: with
+    all of them together).
+    """
     reader = READERS[name]
     good, work = folder / "good", folder / "work"
     good.mkdir(parents=True)

@@ -470,7 +470,8 @@ def test_what_fairseq_does_not_know_is_said_before_it_is_made(case, trained, fai
     with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint_utils.load_model_ensemble_and_task([str(trained)])
     assert "trained.pt" in str(caught.value) and "\n" not in str(caught.value)
-    checkpoint_utils.load_checkpoint_to_cpu(str(trained))  # training takes states and weights, and makes nothing of these
+    # training takes states and weights, and makes nothing of these
+    checkpoint_utils.load_checkpoint_to_cpu(str(trained))
 
 
 def test_odd_dictionaries_are_one_line_in_fairseq_too(fairseq, tmp_path):
@@ -551,7 +552,8 @@ def test_options_that_fairseq_itself_evaluates_mean_what_they_meant(fairseq):
         texts |= {value for value in vars(args).values() if isinstance(value, str)}
     lists = [text for text in texts if text.startswith("[")]
     assert len(lists) >= 10 and any("] * 2 + [" in text for text in lists)
-    units = str({"audio": "a.wav", "hubert_km100": " ".join(map(str, range(100))) * 100})  # a line of fairseq's CodeDataset
+    # a line of fairseq's CodeDataset
+    units = str({"audio": "a.wav", "hubert_km100": " ".join(map(str, range(100))) * 100})
     for text in [*lists, units, "(0.9, 0.98)", "1e-3,2", "-1", "None", "True", "{'a': [1]}", " 3"]:
         assert fairseq_compat._plain_value(text) == eval(text)
     from fairseq import utils
@@ -804,7 +806,8 @@ def test_train_names_a_torn_checkpoint_and_a_missing_one(train, tmp_path):
         assert missing.returncode == 1
         assert missing.stderr.strip().splitlines()[-1] == f"error: --restore-file {name} does not exist"
     assert last.stat().st_size == 5000
-    assert train("--restore-file", "elsewhere.pt", "--save-dir", tmp_path / "other").returncode == 0  # fairseq's own models start afresh
+    # fairseq's own models start afresh
+    assert train("--restore-file", "elsewhere.pt", "--save-dir", tmp_path / "other").returncode == 0
     torn = train(*save)
     assert torn.returncode == 1 and torn.stderr.strip().splitlines()[-1].startswith(f"error: {last} (5,000 bytes) is torn")
 

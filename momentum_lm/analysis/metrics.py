@@ -214,9 +214,9 @@ def training_attention(
 ) -> TrainingAttention:
     """Kendall's tau-b and recall@k between ICL's and FT's attention to the demonstrations' tokens.
 
-    icl (..., N): logits from the query row to the demonstrations' tokens, -inf for those that attention does not see, which come last;
-    all NaN where it sees none; ft (..., N): :func:`query_products` for the same tokens.
-    ``lengths`` gives each demonstration's number of tokens, sum N; BOS and separators are left out by the caller. Returns (...).
+    icl (..., N): logits from the query row to the demonstrations' tokens, -inf for those that attention does not see,
+    which come last; all NaN where it sees none; ft (..., N): :func:`query_products` for the same tokens. ``lengths``
+    gives each demonstration's number of tokens, sum N; BOS and separators are left out by the caller. Returns (...).
 
     ``corrected=False``, the authors' code: icl and ft are sums over heads; weights are their softmax over the N tokens, which may
     underflow to ties; a demonstration's weight is the sum of its tokens'. ``True``: for maps of single heads, (..., H, N), to be averaged
@@ -263,7 +263,8 @@ def random_training_attention(icl: ArrayLike, lengths: Sequence[int], key: int |
 
 
 def softmax(logits: ArrayLike) -> Floats:
-    """Softmax along the last axis, (..., N) -> (..., N), in float64. Entries more than about 745 below the largest are 0; NaN where all are
+    """Softmax along the last axis, (..., N) -> (..., N), in float64. Entries more than about 745 below the largest are
+    0; NaN where all are
     -inf."""
     x = np.asarray(logits, dtype=np.float64)
     with np.errstate(invalid="ignore"):
@@ -277,7 +278,8 @@ def example_sums(weights: ArrayLike, lengths: Sequence[int]) -> Floats:
 
 
 def example_scores(logits: ArrayLike, lengths: Sequence[int]) -> Floats:
-    """Log of the mean of exp(logit) over each demonstration's tokens, (..., N) -> (..., M): mean attention per token, up to a constant;
+    """Log of the mean of exp(logit) over each demonstration's tokens, (..., N) -> (..., M): mean attention per token,
+    up to a constant;
     -inf where all are."""
     x, starts = np.asarray(logits, dtype=np.float64), _starts(lengths)
     top = np.maximum.reduceat(x, starts, axis=-1)

@@ -31,9 +31,10 @@ def kendall_tau(a: ArrayLike, b: ArrayLike) -> Floats:
 def recall_at_k(found: ArrayLike, wanted: ArrayLike, k: int) -> Floats:
     """Share of the k largest entries of ``wanted`` that are among the k largest of ``found``, along the last axis.
 
-    found, wanted (..., n), broadcast against each other -> (...). Of equal entries the first ones count as larger. Where n < k (the
-    authors' code stops there) k is n, and recall is 1. Entries of -inf, what attention does not see, are never found. NaN for rows with a
-    NaN, or without anything to find. Raises ValueError for k < 1, no entries, or unequal n.
+    found, wanted (..., n), broadcast against each other -> (...). Of equal entries the first ones count as larger.
+    Where n < k (the authors' code stops there) k is n, and recall is 1. Entries of -inf, what attention does not see,
+    are never found. NaN for rows with a NaN, or without anything to find. Raises ValueError for k < 1, no entries, or
+    unequal n.
     """
     first, second = _paired(found, wanted)
     k = min(k, first.shape[-1])
@@ -85,7 +86,9 @@ def _ranks(x: Floats, y: Floats) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     x, y = (np.take_along_axis(v, order, axis=1) for v in (x, y))
     order = np.argsort(y, axis=1)
     with np.errstate(invalid="ignore"):  # -inf twice is a tie
-        plain: NDArray[np.bool_] = np.all([(np.diff(v, axis=1) > 0).all(1) for v in (x, np.take_along_axis(y, order, axis=1))], axis=0)
+        plain: NDArray[np.bool_] = np.all(
+            [(np.diff(v, axis=1) > 0).all(1) for v in (x, np.take_along_axis(y, order, axis=1))], axis=0
+        )
     return _places(order), plain
 
 
@@ -102,14 +105,18 @@ def _tau_of_tied(x: Floats, y: Floats) -> Floats:
     x, y = (np.take_along_axis(v, order, axis=1) for v in (x, y))
     new_x, new_y = (v[:, 1:] != v[:, :-1] for v in (x, y))
     ties_x, ties_both = _tied_pairs(new_x), _tied_pairs(new_x | new_y)
-    order = np.argsort(y, axis=1, kind="stable")  # stable: entries tied in y get ranks in the order they stand in, so are no inversion
+    order = np.argsort(
+        y, axis=1, kind="stable"
+    )  # stable: entries tied in y get ranks in the order they stand in, so are no inversion
     y = np.take_along_axis(y, order, axis=1)
     ties_y = _tied_pairs(y[:, 1:] != y[:, :-1])
     pairs = order.shape[1] * (order.shape[1] - 1) // 2
     score = pairs - ties_x - ties_y + ties_both - 2 * _inversions(_places(order))
     undefined |= (ties_x == pairs) | (ties_y == pairs)
     with np.errstate(invalid="ignore", divide="ignore"):
-        tau = score / np.sqrt((pairs - ties_x).astype(np.float64) * (pairs - ties_y))  # one root: equal rankings give 1 exactly
+        tau = score / np.sqrt(
+            (pairs - ties_x).astype(np.float64) * (pairs - ties_y)
+        )  # one root: equal rankings give 1 exactly
     return np.where(undefined, np.nan, tau)
 
 
@@ -139,7 +146,9 @@ def _inversions(rank: NDArray[np.int32]) -> NDArray[np.int64]:
         half = 1 << bit
         groups = line.reshape(rows, -1, 2 * half)
         high = (groups & half).astype(bool)
-        total += ((~high).astype(np.float64) @ np.arange(2.0 * half)).sum(axis=1) - groups.shape[1] * (half * (half - 1) / 2)
+        total += ((~high).astype(np.float64) @ np.arange(2.0 * half)).sum(axis=1) - groups.shape[1] * (
+            half * (half - 1) / 2
+        )
         line = np.stack([groups[~high].reshape(rows, -1, half), groups[high].reshape(rows, -1, half)], axis=2)
     rest = _compare_pairs(line.reshape(-1, 1 << _DIRECT) & ((1 << _DIRECT) - 1))
     return total.astype(np.int64) + rest.reshape(rows, -1).sum(1)  # exact: whole numbers far below 2^53

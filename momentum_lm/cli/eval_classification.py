@@ -105,7 +105,11 @@ def run(args: argparse.Namespace) -> int:
     if args.fresh_queries and (args.limit is None or args.protocol == "paper"):
         raise UserError("--fresh-queries: samples of their own for each seed need a --limit, and --protocol default")
     settings = dataclasses.replace(
-        settings_from(args), score=args.score, calibrations=calibrations, orders=args.orders, fresh_queries=args.fresh_queries
+        settings_from(args),
+        score=args.score,
+        calibrations=calibrations,
+        orders=args.orders,
+        fresh_queries=args.fresh_queries,
     )
     lm = load_model(args)
     keep_memory()
@@ -128,7 +132,9 @@ def settings_from(args: argparse.Namespace) -> Settings:
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.bos in FAIRSEQ_BOS and args.path is None:
-        raise UserError(f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no")
+        raise UserError(
+            f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no"
+        )
     names = dict.fromkeys(args.datasets.split(","))
     check_names([load_spec(name, _template(args)) for name in names])  # now, not after a large model was read
     paper = args.protocol == "paper"

@@ -112,7 +112,9 @@ def summary(result: dict[str, Any], output: str) -> str:
         )
     if not result["tokenizer"]["lossless"]:
         lines.append("note: this tokenizer normalises text; decoding does not give it back exactly")
-    no_valid = "" if "valid" in splits else " --disable-validation --valid-subset train"  # fairseq loads one all the same
+    no_valid = (
+        "" if "valid" in splits else " --disable-validation --valid-subset train"
+    )  # fairseq loads one all the same
     lines.append(
         f"next: fairseq-train {shlex.quote(output)} --task language_modeling --arch momentum_lm_tiny --tokens-per-sample 512 "
         f"--max-tokens 8192 --optimizer adam --lr 0.001 --max-update 1000 --save-dir {shlex.quote(output.rstrip('/') + '-model')}{no_valid}"

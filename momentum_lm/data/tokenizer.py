@@ -344,7 +344,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return SentencePieceTokenizer(path, dictionary)
     models = sorted(folder.glob("*.model"))
     if len(models) > 1:
-        raise UserError(f"{folder} has several SentencePiece models ({', '.join(m.name for m in models)}); name the file that is meant")
+        raise UserError(
+            f"{folder} has several SentencePiece models ({', '.join(m.name for m in models)}); name the file that is meant"
+        )
     if models:
         return SentencePieceTokenizer(models[0], dictionary)
     if (folder / "encoder.json").exists() or (folder / "vocab.bpe").exists():
@@ -360,7 +362,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     """Whether :func:`load_tokenizer` would find a tokenizer's files in a folder."""
     folder = Path(folder)
-    return any(folder.glob("*.model")) or any((folder / name).exists() for name in ("encoder.json", "vocab.bpe", "tokenizer.json"))
+    return any(folder.glob("*.model")) or any(
+        (folder / name).exists() for name in ("encoder.json", "vocab.bpe", "tokenizer.json")
+    )
 
 
 def _one_line(piece: str) -> str:

@@ -54,7 +54,8 @@ def reserved(output: Path) -> Iterator[Path]:
         finally:
             os.close(lock)
         if empty:
-            # not sooner: on a network file system an open file stays in its folder, under another name; nor for certain,
+            # not sooner: on a network file system an open file stays in its folder, under another name; nor for
+            # certain,
             # for by now somebody else may have put something there
             with contextlib.suppress(OSError):
                 work.rmdir()
@@ -154,8 +155,9 @@ def _refuse_what_is_not_ours(work: Path) -> None:
 
 
 def _clear(work: Path) -> None:
-    """Removes what is ours, and nothing else, but for the lock. It may be killed at any moment: what says that other files
-    are good goes first, the mark last."""
+    """Removes what is ours, and nothing else, but for the lock. It may be killed at any moment: what says that other
+    files are good goes first, the mark last.
+    """
     first, last = ("state.json", "plan.json"), "config.json"
     for name in sorted(os.listdir(work), key=lambda name: (name == last, name not in first)):
         if _is_ours(name):

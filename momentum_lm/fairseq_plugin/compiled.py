@@ -1,7 +1,8 @@
 """NumPy forms of the extensions that fairseq compiles: block indices, batch indices, BLEU counts.
 
-fairseq_compat puts them in the place of ``token_block_utils_fast``, ``data_utils_fast`` and ``libbleu`` where fairseq was
-installed without a compiler. They return what the compiled forms return (fairseq 0.12.2), which the tests hold them to.
+fairseq_compat puts them in the place of ``token_block_utils_fast``, ``data_utils_fast`` and ``libbleu`` where fairseq
+was installed without a compiler. They return what the compiled forms return (fairseq 0.12.2), which the tests hold them
+to.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ Indices = npt.NDArray[np.int64]
 def slice_indices(sizes: Indices, break_mode: str | None, block_size: int, document_sep_len: int) -> Indices:
     """The blocks of a corpus, (blocks, 2): where each begins and ends, in tokens.
 
-    ``sizes`` are the sentences' lengths. ``break_mode``: "none" cuts every ``block_size`` tokens; "eos" makes each sentence a block;
-    "complete" joins whole sentences up to ``block_size``; "complete_doc" the same within documents, which sentences of
-    ``document_sep_len`` tokens separate, and drops blocks of less than two tokens. Raises ValueError for another ``break_mode``.
+    ``sizes`` are the sentences' lengths. ``break_mode``: "none" cuts every ``block_size`` tokens; "eos" makes each
+    sentence a block; "complete" joins whole sentences up to ``block_size``; "complete_doc" the same within documents,
+    which sentences of ``document_sep_len`` tokens separate, and drops blocks of less than two tokens. Raises ValueError
+    for another ``break_mode``.
     """
     ends = np.cumsum(sizes)
     starts = ends - sizes
@@ -37,7 +39,8 @@ def slice_indices(sizes: Indices, break_mode: str | None, block_size: int, docum
     if break_mode not in ("complete", "complete_doc"):
         raise ValueError(f"Invalid break_mode: {break_mode}")
 
-    # The sentence after the block that begins with each sentence: as many as fit, or one with tokens where that is too long.
+    # The sentence after the block that begins with each sentence: as many as fit, or one with tokens where that is too
+    # long.
     following = np.maximum(
         np.searchsorted(ends, starts + block_size, side="right"), np.searchsorted(ends, starts, side="right") + 1
     ).clip(max=len(sizes))
@@ -50,7 +53,9 @@ def slice_indices(sizes: Indices, break_mode: str | None, block_size: int, docum
         following[separators] = separators + 1
         starts[separators] = ends[separators]  # a block of no tokens, which is dropped below
     firsts = np.fromiter(_chain(following.tolist()), dtype=np.int64)
-    blocks = np.stack([starts[firsts], ends[following[firsts] - 1]], axis=1) if len(firsts) else np.zeros((0, 2), np.int64)
+    blocks = (
+        np.stack([starts[firsts], ends[following[firsts] - 1]], axis=1) if len(firsts) else np.zeros((0, 2), np.int64)
+    )
     return blocks[blocks[:, 1] - blocks[:, 0] >= shortest]
 
 
@@ -63,11 +68,15 @@ def _chain(following: list[int]) -> Iterator[int]:
 
 
 def block_to_dataset_index(sizes: Indices, blocks: Indices) -> Indices:
-    """The sentences of each block, (blocks, 3): the first one, the offset in it, the last one. ``blocks`` as from `slice_indices`."""
+    """The sentences of each block, (blocks, 3): the first one, the offset in it, the last one. ``blocks`` as from
+    `slice_indices`.
+    """
     starts = np.concatenate([[0], np.cumsum(sizes)])
 
     def seek(positions: Indices) -> tuple[Indices, Indices]:
-        """The sentence of each token and the offset in it: of several that begin there, all but one of them empty, the first."""
+        """The sentence of each token and the offset in it: of several that begin there, all but one of them empty, the
+        first.
+        """
         at = np.searchsorted(starts, positions)
         at = np.where(starts[at.clip(max=len(sizes))] == positions, at, at - 1)
         return at, positions - starts[at]
@@ -84,8 +93,9 @@ def block_to_dataset_index(sizes: Indices, blocks: Indices) -> Indices:
 def batch_by_size_vec(
     indices: Indices, num_tokens: Indices, max_tokens: int, max_sentences: int, bsz_mult: int
 ) -> list[Indices]:
-    """``indices`` in order, cut into batches of at most ``max_sentences`` sentences, whose number times the longest one's
-    ``num_tokens`` is at most ``max_tokens`` (no limit: 0 or less). Batches of ``bsz_mult`` sentences or more have a multiple of it.
+    """``indices`` in order, cut into batches of at most ``max_sentences`` sentences, whose number times the longest
+    one's ``num_tokens`` is at most ``max_tokens`` (no limit: 0 or less). Batches of ``bsz_mult`` sentences or more have
+    a multiple of it.
     """
     if len(indices) == 0:
         return []
@@ -95,7 +105,8 @@ def batch_by_size_vec(
     most = max_sentences if max_sentences > 0 else count
     if max_tokens > 0 and longest > 0:
         fitting = min(max_tokens // longest, count)  # as many fit, whichever they are
-        if fitting == count or int(np.partition(sizes, fitting)[fitting]) * (fitting + 1) > max_tokens:  # and one more never fits
+        # and one more never fits
+        if fitting == count or int(np.partition(sizes, fitting)[fitting]) * (fitting + 1) > max_tokens:
             most, max_tokens = min(most, fitting), 0
     if max_tokens <= 0 or longest * most <= max_tokens:  # only their number counts, as with blocks of one length
         step = _multiple(most, bsz_mult)
@@ -113,7 +124,8 @@ def _multiple(count: int, bsz_mult: int) -> int:
 def _batch_ends(sizes: list[int], max_tokens: int, most: int, bsz_mult: int) -> list[int]:
     """Where batches end, but for the last one."""
     ends = []
-    start = end = 0  # the batch so far; the sentences from its end on are left over until they make its size a multiple again
+    # the batch so far; the sentences from its end on are left over until they make its size a multiple again
+    start = end = 0
     longest = left_over = 0  # tokens of the longest sentence in the batch, and in what is left over
     for position, size in enumerate(sizes):
         left_over = max(left_over, size)
@@ -164,7 +176,9 @@ def batch_fixed_shapes(
 
 
 def add_bleu_counts(stat: Any, reference: Sequence[int], prediction: Sequence[int], pad: int, eos: int) -> None:
-    """Adds a pair of sentences to ``stat``: ``reflen``, ``predlen``, and ``matchN`` of ``countN`` n-grams for N from 1 to 4."""
+    """Adds a pair of sentences to ``stat``: ``reflen``, ``predlen``, and ``matchN`` of ``countN`` n-grams for N from 1
+    to 4.
+    """
     reference, prediction = (_trimmed(list(sentence), pad, eos) for sentence in (reference, prediction))
     stat.reflen += len(reference)
     stat.predlen += len(prediction)

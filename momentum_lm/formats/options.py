@@ -49,7 +49,8 @@ def flag(options: Mapping[str, Any], name: str) -> bool:
 
 
 def count(entry: Any, what: str, least: int = 0, most: int = _MAX_COUNT) -> int:
-    """A whole number of a checkpoint, ``what`` by name, from ``least`` to ``most``. Raises UserError for anything else."""
+    """A whole number of a checkpoint, ``what`` by name, from ``least`` to ``most``. Raises UserError for anything else.
+    """
     if isinstance(entry, bool) or not isinstance(entry, int) or not least <= entry <= most:
         raise UserError(f"its {what} is {shown(repr(entry))}, not a whole number of at least {least}")
     return entry
@@ -216,7 +217,8 @@ def num_layers(names: Mapping[str, Any]) -> int:
 def check_sizes(
     tensors: Mapping[str, Tensor], layers: int, dim: int, ffn_dim: int, positions: int = 0, divided: bool = False
 ) -> None:
-    """Whether a decoder's tensors, of any shape, by their names without ``decoder.``, are as many and as large as it says.
+    """Whether a decoder's tensors, of any shape, by their names without ``decoder.``, are as many and as large as it
+    says.
 
     It costs nothing, and comes before a model of these options is made, which can take any amount of time and memory.
     ``positions`` 0: not learned. ``divided``: these are one part of a checkpoint's, of which only widths can be told.

@@ -170,8 +170,9 @@ def blocks(model: Any) -> list[nn.Module]:
 
 
 def _block_outputs(model: Any, tokens: Tensor) -> tuple[list[Tensor], dict[nn.Module, bool], Tensor]:
-    """The output (1, T, C) of every block, none with a way back to the block before it; the blocks that give it in a tuple; and the
-    model's logits."""
+    """The output (1, T, C) of every block, none with a way back to the block before it; the blocks that give it in a
+    tuple; and the model's logits.
+    """
     outputs: list[Tensor] = []
     tuples: dict[nn.Module, bool] = {}
 
@@ -202,8 +203,8 @@ def _unembedding(
 ) -> Callable[[Tensor], Tensor]:
     """Hidden states (N, C) -> logits (N, V), as the model makes them of its last block's output.
 
-    tuples: the model's blocks, and whether they give a tuple; tokens (1, N): any; hidden, logits: what the last block gave, and the model
-    made of it. Raises UserError where that cannot be repeated.
+    tuples: the model's blocks, and whether they give a tuple; tokens (1, N): any; hidden, logits: what the last block
+    gave, and the model made of it. Raises UserError where that cannot be repeated.
     """
     if isinstance(model, Decoder):
         return lambda states: model.output_projection(model.layer_norm(states))

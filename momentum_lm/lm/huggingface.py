@@ -35,9 +35,9 @@ class HuggingFaceLM:
     """A causal model of ``transformers`` in evaluation mode. Prompts begin as its tokenizer begins a text; demonstrations are
     separated by an empty line (by ``</s>`` for XGLM, the form in which fairseq's dense LMs are published: they never saw line breaks).
 
-    The model is tried on a few dozen tokens first: scores after a shared prefix must be those of whole prompts. Where they are not,
-    prompts are read as a whole, with a warning. Raises UserError for a model that sees the future, or that gives other predictions
-    however it is run.
+    The model is tried on a few dozen tokens first: scores after a shared prefix must be those of whole prompts. Where
+    they are not, prompts are read as a whole, with a warning. Raises UserError for a model that sees the future, or
+    that gives other predictions however it is run.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, sha256: str, unchanged: Unchanged | None = None) -> None:
@@ -202,13 +202,24 @@ class HuggingFaceLM:
         return self._read(tokens, given, rows, positions, targets)
 
     def _separate_log_probs(
-        self, tokens: Tensor, seen: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: SharedPrefix | tuple[int, ...] | None
+        self,
+        tokens: Tensor,
+        seen: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        prefix: SharedPrefix | tuple[int, ...] | None,
     ) -> Tensor:
         """Each row by itself, whole: in some models the longest row of a batch changes what all of them give."""
         if being_traced():
             limit = "" if self._switch_length is None else f" beyond {self._switch_length} tokens"
-            raise UserError(f"{self.name} gives other predictions for rows that are read together{limit}: its attention cannot be analysed")
-        before = torch.tensor(() if prefix is None else tuple(prefix.ids if isinstance(prefix, SharedPrefix) else prefix), dtype=torch.long)
+            raise UserError(
+                f"{self.name} gives other predictions for rows that are read together{limit}: its attention cannot be analysed"
+            )
+        before = torch.tensor(
+            () if prefix is None else tuple(prefix.ids if isinstance(prefix, SharedPrefix) else prefix),
+            dtype=torch.long,
+        )
         found = torch.empty(len(rows))
         for row in rows.unique().tolist():
             asked = rows == row
@@ -225,7 +236,9 @@ class HuggingFaceLM:
         if self._takes_cache_position:  # transformers 4
             given["cache_position"] = together.positions[0]
         with packed(together):
-            return self._read(tokens[seen][None], given, torch.zeros_like(rows), together.number[rows, positions], targets)
+            return self._read(
+                tokens[seen][None], given, torch.zeros_like(rows), together.number[rows, positions], targets
+            )
 
     @cached_property
     def _packs_rows(self) -> bool:
@@ -233,7 +246,9 @@ class HuggingFaceLM:
         from transformers import DynamicCache
 
         window = any(type(layer).__name__ != "DynamicLayer" for layer in DynamicCache(config=self.model.config).layers)
-        momentum = getattr(self.config, "momentum_kind", "none") != "none"  # its past is values that packed rows do not see
+        momentum = (
+            getattr(self.config, "momentum_kind", "none") != "none"
+        )  # its past is values that packed rows do not see
         if window or momentum:
             return False
         prefix, tokens = self.encode_prefix([1, 2, 3]), torch.tensor([[4, 5, 6], [7, 0, 0]])
@@ -252,7 +267,8 @@ class HuggingFaceLM:
         places, which = torch.unique(torch.stack([rows, positions]), dim=1, return_inverse=True)
         row, place = places.to(self.device)
         if self._selects_logits:
-            # The output projection sees what is asked alone; what the model does to logits after it, such as capping, stays.
+            # The output projection sees what is asked alone; what the model does to logits after it, such as capping,
+            # stays.
             output: Any = self.model.get_output_embeddings()
             hook = output.register_forward_pre_hook(lambda module, inputs: (inputs[0][row, place][None],))
             try:
@@ -264,7 +280,9 @@ class HuggingFaceLM:
         return F.log_softmax(logits.float(), -1)[which.to(self.device), targets.to(self.device)].cpu()
 
     def _verify(self) -> None:
-        """Tries the model, and settles on the quickest way of reading prompts in which it gives what it gives for whole prompts alone."""
+        """Tries the model, and settles on the quickest way of reading prompts in which it gives what it gives for whole
+        prompts alone.
+        """
         first, whole = trial_lengths(self.config, self.max_positions)
         ids = trial_tokens(self.config, self.vocab_size, 4, whole)
         other, changed = ids[0].clone(), ids[0].clone()
@@ -302,7 +320,9 @@ class HuggingFaceLM:
                 row, position = (x.repeat_interleave(len(targets)) for x in (rows, positions))
                 try:
                     prefix = self.encode_prefix(ids[0, :first].tolist())
-                    found = self.log_probs(tokens, padding, row, position, targets.repeat(len(rows)), prefix).view(len(rows), -1)
+                    found = self.log_probs(tokens, padding, row, position, targets.repeat(len(rows)), prefix).view(
+                        len(rows), -1
+                    )
                 except torch.OutOfMemoryError:
                     raise
                 except Exception:  # whatever a model does not take
@@ -316,9 +336,15 @@ class HuggingFaceLM:
                 if right():
                     break
             else:
-                raise UserError(f"{self.name} ({kind}) gives other predictions for the same prompt when it is read again or in a batch")
+                raise UserError(
+                    f"{self.name} ({kind}) gives other predictions for the same prompt when it is read again or in a batch"
+                )
         if not self.shares_prefixes:
-            why = "remembers more than keys and values" if remembers_more else "gives something else after keys and values of a prefix"
+            why = (
+                "remembers more than keys and values"
+                if remembers_more
+                else "gives something else after keys and values of a prefix"
+            )
             one_by_one = "" if self._pads_rows else " and one by one"
             _log.warning("%s %s: prompts are read as a whole%s, which takes longer", self.name, why, one_by_one)
 
@@ -360,7 +386,9 @@ def load_huggingface(
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **given)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         if "trust_remote_code" in str(error):
-            raise UserError(f"--hf-model {name} brings code of its own: add --trust-checkpoint if you trust it") from error
+            raise UserError(
+                f"--hf-model {name} brings code of its own: add --trust-checkpoint if you trust it"
+            ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"--hf-model {name} does not load: {reason}") from error
     digest = _digest(name, gguf_file, model)

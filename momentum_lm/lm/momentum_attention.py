@@ -43,9 +43,9 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
     model's configuration names, so that models that share it have them too. Another one that is set afterwards is without, as is a saved
     copy.
 
-    Source: arXiv 2212.10559, section 5. Raises UserError, naming the command line's flag, for a decay that is none, and for a model with
-    momentum of its own, another attention than SDPA, attention that transformers' interface does not reach, or one that does not see what
-    its masks show: each is tried on a few tokens.
+    Source: arXiv 2212.10559, section 5. Raises UserError, naming the command line's flag, for a decay that is none, and
+    for a model with momentum of its own, another attention than SDPA, attention that transformers' interface does not
+    reach, or one that does not see what its masks show: each is tried on a few tokens.
     """
     from .tracing import attention_modules, check_attention  # which itself needs this module
 

@@ -75,7 +75,8 @@ class NativeLM:
         self.trained_on = Path(trained_on) if trained_on else None  # the folder of data that the checkpoint names
         self.packed_documents = packed_documents  # whether it was trained on packed documents
         self.bos = bos
-        self.dictionary = dictionary  # the digest of its symbols (data.dictionary.symbols_digest), where the checkpoint tells
+        # the digest of its symbols (data.dictionary.symbols_digest), where the checkpoint tells
+        self.dictionary = dictionary
         self.tokenizer_path = Path(tokenizer_path) if tokenizer_path else path
 
     @property
@@ -251,7 +252,9 @@ def load_native(
 
 
 def _dictionary_digest(state: Mapping[str, Any]) -> str | None:
-    """The digest of the symbols that the checkpoint was trained with (data.dictionary.symbols_digest), if our task wrote it."""
+    """The digest of the symbols that the checkpoint was trained with (data.dictionary.symbols_digest), if our task
+    wrote it.
+    """
     task_state = state.get("task_state")
     digest = task_state.get(DIGEST) if isinstance(task_state, Mapping) else None
     return digest if isinstance(digest, str) else None

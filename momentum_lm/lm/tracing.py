@@ -33,15 +33,16 @@ class AttentionTrace:
     ``positions`` (N, P): the columns of the first N rows that are looked at; None: every row and column, and then queries only.
 
     outputs: (N, P, C) attention output after its output projection, before dropout and residual; momentum included
-    logits: (N, P, H, S) fp32, what the softmax is of: q k^T with the query already scaled, over all keys, a prefix's first; soft-capped
-        where a model does so, with what it adds for positions, and -inf at what it does not see, such as the future
+    logits: (N, P, H, S) fp32, what the softmax is of: q k^T with the query already scaled, over all keys, a prefix's
+        first; soft-capped where a model does so, with what it adds for positions, and -inf at what it does not see,
+        such as the future
     queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is not found and it does
         turn them), or (B, T, H * D) without positions
     With ``projections``, inputs: (B, T, C) what goes into the projections; keys, values: (B, T, Hkv * D) what comes out, before rotary
         positions; empty where attention takes no keys and values that are those of projections of their own
-    With ``relax``, heads, relaxed: (N, P, H, D) fp32 softmax attention, and the same without softmax, the queries' scale, soft-capping
-        and what is added for positions (section 3.1 of the paper); relaxed_outputs: (N, P, C) the latter in place of the former in
-        ``outputs``; empty where more than the output projection stands between
+    With ``relax``, heads, relaxed: (N, P, H, D) fp32 softmax attention, and the same without softmax, the queries'
+        scale, soft-capping and what is added for positions (section 3.1 of the paper); relaxed_outputs: (N, P, C) the
+        latter in place of the former in ``outputs``; empty where more than the output projection stands between
     """
 
     def __init__(self, positions: Tensor | None = None, projections: bool = False, relax: bool = False) -> None:
@@ -67,10 +68,13 @@ class AttentionTrace:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        """query (B, H, T, D), key and value (B, H or fewer, S, D) as they are used; plain (B, T, H * D): the query before rotary.
+        """query (B, H, T, D), key and value (B, H or fewer, S, D) as they are used; plain (B, T, H * D): the query
+        before rotary.
 
-        mask (B or 1, H or 1, T, S): True at what is seen, or added to the logits; None: everything up to the query's own place. softcap:
-        logits are softcap * tanh(logits / softcap). sinks (H,): logits of a further key, which has no value."""
+        mask (B or 1, H or 1, T, S): True at what is seen, or added to the logits; None: everything up to the query's
+        own place. softcap: logits are softcap * tanh(logits / softcap). sinks (H,): logits of a further key, which has
+        no value.
+        """
         plain = query.transpose(1, 2).flatten(2) if plain is None else plain.flatten(2)
         if self.positions is None:
             self.queries.append(plain.detach() * scale)
@@ -105,7 +109,8 @@ class AttentionTrace:
         return mask.detach()[rows, :, columns]
 
     def read_wrongly(self, output: Tensor) -> bool:
-        """Whether the last layer's ``heads`` are not what its attention gave, output (B, T, H, D), at these positions."""
+        """Whether the last layer's ``heads`` are not what its attention gave, output (B, T, H, D), at these positions.
+        """
         found, expected = self.heads[-1].flatten(2), self._at(output).float().flatten(2)
         error = (found - expected).norm() / expected.norm().clamp(min=1e-6)
         return bool(error.isfinite() & (error > tolerance(output.dtype)))
@@ -132,7 +137,9 @@ class AttentionTrace:
 
 
 def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A mask of transformers' attention interface (..., T, S) -> what it adds to logits, if anything, and True at what is seen."""
+    """A mask of transformers' attention interface (..., T, S) -> what it adds to logits, if anything, and True at what
+    is seen.
+    """
     if mask.dtype == torch.bool:
         return None, mask
     seen = mask > torch.finfo(mask.dtype).min / 2
@@ -140,8 +147,10 @@ def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def full_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, bias: Tensor | None) -> Tensor | None:
-    """What an attention of transformers' interface sees, (B or 1, H or 1, T, S) as of :func:`split_mask`; None: everything up to the
-    query's own place, where there are as many keys as queries. bias: what is added to logits beside the mask."""
+    """What an attention of transformers' interface sees, (B or 1, H or 1, T, S) as of :func:`split_mask`; None:
+    everything up to the query's own place, where there are as many keys as queries. bias: what is added to logits
+    beside the mask.
+    """
     length, total = query.shape[2], key.shape[2]
     if attention_mask is None and (bias is not None or length != total or not causal):
         attention_mask = torch.ones(1, 1, length, total, dtype=torch.bool, device=query.device)
@@ -159,7 +168,9 @@ def full_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor, causal:
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention as :meth:`AttentionTrace.attention` describes it, where SDPA knows no soft-capping and no sinks: (B, T, H, D)."""
+    """Attention as :meth:`AttentionTrace.attention` describes it, where SDPA knows no soft-capping and no sinks: (B, T,
+    H, D).
+    """
     groups, parts = query.shape[1] // key.shape[1], []
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     column = torch.arange(key.shape[2], device=key.device)
@@ -283,10 +294,11 @@ class Anatomy:
     """How the attention modules of one model are read, settled by a trial: see :func:`_try`.
 
     modules: in the order in which they run; one that stands in several layers comes as often.
-    queries: the submodule whose result is the query before rotary positions, None for one of the projections to queries, keys and values at
-        once; whether its heads come before time, and the factor to the query that is used. Modules that are not here have no such.
-    projects: the output projection, between attention and the module's output. Modules that are not here have more between.
-    keys: whether keys and values are those of :func:`key_value_weights`
+    queries: the submodule whose result is the query before rotary positions, None for one of the projections to
+        queries, keys and values at once; whether its heads come before time, and the factor to the query that is used.
+        Modules that are not here have no such.
+    projects: the output projection, between attention and the module's output. Modules that are not here have more
+    between. keys: whether keys and values are those of :func:`key_value_weights`
     """
 
     modules: list[nn.Module]
@@ -307,7 +319,8 @@ class _Reading:
 
     def __post_init__(self) -> None:
         self.attention = with_momentum(self._compute, added_momentum(self.model))
-        """What the model computes, momentum included; ``without_momentum`` is then what it was added to, (B, T, H, D)."""
+        """What the model computes, momentum included; ``without_momentum`` is then what it was added to, (B, T, H, D).
+        """
 
     def _compute(self, *given: Any, **options: Any) -> Any:
         result = _compute(*given, **options)
@@ -389,7 +402,8 @@ class _Trial:
     """What a trial notes of each attention module: the tensors by which its parts are known."""
 
     def __init__(self) -> None:
-        self.results: dict[nn.Module, list[tuple[nn.Module, Any, Any]]] = {}  # of every part: itself, what it was given, what it gave
+        # of every part: itself, what it was given, what it gave
+        self.results: dict[nn.Module, list[tuple[nn.Module, Any, Any]]] = {}
         self.used: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}  # query, key, value
         self.joined: dict[nn.Module, Tensor] = {}  # attention's result, (B, T, H * D)
         self.outputs: dict[nn.Module, Tensor] = {}
@@ -413,9 +427,12 @@ class _Trial:
         self.outputs[module], self.parts[module] = output, dict(parts)
 
     def query_source(self, module: nn.Module) -> tuple[nn.Module | None, bool, float] | None:
-        """At the first token rotary positions turn nothing: what equals the query there, and ran last, is the query before they do."""
+        """At the first token rotary positions turn nothing: what equals the query there, and ran last, is the query
+        before they do.
+        """
         query = self.used[module][0].transpose(1, 2)  # (B, T, H, D)
-        ran = [part for part, _, _ in self.results[module]]  # what runs twice, such as one norm for queries and keys, tells too little
+        # what runs twice, such as one norm for queries and keys, tells too little
+        ran = [part for part, _, _ in self.results[module]]
         once = [(part, result) for part, _, result in self.results[module] if ran.count(part) == 1]
         found: list[tuple[nn.Module | None, Any]] = [*once, (None, self.parts[module].get("q"))]
         for part, result in reversed(found):
@@ -456,7 +473,8 @@ def _near(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 
 
 def anatomy(model: Any) -> Anatomy:
-    """How the attention of a transformers model is read; the model is tried first, once for each implementation of attention.
+    """How the attention of a transformers model is read; the model is tried first, once for each implementation of
+    attention.
 
     Raises UserError for a model whose attention cannot be read, or is not what it is read as.
     """
@@ -468,9 +486,11 @@ def anatomy(model: Any) -> Anatomy:
 
 
 def _trial(model: Any) -> tuple[_Trial, AttentionTrace, Anatomy]:
-    """Reads a few dozen tokens, which cross the model's windows, and compares with what the model itself gives for them.
+    """Reads a few dozen tokens, which cross the model's windows, and compares with what the model itself gives for
+    them.
 
-    Raises UserError for a model that does not go through transformers' attention interface, or attends otherwise than is read.
+    Raises UserError for a model that does not go through transformers' attention interface, or attends otherwise than
+    is read.
     """
     kind, modules = type(model).__name__, attention_modules(model)
     config = model.config.get_text_config(decoder=True)
@@ -522,7 +542,8 @@ def _try(model: Any) -> Anatomy:
 
 
 def attention_modules(model: Any) -> list[nn.Module]:
-    """The attention modules of a transformers model, in the order in which they run: found by running it on a token or two.
+    """The attention modules of a transformers model, in the order in which they run: found by running it on a token or
+    two.
 
     Raises UserError for a model whose attention does not go through transformers' attention interface.
     """

@@ -1,7 +1,8 @@
 """What is assumed of a model of ``transformers``, tried on the model itself: a few short inputs that cross its windows.
 
-Scoring assumes that no token changes what is predicted before it, and that keys and values of a shared beginning, or padding after a row,
-change nothing. Names of model classes tell none of this; numbers do. The same inputs serve :mod:`.tracing`.
+Scoring assumes that no token changes what is predicted before it, and that keys and values of a shared beginning, or
+padding after a row, change nothing. Names of model classes tell none of this; numbers do. The same inputs serve
+:mod:`.tracing`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from torch import Tensor
 CROSSED = 64  # tokens; a trial's input is longer than every window up to this, and longer windows are shortened for it
 SHORTENED = 8
 _SHORTENABLE = ("sliding_window", "attention_chunk_size")  # which masks read from the configuration at every step
-_WINDOWS = (*_SHORTENABLE, "window_size", "attention_window", "attention_window_size", "original_max_position_embeddings")
+_WINDOWS = (
+    *_SHORTENABLE,
+    "window_size",
+    "attention_window",
+    "attention_window_size",
+    "original_max_position_embeddings",
+)
 _TAIL = 16  # tokens after the shared beginning
 _LEAST = 20  # tokens of a trial's input before those
 
@@ -34,7 +41,9 @@ def position_limit(config: Any, other: int | None = None) -> int:
 
 
 def trial_lengths(config: Any, limit: int) -> tuple[int, int]:
-    """Tokens of a shared beginning and of a whole input, at most ``limit``: a window or a switch of rotary factors ends between them."""
+    """Tokens of a shared beginning and of a whole input, at most ``limit``: a window or a switch of rotary factors ends
+    between them.
+    """
     longest = max([_LEAST, *(window for window in _numbers(config.to_dict()) if window <= CROSSED)])
     whole = max(2, min(limit, longest + _TAIL - 4))
     return max(1, whole - _TAIL), whole
@@ -42,7 +51,11 @@ def trial_lengths(config: Any, limit: int) -> tuple[int, int]:
 
 def trial_tokens(config: Any, vocab: int, rows: int, length: int) -> Tensor:
     """(rows, length) random token ids, the same each time; none with a meaning of its own, such as padding or an image."""
-    special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index")) and isinstance(value, int)}
+    special = {
+        value
+        for name, value in config.to_dict().items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
     usual = torch.tensor([i for i in range(min(vocab, 2000)) if i not in special and (i > 3 or vocab < 16)])
     return usual[torch.randint(len(usual), (rows, length), generator=torch.Generator().manual_seed(0))]
 
@@ -68,9 +81,11 @@ def shortened_windows(model: Any) -> Iterator[None]:
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference of (n, k) values, relative to the spread of the k, at the worst of n positions; at the median one
-    in half precision, where rounding sends a token to another expert now and then. Infinite where a value is not a number. Of logarithms of
-    probabilities those of 0, which a model may give to tokens that it never saw, say nothing."""
+    """Root mean square of the difference of (n, k) values, relative to the spread of the k, at the worst of n
+    positions; at the median one in half precision, where rounding sends a token to another expert now and then.
+    Infinite where a value is not a number. Of logarithms of probabilities those of 0, which a model may give to tokens
+    that it never saw, say nothing.
+    """
     exact = expected.dtype in (torch.float32, torch.float64)
     given = ~expected.isneginf().flatten(0, -2).all(0)
     found, expected = found[..., given].float(), expected[..., given].float()
@@ -93,7 +108,8 @@ def switch_length(config: Any) -> int | None:
                     limit
                     for holder in (part, described)
                     for key in ("original_max_position_embeddings", "max_position_embeddings")
-                    if isinstance(limit := holder.get(key), int) and not ("dynamic" in kind and key.startswith("original"))
+                    if isinstance(limit := holder.get(key), int)
+                    and not ("dynamic" in kind and key.startswith("original"))
                 ][:1]
     return min(limits, default=None)
 
@@ -113,4 +129,8 @@ def _numbers(described: Any) -> Iterator[int]:
         if isinstance(value, Mapping):
             yield from _numbers(value)
         elif name in _WINDOWS:
-            yield from (number for number in (value if isinstance(value, (list, tuple)) else [value]) if type(number) is int and number > 0)
+            yield from (
+                number
+                for number in (value if isinstance(value, (list, tuple)) else [value])
+                if type(number) is int and number > 0
+            )

@@ -169,7 +169,9 @@ def _register(name: str, size: Size, momentum_kind: str) -> None:
         for key, value in defaults.items()
     ]
     config = dataclasses.make_dataclass(f"{name}_config", fields, bases=(LanguageModelConfig,))
-    register_model(name, dataclass=config)(type(name, (MomentumLanguageModel,), {"__doc__": MomentumLanguageModel.__doc__}))
+    register_model(name, dataclass=config)(
+        type(name, (MomentumLanguageModel,), {"__doc__": MomentumLanguageModel.__doc__})
+    )
 
 
 ARCHITECTURES = architectures()

@@ -295,7 +295,8 @@ class Decoder(nn.Module):
         reduction: str = "sum",
         left_padded: bool | None = None,
     ) -> Tensor:
-        """Cross entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T), padding targets not counted; never holds all logits.
+        """Cross entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T), padding targets not counted; never holds
+        all logits.
 
         An output projection with hooks or an adapter is called, on some rows (N, C) of hidden states at a time.
         """

@@ -48,10 +48,16 @@ class _ActivatedLinear(torch.autograd.Function):
 def activated_linear(x: Tensor, linear: nn.Module, activation: Any) -> Tensor:
     """``linear(activation(x))``; in training it keeps ``x`` alone, for one more activation in the backward pass.
 
-    x (..., F) -> (..., C). Compiled, with another activation than GELU and ReLU, under torch.func's transformations, or where ``linear``
-    is not a plain ``nn.Linear`` with a bias, it is the expression itself, and hooks and adapters see their call.
+    x (..., F) -> (..., C). Compiled, with another activation than GELU and ReLU, under torch.func's transformations, or
+    where ``linear`` is not a plain ``nn.Linear`` with a bias, it is the expression itself, and hooks and adapters see
+    their call.
     """
-    saving = torch.is_grad_enabled() and activation in _DERIVATIVES and not torch.compiler.is_compiling() and not under_transforms()
+    saving = (
+        torch.is_grad_enabled()
+        and activation in _DERIVATIVES
+        and not torch.compiler.is_compiling()
+        and not under_transforms()
+    )
     if saving and is_plain(linear) and linear.bias is not None:
         return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
     return linear(activation(x))

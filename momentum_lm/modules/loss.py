@@ -119,9 +119,16 @@ def chunked_cross_entropy(
 
 
 def called_cross_entropy(
-    hidden: Tensor, output: Callable[[Tensor], Tensor], vocab_size: int, targets: Tensor, ignore_index: int, reduction: str
+    hidden: Tensor,
+    output: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
-    """The same of logits ``output(rows of hidden)``: in the backward pass they are computed again, and never held all at once."""
+    """The same of logits ``output(rows of hidden)``: in the backward pass they are computed again, and never held all
+    at once.
+    """
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     size = default_chunk(hidden.device.type, vocab_size)
     parts = zip(rows.split(size), flat.split(size), strict=True)

@@ -28,8 +28,9 @@ def ema(
     ``out[b,h,t] = sum_{i<t, same segment} exp((t-i) log_decay[h]) values[b,h,i]  (+ exp(t log_decay[h]) initial_state[b,h])``,
     plus ``addend[b,h,t]``.
 
-    A fused Triton kernel on GPUs of compute capability 8.0 or later, in fp32, bf16 and fp16; plain torch everywhere else. Under
-    torch.func's transformations and forward-mode differentiation, and exported with any length, the naive form: O(T^2) memory.
+    A fused Triton kernel on GPUs of compute capability 8.0 or later, in fp32, bf16 and fp16; plain torch everywhere
+    else. Under torch.func's transformations and forward-mode differentiation, and exported with any length, the naive
+    form: O(T^2) memory.
 
     Args:
         values: (B, H, T, D), any floating dtype, any strides, T >= 1.

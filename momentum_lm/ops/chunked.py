@@ -148,7 +148,8 @@ def ema_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Same function and arguments as :func:`momentum_lm.ops.ema`. Once differentiable.
 
-    Under torch.func's transformations, and exported with a time axis of any length, it is the naive form: O(T^2) memory.
+    Under torch.func's transformations, and exported with a time axis of any length, it is the naive form: O(T^2)
+    memory.
     """
     if under_transforms() or of_any_length(values.shape[2]):
         with without_autocast(values.device):
@@ -252,7 +253,12 @@ def _multi_ema_product(
 
 
 def _with_initial(
-    out: Tensor, final: Tensor, log_decay: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
+    out: Tensor,
+    final: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Both with what an initial state adds, by linearity."""
     if initial_state is None:

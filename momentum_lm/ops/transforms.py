@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 def under_transforms() -> bool:
     """Whether torch.func's transformations (grad, vmap, jvp, hessian, ...) or forward-mode differentiation are at work.
 
-    They cannot look into a ``torch.autograd.Function`` of ours, nor into a kernel. A compiler can, and is not meant here.
+    They cannot look into a ``torch.autograd.Function`` of ours, nor into a kernel. A compiler can, and is not meant
+    here.
     """
     if torch.compiler.is_compiling():
         return False

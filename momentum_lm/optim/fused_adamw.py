@@ -91,7 +91,9 @@ class FusedAdamW(FairseqOptimizer):
 
     @property
     def supports_memory_efficient_fp16(self) -> bool:
-        """Asked by --memory-efficient-fp16 and -bf16 alone, to which it answers with UserError: its averages would be in half precision."""
+        """Asked by --memory-efficient-fp16 and -bf16 alone, to which it answers with UserError: its averages would be
+        in half precision.
+        """
         raise UserError(
             "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw: use --task "
             "momentum_language_modeling --autocast bf16, or --fp16, or --bf16, or --optimizer adam"

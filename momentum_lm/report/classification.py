@@ -95,8 +95,9 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def baseline(runs: Sequence[Run]) -> tuple[str, float]:
-    """What needs no model: ("majority", share of the most frequent label), or ("chance", accuracy of guessing), of the queries of all
-    runs together."""
+    """What needs no model: ("majority", share of the most frequent label), or ("chance", accuracy of guessing), of the
+    queries of all runs together.
+    """
     if runs[0]["majority"] is None:
         return "chance", float(np.mean([run["chance"] for run in runs]))
     if runs[0].get("confusion") is None:

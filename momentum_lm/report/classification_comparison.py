@@ -37,8 +37,9 @@ Place = tuple[Any, ...]  # of a row: dataset, shots and calibration, but for wha
 
 @dataclass(frozen=True)
 class Side:
-    """What stands beside others: a name, its folder, its runs by place, seed and order, and whether each seed has queries
-    of its own."""
+    """What stands beside others: a name, its folder, its runs by place, seed and order, and whether each seed has
+    queries of its own.
+    """
 
     name: str
     folder: Path
@@ -168,8 +169,9 @@ class ClassificationComparison:
             self.differences[place, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed, asked=asked)
 
     def _pair(self, place: Place, side: Side) -> list[tuple[Run, Run]]:
-        """Runs that belong together: of the same draw. Without demonstrations all runs are the same one, which goes with
-        any draw of the other side, unless each seed has queries of its own."""
+        """Runs that belong together: of the same draw. Without demonstrations all runs are the same one, which goes
+        with any draw of the other side, unless each seed has queries of its own.
+        """
         first, other = self.sides[0].runs.get(place, {}), side.runs.get(place, {})
         if not first or not other:
             return []

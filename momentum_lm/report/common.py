@@ -26,7 +26,9 @@ def read_runs(folders: Sequence[Folder], tasks: Sequence[str]) -> list[dict[str,
     for folder in folders:
         results = read_results(folder)
         if results["task"] not in tasks:
-            raise UserError(f"{folder} holds results of {legible(str(results['task']), 60)}, and not of {' or '.join(tasks)}")
+            raise UserError(
+                f"{folder} holds results of {legible(str(results['task']), 60)}, and not of {' or '.join(tasks)}"
+            )
         if found and results["task"] != found[0]["task"]:
             raise UserError(
                 f"{folder} holds results of {results['task']}, which cannot stand beside those of {found[0]['task']} "

@@ -237,16 +237,24 @@ def headlines(runs: Sequence[Run]) -> list[str]:
                 beside[title] = places
         values = [value["mean"] for chosen in groups if (value := metric(chosen, name))["mean"] is not None]
         if values:
-            sentences.append(f"{METRICS[name]}, corrected: {_range(values)}; {_sides(beside) if beside else 'no control was run'}.")
+            sentences.append(
+                f"{METRICS[name]}, corrected: {_range(values)}; {_sides(beside) if beside else 'no control was run'}."
+            )
     return sentences
 
 
-_SIDES = {"above": "above", "level": "not distinguishable from", "below": "below", "unknown": "without an interval beside"}
+_SIDES = {
+    "above": "above",
+    "level": "not distinguishable from",
+    "below": "below",
+    "unknown": "without an interval beside",
+}
 
 
 def _sides(beside: Mapping[str, Sequence[str]]) -> str:
-    """In words on which side of each control a value lies, of :func:`place` for each setting: with one setting the side,
-    with several in how many of them it is above."""
+    """In words on which side of each control a value lies, of :func:`place` for each setting: with one setting the
+    side, with several in how many of them it is above.
+    """
     if max(map(len, beside.values())) == 1:
         return "; ".join(
             f"{words} {', '.join(names)}"

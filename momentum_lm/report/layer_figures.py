@@ -62,8 +62,9 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
 
 
 def _limits(curves: Mapping[str, Curve]) -> tuple[float, float]:
-    """Ends of an axis that shows every line, and what there is room for of the first one's band: an interval over two or
-    three draws may reach much further than the lines do, and further than a cosine can."""
+    """Ends of an axis that shows every line, and what there is room for of the first one's band: an interval over two
+    or three draws may reach much further than the lines do, and further than a cosine can.
+    """
     first = next(iter(curves.values()))
     means = np.concatenate([curve.mean for curve in curves.values()])
     means = means[np.isfinite(means)]

@@ -52,7 +52,11 @@ class Table:
             # A narrow screen shows a row as lines "column: cell"
             labels = [f' data-column="{name}"' if tag == "td" and name else "" for name in names]
             attributes = [mark + label for mark, label in zip(marks, labels, strict=True)]
-            return "<tr>" + "".join(f"<{tag}{a}>{html.escape(c)}</{tag}>" for c, a in zip(cells, attributes, strict=True)) + "</tr>"
+            return (
+                "<tr>"
+                + "".join(f"<{tag}{a}>{html.escape(c)}</{tag}>" for c, a in zip(cells, attributes, strict=True))
+                + "</tr>"
+            )
 
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         body = "".join(row(r, "td") for r in self.rows)

@@ -47,10 +47,10 @@ _log = logging.getLogger(__name__)
 class Settings:
     """What is asked of a model.
 
-    ``protocol`` ``paper``: demonstrations and evaluated examples are drawn as by the authors' code. ``score``: ``mean`` or ``sum`` of a
-    continuation's log-probabilities. ``limit``: at most so many evaluated examples; with ``fresh_queries`` a sample of its own for
-    each seed, so that the spread over seeds is that of demonstrations and queries. ``bos`` and ``separator`` None: the model's own.
-    ``batch_tokens`` None: by the memory there is.
+    ``protocol`` ``paper``: demonstrations and evaluated examples are drawn as by the authors' code. ``score``: ``mean``
+    or ``sum`` of a continuation's log-probabilities. ``limit``: at most so many evaluated examples; with
+    ``fresh_queries`` a sample of its own for each seed, so that the spread over seeds is that of demonstrations and
+    queries. ``bos`` and ``separator`` None: the model's own. ``batch_tokens`` None: by the memory there is.
     """
 
     shots: tuple[int, ...] = (0, 4, 16)
@@ -97,8 +97,8 @@ class Unit:
 
 
 class Questions:
-    """What is asked about one dataset: the evaluated examples, after each unit's demonstrations. ``queries``: the seed of
-    their sample.
+    """What is asked about one dataset: the evaluated examples, after each unit's demonstrations. ``queries``: the seed
+    of their sample.
 
     Raises UserError, naming the dataset, where the data does not allow what the settings ask.
     """

@@ -122,8 +122,9 @@ def measure(
 
 
 def _shares(logits: NDArray[Any], lengths: Sequence[int]) -> Floats:
-    """(..., H, n) logits over the demonstrations' tokens -> (..., M): softmax, summed over each one's tokens, the mean over heads; 0 for
-    heads that see none of them."""
+    """(..., H, n) logits over the demonstrations' tokens -> (..., M): softmax, summed over each one's tokens, the mean
+    over heads; 0 for heads that see none of them.
+    """
     weights = np.where(np.isneginf(logits), 0.0, metrics.softmax(logits))
     return metrics.example_sums(weights, lengths).mean(-2).astype(np.float32)
 
@@ -158,7 +159,8 @@ def _corrected(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Seq
 def _maps(
     zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, position: int
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_] | None]:
-    """(L, H, n) logits over the query's own tokens, and (L, n) which of them attention sees in all settings; None: all."""
+    """(L, H, n) logits over the query's own tokens, and (L, n) which of them attention sees in all settings; None: all.
+    """
     short, long = row.query(position)
     columns = ((zero_shot, short), (icl, long), (ft, short))
     maps = [np.stack([layer[i, position][:, span] for layer in seen.logits]) for seen, span in columns]

@@ -110,7 +110,9 @@ _ANEW = "begin the epoch anew with --reset-dataloader"
 
 @dataclass(frozen=True)
 class _Position:
-    """Where a resumed epoch goes on: the seed that it began with, its parts before the present one, and the batches of all parts."""
+    """Where a resumed epoch goes on: the seed that it began with, its parts before the present one, and the batches of
+    all parts.
+    """
 
     epoch: int
     seed: int
@@ -121,9 +123,9 @@ class _Position:
 class BlockIterator(EpochBatchIterator):
     """fairseq's iterator over ``BlockBatches``. To set it to any batch of an epoch takes as long as to shuffle the epoch's batches.
 
-    Its state says which blocks all processes together have had, so that a run with batches of another size, another number of processes
-    or another ``--update-freq`` goes on with those that are left. ``update_freq``: an epoch goes on after a multiple of so many
-    iterations, as fairseq's grouping of iterations takes for granted.
+    Its state says which blocks all processes together have had, so that a run with batches of another size, another
+    number of processes or another ``--update-freq`` goes on with those that are left. ``update_freq``: an epoch goes on
+    after a multiple of so many iterations, as fairseq's grouping of iterations takes for granted.
     """
 
     update_freq = 1
@@ -137,7 +139,8 @@ class BlockIterator(EpochBatchIterator):
     def _go_on_with(self, position: _Position) -> None:
         self._position = position
         self._missing = 0  # in the epoch, so many batches short of what as many iterations of all processes have
-        self._rest: BlockBatches | None = None  # what is left of the epoch, where it is cut in another way than it began
+        # what is left of the epoch, where it is cut in another way than it began
+        self._rest: BlockBatches | None = None
 
     def ordered_batches(self, epoch: int, fix_batches_to_gpus: bool, shuffle: bool) -> ShardedBatches:
         """What this process gets in ``epoch``."""
@@ -153,10 +156,15 @@ class BlockIterator(EpochBatchIterator):
         batches = max(0, state["iterations_in_epoch"] * self.num_shards - missing)
         parts = (*parts, (*self._frozen_batches.cut, batches - sum(had for _, _, had in parts)))
         blocks = {"blocks": len(self._blocks), "block_size": self._blocks.block_size}
-        return {**state, "batches_in_epoch": batches, "batching": {**blocks, "seed": seed, "parts": [list(part) for part in parts]}}
+        return {
+            **state,
+            "batches_in_epoch": batches,
+            "batching": {**blocks, "seed": seed, "parts": [list(part) for part in parts]},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """``options``: those of the run that saved the state, for states that do not say themselves which batches it had.
+        """``options``: those of the run that saved the state, for states that do not say themselves which batches it
+        had.
 
         Raises UserError for the middle of an epoch of other blocks.
         """
@@ -244,7 +252,9 @@ class TokenDataTask(LanguageModelingTask):
         documents = _documents(prefix, combine, len(self.dictionary))
         args, fixed = self.args, self.args.sample_break_mode in (None, "none")
         whole = DocumentDataset(documents)
-        kept = maybe_shorten_dataset(whole, split, args.shorten_data_split_list, args.shorten_method, args.tokens_per_sample, args.seed)
+        kept = maybe_shorten_dataset(
+            whole, split, args.shorten_data_split_list, args.shorten_method, args.tokens_per_sample, args.seed
+        )
         if fixed and kept is whole and self.targets == ["future"]:
             cut = BlockDataset(TokenBlocks(documents, args.tokens_per_sample, self.dictionary.eos()))
         else:
@@ -291,7 +301,11 @@ class TokenDataTask(LanguageModelingTask):
         iterator = BlockIterator(
             asked.dataset,
             BlockBatches(
-                asked.dataset.dataset.blocks, asked.max_sentences, asked.max_tokens, asked.required_batch_size_multiple, asked.seed
+                asked.dataset.dataset.blocks,
+                asked.max_sentences,
+                asked.max_tokens,
+                asked.required_batch_size_multiple,
+                asked.seed,
             ),
             seed=asked.seed,
             num_shards=asked.num_shards,
@@ -306,10 +320,10 @@ class TokenDataTask(LanguageModelingTask):
             known[asked.dataset] = iterator
         return iterator
 
-
     def _check_room(self, asked: SimpleNamespace) -> None:
-        """Raises UserError where no sample fits a batch, or none to train with the model: fairseq would leave out all of them, and say that
-        the data is empty, or that the perplexity is 1."""
+        """Raises UserError where no sample fits a batch, or none to train with the model: fairseq would leave out all
+        of them, and say that the data is empty, or that the perplexity is 1.
+        """
         if not isinstance(asked.dataset, TokenDataset):
             return
         training = asked.dataset is self.datasets.get(self.args.train_subset)
@@ -337,13 +351,18 @@ def _documents(prefix: str, combine: bool, vocab_size: int) -> Documents:
     documents = Documents([IndexedDataset(name) for name in names], vocab_size)
     if documents.num_tokens == 0:
         raise UserError(f"{prefix}.bin holds no tokens; make it anew from text that is not empty")
-    logger.info("found %s documents, %s tokens in: %s", f"{len(documents):,}", f"{documents.num_tokens:,}", ", ".join(names))
+    logger.info(
+        "found %s documents, %s tokens in: %s", f"{len(documents):,}", f"{documents.num_tokens:,}", ", ".join(names)
+    )
     return documents
 
 
 def _ours(asked: SimpleNamespace) -> bool:
     """Whether the batches are ours to make. To leave out samples that are too long, or to complain of them, is fairseq's."""
-    if not (isinstance(asked.dataset, TokenDataset) and isinstance(asked.dataset.dataset, BlockDataset)) or asked.grouped_shuffling:
+    if (
+        not (isinstance(asked.dataset, TokenDataset) and isinstance(asked.dataset.dataset, BlockDataset))
+        or asked.grouped_shuffling
+    ):
         return False
     limits = [limit for limit in (asked.max_tokens, asked.max_positions) if limit is not None]
     return all(isinstance(limit, (int, float)) and asked.dataset.dataset.blocks.longest <= limit for limit in limits)

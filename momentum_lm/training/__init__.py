@@ -10,9 +10,11 @@ _divided_later = contextvars.ContextVar("_divided_later", default=False)
 
 
 def install() -> None:
-    """Puts :class:`Trainer` in the place of fairseq's, and lets ``--ddp-backend fully_sharded`` build a model without fairscale.
+    """Puts :class:`Trainer` in the place of fairseq's, and lets ``--ddp-backend fully_sharded`` build a model without
+    fairscale.
 
-    fairseq's own language modelling task, to which a checkpoint of ours may be given, learns to look at the dictionary recorded there.
+    fairseq's own language modelling task, to which a checkpoint of ours may be given, learns to look at the dictionary
+    recorded there.
     """
     import fairseq.distributed
     import fairseq.trainer
@@ -30,7 +32,9 @@ def install() -> None:
 
 
 def load_task_state(task: Any, state: dict[str, Any]) -> None:
-    """A task's ``load_state_dict``, of what checkpoints hold as ``task_state``. Raises UserError for another dictionary than the task's."""
+    """A task's ``load_state_dict``, of what checkpoints hold as ``task_state``. Raises UserError for another dictionary
+    than the task's.
+    """
     from momentum_lm.data.dictionary import DIGEST, check_symbols
 
     state = dict(state) if isinstance(state, Mapping) else {}

@@ -245,11 +245,12 @@ class Trainer(FairseqTrainer):
     def load_checkpoint(
         self, filename: str, reset_optimizer: bool = False, reset_lr_scheduler: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """As fairseq's, but takes the newest whole one where the run's last is torn or missing, and says so; and sees to it that a run
-        that is over does not go on.
+        """As fairseq's, but takes the newest whole one where the run's last is torn or missing, and says so; and sees
+        to it that a run that is over does not go on.
 
-        Raises CheckpointError if none is whole or --restore-file does not exist, UserError if only parts for another number of processes
-        are there, for weights of another dictionary, and for a --restore-file that leaves nothing to train.
+        Raises CheckpointError if none is whole or --restore-file does not exist, UserError if only parts for another
+        number of processes are there, for weights of another dictionary, and for a --restore-file that leaves nothing
+        to train.
         """
         own = self._is_own_last(filename)
         if own:
@@ -331,20 +332,28 @@ class Trainer(FairseqTrainer):
             updates = self._from_all(lambda path=path: self._updates_in(path), everywhere=bool(wanted))
             if updates[0] is not None and len(set(updates)) == 1:
                 if torn or name != "checkpoint_last":
-                    logger.warning(f"{', '.join(torn) or 'checkpoint_last'} in {folder} is torn or missing: going on from {path}")
+                    logger.warning(
+                        f"{', '.join(torn) or 'checkpoint_last'} in {folder} is torn or missing: going on from {path}"
+                    )
                 return path
             torn.append(name)
         if torn:
-            raise CheckpointError(f"no checkpoint in {folder} is whole ({', '.join(torn)}); move them away to start anew")
+            raise CheckpointError(
+                f"no checkpoint in {folder} is whole ({', '.join(torn)}); move them away to start anew"
+            )
         return os.path.join(folder, f"checkpoint_last{self.checkpoint_suffix}.pt")
 
     def _last_and_then_others(self, folder: str, names: list[str], suffix: str) -> Iterator[str]:
-        """The last one; where that does not do, the others by their number of updates, which takes a look into some of them."""
+        """The last one; where that does not do, the others by their number of updates, which takes a look into some of
+        them.
+        """
         if "checkpoint_last" in names:
             yield "checkpoint_last"
         else:  # then the run's best may be one that was put here to be evaluated
             names = [name for name in names if "best" not in name]
-        yield from self._from_first(lambda: by_updates(folder, [name for name in names if name != "checkpoint_last"], suffix))
+        yield from self._from_first(
+            lambda: by_updates(folder, [name for name in names if name != "checkpoint_last"], suffix)
+        )
 
     def _updates_in(self, path: str) -> int | None:
         """After how many updates the checkpoint was saved; None if it is torn or missing."""
@@ -391,8 +400,10 @@ def saved_checkpoints(folder: str) -> list[tuple[str, str]]:
 
 
 def by_updates(folder: str, names: list[str], suffix: str = "") -> list[str]:
-    """``names`` of checkpoints in ``folder``, of the most updates first: by the name where it tells (checkpoint_EPOCH_UPDATES), or else by
-    the content. Files' times say nothing: clocks are set back, copies made. Torn ones are first."""
+    """``names`` of checkpoints in ``folder``, of the most updates first: by the name where it tells
+    (checkpoint_EPOCH_UPDATES), or else by the content. Files' times say nothing: clocks are set back, copies made. Torn
+    ones are first.
+    """
 
     def updates(name: str) -> float:
         if match := re.fullmatch(r"checkpoint_\d+_(\d+)", name):
@@ -415,7 +426,9 @@ def _updates_of(state: dict[str, Any]) -> int | None:
 
 
 def _about(path: str) -> dict[str, Any]:
-    """What a checkpoint says of its dictionary, and of the options that its batches were made with: ours say it better themselves."""
+    """What a checkpoint says of its dictionary, and of the options that its batches were made with: ours say it better
+    themselves.
+    """
     state = fairseq_compat.load_checkpoint(path, mmap=True)
     task_state, found = state.get("task_state"), {}
     if isinstance(task_state, Mapping):
@@ -424,10 +437,19 @@ def _about(path: str) -> dict[str, Any]:
         cfg = state["cfg"]
         data, size = cfg["dataset"], int(cfg["task"]["tokens_per_sample"])
         rows, tokens = (None if data[name] is None else int(data[name]) for name in ("batch_size", "max_tokens"))
-        multiple, processes = int(data["required_batch_size_multiple"]), int(cfg["distributed_training"]["distributed_world_size"])
+        multiple, processes = (
+            int(data["required_batch_size_multiple"]),
+            int(cfg["distributed_training"]["distributed_world_size"]),
+        )
         known = min(size, multiple, processes, 1 if rows is None else rows) > 0 and (tokens is None or tokens >= size)
         if known and not data["update_ordered_indices_seed"]:
-            names = {"block_size": size, "max_rows": rows, "max_tokens": tokens, "multiple": multiple, "processes": processes}
+            names = {
+                "block_size": size,
+                "max_rows": rows,
+                "max_tokens": tokens,
+                "multiple": multiple,
+                "processes": processes,
+            }
             found["options"] = {**names, "seed": int(cfg["common"]["seed"])}
     except (KeyError, TypeError, ValueError, AttributeError):
         pass  # an older form

@@ -98,7 +98,9 @@ def losses(json_lines):
 
 @pytest.fixture
 def train_here(flags, data):
-    """train_here(save_dir, *more, task="ours", updates=6) -> fairseq-train in this process, as a process of its own would run it."""
+    """train_here(save_dir, *more, task="ours", updates=6) -> fairseq-train in this process, as a process of its own
+    would run it.
+    """
     import signal
 
     from fairseq import checkpoint_utils, options
@@ -110,7 +112,8 @@ def train_here(flags, data):
 
     def run(save_dir, *more, task="ours", updates=6, folder=data):
         metrics.reset()
-        for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):  # both remember things in their attributes
+        # both remember things in their attributes
+        for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
             vars(function).clear()
         words = flags(folder, save_dir, *more, task=task, updates=updates)[1:]
         train.main(convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words)))

@@ -1,4 +1,6 @@
-"""The flows of fairseq's own tests of language models (train, validate, eval-lm, generate, score, hub), with everything of ours."""
+"""The flows of fairseq's own tests of language models (train, validate, eval-lm, generate, score, hub), with everything
+of ours.
+"""
 
 import math
 import random
@@ -56,7 +58,8 @@ def test_train_validate_evaluate_generate(corpus, trained, capsys):
     run(generate, options.get_generation_parser(), [*words, "--score-reference"])
     positions = re.findall(r"^P-(\d+)\t(.*)$", capsys.readouterr().out, re.M)
     lines = (corpus / "test.out").read_text().splitlines()
-    assert len(positions) == 40 and all(len(scores.split()) == len(lines[int(i)].split()) + 1 for i, scores in positions)  # with </s>
+    # with </s>
+    assert len(positions) == 40 and all(len(scores.split()) == len(lines[int(i)].split()) + 1 for i, scores in positions)
 
 
 def test_the_hub_interface_samples_and_scores(corpus, trained):

@@ -185,7 +185,8 @@ def test_a_restore_file_that_is_not_there(train_here, log, tmp_path):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo/checkpoint_last.pt")
     with pytest.raises(fairseq_compat.CheckpointError, match=r"--restore-file .*typo\.pt does not exist"):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo.pt")
-    train_here(tmp_path, *OURS, "--restore-file", tmp_path / "checkpoint_last.pt", updates=1)  # the run's own, before its first start
+    # the run's own, before its first start
+    train_here(tmp_path, *OURS, "--restore-file", tmp_path / "checkpoint_last.pt", updates=1)
     assert trained(log) == [1]
 
 
@@ -200,7 +201,8 @@ def test_the_dictionary_of_a_checkpoint_is_its_own(data, train_here, run_cli, tm
     with pytest.raises(UserError, match=re.escape(f"{said} {checkpoint} was trained with")):
         train_here(tmp_path / "run", *OURS, updates=3, folder=other)
     words = ["--path", checkpoint, "--batch-size", "4", "--cpu"]
-    evaluate = ["fairseq-eval-lm", other, "--gen-subset", "valid", "--tokens-per-sample", "32", *words]  # fairseq's own task, by default
+    # fairseq's own task, by default
+    evaluate = ["fairseq-eval-lm", other, "--gen-subset", "valid", "--tokens-per-sample", "32", *words]
     validate = ["fairseq-validate", other, "--task", "momentum_language_modeling", *words]
     for command in (evaluate, validate):
         result = run_cli(command)
@@ -215,14 +217,18 @@ def test_the_dictionary_of_a_checkpoint_is_its_own(data, train_here, run_cli, tm
 # One training at a time
 
 
-def test_a_second_training_in_a_folder_is_refused_until_the_first_is_dead(train_here, cli_command, flags, data, log, tmp_path):
+def test_a_second_training_in_a_folder_is_refused_until_the_first_is_dead(
+    train_here, cli_command, flags, data, log, tmp_path
+):
     words = [*OURS, "--num-workers", "2", "--save-interval-updates", "2", "--keep-interval-updates", "2"]
     command, environment = cli_command(flags(data, tmp_path, *words, task="ours", updates=10**6))
     first = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in first.stdout:
         if '"num_updates": "3"' in line:
             break
-    with pytest.raises(UserError, match=rf"--save-dir {tmp_path} is in use by another training \(process {first.pid} on "):
+    with pytest.raises(
+        UserError, match=rf"--save-dir {tmp_path} is in use by another training \(process {first.pid} on "
+    ):
         train_here(tmp_path, *OURS, updates=4)
     assert trained(log) == []
     first.send_signal(signal.SIGKILL)  # its workers live on for some seconds
@@ -274,8 +280,14 @@ def test_fairseqs_own_models_resume_as_without_us(train_here, log, tmp_path):
         (["--max-tokens", "1", "--sample-break-mode", "eos"], r"a sample of \d+ tokens does not fit --max-tokens 1"),
         (["--max-target-positions", "16"], "a sample of 32 tokens does not fit the model, which takes 16"),
         (["--output-dictionary-size", "50"], "--output-dictionary-size: .* predict all 504 entries"),
-        (["--memory-efficient-fp16"], "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw"),
-        (["--memory-efficient-bf16"], "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw"),
+        (
+            ["--memory-efficient-fp16"],
+            "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw",
+        ),
+        (
+            ["--memory-efficient-bf16"],
+            "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw",
+        ),
     ],
 )
 def test_impossible_flags(words, said, train_here, tmp_path):

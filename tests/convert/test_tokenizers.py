@@ -48,7 +48,11 @@ def awkward_texts(count, seed=0):
 def with_specials(tokenizer, text):
     """Its ids, where the names of fairseq's special tokens are these: as what goes to transformers reads them."""
     parts = re.split("(" + "|".join(SPECIALS) + ")", text)
-    return [i for part in parts for i in ([SPECIALS.index(part)] if part in SPECIALS else tokenizer.encode(part) if part else [])]
+    return [
+        i
+        for part in parts
+        for i in ([SPECIALS.index(part)] if part in SPECIALS else tokenizer.encode(part) if part else [])
+    ]
 
 
 def test_special_tokens_are_those_that_a_user_adds_too(tmp_path):
@@ -61,7 +65,10 @@ def test_special_tokens_are_those_that_a_user_adds_too(tmp_path):
         size = len(theirs)
         theirs.add_special_tokens({"additional_special_tokens": ["<|user|>"], "pad_token": "[PAD]"})
         ids = theirs("a<|user|> [PAD]</s>", add_special_tokens=False).input_ids
-        assert len(theirs) == size + 2 and [i for i in ids if i >= size] == [theirs("<|user|>").input_ids[-1], theirs.pad_token_id]
+        assert len(theirs) == size + 2 and [i for i in ids if i >= size] == [
+            theirs("<|user|>").input_ids[-1],
+            theirs.pad_token_id,
+        ]
         assert ids[-1] == theirs.eos_token_id == 2 and theirs.decode(ids, skip_special_tokens=True).strip() == "a"
         ordinary = theirs("</s> [PAD]", add_special_tokens=False, split_special_tokens=True).input_ids
         assert ordinary == tokenizer.encode("</s> [PAD]")
@@ -147,7 +154,9 @@ def test_gpt2_bpe_there(tmp_path, dictionary):
     for text in TEXTS + awkward_texts(1000) + sentences(100, seed=7):
         ids = with_specials(tokenizer, text)
         assert theirs(text, add_special_tokens=False).input_ids == ids, text
-        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == tokenizer.encode(text), text
+        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == tokenizer.encode(text), (
+            text
+        )
         assert theirs(text).input_ids == [2, *ids]
         if 3 not in ids:
             assert theirs.decode(ids) == text
@@ -162,12 +171,16 @@ def test_sentencepiece_there(tmp_path, begins_with):
     tokenizer = SentencePieceTokenizer(tmp_path / "sentencepiece.model")
     out = tmp_path / "theirs"
     out.mkdir()
-    assert "where cuts tie, as in long runs of one sign, pieces may differ" in write_tokenizer(tokenizer, out, 100, begins_with)
+    assert "where cuts tie, as in long runs of one sign, pieces may differ" in write_tokenizer(
+        tokenizer, out, 100, begins_with
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     for text in TEXTS + awkward_texts(1000) + sentences(300, seed=7):
         ids = with_specials(tokenizer, text)
         assert theirs(text, add_special_tokens=False).input_ids == ids, text
-        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == tokenizer.encode(text), text
+        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == tokenizer.encode(text), (
+            text
+        )
         assert theirs(text).input_ids == [begins_with, *ids]
         assert theirs.decode(ids) == text
     assert theirs.bos_token_id == begins_with and theirs.eos_token_id == 2
@@ -191,7 +204,9 @@ def test_a_tokenizer_json_in_the_dictionarys_order(tmp_path, tokenizer_of, famil
     tokenizer_of(family).save_pretrained(source)
     own = HuggingFaceTokenizer(source)
     if family == "xglm":
-        Dictionary(random.Random(0).sample(own.dictionary.symbols[4:], len(own.dictionary) - 4)).save(source / "dict.txt")
+        Dictionary(random.Random(0).sample(own.dictionary.symbols[4:], len(own.dictionary) - 4)).save(
+            source / "dict.txt"
+        )
     else:
         own.dictionary.save(source / "dict.txt")
     tokenizer = load_tokenizer(source)

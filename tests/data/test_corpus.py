@@ -610,7 +610,9 @@ def test_what_was_tokenised_before_a_kill_is_not_tokenised_again(prepared, jsonl
 @pytest.mark.parametrize("shares", [{"valid": "0.1", "test": "20"}, {"valid": "0.1", "test": "0.1"}])
 @pytest.mark.parametrize("place", ["tokenised", "to come"])
 def test_sources_that_change_under_unfinished_work_are_noticed(tmp_path, documents, gpt2_folder, monkeypatch, shares, place):
-    """Even where size, beginning and end are what they were. What comes later is free to change, unless the splits depend on it."""
+    """Even where size, beginning and end are what they were. What comes later is free to change, unless the splits
+    depend on it.
+    """
     path, output = tmp_path / "corpus.jsonl", tmp_path / "data"
     path.write_text("".join(json.dumps({"text": text + " filler" * 40}) + "\n" for text in documents))
     settings = config(output, path, gpt2_bpe=str(gpt2_folder), **shares)
@@ -649,7 +651,9 @@ def test_sources_that_change_when_all_is_only_to_be_moved(tmp_path, jsonl, prepa
         path.write_bytes(jsonl.read_bytes().replace(b"ba", b"BA", 1))
     for _ in range(2):
         if change:
-            with pytest.raises(UserError, match="was prepared with a source whose content has changed since; use another --output"):
+            with pytest.raises(
+                UserError, match="was prepared with a source whose content has changed since; use another --output"
+            ):
                 prepare(config(tmp_path / "data", path), workers=1)
         else:
             prepare(config(tmp_path / "data", path), workers=1)
@@ -701,7 +705,9 @@ def test_a_killed_worker_is_told_and_the_work_kept(jsonl, tmp_path, prepared, mo
                 worker.kill()
 
     monkeypatch.setattr(corpus._Run, "_save", save_then_kill)
-    with pytest.raises(Interrupted, match=r"a worker process was killed, .* run the command again with fewer --workers"):
+    with pytest.raises(
+        Interrupted, match=r"a worker process was killed, .* run the command again with fewer --workers"
+    ):
         prepare(config(tmp_path / "data", jsonl), workers=2)
     said = []
     prepare(config(tmp_path / "data", jsonl), workers=1, say=said.append)

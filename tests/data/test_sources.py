@@ -253,7 +253,10 @@ def test_rows_without_text_are_counted(tmp_path, kind):
 
 
 def test_columns_inside_of_others(tmp_path):
-    rows = [{"doc": {"text": "a", "n": 1}, "turns": [{"said": "b"}, {"said": "c"}], "d.t": "e"}, {"doc": None, "turns": [], "d.t": "f"}]
+    rows = [
+        {"doc": {"text": "a", "n": 1}, "turns": [{"said": "b"}, {"said": "c"}], "d.t": "e"},
+        {"doc": None, "turns": [], "d.t": "f"},
+    ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     for name in ("t.jsonl", "t.parquet"):
@@ -269,7 +272,9 @@ def test_columns_inside_of_others(tmp_path):
 @pytest.mark.parametrize("kind", ["category", "string_view"])
 def test_other_columns_of_text_in_parquet(tmp_path, kind):
     texts = ["one", "two", None, "one", "naïve"]
-    column = pyarrow.array(texts).dictionary_encode() if kind == "category" else pyarrow.array(texts, pyarrow.string_view())
+    column = (
+        pyarrow.array(texts).dictionary_encode() if kind == "category" else pyarrow.array(texts, pyarrow.string_view())
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
     assert read(tmp_path / "t.parquet") == ["one", "two", "one", "naïve"]
 
@@ -313,7 +318,9 @@ def test_tables_in_a_folder_are_told_of(tmp_path):
     said = []
     assert read(tmp_path, say=said.append) == ["some text"]
     table = tmp_path / "data.jsonl.zst"
-    assert said == [f"note: {tmp_path} also holds the table {table}: of a folder, texts alone are read; name tables to have them read"]
+    assert said == [
+        f"note: {tmp_path} also holds the table {table}: of a folder, texts alone are read; name tables to have them read"
+    ]
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -355,9 +362,13 @@ def test_a_little_parquet_that_holds_very_much_is_refused(tmp_path):
     """As one page, which would be in memory at once; as a dictionary it is read."""
     path = tmp_path / "t.parquet"
     texts = [" " * (MAX_DOCUMENT - i % 3) for i in range(20)]
-    pyarrow.parquet.write_table(pyarrow.table({"id": texts, "text": texts}), path, compression="zstd", use_dictionary=False)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": texts, "text": texts}), path, compression="zstd", use_dictionary=False
+    )
     assert path.stat().st_size < 100_000
-    with pytest.raises(UserError, match=r"t\.parquet: [\d,]+ bytes of row group 1 hold 160 MiB of 'text', .*write the file again with"):
+    with pytest.raises(
+        UserError, match=r"t\.parquet: [\d,]+ bytes of row group 1 hold 160 MiB of 'text', .*write the file again with"
+    ):
         read(path)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd")
     assert len(read(path)) == 20

@@ -261,10 +261,14 @@ def test_a_pipe_is_not_waited_for(tmp_path, sentencepiece_model, gpt2_folder, na
 
 def test_a_text_that_a_tokenizer_json_has_no_token_for(tmp_path):
     pytest.importorskip("tokenizers")
-    (tmp_path / "tokenizer.json").write_bytes(b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}}')
+    (tmp_path / "tokenizer.json").write_bytes(
+        b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}}'
+    )
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("a") == [4]
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot take a text \(WordLevel error: Missing \[UNK\] token.*; use another"):
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json cannot take a text \(WordLevel error: Missing \[UNK\] token.*; use another"
+    ):
         tokenizer.encode("b")
 
 

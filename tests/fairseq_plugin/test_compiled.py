@@ -1,4 +1,6 @@
-"""The NumPy forms of fairseq's compiled extensions against rules written out, and against the extensions where they are installed."""
+"""The NumPy forms of fairseq's compiled extensions against rules written out, and against the extensions where they are
+installed.
+"""
 
 import json
 import os
@@ -15,7 +17,9 @@ MODES = ("none", "eos", "complete", "complete_doc")
 
 
 def _corpora(trials, seed=0):
-    """(sizes, block_size, document_sep_len) of small corpora, empty sentences and sentences longer than a block among them."""
+    """(sizes, block_size, document_sep_len) of small corpora, empty sentences and sentences longer than a block among
+    them.
+    """
     rng = np.random.default_rng(seed)
     for trial in range(trials):
         sizes = rng.integers(trial % 2, int(rng.integers(2, 20)), int(rng.integers(1, 40)))
@@ -66,11 +70,15 @@ def test_blocks_find_their_sentences(mode):
 
 
 def _batches_by_rule(sizes, max_tokens, most, multiple):
-    """Sentence by sentence: a batch is cut at the last size that is a multiple when one more sentence would be too much."""
+    """Sentence by sentence: a batch is cut at the last size that is a multiple when one more sentence would be too
+    much.
+    """
     batches, batch, left_over = [], [], []
 
     def too_much(sentences):
-        return len(sentences) > most > 0 or len(sentences) * max((sizes[i] for i in sentences), default=0) > max_tokens > 0
+        return (
+            len(sentences) > most > 0 or len(sentences) * max((sizes[i] for i in sentences), default=0) > max_tokens > 0
+        )
 
     for i in range(len(sizes)):
         if too_much([*batch, *left_over, i]):
@@ -103,7 +111,9 @@ def test_batches_are_cut_where_the_limits_say():
         batches = compiled.batch_by_size_vec(indices, sizes, max_tokens, most, multiple)
         expected = _batches_by_rule(sizes.tolist(), max_tokens, most, multiple)
         assert [b.tolist() for b in batches] == [[3 * i for i in batch] for batch in expected]
-        by_function = compiled.batch_by_size_fn(indices, lambda i, sizes=sizes: sizes[i // 3], max_tokens, most, multiple)
+        by_function = compiled.batch_by_size_fn(
+            indices, lambda i, sizes=sizes: sizes[i // 3], max_tokens, most, multiple
+        )
         assert [b.tolist() for b in by_function] == [b.tolist() for b in batches]
 
 
@@ -127,10 +137,14 @@ def _stat(**values):
 
 def test_bleu_counts_matching_n_grams():
     stat = _stat(match2=1, count2=1)
-    # Reference 5 6 7 8 9 and prediction 5 6 7 7 9: unigrams 5, 6, 7, 9 match (7 once), bigrams 56 and 67, one trigram 567.
+    # Reference 5 6 7 8 9 and prediction 5 6 7 7 9: unigrams 5, 6, 7, 9 match (7 once), bigrams 56 and 67, one trigram
+    # 567.
     compiled.add_bleu_counts(stat, [1, 1, 5, 6, 7, 8, 9, 2, 1], [5, 6, 7, 7, 9, 2], pad=1, eos=2)
-    assert vars(stat) == vars(_stat(reflen=5, predlen=5, match1=4, count1=5, match2=3, count2=5, match3=1, count3=3, count4=2))
-    compiled.add_bleu_counts(stat, [1, 1], [2], pad=1, eos=2)  # fairseq's extension never returns from a sentence of padding
+    assert vars(stat) == vars(
+        _stat(reflen=5, predlen=5, match1=4, count1=5, match2=3, count2=5, match3=1, count3=3, count4=2)
+    )
+    # fairseq's extension never returns from a sentence of padding
+    compiled.add_bleu_counts(stat, [1, 1], [2], pad=1, eos=2)
     assert (stat.reflen, stat.predlen) == (5, 6)
 
 
@@ -139,7 +153,10 @@ def test_they_return_what_the_extensions_return():
     pytest.importorskip("fairseq")
     from importlib import import_module
 
-    blocks, batches = import_module("fairseq.data.token_block_utils_fast"), import_module("fairseq.data.data_utils_fast")
+    blocks, batches = (
+        import_module("fairseq.data.token_block_utils_fast"),
+        import_module("fairseq.data.data_utils_fast"),
+    )
     if not hasattr(blocks, "__file__"):
         pytest.skip("fairseq was installed without its extensions")
     for sizes, block_size, separator in _corpora(200, seed=3):
@@ -167,7 +184,10 @@ def test_fairseq_takes_them_where_it_was_installed_without_a_compiler(tmp_path):
         (tmp_path / name).mkdir()
         folder = source if name == "fairseq" else os.path.join(source, "data")
         for entry in os.listdir(folder):
-            if not entry.endswith((".so", ".pyd")) and entry not in ("__pycache__", "data" if name == "fairseq" else ""):
+            if not entry.endswith((".so", ".pyd")) and entry not in (
+                "__pycache__",
+                "data" if name == "fairseq" else "",
+            ):
                 os.symlink(os.path.join(folder, entry), tmp_path / name / entry)
     program = """
 import json, torch, fairseq, numpy as np

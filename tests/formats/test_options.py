@@ -15,7 +15,12 @@ def test_an_option_that_names_another_gets_its_value():
         "common": {"seed": 7, "tpu": False},
         "dataset": {"batch_size": None, "batch_size_valid": "${dataset.batch_size}"},
         "optimization": {"lr": [0.1, 0.2]},
-        "task": {"seed": "${common.seed}", "batch_size_valid": "${dataset.batch_size_valid}", "data": "/a", "tpu": "${common.tpu}"},
+        "task": {
+            "seed": "${common.seed}",
+            "batch_size_valid": "${dataset.batch_size_valid}",
+            "data": "/a",
+            "tpu": "${common.tpu}",
+        },
         "model": argparse.Namespace(data="${task.data}", w2v_args=nested),
     }
     check_options({"cfg": cfg})
@@ -24,7 +29,15 @@ def test_an_option_that_names_another_gets_its_value():
     assert nested["task"]["seed"] == 7 and nested["args"].lr == [0.1, 0.2]
 
 
-OTHERS = ["${oc.env:HOME}", "${env:HOME}", "${model}", "${model.y}", "a${model.n}", "${model.n}${model.n}", "${${model.n}}"]
+OTHERS = [
+    "${oc.env:HOME}",
+    "${env:HOME}",
+    "${model}",
+    "${model.y}",
+    "a${model.n}",
+    "${model.n}${model.n}",
+    "${${model.n}}",
+]
 
 
 @pytest.mark.parametrize("text", ["${model.x}", *OTHERS])

@@ -1,7 +1,8 @@
 """Every causal architecture of transformers as a tiny random model, and what evaluation and analysis make of it.
 
-``python causal_models.py [NAME ...]`` prints a JSON line for each: {"name", "evaluation", "analysis"}. Each model has its own process, with
-limits on time and memory. Outcomes: right, slower (prompts are read as a whole), refused: ..., wrong: ..., crash: ..., not built: ...
+``python causal_models.py [NAME ...]`` prints a JSON line for each: {"name", "evaluation", "analysis"}. Each model has
+its own process, with limits on time and memory. Outcomes: right, slower (prompts are read as a whole), refused: ...,
+wrong: ..., crash: ..., not built: ...
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ _SIZES = {
     3: "conv_L_cache moe_k",
 }  # fmt: skip
 COMMON = {name: size for size, names in _SIZES.items() for name in names.split()} | {"use_mamba_kernels": False}
-_PHI3 = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [8.0, 10.0, 20.0, 40.0]}
+_PHI3 = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0, 10.0, 20.0, 40.0],
+}
 SPECIAL: dict[str, dict] = {
     "phi3": {
         "original_max_position_embeddings": 32,
@@ -100,7 +106,9 @@ class Tokenizer:
 
 
 def scores_apart(lm, plain, prefix_length, lengths=(6, 1, 4)):
-    """The largest difference of log-probabilities after a shared prefix from those of whole prompts, each alone; plain(ids) -> logits."""
+    """The largest difference of log-probabilities after a shared prefix from those of whole prompts, each alone;
+    plain(ids) -> logits.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -204,7 +212,9 @@ def analysis(lm):
             return f"wrong: {worst:.1e} {note}"
         texts = ("that is good", "that is bad", "a film", "bad film with a plot", "good", "that")
         films = [Example(i, (f"a film {text} is",), (" bad", " good"), i % 2) for i, text in enumerate(texts)]
-        data = LabelledDataset(dataclasses.replace(load_spec("mr", "code"), name="films"), films, films, {"kind": "local"})
+        data = LabelledDataset(
+            dataclasses.replace(load_spec("mr", "code"), name="films"), films, films, {"kind": "local"}
+        )
         questions = classification.Settings(shots=(2,), seeds=(1,), batch_tokens=100)
         settings = study.Settings(questions, rates=(0.01,), controls=("untrained", "random", "lcgd"))
         before = {key: value.clone() for key, value in lm.model.state_dict().items()}
@@ -226,7 +236,8 @@ def look(name):
     try:
         model = tiny(name)
         with torch.no_grad():
-            model(torch.arange(20, 28)[None], use_cache=False)  # sizes that do not fit each other are the configuration's fault
+            # sizes that do not fit each other are the configuration's fault
+            model(torch.arange(20, 28)[None], use_cache=False)
     except Exception as error:
         return {"name": name, "evaluation": f"not built: {type(error).__name__}: {str(error)[:200]}"}
     found = {"name": name, "implementation": model.config._attn_implementation}

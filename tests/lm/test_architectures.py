@@ -1,5 +1,6 @@
-"""Architectures of transformers whose caches, masks and attention differ, tiny and random: scores are those of whole prompts, attention is
-the model's own, or one line says why not. All of them in the nightly sweep."""
+"""Architectures of transformers whose caches, masks and attention differ, tiny and random: scores are those of whole
+prompts, attention is the model's own, or one line says why not. All of them in the nightly sweep.
+"""
 
 import importlib.util
 import json
@@ -84,8 +85,16 @@ def test_tokens_that_are_never_predicted_are_no_sign_of_anything():
     from momentum_lm.convert.remote.configuration_momentum_lm import MomentumLMConfig
     from momentum_lm.convert.remote.modeling_momentum_lm import MomentumLMForCausalLM
 
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MomentumLMConfig(**sizes, momentum_kind="ema", absent_tokens=list(range(60, 90)), max_position_embeddings=128)
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = MomentumLMConfig(
+        **sizes, momentum_kind="ema", absent_tokens=list(range(60, 90)), max_position_embeddings=128
+    )
     lm = HuggingFaceLM(MomentumLMForCausalLM(config), models.Tokenizer(), "absent", "0")
     assert lm.shares_prefixes
     assert apart(torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([[1.0, 2.0, -torch.inf]])) == 0
@@ -96,7 +105,9 @@ def test_tokens_that_are_never_predicted_are_no_sign_of_anything():
 def test_a_model_of_nan_or_too_large_for_the_gpu_is_not_called_something_else(monkeypatch):
     model = models.tiny("llama")
     model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(UserError, match=r"llama \(LlamaForCausalLM\) gives probabilities of NaN: .* too large for torch\.float32"):
+    with pytest.raises(
+        UserError, match=r"llama \(LlamaForCausalLM\) gives probabilities of NaN: .* too large for torch\.float32"
+    ):
         HuggingFaceLM(model, models.Tokenizer(), "llama", "0")
 
     def fill(*args, **options):
@@ -141,8 +152,12 @@ def test_what_is_outside_a_window_is_not_attended_to():
     assert logits.isneginf().sum(-1).tolist() == [13] * 4 and logits[:, 13:].isfinite().all()
     for kind in ("logits", "heads", "relaxed", "outputs", "relaxed_outputs"):
         torch.testing.assert_close(getattr(trace, kind)[0], getattr(again, kind)[0])
-    found = metrics.training_attention(logits[:, :10].numpy(), np.random.default_rng(0).normal(size=(4, 10)), [4, 6], True)
-    assert all(np.isnan(value).all() for value in (found.kendall, found.recall, found.kendall_example, found.recall_example))
+    found = metrics.training_attention(
+        logits[:, :10].numpy(), np.random.default_rng(0).normal(size=(4, 10)), [4, 6], True
+    )
+    assert all(
+        np.isnan(value).all() for value in (found.kendall, found.recall, found.kendall_example, found.recall_example)
+    )
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
@@ -155,7 +170,10 @@ def test_the_whole_analysis(name):
 def test_windows_of_thousands_are_shortened_for_a_trial():
     model = models.tiny("mistral", sliding_window=4096)
     tokens = torch.arange(20, 60)[None]
-    assert trial_lengths(model.config, 10**6)[1] < 40 and trial_lengths(models.configuration("mistral", sliding_window=50), 10**6)[1] > 50
+    assert (
+        trial_lengths(model.config, 10**6)[1] < 40
+        and trial_lengths(models.configuration("mistral", sliding_window=50), 10**6)[1] > 50
+    )
     with torch.no_grad():
         before = model(tokens).logits
         with shortened_windows(model):
@@ -180,7 +198,8 @@ def test_momentum_needs_an_attention_that_sees_what_its_mask_shows():
     add_momentum(model, 0.5)
     tokens = torch.arange(20, 44)[None]
     changed = tokens.clone()
-    changed[:, :7] += 30  # the first chunk: layers of chunked attention, and momentum in them, do not see it from the next one on
+    # the first chunk: layers of chunked attention, and momentum in them, do not see it from the next one on
+    changed[:, :7] += 30
     first = AttentionTrace(torch.tensor([[23]]))
     second = AttentionTrace(torch.tensor([[23]]))
     for given, trace in ((tokens, first), (changed, second)):
@@ -199,8 +218,13 @@ def test_every_causal_architecture(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, cwd=tmp_path, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(found) == len(models.causal_names()), done.stderr[-2000:]
-    outcomes = [(each["name"], part, each[part]) for each in found for part in ("evaluation", "analysis") if part in each]
+    outcomes = [
+        (each["name"], part, each[part]) for each in found for part in ("evaluation", "analysis") if part in each
+    ]
     bad = [outcome for outcome in outcomes if outcome[2].startswith(("wrong", "crash"))]
     assert not bad, "\n".join(map(str, bad))
     assert sum(outcome.startswith("not built") for _, _, outcome in outcomes) < len(found) / 4
-    assert sum(outcome.startswith(("right", "slower")) for _, part, outcome in outcomes if part == "evaluation") > len(found) / 2
+    assert (
+        sum(outcome.startswith(("right", "slower")) for _, part, outcome in outcomes if part == "evaluation")
+        > len(found) / 2
+    )

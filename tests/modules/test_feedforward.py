@@ -105,7 +105,9 @@ def doubled_by_parametrizations(linear):
         torch.nn.utils.parametrize.register_parametrization(linear, name, Twice())
 
 
-@pytest.mark.parametrize("change", [Doubled, doubled_by_a_hook, doubled_by_another_forward, doubled_by_parametrizations])
+@pytest.mark.parametrize(
+    "change", [Doubled, doubled_by_a_hook, doubled_by_another_forward, doubled_by_parametrizations]
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_what_is_added_to_the_layer_acts(change, training):
     (x, *weights), _ = tensors(torch.float64)

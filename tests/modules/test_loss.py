@@ -108,7 +108,9 @@ def test_an_adapter_on_the_output_projection_acts_in_the_loss():
     with torch.no_grad():
         logits = 3 * model(tokens)
     model.output_projection.register_forward_hook(lambda module, inputs, output: calls.append(output) or 3 * output)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=model.config.padding_idx, reduction="none")
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=model.config.padding_idx, reduction="none"
+    )
     loss = model.loss(tokens, targets)
     torch.testing.assert_close(loss, expected.sum())
     torch.testing.assert_close(model.loss(tokens, targets, reduction="none").flatten(), expected)
@@ -116,7 +118,9 @@ def test_an_adapter_on_the_output_projection_acts_in_the_loss():
     loss.backward()
     gradient = model.output_projection.weight.grad.clone()
     model.zero_grad()
-    whole = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=model.config.padding_idx, reduction="sum")
+    whole = F.cross_entropy(
+        model(tokens).flatten(0, 1), targets.flatten(), ignore_index=model.config.padding_idx, reduction="sum"
+    )
     whole.backward()
     torch.testing.assert_close(gradient, model.output_projection.weight.grad)
 
@@ -131,7 +135,9 @@ def test_gradients_of_each_sample_by_torch_func():
     parameters = dict(model.named_parameters())
 
     def loss(parameters, row, target):
-        return functional_call(_Loss(model), {f"model.{name}": value for name, value in parameters.items()}, (row, target))
+        return functional_call(
+            _Loss(model), {f"model.{name}": value for name, value in parameters.items()}, (row, target)
+        )
 
     each = vmap(grad(loss), (None, 0, 0))(parameters, tokens, targets)
     for row in range(3):

@@ -12,7 +12,9 @@ from momentum_lm.ops import ema, ema_naive, multi_ema, multi_ema_naive
 PAIRS = {"ema": (ema, ema_naive), "multi_ema": (multi_ema, multi_ema_naive)}
 
 
-@pytest.fixture(params=itertools.product(PAIRS, (False, True)), ids=lambda p: f"{p[0]}{'-state-segments' if p[1] else ''}")
+@pytest.fixture(
+    params=itertools.product(PAIRS, (False, True)), ids=lambda p: f"{p[0]}{'-state-segments' if p[1] else ''}"
+)
 def case(request):
     """(operator, oracle, inputs(length), the time axis)."""
     name, more = request.param
@@ -20,7 +22,9 @@ def case(request):
     def inputs(length):
         draw = torch.Generator().manual_seed(length)
         batch, channels, order = 2, 4, 8
-        shape, decays = ((batch, 2, length, 3), (2,)) if name == "ema" else ((batch, length, channels), (channels, order))
+        shape, decays = (
+            ((batch, 2, length, 3), (2,)) if name == "ema" else ((batch, length, channels), (channels, order))
+        )
         state = {"ema": (batch, 2, 3), "multi_ema": (batch, channels, order)}[name]
 
         def normal(shape):
@@ -28,7 +32,13 @@ def case(request):
 
         weight = [] if name == "ema" else [normal(decays)]
         ids = (torch.arange(length) // 7).expand(batch, length)
-        return normal(shape), -normal(decays).abs() - 0.05, *weight, normal(state) if more else None, ids if more else None
+        return (
+            normal(shape),
+            -normal(decays).abs() - 0.05,
+            *weight,
+            normal(state) if more else None,
+            ids if more else None,
+        )
 
     return (*PAIRS[name], inputs, 2 if name == "ema" else 1)
 

@@ -475,6 +475,8 @@ def test_finished_work_is_said_to_be_finished(lm, films, tmp_path, capsys):
         capsys.readouterr().out
         == f"{tmp_path / 'out'} holds all of these results already; nothing was scored. --force measures anew.\n\n"
     )
+
+
 @pytest.fixture
 def one_file(tmp_path):
     """A data set with one file for both splits."""
@@ -542,7 +544,9 @@ def test_fresh_queries_are_a_sample_for_each_seed(lm, films, tmp_path):
     samples = {seed: {index for _, _, index in cells} for seed, cells in asked.items()}
     assert [len(sample) for sample in samples.values()] == [4, 4, 4] and len(set(map(frozenset, samples.values()))) == 3
     for seed, cells in asked.items():  # all numbers of shots and calibrations of a seed have the same queries
-        assert cells == {(shots, c, index) for shots in (0, 2) for c in settings.calibrations for index in samples[seed]}
+        assert cells == {
+            (shots, c, index) for shots in (0, 2) for c in settings.calibrations for index in samples[seed]
+        }
     alone = run(lm, [films], dataclasses.replace(settings, seeds=(2,)), tmp_path / "alone")["runs"]
     keys = ("accuracy", "prompts_sha256", "shots", "calibration")
     assert [[r[k] for k in keys] for r in runs if r["seed"] == 2] == [[r[k] for k in keys] for r in alone]

@@ -305,7 +305,9 @@ def test_other_numbers_of_processes_go_on_without_loss_or_repetition(worlds, cor
 
 @pytest.mark.parametrize("turn", range(4))
 def test_other_batches_and_processes_go_on_without_loss_or_repetition(turn, corpus):
-    """Stretches of an epoch of two updates, each with a batch size, a number of processes and an --update-freq of its own."""
+    """Stretches of an epoch of two updates, each with a batch size, a number of processes and an --update-freq of its
+    own.
+    """
     draw = np.random.default_rng(turn)
     drawn, state, stretches = [], {}, 0
     while state.get("epoch", 2) == 2:

@@ -46,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say what a model is asked, with which demonstrations."""
     group = parser.add_argument_group("data")
-    group.add_argument("--datasets", required=True, metavar="D,D,...", help="names (see `momentum-lm datasets`) or YAML files of your own")
+    group.add_argument(
+        "--datasets",
+        required=True,
+        metavar="D,D,...",
+        help="names (see `momentum-lm datasets`) or YAML files of your own",
+    )
     group.add_argument(
         "--data-dir",
         metavar="DIR",
@@ -59,10 +64,17 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="evaluate at most N examples, a seeded sample")
     group.add_argument("--max-field-tokens", type=int, metavar="N", help="shorten each text of the data to N tokens")
     group = parser.add_argument_group("prompts")
-    group.add_argument("--shots", default="0,4,16", metavar="K,K,...", help="demonstrations in a prompt (default: %(default)s)")
-    group.add_argument("--seeds", default="1,2,3", metavar="S,S,...", help="of the draws of demonstrations (default: %(default)s)")
     group.add_argument(
-        "--sampling", default="random", choices=["random", "balanced"], help="balanced: as many of each label (default: %(default)s)"
+        "--shots", default="0,4,16", metavar="K,K,...", help="demonstrations in a prompt (default: %(default)s)"
+    )
+    group.add_argument(
+        "--seeds", default="1,2,3", metavar="S,S,...", help="of the draws of demonstrations (default: %(default)s)"
+    )
+    group.add_argument(
+        "--sampling",
+        default="random",
+        choices=["random", "balanced"],
+        help="balanced: as many of each label (default: %(default)s)",
     )
     group.add_argument(
         "--protocol", default="default", choices=["default", "paper"],
@@ -83,13 +95,18 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that change no prediction."""
     group = parser.add_argument_group("speed")
-    group.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per forward pass (default: by the memory there is)")
+    group.add_argument(
+        "--batch-tokens", type=int, metavar="N", help="tokens per forward pass (default: by the memory there is)"
+    )
     group.add_argument(
         "--process-timeout", type=float, default=600.0, metavar="S",
         help="under torchrun: seconds until a process that does not come or hangs is named (default: %(default)g)",
     )  # fmt: skip
     group.add_argument(
-        "--padding-side", default="right", choices=["right", "left"], help="changes nothing but rounding (default: %(default)s)"
+        "--padding-side",
+        default="right",
+        choices=["right", "left"],
+        help="changes nothing but rounding (default: %(default)s)",
     )
 
 

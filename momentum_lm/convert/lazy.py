@@ -85,7 +85,9 @@ class Lazy:
                 extremes = torch.stack(tensor.aminmax())  # which are NaN if any is
                 if not extremes.isfinite().all():
                     held = "NaN" if extremes.isnan().any() else "infinity"
-                    raise UserError(f"{name} holds {held}: the model is broken; convert an earlier checkpoint or another copy")
+                    raise UserError(
+                        f"{name} holds {held}: the model is broken; convert an earlier checkpoint or another copy"
+                    )
                 if not extremes.to(result.dtype).isfinite().all():
                     largest, limit = extremes.abs().max(), torch.finfo(result.dtype).max
                     what = f"{name} reaches {largest:.6g}, and {_FLAGS[result.dtype]} ends at {limit:.6g}"
@@ -138,13 +140,17 @@ def write_torch(path: Path, tree: Mapping[str, Any], progress: Callable[[int], o
             for number, lazy in enumerate(pickler.stored):
                 entry = zipfile.ZipInfo(f"archive/data/{number}")
                 # The header is 30 bytes, the name and what is extra: 20 bytes for a size of 64 bits, and this padding.
-                entry.extra = struct.pack("<2sH", b"FB", padding := -(file.tell() + 54 + len(entry.filename)) % _ALIGNMENT) + bytes(padding)
+                entry.extra = struct.pack(
+                    "<2sH", b"FB", padding := -(file.tell() + 54 + len(entry.filename)) % _ALIGNMENT
+                ) + bytes(padding)
                 with archive.open(entry, "w", force_zip64=True) as record:
                     _write(record, lazy, progress)
         _sync(file)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Lazy], progress: Callable[[int], object] = lambda nbytes: None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Lazy], progress: Callable[[int], object] = lambda nbytes: None
+) -> None:
     """Writes a ``.safetensors`` file. ``progress`` is told of the bytes as they are written."""
     ends = list(itertools.accumulate((lazy.nbytes for lazy in tensors.values()), initial=0))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -164,7 +170,9 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise UserError("a .safetensors file needs the package safetensors: pip install 'momentum_lm[transformers]'") from error
+        raise UserError(
+            "a .safetensors file needs the package safetensors: pip install 'momentum_lm[transformers]'"
+        ) from error
 
     def load(name: str) -> Callable[[], Tensor]:
         def open_and_read() -> Tensor:  # opened for each tensor, so that the pages of one are given back with it
@@ -179,10 +187,14 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
             dtypes = {name: SAFETENSORS_DTYPES.get(part.get_dtype()) for name, part in slices.items()}
             strange = next((name for name, dtype in dtypes.items() if dtype is None), None)
             if strange is not None:
-                raise UserError(f"{path}: {strange} has numbers of type {slices[strange].get_dtype()}, which torch checkpoints do not hold")
+                raise UserError(
+                    f"{path}: {strange} has numbers of type {slices[strange].get_dtype()}, which torch checkpoints do not hold"
+                )
             return {name: Lazy(tuple(part.get_shape()), dtypes[name], load(name)) for name, part in slices.items()}  # type: ignore[arg-type]
     except SafetensorError as error:
-        raise UserError(f"{path} ({os.path.getsize(path):,} bytes) is torn or not a safetensors file: {error}; fetch it again") from error
+        raise UserError(
+            f"{path} ({os.path.getsize(path):,} bytes) is torn or not a safetensors file: {error}; fetch it again"
+        ) from error
 
 
 class _Storage:

@@ -63,10 +63,15 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
     ours = {name: Lazy.of(tensor) for name, tensor in lm.model.state_dict().items()}
     tensors = family.to_theirs(ours, decoder.tie_embeddings, order)
     tensors = {
-        name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype) for name, lazy in tensors.items()
+        name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype)
+        for name, lazy in tensors.items()
     }
     names = _write_parts(tensors, folder, progress)
-    where = {our: i for i, our in enumerate(order.tolist())} if order is not None else {i: i for i in range(decoder.vocab_size)}
+    where = (
+        {our: i for i, our in enumerate(order.tolist())}
+        if order is not None
+        else {i: i for i in range(decoder.vocab_size)}
+    )
     ids = {"bos_token_id": where[bos], "eos_token_id": where[EOS], "pad_token_id": where.get(PAD)}
     stored = tensors[family.theirs("embed_tokens.weight")].dtype
     config = {**ids, **family.config(decoder, len(where)), "dtype": str(stored).removeprefix("torch.")}
@@ -81,8 +86,14 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
         note = write_tokenizer(tokenizer, folder, decoder.max_positions, bos, None if order is None else order.tolist())
         notes += [note] if note else []
     else:
-        notes.append("there is no tokenizer beside the checkpoint, so none was written; name its folder with --tokenizer")
-    return family.architecture, sum(lazy.numel for name, lazy in tensors.items() if name.rpartition(".")[2] not in NOTES), notes
+        notes.append(
+            "there is no tokenizer beside the checkpoint, so none was written; name its folder with --tokenizer"
+        )
+    return (
+        family.architecture,
+        sum(lazy.numel for name, lazy in tensors.items() if name.rpartition(".")[2] not in NOTES),
+        notes,
+    )
 
 
 def names_of_tokens(lm: NativeLM) -> dict[str, int]:
@@ -110,7 +121,9 @@ def choose(
     return MOMENTUM, None
 
 
-def _own_order(decoder: DecoderConfig, dictionary: Dictionary, tokenizer: HuggingFaceTokenizer | None) -> torch.Tensor | None:
+def _own_order(
+    decoder: DecoderConfig, dictionary: Dictionary, tokenizer: HuggingFaceTokenizer | None
+) -> torch.Tensor | None:
     """The ids of the model's own tokenizer, which dict.txt gives in decimal, if they are all that the model predicts; else None."""
     present = [i for i in range(decoder.vocab_size) if i not in decoder.absent_tokens]
     own = {int(symbol): i for i, symbol in enumerate(dictionary.symbols) if symbol.isdecimal()}
@@ -132,7 +145,9 @@ def _vocabulary(lm: NativeLM) -> tuple[Tokenizer | None, Dictionary | None]:
     file = folder / "dict.txt"
     dictionary = Dictionary.load(file) if file.exists() else None
     if dictionary is not None and len(dictionary) != lm.vocab_size:
-        raise UserError(f"{file} has {len(dictionary)} entries, but {lm.name} has {lm.vocab_size}: they belong to different models")
+        raise UserError(
+            f"{file} has {len(dictionary)} entries, but {lm.name} has {lm.vocab_size}: they belong to different models"
+        )
     return None, dictionary
 
 

@@ -148,14 +148,18 @@ class FileSource(Source):
                 else:
                     yield from _read_text(file, self.name, blank_lines=self.document == "blank-line")
             except EOFError as error:
-                raise UserError(f"{self.name} is cut short: its compressed data ends too early; fetch it again") from error
+                raise UserError(
+                    f"{self.name} is cut short: its compressed data ends too early; fetch it again"
+                ) from error
             except WindowError as error:
                 raise UserError(
                     f"{self.name}: reading it takes a window of {error.size >> 20:,} MiB, more than the {MAX_WINDOW >> 20} "
                     "MiB that are allowed; decompress it first, as with `zstd -d --long=31`"
                 ) from error
             except (gzip.BadGzipFile, zlib.error, ZstdError) as error:
-                raise UserError(f"{self.name} is damaged or not a {self.path.suffix} file ({error}); fetch it again") from error
+                raise UserError(
+                    f"{self.name} is damaged or not a {self.path.suffix} file ({error}); fetch it again"
+                ) from error
             finally:
                 self._raw, self._done = None, self.size
 
@@ -215,12 +219,16 @@ class HubSource(Source):
         try:
             import datasets
         except ImportError as error:
-            raise UserError(f"{self.name} is no file here, and loading a data set by name needs: pip install datasets") from error
+            raise UserError(
+                f"{self.name} is no file here, and loading a data set by name needs: pip install datasets"
+            ) from error
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it tells of every retry
         self.remarks = dict.fromkeys(REMARKS, 0)
         number = 0
         try:
-            for number, row in enumerate(datasets.load_dataset(self.path, self.config, split=self.split, streaming=True), start=1):
+            for number, row in enumerate(
+                datasets.load_dataset(self.path, self.config, split=self.split, streaming=True), start=1
+            ):
                 where = f"{self.name}: record {number}"
                 value = _look_up(row, self.column, where)
                 if value is None:
@@ -338,7 +346,9 @@ def _read_text(file: BinaryIO, name: str, blank_lines: bool) -> Iterator[bytes]:
             block.append(line)
             size += len(line)
             if size > MAX_DOCUMENT:
-                raise UserError(f"{name}:{number}: more than {MAX_DOCUMENT >> 20} MiB without a blank line; use --document line")
+                raise UserError(
+                    f"{name}:{number}: more than {MAX_DOCUMENT >> 20} MiB without a blank line; use --document line"
+                )
         elif block:
             yield b"".join(block).rstrip(b"\r\n")
             block, size = [], 0
@@ -352,11 +362,21 @@ def _read_json_lines(file: BinaryIO, name: str, column: str, remarks: dict[str, 
         try:
             record = parse_json(line)
         except ValueError as error:
-            hint = "; this is one JSON array: make it JSON Lines, as with `jq -c '.[]'`" if number == 1 and line[0] == "[" else ""
+            hint = (
+                "; this is one JSON array: make it JSON Lines, as with `jq -c '.[]'`"
+                if number == 1 and line[0] == "["
+                else ""
+            )
             raise UserError(f"{where}: not a JSON record ({error}){hint}; mend or remove the line") from error
         if not isinstance(record, dict):
-            hint = "make the array JSON Lines, as with `jq -c '.[]'`" if isinstance(record, list) else "mend or remove the line"
-            raise UserError(f"{where}: expected a JSON object with the column {column!r}, got {type(record).__name__}; {hint}")
+            hint = (
+                "make the array JSON Lines, as with `jq -c '.[]'`"
+                if isinstance(record, list)
+                else "mend or remove the line"
+            )
+            raise UserError(
+                f"{where}: expected a JSON object with the column {column!r}, got {type(record).__name__}; {hint}"
+            )
         value = _look_up(record, column, where)
         if value is None:
             remarks["nulls"] += 1

@@ -183,22 +183,35 @@ class HuggingFaceLM:
         order = (torch.arange(tokens.shape[1]) + shift[:, None]) % tokens.shape[1]
         tokens, seen, positions = tokens.masked_fill(padding, 0).gather(1, order), ~padding.gather(1, order), positions - shift[rows]
         if not self._pads_rows or (
-            self._switch_length is not None and tokens.shape[1] + (0 if prefix is None else len(prefix)) > self._switch_length
+            self._switch_length is not None
+            and tokens.shape[1] + (0 if prefix is None else len(prefix)) > self._switch_length
         ):
             return self._separate_log_probs(tokens, seen, rows, positions, targets, prefix)
-        plain = self.config._attn_implementation == PACKED_ATTENTION and self.dtype == torch.float32 and self.device.type == "cpu"
+        plain = (
+            self.config._attn_implementation == PACKED_ATTENTION
+            and self.dtype == torch.float32
+            and self.device.type == "cpu"
+        )
         if plain and isinstance(prefix, SharedPrefix) and self._packs_rows:
             return self._packed_log_probs(tokens, seen, rows, positions, targets, prefix)
         return self._padded_log_probs(tokens, rows, positions, targets, prefix)
 
     def _padded_log_probs(
-        self, tokens: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: SharedPrefix | tuple[int, ...] | None
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        prefix: SharedPrefix | tuple[int, ...] | None,
     ) -> Tensor:
         given: dict[str, Any] = {"use_cache": False}
         if isinstance(prefix, SharedPrefix):
             given = {"past_key_values": prefix.cache, "use_cache": True}
         elif prefix is not None:
-            tokens, positions = torch.cat([torch.tensor(prefix).expand(len(tokens), -1), tokens], 1), positions + len(prefix)
+            tokens, positions = (
+                torch.cat([torch.tensor(prefix).expand(len(tokens), -1), tokens], 1),
+                positions + len(prefix),
+            )
         return self._read(tokens, given, rows, positions, targets)
 
     def _separate_log_probs(

@@ -156,7 +156,10 @@ class NativeLM:
     def row_bytes(self, prefix: int, length: int) -> int:
         """Keys, values and mask of one layer over the whole row, and one block's activations."""
         c = self.config
-        return self.dtype.itemsize * (4 * c.dim * (prefix + length) + length * (6 * c.dim + 2 * c.ffn_dim)) + 3 * 4 * c.vocab_size
+        return (
+            self.dtype.itemsize * (4 * c.dim * (prefix + length) + length * (6 * c.dim + 2 * c.ffn_dim))
+            + 3 * 4 * c.vocab_size
+        )
 
     @inference
     def encode_prefix(self, ids: Sequence[int]) -> Cache:
@@ -167,7 +170,13 @@ class NativeLM:
 
     @inference
     def log_probs(
-        self, tokens: Tensor, padding: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: Cache | None = None
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        prefix: Cache | None = None,
     ) -> Tensor:
         """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
         inputs = tokens.masked_fill(padding, self.config.padding_idx).to(self.device)
@@ -230,10 +239,14 @@ def load_native(
         options = model_cfg or _options_from_tensors(tensors)
         options = options | _parse_overrides(overrides, options)
         if not model_cfg and "decoder_attention_heads" not in options:
-            raise UserError("the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': N}\"")
+            raise UserError(
+                "the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': N}\""
+            )
         fixed = options.get("momentum_kind") == "ema" and not options.get("momentum_learned")
         if not model_cfg and fixed and "momentum_eta" not in options:
-            raise UserError("the checkpoint does not say its momentum's decay: add --model-overrides \"{'momentum_eta': ETA}\"")
+            raise UserError(
+                "the checkpoint does not say its momentum's decay: add --model-overrides \"{'momentum_eta': ETA}\""
+            )
         for name in ("tokens_per_sample", "max_target_positions"):
             options.setdefault(name, task_cfg.get(name))
         config = DecoderConfig.from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
@@ -415,7 +428,11 @@ def _options_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
         options["decoder_ffn_embed_dim"] = _rows(tensors, "layers.0.fc1.weight")
     if "embed_positions.weight" in tensors:
         options |= {"position": "learned", "max_target_positions": _rows(tensors, "embed_positions.weight") - 2}
-    momentum = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith("layers.0.self_attn.momentum.")}
+    momentum = {
+        name.rpartition(".")[2]: value
+        for name, value in tensors.items()
+        if name.startswith("layers.0.self_attn.momentum.")
+    }
     if momentum:
         options["momentum_kind"] = "multi_ema" if "delta" in momentum else "ema"
         options["momentum_learned"] = "decay_logit" in momentum
@@ -473,7 +490,11 @@ class _Unfilled(TorchFunctionMode):
     values as always."""
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         place = {"device": "meta"} if function is torch.empty else {}
         return function(*args, **{**(kwargs or {}), **place})
@@ -481,7 +502,10 @@ class _Unfilled(TorchFunctionMode):
 
 def _build(config: DecoderConfig, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Decoder:
     """The decoder with these tensors, themselves where they are as wanted; ``tensors`` is emptied."""
-    with torch.random.fork_rng(devices=[]), _Unfilled():  # the few values that are drawn leave the caller's generator as it was
+    with (
+        torch.random.fork_rng(devices=[]),
+        _Unfilled(),
+    ):  # the few values that are drawn leave the caller's generator as it was
         model = Decoder(config)
     expected = _without_notes(model.state_dict())
     for name in tensors.keys() - _without_notes(tensors).keys():  # old checkpoints lack them, and a model goes without

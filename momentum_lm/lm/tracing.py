@@ -166,7 +166,13 @@ def full_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor, causal:
 
 
 def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention as :meth:`AttentionTrace.attention` describes it, where SDPA knows no soft-capping and no sinks: (B, T,
     H, D).
@@ -203,7 +209,9 @@ def _native(model: Decoder, trace: AttentionTrace) -> Iterator[None]:
         attention: Any = layer.self_attn
         seen: dict[str, Tensor] = {}
 
-        def finish(module: Any, given: Any, options: dict[str, Any], result: Tensor, seen: dict[str, Tensor] = seen) -> None:
+        def finish(
+            module: Any, given: Any, options: dict[str, Any], result: Tensor, seen: dict[str, Tensor] = seen
+        ) -> None:
             query, key, value = (seen[name].unflatten(-1, (module.heads, -1)).transpose(1, 2) for name in "qkv")
             rotation, cache = options.get("rotation"), options.get("cache")
             if rotation is not None:
@@ -254,7 +262,11 @@ def child(module: Any, names: Sequence[str]) -> nn.Module | None:
 
 def split_fused(values: Tensor, heads: int | None) -> tuple[Tensor, ...]:
     """Queries, keys and values (..., H * D) of what a projection gives at once, (..., 3 * H * D): in turn, or in turn for each head."""
-    return values.chunk(3, -1) if heads is None else tuple(x.flatten(-2) for x in values.unflatten(-1, (heads, 3, -1)).unbind(-2))
+    return (
+        values.chunk(3, -1)
+        if heads is None
+        else tuple(x.flatten(-2) for x in values.unflatten(-1, (heads, 3, -1)).unbind(-2))
+    )
 
 
 def fused_name(model: Any) -> str | None:
@@ -270,7 +282,9 @@ def fused_heads(model: Any) -> int | None:
 def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
     """Per layer weight and bias of the keys' projection and of the values', (Hkv * D, C) and (Hkv * D,), fp32; zeros where there is no
     bias. Nothing for a model in which they are not found."""
-    modules: list[Any] = [layer.self_attn for layer in model.layers] if isinstance(model, Decoder) else attention_modules(model)
+    modules: list[Any] = (
+        [layer.self_attn for layer in model.layers] if isinstance(model, Decoder) else attention_modules(model)
+    )
     found: list[tuple[Tensor, ...]] = []
     for module in modules:
         pair: list[Any] = [child(module, _KEY), child(module, _VALUE)]
@@ -284,7 +298,9 @@ def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
             parts = [(w.t(), b) for w, b in zip(split_fused(weight, heads), biases, strict=True)][1:]
         else:
             return []
-        each = [(w.detach().float(), w.new_zeros(len(w)).float() if b is None else b.detach().float()) for w, b in parts]
+        each = [
+            (w.detach().float(), w.new_zeros(len(w)).float() if b is None else b.detach().float()) for w, b in parts
+        ]
         found.append(each[0] + each[1])
     return found
 
@@ -454,7 +470,11 @@ class _Trial:
         for part, given, result in reversed(self.results[module]):
             if isinstance(given, Tensor) and isinstance(result, Tensor) and given.numel() == joined.numel():
                 same = result.shape == self.outputs[module].shape and _near(result, self.outputs[module], result.dtype)
-                if same and _near(given.reshape(joined.shape), joined, given.dtype) and next(part.parameters(), None) is not None:
+                if (
+                    same
+                    and _near(given.reshape(joined.shape), joined, given.dtype)
+                    and next(part.parameters(), None) is not None
+                ):
                     return part
         return None
 
@@ -464,7 +484,10 @@ class _Trial:
         parts = [self.parts[module].get(name) for name in "kv"]
         if any(part is None or part.numel() != x.numel() for part, x in zip(parts, (key, value), strict=True)):
             return False
-        k, v = (part.reshape(x.transpose(1, 2).shape) for part, x in zip(cast(list[Tensor], parts), (key, value), strict=True))
+        k, v = (
+            part.reshape(x.transpose(1, 2).shape)
+            for part, x in zip(cast(list[Tensor], parts), (key, value), strict=True)
+        )
         return _near(k[:, 0], key[:, :, 0], key.dtype) and _near(v, value.transpose(1, 2), value.dtype)
 
 
@@ -503,8 +526,12 @@ def _trial(model: Any) -> tuple[_Trial, AttentionTrace, Anatomy]:
         with _reading(model, trace, found, trial):
             traced = model(tokens, use_cache=False).logits
     given = f" (it takes {', '.join(sorted(trial.options))})" if trial.options else ""
-    if max(map(apart, traced, plain)) > tolerance(plain.dtype) or not len(trace.logits) == len(trace.outputs) == len(modules):
-        raise UserError(f"the attention of {kind} cannot be read: with it read, the model gives other predictions{given}")
+    if max(map(apart, traced, plain)) > tolerance(plain.dtype) or not len(trace.logits) == len(trace.outputs) == len(
+        modules
+    ):
+        raise UserError(
+            f"the attention of {kind} cannot be read: with it read, the model gives other predictions{given}"
+        )
     return trial, trace, found
 
 
@@ -521,7 +548,9 @@ def _try(model: Any) -> Anatomy:
     shapes = {(x.shape[2], q.shape[-1], h.shape[-1], o.shape[-1])
               for x, q, h, o in zip(trace.logits, trace.queries, trace.heads, trace.outputs, strict=True)}  # fmt: skip
     if len(shapes) > 1:
-        raise UserError(f"the layers of {kind} have attention heads of unequal number or size, which the analysis cannot compare")
+        raise UserError(
+            f"the layers of {kind} have attention heads of unequal number or size, which the analysis cannot compare"
+        )
     for module in dict.fromkeys(modules):
         source, project = trial.query_source(module), trial.projection(module)
         if source is not None:
@@ -532,7 +561,9 @@ def _try(model: Any) -> Anatomy:
             trial.outputs[module], trial.joined[module], trace.heads[0].dtype
         ):
             raise UserError(f"the attention of {kind} cannot be read: its output projection stands elsewhere")
-    found.keys = all(map(trial.projected_keys, dict.fromkeys(modules))) and len(key_value_weights(model)) == len(modules)
+    found.keys = all(map(trial.projected_keys, dict.fromkeys(modules))) and len(key_value_weights(model)) == len(
+        modules
+    )
     left_out = [] if found.keys else ["the similarity of weight updates (keys or values are not plain projections)"]
     if len(found.projects) < len(set(modules)):
         left_out.append("outputs without softmax (more than a projection follows attention)")
@@ -559,7 +590,9 @@ def attention_modules(model: Any) -> list[nn.Module]:
             model.set_attn_implementation(before)
         found = list(_seen)
         if not found:
-            raise UserError(f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be read")
+            raise UserError(
+                f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be read"
+            )
         model.__dict__["_momentum_lm_attention"] = found
     return found
 
@@ -582,12 +615,16 @@ def _scale(query: Tensor, options: dict[str, Any]) -> float:
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _compute(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any) -> Any:
+def _compute(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any
+) -> Any:
     """What a model's own attention computes: SDPA, or what that does not know."""
     if options.get("softcap") is None and options.get("s_aux") is None:
         return grouped_attention(module, query, key, value, attention_mask, *given, **options)
     mask = full_mask(attention_mask, query, key, _causal(module, options), options.get("position_bias"))
-    return softmax_attention(query, key, value, mask, _scale(query, options), options.get("softcap"), options.get("s_aux")), None
+    return softmax_attention(
+        query, key, value, mask, _scale(query, options), options.get("softcap"), options.get("s_aux")
+    ), None
 
 
 def _causal(module: Any, options: dict[str, Any]) -> bool:
@@ -595,7 +632,9 @@ def _causal(module: Any, options: dict[str, Any]) -> bool:
     return getattr(module, "is_causal", True) if causal is None else causal
 
 
-def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any) -> Any:
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any
+) -> Any:
     """A model's attention, with what momentum was added, that lets the trace look."""
     if not _active:
         _seen.append(module)
@@ -606,9 +645,13 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if module in reading.anatomy.queries:
         source, heads_first, factor = reading.anatomy.queries[module]
         before = seen["q" if source is None else "source"]
-        plain = factor * (before.transpose(1, 2) if heads_first else before).reshape(*query.transpose(1, 2).shape[:2], -1)
+        plain = factor * (before.transpose(1, 2) if heads_first else before).reshape(
+            *query.transpose(1, 2).shape[:2], -1
+        )
     mask = full_mask(attention_mask, query, key, _causal(module, options), options.get("position_bias"))
-    trace.attention(query, key, value, _scale(query, options), plain, mask, options.get("softcap"), options.get("s_aux"))
+    trace.attention(
+        query, key, value, _scale(query, options), plain, mask, options.get("softcap"), options.get("s_aux")
+    )
     out, weights = reading.attention(module, query, key, value, attention_mask, *given, **options)
     if trace.relax and trace.positions is not None and trace.read_wrongly(reading.without_momentum):
         kind, names = type(reading.model).__name__, ", ".join(sorted(_special(options))) or "a mask"
@@ -622,5 +665,14 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
 
 def _special(options: dict[str, Any]) -> set[str]:
     """The names of what an attention is given beside what every one is."""
-    usual = {"scaling", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache", "cache_position", "past_key_values"}
+    usual = {
+        "scaling",
+        "dropout",
+        "is_causal",
+        "output_attentions",
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "past_key_values",
+    }
     return {name for name, value in options.items() if value is not None and value is not False and name not in usual}

@@ -304,7 +304,9 @@ class Decoder(nn.Module):
         output = self.output_projection
         if not is_plain(output, OutputProjection):
             return called_cross_entropy(hidden, output, self.config.vocab_size, targets, self.config.padding_idx, reduction)
-        return chunked_cross_entropy(hidden, output.weight, targets, self.config.padding_idx, reduction, absent=output.absent)
+        return chunked_cross_entropy(
+            hidden, output.weight, targets, self.config.padding_idx, reduction, absent=output.absent
+        )
 
     def features(
         self,
@@ -347,7 +349,9 @@ class Decoder(nn.Module):
         x = self.embed_scale * self.embed_tokens(tokens)
         if config.position == "learned":
             self._check_length(length + (0 if cache is None else cache.length))
-            x = x + self.embed_positions(torch.where(is_padding, config.padding_idx, positions + config.padding_idx + 1))
+            x = x + self.embed_positions(
+                torch.where(is_padding, config.padding_idx, positions + config.padding_idx + 1)
+            )
         elif config.position == "sinusoidal":
             table = sinusoids(positions + config.padding_idx + 1, config.dim)
             x = x + table.masked_fill(is_padding[..., None], 0.0).to(x.dtype)
@@ -387,7 +391,11 @@ class Decoder(nn.Module):
         past = 0 if cache is None else cache.length
         if cache is not None and (padding is not None or cache.padding is not None):
             batch = (padding if padding is not None else cache.padding).shape[0]  # type: ignore[union-attr]
-            old = cache.padding if cache.padding is not None else torch.zeros(batch, past, dtype=torch.bool, device=device)
+            old = (
+                cache.padding
+                if cache.padding is not None
+                else torch.zeros(batch, past, dtype=torch.bool, device=device)
+            )
             new = padding if padding is not None else torch.zeros(batch, length, dtype=torch.bool, device=device)
             padding = torch.cat([old, new], 1)
             if not cache.frozen:
@@ -422,8 +430,12 @@ def _accept_fairseq_keys(module: Decoder, state: dict[str, Any], prefix: str, *u
         if output is embedding:
             return
         # not allclose: fully sharded tensors have none
-        if output.shape == embedding.shape and not bool((output.eq(embedding) | (output.isnan() & embedding.isnan())).all()):
-            raise UserError("the checkpoint's output projection differs from its embedding: such a model needs --untie-embeddings")
+        if output.shape == embedding.shape and not bool(
+            (output.eq(embedding) | (output.isnan() & embedding.isnan())).all()
+        ):
+            raise UserError(
+                "the checkpoint's output projection differs from its embedding: such a model needs --untie-embeddings"
+            )
 
 
 def sinusoids(rows: Tensor, dim: int) -> Tensor:

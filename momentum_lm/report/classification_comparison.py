@@ -78,7 +78,8 @@ class ClassificationComparison:
         if between is None:
             named = list(names) if names else short_names(folders)
             self.sides = [
-                Side(n, p, self._places(r["runs"]), _fresh(r)) for n, p, r in zip(named, paths, self.results, strict=True)
+                Side(n, p, self._places(r["runs"]), _fresh(r))
+                for n, p, r in zip(named, paths, self.results, strict=True)
             ]
         else:
             self.sides = list(self._settings(paths, *between))
@@ -101,7 +102,14 @@ class ClassificationComparison:
                 left = [*map(str, place), side.name, percent(cell["mean"]), interval_text(cell["ci95"])]
                 rows.append(left + _difference_cells(self.differences.get((place, number))))
         headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [self.varied or "results"]
-        headings += ["accuracy %", "95% interval", f"vs {self.sides[0].name}", "95% over examples", "p over examples", "95% over seeds"]
+        headings += [
+            "accuracy %",
+            "95% interval",
+            f"vs {self.sides[0].name}",
+            "95% over examples",
+            "p over examples",
+            "95% over seeds",
+        ]
         return Table(headings, rows)
 
     def write_page(self, path: str | os.PathLike[str]) -> None:
@@ -112,7 +120,9 @@ class ClassificationComparison:
         for dataset in dict.fromkeys(place[0] for place in self._all_places() if self.varied != "shots"):
             sections[dataset] = list(self._figures(dataset))
         if self.pairs:
-            sections["Every pair of runs"] = [Folded(f"{sum(map(len, self.pairs.values()))} pairs", [self._pairs_table()])]
+            sections["Every pair of runs"] = [
+                Folded(f"{sum(map(len, self.pairs.values()))} pairs", [self._pairs_table()])
+            ]
         sections["What was measured"] = [Code(self._origins())]
         write_page(path, "In-context classification, side by side", sections)
 
@@ -127,7 +137,9 @@ class ClassificationComparison:
         there = list(dict.fromkeys(run[variable] for run in runs))
         for value in values:
             if value not in there:
-                raise UserError(f"--between {variable}: {folders[0]} has no runs with {value}, only with {', '.join(map(str, there))}")
+                raise UserError(
+                    f"--between {variable}: {folders[0]} has no runs with {value}, only with {', '.join(map(str, there))}"
+                )
             chosen = [run for run in runs if run[variable] == value]
             yield Side(str(value), folders[0], self._places(chosen), _fresh(self.results[0]))
 
@@ -185,10 +197,14 @@ class ClassificationComparison:
         where = _where(place)
         alone = len(first) + len(other) - 2 * len(pairs)
         if alone:
-            self.notes.append(f"{where}: {alone} runs of {self.sides[0].name} or {side.name} have no counterpart and are not compared.")
+            self.notes.append(
+                f"{where}: {alone} runs of {self.sides[0].name} or {side.name} have no counterpart and are not compared."
+            )
         shown = sum(differ(a, b, "demonstrations") or differ(a, b, "demonstrations_sha256") for a, b in pairs)
         if shown and self.varied != "shots":
-            self.notes.append(f"{where}: {self.sides[0].name} and {side.name} saw other demonstrations in {shown} of {len(pairs)} pairs.")
+            self.notes.append(
+                f"{where}: {self.sides[0].name} and {side.name} saw other demonstrations in {shown} of {len(pairs)} pairs."
+            )
         return pairs
 
     def _note_other_texts(self, place: Place, side: Side, pairs: Sequence[tuple[Run, Run]]) -> None:
@@ -246,7 +262,11 @@ class ClassificationComparison:
                 accuracies = [percent(run["accuracy"]) for run in pair]
                 numbers = [str(test.only_b), str(test.only_a), f"{test.p_value:.2g}"]
                 rows.append([*map(str, place), self.sides[number].name, str(seed), str(order), *accuracies, *numbers])
-        headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [self.varied or "results", "seed", "order"]
+        headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [
+            self.varied or "results",
+            "seed",
+            "order",
+        ]
         headings += [f"{first} %", "this %", f"only {first} right", "only this right", "McNemar p"]
         return Table(headings, rows)
 
@@ -254,8 +274,12 @@ class ClassificationComparison:
         """Each side's model, and the entries of the configurations that are not the same in all."""
         if self.varied:
             return f"{self.sides[0].folder}: {self.results[0]['model']['path']}"
-        configs = [{k: v for k, v in results["config"].items() if k not in ("datasets", "command")} for results in self.results]
-        differing = [key for key in dict.fromkeys(key for config in configs for key in config) if _values(configs, key) > 1]
+        configs = [
+            {k: v for k, v in results["config"].items() if k not in ("datasets", "command")} for results in self.results
+        ]
+        differing = [
+            key for key in dict.fromkeys(key for config in configs for key in config) if _values(configs, key) > 1
+        ]
         lines = []
         for side, results, config in zip(self.sides, self.results, configs, strict=True):
             lines.append(f"{side.name}: {results['model']['path']}")

@@ -295,11 +295,20 @@ class _Scorer:
 
             mine = range(processes.rank, len(batches), processes.world)
             self.bar.update(sum(len(batches[number]) for number in journal.batches))
-            scoring.score(lm, prompts, batches, self.settings.padding_side, finished, [n for n in mine if n not in journal.batches])
+            scoring.score(
+                lm,
+                prompts,
+                batches,
+                self.settings.padding_side,
+                finished,
+                [n for n in mine if n not in journal.batches],
+            )
             lm.check_unchanged()  # what its pages said is the model's whose digest is recorded
             parts = processes.gather({number: journal.batches[number] for number in mine})
             if processes.first:
-                scores = scoring.collect(prompts, {q: sums for part in parts for batch in part.values() for q, sums in batch.items()})
+                scores = scoring.collect(
+                    prompts, {q: sums for part in parts for batch in part.values() for q, sums in batch.items()}
+                )
                 journal.finish(scores)
         self.bar.n = begin + (len(prompts.queries) if counted else 0)
         self.bar.refresh()
@@ -319,7 +328,13 @@ class _Recorder:
         return any(key not in self.predictions.runs for key in self._keys(unit))
 
     def add(
-        self, unit: Unit, demonstrations: Sequence[Example], prompts: Prompts, scores: Scores, domain: Scores | None, seconds: float
+        self,
+        unit: Unit,
+        demonstrations: Sequence[Example],
+        prompts: Prompts,
+        scores: Scores,
+        domain: Scores | None,
+        seconds: float,
     ) -> None:
         """Records every calibration of a unit that is not there yet."""
         asked, kind = self.questions[unit.dataset, unit.queries], self.settings.score
@@ -340,7 +355,9 @@ class _Recorder:
             if key in self.predictions.runs:
                 continue
             prior = None if domain is None else domain.values(kind)
-            calibrated = calibration.apply(key[-1], values[:count], values[count:] if asked.spec.labels else None, prior)
+            calibrated = calibration.apply(
+                key[-1], values[:count], values[count:] if asked.spec.labels else None, prior
+            )
             names = dict(zip(KEY, key, strict=True))
             setting = "in_context" if unit.shots else "zero_shot"
             predicted = np.nanargmax(calibrated, axis=1)
@@ -411,7 +428,9 @@ def agree(processes: Processes, lm: LanguageModel, datasets: Sequence[LabelledDa
 
 
 def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
-    _log.warning("%s: only %d of %d demonstrations fit in the model's %d tokens", unit.name, fitted, unit.shots, lm.max_positions)
+    _log.warning(
+        "%s: only %d of %d demonstrations fit in the model's %d tokens", unit.name, fitted, unit.shots, lm.max_positions
+    )
 
 
 def _warn(asked: Questions, settings: Settings) -> None:
@@ -423,7 +442,12 @@ def _warn(asked: Questions, settings: Settings) -> None:
     ]:
         _log.warning("%s: %s", name, note)
     for one, other in asked.colliding():
-        _log.warning("%s: the labels %r and %r begin with the same token; the tokens after it decide between them", name, one, other)
+        _log.warning(
+            "%s: the labels %r and %r begin with the same token; the tokens after it decide between them",
+            name,
+            one,
+            other,
+        )
     for left_out in (c for c in settings.calibrations if not asked.allows(c)):
         reason = "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
         _log.warning("%s: no calibration %s, because %s", name, left_out, reason)

@@ -108,7 +108,10 @@ def measure(
                 shares[example] = _shares(np.stack([context, products[1][i]]), aligned.lengths)
             heads["kendall"] = found["kendall"]
             corrected |= {name: _mean(value) for name, value in found.items()}
-        seen = [bool(np.isfinite(layer[i, PREDICTING][:, row.begin : row.query(PREDICTING)[1].start]).any()) for layer in icl.logits]
+        seen = [
+            bool(np.isfinite(layer[i, PREDICTING][:, row.begin : row.query(PREDICTING)[1].start]).any())
+            for layer in icl.logits
+        ]
         for name, value in weights.items():
             value[i, ~np.array(seen)] = np.nan  # what no query sees updates nothing
             corrected[name] = _mean(value[i])
@@ -132,14 +135,19 @@ def _shares(logits: NDArray[Any], lengths: Sequence[int]) -> Floats:
 def _paper(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool) -> Values:
     h_zs, h_icl, h_ft = (seen.outputs[:, i, PAPER] for seen in (zero_shot, icl, ft))
     (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, PAPER)
-    found: Values = {"simaou": metrics.simaou(h_icl, h_ft, h_zs, normalize=True), "simam": metrics.simam(m_icl, m_ft, seen).mean(-1)}
+    found: Values = {
+        "simaou": metrics.simaou(h_icl, h_ft, h_zs, normalize=True),
+        "simam": metrics.simam(m_icl, m_ft, seen).mean(-1),
+    }
     if baselines:
         found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=True)
         found["simam_before"] = metrics.simam(m_icl, m_zs, seen).mean(-1)
     return found
 
 
-def _corrected(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool) -> tuple[Values, Values]:
+def _corrected(
+    zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool
+) -> tuple[Values, Values]:
     h_zs, h_icl, h_ft = (seen.outputs[:, i, PREDICTING] for seen in (zero_shot, icl, ft))
     (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, PREDICTING)
     heads: Values = {
@@ -159,8 +167,7 @@ def _corrected(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Seq
 def _maps(
     zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, position: int
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_] | None]:
-    """(L, H, n) logits over the query's own tokens, and (L, n) which of them attention sees in all settings; None: all.
-    """
+    """(L, H, n) logits over the query's own tokens, and (L, n) which of them attention sees in all settings; None: all."""
     short, long = row.query(position)
     columns = ((zero_shot, short), (icl, long), (ft, short))
     maps = [np.stack([layer[i, position][:, span] for layer in seen.logits]) for seen, span in columns]
@@ -175,29 +182,45 @@ def _products(ft: Seen, student: Student) -> tuple[NDArray[np.float64], NDArray[
     heads = ft.logits[0].shape[2]
     scale = (ft.queries.shape[-1] // heads) ** 0.5
     tests = [ft.queries[:, :, position].transpose(1, 0, 2) for position in (PAPER, PREDICTING)]
-    return metrics.query_products(student.queries, tests[0]), metrics.query_products(student.queries, tests[1] * scale, heads)
+    return metrics.query_products(student.queries, tests[0]), metrics.query_products(
+        student.queries, tests[1] * scale, heads
+    )
 
 
 def _attention(
-    icl: NDArray[np.float32], ft: NDArray[np.float64], lengths: Sequence[int], key: Sequence[int], corrected: bool, baselines: bool
+    icl: NDArray[np.float32],
+    ft: NDArray[np.float64],
+    lengths: Sequence[int],
+    key: Sequence[int],
+    corrected: bool,
+    baselines: bool,
 ) -> Values:
     found = {"": metrics.training_attention(icl, ft, lengths, corrected)}
     if baselines:
         found["_random"] = metrics.random_training_attention(icl, lengths, key, corrected)
-    names = {"kendall": "kendall", "kendall_example": "kendall_example", "recall_at_k": "recall", "recall_at_k_example": "recall_example"}
+    names = {
+        "kendall": "kendall",
+        "kendall_example": "kendall_example",
+        "recall_at_k": "recall",
+        "recall_at_k_example": "recall_example",
+    }
     return {name + suffix: getattr(value, field) for suffix, value in found.items() for name, field in names.items()}
 
 
 def _relaxation(zero_shot: Seen, icl: Seen, ft: Seen, i: int) -> Values:
     """How far attention without softmax is from attention, in context, and SimAOU of the outputs that it would give."""
     found: Values = {}
-    exact, relaxed = (np.stack([to_numpy(x[i, PREDICTING]) for x in layers]) for layers in (icl.trace.heads, icl.trace.relaxed))
+    exact, relaxed = (
+        np.stack([to_numpy(x[i, PREDICTING]) for x in layers]) for layers in (icl.trace.heads, icl.trace.relaxed)
+    )
     found["relaxation_cosine"] = _mean(metrics.cosine(relaxed, exact))
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.linalg.norm(relaxed, axis=-1) / np.linalg.norm(exact, axis=-1)
     found["relaxation_ratio"] = _mean(np.where(np.isfinite(ratio), ratio, np.nan))
     if icl.trace.relaxed_outputs:
-        h_icl, h_ft, h_zs = (np.stack([to_numpy(x[i, PREDICTING]) for x in seen.trace.relaxed_outputs]) for seen in (icl, ft, zero_shot))
+        h_icl, h_ft, h_zs = (
+            np.stack([to_numpy(x[i, PREDICTING]) for x in seen.trace.relaxed_outputs]) for seen in (icl, ft, zero_shot)
+        )
         found["simaou_relaxed"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False)
     return found
 

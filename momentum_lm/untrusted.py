@@ -148,8 +148,8 @@ def check_marks(start: bytes, name: str | os.PathLike[str]) -> None:
     for mark, encoding in _MARKS:
         if start.startswith(mark):
             raise UserError(
-                f"{os.fspath(name)} is {encoding.upper()} (it begins with the byte order mark {mark.hex(' ')}), not UTF-8; "
-                f"convert the file first, as with `iconv -f {encoding} -t utf-8`"
+                f"{os.fspath(name)} is {encoding.upper()} (it begins with the byte order mark {mark.hex(' ')}), not "
+                f"UTF-8; convert the file first, as with `iconv -f {encoding} -t utf-8`"
             )
 
 

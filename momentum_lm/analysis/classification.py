@@ -95,23 +95,23 @@ def compare_accuracy(
     n_resamples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
-    asked: ArrayLike | None = None,
+    evaluated: ArrayLike | None = None,
 ) -> AccuracyDifference:
     """Paired comparison of two classifiers in r pairs of runs.
 
     a, b (r, n) bool: whether each is right about each of the n examples in each run; ``seeds`` (r,) names each pair's draw of
     demonstrations. Runs of one seed (orders of the same demonstrations) are averaged first, then seeds. ``over_examples`` is a cluster
     bootstrap: examples are resampled, each with all of its runs, since its answers depend on each other (None for one example).
-    ``over_seeds`` is Student's interval of the seeds' paired differences. ``asked`` (r, n) bool: which examples
-    each pair of runs was asked about, where that is not all of them; examples, not places in a run, are resampled then
+    ``over_seeds`` is Student's interval of the seeds' paired differences. ``evaluated`` (r, n) bool: which examples
+    each pair of runs was evaluated about, where that is not all of them; examples, not places in a run, are resampled then
     too. Raises ValueError for shapes that do not fit.
     """
     first, second = (np.atleast_2d(np.asarray(x, dtype=bool)) for x in (a, b))
     if first.shape != second.shape or first.ndim != 2 or len(first) != len(seeds) or first.size == 0:
         raise ValueError(f"need two arrays (runs, examples) and a seed for each run, got {first.shape}, {second.shape}, {len(seeds)}")
-    there = np.ones(first.shape, dtype=bool) if asked is None else np.asarray(asked, dtype=bool)
+    there = np.ones(first.shape, dtype=bool) if evaluated is None else np.asarray(evaluated, dtype=bool)
     if there.shape != first.shape or not (there.any(axis=0).all() and there.any(axis=1).all()):
-        raise ValueError(f"asked must be {first.shape}, and have every run and every example, got {there.shape}")
+        raise ValueError(f"evaluated must be {first.shape}, and have every run and every example, got {there.shape}")
     gaps = np.where(there, first.astype(np.float64) - second, 0.0)
     rows: dict[Hashable, list[int]] = {}
     for row, name in enumerate(seeds):

@@ -150,7 +150,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.bos in FAIRSEQ_BOS and args.path is None:
         raise UserError(
-            f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with --bos no"
+            f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with "
+            "--bos no"
         )
     names = dict.fromkeys(args.datasets.split(","))
     check_names([load_spec(name, _template(args)) for name in names])  # now, not after a large model was read

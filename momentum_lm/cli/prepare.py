@@ -102,8 +102,8 @@ def summary(result: dict[str, Any], output: str) -> str:
         lines.append(f"note: {result['nulls']:,} rows have no text (null) and are left out")
     if result.get("quoted"):
         lines.append(
-            f"note: {result['quoted']:,} texts of .tsv files look as if they were quoted for CSV; they are taken as they "
-            "are, with their quotation marks doubled"
+            f"note: {result['quoted']:,} texts of .tsv files look as if they were quoted for CSV; they are taken as "
+            "they are, with their quotation marks doubled"
         )
     if result.get("special_tokens"):
         lines.append(

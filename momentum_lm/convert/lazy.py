@@ -188,7 +188,8 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
             strange = next((name for name, dtype in dtypes.items() if dtype is None), None)
             if strange is not None:
                 raise UserError(
-                    f"{path}: {strange} has numbers of type {slices[strange].get_dtype()}, which torch checkpoints do not hold"
+                    f"{path}: {strange} has numbers of type {slices[strange].get_dtype()}, which torch checkpoints do "
+                    "not hold"
                 )
             return {name: Lazy(tuple(part.get_shape()), dtypes[name], load(name)) for name, part in slices.items()}  # type: ignore[arg-type]
     except SafetensorError as error:

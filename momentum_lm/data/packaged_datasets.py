@@ -74,7 +74,8 @@ def fetch_dataset(name: str, folder: str | os.PathLike[str]) -> Path:
             # not ours, which would be the half of an interrupted run
             if path.exists() and path.read_bytes() != content.encode():
                 raise UserError(
-                    f"{path} is there without its other half and is not what {name} holds; move it, or name another folder"
+                    f"{path} is there without its other half and is not what {name} holds; move it, or name another "
+                    "folder"
                 )
         for path, content in zip(paths.values(), contents, strict=True):
             if not path.exists():

@@ -153,8 +153,8 @@ class FileSource(Source):
                 ) from error
             except WindowError as error:
                 raise UserError(
-                    f"{self.name}: reading it takes a window of {error.size >> 20:,} MiB, more than the {MAX_WINDOW >> 20} "
-                    "MiB that are allowed; decompress it first, as with `zstd -d --long=31`"
+                    f"{self.name}: reading it takes a window of {error.size >> 20:,} MiB, more than the "
+                    f"{MAX_WINDOW >> 20} MiB that are allowed; decompress it first, as with `zstd -d --long=31`"
                 ) from error
             except (gzip.BadGzipFile, zlib.error, ZstdError) as error:
                 raise UserError(
@@ -427,8 +427,8 @@ def _read_csv(file: BinaryIO, name: str, column: str) -> Iterator[bytes]:
                 yield _checked(row[index].encode(), f"{name}:{rows.line_num}")
             elif row:
                 raise UserError(
-                    f"{name}:{rows.line_num}: {len(row)} columns, the header has {len(header)}; mend or remove the line (a "
-                    "text with commas stands in quotation marks)"
+                    f"{name}:{rows.line_num}: {len(row)} columns, the header has {len(header)}; mend or remove the "
+                    "line (a text with commas stands in quotation marks)"
                 )
     except csv.Error as error:
         if "new-line character" in str(error):
@@ -496,8 +496,8 @@ def _refuse_parquet_bomb(metadata: Any, root: str, name: str) -> None:
             packed, whole = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
             if whole > _PARQUET_CHUNK and whole > _PARQUET_RATIO * packed:
                 raise UserError(
-                    f"{name}: {packed:,} bytes of row group {group + 1} hold {whole >> 20:,} MiB of {root!r}, which would be in "
-                    "memory at once; write the file again with less in a row group, or as .jsonl.zst"
+                    f"{name}: {packed:,} bytes of row group {group + 1} hold {whole >> 20:,} MiB of {root!r}, which "
+                    "would be in memory at once; write the file again with less in a row group, or as .jsonl.zst"
                 )
 
 
@@ -553,8 +553,8 @@ def _refuse_nuls(text: bytes, where: str, offset: int = 0) -> None:
     encoding = "utf-32" if 5 * nuls > 3 * len(text) else "utf-16"
     encoding += "be" if first_is_nul else "le"
     raise UserError(
-        f"{where}: {nuls:,} of {len(text):,} bytes are NUL: this is no text, or it is {encoding.upper()} without a byte "
-        f"order mark; then convert it first, as with `iconv -f {encoding} -t utf-8`"
+        f"{where}: {nuls:,} of {len(text):,} bytes are NUL: this is no text, or it is {encoding.upper()} without a "
+        f"byte order mark; then convert it first, as with `iconv -f {encoding} -t utf-8`"
     )
 
 
@@ -574,7 +574,8 @@ def _text(value: object, where: str, column: str) -> bytes:
 def _checked(text: bytes, where: str) -> bytes:
     if len(text) > MAX_DOCUMENT:
         raise UserError(
-            f"{where}: a document of {len(text) / 2**20:.1f} MiB; the most is {MAX_DOCUMENT >> 20} MiB: split or remove it"
+            f"{where}: a document of {len(text) / 2**20:.1f} MiB; the most is {MAX_DOCUMENT >> 20} MiB: split or "
+            "remove it"
         )
     _refuse_nuls(text, where)
     return text

@@ -345,7 +345,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     models = sorted(folder.glob("*.model"))
     if len(models) > 1:
         raise UserError(
-            f"{folder} has several SentencePiece models ({', '.join(m.name for m in models)}); name the file that is meant"
+            f"{folder} has several SentencePiece models ({', '.join(m.name for m in models)}); name the file that is "
+            "meant"
         )
     if models:
         return SentencePieceTokenizer(models[0], dictionary)

@@ -238,6 +238,6 @@ def _skipped(tuples: dict[nn.Module, bool], states: Tensor) -> Iterator[None]:
 
 def _not_layerwise(model: Any) -> UserError:
     return UserError(
-        f"{type(model).__name__} cannot be finetuned layer by layer: its blocks' outputs are not what its predictions are made of; "
-        "leave lcgd out of --controls"
+        f"{type(model).__name__} cannot be finetuned layer by layer: its blocks' outputs are not what its predictions "
+        "are made of; leave lcgd out of --controls"
     )

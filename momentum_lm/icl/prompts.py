@@ -175,8 +175,8 @@ def _check(lm: LanguageModel, example: Example, tokens: list[int], start: int) -
     where = f"example {example.index}"
     if start == 0:
         raise UserError(
-            f"{where} has no token before its continuation; give the template some text there, or (fairseq checkpoints) "
-            "begin prompts with --bos '</s>'"
+            f"{where} has no token before its continuation; give the template some text there, or (fairseq "
+            "checkpoints) begin prompts with --bos '</s>'"
         )
     if start == len(tokens):
         raise UserError(f"{where} has a continuation without tokens; mend its text in the data")

@@ -227,7 +227,8 @@ class HuggingFaceLM:
         if being_traced():
             limit = "" if self._switch_length is None else f" beyond {self._switch_length} tokens"
             raise UserError(
-                f"{self.name} gives other predictions for rows that are read together{limit}: its attention cannot be analysed"
+                f"{self.name} gives other predictions for rows that are read together{limit}: its attention cannot be "
+                "analysed"
             )
         before = torch.tensor(
             () if prefix is None else tuple(prefix.ids if isinstance(prefix, SharedPrefix) else prefix),
@@ -320,12 +321,13 @@ class HuggingFaceLM:
                 raise UserError(f"{self.name} ({kind}) does not run on text alone: {reason}") from error
             if plain.isnan().any():
                 raise UserError(
-                    f"{self.name} ({kind}) gives probabilities of NaN: its weights are broken, or too large for {self.dtype}"
+                    f"{self.name} ({kind}) gives probabilities of NaN: its weights are broken, or too large for "
+                    f"{self.dtype}"
                 )
             if apart(plain[1, :first], plain[0, :first]) > close:
                 raise UserError(
-                    f"{self.name} ({kind}) is not a causal language model: what it predicts depends on tokens that come later; "
-                    "give a model that was trained to continue text"
+                    f"{self.name} ({kind}) is not a causal language model: what it predicts depends on tokens that "
+                    "come later; give a model that was trained to continue text"
                 )
             close = min(close, 0.25 * apart(plain[2, first:], plain[0, first:]) + 1e-6)
 
@@ -350,7 +352,8 @@ class HuggingFaceLM:
                     break
             else:
                 raise UserError(
-                    f"{self.name} ({kind}) gives other predictions for the same prompt when it is read again or in a batch"
+                    f"{self.name} ({kind}) gives other predictions for the same prompt when it is read again or in a "
+                    "batch"
                 )
         if not self.shares_prefixes:
             why = (

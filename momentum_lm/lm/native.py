@@ -240,7 +240,8 @@ def load_native(
         options = options | _parse_overrides(overrides, options)
         if not model_cfg and "decoder_attention_heads" not in options:
             raise UserError(
-                "the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': N}\""
+                "the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': "
+                "N}\""
             )
         fixed = options.get("momentum_kind") == "ema" and not options.get("momentum_learned")
         if not model_cfg and fixed and "momentum_eta" not in options:

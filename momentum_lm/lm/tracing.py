@@ -591,7 +591,8 @@ def attention_modules(model: Any) -> list[nn.Module]:
         found = list(_seen)
         if not found:
             raise UserError(
-                f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be read"
+                f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "
+                "read"
             )
         model.__dict__["_momentum_lm_attention"] = found
     return found

@@ -124,8 +124,8 @@ class MomentumLanguageModel(FairseqLanguageModel):
         dictionary = task.target_dictionary
         if len(dictionary) != len(task.source_dictionary):
             raise UserError(
-                f"--output-dictionary-size: --arch gpt_lm_* and momentum_lm_* predict all {len(task.source_dictionary)} entries of the "
-                "dictionary, not the first ones alone; leave it out"
+                "--output-dictionary-size: --arch gpt_lm_* and momentum_lm_* predict all "
+                f"{len(task.source_dictionary)} entries of the dictionary, not the first ones alone; leave it out"
             )
         options = OmegaConf.to_container(cfg, enum_to_str=True, resolve=True) if OmegaConf.is_config(cfg) else vars(cfg)
         config = DecoderConfig.from_fairseq(options, len(dictionary), dictionary.pad(), dictionary.eos())

@@ -30,7 +30,8 @@ Cell = tuple[str, int, str]  # dataset, shots, calibration
 
 INTERVALS = (
     "Accuracy is the mean over seeds, the orders of one seed's demonstrations averaged first. Its 95% interval is Student's over seeds: "
-    "what other demonstrations would give on these examples (with --fresh-queries: on others). Where nothing is drawn (0 shots), "
+    "what other demonstrations would give on these examples (with --fresh-queries: on others). Where nothing is drawn "
+    "(0 shots), "
     "where there is one seed, and where all seeds agree, it is Wilson's over examples: what other examples would give."
 )
 _BASELINES = (

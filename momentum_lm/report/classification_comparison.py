@@ -27,8 +27,8 @@ VARIABLES = ("shots", "calibration")
 _READING = (
     "{intervals} Differences are in percentage points from {first}, over the same examples, paired by seed and order of demonstrations. "
     "The interval over examples (cluster bootstrap: an example is drawn with all its runs) says what other examples would give with these "
-    "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on these examples "
-    "(with --fresh-queries: on others). "
+    "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on "
+    "these examples (with --fresh-queries: on others). "
     "p: exact McNemar test where there is one pair of runs, else of the bootstrap, and then at least 0.0002."
 )
 
@@ -138,7 +138,8 @@ class ClassificationComparison:
         for value in values:
             if value not in there:
                 raise UserError(
-                    f"--between {variable}: {folders[0]} has no runs with {value}, only with {', '.join(map(str, there))}"
+                    f"--between {variable}: {folders[0]} has no runs with {value}, only with "
+                    f"{', '.join(map(str, there))}"
                 )
             chosen = [run for run in runs if run[variable] == value]
             yield Side(str(value), folders[0], self._places(chosen), _fresh(self.results[0]))
@@ -176,9 +177,9 @@ class ClassificationComparison:
             other = [answers[number][run_key(run)] for _, run in pairs]
             for (run, _), one, two in zip(pairs, first, other, strict=True):
                 self._check_examples(run["dataset"], self.sides[number], one, two)
-            asked, right = _aligned(first, other)
+            evaluated, right = _aligned(first, other)
             seeds = [_draw(*pair)[0] for pair in pairs]
-            self.differences[place, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed, asked=asked)
+            self.differences[place, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed, evaluated=evaluated)
 
     def _pair(self, place: Place, side: Side) -> list[tuple[Run, Run]]:
         """Runs that belong together: of the same draw. Without demonstrations all runs are the same one, which goes
@@ -198,12 +199,14 @@ class ClassificationComparison:
         alone = len(first) + len(other) - 2 * len(pairs)
         if alone:
             self.notes.append(
-                f"{where}: {alone} runs of {self.sides[0].name} or {side.name} have no counterpart and are not compared."
+                f"{where}: {alone} runs of {self.sides[0].name} or {side.name} have no counterpart and are not "
+                "compared."
             )
         shown = sum(differ(a, b, "demonstrations") or differ(a, b, "demonstrations_sha256") for a, b in pairs)
         if shown and self.varied != "shots":
             self.notes.append(
-                f"{where}: {self.sides[0].name} and {side.name} saw other demonstrations in {shown} of {len(pairs)} pairs."
+                f"{where}: {self.sides[0].name} and {side.name} saw other demonstrations in {shown} of {len(pairs)} "
+                "pairs."
             )
         return pairs
 
@@ -214,7 +217,7 @@ class ClassificationComparison:
         other = sum(differ(a, b, "examples_sha256") for a, b in pairs)
         if other:
             self.notes.append(
-                f"{_where(place)}: {names} were asked about the same examples in other words in {other} of "
+                f"{_where(place)}: {names} were evaluated about the same examples in other words in {other} of "
                 f"{len(pairs)} pairs (another template, other data, or other --max-field-tokens)."
             )
         if any("examples_sha256" not in run for pair in pairs for run in pair):
@@ -313,17 +316,17 @@ def _fresh(results: Mapping[str, Any]) -> bool:
 
 
 def _aligned(first: Sequence[Answers], other: Sequence[Answers]) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_]]:
-    """Which of all examples each pair of runs was asked about, (r, n), None where it is all of them; and whether the
+    """Which of all examples each pair of runs was evaluated about, (r, n), None where it is all of them; and whether the
     first and the other of a pair are right about them, (2, r, n)."""
     examples = np.unique(np.concatenate([each.index for each in first]))
     if all(len(each.index) == len(examples) for each in first):
         return None, np.stack([np.stack([each.right for each in side]) for side in (first, other)])
-    asked = np.stack([np.isin(examples, each.index) for each in first])
-    right = np.zeros((2, *asked.shape), dtype=bool)
+    evaluated = np.stack([np.isin(examples, each.index) for each in first])
+    right = np.zeros((2, *evaluated.shape), dtype=bool)
     for number, side in enumerate((first, other)):
         for row, each in enumerate(side):
-            right[number, row, asked[row]] = each.right
-    return asked, right
+            right[number, row, evaluated[row]] = each.right
+    return evaluated, right
 
 
 def _draw(first: Run, other: Run) -> tuple[int, int]:

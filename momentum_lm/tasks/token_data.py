@@ -207,8 +207,8 @@ class BlockIterator(EpochBatchIterator):
 
     def _other(self, blocks: str) -> UserError:
         return UserError(
-            f"the checkpoint stopped within an epoch of {blocks}, and this one has {len(self._blocks)} of {self._blocks.block_size}: "
-            f"train with the same data and --tokens-per-sample, or {_ANEW}"
+            f"the checkpoint stopped within an epoch of {blocks}, and this one has {len(self._blocks)} of "
+            f"{self._blocks.block_size}: train with the same data and --tokens-per-sample, or {_ANEW}"
         )
 
 
@@ -230,7 +230,8 @@ class PlainIterator(EpochBatchIterator):
         plan = self._plan()
         if iterations and (state_dict.get("plan", plan) != plan or iterations % self.update_freq):
             raise UserError(
-                "the checkpoint stopped within an epoch of other batches, of whole documents or the like, where a place cannot be carried "
+                "the checkpoint stopped within an epoch of other batches, of whole documents or the like, where a "
+                "place cannot be carried "
                 "over: keep the data, --batch-size, --max-tokens, --update-freq, --seed and the number of processes, "
                 f"or {_ANEW}"
             )
@@ -332,14 +333,14 @@ class TokenDataTask(LanguageModelingTask):
         if asked.max_tokens is not None and least > asked.max_tokens:
             flag = "--max-tokens" if training or asked.max_tokens == self.args.max_tokens else "--max-tokens-valid"
             raise UserError(
-                f"a sample of {least} tokens does not fit {flag} {asked.max_tokens}: raise it, or lower --tokens-per-sample "
-                f"{self.args.tokens_per_sample}"
+                f"a sample of {least} tokens does not fit {flag} {asked.max_tokens}: raise it, or lower "
+                f"--tokens-per-sample {self.args.tokens_per_sample}"
             )
         limit = asked.max_positions
         if training and isinstance(limit, (int, float)) and least > limit:
             raise UserError(
-                f"a sample of {least} tokens does not fit the model, which takes {limit:g}: lower --tokens-per-sample, or for a new model "
-                "raise --max-target-positions"
+                f"a sample of {least} tokens does not fit the model, which takes {limit:g}: lower --tokens-per-sample, "
+                "or for a new model raise --max-target-positions"
             )
 
 

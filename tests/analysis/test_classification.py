@@ -149,21 +149,21 @@ def test_bootstrap_by_counts_is_the_bootstrap_by_units(monkeypatch):
 def test_runs_about_different_examples():
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 3, 40)) < np.array([0.8, 0.5])[:, None, None]
-    asked = np.zeros((3, 40), dtype=bool)
+    evaluated = np.zeros((3, 40), dtype=bool)
     for row, chosen in enumerate((range(20), range(10, 30), range(20, 40))):
-        asked[row, chosen] = True
-    found = c.compare_accuracy(a, b, [1, 2, 3], asked=asked)
-    gaps = [float((x[one].astype(float) - y[one]).mean()) for x, y, one in zip(a, b, asked, strict=True)]
+        evaluated[row, chosen] = True
+    found = c.compare_accuracy(a, b, [1, 2, 3], evaluated=evaluated)
+    gaps = [float((x[one].astype(float) - y[one]).mean()) for x, y, one in zip(a, b, evaluated, strict=True)]
     assert found.difference == pytest.approx(np.mean(gaps)) == pytest.approx(found.over_seeds.estimate)
     assert found.over_examples.low < found.difference < found.over_examples.high and found.over_examples.size == 40
-    assert found.tests == tuple(c.mcnemar(x[one], y[one]) for x, y, one in zip(a, b, asked, strict=True))
+    assert found.tests == tuple(c.mcnemar(x[one], y[one]) for x, y, one in zip(a, b, evaluated, strict=True))
     # by hand: examples drawn with all their answers
-    gap, count = np.where(asked, a.astype(float) - b, 0).sum(0), asked.sum(0)
+    gap, count = np.where(evaluated, a.astype(float) - b, 0).sum(0), evaluated.sum(0)
     drawn = rng.integers(0, 40, (4000, 40))
     ratios = gap[drawn].sum(1) / count[drawn].sum(1)
     ends = [found.over_examples.low, found.over_examples.high]
     assert np.percentile(ratios, [2.5, 97.5]) == pytest.approx(ends, abs=0.03)
-    whole = c.compare_accuracy(a, b, [1, 2, 3], asked=np.ones((3, 40), dtype=bool))
+    whole = c.compare_accuracy(a, b, [1, 2, 3], evaluated=np.ones((3, 40), dtype=bool))
     assert whole == c.compare_accuracy(a, b, [1, 2, 3])
-    with pytest.raises(ValueError, match="asked"):
-        c.compare_accuracy(a, b, [1, 2, 3], asked=np.zeros((3, 40), dtype=bool))
+    with pytest.raises(ValueError, match="evaluated"):
+        c.compare_accuracy(a, b, [1, 2, 3], evaluated=np.zeros((3, 40), dtype=bool))

@@ -203,7 +203,8 @@ def test_a_file_that_is_one_document_is_told_of_before_anything_is_made(tmp_path
     path.write_text("\n".join(DOCUMENTS))
     main(path, "--output", tmp_path / "data", "--vocab-size", 300, status=2)
     assert capsys.readouterr().err == (
-        f"error: {path} is one document, since a whole file is one, and leaves nothing to split: --document line makes each line one, "
+        f"error: {path} is one document, since a whole file is one, and leaves nothing to split: --document line makes "
+        "each line one, "
         "--document blank-line what stands between blank lines; or --valid 0 --test 0 trains on it alone\n"
     )
     assert not (tmp_path / "data").exists()

@@ -319,7 +319,8 @@ def test_tables_in_a_folder_are_told_of(tmp_path):
     assert read(tmp_path, say=said.append) == ["some text"]
     table = tmp_path / "data.jsonl.zst"
     assert said == [
-        f"note: {tmp_path} also holds the table {table}: of a folder, texts alone are read; name tables to have them read"
+        f"note: {tmp_path} also holds the table {table}: of a folder, texts alone are read; name tables to have them "
+        "read"
     ]
 
 

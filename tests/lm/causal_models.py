@@ -28,8 +28,8 @@ _SIZES = {
     8: "head_dim rotary_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_head_dim "
        "mamba_n_heads mamba_d_head mamba_num_heads hidden_size_per_layer_input d_head index_topk index_head_dim",
     4: "num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers num_attention_heads n_head attention_heads n_heads "
-       "num_heads decoder_attention_heads encoder_attention_heads num_experts num_local_experts n_routed_experts state_size mamba_d_state "
-       "mamba_d_conv ssm_state_size laurel_rank time_step_rank mamba_dt_rank moe_num_experts",
+       "num_heads decoder_attention_heads encoder_attention_heads num_experts num_local_experts n_routed_experts "
+       "state_size mamba_d_state mamba_d_conv ssm_state_size laurel_rank time_step_rank mamba_dt_rank moe_num_experts",
     2: "num_key_value_heads num_experts_per_tok moe_topk linear_num_key_heads linear_num_value_heads n_mamba_heads mamba_expand "
        "altup_num_inputs index_n_heads pad_token_id",
     1: "encoder_layers n_group topk_group first_k_dense_replace moe_layer_start_index mamba_n_groups n_shared_experts n_groups "

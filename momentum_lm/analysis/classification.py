@@ -103,7 +103,7 @@ def compare_accuracy(
     demonstrations. Runs of one seed (orders of the same demonstrations) are averaged first, then seeds. ``over_examples`` is a cluster
     bootstrap: examples are resampled, each with all of its runs, since its answers depend on each other (None for one example).
     ``over_seeds`` is Student's interval of the seeds' paired differences. ``evaluated`` (r, n) bool: which examples
-    each pair of runs was evaluated about, where that is not all of them; examples, not places in a run, are resampled then
+    each pair of runs was evaluated on, where that is not all of them; examples, not places in a run, are resampled then
     too. Raises ValueError for shapes that do not fit.
     """
     first, second = (np.atleast_2d(np.asarray(x, dtype=bool)) for x in (a, b))

@@ -217,7 +217,7 @@ class ClassificationComparison:
         other = sum(differ(a, b, "examples_sha256") for a, b in pairs)
         if other:
             self.notes.append(
-                f"{_where(place)}: {names} were evaluated about the same examples in other words in {other} of "
+                f"{_where(place)}: {names} were evaluated on the same examples with other texts in {other} of "
                 f"{len(pairs)} pairs (another template, other data, or other --max-field-tokens)."
             )
         if any("examples_sha256" not in run for pair in pairs for run in pair):
@@ -316,7 +316,7 @@ def _fresh(results: Mapping[str, Any]) -> bool:
 
 
 def _aligned(first: Sequence[Answers], other: Sequence[Answers]) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_]]:
-    """Which of all examples each pair of runs was evaluated about, (r, n), None where it is all of them; and whether the
+    """Which of all examples each pair of runs was evaluated on, (r, n), None where it is all of them; and whether the
     first and the other of a pair are right about them, (2, r, n)."""
     examples = np.unique(np.concatenate([each.index for each in first]))
     if all(len(each.index) == len(examples) for each in first):

@@ -32,7 +32,7 @@ def test_other_words_about_the_same_examples_are_said(write_results):
     change(b, examples_sha256="other")
     (note,) = ClassificationComparison([a, b]).notes
     assert note.startswith(
-        "mr, 4 shots, none: a and b were asked about the same examples in other words in 2 of 2 pairs"
+        "mr, 4 shots, none: a and b were evaluated on the same examples with other texts in 2 of 2 pairs"
     )
 
 

@@ -125,7 +125,7 @@ def _rename(temporary: str, path: str) -> None:
         os.close(directory)
 
 
-# Patches. Each takes the fairseq module that it mends, just after that module has run.
+# Patches. Each takes the fairseq module that it fixes, just after that module has run.
 
 
 def _view(module: ModuleType, **names: Any) -> ModuleType:

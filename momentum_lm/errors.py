@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how command-line programs show them."""
+"""Errors that are the user's to fix, and how command-line programs show them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
             return 141
         except OSError as error:
             where = f"{error.filename}: " if error.filename is not None else ""
-            return _fail(f"{where}{error.strerror or error}; mend that and run the same command again")
+            return _fail(f"{where}{error.strerror or error}; fix that and run the same command again")
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return 130

@@ -130,7 +130,7 @@ def check_readable(path: str | os.PathLike[str]) -> os.stat_result:
     might take for ever; OSError where there is nothing.
     """
     if os.path.islink(path) and not os.path.exists(path):
-        raise UserError(f"{os.fspath(path)} is a link to {os.readlink(path)}, where there is nothing; mend the link")
+        raise UserError(f"{os.fspath(path)} is a link to {os.readlink(path)}, where there is nothing; fix the link")
     status = os.stat(path)
     _refuse(path, status.st_mode)
     return status

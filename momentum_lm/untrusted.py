@@ -175,7 +175,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     try:
         node = _compose(content.decode("utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a YAML file ({brief(str(error))}); mend it") from error
+        raise UserError(f"{path}: not a YAML file ({brief(str(error))}); fix it") from error
     if node is None or node.tag != "tag:yaml.org,2002:map":
         raise UserError(f"{path}: expected keys such as description, templates, label and labels")
     reader, result = _YamlReader(), {}

@@ -44,7 +44,7 @@ def told(work, capsys):
 def test_an_oserror_is_one_line_with_the_file(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    again = "mend that and run the same command again"
+    again = "fix that and run the same command again"
     for name, reason in (("nowhere/x", "No such file or directory"), ("folder", "Is a directory"), ("file/x", "Not a directory")):
         path = tmp_path / name
         assert told(lambda path=path: write_json(path, {}), capsys) == f"error: {path}: {reason}; {again}"

@@ -102,7 +102,7 @@ def check_fairseq() -> Iterator[Check]:
         yield Check("problem", "fairseq", "not installed", _INSTALL_FAIRSEQ)
         return
     if version != FAIRSEQ:
-        yield Check("problem", "fairseq", f"{version}, but the hook mends {FAIRSEQ}", _INSTALL_FAIRSEQ)
+        yield Check("problem", "fairseq", f"{version}, but the hook fixes {FAIRSEQ}", _INSTALL_FAIRSEQ)
     if os.environ.get("FAIRSEQ_COMPAT") == "0":
         yield Check("problem", "fairseq hook", "turned off by FAIRSEQ_COMPAT=0", "unset FAIRSEQ_COMPAT")
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -253,7 +253,7 @@ def _complete(check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
         yield from check()
     except Exception as error:  # whatever a broken installation raises
         detail = f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"
-        remedy = "mend the problems above first, or install anew: pip install ."
+        remedy = "fix the problems above first, or install anew: pip install ."
         yield Check("problem", check.__name__.removeprefix("check_"), detail, remedy)
 
 

@@ -18,7 +18,7 @@ _COMMANDS = {
     "report": "put evaluation results side by side",
     "datasets": "list the data sets for in-context learning, or show a prompt of one",
     "preflight": "check the machines of a run against each other before it starts",
-    "doctor": "check this installation and say how to mend it",
+    "doctor": "check this installation and say how to fix it",
 }
 
 

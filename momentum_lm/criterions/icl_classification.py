@@ -38,8 +38,8 @@ class IclClassificationCriterion(FairseqCriterion):
         def logits_at(row: Tensor, position: Tensor) -> Tensor:
             return decoder.output_layer(features[row, position])
 
-        asked = (sample[name].cpu() for name in ("rows", "positions", "targets"))
-        log_probs = target_log_probs(logits_at, *asked, vocab=len(self.task.target_dictionary)).double()
+        scored = (sample[name].cpu() for name in ("rows", "positions", "targets"))
+        log_probs = target_log_probs(logits_at, *scored, vocab=len(self.task.target_dictionary)).double()
         if not log_probs.isfinite().all():
             raise UserError("the model gives probabilities of 0 or NaN: its weights are broken, or too large for --fp16")
         of_query, of_choice, gold = (sample[name].cpu() for name in ("queries", "choices", "gold"))
@@ -64,10 +64,10 @@ class IclClassificationCriterion(FairseqCriterion):
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Sums over batches and processes; each query counts once."""
-        loss, right, asked = (sum(output[name] for output in logging_outputs) for name in ("loss", "ncorrect", "nsentences"))
-        metrics.log_scalar("loss", loss / asked / math.log(2), asked, round=4)
-        metrics.log_scalar("accuracy", right / asked, asked, round=6)
-        metrics.log_scalar("num_examples", asked)
+        loss, right, count = (sum(output[name] for output in logging_outputs) for name in ("loss", "ncorrect", "nsentences"))
+        metrics.log_scalar("loss", loss / count / math.log(2), count, round=4)
+        metrics.log_scalar("accuracy", right / count, count, round=6)
+        metrics.log_scalar("num_examples", count)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

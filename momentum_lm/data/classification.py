@@ -66,7 +66,7 @@ def load_dataset(
         raise UserError(f"--data-dir {data_dir}: no such folder; check the path")
     if folder and folder.is_symlink() and not folder.exists():
         raise UserError(
-            f"--data-dir: {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; mend the link"
+            f"--data-dir: {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; fix the link"
         )
     if folder and folder.is_dir():
         source: dict[str, Any] = {"kind": "local", "path": printable(folder)}

@@ -108,7 +108,7 @@ class DatasetSpec:
             return None
         if len(choices) < 2:
             raise UserError(
-                f"{where}: fewer than two choices with text in {self._choice_columns()}; mend or remove the row"
+                f"{where}: fewer than two choices with text in {self._choice_columns()}; fix or remove the row"
             )
         gold = self._gold(row, total, choices, where)
         pieces = []
@@ -123,7 +123,7 @@ class DatasetSpec:
             return Example(index, (prompt,), continuations, gold)
         before, mark, after = prompt.partition(self.blank)
         if not mark or not after:
-            raise UserError(f"{where}: no {self.blank!r} with text after it, where the choices would go; mend or remove the row")
+            raise UserError(f"{where}: no {self.blank!r} with text after it, where the choices would go; fix or remove the row")
         return Example(index, tuple(before + choice for _, choice in choices), (after,) * len(choices), gold)
 
     @functools.cached_property
@@ -150,7 +150,7 @@ class DatasetSpec:
             return _text(value, field.column, where).removesuffix(field.without_final)
         if (number := self._words[name].find(value)) is None:
             known = _listed(list(field.words))
-            raise UserError(f"{where}: {shown(value)} in column {field.column!r} is none of {known}; mend the row")
+            raise UserError(f"{where}: {shown(value)} in column {field.column!r} is none of {known}; fix the row")
         return list(field.words.values())[number]
 
     @functools.cached_property
@@ -176,7 +176,7 @@ class DatasetSpec:
         if isinstance(self.choices, str):
             values = _value(row, self.choices, where)
             if not isinstance(values, list | tuple) or not values:
-                raise UserError(f"{where}: column {self.choices!r} is no list of choices; mend the row, or name one column a choice")
+                raise UserError(f"{where}: column {self.choices!r} is no list of choices; fix the row, or name one column a choice")
             options = [(self.choices, value) for value in values]
         else:
             options = [(column, _value(row, column, where)) for column in self.choices or ()]
@@ -198,7 +198,7 @@ class DatasetSpec:
                 label = f"'{label}'"
             raise UserError(
                 f"{where}: label {label} in column {self.label_column!r} is none of {_listed(names)}{words}; "
-                "mend the row or the YAML file"
+                "fix the row or the YAML file"
             )
         if self.labels is not None:
             return found
@@ -207,7 +207,7 @@ class DatasetSpec:
             what = f"item {found} of column {self.choices!r}"
             if not isinstance(self.choices, str):
                 what = f"column {(self.choices or ())[found]!r}"
-            raise UserError(f"{where}: the right answer is in {what}, which is empty; mend or remove the row")
+            raise UserError(f"{where}: the right answer is in {what}, which is empty; fix or remove the row")
         return gold
 
 
@@ -267,7 +267,7 @@ def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
         elif isinstance(value, list) and re.fullmatch(r"-?\d{1,9}", key):
             if not -len(value) <= int(key) < len(value):
                 raise UserError(
-                    f"{where}: no item {key} for column {column!r}, in a list of {len(value)}; mend or remove the row"
+                    f"{where}: no item {key} for column {column!r}, in a list of {len(value)}; fix or remove the row"
                 )
             value = value[int(key)]
         elif isinstance(value, list) and value and all(isinstance(item, Mapping) and key in item for item in value):
@@ -296,16 +296,16 @@ def _text(value: Any, column: str, where: str) -> str:
         kind = "nothing" if value is None else type(value).__name__
         item = f" (an item of it is {{{column}.0}})" if isinstance(value, list) else ""
         item = " (make the column one of strings)" if isinstance(value, bytes) else item
-        raise UserError(f"{where}: column {column!r} holds {kind}, not text{item}; mend or remove the row")
+        raise UserError(f"{where}: column {column!r} holds {kind}, not text{item}; fix or remove the row")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: column {column!r} holds {value}, not text; mend or remove the row")
+        raise UserError(f"{where}: column {column!r} holds {value}, not text; fix or remove the row")
     if isinstance(value, int) and value.bit_length() > 256:
-        raise UserError(f"{where}: column {column!r} holds {shown(value)}, not text; mend or remove the row")
+        raise UserError(f"{where}: column {column!r} holds {shown(value)}, not text; fix or remove the row")
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON's "\\ud800", which no tokenizer takes
-        raise UserError(f"{where}: column {column!r} holds half of a surrogate pair at character {error.start}; mend the row") from error
+        raise UserError(f"{where}: column {column!r} holds half of a surrogate pair at character {error.start}; fix the row") from error
     return text
 
 

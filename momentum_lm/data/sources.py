@@ -263,7 +263,7 @@ def _status_of_file(path: Path) -> os.stat_result:
         return check_readable(path)
     except OSError as error:
         problem = f"{path} cannot be read: {error.strerror}"
-        raise UserError(f"{problem}; mend or remove it, or name the files that you mean") from error
+        raise UserError(f"{problem}; fix or remove it, or name the files that you mean") from error
 
 
 class _Folders:
@@ -367,12 +367,12 @@ def _read_json_lines(file: BinaryIO, name: str, column: str, remarks: dict[str, 
                 if number == 1 and line[0] == "["
                 else ""
             )
-            raise UserError(f"{where}: not a JSON record ({error}){hint}; mend or remove the line") from error
+            raise UserError(f"{where}: not a JSON record ({error}){hint}; fix or remove the line") from error
         if not isinstance(record, dict):
             hint = (
                 "make the array JSON Lines, as with `jq -c '.[]'`"
                 if isinstance(record, list)
-                else "mend or remove the line"
+                else "fix or remove the line"
             )
             raise UserError(
                 f"{where}: expected a JSON object with the column {column!r}, got {type(record).__name__}; {hint}"
@@ -392,7 +392,7 @@ def _look_up(record: dict[str, Any], column: str, where: str) -> Any:
     value: Any = record
     for key in [column] if column in record else column.split("."):
         if isinstance(value, Record) and key in value.repeated:
-            raise UserError(f"{where}: {key!r} is there more than once; mend or remove the line")
+            raise UserError(f"{where}: {key!r} is there more than once; fix or remove the line")
         if isinstance(value, dict) and key in value:
             value = value[key]
         elif isinstance(value, list) and key.isascii() and key.isdigit() and int(key[:9]) < len(value):
@@ -427,13 +427,13 @@ def _read_csv(file: BinaryIO, name: str, column: str) -> Iterator[bytes]:
                 yield _checked(row[index].encode(), f"{name}:{rows.line_num}")
             elif row:
                 raise UserError(
-                    f"{name}:{rows.line_num}: {len(row)} columns, the header has {len(header)}; mend or remove the "
+                    f"{name}:{rows.line_num}: {len(row)} columns, the header has {len(header)}; fix or remove the "
                     "line (a text with commas stands in quotation marks)"
                 )
     except csv.Error as error:
         if "new-line character" in str(error):
             problem = "a carriage return inside of a line"
-            raise UserError(f"{name}:{rows.line_num}: {problem}; mend it, or quote the text") from error
+            raise UserError(f"{name}:{rows.line_num}: {problem}; fix it, or quote the text") from error
         raise UserError(f"{name}:{rows.line_num}: not proper CSV ({error}); look for an unclosed quote") from error
     finally:
         csv.field_size_limit(previous)
@@ -452,7 +452,7 @@ def _read_tsv(file: BinaryIO, name: str, column: str, remarks: dict[str, int]) -
             yield _checked(text.encode(), f"{name}:{number}")
         elif line:
             raise UserError(
-                f"{name}:{number}: {len(row)} columns, the header has {len(header)}; mend or remove the line (in .tsv "
+                f"{name}:{number}: {len(row)} columns, the header has {len(header)}; fix or remove the line (in .tsv "
                 "files quotation marks are ordinary and join no lines)"
             )
 
@@ -567,7 +567,7 @@ def _text(value: object, where: str, column: str) -> bytes:
         return _checked(value.encode(), where)
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: half of a surrogate pair at character {error.start} is not text; mend or remove it"
+            f"{where}: half of a surrogate pair at character {error.start} is not text; fix or remove it"
         ) from error
 
 

@@ -51,7 +51,7 @@ def read_rows(path: Path, needed: Needed | None = None) -> Rows:
 
 def _json_lines(path: Path) -> Rows:
     def remedy(line: bytes) -> str:
-        return "make an array JSON Lines, as with `jq -c '.[]'`" if line.startswith(b"[") else "mend or remove the line"
+        return "make an array JSON Lines, as with `jq -c '.[]'`" if line.startswith(b"[") else "fix or remove the line"
 
     with open(path, "rb") as file:
         check_marks(file.read(4), path)
@@ -96,7 +96,7 @@ def _csv(path: Path, delimiter: str) -> Rows:
                     yield where, _record(dict(zip(header, row, strict=True)), repeated)
                 elif row:
                     raise UserError(
-                        f"{where}: {len(row)} columns, the header has {len(header)}; mend or remove the line"
+                        f"{where}: {len(row)} columns, the header has {len(header)}; fix or remove the line"
                     )
         except UnicodeDecodeError as error:
             advice = "convert the file first, as with `iconv -f latin1 -t utf-8`"

@@ -147,13 +147,13 @@ class MomentumLM(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """(log-probability in nats, whether greedy decoding gives it) of each continuation after its context."""
         pairs = [request.args for request in requests]
-        asked: list[Request] = []
+        continuations: list[Request] = []
         with tqdm(total=len(pairs), desc="Tokenizing inputs", disable=disable_tqdm) as bar:
             for some in _parts(pairs):
-                asked += self._requests(some)
+                continuations += self._requests(some)
                 bar.update(len(some))
-        self._warn([len(request.tokens) - 1 for request in asked], self.max_length)
-        return self._score([self._shortened(request) for request in asked], disable_tqdm, pairs)
+        self._warn([len(request.tokens) - 1 for request in continuations], self.max_length)
+        return self._score([self._shortened(request) for request in continuations], disable_tqdm, pairs)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each text, in windows of ``max_length`` tokens that score every token once."""
@@ -229,7 +229,7 @@ class MomentumLM(LM):
             whole = tokens[texts[context + continuation]]
             start = common_length(tokens[texts[context.rstrip()]], whole)
             if start == len(whole):
-                raise UserError(f"the continuation {continuation!r} has no tokens; mend the task's data")
+                raise UserError(f"the continuation {continuation!r} has no tokens; fix the task's data")
             before = self._begun(whole[:start])
             found.append(Request(array("i", before + whole[start:]), len(before)))
         return found
@@ -238,7 +238,7 @@ class MomentumLM(LM):
         cut = max(0, len(request.tokens) - 1 - self.max_length)
         if cut >= request.start:
             count = len(request.tokens) - request.start
-            raise UserError(f"a continuation has {count} tokens, but {self.lm.name} takes {self.max_length}; mend the task's data")
+            raise UserError(f"a continuation has {count} tokens, but {self.lm.name} takes {self.max_length}; fix the task's data")
         return Request(request.tokens[cut:], request.start - cut)
 
     def _begun(self, tokens: list[int]) -> list[int]:

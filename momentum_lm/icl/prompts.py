@@ -179,7 +179,7 @@ def _check(lm: LanguageModel, example: Example, tokens: list[int], start: int) -
             "checkpoints) begin prompts with --bos '</s>'"
         )
     if start == len(tokens):
-        raise UserError(f"{where} has a continuation without tokens; mend its text in the data")
+        raise UserError(f"{where} has a continuation without tokens; fix its text in the data")
     if len(tokens) > lm.max_positions:
         raise UserError(
             f"{where} has a prompt of {len(tokens)} tokens, but {lm.name} takes {lm.max_positions}; shorten texts with --max-field-tokens"

@@ -236,10 +236,10 @@ class HuggingFaceLM:
         )
         found = torch.empty(len(rows))
         for row in rows.unique().tolist():
-            asked = rows == row
+            own = rows == row
             whole = torch.cat([before, tokens[row, seen[row]]])[None]
-            places = positions[asked] + len(before)
-            found[asked] = self._read(whole, {"use_cache": False}, torch.zeros_like(places), places, targets[asked])
+            places = positions[own] + len(before)
+            found[own] = self._read(whole, {"use_cache": False}, torch.zeros_like(places), places, targets[own])
         return found
 
     def _packed_log_probs(
@@ -267,12 +267,12 @@ class HuggingFaceLM:
             return False
         prefix, tokens = self.encode_prefix([1, 2, 3]), torch.tensor([[4, 5, 6], [7, 0, 0]])
         assert isinstance(prefix, SharedPrefix)
-        asked = torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]), torch.tensor([1, 2, 3])
+        own = torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]), torch.tensor([1, 2, 3])
         try:
-            found = self._packed_log_probs(tokens, tokens > 0, *asked, prefix)
+            found = self._packed_log_probs(tokens, tokens > 0, *own, prefix)
         except Exception:  # whatever a model does not take
             return False
-        return torch.allclose(found, self._padded_log_probs(tokens, *asked, prefix), rtol=1e-4, atol=1e-4)
+        return torch.allclose(found, self._padded_log_probs(tokens, *own, prefix), rtol=1e-4, atol=1e-4)
 
     def _read(self, tokens: Tensor, given: dict[str, Any], rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         """Runs the model over tokens (B, T)."""

@@ -251,8 +251,8 @@ def over_text(cell: Mapping[str, Any], run: Run) -> str:
 
 def shots_text(runs: Sequence[Run]) -> str:
     """Demonstrations asked for; where they did not fit, the fewest that did, such as ``12 of 16``."""
-    fitted, asked = min(run["shots_fitted"] for run in runs), runs[0]["shots"]
-    return str(asked) if fitted == asked else f"{fitted} of {asked}"
+    fitted, shots = min(run["shots_fitted"] for run in runs), runs[0]["shots"]
+    return str(shots) if fitted == shots else f"{fitted} of {shots}"
 
 
 def _confusions(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[str, Any]:

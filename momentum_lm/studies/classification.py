@@ -247,14 +247,14 @@ def evaluate(
             for unit in todo:
                 bar.set_description(unit.name)
                 began = time.perf_counter()
-                asked = questions[unit.dataset, unit.queries]
-                demonstrations, prompts = asked.prompts(form, unit)
+                dataset_questions = questions[unit.dataset, unit.queries]
+                demonstrations, prompts = dataset_questions.prompts(form, unit)
                 if len(demonstrations) < unit.shots and processes.first:
                     _warn_fit(unit, len(demonstrations), lm)
                 scores = scorer(prompts, unit.name)
                 domain = None
-                if "domain_pmi" in settings.calibrations and asked.allows("domain_pmi"):
-                    domain = scorer(asked.domain_prompts(form), unit.domain, counted=False)
+                if "domain_pmi" in settings.calibrations and dataset_questions.allows("domain_pmi"):
+                    domain = scorer(dataset_questions.domain_prompts(form), unit.domain, counted=False)
                 if recorder is not None and scores is not None:
                     recorder.add(unit, demonstrations, prompts, scores, domain, time.perf_counter() - began)
         return processes.first
@@ -337,18 +337,18 @@ class _Recorder:
         seconds: float,
     ) -> None:
         """Records every calibration of a unit that is not there yet."""
-        asked, kind = self.questions[unit.dataset, unit.queries], self.settings.score
-        count = len(asked.examples)
+        dataset_questions, kind = self.questions[unit.dataset, unit.queries], self.settings.score
+        count = len(dataset_questions.examples)
         values = scores.values(kind)
-        self._sample(unit, asked.examples[0], prompts)
+        self._sample(unit, dataset_questions.examples[0], prompts)
         shared = {
             "shots_fitted": len(demonstrations),
             "demonstrations": [example.index for example in demonstrations],
             "prefix_tokens": len(prompts.prefix),
             "prompts_sha256": prompts.sha256(),
-            "examples_sha256": asked.examples_sha256,
+            "examples_sha256": dataset_questions.examples_sha256,
             "demonstrations_sha256": identity.examples_sha256(demonstrations),
-            "overlap": asked.separation.counts(),
+            "overlap": dataset_questions.separation.counts(),
             "seconds": round(seconds, 3),
         }
         for key in self._keys(unit):
@@ -356,7 +356,7 @@ class _Recorder:
                 continue
             prior = None if domain is None else domain.values(kind)
             calibrated = calibration.apply(
-                key[-1], values[:count], values[count:] if asked.spec.labels else None, prior
+                key[-1], values[:count], values[count:] if dataset_questions.spec.labels else None, prior
             )
             names = dict(zip(KEY, key, strict=True))
             setting = "in_context" if unit.shots else "zero_shot"
@@ -370,10 +370,10 @@ class _Recorder:
                     "pred": int(p),
                     "scores": [x for x in row if x == x],
                 }  # no NaN
-                for e, p, row in zip(asked.examples, predicted, calibrated.tolist(), strict=True)
+                for e, p, row in zip(dataset_questions.examples, predicted, calibrated.tolist(), strict=True)
             )
             self.predictions.add(key, lines)
-            self.results.add({**names, **measure(asked, predicted), **shared})
+            self.results.add({**names, **measure(dataset_questions, predicted), **shared})
 
     def _keys(self, unit: Unit) -> list[tuple[Any, ...]]:
         """The runs that a unit gives: one for each calibration, and without demonstrations for each seed."""
@@ -393,19 +393,19 @@ class _Recorder:
         self.samples.add({**sample, "continuations": list(example.continuations), "gold": example.gold})
 
 
-def measure(asked: Questions, predicted: NDArray[np.int64]) -> dict[str, Any]:
+def measure(dataset_questions: Questions, predicted: NDArray[np.int64]) -> dict[str, Any]:
     """predicted (n,) choices -> accuracy with Wilson's interval over examples, macro-F1, confusion counts, and what needs no model to
     reach."""
-    gold = np.array([example.gold for example in asked.examples])
+    gold = np.array([example.gold for example in dataset_questions.examples])
     right = int((gold == predicted).sum())
     interval = wilson_interval(right, len(gold))
     result = {"num_examples": len(gold), "accuracy": accuracy(gold, predicted), "ci95": [interval.low, interval.high]}
-    if asked.spec.labels is None:
-        chance = float(np.mean([1 / len(example.continuations) for example in asked.examples]))
+    if dataset_questions.spec.labels is None:
+        chance = float(np.mean([1 / len(example.continuations) for example in dataset_questions.examples]))
         return result | {"macro_f1": None, "confusion": None, "majority": None, "chance": chance}
     return result | {
         "macro_f1": macro_f1(gold, predicted),
-        "confusion": confusion_matrix(gold, predicted, len(asked.spec.labels)).tolist(),
+        "confusion": confusion_matrix(gold, predicted, len(dataset_questions.spec.labels)).tolist(),
         "majority": majority_rate(gold),
     }
 
@@ -433,22 +433,20 @@ def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
     )
 
 
-def _warn(asked: Questions, settings: Settings) -> None:
-    name = asked.spec.name
-    template = asked.spec.templates[asked.spec.template]
-    for note in [
-        *asked.notes,
-        *special_notes(asked.lm, settings.form(asked.lm), template, [*asked.examples, *asked.train]),
-    ]:
+def _warn(dataset_questions: Questions, settings: Settings) -> None:
+    lm, spec = dataset_questions.lm, dataset_questions.spec
+    name, texts = spec.name, [*dataset_questions.examples, *dataset_questions.train]
+    special = special_notes(lm, settings.form(lm), spec.templates[spec.template], texts)
+    for note in [*dataset_questions.notes, *special]:
         _log.warning("%s: %s", name, note)
-    for one, other in asked.colliding():
+    for one, other in dataset_questions.colliding():
         _log.warning(
             "%s: the labels %r and %r begin with the same token; the tokens after it decide between them",
             name,
             one,
             other,
         )
-    for left_out in (c for c in settings.calibrations if not asked.allows(c)):
+    for left_out in (c for c in settings.calibrations if not dataset_questions.allows(c)):
         reason = "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
         _log.warning("%s: no calibration %s, because %s", name, left_out, reason)
 

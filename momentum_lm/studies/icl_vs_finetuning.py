@@ -7,6 +7,7 @@ finetuned model in turn; metrics are computed there and then, and nothing larger
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -103,13 +104,14 @@ def analyse(
     that all diverge, processes as of :func:`momentum_lm.studies.classification.evaluate`, and whatever the data or the
     model does not allow. The model's weights are as before when it is over.
     """
-    asked = settings.questions
-    if 0 in asked.shots:
+    prompt_settings = settings.questions
+    if 0 in prompt_settings.shots:
         raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
-    form, loaded = asked.form(lm), by_name(datasets)
+    form, loaded = prompt_settings.form(lm), by_name(datasets)
     with Processes(timeout) as processes, contextlib.ExitStack() as stack:
         classification.agree(processes, lm, datasets, settings)
-        units = [Unit(data.spec.name, seed, shots) for data in datasets for shots in asked.shots for seed in asked.seeds]
+        draws = list(itertools.product(datasets, prompt_settings.shots, prompt_settings.seeds))
+        units = [Unit(data.spec.name, seed, shots) for data, shots, seed in draws]
         todo: list[Unit] | None = None
         if processes.first:
             stack.enter_context(results_lock(folder))
@@ -123,7 +125,7 @@ def analyse(
         todo = processes.from_first(todo) or []
         if processes.first and todo:
             for name in dict.fromkeys(unit.dataset for unit in todo):
-                data, separation = loaded[name], classification.separation(loaded[name], asked)
+                data, separation = loaded[name], classification.separation(loaded[name], prompt_settings)
                 template = data.spec.templates[data.spec.template]
                 special = special_notes(lm, form, template, [*separation.evaluated, *data.train])
                 for note in [*data.notes, *separation.notes(), *special]:
@@ -143,12 +145,12 @@ def analyse(
             if processes.first:
                 main = findings["finetuned"]
                 assert main is not None
-                run = record(main, baselines, study.examples, asked.score)
+                run = record(main, baselines, study.examples, prompt_settings.score)
                 if settings.save_traces:
                     save_traces(_traces(folder, unit), main, study.digest())
                 about = study.about(rate) | {"seconds": round(time.perf_counter() - began, 3)}
                 key = dict(zip(KEY, (unit.dataset, unit.seed, unit.shots), strict=True))
-                predictions.add(tuple(key.values()), ({**key, **line} for line in main.lines(study.examples, asked.score)))
+                predictions.add(tuple(key.values()), ({**key, **line} for line in main.lines(study.examples, prompt_settings.score)))
                 results.add({**key, **about, **run})
 
         for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
@@ -164,14 +166,14 @@ class _Study:
         self, lm: TracedModel, data: LabelledDataset, settings: Settings, form: PromptFormat, unit: Unit, processes: Processes
     ) -> None:
         self.lm, self.data, self.settings, self.form, self.unit, self.processes = lm, data, settings, form, unit, processes
-        asked = settings.questions
-        paper = asked.protocol == "paper"
+        prompt_settings = settings.questions
+        paper = prompt_settings.protocol == "paper"
         labels = len(data.spec.labels) if data.spec.labels else None
         try:
-            self.separation = classification.separation(data, asked)
+            self.separation = classification.separation(data, prompt_settings)
             self.examples, hidden = self.separation.evaluated, self.separation.hidden
             drawn = select(
-                data.train, unit.shots, unit.seed, "random" if paper else asked.sampling, labels, hidden=hidden
+                data.train, unit.shots, unit.seed, "random" if paper else prompt_settings.sampling, labels, hidden=hidden
             )
             self.demonstrations = fit(lm, form, drawn, longest_query(lm, self.examples))
             if not self.demonstrations:
@@ -215,8 +217,8 @@ class _Study:
 
     def rate(self) -> Choice:
         """The learning rate, chosen where there are several."""
-        settings, asked = self.settings, self.settings.questions
-        if asked.protocol == "paper":
+        settings, prompt_settings = self.settings, self.settings.questions
+        if prompt_settings.protocol == "paper":
             examples, source = self.examples, "evaluation"
         else:
             shown = {example_identity(example) for example in self.demonstrations}
@@ -224,8 +226,8 @@ class _Study:
             free = (self.data.train[i] for i in order if i not in self.separation.hidden)
             rest = [example for example in free if example_identity(example) not in shown]
             examples, source = rest[: settings.held_out], "train"
-        budget = asked.batch_tokens
-        arguments = (settings.rates, settings.parameters, asked.score, budget, self.processes, self.unit.name)
+        budget = prompt_settings.batch_tokens
+        arguments = (settings.rates, settings.parameters, prompt_settings.score, budget, self.processes, self.unit.name)
         return choose(self.lm, self.form, self.lessons, examples, source, *arguments)
 
     def findings(self, lm: TracedModel, rate: float, controls: bool) -> dict[str, Findings | None]:
@@ -304,13 +306,13 @@ class _Study:
         return found
 
     def _batches(self) -> list[list[int]]:
-        asked, config = self.settings.questions, self.lm.describe()["architecture"]
+        prompt_settings, config = self.settings.questions, self.lm.describe()["architecture"]
         longest = max(len(query[0].tokens) for query in self.zero_shot.queries)
         layers = next((int(config[name]) for name in ("layers", "num_hidden_layers", "n_layer") if name in config), 24)
         heads = next((int(config[name]) for name in ("heads", "num_attention_heads", "n_head") if name in config), 16)
         row = 2 * 4 * layers * heads * (len(self.in_context.prefix) + longest)
         most = scoring.token_budget(self.lm, self.in_context)
-        budget = asked.batch_tokens or min(most, max(1, TRACE_BYTES // row) * longest)
+        budget = prompt_settings.batch_tokens or min(most, max(1, TRACE_BYTES // row) * longest)
         return scoring.plan(self.zero_shot, self.processes.from_first(budget))
 
     def whole(self, query: int) -> list[int]:

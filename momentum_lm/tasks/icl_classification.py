@@ -112,11 +112,11 @@ class IclClassificationTask(FairseqTask):
         name = next(iter(loaded)) if split == "valid" and len(loaded) == 1 else split
         if name not in loaded:
             raise UserError(f"--valid-subset {split}: name those of --datasets that are to be evaluated ({','.join(loaded)})")
-        asked, form = Questions(asker, loaded[name], self.settings), self.settings.form(asker)
+        dataset_questions, form = Questions(asker, loaded[name], self.settings), self.settings.form(asker)
         items: list[Item] = []
         for unit in units([name], self.settings):
-            prompts = asked.prompts(form, unit)[1]
-            items += (Item(prompts, i, example.gold) for i, example in enumerate(asked.examples))
+            prompts = dataset_questions.prompts(form, unit)[1]
+            items += (Item(prompts, i, example.gold) for i, example in enumerate(dataset_questions.examples))
         self.datasets[split] = PromptDataset(items, self.settings.score, self.dictionary.pad())
 
     def max_positions(self) -> int:
@@ -193,8 +193,8 @@ class PromptDataset(FairseqDataset):
         rows: list[list[int]] = []
         wanted: list[tuple[int, int, int, int, int]] = []
         for query, item in enumerate(samples):
-            mine, asked = item.rows()
-            wanted += [(query, choice, len(rows) + row, position, target) for choice, row, position, target in asked]
+            mine, dataset_questions = item.rows()
+            wanted += [(query, choice, len(rows) + row, position, target) for choice, row, position, target in dataset_questions]
             rows += mine
         queries, choices, at, positions, targets = torch.tensor(wanted).unbind(1)
         lengths = torch.tensor([len(row) for row in rows])

@@ -82,17 +82,17 @@ class IclEvaluation:
         names = dict.fromkeys(args.icl_eval_datasets.split(","))
         datasets = [load_dataset(name, args.icl_eval_data_dir, shorten=shorten) for name in names]
         for data in by_name(datasets).values():
-            asked = Questions(self.lm, data, self.settings)
-            for note in asked.notes:
+            dataset_questions = Questions(self.lm, data, self.settings)
+            for note in dataset_questions.notes:
                 _log.warning("%s: %s", data.spec.name, note)
             parts: dict[int, _Part] = {}
-            for unit in units([asked.spec.name], self.settings):
-                demonstrations, prompts = asked.prompts(form, unit)
+            for unit in units([dataset_questions.spec.name], self.settings):
+                demonstrations, prompts = dataset_questions.prompts(form, unit)
                 if len(demonstrations) < unit.shots:
                     _log.warning("%s: only %d demonstrations fit in %d tokens", unit.name, len(demonstrations), self.lm.max_positions)
-                prompts = replace(prompts, queries=prompts.queries[: len(asked.examples)])  # without those of a calibration
+                prompts = replace(prompts, queries=prompts.queries[: len(dataset_questions.examples)])  # without those of a calibration
                 part = parts.setdefault(unit.shots, _Part(f"icl_{unit.dataset}_{unit.shots}shot"))
-                part.draws.append((prompts, asked.examples))
+                part.draws.append((prompts, dataset_questions.examples))
             yield from parts.values()
 
     def due(self, update: int) -> bool:
@@ -121,8 +121,8 @@ class IclEvaluation:
             on_device = counts.to(self.lm.device)
             counts = distributed_utils.all_reduce(on_device, distributed_utils.get_data_parallel_group()).cpu()
         values: dict[str, float] = {}
-        for part, right, asked in zip(self.parts, *counts.tolist(), strict=True):
-            values |= {part.name: right / asked, f"{part.name}_n": int(asked)}
+        for part, right, dataset_questions in zip(self.parts, *counts.tolist(), strict=True):
+            values |= {part.name: right / dataset_questions, f"{part.name}_n": int(dataset_questions)}
         return values
 
     def _right(self, prompts: Prompts, examples: list[Example], batches: list[list[int]], mine: list[int]) -> float:

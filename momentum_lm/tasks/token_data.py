@@ -289,54 +289,54 @@ class TokenDataTask(LanguageModelingTask):
         """As fairseq's; over blocks of a fixed length, a ``BlockIterator``."""
         bound = inspect.signature(super().get_batch_iterator).bind(*args, **kwargs)
         bound.apply_defaults()
-        asked = SimpleNamespace(**bound.arguments)
-        self._check_room(asked)
-        if not _ours(asked):
+        arguments = SimpleNamespace(**bound.arguments)
+        self._check_room(arguments)
+        if not _ours(arguments):
             iterator = super().get_batch_iterator(*args, **kwargs)
-            if type(iterator) is EpochBatchIterator and isinstance(asked.dataset, TokenDataset):
+            if type(iterator) is EpochBatchIterator and isinstance(arguments.dataset, TokenDataset):
                 iterator.__class__ = PlainIterator
             return iterator
-        known, cached = self.dataset_to_epoch_iter, not (asked.disable_iterator_cache or asked.update_epoch_batch_itr)
-        if cached and asked.dataset in known:
-            return known[asked.dataset]
+        known, cached = self.dataset_to_epoch_iter, not (arguments.disable_iterator_cache or arguments.update_epoch_batch_itr)
+        if cached and arguments.dataset in known:
+            return known[arguments.dataset]
         iterator = BlockIterator(
-            asked.dataset,
+            arguments.dataset,
             BlockBatches(
-                asked.dataset.dataset.blocks,
-                asked.max_sentences,
-                asked.max_tokens,
-                asked.required_batch_size_multiple,
-                asked.seed,
+                arguments.dataset.dataset.blocks,
+                arguments.max_sentences,
+                arguments.max_tokens,
+                arguments.required_batch_size_multiple,
+                arguments.seed,
             ),
-            seed=asked.seed,
-            num_shards=asked.num_shards,
-            shard_id=asked.shard_id,
-            num_workers=asked.num_workers,
-            epoch=asked.epoch,
-            buffer_size=asked.data_buffer_size,
-            skip_remainder_batch=asked.skip_remainder_batch,
+            seed=arguments.seed,
+            num_shards=arguments.num_shards,
+            shard_id=arguments.shard_id,
+            num_workers=arguments.num_workers,
+            epoch=arguments.epoch,
+            buffer_size=arguments.data_buffer_size,
+            skip_remainder_batch=arguments.skip_remainder_batch,
             reuse_dataloader=getattr(self.cfg, "reuse_dataloader", True),
         )
         if cached:
-            known[asked.dataset] = iterator
+            known[arguments.dataset] = iterator
         return iterator
 
-    def _check_room(self, asked: SimpleNamespace) -> None:
+    def _check_room(self, arguments: SimpleNamespace) -> None:
         """Raises UserError where no sample fits a batch, or none to train with the model: fairseq would leave out all
         of them, and say that the data is empty, or that the perplexity is 1.
         """
-        if not isinstance(asked.dataset, TokenDataset):
+        if not isinstance(arguments.dataset, TokenDataset):
             return
-        training = asked.dataset is self.datasets.get(self.args.train_subset)
-        cut = asked.dataset.dataset
-        least = cut.blocks.longest if isinstance(cut, BlockDataset) else int(np.min(asked.dataset.sizes))
-        if asked.max_tokens is not None and least > asked.max_tokens:
-            flag = "--max-tokens" if training or asked.max_tokens == self.args.max_tokens else "--max-tokens-valid"
+        training = arguments.dataset is self.datasets.get(self.args.train_subset)
+        cut = arguments.dataset.dataset
+        least = cut.blocks.longest if isinstance(cut, BlockDataset) else int(np.min(arguments.dataset.sizes))
+        if arguments.max_tokens is not None and least > arguments.max_tokens:
+            flag = "--max-tokens" if training or arguments.max_tokens == self.args.max_tokens else "--max-tokens-valid"
             raise UserError(
-                f"a sample of {least} tokens does not fit {flag} {asked.max_tokens}: raise it, or lower "
+                f"a sample of {least} tokens does not fit {flag} {arguments.max_tokens}: raise it, or lower "
                 f"--tokens-per-sample {self.args.tokens_per_sample}"
             )
-        limit = asked.max_positions
+        limit = arguments.max_positions
         if training and isinstance(limit, (int, float)) and least > limit:
             raise UserError(
                 f"a sample of {least} tokens does not fit the model, which takes {limit:g}: lower --tokens-per-sample, "
@@ -358,12 +358,12 @@ def _documents(prefix: str, combine: bool, vocab_size: int) -> Documents:
     return documents
 
 
-def _ours(asked: SimpleNamespace) -> bool:
+def _ours(arguments: SimpleNamespace) -> bool:
     """Whether the batches are ours to make. To leave out samples that are too long, or to complain of them, is fairseq's."""
     if (
-        not (isinstance(asked.dataset, TokenDataset) and isinstance(asked.dataset.dataset, BlockDataset))
-        or asked.grouped_shuffling
+        not (isinstance(arguments.dataset, TokenDataset) and isinstance(arguments.dataset.dataset, BlockDataset))
+        or arguments.grouped_shuffling
     ):
         return False
-    limits = [limit for limit in (asked.max_tokens, asked.max_positions) if limit is not None]
-    return all(isinstance(limit, (int, float)) and asked.dataset.dataset.blocks.longest <= limit for limit in limits)
+    limits = [limit for limit in (arguments.max_tokens, arguments.max_positions) if limit is not None]
+    return all(isinstance(limit, (int, float)) and arguments.dataset.dataset.blocks.longest <= limit for limit in limits)

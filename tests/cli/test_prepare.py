@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_later(prepare, corpus, tmp
     done = prepare(*command, preexec_fn=limit, env={"PYTHONDONTWRITEBYTECODE": "1"})
     assert done.returncode == 2
     problem = f"error: {tmp_path / 'data'}: File too large"
-    assert done.stderr.splitlines()[-1] == f"{problem}; mend that and run the same command again"
+    assert done.stderr.splitlines()[-1] == f"{problem}; fix that and run the same command again"
     assert not (tmp_path / "data" / "train.bin").exists()
     assert (tmp_path / "data" / ".prepare" / "plan.json").exists() == (room == 20000)
     assert prepare(*command).returncode == 0

@@ -264,7 +264,7 @@ def test_values_as_they_are_written_come_first(own):
 def test_labels_are_told_by_their_words_and_as_the_yaml_has_them(own):
     spec = load_spec(own(YAML.replace("[billing, [tech, it, 7]]", "[False, True]")))
     with pytest.raises(
-        UserError, match=r"^row 3: label 'x' in column 'dept' is none of False, True \(Money, Technology\); mend"
+        UserError, match=r"^row 3: label 'x' in column 'dept' is none of False, True \(Money, Technology\); fix"
     ):
         spec.render({"text": "a", "dept": " x"}, 0, "row 3")
 
@@ -273,7 +273,7 @@ def test_words_of_a_field_by_number_text_and_truth_value(own):
     spec = load_spec(own(YAML + "fields: {text: {column: text, words: {0: none, 1: one, two: Two}}}\n"))
     texts = [spec.render({"text": cell, "dept": "it"}, 0, "").inputs[0][8:-12] for cell in (0, 1.0, True, "1", "two")]
     assert texts == ["none", "one", "one", "one", "Two"]
-    with pytest.raises(UserError, match=r"row 3: None in column 'text' is none of 0, 1, two; mend the row"):
+    with pytest.raises(UserError, match=r"row 3: None in column 'text' is none of 0, 1, two; fix the row"):
         spec.render({"text": None, "dept": "it"}, 0, "row 3")
 
 
@@ -437,7 +437,7 @@ def test_a_folder_whose_name_is_no_utf8(folder):
         ('{"text": "a"}', r"train\.jsonl:2: no column 'label'; there are: text"),
         ('{"text": "a", "label": 2}', r"train\.jsonl:2: label '2' in column 'label' is none of 0, 1"),
         ('{"text": "a", "label": null}', r"train\.jsonl:2: label null in column 'label' is none of 0, 1"),
-        ('{"text": NaN, "label": 1}', r"train\.jsonl:2: column 'text' holds nan, not text; mend or remove the row"),
+        ('{"text": NaN, "label": 1}', r"train\.jsonl:2: column 'text' holds nan, not text; fix or remove the row"),
         ('{"text": 1e999, "label": 1}', r"train\.jsonl:2: column 'text' holds inf, not text"),
         (
             '{"text": "a", "label": NaN}',

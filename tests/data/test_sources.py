@@ -175,7 +175,7 @@ BAD = {
     "old Mac csv": ("t.csv", b"text\ra\rb\r", {}, r"t\.csv: its lines end in carriage returns alone"),
     "old Mac tsv": ("t.tsv", b"id\ttext\r1\ta\r", {}, r"t\.tsv: its lines end in carriage returns alone"),
     "old Mac json": ("t.jsonl", b'{"text": "a"}\r{"text": "b"}\r', {}, r"t\.jsonl: its lines end in carriage returns alone"),
-    "csv return": ("t.csv", b"text\na\nb\rc\n", {}, r"t\.csv:3: a carriage return inside of a line; mend it, or quote the text"),
+    "csv return": ("t.csv", b"text\na\nb\rc\n", {}, r"t\.csv:3: a carriage return inside of a line; fix it, or quote the text"),
     "csv long row": ("t.csv", b"id,text\n1,Hello, world\n", {}, r"t\.csv:2: 3 columns, the header has 2; .*in quotation marks"),
     "csv column twice": ("t.csv", b"text,id,text\na,1,b\n", {}, r"t\.csv:1: 2 columns are called 'text'; rename all but one, or name"),
     "csv endless row": ("t.csv", b"a,text\n" + b'"' + (b"x" * 99 + b"\n") * 60_000 + b'","' + (b"x" * 99 + b"\n") * 60_000 + b'","'
@@ -193,7 +193,7 @@ BAD = {
     "csv without a line": ("t.csv", b"\n", {}, r"t\.csv: no column 'text'; there are: none"),
     "csv short row": ("t.csv", b'id,text\n1,"a\nb"\n2\n', {}, r"t\.csv:4: 1 columns, the header has 2"),
     "csv quote": ("t.csv", b'id,text\n1,"a\n2,b\n', {}, r"t\.csv:3: not proper CSV .*look for an unclosed quote"),
-    "json": ("t.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, r"t\.jsonl:2: not a JSON record .*mend or remove the line"),
+    "json": ("t.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, r"t\.jsonl:2: not a JSON record .*fix or remove the line"),
     "json array": ("t.json", b'[{"text": "a"}]', {}, r"t\.json:1: expected a JSON object .* got list; make the array JSON Lines"),
     "json array of lines": ("t.json", b'[\n{"text": "a"}\n]', {}, r"t\.json:1: not a JSON record .*this is one JSON array: .*jq -c"),
     "json value": ("t.jsonl", b"3\n", {}, r"t\.jsonl:1: expected a JSON object with the column 'text', got int"),

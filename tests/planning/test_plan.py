@@ -91,7 +91,7 @@ def test_where_nothing_fits_the_hints_do():
     assert plan.chosen is None and plan.updates == plan.tokens_per_second == 0
     words = [hint.split() for hint in plan.hints]
     assert words[0][0] == "--gpus" and {w[1] for w in words[1:]} >= {"h200", "b200"} and len(words) >= 3
-    assert all(make_plan(mended(job("gpt_lm_6_7b", "l40s", 2), w)).chosen for w in words)
+    assert all(make_plan(fixed(job("gpt_lm_6_7b", "l40s", 2), w)).chosen for w in words)
     fewer = int(words[0][1]) - 1
     assert make_plan(job("gpt_lm_6_7b", "l40s", fewer)).chosen is None
 
@@ -100,10 +100,10 @@ def test_a_micro_batch_that_was_asked_for_and_does_not_fit():
     asked = job("gpt_lm_1_3b", "a100-40gb", 1, micro_batch=64, checkpointing=True)
     plan = make_plan(asked)
     assert plan.chosen is None and plan.hints[0].startswith("--batch-size ")
-    assert make_plan(mended(asked, plan.hints[0].split())).chosen
+    assert make_plan(fixed(asked, plan.hints[0].split())).chosen
 
 
-def mended(asked, words):
+def fixed(asked, words):
     fields = {"--gpus": "gpus", "--gpu": "gpu", "--strategy": "strategy", "--batch-size": "micro_batch"}
     values = {fields[f]: v for f, v in itertools.pairwise(words) if f in fields}
     values |= {name: int(values[name]) for name in ("gpus", "micro_batch") if name in values}

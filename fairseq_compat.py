@@ -447,7 +447,8 @@ def _encoder_mask_type(module: ModuleType) -> None:
 
     # Written out, and with types, because TorchScript compiles it together with the encoder that calls it.
     def forward(
-        x: Tensor, dim: int, heads: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gelu: bool, norm_first: bool, eps: float,
+        x: Tensor, dim: int, heads: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gelu: bool, norm_first: bool,
+        eps: float,
         w3: Tensor, b3: Tensor, w4: Tensor, b4: Tensor, w5: Tensor, b5: Tensor, w6: Tensor, b6: Tensor,
         mask: Optional[Tensor] = None,  # noqa: UP045 - as TorchScript reads it
     ) -> Tensor:  # fmt: skip
@@ -488,7 +489,7 @@ def _types_of_options(module: ModuleType) -> None:
 
 
 def _nested_groups(module: ModuleType) -> None:
-    """fairseq hands groups of arguments to ``add_args``, some of which make groups in them: Python 3.14 refuses that."""
+    """fairseq hands groups of arguments to ``add_args``, and some make groups in them: Python 3.14 refuses."""
     import argparse
 
     def add_argument_group(group: Any, *args: Any, **kwargs: Any) -> Any:
@@ -500,7 +501,7 @@ def _nested_groups(module: ModuleType) -> None:
 
 
 def _forked_loaders(module: ModuleType) -> None:
-    """Batches are loaded by forked processes, as before Python 3.14: fairseq's datasets cannot be pickled for others."""
+    """Forked processes load batches, as before Python 3.14: fairseq's datasets cannot be pickled for others."""
     import functools
 
     if sys.platform != "linux" or sys.version_info < (3, 14):
@@ -517,7 +518,7 @@ def _forked_loaders(module: ModuleType) -> None:
 
 
 def _bleu_in_python(module: ModuleType) -> None:
-    """fairseq counts the n-grams of BLEU in a compiled extension; where that is not installed, they are counted here."""
+    """fairseq counts the n-grams of BLEU in a compiled extension; without it, they are counted here."""
     from importlib.util import find_spec
 
     if find_spec("fairseq.libbleu") is not None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # what numpy.load raises for a damaged .npz
 NPZ_ERRORS = (
-    *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError, OverflowError, MemoryError, RuntimeError, SyntaxError),
-    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError, OverflowError, MemoryError, RuntimeError),
+    *(SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
 )  # fmt: skip
 JSON_BYTES = 256 << 20  # more than any file of ours takes
 _NPZ_BYTES = 4 << 30  # of a file's arrays, unpacked

@@ -1,7 +1,7 @@
 # Sourced by test.sh and quickstart.sh, with bash and `set -euo pipefail`, from the repository root: makes the virtual environment
 # or reuses it, and puts it first on PATH. Safe to repeat after an interruption and to run twice at once.
 #   VENV     its folder (default .venv). One that exists already is used as it is, with the packages installed into it.
-#   PYTHON   the interpreter to make it with, 3.11 or later (default: the first suitable one on PATH; tested: 3.11, 3.12, 3.14)
+#   PYTHON   the interpreter to make it with, 3.11 or later (default: the first suitable one on PATH)
 
 setup_fail() {
     echo "error: $*" >&2
@@ -63,8 +63,8 @@ setup_install() {
     "${pip[@]}" install --quiet -c constraints.txt pip
     "${pip[@]}" install --quiet -c constraints.txt -e '.[dev]'
     echo "installing fairseq" >&2
-    # --no-deps keeps pip from fairseq's own, contradictory pins: see setup.py. READTHEDOCS=1 is how fairseq's setup is told to
-    # compile nothing; fairseq_compat has NumPy forms of what it would have compiled.
+    # --no-deps keeps pip from fairseq's own, contradictory pins: see setup.py. READTHEDOCS=1 keeps fairseq's setup from
+    # compiling; fairseq_compat has NumPy forms of what it would have compiled.
     READTHEDOCS=1 "${pip[@]}" install --quiet -c constraints.txt --no-deps fairseq==0.12.2
     setup_wanted >"$VENV/.momentum_lm.new"
     mv "$VENV/.momentum_lm.new" "$VENV/.momentum_lm"

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one or more of {', '.join(CALIBRATIONS)}, from the same scores (default: none)",
     )
     group.add_argument("--orders", type=int, default=1, metavar="N", help="orders of each seed's demonstrations (default: %(default)s)")
-    help = "with --limit: another sample for each seed, so that the spread over seeds is that of demonstrations and queries"
+    help = "with --limit: another sample for each seed; the spread over seeds is then over demonstrations and queries"
     group.add_argument("--fresh-queries", action="store_true", help=help)
     add_output_arguments(parser)
 

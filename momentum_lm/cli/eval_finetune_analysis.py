@@ -9,7 +9,13 @@ import sys
 
 from momentum_lm.errors import UserError
 
-from .eval_classification import add_question_arguments, add_speed_arguments, load_datasets, process_timeout, settings_from
+from .eval_classification import (
+    add_question_arguments,
+    add_speed_arguments,
+    load_datasets,
+    process_timeout,
+    settings_from,
+)
 from .options import add_model_arguments, add_output_arguments, choices, load_model
 
 CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd", "all_parameters")
@@ -29,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paper on the evaluated ones (default: 0.1,0.03,0.01,...,0.0001)",
     )  # fmt: skip
     group.add_argument(
-        "--lr-examples", type=int, default=100, metavar="N", help="training examples to choose the learning rate on (default: %(default)s)"
+        "--lr-examples",
+        type=int,
+        default=100,
+        metavar="N",
+        help="training examples to choose the learning rate on (default: %(default)s)",
     )
     group.add_argument(
         "--finetune-loss", default="sequence", choices=["sequence", "label"],
@@ -44,9 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what the similarities are to be compared with: none, or some of {', '.join(CONTROLS)} (default: all but the last, and "
         "without untrained from a billion parameters on)",
     )  # fmt: skip
-    group.add_argument("--score", default="mean", choices=["mean", "sum"], help="of a label's log-probabilities (default: %(default)s)")
+    group.add_argument(
+        "--score", default="mean", choices=["mean", "sum"], help="of a label's log-probabilities (default: %(default)s)"
+    )
     group = add_output_arguments(parser)
-    group.add_argument("--save-traces", action="store_true", help="write attention outputs and metrics by example to OUT/traces/*.npz")
+    group.add_argument(
+        "--save-traces", action="store_true", help="write attention outputs and metrics by example to OUT/traces/*.npz"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +73,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.lr_examples < 1:
         raise UserError(f"--lr-examples {args.lr_examples}: must be at least 1")
-    names = None if args.controls is None else () if args.controls == "none" else choices(args.controls, "--controls", CONTROLS)
+    names = (
+        None
+        if args.controls is None
+        else ()
+        if args.controls == "none"
+        else choices(args.controls, "--controls", CONTROLS)
+    )
     settings = study.Settings(
         questions=dataclasses.replace(settings_from(args), score=args.score),
         rates=study.GRID if args.finetune_lr == "auto" else rates(args.finetune_lr),

@@ -64,7 +64,9 @@ class IclClassificationCriterion(FairseqCriterion):
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Sums over batches and processes; each query counts once."""
-        loss, right, count = (sum(output[name] for output in logging_outputs) for name in ("loss", "ncorrect", "nsentences"))
+        loss, right, count = (
+            sum(output[name] for output in logging_outputs) for name in ("loss", "ncorrect", "nsentences")
+        )
         metrics.log_scalar("loss", loss / count / math.log(2), count, round=4)
         metrics.log_scalar("accuracy", right / count, count, round=6)
         metrics.log_scalar("num_examples", count)

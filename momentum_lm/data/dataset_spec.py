@@ -123,7 +123,9 @@ class DatasetSpec:
             return Example(index, (prompt,), continuations, gold)
         before, mark, after = prompt.partition(self.blank)
         if not mark or not after:
-            raise UserError(f"{where}: no {self.blank!r} with text after it, where the choices would go; fix or remove the row")
+            raise UserError(
+                f"{where}: no {self.blank!r} with text after it, where the choices would go; fix or remove the row"
+            )
         return Example(index, tuple(before + choice for _, choice in choices), (after,) * len(choices), gold)
 
     @functools.cached_property
@@ -176,7 +178,9 @@ class DatasetSpec:
         if isinstance(self.choices, str):
             values = _value(row, self.choices, where)
             if not isinstance(values, list | tuple) or not values:
-                raise UserError(f"{where}: column {self.choices!r} is no list of choices; fix the row, or name one column a choice")
+                raise UserError(
+                    f"{where}: column {self.choices!r} is no list of choices; fix the row, or name one column a choice"
+                )
             options = [(self.choices, value) for value in values]
         else:
             options = [(column, _value(row, column, where)) for column in self.choices or ()]
@@ -279,7 +283,9 @@ def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
             value = [item[key] for item in value]
         else:
             there = _listed([brief(str(name)) for name in row]) or "none"
-            raise UserError(f"{where}: no column {column!r}; there are: {there}; rename it, or use a YAML file of your own")
+            raise UserError(
+                f"{where}: no column {column!r}; there are: {there}; rename it, or use a YAML file of your own"
+            )
     return value
 
 
@@ -305,7 +311,9 @@ def _text(value: Any, column: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON's "\\ud800", which no tokenizer takes
-        raise UserError(f"{where}: column {column!r} holds half of a surrogate pair at character {error.start}; fix the row") from error
+        raise UserError(
+            f"{where}: column {column!r} holds half of a surrogate pair at character {error.start}; fix the row"
+        ) from error
     return text
 
 

@@ -466,7 +466,8 @@ def _index_of(column: str, header: list[str], name: str) -> int:
 
 
 def _parquet_column(schema: Any, column: str, name: str) -> tuple[str, bool]:
-    """The column that has to be read for ``column``, and whether it is the text itself, or holds it somewhere inside."""
+    """The column that has to be read for ``column``, and whether it is the text itself, or holds it somewhere inside.
+    """
     import pyarrow
 
     names = schema.names

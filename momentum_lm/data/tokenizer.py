@@ -323,7 +323,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
             problem = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.files['tokenizer.json']} cannot take a text ({problem}); use another tokenizer") from error
+            file = self.files["tokenizer.json"]
+            raise UserError(f"{file} cannot take a text ({problem}); use another tokenizer") from error
 
     def _decode(self, own_ids: list[int]) -> str:
         return self._model.decode(own_ids, skip_special_tokens=False)

@@ -238,7 +238,8 @@ class MomentumLM(LM):
         cut = max(0, len(request.tokens) - 1 - self.max_length)
         if cut >= request.start:
             count = len(request.tokens) - request.start
-            raise UserError(f"a continuation has {count} tokens, but {self.lm.name} takes {self.max_length}; fix the task's data")
+            limit = f"{self.lm.name} takes {self.max_length}"
+            raise UserError(f"a continuation has {count} tokens, but {limit}; fix the task's data")
         return Request(request.tokens[cut:], request.start - cut)
 
     def _begun(self, tokens: list[int]) -> list[int]:
@@ -261,7 +262,9 @@ class MomentumLM(LM):
     def _warn(self, lengths: Sequence[int], most: int) -> None:
         long = sum(length > most for length in lengths)
         if long:
-            _log.warning("%d of %d prompts are longer than %d tokens and lose their beginning", long, len(lengths), most)
+            _log.warning(
+                "%d of %d prompts are longer than %d tokens and lose their beginning", long, len(lengths), most
+            )
 
 
 class _Ending:
@@ -315,7 +318,11 @@ def _load(
         lm = load_native(str(path), model_overrides, trust_checkpoint, _device(device), DTYPES[dtype], tokenizer)
         lm.tokenizer  # noqa: B018  (now, not after the tasks' data was read)
     except UserError as error:  # which names the flags of fairseq-eval
-        flags = {"--tokenizer": "tokenizer=DIR", "--model-overrides": "model_overrides", "--trust-checkpoint": "trust_checkpoint=True"}
+        flags = {
+            "--tokenizer": "tokenizer=DIR",
+            "--model-overrides": "model_overrides",
+            "--trust-checkpoint": "trust_checkpoint=True",
+        }
         pattern = "|".join(flags)
         raise UserError(re.sub(pattern, lambda flag: f"--model_args {flags[flag[0]]}", str(error))) from error
     return lm
@@ -329,7 +336,9 @@ def _device(name: str | None) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"--model_args device={name}: no such device; give cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--model_args device={name}: torch sees {torch.cuda.device_count()} CUDA devices; see `momentum-lm doctor`")
+        raise UserError(
+            f"--model_args device={name}: torch sees {torch.cuda.device_count()} CUDA devices; see `momentum-lm doctor`"
+        )
     return device
 
 

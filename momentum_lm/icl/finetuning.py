@@ -215,7 +215,8 @@ def _unembedding(
 
     with torch.no_grad():
         again = unembed(hidden)
-    if not torch.allclose(again.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.detach().float().std()), equal_nan=True):
+    scale = float(logits.detach().float().std())
+    if not torch.allclose(again.float(), logits.float(), rtol=1e-2, atol=1e-2 * scale, equal_nan=True):
         raise _not_layerwise(model)
     return unembed
 

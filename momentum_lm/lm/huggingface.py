@@ -24,7 +24,16 @@ from .inference import inference
 from .momentum_attention import added_momentum
 from .shared_prefix import PACKED_ATTENTION, PackedRows, SharedPrefix, packed, register_packed_attention
 from .tracing import being_traced
-from .verification import apart, position_limit, reset_rotary, shortened_windows, switch_length, tolerance, trial_lengths, trial_tokens
+from .verification import (
+    apart,
+    position_limit,
+    reset_rotary,
+    shortened_windows,
+    switch_length,
+    tolerance,
+    trial_lengths,
+    trial_tokens,
+)
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.py")
 _ENDLESS = 1 << 20  # tokenizers without a limit give one far above any model's
@@ -54,8 +63,12 @@ class HuggingFaceLM:
         if self.config._attn_implementation == "sdpa" and model.device.type == "cpu" and self.shares_prefixes:
             model.set_attn_implementation(register_packed_attention())
         parameters = inspect.signature(model.forward).parameters
-        self._takes_logits_to_keep, self._takes_cache_position = (name in parameters for name in ("logits_to_keep", "cache_position"))
-        self.separator: str | tuple[int, ...] = (tokenizer.eos_token_id,) if self.config.model_type == "xglm" else "\n\n"
+        self._takes_logits_to_keep, self._takes_cache_position = (
+            name in parameters for name in ("logits_to_keep", "cache_position")
+        )
+        self.separator: str | tuple[int, ...] = (
+            (tokenizer.eos_token_id,) if self.config.model_type == "xglm" else "\n\n"
+        )
         self._verify()
 
     @property
@@ -114,7 +127,11 @@ class HuggingFaceLM:
 
     def describe(self) -> dict[str, Any]:
         """What a record says of the model."""
-        architecture = {k: v for k, v in self.config.to_dict().items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
+        architecture = {
+            k: v
+            for k, v in self.config.to_dict().items()
+            if isinstance(v, (bool, int, float, str)) and not k.startswith("_")
+        }
         if (added := added_momentum(self.model)) is not None:
             architecture |= {f"added_momentum_{name}": value for name, value in asdict(added).items() if name != "base"}
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -153,7 +170,9 @@ class HuggingFaceLM:
             prefix, length = 0, prefix + length
         dim = int(getattr(config, "hidden_size", 1024))
         ffn = int(getattr(config, "intermediate_size", None) or 4 * dim)
-        return self.dtype.itemsize * (4 * dim * (prefix + length) + length * (6 * dim + 3 * ffn)) + 4 * 4 * self.vocab_size
+        return (
+            self.dtype.itemsize * (4 * dim * (prefix + length) + length * (6 * dim + 3 * ffn)) + 4 * 4 * self.vocab_size
+        )
 
     @inference
     def encode_prefix(self, ids: Sequence[int]) -> SharedPrefix | tuple[int, ...]:
@@ -181,7 +200,11 @@ class HuggingFaceLM:
         # Padding on the left would stand between prefix and row, where a sliding window counts it: it goes to the right.
         shift = padding.long().argmin(1)
         order = (torch.arange(tokens.shape[1]) + shift[:, None]) % tokens.shape[1]
-        tokens, seen, positions = tokens.masked_fill(padding, 0).gather(1, order), ~padding.gather(1, order), positions - shift[rows]
+        tokens, seen, positions = (
+            tokens.masked_fill(padding, 0).gather(1, order),
+            ~padding.gather(1, order),
+            positions - shift[rows],
+        )
         if not self._pads_rows or (
             self._switch_length is not None
             and tokens.shape[1] + (0 if prefix is None else len(prefix)) > self._switch_length

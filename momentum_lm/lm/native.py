@@ -140,7 +140,8 @@ class NativeLM:
                 f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has {self.vocab_size}: "
                 "name the folder of the data that the model was trained on with --tokenizer"
             )
-        check_symbols(tokenizer.dictionary.symbols, self.dictionary, f"the tokenizer's dictionary in {self.tokenizer_path}")
+        whose = f"the tokenizer's dictionary in {self.tokenizer_path}"
+        check_symbols(tokenizer.dictionary.symbols, self.dictionary, whose)
         return tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -241,7 +242,7 @@ def load_native(
         if not model_cfg and "decoder_attention_heads" not in options:
             raise UserError(
                 "the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': "
-                "N}\""
+                'N}"'
             )
         fixed = options.get("momentum_kind") == "ema" and not options.get("momentum_learned")
         if not model_cfg and fixed and "momentum_eta" not in options:

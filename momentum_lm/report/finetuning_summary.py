@@ -228,7 +228,8 @@ def headlines(runs: Sequence[Run]) -> list[str]:
     sentences = []
     places = [place(gap) for chosen in groups if (gap := above_chance(chosen))["num"]]
     if places:
-        sentences.append(f"Predictions: Rec2FTP {_sides({'chance (what ICL repairs of all zero-shot errors)': places})}.")
+        side = _sides({"chance (what ICL repairs of all zero-shot errors)": places})
+        sentences.append(f"Predictions: Rec2FTP {side}.")
     for name in EVIDENCE:
         beside = {}
         for control, title in NULLS.items():

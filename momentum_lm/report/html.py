@@ -42,9 +42,12 @@ pre { background: var(--panel); padding: 0.7rem; white-space: pre-wrap; border-r
 }
 """
 # Where a table has no room, its rows stand below one another, each cell behind its column's name
-_STACK = """TABLE thead { display: none; } TABLE tr { display: block; padding: 0.5rem 0; border-bottom: 1px solid var(--line); }
-TABLE, TABLE tbody, TABLE caption { display: block; } TABLE td { display: flex; justify-content: space-between; gap: 1rem; border: 0;
-padding: 0.1rem 0; text-align: right; overflow-wrap: anywhere; } TABLE td:empty { display: none; }
+_STACK = """TABLE thead { display: none; }
+TABLE tr { display: block; padding: 0.5rem 0; border-bottom: 1px solid var(--line); }
+TABLE, TABLE tbody, TABLE caption { display: block; }
+TABLE td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: 0.1rem 0; text-align: right;
+  overflow-wrap: anywhere; }
+TABLE td:empty { display: none; }
 TABLE td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none; max-width: 50%; }"""
 _CSS = re.sub(r"STACK\((.+?)\)", lambda match: _STACK.replace("TABLE", match[1]), _CSS)
 

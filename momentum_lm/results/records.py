@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from momentum_lm.errors import UserError
-from momentum_lm.files import appending, atomic_write, check_folder, check_ordinary, check_writable, locked, reading, write_json
+from momentum_lm.files import (
+    appending,
+    atomic_write,
+    check_folder,
+    check_ordinary,
+    check_writable,
+    locked,
+    reading,
+    write_json,
+)
 from momentum_lm.untrusted import parse_json, read_json
 
 from .identity import FOR_THE_READER, compared, digest

@@ -199,7 +199,8 @@ def units(datasets: Sequence[str], settings: Settings) -> Iterator[Unit]:
     """All units, those without demonstrations once for each sample of queries."""
     for dataset, shots in itertools.product(datasets, dict.fromkeys(settings.shots)):
         fresh, orders = settings.fresh_queries, range(settings.orders if shots else 1)
-        for seed, order in itertools.product(dict.fromkeys(settings.seeds if shots or fresh else settings.seeds[:1]), orders):
+        seeds = dict.fromkeys(settings.seeds if shots or fresh else settings.seeds[:1])
+        for seed, order in itertools.product(seeds, orders):
             yield Unit(dataset, shots, seed, order, seed if fresh else 1)
 
 

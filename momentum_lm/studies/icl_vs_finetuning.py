@@ -163,9 +163,22 @@ class _Study:
     """One unit: its demonstrations, its prompts in both settings, and what models make of them."""
 
     def __init__(
-        self, lm: TracedModel, data: LabelledDataset, settings: Settings, form: PromptFormat, unit: Unit, processes: Processes
+        self,
+        lm: TracedModel,
+        data: LabelledDataset,
+        settings: Settings,
+        form: PromptFormat,
+        unit: Unit,
+        processes: Processes,
     ) -> None:
-        self.lm, self.data, self.settings, self.form, self.unit, self.processes = lm, data, settings, form, unit, processes
+        self.lm, self.data, self.settings, self.form, self.unit, self.processes = (
+            lm,
+            data,
+            settings,
+            form,
+            unit,
+            processes,
+        )
         prompt_settings = settings.questions
         paper = prompt_settings.protocol == "paper"
         labels = len(data.spec.labels) if data.spec.labels else None
@@ -173,7 +186,12 @@ class _Study:
             self.separation = classification.separation(data, prompt_settings)
             self.examples, hidden = self.separation.evaluated, self.separation.hidden
             drawn = select(
-                data.train, unit.shots, unit.seed, "random" if paper else prompt_settings.sampling, labels, hidden=hidden
+                data.train,
+                unit.shots,
+                unit.seed,
+                "random" if paper else prompt_settings.sampling,
+                labels,
+                hidden=hidden,
             )
             self.demonstrations = fit(lm, form, drawn, longest_query(lm, self.examples))
             if not self.demonstrations:
@@ -186,12 +204,17 @@ class _Study:
         except UserError as error:
             raise UserError(f"{unit.dataset}: {error}") from error
         if len(self.demonstrations) < unit.shots and processes.first:
-            _log.warning("%s: only %d demonstrations fit; finetuning learns these too", unit.name, len(self.demonstrations))
+            _log.warning(
+                "%s: only %d demonstrations fit; finetuning learns these too", unit.name, len(self.demonstrations)
+            )
         self.tokens = lm.encode([demonstration_text(example) for example in self.demonstrations])
         self.lessons = self._lessons(self.demonstrations)
         self.aligned = align(self.whole(0), self.tokens, len(form.bos))
         if self.aligned is None and processes.first:
-            _log.warning("%s: the demonstrations have other tokens in the prompt than alone; no attention to them is compared", unit.name)
+            _log.warning(
+                "%s: the demonstrations have other tokens in the prompt than alone; no attention to them is compared",
+                unit.name,
+            )
 
     def digest(self) -> str:
         """Of the token ids of all prompts and of what is learned."""
@@ -259,11 +282,19 @@ class _Study:
             whole = Findings.join(others, students[name].learned.losses)
             for setting in ("zero_shot", "in_context"):
                 if not whole.finite(setting):
-                    raise UserError(f"{lm.name} gives probabilities of 0 or NaN: its weights are broken, or too large for {lm.dtype}")
-            for setting, prompts in (("zero_shot", self.zero_shot), ("in_context", self.in_context), ("finetuned", self.zero_shot)):
+                    raise UserError(
+                        f"{lm.name} gives probabilities of 0 or NaN: its weights are broken, or too large for {lm.dtype}"
+                    )
+            for setting, prompts in (
+                ("zero_shot", self.zero_shot),
+                ("in_context", self.in_context),
+                ("finetuned", self.zero_shot),
+            ):
                 whole.scores[setting] = scoring.collect(prompts, whole.sums[setting])
             if whole.broken and name == "finetuned" and controls:
-                raise UserError(f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller --finetune-lr")
+                raise UserError(
+                    f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller --finetune-lr"
+                )
             result[name] = None if whole.broken else whole
         return result
 
@@ -281,7 +312,9 @@ class _Study:
         for name, lessons, parameters, layerwise in wanted:
             same = [len(lesson.tokens) for lesson in lessons] == [len(lesson.tokens) for lesson in self.lessons]
             try:
-                learned = Learned(lm, lessons, rate, parameters, layerwise, keep_queries=same and self.aligned is not None)
+                learned = Learned(
+                    lm, lessons, rate, parameters, layerwise, keep_queries=same and self.aligned is not None
+                )
             except Diverged as error:
                 if name == "finetuned" and controls:
                     raise UserError(f"{self.unit.name}: {error}; try a smaller --finetune-lr") from error
@@ -298,7 +331,9 @@ class _Study:
     def _lessons(self, demonstrations: Sequence[Example]) -> list[Lesson]:
         bos = list(self.form.bos)
         found = []
-        texts = [text for example in demonstrations for text in (demonstration_text(example), example.pair(example.gold)[0])]
+        texts = [
+            text for example in demonstrations for text in (demonstration_text(example), example.pair(example.gold)[0])
+        ]
         encoded = iter(self.lm.encode(texts))
         for whole, given in zip(encoded, encoded, strict=True):
             start = max(1, len(bos) + (0 if self.settings.loss == "sequence" else common_length(given, whole)))
@@ -361,7 +396,9 @@ class _Look:
                     into.metrics,
                 )  # fmt: skip
             if main and self.keep_outputs:
-                for query, *outputs in zip(batch, *(np.moveaxis(s.outputs, 1, 0) for s in (zero_shot, icl, ft)), strict=True):
+                for query, *outputs in zip(
+                    batch, *(np.moveaxis(s.outputs, 1, 0) for s in (zero_shot, icl, ft)), strict=True
+                ):
                     into.outputs[query] = np.stack(outputs).astype(np.float16)
 
 
@@ -379,7 +416,10 @@ def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[
         gold = [example.gold for example in demonstrations]
         labels = [gold[i] for i in draw.permutation(len(gold))]
     else:
-        labels = [int((e.gold + draw.integers(1, max(2, len(e.continuations)))) % len(e.continuations)) for e in demonstrations]
+        labels = [
+            int((e.gold + draw.integers(1, max(2, len(e.continuations)))) % len(e.continuations))
+            for e in demonstrations
+        ]
     return [Example(e.index, e.inputs, e.continuations, label) for e, label in zip(demonstrations, labels, strict=True)]
 
 
@@ -390,7 +430,9 @@ def _traces(folder: str | os.PathLike[str], unit: Unit) -> Path:
 def save_traces(path: Path, findings: Findings, fingerprint: str = "") -> None:
     """Attention outputs (n, 3 settings, L, 2 positions, C) in half precision, and every metric by example."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {f"{part}/{name}": values for part, kept in findings.metrics.items() for name, values in kept.arrays.items()}
+    arrays: dict[str, Any] = {
+        f"{part}/{name}": values for part, kept in findings.metrics.items() for name, values in kept.arrays.items()
+    }
     with atomic_write(path, "wb") as file:
         np.savez_compressed(
             file,

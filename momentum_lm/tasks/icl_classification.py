@@ -193,13 +193,16 @@ class PromptDataset(FairseqDataset):
         rows: list[list[int]] = []
         wanted: list[tuple[int, int, int, int, int]] = []
         for query, item in enumerate(samples):
-            mine, dataset_questions = item.rows()
-            wanted += [(query, choice, len(rows) + row, position, target) for choice, row, position, target in dataset_questions]
+            mine, targets_of_item = item.rows()
+            wanted += [(query, choice, len(rows) + row, *place) for choice, row, *place in targets_of_item]
             rows += mine
         queries, choices, at, positions, targets = torch.tensor(wanted).unbind(1)
         lengths = torch.tensor([len(row) for row in rows])
         return {
-            "net_input": {"src_tokens": collate_tokens([torch.tensor(row) for row in rows], self.pad), "src_lengths": lengths},
+            "net_input": {
+                "src_tokens": collate_tokens([torch.tensor(row) for row in rows], self.pad),
+                "src_lengths": lengths,
+            },
             "queries": queries,
             "choices": choices,
             "rows": at,

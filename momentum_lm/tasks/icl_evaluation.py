@@ -90,7 +90,8 @@ class IclEvaluation:
                 demonstrations, prompts = dataset_questions.prompts(form, unit)
                 if len(demonstrations) < unit.shots:
                     _log.warning("%s: only %d demonstrations fit in %d tokens", unit.name, len(demonstrations), self.lm.max_positions)
-                prompts = replace(prompts, queries=prompts.queries[: len(dataset_questions.examples)])  # without those of a calibration
+                # without those of a calibration
+                prompts = replace(prompts, queries=prompts.queries[: len(dataset_questions.examples)])
                 part = parts.setdefault(unit.shots, _Part(f"icl_{unit.dataset}_{unit.shots}shot"))
                 part.draws.append((prompts, dataset_questions.examples))
             yield from parts.values()

@@ -152,7 +152,9 @@ class BlockIterator(EpochBatchIterator):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         going_on = state["epoch"] == self._position.epoch
-        seed, parts, missing = (self._position.seed, self._position.parts, self._missing) if going_on else (self.seed, (), 0)
+        seed, parts, missing = self.seed, (), 0
+        if going_on:
+            seed, parts, missing = self._position.seed, self._position.parts, self._missing
         batches = max(0, state["iterations_in_epoch"] * self.num_shards - missing)
         parts = (*parts, (*self._frozen_batches.cut, batches - sum(had for _, _, had in parts)))
         blocks = {"blocks": len(self._blocks), "block_size": self._blocks.block_size}
@@ -296,7 +298,10 @@ class TokenDataTask(LanguageModelingTask):
             if type(iterator) is EpochBatchIterator and isinstance(arguments.dataset, TokenDataset):
                 iterator.__class__ = PlainIterator
             return iterator
-        known, cached = self.dataset_to_epoch_iter, not (arguments.disable_iterator_cache or arguments.update_epoch_batch_itr)
+        known, cached = (
+            self.dataset_to_epoch_iter,
+            not (arguments.disable_iterator_cache or arguments.update_epoch_batch_itr),
+        )
         if cached and arguments.dataset in known:
             return known[arguments.dataset]
         iterator = BlockIterator(
@@ -366,4 +371,6 @@ def _ours(arguments: SimpleNamespace) -> bool:
     ):
         return False
     limits = [limit for limit in (arguments.max_tokens, arguments.max_positions) if limit is not None]
-    return all(isinstance(limit, (int, float)) and arguments.dataset.dataset.blocks.longest <= limit for limit in limits)
+    return all(
+        isinstance(limit, (int, float)) and arguments.dataset.dataset.blocks.longest <= limit for limit in limits
+    )

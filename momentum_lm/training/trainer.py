@@ -299,7 +299,8 @@ class Trainer(FairseqTrainer):
         else:
             return
         if not own:
-            raise UserError(f"--restore-file {filename} has {why}: nothing is left to train; raise that, or give --reset-optimizer")
+            remedy = "raise that, or give --reset-optimizer"
+            raise UserError(f"--restore-file {filename} has {why}: nothing is left to train; {remedy}")
         logger.info(f"training was finished before: {filename} has {why}; it is left as it is")
         if extra_state.get("val_loss") is None and not self.cfg.dataset.disable_validation:
             logger.warning("it was saved without a validation: fairseq-validate makes up for that")

@@ -55,7 +55,8 @@ def _boundary(rng: random.Random, size: int) -> bytes:
 
 # Of which one format or another thinks something
 PIECES = [
-    b"", b'"', b'""', b"'", b"`", b"{", b"}", b"{{", b"[", b"]", b"[]", b"{}", b":", b": ", b",", b"%s", b"- ", b"---\n",
+    b"", b'"', b'""', b"'", b"`", b"{", b"}", b"{{", b"[", b"]", b"[]", b"{}", b":", b": ", b",", b"%s", b"- ",
+    b"---\n",
     b"\0", b"\0" * 40, b"\n", b"\n\n", b"\r", b"\r\n", b"\t", b"\x1b[31m", b"\xe2\x80\xa8", b"\xc4\xb0",
     b"\xff", b"\xe9", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\ud83d", b"\\u0000",
     b"null", b"~", b"true", b"no", b"NaN", b"-Infinity", b"1e999", b"-0", b"-1", b"2024-01-01", b"2024-99-99",
@@ -479,7 +480,8 @@ def _classification(folder: Path) -> None:
         ]
     about = {"labels": ["Negative", "Positive"], "template": "paper", "source": {"kind": "local"}}
     config = {"score": "mean", "sampling": "random", "dtype": "float32", "separator": "\n\n", "bos": [0],
-              "datasets": {"mr": about, "piqa": about | {"labels": None}}, "command": "fairseq-eval --task x"}  # fmt: skip
+              "datasets": {"mr": about, "piqa": about | {"labels": None}},
+              "command": "fairseq-eval --task x"}  # fmt: skip
     _write_results(folder, "icl_classification", config, runs, summary=summary(runs))
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sample = {"dataset": "mr", "seed": 1, "prompt": "x", "continuations": [" a", " b"], "gold": 1}
@@ -665,7 +667,9 @@ def _naming(name: str) -> Iterator[None]:
 # Corpora
 
 TEXTS = [
-    "one", 'a "quoted" text,\nof two lines', "", "naïve café 日本語", "  spaces  ", "tab\tand\r\nreturn", "long " * 300, "last",
+    "one", 'a "quoted" text,\nof two lines', "", "naïve café 日本語", "  spaces  ",
+    "tab\tand\r\nreturn", "long " * 300,
+    "last",
 ]  # fmt: skip
 CORPORA: dict[str, dict[str, str]] = {  # and how each is read
     "file.txt": {}, "lines.txt": {"document": "line"}, "blocks.txt": {"document": "blank-line"},

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "momentum_lm"
-ROOMS = ("ops", "modules", "lm", "icl", "analysis", "studies", "report", "planning", "convert", "data", "formats", "harness")
+ROOMS = ("ops", "modules", "lm", "icl", "analysis", "studies", "report", "planning", "convert", "data", "formats",
+    "harness")
 ARRAYS = re.compile(r"\b(Tensor|NDArray|ArrayLike|Floats)\b")
 SHAPE = re.compile(r"\([\w'*./ +-]+(, ?(\.\.\.|[\w'*./ +-]+))*,?\)|shape|as in :|[Aa]s :|Same function")
 FILES = sorted(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))

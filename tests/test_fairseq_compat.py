@@ -156,7 +156,8 @@ def test_fairseqs_own_transformers_go_through_torchscript(fairseq):
     dictionary = Dictionary()
     for symbol in "abcdefgh":
         dictionary.add_symbol(symbol)
-    sides = [f"{side}_{key}" for side in ("encoder", "decoder") for key in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")]
+    sides = [f"{side}_{key}"
+        for side in ("encoder", "decoder") for key in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")]
     shape = argparse.Namespace(**dict(zip(sides, [2, 16, 32, 2] * 2, strict=True)))
     base_architecture(shape)
     torch.manual_seed(0)
@@ -381,7 +382,8 @@ def test_options_that_name_others_are_read_as_stock_fairseq_reads_them(trained, 
     from fairseq import checkpoint_utils
 
     state = load_checkpoint(trained)
-    state["cfg"] |= {"common": {"seed": 5}, "optimization": {"lr": [0.1]}, "lr_scheduler": {"_name": "fixed", "lr": "${optimization.lr}"}}
+    state["cfg"] |= {"common": {"seed": 5}, "optimization": {"lr": [0.1]},
+        "lr_scheduler": {"_name": "fixed", "lr": "${optimization.lr}"}}
     state["cfg"]["task"]["seed"] = "${common.seed}"
     torch.save(state, trained)
     cfg = checkpoint_utils.load_checkpoint_to_cpu(str(trained))["cfg"]
@@ -800,7 +802,8 @@ def test_train_names_a_torn_checkpoint_and_a_missing_one(train, tmp_path):
         path.write_bytes(torn)
     torn = train(*save, arch="gpt_lm_tiny")
     assert torn.returncode == 1
-    assert torn.stderr.strip().splitlines()[-1].startswith(f"error: no checkpoint in {tmp_path / 'out'} is whole (checkpoint_last")
+    line = torn.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: no checkpoint in {tmp_path / 'out'} is whole (checkpoint_last")
     for name in ("elsewhere.pt", "typo/checkpoint_last.pt"):
         missing = train("--restore-file", name, *save, arch="gpt_lm_tiny")
         assert missing.returncode == 1
@@ -809,7 +812,8 @@ def test_train_names_a_torn_checkpoint_and_a_missing_one(train, tmp_path):
     # fairseq's own models start afresh
     assert train("--restore-file", "elsewhere.pt", "--save-dir", tmp_path / "other").returncode == 0
     torn = train(*save)
-    assert torn.returncode == 1 and torn.stderr.strip().splitlines()[-1].startswith(f"error: {last} (5,000 bytes) is torn")
+    line = torn.stderr.strip().splitlines()[-1]
+    assert torn.returncode == 1 and line.startswith(f"error: {last} (5,000 bytes) is torn")
 
 
 def test_weights_that_do_not_fit_are_explained_by_the_model(train, tmp_path):
@@ -954,8 +958,17 @@ def test_options_take_the_type_of_an_optional_one(fairseq):
 
     from fairseq.dataclass.utils import interpret_dc_type
 
-    assert [interpret_dc_type(t) for t in (Optional[int], Union[str, None], int | None, None | float)] == [int, str, int, float]  # noqa: UP007, UP045
-    assert [interpret_dc_type(t) for t in (Any, int, List[int], Optional[List[str]])] == [str, int, List[int], List[str]]  # noqa: UP006, UP045
+    expected = {
+        Optional[int]: int,  # noqa: UP045
+        Union[str, None]: str,  # noqa: UP007
+        int | None: int,
+        None | float: float,
+        Any: str,
+        int: int,
+        List[int]: List[int],  # noqa: UP006
+        Optional[List[str]]: List[str],  # noqa: UP006, UP045
+    }
+    assert {t: interpret_dc_type(t) for t in expected} == expected
     with pytest.raises(RuntimeError, match="field should be a type"):
         interpret_dc_type("int")
 

@@ -146,7 +146,8 @@ def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor]:
     return mask.float().masked_fill(~seen, 0.0), seen
 
 
-def full_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, bias: Tensor | None) -> Tensor | None:
+def full_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor, causal: bool,
+    bias: Tensor | None) -> Tensor | None:
     """What an attention of transformers' interface sees, (B or 1, H or 1, T, S) as of :func:`split_mask`; None:
     everything up to the query's own place, where there are as many keys as queries. bias: what is added to logits
     beside the mask.

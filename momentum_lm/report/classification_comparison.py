@@ -179,7 +179,8 @@ class ClassificationComparison:
                 self._check_examples(run["dataset"], self.sides[number], one, two)
             evaluated, right = _aligned(first, other)
             seeds = [_draw(*pair)[0] for pair in pairs]
-            self.differences[place, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed, evaluated=evaluated)
+            self.differences[place, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed,
+                evaluated=evaluated)
 
     def _pair(self, place: Place, side: Side) -> list[tuple[Run, Run]]:
         """Runs that belong together: of the same draw. Without demonstrations all runs are the same one, which goes

@@ -150,7 +150,8 @@ def analyse(
                     save_traces(_traces(folder, unit), main, study.digest())
                 about = study.about(rate) | {"seconds": round(time.perf_counter() - began, 3)}
                 key = dict(zip(KEY, (unit.dataset, unit.seed, unit.shots), strict=True))
-                predictions.add(tuple(key.values()), ({**key, **line} for line in main.lines(study.examples, prompt_settings.score)))
+                predictions.add(tuple(key.values()),
+                    ({**key, **line} for line in main.lines(study.examples, prompt_settings.score)))
                 results.add({**key, **about, **run})
 
         for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
@@ -283,7 +284,8 @@ class _Study:
             for setting in ("zero_shot", "in_context"):
                 if not whole.finite(setting):
                     raise UserError(
-                        f"{lm.name} gives probabilities of 0 or NaN: its weights are broken, or too large for {lm.dtype}"
+                        f"{lm.name} gives probabilities of 0 or NaN: its weights are broken, or too large for "
+                        f"{lm.dtype}"
                     )
             for setting, prompts in (
                 ("zero_shot", self.zero_shot),
@@ -293,7 +295,8 @@ class _Study:
                 whole.scores[setting] = scoring.collect(prompts, whole.sums[setting])
             if whole.broken and name == "finetuned" and controls:
                 raise UserError(
-                    f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller --finetune-lr"
+                    f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller "
+                    "--finetune-lr"
                 )
             result[name] = None if whole.broken else whole
         return result

@@ -196,7 +196,9 @@ CASES = {  # what is done to a copy of the data, changed flags, what is told
     "hub without network": (None, {"datasets": "sst2"}, "provide DIR/sst2/train.jsonl and DIR/sst2/validation.jsonl"),
     "shots that are no number": (None, {"shots": "x"}, "--shots x: give whole numbers"),
     "negative seed": (None, {"seeds": "-1"}, "--seeds -1: give whole numbers"),
-    "seed that no record holds": (None, {"seeds": f"1,{2**53 + 1}"}, "give whole numbers from 0 to 9,007,199,254,740,992"),
+    "seed that no record holds": (
+        None, {"seeds": f"1,{2**53 + 1}"}, "give whole numbers from 0 to 9,007,199,254,740,992",
+    ),
     "no such calibration": (None, {"calibration": "foo"}, "--calibration foo: choose from none, contextual"),
     "no examples": (None, {"limit": "0"}, "--limit 0: must be at least 1"),
     "no order": (None, {"orders": "0"}, "--orders 0: must be at least 1"),

@@ -212,18 +212,38 @@ def test_a_file_that_is_one_document_is_told_of_before_anything_is_made(tmp_path
     assert f"note: {path} is one document; --document line makes each line one, " in capsys.readouterr().err
     main(path, path, "--output", tmp_path / "both", "--vocab-size", 300, status=2)
     said = capsys.readouterr().err
-    assert "note: 2 text files are 2 documents; --document line" in said and f"note: {path} is the same file as {path}" in said
+    assert "note: 2 text files are 2 documents; --document line" in said
+    assert f"note: {path} is the same file as {path}" in said
 
 
 def test_what_is_left_out_or_ambiguous_is_in_the_summary(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*DOCUMENTS, None, None]))
     (tmp_path / "b.tsv").write_text('text\n"a ""quoted"" text"\n')
-    main(tmp_path / "a.jsonl", tmp_path / "b.tsv", "--output", tmp_path / "data", "--vocab-size", 300, "--valid", 9, "--test", 0)
+    main(
+        tmp_path / "a.jsonl",
+        tmp_path / "b.tsv",
+        "--output",
+        tmp_path / "data",
+        "--vocab-size",
+        300,
+        "--valid",
+        9,
+        "--test",
+        0,
+    )
     out = capsys.readouterr().out
     assert "note: 2 rows have no text (null) and are left out\n" in out
-    assert "note: 1 texts of .tsv files look as if they were quoted for CSV; they are taken as they are, with their quotation marks" in out
+    assert (
+        "note: 1 texts of .tsv files look as if they were quoted for CSV; they are taken as they are, with their "
+        "quotation marks"
+        in out
+    )
     text = summary({**json.loads((tmp_path / "data" / "prepare.json").read_text()), "special_tokens": 1234}, "data")
-    assert "note: the text spells out special tokens of the tokenizer 1,234 times; they are ordinary text here, and end no document" in text
+    assert (
+        "note: the text spells out special tokens of the tokenizer 1,234 times; they are ordinary text here, and end "
+        "no document"
+        in text
+    )
 
 
 def test_paths_that_are_not_utf8(tmp_path, capfd):
@@ -242,7 +262,21 @@ def test_workers_run_no_file_of_the_folder_with_the_data(prepare, tmp_path):
         (tmp_path / "text" / f"{i}.txt").write_text(text * 3)
     for name in ("pickle", "multiprocessing", "json", "numpy", "signal"):
         (tmp_path / "text" / f"{name}.py").write_text("open('ran', 'w')")
-    command = ["momentum-lm", "prepare", ".", "--output", "../out", "--vocab-size", 400, "--valid", 9, "--test", 0, "--workers", 2]
+    command = [
+        "momentum-lm",
+        "prepare",
+        ".",
+        "--output",
+        "../out",
+        "--vocab-size",
+        400,
+        "--valid",
+        9,
+        "--test",
+        0,
+        "--workers",
+        2,
+    ]
     done = prepare.program(command, cwd=tmp_path / "text")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "text" / "ran").exists()
@@ -261,7 +295,16 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
             text = " ".join(rng.choices(lexicon, k=rng.randint(20, 400)))
             size += len(text)
             file.write(json.dumps({"text": text}) + "\n")
-    command = [sys.executable, "-m", "momentum_lm.cli.prepare", str(corpus), "--output", str(tmp_path / "data"), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "momentum_lm.cli.prepare",
+        str(corpus),
+        "--output",
+        str(tmp_path / "data"),
+        "--workers",
+        "2",
+    ]
     started, peak = time.monotonic(), 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     while process.poll() is None:

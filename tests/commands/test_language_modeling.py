@@ -30,7 +30,18 @@ def corpus(tmp_path_factory):
 @pytest.fixture(params=["momentum_lm_tiny", "gpt_lm_tiny"])
 def trained(request, corpus, train_here, tmp_path):
     """Trained and validated for an epoch with samples of 500 tokens, on text of about 5,000."""
-    more = ["--arch", request.param, "--tokens-per-sample", "500", "--max-tokens", "500", "--max-epoch", "1", "--batch-size", "9"]
+    more = [
+        "--arch",
+        request.param,
+        "--tokens-per-sample",
+        "500",
+        "--max-tokens",
+        "500",
+        "--max-epoch",
+        "1",
+        "--batch-size",
+        "9",
+    ]
     train_here(tmp_path, *more, folder=corpus, updates=100)
     return tmp_path / "checkpoint_best.pt"
 
@@ -46,20 +57,39 @@ def test_train_validate_evaluate_generate(corpus, trained, capsys):
     from fairseq import options
     from fairseq_cli import eval_lm, generate, validate
 
-    run(validate, options.get_validation_parser(), [corpus, *OURS, "--path", trained, "--max-tokens", "500", "--valid-subset", "valid"])
+    run(
+        validate,
+        options.get_validation_parser(),
+        [corpus, *OURS, "--path", trained, "--max-tokens", "500", "--valid-subset", "valid"],
+    )
     for more in ([], ["--context-window", "25"]):
         words = [corpus, "--path", trained, "--tokens-per-sample", "500", "--cpu", "--gen-subset", "valid", *more]
-        theirs, ours = (run(eval_lm, options.get_eval_lm_parser(), [*words, *task])["perplexity"] for task in ([], OURS))
+        theirs, ours = (
+            run(eval_lm, options.get_eval_lm_parser(), [*words, *task])["perplexity"] for task in ([], OURS)
+        )
         assert theirs == ours and 2 < ours < 40
     capsys.readouterr()
-    words = [corpus, *OURS, "--path", trained, "--sample-break-mode", "eos", "--max-tokens", "500", "--no-progress-bar", "--cpu"]
+    words = [
+        corpus,
+        *OURS,
+        "--path",
+        trained,
+        "--sample-break-mode",
+        "eos",
+        "--max-tokens",
+        "500",
+        "--no-progress-bar",
+        "--cpu",
+    ]
     run(generate, options.get_generation_parser(), [*words, "--beam", "3", "--max-len-a", "1", "--max-len-b", "5"])
     assert len(re.findall("^H-", capsys.readouterr().out, re.M)) == 40
     run(generate, options.get_generation_parser(), [*words, "--score-reference"])
     positions = re.findall(r"^P-(\d+)\t(.*)$", capsys.readouterr().out, re.M)
     lines = (corpus / "test.out").read_text().splitlines()
     # with </s>
-    assert len(positions) == 40 and all(len(scores.split()) == len(lines[int(i)].split()) + 1 for i, scores in positions)
+    assert len(positions) == 40 and all(
+        len(scores.split()) == len(lines[int(i)].split()) + 1 for i, scores in positions
+    )
 
 
 def test_the_hub_interface_samples_and_scores(corpus, trained):

@@ -111,7 +111,8 @@ def test_fairseq_eval_takes_the_folder(published, run_cli, tmp_path):
         'templates:\n  paper: "Review: {text} Sentiment:"\n'
     )
     for split, count in (("train", 4), ("validation", 9)):
-        rows = [json.dumps({"text": f"the {split} film is {'good' if i % 2 else 'bad'} {i}", "label": i % 2}) for i in range(count)]
+        rows = [json.dumps({"text": f"the {split} film is {'good' if i % 2 else 'bad'} {i}", "label": i % 2})
+            for i in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     words = ["--datasets", tmp_path / "films.yaml", "--shots", "0,2", "--seeds", "1", "--results-dir", tmp_path / "results"]
     done = run_cli(["fairseq-eval", "--task", "icl_classification", "--path", published, *words])

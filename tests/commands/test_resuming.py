@@ -36,7 +36,12 @@ def updates(path):
 
 def trained(log):
     """The numbers of updates that were logged since the last call."""
-    found = [int(n) for r in log.records if r.name == "train_inner" for n in re.findall(r'"num_updates": "(\d+)"', r.getMessage())]
+    found = [
+        int(n)
+        for r in log.records
+        if r.name == "train_inner"
+        for n in re.findall(r'"num_updates": "(\d+)"', r.getMessage())
+    ]
     log.clear()
     return found
 
@@ -59,7 +64,18 @@ def test_a_run_that_is_over_trains_no_more(way, train_here, log, tmp_path):
 
 
 def test_a_run_that_lost_its_patience_trains_no_more(train_here, log, tmp_path):
-    more = ["--arch", "gpt_lm_tiny", "--validate-interval-updates", "2", "--patience", "1", "--lr", "30", "--save-interval-updates", "2"]
+    more = [
+        "--arch",
+        "gpt_lm_tiny",
+        "--validate-interval-updates",
+        "2",
+        "--patience",
+        "1",
+        "--lr",
+        "30",
+        "--save-interval-updates",
+        "2",
+    ]
     train_here(tmp_path, *more, updates=100)
     last, kept = trained(log)[-1], files(tmp_path)
     assert last < 100
@@ -132,7 +148,13 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize(
     "then",
-    [["--batch-size", "8"], ["--batch-size", "3", "--update-freq", "4"], ["--max-tokens", "1024"], ["--update-freq", "3"], ["--seed", "9"]],
+    [
+        ["--batch-size", "8"],
+        ["--batch-size", "3", "--update-freq", "4"],
+        ["--max-tokens", "1024"],
+        ["--update-freq", "3"],
+        ["--seed", "9"],
+    ],
     ids=" ".join,
 )
 def test_other_batches_go_on_at_the_same_sample(then, data, train_here, monkeypatch, tmp_path):
@@ -151,7 +173,9 @@ def test_other_batches_go_on_at_the_same_sample(then, data, train_here, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["stock task", "earlier version"])
-def test_checkpoints_that_do_not_say_their_batches_are_understood_by_their_options(kind, train_here, monkeypatch, tmp_path):
+def test_checkpoints_that_do_not_say_their_batches_are_understood_by_their_options(
+    kind, train_here, monkeypatch, tmp_path
+):
     ids = drawn(monkeypatch)
     task = "stock" if kind == "stock task" else "ours"
     train_here(tmp_path, *OURS, "--batch-size", "16", task=task, updates=5)
@@ -168,7 +192,11 @@ def test_checkpoints_that_do_not_say_their_batches_are_understood_by_their_optio
     ("first", "then", "said"),
     [
         ([], ["--tokens-per-sample", "16"], "epoch of .* samples of 32 tokens, and this one has .* of 16"),
-        (["--sample-break-mode", "eos"], ["--sample-break-mode", "eos", "--batch-size", "8"], "a place cannot be carried over"),
+        (
+            ["--sample-break-mode", "eos"],
+            ["--sample-break-mode", "eos", "--batch-size", "8"],
+            "a place cannot be carried over",
+        ),
     ],
 )
 def test_an_epoch_of_other_samples_is_refused_unless_begun_anew(first, then, said, train_here, tmp_path):
@@ -181,7 +209,9 @@ def test_an_epoch_of_other_samples_is_refused_unless_begun_anew(first, then, sai
 
 
 def test_a_restore_file_that_is_not_there(train_here, log, tmp_path):
-    with pytest.raises(fairseq_compat.CheckpointError, match=r"--restore-file .*typo/checkpoint_last\.pt does not exist"):
+    with pytest.raises(
+        fairseq_compat.CheckpointError, match=r"--restore-file .*typo/checkpoint_last\.pt does not exist"
+    ):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo/checkpoint_last.pt")
     with pytest.raises(fairseq_compat.CheckpointError, match=r"--restore-file .*typo\.pt does not exist"):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo.pt")
@@ -207,7 +237,18 @@ def test_the_dictionary_of_a_checkpoint_is_its_own(data, train_here, run_cli, tm
     for command in (evaluate, validate):
         result = run_cli(command)
         assert result.returncode != 0 and result.stderr.splitlines()[-1].startswith(f"error: {said}"), result.stderr
-    perplexity = ["fairseq-eval", "--task", "lm_perplexity", other, "--path", checkpoint, "--context-lengths", "32", "--split", "valid"]
+    perplexity = [
+        "fairseq-eval",
+        "--task",
+        "lm_perplexity",
+        other,
+        "--path",
+        checkpoint,
+        "--context-lengths",
+        "32",
+        "--split",
+        "valid",
+    ]
     result = run_cli([*perplexity, "--results-dir", tmp_path / "out"])
     assert result.returncode == 2 and f"{other / 'dict.txt'} is not the one that" in result.stderr
     (other / "dict.txt").write_text("\n".join(f"{line.split()[0]} 1" for line in lines) + "\n")
@@ -257,7 +298,7 @@ def test_what_lies_in_the_lock_files_place_is_left_as_it_is(train_here, log, tmp
 
 
 def test_fairseqs_own_models_resume_as_without_us(train_here, log, tmp_path):
-    """A missing --restore-file is none, only the last checkpoint counts, and a run that is over makes one more update."""
+    """A missing --restore-file is none, only the last checkpoint counts, and a finished run makes one more update."""
     words = [*STOCK, "--save-interval-updates", "2", "--restore-file"]
     train_here(tmp_path, *words, tmp_path / "checkpoint_last.pt", task="stock", updates=4)
     train_here(tmp_path, *words, "checkpoint_last.pt", task="stock", updates=4)

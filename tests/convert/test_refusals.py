@@ -121,7 +121,8 @@ def test_a_dtype_that_cannot_hold_the_weights(make_model, convert, refused, tmp_
     line = refused(theirs, tmp_path / "x", "--dtype", "bf16")
     assert "reaches 3.4e+38, and bf16 ends at 3.38953e+38: use --dtype fp32, or leave out --dtype" in line
     tensors[name][2, 3] = 1
-    save_file({key: tensor.double() * (1e300 if key == name else 1) for key, tensor in tensors.items()}, path, {"format": "pt"})
+    save_file({key: tensor.double() * (1e300 if key == name else 1) for key, tensor in tensors.items()}, path,
+        {"format": "pt"})
     assert "ends at 3.40282e+38: leave out --dtype" in refused(theirs, tmp_path / "x", "--dtype", "fp32")
     assert sorted(os.listdir(tmp_path)) == ["large", "ours", "theirs"]
 
@@ -183,7 +184,8 @@ def test_a_damaged_file_of_pytorch(make_model, refused, tmp_path):
     (theirs / "model.safetensors").unlink()
     for changes, message in (
         ({5: torch.zeros(2)}, "holds 5, which is no tensor"),
-        ({"transformer.wpe.weight": torch.empty(48, 32, device="meta")}, "pytorch_model.bin holds a tensor without values"),
+        ({"transformer.wpe.weight": torch.empty(48, 32, device="meta")},
+        "pytorch_model.bin holds a tensor without values"),
         ({"transformer.wpe.weight": torch.eye(32).to_sparse()}, "pytorch_model.bin holds"),
     ):
         torch.save(tensors | changes, theirs / "pytorch_model.bin")
@@ -259,12 +261,14 @@ def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypa
         (tmp_path / name).unlink()
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "config.json").symlink_to(theirs / "config.json")
-    assert "linked holds config.json, which a conversion does not write" in refused(theirs, tmp_path / "linked", "--force")
+    assert "linked holds config.json, which a conversion does not write" in refused(theirs, tmp_path / "linked",
+        "--force")
     os.mkfifo(tmp_path / "pipe")
     assert "pipe is not a folder; OUTPUT is the folder to make" in refused(theirs, tmp_path / "pipe", "--force")
     assert "/dev/null is not a folder" in refused(theirs, "/dev/null", "--force")
     for name in ("link", "pipe", "/dev/null", "mine"):
-        assert "is a link, a folder or a device; OUTPUT of a checkpoint in parts" in refused("a-shard0.pt", name, "--force")
+        assert "is a link, a folder or a device; OUTPUT of a checkpoint in parts" in refused("a-shard0.pt", name,
+            "--force")
     (tmp_path / "empty").mkdir()
     convert(theirs, "empty")
     assert "empty is there already; choose another OUTPUT, or add --force" in refused(theirs, tmp_path / "empty")

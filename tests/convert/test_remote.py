@@ -177,7 +177,8 @@ def test_packed_documents_do_not_see_each_other(changes, implementation):
     others = packed.clone()
     others[0, : 5 + CHUNK + 8] = 7
     start = 5 + CHUNK + 8
-    assert torch.equal(model(others, position_ids=positions).logits[0, start:], model(packed, position_ids=positions).logits[0, start:])
+    assert torch.equal(model(others, position_ids=positions).logits[0, start:],
+        model(packed, position_ids=positions).logits[0, start:])
     # with padding on the left, and in the middle
     padded = torch.nn.functional.pad(packed, (3, 0), value=PAD)
     padded = torch.cat([padded[:, :20], torch.full((1, 4), PAD), padded[:, 20:]], 1)
@@ -230,7 +231,11 @@ def test_a_cache_of_fixed_size(changes):
         reference, seen = (whole, mask.bool()) if masked else (model(tokens).logits, torch.ones_like(mask).bool())
         close(torch.cat(found, 1)[seen], reference[seen], atol=2e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="attention_mask has 41 columns"):
-        model(tokens, attention_mask=torch.ones(3, 41), past_key_values=transformers.StaticCache(config=model.config, max_cache_len=40))
+        model(
+            tokens,
+            attention_mask=torch.ones(3, 41),
+            past_key_values=transformers.StaticCache(config=model.config, max_cache_len=40),
+        )
 
 
 @pytest.mark.parametrize("changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"]])
@@ -239,7 +244,11 @@ def test_a_step_looks_at_no_value(changes, monkeypatch):
     _, model = pair(**changes)
     _, tokens, mask = left_padded([7, 3, 12])
     cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
-    step, more, positions = random_tokens(3, 1), torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1), mask.sum(1, keepdim=True)
+    step, more, positions = (
+        random_tokens(3, 1),
+        torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1),
+        mask.sum(1, keepdim=True),
+    )
 
     def look(*args, **kwargs):
         raise AssertionError("a tensor's value was looked at")
@@ -267,9 +276,14 @@ class Graph:
 def test_exported(changes):
     _, model = pair(**changes, layers=1)
     _, tokens, mask = left_padded([41, 30])
-    graph = torch.export.export(model, (), {"input_ids": tokens, "attention_mask": mask, "use_cache": False}, strict=False)
+    graph = torch.export.export(
+        model, (), {"input_ids": tokens, "attention_mask": mask, "use_cache": False}, strict=False
+    )
     _, tokens, mask = left_padded([20, 41], seed=9)
-    close(graph.module()(input_ids=tokens, attention_mask=mask, use_cache=False).logits, model(tokens, attention_mask=mask).logits)
+    close(
+        graph.module()(input_ids=tokens, attention_mask=mask, use_cache=False).logits,
+        model(tokens, attention_mask=mask).logits,
+    )
 
 
 @pytest.mark.nightly
@@ -280,7 +294,12 @@ def test_compiled_in_one_graph(changes):
     backend = Graph()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     _, tokens, mask = left_padded([41, 30])
-    close(compiled(tokens, attention_mask=mask, use_cache=False).logits, model(tokens, attention_mask=mask).logits, atol=2e-5, rtol=1e-5)
+    close(
+        compiled(tokens, attention_mask=mask, use_cache=False).logits,
+        model(tokens, attention_mask=mask).logits,
+        atol=2e-5,
+        rtol=1e-5,
+    )
     positions = torch.cat([torch.arange(25), torch.arange(16)])[None].repeat(2, 1)
     found = compiled(tokens, position_ids=positions, use_cache=False).logits
     close(found, model(tokens, position_ids=positions).logits, atol=2e-5, rtol=1e-5)
@@ -289,7 +308,9 @@ def test_compiled_in_one_graph(changes):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"] | OTHERS["learned_untied"]])
+@pytest.mark.parametrize(
+    "changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"] | OTHERS["learned_untied"]]
+)
 @pytest.mark.nightly
 def test_exported_with_rows_of_any_length(changes, strict):
     _, model = pair(**changes)
@@ -298,7 +319,9 @@ def test_exported_with_rows_of_any_length(changes, strict):
     packed = torch.cat([torch.arange(30), torch.arange(20)])[None].repeat(2, 1)
     for given in ({"attention_mask": mask}, {"position_ids": packed}):
         shapes = {name: {0: rows, 1: length} for name in ("input_ids", *given)} | {"use_cache": None}
-        graph = torch.export.export(model, (), {"input_ids": tokens, **given, "use_cache": False}, dynamic_shapes=shapes, strict=strict)
+        graph = torch.export.export(
+            model, (), {"input_ids": tokens, **given, "use_cache": False}, dynamic_shapes=shapes, strict=strict
+        )
         for size in (50, 33, 128, 5):
             others = random_tokens(3, size)
             seen = torch.ones(3, size, dtype=torch.bool)
@@ -342,7 +365,9 @@ def test_scores_after_a_shared_prefix_are_those_of_whole_rows(gate):
     assert not lm._packs_rows
     prefix, rows = random_tokens(1, 120)[0], random_tokens(3, 6)
     place, last = torch.arange(3), torch.full((3,), 5)
-    found = lm.log_probs(rows, torch.zeros(3, 6, dtype=torch.bool), place, last, place + 4, lm.encode_prefix(prefix.tolist()))
+    found = lm.log_probs(
+        rows, torch.zeros(3, 6, dtype=torch.bool), place, last, place + 4, lm.encode_prefix(prefix.tolist())
+    )
     whole = model(torch.cat([prefix.expand(3, -1), rows], 1), use_cache=False).logits[:, -1].log_softmax(-1)
     close(found, whole[place, place + 4], atol=2e-5, rtol=0)
 
@@ -369,7 +394,8 @@ assert not {{"momentum_lm", "fairseq"}} & set(sys.modules)
 base = transformers.AutoModel.from_pretrained({str(tmp_path / "exported")!r}, trust_remote_code=True)
 hidden = base(tokens).last_hidden_state
 assert type(base).__name__ == "MomentumLMModel" and torch.equal(model.lm_head(hidden), model(tokens).logits)
-short = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "exported")!r}, trust_remote_code=True, num_hidden_layers=1)
+load = transformers.AutoModelForCausalLM.from_pretrained
+short = load({str(tmp_path / "exported")!r}, trust_remote_code=True, num_hidden_layers=1)
 assert len(short.model.layers) == short.config.num_hidden_layers == 1
 torch.save([model(tokens).logits.detach(), model.generate(tokens, max_new_tokens=8, do_sample=False)], {str(tmp_path / "found.pt")!r})
 model.save_pretrained({str(tmp_path / "again")!r})
@@ -377,7 +403,12 @@ half = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "again"
 assert half.dtype == torch.bfloat16 and half.model.layers[0].self_attn.momentum.gate.dtype == torch.float32
 assert half(tokens).logits.isfinite().all()
 """
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, timeout=300)
     logits, generated = torch.load(tmp_path / "found.pt")
     close(logits, lm.model(tokens), atol=1e-5, rtol=1e-5)
@@ -386,7 +417,9 @@ assert half(tokens).logits.isfinite().all()
     assert files <= {path.name for path in (tmp_path / "again").iterdir()}
 
 
-@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"], MOMENTA["multi_ema"] | OTHERS["untied_absent"], OTHERS["learned_untied"]])
+@pytest.mark.parametrize(
+    "changes", [MOMENTA["ema_gated"], MOMENTA["multi_ema"] | OTHERS["untied_absent"], OTHERS["learned_untied"]]
+)
 def test_saving_and_loading_changes_no_bit(changes, tmp_path):
     decoder, model = pair(**changes)
     model.save_pretrained(tmp_path)
@@ -413,7 +446,12 @@ def test_configurations_go_both_ways():
     )  # fmt: skip
     theirs = MomentumLMConfig(**json.loads(json.dumps(MOMENTUM.config(config, 70))))
     assert (theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads) == (24, 3, 2)
-    assert (theirs.max_position_embeddings, theirs.intermediate_size, theirs.padding_idx, theirs.eos_idx) == (33, 30, 3, 4)
+    assert (theirs.max_position_embeddings, theirs.intermediate_size, theirs.padding_idx, theirs.eos_idx) == (
+        33,
+        30,
+        3,
+        4,
+    )
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.tie_word_embeddings) == (3, 4, False)
     for content in (theirs.to_dict(), json.loads(theirs.to_json_string())):
         assert MOMENTUM.decoder_config(content, content["vocab_size"]) == config
@@ -482,7 +520,9 @@ def test_a_new_model_starts_as_ours_does():
         torch.manual_seed(0)
         model = MomentumLMForCausalLM(config)
         vanilla = MomentumLMForCausalLM(configuration(DecoderConfig(**SHAPE)))
-        vanilla.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if ".momentum." not in name})
+        vanilla.load_state_dict(
+            {name: tensor for name, tensor in model.state_dict().items() if ".momentum." not in name}
+        )
         tokens = random_tokens(1, 9)
         assert torch.equal(model.eval()(tokens).logits, vanilla.eval()(tokens).logits)
         momentum = model.model.layers[0].self_attn.momentum

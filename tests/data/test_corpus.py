@@ -259,7 +259,8 @@ def test_other_times_with_the_same_documents_are_the_same_data(tmp_path, jsonl, 
     said = []
     again = prepare(config(output, path), workers=1, say=said.append)
     assert said == [f"{output} is already prepared with these settings"]
-    assert again == first | {"sources_as_of": again["sources_as_of"]} and again["sources_as_of"] != first["sources_as_of"]
+    assert again == first | {"sources_as_of": again["sources_as_of"]}
+    assert again["sources_as_of"] != first["sources_as_of"]
     assert content(output, "prepare.json") == before
     monkeypatch.setattr("momentum_lm.data.corpus._Run.read_all", None)
     assert prepare(config(output, path), workers=1) == again
@@ -280,8 +281,12 @@ def test_data_of_an_earlier_version_is_not_taken_for_the_same(tmp_path, jsonl):
     output = tmp_path / "data"
     made = prepare(config(output, jsonl), workers=1)
     made.pop("sources_as_of")
-    (output / "prepare.json").write_text(json.dumps(made | {"config": made["config"] | {"source_fingerprint": "of its ends"}}))
-    with pytest.raises(UserError, match="was prepared by an earlier version, which kept no record of the sources' content; use another"):
+    (output / "prepare.json").write_text(
+        json.dumps(made | {"config": made["config"] | {"source_fingerprint": "of its ends"}})
+    )
+    with pytest.raises(
+        UserError, match="was prepared by an earlier version, which kept no record of the sources' content; use another"
+    ):
         prepare(config(output, jsonl), workers=1)
 
 
@@ -294,7 +299,9 @@ def test_a_folder_called_prepare_that_is_not_ours_stays(tmp_path, jsonl, force):
     mine.mkdir(parents=True)
     for name in ("config.json", "notes.txt"):
         (mine / name).write_text('{"my": "settings"}')
-    with pytest.raises(UserError, match=r"data/\.prepare holds config\.json, which this command did not make; move it away, or use"):
+    with pytest.raises(
+        UserError, match=r"data/\.prepare holds config\.json, which this command did not make; move it away, or use"
+    ):
         prepare(config(tmp_path / "data", jsonl), workers=1, force=force)
     assert content(mine) == dict.fromkeys(("config.json", "notes.txt"), b'{"my": "settings"}')
 
@@ -358,8 +365,12 @@ def test_ordinary_files_alone_are_replaced(tmp_path, jsonl, name, kind):
     (tmp_path / "data").mkdir()
     (tmp_path / "precious").write_text("mine")
     path = tmp_path / "data" / name
-    {"link": lambda: path.symlink_to(tmp_path / "precious"), "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}[kind]()
-    with pytest.raises(UserError, match=rf"{name} is a link, a folder or a device, which is not replaced; move it away"):
+    {"link": lambda: path.symlink_to(tmp_path / "precious"), "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}[
+        kind
+    ]()
+    with pytest.raises(
+        UserError, match=rf"{name} is a link, a folder or a device, which is not replaced; move it away"
+    ):
         prepare(config(tmp_path / "data", jsonl), workers=1, force=True)
     assert [p.name for p in (tmp_path / "data").iterdir()] == [name] and (tmp_path / "precious").read_text() == "mine"
 
@@ -368,7 +379,8 @@ def test_an_output_that_is_no_folder_stays_what_it_is(tmp_path, jsonl):
     (tmp_path / "to nothing").symlink_to("nothing")
     (tmp_path / "to a device").symlink_to("/dev/null")
     os.mkfifo(tmp_path / "pipe")
-    for output, kind in (("/dev/null", "device"), (tmp_path / "to a device", "device"), (tmp_path / "pipe", "device or pipe"),
+    for output, kind in (("/dev/null", "device"), (tmp_path / "to a device", "device"),
+        (tmp_path / "pipe", "device or pipe"),
                          (tmp_path / "to nothing", "link to nothing")):  # fmt: skip
         with pytest.raises(UserError, match=f"--output {output} is a {kind}"):
             prepare(config(output, jsonl), workers=1, force=True)
@@ -400,7 +412,9 @@ def test_what_another_run_finished_meanwhile_is_not_replaced(tmp_path, jsonl, mo
     monkeypatch.setattr(corpus, "reserved", late)
     with pytest.raises(UserError, match=r"was prepared with other settings: seed 2 \(now 1\)"):
         prepare(config(output, jsonl), workers=1)
-    assert json.loads((output / "prepare.json").read_text())["config"]["seed"] == 2 and not (output / ".prepare").exists()
+    assert (
+        json.loads((output / "prepare.json").read_text())["config"]["seed"] == 2 and not (output / ".prepare").exists()
+    )
 
 
 # --- what becomes of the text
@@ -414,7 +428,10 @@ def end_of_text_tokenizer(folder, kind):
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
         model.train_from_iterator(["some text"], trainer)
-        model.pre_tokenizer, model.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+        model.pre_tokenizer, model.decoder = (
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            tokenizers.decoders.ByteLevel(),
+        )
     else:
         words = {word: i for i, word in enumerate(["<unk>", "<|endoftext|>", "a", "text", "ends", "1", "2", "3"])}
         model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
@@ -499,7 +516,10 @@ def test_a_failure_leaves_nothing(jsonl, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"valid": "0.0001"}, "--valid 0.0001 leaves the valid split empty, of 300 documents: give a larger fraction, a number"),
+        (
+            {"valid": "0.0001"},
+            "--valid 0.0001 leaves the valid split empty, of 300 documents: give a larger fraction, a number",
+        ),
         ({"test": "0.0001"}, "--test 0.0001 leaves the test split empty"),
         ({"valid": "200", "test": "100"}, "no document to train on; check"),
         ({"valid": "300", "test": "100"}, "no document to train on; check"),
@@ -592,7 +612,9 @@ def test_what_was_tokenised_before_a_kill_is_not_tokenised_again(prepared, jsonl
     assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
     saved = json.loads(state.read_text())
     assert not saved["complete"] and saved["counts"]["read"] > 0
-    assert not any((tmp_path / "data" / name).exists() for name in ("train.bin", "train.idx", "prepare.json", "dict.txt"))
+    assert not any(
+        (tmp_path / "data" / name).exists() for name in ("train.bin", "train.idx", "prepare.json", "dict.txt")
+    )
     deadline = time.monotonic() + 20
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -600,7 +622,9 @@ def test_what_was_tokenised_before_a_kill_is_not_tokenised_again(prepared, jsonl
 
     refused = start(tmp_path, jsonl.parent / "gone.jsonl", workers)
     assert "no such file" in refused.communicate()[1]
-    with pytest.raises(UserError, match=r"holds unfinished work with .*seed 1 \(now 3\); use another --output, or --force to drop"):
+    with pytest.raises(
+        UserError, match=r"holds unfinished work with .*seed 1 \(now 3\); use another --output, or --force to drop"
+    ):
         prepare(config(tmp_path / "data", jsonl, seed=3), workers=1)
     said = start(tmp_path, jsonl, workers).communicate()[0]
     assert said == f"going on after document {saved['counts']['read']}\n"
@@ -609,7 +633,9 @@ def test_what_was_tokenised_before_a_kill_is_not_tokenised_again(prepared, jsonl
 
 @pytest.mark.parametrize("shares", [{"valid": "0.1", "test": "20"}, {"valid": "0.1", "test": "0.1"}])
 @pytest.mark.parametrize("place", ["tokenised", "to come"])
-def test_sources_that_change_under_unfinished_work_are_noticed(tmp_path, documents, gpt2_folder, monkeypatch, shares, place):
+def test_sources_that_change_under_unfinished_work_are_noticed(
+    tmp_path, documents, gpt2_folder, monkeypatch, shares, place
+):
     """Even where size, beginning and end are what they were. What comes later is free to change, unless the splits
     depend on it.
     """

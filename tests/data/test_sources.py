@@ -161,39 +161,79 @@ BAD = {
     "latin-1": ("t.txt", "naïve".encode("latin1"), {}, r"t\.txt: byte 2 is not UTF-8 \(0xef\); convert the file first, as with `iconv"),
     "latin-1 later": ("t.txt", b"ab\ncd\nn\xefve\n", {"document": "line"}, r"t\.txt: byte 7 is not UTF-8"),
     "latin-1 in JSON": ("t.jsonl", b'{"text": "a"}\n{"text": "\xef"}\n', {}, r"t\.jsonl: byte 24 is not UTF-8"),
-    "utf-16": ("t.csv", "text\nä\n".encode("utf-16"), {}, r"t\.csv is UTF-16 \(it begins with the byte order mark ff fe\).* -f utf-16 -t"),
+    "utf-16": (
+        "t.csv", "text\nä\n".encode("utf-16"), {},
+        r"t\.csv is UTF-16 \(it begins with the byte order mark ff fe\).* -f utf-16 -t",
+    ),
     "utf-16 be": ("t.txt", b"\xfe\xff\0a", {}, r"t\.txt is UTF-16 \(it begins with the byte order mark fe ff\)"),
     "utf-32": ("t.jsonl", "ä".encode("utf-32"), {}, r"t\.jsonl is UTF-32 .*ff fe 00 00\).*`iconv -f utf-32 -t utf-8`"),
     "utf-32 be": ("t.txt", b"\0\0\xfe\xff\0\0\0a", {}, r"t\.txt is UTF-32 .*00 00 fe ff\)"),
-    "utf-16 unmarked": ("t.txt", WIDE.encode("utf-16le"), {}, r"t\.txt: byte 0: 41 of 82 bytes are NUL.*`iconv -f utf-16le -t utf-8`"),
-    "utf-16 in lines": ("t.txt", WIDE.encode("utf-16be"), {"document": "line"}, r"byte 0: 18 of 36 bytes are NUL.*iconv -f utf-16be"),
-    "utf-32 unmarked": ("t.csv", WIDE.encode("utf-32le"), {}, r"t\.csv: byte 0: .* bytes are NUL.*`iconv -f utf-32le -t utf-8`"),
-    "nuls in JSON": ("t.jsonl", json.dumps({"text": "a\0" * 20}), {}, r"t\.jsonl:1: 20 of 40 bytes are NUL: this is no text"),
+    "utf-16 unmarked": (
+        "t.txt", WIDE.encode("utf-16le"), {}, r"t\.txt: byte 0: 41 of 82 bytes are NUL.*`iconv -f utf-16le -t utf-8`",
+    ),
+    "utf-16 in lines": (
+        "t.txt", WIDE.encode("utf-16be"), {"document": "line"}, r"byte 0: 18 of 36 bytes are NUL.*iconv -f utf-16be",
+    ),
+    "utf-32 unmarked": (
+        "t.csv", WIDE.encode("utf-32le"), {}, r"t\.csv: byte 0: .* bytes are NUL.*`iconv -f utf-32le -t utf-8`",
+    ),
+    "nuls in JSON": (
+        "t.jsonl", json.dumps({"text": "a\0" * 20}), {}, r"t\.jsonl:1: 20 of 40 bytes are NUL: this is no text",
+    ),
     "nuls in parquet": ("t.parquet", as_parquet(["a", "\0" * 20]), {}, r"t\.parquet: row 2: 20 of 20 bytes are NUL"),
-    "old Mac lines": ("t.txt", b"a\rb\rc\r", {"document": "line"}, r"t\.txt: its lines end in carriage returns alone, .*`tr '\\r' '\\n'`"),
-    "old Mac long": ("t.txt", b"abcdefg\r" * (1 << 20) + b"x", {"document": "blank-line"}, r"t\.txt: its lines end in carriage returns"),
+    "old Mac lines": (
+        "t.txt", b"a\rb\rc\r", {"document": "line"},
+        r"t\.txt: its lines end in carriage returns alone, .*`tr '\\r' '\\n'`",
+    ),
+    "old Mac long": (
+        "t.txt", b"abcdefg\r" * (1 << 20) + b"x", {"document": "blank-line"},
+        r"t\.txt: its lines end in carriage returns",
+    ),
     "old Mac csv": ("t.csv", b"text\ra\rb\r", {}, r"t\.csv: its lines end in carriage returns alone"),
     "old Mac tsv": ("t.tsv", b"id\ttext\r1\ta\r", {}, r"t\.tsv: its lines end in carriage returns alone"),
-    "old Mac json": ("t.jsonl", b'{"text": "a"}\r{"text": "b"}\r', {}, r"t\.jsonl: its lines end in carriage returns alone"),
-    "csv return": ("t.csv", b"text\na\nb\rc\n", {}, r"t\.csv:3: a carriage return inside of a line; fix it, or quote the text"),
-    "csv long row": ("t.csv", b"id,text\n1,Hello, world\n", {}, r"t\.csv:2: 3 columns, the header has 2; .*in quotation marks"),
-    "csv column twice": ("t.csv", b"text,id,text\na,1,b\n", {}, r"t\.csv:1: 2 columns are called 'text'; rename all but one, or name"),
-    "csv endless row": ("t.csv", b"a,text\n" + b'"' + (b"x" * 99 + b"\n") * 60_000 + b'","' + (b"x" * 99 + b"\n") * 60_000 + b'","'
-                        + (b"x" * 99 + b"\n") * 60_000, {}, r"t\.csv:\d+: a row of more than 16 MiB; look for an unclosed quote"),
-    "tsv short row": ("t.tsv", b'id\ttext\n1\t"a\nb"\n', {}, r"t\.tsv:3: 1 columns, the header has 2; .*quotation marks are ordinary"),
+    "old Mac json": (
+        "t.jsonl", b'{"text": "a"}\r{"text": "b"}\r', {}, r"t\.jsonl: its lines end in carriage returns alone",
+    ),
+    "csv return": (
+        "t.csv", b"text\na\nb\rc\n", {}, r"t\.csv:3: a carriage return inside of a line; fix it, or quote the text",
+    ),
+    "csv long row": (
+        "t.csv", b"id,text\n1,Hello, world\n", {}, r"t\.csv:2: 3 columns, the header has 2; .*in quotation marks",
+    ),
+    "csv column twice": (
+        "t.csv", b"text,id,text\na,1,b\n", {}, r"t\.csv:1: 2 columns are called 'text'; rename all but one, or name",
+    ),
+    "csv endless row": ("t.csv",
+    b"a,text\n" + b'"' + (b"x" * 99 + b"\n") * 60_000 + b'","' + (b"x" * 99 + b"\n") * 60_000 + b'","'
+                        + (b"x" * 99 + b"\n") * 60_000, {},
+                        r"t\.csv:\d+: a row of more than 16 MiB; look for an unclosed quote"),
+    "tsv short row": (
+        "t.tsv", b'id\ttext\n1\t"a\nb"\n', {}, r"t\.tsv:3: 1 columns, the header has 2; .*quotation marks are ordinary",
+    ),
     "tsv column": ("t.tsv", b"id\tbody\n", {}, r"t\.tsv: no column 'text'; there are: id, body"),
     "tsv column twice": ("t.tsv", b"text\ttext\na\tb\n", {}, r"t\.tsv:1: 2 columns are called 'text'"),
-    "json key twice": ("t.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}\n', {}, r"t\.jsonl:2: 'text' is there more than once"),
-    "json digits": ("t.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", {}, r"t\.jsonl:1: not a JSON record \(a whole number of th"),
+    "json key twice": (
+        "t.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}\n', {}, r"t\.jsonl:2: 'text' is there more than once",
+    ),
+    "json digits": (
+        "t.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", {},
+        r"t\.jsonl:1: not a JSON record \(a whole number of th",
+    ),
     "json nan": ("t.jsonl", b'{"text": NaN}', {}, r"t\.jsonl:1: column 'text' holds float, not text"),
-    "json not that deep": ("t.jsonl", b'{"doc": {"text": "a"}}', {"column": "doc.body"}, r"t\.jsonl:1: no column 'doc\.body'; there"),
+    "json not that deep": (
+        "t.jsonl", b'{"doc": {"text": "a"}}', {"column": "doc.body"}, r"t\.jsonl:1: no column 'doc\.body'; there",
+    ),
     "parquet twice": ("t.parquet", REPEATED, {}, r"t\.parquet: 2 columns are called 'text'; rename all but one"),
-    "parquet not that deep": ("t.parquet", as_parquet(["a"]), {"column": "text.a"}, r"t\.parquet: no column 'text\.a'; there are"),
+    "parquet not that deep": (
+        "t.parquet", as_parquet(["a"]), {"column": "text.a"}, r"t\.parquet: no column 'text\.a'; there are",
+    ),
     "csv column": ("t.csv", b"id,body\n1,a\n", {}, r"t\.csv: no column 'text'; there are: id, body; name one with --column"),
     "csv without a line": ("t.csv", b"\n", {}, r"t\.csv: no column 'text'; there are: none"),
     "csv short row": ("t.csv", b'id,text\n1,"a\nb"\n2\n', {}, r"t\.csv:4: 1 columns, the header has 2"),
     "csv quote": ("t.csv", b'id,text\n1,"a\n2,b\n', {}, r"t\.csv:3: not proper CSV .*look for an unclosed quote"),
-    "json": ("t.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, r"t\.jsonl:2: not a JSON record .*fix or remove the line"),
+    "json": (
+        "t.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, r"t\.jsonl:2: not a JSON record .*fix or remove the line",
+    ),
     "json array": ("t.json", b'[{"text": "a"}]', {}, r"t\.json:1: expected a JSON object .* got list; make the array JSON Lines"),
     "json array of lines": ("t.json", b'[\n{"text": "a"}\n]', {}, r"t\.json:1: not a JSON record .*this is one JSON array: .*jq -c"),
     "json value": ("t.jsonl", b"3\n", {}, r"t\.jsonl:1: expected a JSON object with the column 'text', got int"),
@@ -294,7 +334,8 @@ def test_linked_folders_are_read_once(tmp_path):
     for name in ("corpus/a.txt", "corpus/z/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "beside.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    links = {"corpus/more": "../elsewhere", "corpus/again": "../elsewhere", "corpus/0z": "z", "elsewhere/deep/circle": "../../corpus",
+    links = {"corpus/more": "../elsewhere", "corpus/again": "../elsewhere", "corpus/0z": "z",
+        "elsewhere/deep/circle": "../../corpus",
              "corpus/up": "..", "corpus/link.txt": "a.txt", "elsewhere/.hidden": "deep"}  # fmt: skip
     for link, target in links.items():
         (tmp_path / link).symlink_to(target)

@@ -187,7 +187,8 @@ def test_hugging_face_tokenizer_json(tmp_path, documents):
     assert tokenizer.decode([*tokenizer.encode(documents[0]), 2]) == documents[0]
     spelled = f"{documents[0]}<s>{documents[1]}<s>"
     assert tokenizer.encode(spelled).count(4) == 2 and tokenizer.special_tokens_in([spelled, "<S>", "<s>"]) == 3
-    assert 4 not in tokenizer.encode_as_text([spelled])[0] and tokenizer.decode(tokenizer.encode_as_text([spelled])[0]) == spelled
+    (ids,) = tokenizer.encode_as_text([spelled])
+    assert 4 not in ids and tokenizer.decode(ids) == spelled
     assert tokenizer.encode(spelled).count(4) == 2  # as before
     plain = [*documents[:5], "", " "]
     assert tokenizer.encode_as_text(plain) == tokenizer.encode_batch(plain) and tokenizer.special_tokens_in(plain) == 0
@@ -202,7 +203,9 @@ def test_hugging_face_tokenizer_json(tmp_path, documents):
 def test_a_file_in_the_folder_will_do(tmp_path, sentencepiece_model):
     shutil.copy(sentencepiece_model, tmp_path / "sentencepiece.model")
     (tmp_path / "model.pt").write_bytes(b"a checkpoint")
-    assert load_tokenizer(tmp_path / "model.pt").encode("the") == load_tokenizer(tmp_path / "sentencepiece.model").encode("the")
+    assert load_tokenizer(tmp_path / "model.pt").encode("the") == load_tokenizer(
+        tmp_path / "sentencepiece.model"
+    ).encode("the")
 
 
 def test_sha256_tells_tokenizers_apart(tmp_path, sentencepiece_model):
@@ -228,7 +231,10 @@ def make(folder, **files):
         ({"dict__txt": b"a 1\n"}, r"holds no tokenizer"),
         ({"a__model": b"nonsense"}, r"a\.model is not a SentencePiece model"),
         ({"a__model": b""}, r"a\.model is not a SentencePiece model"),
-        ({"a__model": b"x", "b__model": b"x"}, r"has several SentencePiece models \(a\.model, b\.model\); name the file"),
+        (
+            {"a__model": b"x", "b__model": b"x"},
+            r"has several SentencePiece models \(a\.model, b\.model\); name the file",
+        ),
         ({"encoder__json": b"{}"}, r"cannot read the GPT-2 tokenizer: .*vocab\.bpe: No such file"),
         ({"encoder__json": b"{", "vocab__bpe": b"#\n"}, r"are not GPT-2's tokenizer"),
         ({"encoder__json": b"[1]", "vocab__bpe": b"#\n"}, r"is not GPT-2's encoder\.json"),
@@ -236,10 +242,16 @@ def make(folder, **files):
         ({"encoder__json": b'{"a": 0, "b": "1"}', "vocab__bpe": b"#\n"}, r"its ids are not 0 to 1"),
         ({"encoder__json": b'{"a": []}', "vocab__bpe": b"#\n"}, r"its ids are not 0 to 0"),
         ({"encoder__json": b"[" * 100_000, "vocab__bpe": b"#\n"}, r"are not GPT-2's tokenizer"),
-        ({"tokenizer__json": b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'}, r"is no tokenizer of a language model: .* -1"),
+        (
+            {"tokenizer__json": b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'},
+            r"is no tokenizer of a language model: .* -1",
+        ),
         ({"tokenizer__json": HUGE_ID}, r"is no tokenizer of a language model: its largest id is 4294967290"),
         ({"tokenizer__json": b'{"model": ' + b"[" * 100_000}, r"tokenizer\.json is not a tokenizer\.json"),
-        ({"tokenizer__json": HUGE_ID.replace(b"4294967290", b"1"), "tokenizer_config__json": b"[" * 100_000}, r"is not a JSON object"),
+        (
+            {"tokenizer__json": HUGE_ID.replace(b"4294967290", b"1"), "tokenizer_config__json": b"[" * 100_000},
+            r"is not a JSON object",
+        ),
         ({"encoder__json": b'{"a": 0}', "vocab__bpe": b"#\na b\n"}, r"vocab\.bpe does not belong to"),
     ],
 )
@@ -251,7 +263,11 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, files, message):
 
 @pytest.mark.parametrize("name", ["dict.txt", "sentencepiece.model", "encoder.json", "vocab.bpe", "tokenizer.json"])
 def test_a_pipe_is_not_waited_for(tmp_path, sentencepiece_model, gpt2_folder, name):
-    for file in [*gpt2_folder.iterdir()] if name in ("encoder.json", "vocab.bpe") else [sentencepiece_model] * (name == "dict.txt"):
+    for file in (
+        [*gpt2_folder.iterdir()]
+        if name in ("encoder.json", "vocab.bpe")
+        else [sentencepiece_model] * (name == "dict.txt")
+    ):
         shutil.copy(file, tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)

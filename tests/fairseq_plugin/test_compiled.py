@@ -177,7 +177,7 @@ def test_they_return_what_the_extensions_return():
 
 
 def test_fairseq_takes_them_where_it_was_installed_without_a_compiler(tmp_path):
-    """A copy of fairseq without its extensions, as installed with READTHEDOCS=1: data sets, batches and BLEU are ours."""
+    """A copy of fairseq without its extensions, as READTHEDOCS=1 installs it: blocks, batches and BLEU are ours."""
     fairseq = pytest.importorskip("fairseq")
     source = os.path.dirname(fairseq.__file__)
     for name in ("fairseq", "fairseq/data"):
@@ -198,8 +198,9 @@ blocks = TokenBlockDataset(texts, [len(t) for t in texts], block_size=4, pad=0, 
 scorer = Scorer(BleuConfig(pad=1, eos=2, unk=3))
 scorer.add(torch.IntTensor([5, 6, 7, 3, 2]), torch.IntTensor([5, 6, 7, 3, 2]))
 batches = data_utils.batch_by_size(np.arange(5), lambda i: 3, max_tokens=7)
-print(json.dumps([fairseq.__file__, data_utils_fast.__spec__.origin, [b.tolist() for b in blocks], [b.tolist() for b in batches],
-                  scorer.stat.match1, scorer.stat.count1]))
+made = [[b.tolist() for b in some] for some in (blocks, batches)]
+origin = data_utils_fast.__spec__.origin
+print(json.dumps([fairseq.__file__, origin, *made, scorer.stat.match1, scorer.stat.count1]))
 """
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)

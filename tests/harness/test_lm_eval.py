@@ -222,7 +222,8 @@ def test_a_special_token_in_a_text_is_one_for_hf_on_the_export_too(harness, nati
 
 
 def test_padding_in_a_text_is_told(harness):
-    with pytest.raises(UserError, match=r"a prompt holds <pad>, the padding of .*model.pt, which it cannot read: 'good <pad>'"):
+    with pytest.raises(UserError,
+        match=r"a prompt holds <pad>, the padding of .*model.pt, which it cannot read: 'good <pad>'"):
         ask(harness, "loglikelihood", [("good <pad>", " film")])
 
 

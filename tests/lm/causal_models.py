@@ -20,20 +20,23 @@ from pathlib import Path
 VOCAB, WINDOW = 300, 7
 CPU_SECONDS, SECONDS, MEMORY, MOST_PARAMETERS = 60, 900, 6 << 30, 20_000_000
 _SIZES = {
-    32: "hidden_size d_model n_embd dim hidden_dim embedding_dim embedding_size word_embed_proj_dim lru_width d_embed emb_dim "
-        "attention_hidden_size embedding_hidden_size",
-    48: "intermediate_size ffn_dim n_inner inner_dim d_ff decoder_ffn_dim encoder_ffn_dim d_inner feed_forward_size dff",
-    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank kv_lora_rank qk_head_dim block_size "
-        "moe_shared_expert_intermediate_size",
-    8: "head_dim rotary_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_head_dim "
-       "mamba_n_heads mamba_d_head mamba_num_heads hidden_size_per_layer_input d_head index_topk index_head_dim",
-    4: "num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers num_attention_heads n_head attention_heads n_heads "
-       "num_heads decoder_attention_heads encoder_attention_heads num_experts num_local_experts n_routed_experts "
-       "state_size mamba_d_state mamba_d_conv ssm_state_size laurel_rank time_step_rank mamba_dt_rank moe_num_experts",
-    2: "num_key_value_heads num_experts_per_tok moe_topk linear_num_key_heads linear_num_value_heads n_mamba_heads mamba_expand "
-       "altup_num_inputs index_n_heads pad_token_id",
-    1: "encoder_layers n_group topk_group first_k_dense_replace moe_layer_start_index mamba_n_groups n_shared_experts n_groups "
-       "num_shared_experts eos_token_id",
+    32: "hidden_size d_model n_embd dim hidden_dim embedding_dim embedding_size word_embed_proj_dim lru_width "
+        "d_embed emb_dim attention_hidden_size embedding_hidden_size",
+    48: "intermediate_size ffn_dim n_inner inner_dim d_ff decoder_ffn_dim encoder_ffn_dim d_inner "
+        "feed_forward_size dff",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank kv_lora_rank "
+        "qk_head_dim block_size moe_shared_expert_intermediate_size",
+    8: "head_dim rotary_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim "
+       "linear_value_head_dim mamba_head_dim mamba_n_heads mamba_d_head mamba_num_heads "
+       "hidden_size_per_layer_input d_head index_topk index_head_dim",
+    4: "num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers num_attention_heads "
+       "n_head attention_heads n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts "
+       "num_local_experts n_routed_experts state_size mamba_d_state mamba_d_conv ssm_state_size laurel_rank "
+       "time_step_rank mamba_dt_rank moe_num_experts",
+    2: "num_key_value_heads num_experts_per_tok moe_topk linear_num_key_heads linear_num_value_heads "
+       "n_mamba_heads mamba_expand altup_num_inputs index_n_heads pad_token_id",
+    1: "encoder_layers n_group topk_group first_k_dense_replace moe_layer_start_index mamba_n_groups "
+       "n_shared_experts n_groups num_shared_experts eos_token_id",
     0: "num_kv_shared_layers bos_token_id",
     256: "max_position_embeddings n_positions n_ctx max_seq_len",
     WINDOW: "sliding_window window_size attention_window attention_chunk_size attention_window_size",

@@ -246,7 +246,8 @@ def test_bf16_autocast_trains_close_to_fp32():
 
 
 @pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))) or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    not any(map(shutil.which, ("c++", "g++", "clang++")))
+    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
     reason="torch.compile needs a C++ compiler and Python's headers",
 )
 def test_compiled_blocks_compute_the_same():
@@ -274,7 +275,9 @@ def test_absent_tokens_are_never_predicted_and_cost_nothing_to_others():
     kept = [i for i in range(expected.shape[-1]) if i not in (0, 1, 3, 40)]
     assert torch.equal(logits[..., kept], expected[..., kept]) and (logits[..., [0, 1, 3, 40]] == -torch.inf).all()
     targets = tokens.roll(-1, 1).masked_fill(torch.isin(tokens.roll(-1, 1), torch.tensor([0, 3, 40])), 5)
-    whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum")
+    whole = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum"
+    )
     torch.testing.assert_close(absent.loss(tokens, targets), whole)
     absent.loss(tokens, targets).backward()
     assert all(parameter.grad.isfinite().all() for parameter in absent.parameters() if parameter.grad is not None)
@@ -283,7 +286,11 @@ def test_absent_tokens_are_never_predicted_and_cost_nothing_to_others():
 @pytest.mark.parametrize("given", ["0,1,3", [3, 1, 0], (0, 1, 3), "3, 1,0,", "0,1,1,3"])
 def test_absent_tokens_of_a_checkpoint(given):
     assert DecoderConfig.from_fairseq({"absent_tokens": given}, 50).absent_tokens == (0, 1, 3)
-    assert DecoderConfig.from_fairseq({}, 50).absent_tokens == DecoderConfig.from_fairseq({"absent_tokens": ""}, 50).absent_tokens == ()
+    assert (
+        DecoderConfig.from_fairseq({}, 50).absent_tokens
+        == DecoderConfig.from_fairseq({"absent_tokens": ""}, 50).absent_tokens
+        == ()
+    )
 
 
 @pytest.mark.parametrize("given", ["a", "0;1", 7, [None], "50", "-1"])
@@ -361,9 +368,12 @@ def test_options_have_types_and_bounds(options, message):
 
 
 def test_options_may_be_numbers_of_other_kinds():
-    config = DecoderConfig.from_fairseq({"decoder_layers": 3.0, "decoder_embed_dim": "32", "untie_embeddings": 1,
-        "position": "rotary", "dropout": 0}, 50)
-    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and DecoderConfig.from_fairseq({},
-        50).layers == 6
+    config = DecoderConfig.from_fairseq(
+        {"decoder_layers": 3.0, "decoder_embed_dim": "32", "untie_embeddings": 1, "position": "rotary", "dropout": 0},
+        50,
+    )
+    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and DecoderConfig.from_fairseq(
+        {}, 50
+    ).layers == 6
     with pytest.raises(UserError, match="a dictionary of 2 entries lacks the special symbols"):
         DecoderConfig.from_fairseq({}, 2)

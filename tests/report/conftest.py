@@ -51,7 +51,8 @@ def write_results(tmp_path):
                     few = min(count, fitted)
                     run = key | {"num_examples": len(truth), "accuracy": accuracy(truth, predicted), "ci95": [interval.low, interval.high],
                                  "shots_fitted": few, "demonstrations": list(range(seed, seed + few)), "prefix_tokens": 30 * few,
-                                 "seconds": 1.5, "examples_sha256": dataset, "demonstrations_sha256": f"{seed} {few}"}  # fmt: skip
+                                 "seconds": 1.5, "examples_sha256": dataset,
+                                 "demonstrations_sha256": f"{seed} {few}"}  # fmt: skip
                     if labels is None:
                         run |= {"macro_f1": None, "confusion": None, "majority": None, "chance": 0.5}
                     else:

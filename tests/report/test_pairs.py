@@ -69,7 +69,8 @@ def test_seeds_of_other_demonstrations_are_not_paired(analysed, write_analysis):
 
 def write_perplexity(folder, nll=(9.0, 12.0), tokens=(4, 6), sha256="0", dictionary=None):
     (folder / "documents").mkdir(parents=True)
-    run = {"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "bits_per_byte": None, "num_tokens": 10,
+    run = {"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "bits_per_byte": None,
+        "num_tokens": 10,
            "num_documents": 2, "data_sha256": sha256, "documents": "documents/valid-8.npz"}  # fmt: skip
     config = {"data": {"path": "x"} | ({"dictionary_sha256": dictionary} if dictionary else {})}
     (folder / "results.json").write_text(
@@ -81,7 +82,8 @@ def write_perplexity(folder, nll=(9.0, 12.0), tokens=(4, 6), sha256="0", diction
 
 def test_perplexities_of_other_data_or_dictionaries_are_not_compared(tmp_path):
     a, _ = write_perplexity(tmp_path / "a", dictionary="x")
-    for name, other, compared in (("same", {"dictionary": "x"}, True), ("old", {}, True), ("dictionary", {"dictionary": "y"}, False),
+    for name, other, compared in (("same", {"dictionary": "x"}, True), ("old", {}, True),
+        ("dictionary", {"dictionary": "y"}, False),
                                   ("data", {"sha256": "1", "dictionary": "x"}, False)):  # fmt: skip
         b, _ = write_perplexity(tmp_path / name, nll=(8.0, 11.0), **other)
         comparison = Comparison([a, b])

@@ -6,7 +6,8 @@ from momentum_lm.errors import UserError
 from momentum_lm.results.records import prediction, read_results, read_samples
 from momentum_lm.results.schema import Prediction, problem
 
-RUN = {"dataset": "mr", "seed": 1, "shots": 4, "order": 0, "calibration": "none", "shots_fitted": 4, "num_examples": 10, "accuracy": 0.5,
+RUN = {"dataset": "mr", "seed": 1, "shots": 4, "order": 0, "calibration": "none", "shots_fitted": 4, "num_examples": 10,
+    "accuracy": 0.5,
        "ci95": [0.2, 0.8], "macro_f1": 0.5, "majority": 0.5, "confusion": [[5, 0], [5, 0]]}  # fmt: skip
 BIG = int("9" * 400)
 
@@ -77,7 +78,8 @@ LINE = {"dataset": "mr", "seed": 1, "shots": 0, "order": 0, "calibration": "none
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"seed": 2**40}, {"pred": -1}, {"pred": "0"}, {"pred": 99999999999999999999}, {"gold": None}, {"index": True}, {"dataset": ["a"]},
+    [{}, {"seed": 2**40}, {"pred": -1}, {"pred": "0"}, {"pred": 99999999999999999999}, {"gold": None}, {"index": True},
+    {"dataset": ["a"]},
      {"calibration": {}}, {"order": "x"}, {"scores": [0.5]}, {"pred": 0.0}],
 )  # fmt: skip
 def test_the_quick_check_of_predictions_is_the_schemas(change):

@@ -410,7 +410,8 @@ def test_two_runs_into_one_folder_lose_nothing(lm, films, tmp_path, monkeypatch)
 
 # ---- what others put into the folder
 
-MINE = {"predictions.jsonl": '{"mine": 1}\n', "samples.json": "[]", "report.html": "mine", "scores/films-0shot.npz": "mine",
+MINE = {"predictions.jsonl": '{"mine": 1}\n', "samples.json": "[]", "report.html": "mine",
+    "scores/films-0shot.npz": "mine",
         "scores/films-0shot.0.jsonl": "mine\n"}  # fmt: skip
 
 

@@ -314,7 +314,8 @@ def test_other_batches_and_processes_go_on_without_loss_or_repetition(turn, corp
         stretches += 1
         rows, processes, frequency = (int(draw.integers(1, most)) for most in (6, 4, 4))
         task, cfg = build("momentum_language_modeling", corpus / "a", "--batch-size", str(rows))
-        iterators = [iterator(task, cfg, 2, processes=processes, process=p, disable_iterator_cache=True) for p in range(processes)]
+        iterators = [iterator(task, cfg, 2, processes=processes, process=p, disable_iterator_cache=True)
+            for p in range(processes)]
         epochs = []
         for it in iterators:
             it.update_freq = frequency
@@ -329,13 +330,15 @@ def test_other_batches_and_processes_go_on_without_loss_or_repetition(turn, corp
     assert stretches > 2 and sorted(drawn) == list(range(len(iterators[0].dataset)))
 
 
-@pytest.mark.parametrize("change", [{"parts": [[0, 1, 3]]}, {"parts": []}, {"parts": "x"}, {"seed": None}, {"blocks": "many"}])
+@pytest.mark.parametrize("change",
+    [{"parts": [[0, 1, 3]]}, {"parts": []}, {"parts": "x"}, {"seed": None}, {"blocks": "many"}])
 def test_a_damaged_place_in_the_data_is_one_line(change, corpus):
     it = iterator(*build("momentum_language_modeling", corpus / "a"))
     list(itertools.islice(it.next_epoch_itr(), 3))
     state = it.state_dict()
     with pytest.raises(UserError, match="place in the data is damaged"):
-        iterator(*build("momentum_language_modeling", corpus / "a")).load_state_dict({**state, "batching": {**state["batching"], **change}})
+        iterator(*build("momentum_language_modeling", corpus / "a")).load_state_dict({**state,
+            "batching": {**state["batching"], **change}})
 
 
 DAMAGE = {

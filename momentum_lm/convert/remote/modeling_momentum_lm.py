@@ -350,7 +350,7 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if config.momentum_kind != "none" and config._attn_implementation.startswith("paged"):
-            raise ValueError("momentum needs all values of a row, which continuous batching does not keep: use generate")
+            raise ValueError("momentum needs a row's values, which continuous batching does not keep: use generate")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = config.use_cache and not (self.gradient_checkpointing and self.training)

@@ -573,3 +573,8 @@ def test_bad_input(learned):
     limited = pair(position="learned", max_positions=8)[1]
     with pytest.raises(ValueError, match="9 tokens exceed the 8 learned positions"):
         limited(random_tokens(1, 9))
+
+
+def test_the_names_of_options_are_those_of_the_exported_configuration():
+    """The file that travels with a model stands alone, so it has a list of its own."""
+    assert {theirs: ours for ours, theirs in MomentumLMConfig.attribute_map.items()} == MOMENTUM.earlier

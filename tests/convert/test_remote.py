@@ -567,7 +567,7 @@ def test_bad_input(learned):
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
     model.config._attn_implementation = "paged|sdpa"
-    with pytest.raises(ValueError, match="which continuous batching keeps elsewhere: use generate"):
+    with pytest.raises(ValueError, match="which continuous batching does not keep: use generate"):
         model(tokens)
     model.config._attn_implementation = "sdpa"
     limited = pair(position="learned", max_positions=8)[1]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import Interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
@@ -53,17 +54,39 @@ def cli_command():
 
 
 @pytest.fixture(scope="session")
-def run_cli(cli_command, tmp_path_factory):
+def interpreter():
+    """The interpreter of ``run_cli``; it starts at the first command."""
+    started = []
+
+    def get():
+        if not started:
+            started.append(Interpreter(clean_environment()))
+        return started[0]
+
+    yield get
+    for one in started:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def run_cli(cli_command, interpreter, tmp_path_factory):
     """run_cli([program, *args], env={...}, **subprocess.run's) -> CompletedProcess with text; ``cli_command`` says which.
 
-    It runs in an empty folder unless ``cwd`` is given.
+    It runs in an empty folder unless ``cwd`` is given, forked from ``interpreter`` where that makes no difference (``forked`` says
+    whether), else and with ``fresh=True`` in a process from scratch.
     """
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
-    def run(args, env=None, **kwargs):
+    def run(args, env=None, fresh=False, **kwargs):
         command, environment = cli_command(args, env)
-        settings = {"cwd": elsewhere, "capture_output": True, "text": True, "timeout": 600, "check": False, **kwargs}
-        return subprocess.run(command, env=environment, **settings)
+        forked = not fresh and kwargs.keys() <= {"cwd", "timeout"} and interpreter().runs(command, environment)
+        if forked:
+            done = interpreter().run(command, environment, kwargs.get("cwd", elsewhere), kwargs.get("timeout", 600))
+        else:
+            settings = {"cwd": elsewhere, "capture_output": True, "text": True, "timeout": 600, "check": False, **kwargs}
+            done = subprocess.run(command, env=environment, **settings)
+        done.forked = forked
+        return done
 
     return run
 

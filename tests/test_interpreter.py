@@ -1,0 +1,89 @@
+"""Commands forked from a warm interpreter do what fresh processes do."""
+
+import re
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["momentum-lm", "--version"],
+        ["momentum-lm", "report", "nowhere"],
+        ["fairseq-train", "--help"],
+        ["fairseq-train", "nowhere", "--task", "language_modeling", "--arch", "momentum_lm_tiny", "--cpu"],
+        ["fairseq-eval", "--task", "nothing"],
+    ],
+    ids=" ".join,
+)
+def test_equals_a_fresh_process(command, run_cli):
+    forked, fresh = run_cli(command), run_cli(command, fresh=True)
+    assert (forked.forked, fresh.forked, forked.returncode) == (True, False, fresh.returncode)
+    for ours, theirs in ((forked.stdout, fresh.stdout), (forked.stderr, fresh.stderr)):
+        ours, theirs = (re.sub(r"(?m)^\d{4}-.*? \|", "", text) for text in (ours, theirs))  # without the times of logs
+        noise = [line for line in theirs.splitlines(keepends=True) if "Please install tensorboardX" in line]  # said by an import
+        assert ours == "".join(line for line in theirs.splitlines(keepends=True) if line not in noise)
+
+
+
+def script(folder, cli_command, text):
+    """A program of this interpreter's environment."""
+    shebang = Path(cli_command(["momentum-lm"])[0][0]).read_text().splitlines(keepends=True)[0]
+    path = folder / "program"
+    path.write_text(shebang + text)
+    path.chmod(0o755)
+    return path
+
+
+PROGRAM = """
+import atexit, os, sys, threading, torch
+atexit.register(print, "last")
+threading.Timer(0.1, print, ["thread"]).start()
+print(sys.argv[1:], os.getcwd(), os.environ["COLUMNS"], sys.path[0], __name__, __file__)
+print(len(list(os.scandir("/proc/self/fd"))), file=sys.stderr)
+torch.ones(300, 300).requires_grad_().mm(torch.ones(300, 300)).sum().backward()
+"""
+ENDS = {
+    "import sys; sys.exit(7)": 7,
+    "import sys; sys.exit('a message')": 1,
+    "import os; os.kill(os.getpid(), 11)": -11,
+    "raise ValueError('told')": 1,
+    "pass": 0,
+}
+
+
+def test_a_program_sees_what_it_would_see(tmp_path, cli_command, run_cli):
+    path = script(tmp_path, cli_command, PROGRAM)
+    forked, fresh = (run_cli([path, "a", "b c"], env={"COLUMNS": 77}, cwd=tmp_path, fresh=fresh) for fresh in (False, True))
+    assert forked.forked
+    assert forked.stdout == fresh.stdout == f"['a', 'b c'] {tmp_path} 77 {tmp_path} __main__ {path}\nthread\nlast\n"
+
+
+@pytest.mark.parametrize("text", ENDS)
+def test_the_exit_status(text, tmp_path, cli_command, run_cli):
+    path = script(tmp_path, cli_command, text)
+    forked, fresh = run_cli([path]), run_cli([path], fresh=True)
+    assert forked.returncode == fresh.returncode == ENDS[text]
+    assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
+
+
+def test_a_time_limit_and_two_at_once(tmp_path, cli_command, run_cli):
+    path = script(tmp_path, cli_command, "import time; time.sleep(60)")
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_cli([path], timeout=0.5)
+    quick = script(tmp_path, cli_command, "import time; time.sleep(0.3); print(1)")
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(run_cli([quick]).stdout)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == ["1\n"] * 3
+
+
+def test_variables_that_matter_at_import_need_a_fresh_process(run_cli):
+    assert not run_cli(["momentum-lm", "--version"], env={"HF_HOME": "/nowhere"}).forked
+    assert not run_cli(["python", "-c", "pass"]).forked

@@ -29,7 +29,7 @@ METRICS = ("simaou", "simam", "simam_before", "kendall", "kendall_example", "rec
 
 def load(args: argparse.Namespace):
     """Model, dataset and settings, as `fairseq-eval --protocol paper` takes them."""
-    from momentum_lm.data.classification import load_dataset
+    from momentum_lm.icl.datasets.loading import load_dataset
     from momentum_lm.lm.huggingface import load_huggingface
     from momentum_lm.studies import classification
     from momentum_lm.studies.icl_vs_finetuning import Settings

@@ -28,7 +28,7 @@ def make(folder: str, documents: int, args: argparse.Namespace) -> None:
     """Token files of ``documents`` documents, whose lengths vary as those of texts do, and their dictionary."""
     import numpy as np
 
-    from momentum_lm.data.indexed import IndexedDatasetWriter
+    from momentum_lm.text.indexed import IndexedDatasetWriter
 
     rng = np.random.default_rng(documents)
     sizes = rng.lognormal(sigma=1.0, size=documents)

@@ -44,8 +44,8 @@ def texts(asked: dict) -> list[tuple[str, list[str]]]:
 def ours(asked: dict, args: argparse.Namespace) -> dict:
     """Through the functions that `fairseq-eval --task icl_classification` calls."""
     from momentum_lm.cpu import keep_memory
-    from momentum_lm.data.classification import Example
     from momentum_lm.icl import prompts, scoring
+    from momentum_lm.icl.datasets.loading import Example
     from momentum_lm.lm.huggingface import load_huggingface
 
     lm = load_huggingface(args.model, args.gguf_file)
@@ -167,7 +167,7 @@ def questions_of(args: argparse.Namespace) -> dict:
     """Demonstrations and evaluated examples, as `fairseq-eval` would draw them, for all to read."""
     import dataclasses
 
-    from momentum_lm.data.classification import load_dataset
+    from momentum_lm.icl.datasets.loading import load_dataset
     from momentum_lm.icl.demonstrations import evaluation_subset, select
 
     data = load_dataset(args.dataset, args.data_dir, args.template)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from momentum_lm.data.indexed import IndexedDatasetWriter
+from momentum_lm.text.indexed import IndexedDatasetWriter
 
 TRAIN = Path(__file__).parent.parent / "examples" / "pretraining" / "train.sh"
 VOCAB = 8000

@@ -41,7 +41,7 @@ def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     import momentum_lm
-    from momentum_lm.modules.sizes import SIZES
+    from momentum_lm.model.sizes import SIZES
 
     momentum_lm.register()
     arch, criterion_name, optimizer_name = VARIANTS[variant]
@@ -105,7 +105,7 @@ def plain_step(args: argparse.Namespace) -> Callable[[int], None]:
     import torch
     from plain_gpt import PlainGPT
 
-    from momentum_lm.modules.sizes import SIZES
+    from momentum_lm.model.sizes import SIZES
 
     model = PlainGPT(args.vocab, args.length, *SIZES[args.shape]).to(args.device)
     params = list(model.parameters())
@@ -128,7 +128,7 @@ def products_step(args: argparse.Namespace) -> Callable[[int], None]:
     import torch
     from plain_gpt import MatrixProducts
 
-    from momentum_lm.modules.sizes import SIZES
+    from momentum_lm.model.sizes import SIZES
 
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     products = MatrixProducts(args.vocab, args.length, *SIZES[args.shape], args.batch, args.device, dtype)
@@ -265,8 +265,8 @@ def mfu(rate: float, args: argparse.Namespace) -> str:
         return ""
     import torch
 
-    from momentum_lm.modules import DecoderConfig
-    from momentum_lm.modules.sizes import SIZES
+    from momentum_lm.model import DecoderConfig
+    from momentum_lm.model.sizes import SIZES
     from momentum_lm.planning.costs import count_parameters, flops_per_token, multiplying
     from momentum_lm.planning.hardware import peak_flops
 

@@ -16,5 +16,5 @@ def register() -> None:
     import importlib
 
     for package in ("models", "criterions", "optim", "tasks"):
-        importlib.import_module(f"{__name__}.{package}")
-    importlib.import_module(f"{__name__}.training").install()
+        importlib.import_module(f"{__name__}.fairseq_plugin.{package}")
+    importlib.import_module(f"{__name__}.fairseq_plugin.training").install()

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap, t_interval
-from momentum_lm.data.dictionary import Dictionary
-from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
@@ -22,6 +20,8 @@ from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture
 from momentum_lm.report.perplexity import difference_cells, document_sums
 from momentum_lm.report.tables import Table
 from momentum_lm.results.records import read_results
+from momentum_lm.text.dictionary import Dictionary
+from momentum_lm.text.indexed import IndexedDataset
 
 
 @dataclass(frozen=True)

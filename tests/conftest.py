@@ -120,7 +120,7 @@ TEXTS = [
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A folder with a SentencePiece model of 330 pieces."""
-    from momentum_lm.data.vocabulary import train_sentencepiece
+    from momentum_lm.text.vocabulary import train_sentencepiece
 
     folder = tmp_path_factory.mktemp("tokenizer")
     words = ["Positive", "Negative", "Review:", "Sentiment:", *" ".join(TEXTS).split()]
@@ -133,9 +133,9 @@ def tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_lm(tokenizer_folder):
     """make_lm(**DecoderConfig's) -> NativeLM; its checkpoint lies beside the tokenizer."""
-    from momentum_lm.data.tokenizer import load_tokenizer
     from momentum_lm.lm.native import NativeLM
-    from momentum_lm.modules import Decoder, DecoderConfig
+    from momentum_lm.model import Decoder, DecoderConfig
+    from momentum_lm.text.tokenizer import load_tokenizer
 
     shape = {"dim": 32, "ffn_dim": 48, "layers": 2, "heads": 4, "max_positions": 160, "momentum_kind": "ema", "momentum_eta": 0.7}
 
@@ -159,7 +159,7 @@ def lm(make_lm):
 @pytest.fixture(scope="session")
 def examples():
     """Labels of one token and of several, some of which begin others; a gold label that varies."""
-    from momentum_lm.data.classification import Example
+    from momentum_lm.icl.datasets.loading import Example
 
     labels = (" Positive", " Negative", " Negative film", " Pos")
     return [Example(i, (f"Review: {text} Sentiment:",), labels, i % 4) for i, text in enumerate(TEXTS)]
@@ -168,7 +168,7 @@ def examples():
 @pytest.fixture(scope="session")
 def choices():
     """Each example with its own choices; the last like Winogrande: its own inputs, one continuation."""
-    from momentum_lm.data.classification import Example
+    from momentum_lm.icl.datasets.loading import Example
 
     own = [Example(i, (f"{text} is",), tuple(f" {other}" for other in TEXTS[i + 1 : i + 3 + i % 2]), 1) for i, text in enumerate(TEXTS[:5])]
     return [*own, Example(5, ("the film", "the plot"), (" is very long",) * 2, 0)]

@@ -344,7 +344,7 @@ def _state() -> dict[str, Any]:
     import numpy
     import torch
 
-    from momentum_lm.modules import Decoder, DecoderConfig
+    from momentum_lm.model import Decoder, DecoderConfig
 
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(40, 16, 24, 2, 4, max_positions=32, momentum_kind="ema", momentum_learned=True))
@@ -414,7 +414,7 @@ def _dictionary(folder: Path) -> None:
 
 
 def _load_dictionary(folder: Path) -> None:
-    from momentum_lm.data.dictionary import Dictionary
+    from momentum_lm.text.dictionary import Dictionary
 
     Dictionary.load(folder / "dict.txt")
 
@@ -426,7 +426,7 @@ def _load_fairseqs_dictionary(folder: Path) -> None:
 
 
 def _token_files(folder: Path) -> None:
-    from momentum_lm.data.indexed import IndexedDatasetWriter
+    from momentum_lm.text.indexed import IndexedDatasetWriter
 
     rng = random.Random(0)
     with IndexedDatasetWriter(folder / "train", 40) as writer:
@@ -435,8 +435,8 @@ def _token_files(folder: Path) -> None:
 
 
 def _read_token_files(folder: Path) -> None:
-    from momentum_lm.data.blocks import Documents
-    from momentum_lm.data.indexed import IndexedDataset, check_files
+    from momentum_lm.text.blocks import Documents
+    from momentum_lm.text.indexed import IndexedDataset, check_files
 
     check_files(folder / "train")
     data = IndexedDataset(folder / "train")
@@ -642,7 +642,7 @@ def _data_set(folder: Path, suffix: str) -> None:
 
 
 def _load_data_set(folder: Path) -> None:
-    from momentum_lm.data.classification import load_dataset
+    from momentum_lm.icl.datasets.loading import load_dataset
 
     with _naming(folder.name):
         data = load_dataset(str(folder / "set.yaml"))
@@ -726,7 +726,7 @@ def _parquet(name: str) -> bytes:
 
 
 def _read_corpus(folder: Path, name: str) -> None:
-    from momentum_lm.data.sources import MAX_DOCUMENT, find_sources
+    from momentum_lm.text.sources import MAX_DOCUMENT, find_sources
 
     settings: dict[str, Any] = {"column": "text", "document": None, **CORPORA[name]}
     with _naming(name):
@@ -757,7 +757,7 @@ def _right_documents(name: str, data: bytes) -> list[bytes] | None:
 
 
 def _sentencepiece(folder: Path) -> None:
-    from momentum_lm.data.vocabulary import train_sentencepiece
+    from momentum_lm.text.vocabulary import train_sentencepiece
 
     words = "a film that is good bad long dull warm thin".split()
     rng = random.Random(0)
@@ -766,7 +766,7 @@ def _sentencepiece(folder: Path) -> None:
 
 
 def _load_tokenizer(folder: Path) -> None:
-    from momentum_lm.data.tokenizer import load_tokenizer
+    from momentum_lm.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     tokenizer.decode(tokenizer.encode("a film that is good"))

@@ -18,7 +18,7 @@ from .options import Parser
 if TYPE_CHECKING:
     import torch
 
-    from momentum_lm.convert.lazy import Lazy
+    from momentum_lm.formats.lazy import Lazy
 
 _EPILOG = """
 What SOURCE is says what is done:
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if match := re.fullmatch(r"(.*-shard)\d+(\.pt)", args.source):
         _join(args, match)
         return 0
-    from momentum_lm.convert.from_huggingface import find_model
     from momentum_lm.files import refuse_pipes
+    from momentum_lm.formats.from_huggingface import find_model
 
     source, output = find_model(args.source), Path(os.path.abspath(args.output))
     refuse_pipes(*(source.iterdir() if source.is_dir() else [source]))
@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
-    from momentum_lm.convert.folder import whole_folder
-    from momentum_lm.convert.from_huggingface import look, training_flags, write_checkpoint
+    from momentum_lm.formats.folder import whole_folder
+    from momentum_lm.formats.from_huggingface import look, training_flags, write_checkpoint
 
     _refuse(args, "a model of Hugging Face", "tokenizer", "model_overrides")
     with whole_folder(output, args.force) as folder:
@@ -99,9 +99,9 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
 
 
 def _to_huggingface(args: argparse.Namespace, output: Path) -> None:
-    from momentum_lm.convert.folder import whole_folder
-    from momentum_lm.convert.lazy import Lazy
-    from momentum_lm.convert.to_huggingface import read_checkpoint, write_model
+    from momentum_lm.formats.folder import whole_folder
+    from momentum_lm.formats.lazy import Lazy
+    from momentum_lm.formats.to_huggingface import read_checkpoint, write_model
 
     with whole_folder(output, args.force) as folder:
         lm = read_checkpoint(args.source, args.model_overrides, args.trust_checkpoint, args.tokenizer)
@@ -125,7 +125,7 @@ def _bar(tensors: Iterable[Lazy]) -> Iterator[Callable[[int], object]]:
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype | None:
-    from momentum_lm.modules.precision import DTYPES
+    from momentum_lm.model.precision import DTYPES
 
     return DTYPES.get(args.dtype)
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _table() -> str:
-    from momentum_lm.data.dataset_yaml import available, load_spec
+    from momentum_lm.icl.datasets.definitions import available, load_spec
     from momentum_lm.report.tables import Table
 
     rows = []
@@ -47,8 +47,8 @@ def _table() -> str:
 
 
 def _sample(args: argparse.Namespace) -> str:
-    from momentum_lm.data.classification import load_dataset
-    from momentum_lm.data.dataset_yaml import load_spec
+    from momentum_lm.icl.datasets.definitions import load_spec
+    from momentum_lm.icl.datasets.loading import load_dataset
     from momentum_lm.icl.demonstrations import evaluation_subset, identity, select
 
     spec = load_spec(args.name, args.template or "code")

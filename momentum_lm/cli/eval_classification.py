@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from momentum_lm.cpu import keep_memory
-from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.errors import UserError
 from momentum_lm.icl.calibration import CALIBRATIONS
+from momentum_lm.text.dictionary import BOS, EOS
 
 from .options import add_model_arguments, add_output_arguments, choices, integers, load_model
 
 if TYPE_CHECKING:
-    from momentum_lm.data.classification import LabelledDataset
+    from momentum_lm.icl.datasets.loading import LabelledDataset
     from momentum_lm.lm.protocol import LanguageModel
     from momentum_lm.studies.classification import Settings
 
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 def settings_from(args: argparse.Namespace) -> Settings:
     """What the flags of :func:`add_question_arguments` ask. Raises UserError naming the flag, or the data set that there is not."""
-    from momentum_lm.data.dataset_yaml import check_names, load_spec
+    from momentum_lm.icl.datasets.definitions import check_names, load_spec
     from momentum_lm.studies.classification import Settings
 
     for flag in ("limit", "max_field_tokens", "batch_tokens"):
@@ -178,7 +178,7 @@ def process_timeout(args: argparse.Namespace) -> float:
 
 def load_datasets(args: argparse.Namespace, lm: LanguageModel) -> list[LabelledDataset]:
     """The data that the flags name, its texts shortened where asked."""
-    from momentum_lm.data.classification import load_dataset
+    from momentum_lm.icl.datasets.loading import load_dataset
 
     return [
         load_dataset(name, args.data_dir, _template(args), shortener(lm, args.max_field_tokens))

@@ -93,7 +93,7 @@ def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype:
-    from momentum_lm.modules.precision import DTYPES
+    from momentum_lm.model.precision import DTYPES
 
     return DTYPES[args.dtype]
 

@@ -95,9 +95,9 @@ def number(text: str, flag: str) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    from momentum_lm.modules import DecoderConfig
-    from momentum_lm.modules.decoder import DEFAULT_ETA
-    from momentum_lm.modules.sizes import architecture
+    from momentum_lm.model import DecoderConfig
+    from momentum_lm.model.decoder import DEFAULT_ETA
+    from momentum_lm.model.sizes import architecture
     from momentum_lm.planning.plan import Job
 
     size, kind = architecture(args.arch)

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.timeout <= 0 or args.megabytes < 1:
         raise UserError("--timeout and --megabytes must be positive")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch's own warnings about connections tell less than this command
-    from momentum_lm.training.preflight import Place, preflight
+    from momentum_lm.planning.preflight import Place, preflight
 
     preflight(Place(rank, nodes, host, int(port), _hosts()), args.timeout, args.megabytes)
     return 0

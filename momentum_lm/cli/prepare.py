@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{flag.replace('_', '-')} {args[flag]}: must be at least {least}")
     from tqdm import tqdm
 
-    from momentum_lm.data.corpus import PrepareConfig, prepare
     from momentum_lm.files import naming
+    from momentum_lm.text.corpus import PrepareConfig, prepare
 
     workers, force = args.pop("workers"), args.pop("force")
     config = PrepareConfig(**args | {"sources": tuple(args["sources"])})

@@ -25,13 +25,13 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from momentum_lm.convert.to_huggingface import names_of_tokens
-from momentum_lm.data.dictionary import PAD, SPECIALS
 from momentum_lm.errors import UserError
+from momentum_lm.formats.to_huggingface import names_of_tokens
 from momentum_lm.icl.prompts import Request, common_length
 from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.native import NativeLM, load_native
-from momentum_lm.modules.precision import DTYPES
+from momentum_lm.model.precision import DTYPES
+from momentum_lm.text.dictionary import PAD, SPECIALS
 
 from .generation import generate, likeliest, row_budget, sample
 from .scoring import Answer, batches, score

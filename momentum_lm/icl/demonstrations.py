@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from momentum_lm.data.classification import Example
 from momentum_lm.errors import UserError
+from momentum_lm.icl.datasets.loading import Example
 
 PAPER_EVALUATED = 2000  # the authors evaluate no more of a split
 POOL = 512  # training examples that are enough to draw demonstrations from

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from momentum_lm.errors import UserError
 from momentum_lm.lm.tracing import AttentionTrace, attention_modules, fused_heads, fused_name, split_fused, tracing
-from momentum_lm.modules import Decoder
+from momentum_lm.model import Decoder
 
 _SEPARATE = re.compile(r"(.*\.)?(self_attn|attn|attention)\.(\w+\.)*(k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)")
 

@@ -8,8 +8,8 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from momentum_lm.data.classification import Example
 from momentum_lm.errors import UserError
+from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.lm.protocol import LanguageModel
 
 _AT_ONCE = 256  # queries whose whole prompts are held as text and tokens at a time

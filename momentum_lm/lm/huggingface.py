@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from momentum_lm.data.hub import hub_answers
 from momentum_lm.errors import UserError
 from momentum_lm.files import Unchanged, file_sha256
+from momentum_lm.text.hub import hub_answers
 
 from .inference import inference
 from .momentum_attention import added_momentum

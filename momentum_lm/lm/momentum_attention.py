@@ -38,7 +38,7 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
 
     The sum is over what attention sees: no padding, which is no time either, and with a sliding window only what is in it. Its past is
     the cache's values, so every cache of keys and values will do, beams and prefixes that rows share included. ``normalize`` sets scale =
-    (1 - eta) / eta instead of 1, as in :class:`momentum_lm.modules.MomentumEMA`. A second call changes the values; ``gate`` 0 leaves the
+    (1 - eta) / eta instead of 1, as in :class:`momentum_lm.model.MomentumEMA`. A second call changes the values; ``gate`` 0 leaves the
     model as it was, bitwise. Gradients flow as through any other operation. The values belong to the implementation of attention that the
     model's configuration names, so that models that share it have them too. Another one that is set afterwards is without, as is a saved
     copy.

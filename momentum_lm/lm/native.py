@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from momentum_lm.data.dictionary import BOS, DIGEST, EOS, check_symbols
-from momentum_lm.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from momentum_lm.errors import TornCheckpoint, UserError
 from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.formats import options as checkpoint_options
 from momentum_lm.formats.checkpoint import load_checkpoint, trusted
 from momentum_lm.formats.pickles import shown
-from momentum_lm.modules import Decoder, DecoderConfig
-from momentum_lm.modules.attention import Cache
-from momentum_lm.modules.decoder import document_ids
-from momentum_lm.modules.momentum import NOTES
-from momentum_lm.modules.precision import Float32
+from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.attention import Cache
+from momentum_lm.model.decoder import document_ids
+from momentum_lm.model.filters import NOTES
+from momentum_lm.model.precision import Float32
+from momentum_lm.text.dictionary import BOS, DIGEST, EOS, check_symbols
+from momentum_lm.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 from .inference import inference
 from .scoring import target_log_probs

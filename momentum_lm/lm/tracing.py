@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from momentum_lm.errors import UserError
-from momentum_lm.modules import Decoder
-from momentum_lm.modules.attention import Rotary
+from momentum_lm.model import Decoder
+from momentum_lm.model.attention import Rotary
 
 from .inference import grouped_attention, register_attention
 from .momentum_attention import added_momentum, with_momentum

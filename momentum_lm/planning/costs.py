@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from momentum_lm.modules import Decoder, DecoderConfig, MomentumMultiEMA
+from momentum_lm.model import Decoder, DecoderConfig, MomentumMultiEMA
 from momentum_lm.ops.chunked import CHUNK
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from momentum_lm.modules import Decoder, DecoderConfig, chunked_cross_entropy
-from momentum_lm.modules.loss import default_chunk
+from momentum_lm.model import Decoder, DecoderConfig, chunked_cross_entropy
+from momentum_lm.model.loss import default_chunk
 
 from .costs import count_parameters
 

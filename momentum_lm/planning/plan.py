@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from momentum_lm.errors import UserError
-from momentum_lm.modules import DecoderConfig
+from momentum_lm.model import DecoderConfig
 
 from .costs import Parameters, count_parameters, flops_per_token, momentum_flops_per_token, multiplying
 from .hardware import GPUS, Gpu

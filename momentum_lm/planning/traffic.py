@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 
 
 def kernel_traffic(config: DecoderConfig, tokens: int, bf16: bool = True) -> int:

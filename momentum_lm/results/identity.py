@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from momentum_lm import __version__
-from momentum_lm.data.classification import Example, LabelledDataset
+from momentum_lm.icl.datasets.loading import Example, LabelledDataset
 from momentum_lm.lm.protocol import LanguageModel
 
 # Raise it with every change of the code that changes numbers. Records of another revision are other results; the

@@ -122,7 +122,7 @@ class Results:
 
     def add(self, run: Mapping[str, Any]) -> None:
         """Adds a finished run, in place of one with the same key, and writes the file."""
-        run = _plain(run)
+        run = dict(_plain(run))
         run["digest"] = self._digest(run)
         kept = [old for old in self.runs if any(old[name] != run[name] for name in self.key)]
         self.data["runs"] = [*kept, run]

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from momentum_lm.analysis.classification import accuracy, confusion_matrix, macro_f1, majority_rate
 from momentum_lm.analysis.statistics import wilson_interval
-from momentum_lm.data.classification import Example, LabelledDataset, by_name
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_stem
 from momentum_lm.icl import calibration, scoring
+from momentum_lm.icl.datasets.loading import Example, LabelledDataset, by_name
 from momentum_lm.icl.demonstrations import Separation, evaluation_subset, select, separate
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query, special_notes
 from momentum_lm.icl.scoring import Scores

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from momentum_lm.analysis import metrics
 from momentum_lm.analysis.per_example import PerExample, nullable
 from momentum_lm.analysis.statistics import wilson_interval
-from momentum_lm.data.classification import Example
+from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.icl.scoring import Scores
 
 SETTINGS = ("zero_shot", "in_context", "finetuned")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from momentum_lm.data.classification import Example
 from momentum_lm.errors import UserError
 from momentum_lm.icl import scoring
+from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.icl.finetuning import Diverged, Lesson
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build
 from momentum_lm.results.processes import Processes

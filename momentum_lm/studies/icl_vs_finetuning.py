@@ -20,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from momentum_lm.cpu import return_memory
-from momentum_lm.data.classification import Example, LabelledDataset, by_name
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write, file_stem
 from momentum_lm.icl import scoring
+from momentum_lm.icl.datasets.loading import Example, LabelledDataset, by_name
 from momentum_lm.icl.demonstrations import identity as example_identity
 from momentum_lm.icl.demonstrations import select
 from momentum_lm.icl.finetuning import Diverged, Lesson

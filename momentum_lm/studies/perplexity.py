@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from momentum_lm.analysis.statistics import bootstrap_mean_ci
-from momentum_lm.data.dictionary import EOS, PAD, Dictionary, check_symbols
-from momentum_lm.data.indexed import IndexedDataset
 from momentum_lm.errors import UserError
 from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
@@ -32,6 +30,8 @@ from momentum_lm.report.perplexity import TASK
 from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours
 from momentum_lm.results.records import Results, results_lock, say_finished
+from momentum_lm.text.dictionary import EOS, PAD, Dictionary, check_symbols
+from momentum_lm.text.indexed import IndexedDataset
 from momentum_lm.untrusted import parse_json
 
 _RESAMPLES = 2000

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from momentum_lm.lm.native import NativeLM
-from momentum_lm.modules import Decoder
+from momentum_lm.model import Decoder
 
 from .traces import TracedModel
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from momentum_lm.cli.datasets import main
-from momentum_lm.data.classification import available
+from momentum_lm.icl.datasets.loading import available
 
 
 @pytest.fixture

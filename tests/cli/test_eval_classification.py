@@ -8,7 +8,7 @@ import time
 import pytest
 
 from momentum_lm.cli.evaluate import main
-from momentum_lm.data.dataset_yaml import FOLDER
+from momentum_lm.icl.datasets.definitions import FOLDER
 
 FILMS = """\
 description: made-up reviews
@@ -165,7 +165,7 @@ def bare(folder):
 
 
 def foreign(folder):
-    from momentum_lm.data.vocabulary import train_sentencepiece
+    from momentum_lm.text.vocabulary import train_sentencepiece
 
     (folder / "foreign").mkdir()
     (folder / "foreign" / "sentencepiece.model").write_bytes(train_sentencepiece(WORDS * 20, 280))

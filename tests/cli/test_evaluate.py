@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from momentum_lm.cli import evaluate, report
-from momentum_lm.data.dictionary import Dictionary
-from momentum_lm.data.indexed import IndexedDatasetWriter
+from momentum_lm.text.dictionary import Dictionary
+from momentum_lm.text.indexed import IndexedDatasetWriter
 
 SHAPE = ["--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2"]
 ARCHITECTURES = {
@@ -77,7 +77,7 @@ def test_same_as_fairseq_eval_lm(data, checkpoint, run_cli, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two untrained models, one of which momentum has made worse."""
-    from momentum_lm.modules import Decoder, DecoderConfig
+    from momentum_lm.model import Decoder, DecoderConfig
 
     folder = tmp_path_factory.mktemp("models")
     cfg = {"decoder_embed_dim": 16, "decoder_ffn_embed_dim": 16, "decoder_layers": 1, "decoder_attention_heads": 2,

@@ -30,7 +30,7 @@ def trained(data, run_cli, flags, tmp_path_factory):
     short = folder / "short" / "train.bin"
     short.write_bytes(short.read_bytes()[:-10])
     (folder / "garbled" / "train.idx").write_bytes(b"garbage" * 100)
-    from momentum_lm.data.indexed import IndexedDatasetWriter
+    from momentum_lm.text.indexed import IndexedDatasetWriter
 
     with IndexedDatasetWriter(folder / "empty" / "valid", 500):
         pass

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from momentum_lm.data.indexed import IndexedDatasetWriter
-from momentum_lm.data.tokenizer import _byte_letters, load_tokenizer
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.text.indexed import IndexedDatasetWriter
+from momentum_lm.text.tokenizer import _byte_letters, load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "examples" / "generation" / "README.md").read_text("utf-8")

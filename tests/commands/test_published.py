@@ -15,9 +15,9 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
 import momentum_lm
-from momentum_lm.data.tokenizer import _byte_letters
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import load_native
+from momentum_lm.text.tokenizer import _byte_letters
 
 momentum_lm.register()
 

@@ -13,7 +13,7 @@ import torch
 
 import fairseq_compat
 from momentum_lm.errors import UserError
-from momentum_lm.training.lock import NAME
+from momentum_lm.fairseq_plugin.lock import NAME
 
 OURS = ["--arch", "momentum_lm_tiny", "--disable-validation"]
 STOCK = ["--arch", "transformer_lm", "--disable-validation"]
@@ -134,7 +134,7 @@ def test_the_newest_whole_checkpoint_is_that_of_the_most_updates(train_here, log
 
 def drawn(monkeypatch):
     """The numbers of the samples that training draws, in order."""
-    from momentum_lm.training.trainer import Trainer
+    from momentum_lm.fairseq_plugin.trainer import Trainer
 
     found, stock = [], Trainer.train_step
 
@@ -158,7 +158,7 @@ def drawn(monkeypatch):
     ids=" ".join,
 )
 def test_other_batches_go_on_at_the_same_sample(then, data, train_here, monkeypatch, tmp_path):
-    from momentum_lm.data.indexed import IndexedDataset
+    from momentum_lm.text.indexed import IndexedDataset
 
     ids = drawn(monkeypatch)
     words = [*OURS, "--max-epoch", "1", "--batch-size", "16", "--update-freq", "2"]

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from momentum_lm.data.indexed import IndexedDataset
+from momentum_lm.text.indexed import IndexedDataset
 
 MODEL = ["--arch", "gpt_lm_tiny", "--disable-validation"]
 

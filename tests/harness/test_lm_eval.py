@@ -19,14 +19,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from momentum_lm.cli import evaluate
-from momentum_lm.data.dictionary import EOS
-from momentum_lm.data.indexed import IndexedDataset, IndexedDatasetWriter
-from momentum_lm.data.tokenizer import load_tokenizer
 from momentum_lm.errors import UserError
 from momentum_lm.harness.lm_eval import MomentumLM
 from momentum_lm.lm.native import load_native
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 from momentum_lm.studies.perplexity import score_documents
+from momentum_lm.text.dictionary import EOS
+from momentum_lm.text.indexed import IndexedDataset, IndexedDatasetWriter
+from momentum_lm.text.tokenizer import load_tokenizer
 
 FILMS = """\
 description: made-up reviews
@@ -209,7 +209,7 @@ def test_a_special_token_in_a_text_is_one_for_hf_on_the_export_too(harness, nati
     """The same ids and log-probabilities both ways."""
     from lm_eval.models.huggingface import HFLM
 
-    from momentum_lm.convert.to_huggingface import write_model
+    from momentum_lm.formats.to_huggingface import write_model
 
     write_model(native, tmp_path, None, lambda count: None)
     hf = HFLM(pretrained=str(tmp_path), trust_remote_code=True, device="cpu", dtype="float32", batch_size=1)

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from momentum_lm.data.classification import Example
 from momentum_lm.errors import UserError
+from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.icl.demonstrations import evaluation_subset, identity, select, separate
 
 

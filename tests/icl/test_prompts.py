@@ -1,9 +1,9 @@
 import pytest
 
-from momentum_lm.data.classification import Example
-from momentum_lm.data.dictionary import BOS, EOS
 from momentum_lm.errors import UserError
+from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.icl.prompts import PromptFormat, Request, build, demonstration_text, fit, longest_query, special_notes
+from momentum_lm.text.dictionary import BOS, EOS
 
 FORMS = {"tokens": PromptFormat((BOS,), (EOS,)), "text": PromptFormat((), "\n\n"), "bos_text": PromptFormat((EOS,), " ")}
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from momentum_lm.data.dictionary import EOS
 from momentum_lm.errors import UserError
 from momentum_lm.icl.prompts import PromptFormat, build
 from momentum_lm.icl.scoring import _rows, collect, plan, score, token_budget
+from momentum_lm.text.dictionary import EOS
 
 FORM = PromptFormat((EOS,), (EOS,))
 DECODERS = {

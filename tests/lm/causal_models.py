@@ -204,8 +204,8 @@ def analysis(lm):
     import numpy as np
     import torch
 
-    from momentum_lm.data.classification import Example, LabelledDataset, load_spec
     from momentum_lm.errors import UserError
+    from momentum_lm.icl.datasets.loading import Example, LabelledDataset, load_spec
     from momentum_lm.studies import classification
     from momentum_lm.studies import icl_vs_finetuning as study
 

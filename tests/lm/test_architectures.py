@@ -82,8 +82,8 @@ def test_a_model_that_sees_the_future_is_refused():
 
 def test_tokens_that_are_never_predicted_are_no_sign_of_anything():
     """Ours after ``momentum-lm convert`` gives them a probability of 0."""
-    from momentum_lm.convert.remote.configuration_momentum_lm import MomentumLMConfig
-    from momentum_lm.convert.remote.modeling_momentum_lm import MomentumLMForCausalLM
+    from momentum_lm.formats.remote.configuration_momentum_lm import MomentumLMConfig
+    from momentum_lm.formats.remote.modeling_momentum_lm import MomentumLMForCausalLM
 
     sizes = {
         "vocab_size": 300,

@@ -10,8 +10,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from momentum_lm.cli.evaluate import main  # noqa: E402
-from momentum_lm.data.classification import Example, LabelledDataset, load_spec  # noqa: E402
 from momentum_lm.errors import UserError  # noqa: E402
+from momentum_lm.icl.datasets.loading import Example, LabelledDataset, load_spec  # noqa: E402
 from momentum_lm.icl.finetuning import Lesson, finetuned  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM  # noqa: E402
 from momentum_lm.lm.momentum_attention import add_momentum  # noqa: E402
@@ -309,9 +309,9 @@ def test_a_model_that_fails_keeps_its_attention(monkeypatch):
 
 
 def test_what_cannot_have_momentum_is_refused(make_lm):
-    from momentum_lm.convert.families import MOMENTUM
-    from momentum_lm.convert.remote.configuration_momentum_lm import MomentumLMConfig
-    from momentum_lm.convert.remote.modeling_momentum_lm import MomentumLMForCausalLM
+    from momentum_lm.formats.families import MOMENTUM
+    from momentum_lm.formats.remote.configuration_momentum_lm import MomentumLMConfig
+    from momentum_lm.formats.remote.modeling_momentum_lm import MomentumLMForCausalLM
 
     xglm = transformers.XGLMConfig(vocab_size=VOCAB, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
     falcon = transformers.FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)

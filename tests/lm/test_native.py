@@ -12,7 +12,7 @@ import torch
 
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import load_native
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 
 SHAPE = {"dim": 16, "ffn_dim": 24, "layers": 2, "heads": 4}
 OURS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from momentum_lm.lm.native import load_native
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 
 OPTIONS = {
     "decoder_embed_dim": 768, "decoder_ffn_embed_dim": 3072, "decoder_layers": 12, "decoder_attention_heads": 12, "activation_fn": "gelu",

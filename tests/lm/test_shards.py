@@ -5,7 +5,7 @@ import torch
 
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import load_native
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 
 OPTIONS = {"decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2, "decoder_attention_heads": 4, "activation_fn": "gelu",
            "position": "sinusoidal", "momentum_kind": "ema", "momentum_learned": True, "max_target_positions": 32}  # fmt: skip

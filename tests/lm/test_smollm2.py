@@ -8,13 +8,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from momentum_lm.data.classification import load_dataset
-from momentum_lm.data.packaged_datasets import fetch_dataset
-from momentum_lm.data.packages import fetch_model
+from momentum_lm.icl.datasets.loading import load_dataset
 from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.prompts import PromptFormat, build, demonstration_text
 from momentum_lm.icl.scoring import collect, plan, score
 from momentum_lm.lm.huggingface import load_huggingface
+from momentum_lm.text.packaged_datasets import fetch_dataset
+from momentum_lm.text.packages import fetch_model
 
 pytestmark = pytest.mark.slow
 

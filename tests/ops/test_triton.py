@@ -50,7 +50,7 @@ def test_kernels_compile_ahead_of_time_without_spilling(arch, run_cli, tmp_path)
 def test_a_cpu_never_imports_triton(run_cli):
     code = """
 import sys, torch
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 decoder = Decoder(DecoderConfig(50, 16, 32, 2, 2, momentum_kind="ema", momentum_learned=True))
 decoder.loss(torch.randint(4, 50, (2, 9)), torch.randint(4, 50, (2, 9))).backward()
 assert "triton" not in sys.modules and "momentum_lm.ops.triton" not in sys.modules

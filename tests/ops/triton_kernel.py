@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from momentum_lm import ops
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 from momentum_lm.ops import ema, ema_naive
 from momentum_lm.ops.chunked import ema_chunked
 

@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from momentum_lm.errors import UserError
-from momentum_lm.modules import Decoder, DecoderConfig
-from momentum_lm.modules.sizes import SIZES, architecture, architectures
+from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.sizes import SIZES, architecture, architectures
 from momentum_lm.planning.costs import count_parameters, flops_per_token, momentum_flops_per_token, multiplying
 from momentum_lm.planning.hardware import GPUS, peak_flops
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 from momentum_lm.planning import memory
 from momentum_lm.planning.costs import count_parameters
 from momentum_lm.planning.memory import step_memory
@@ -20,7 +20,7 @@ TRAIN = """
 import json, os, sys, torch
 from dataclasses import replace
 from momentum_lm.cpu import map_large_tensors, return_memory
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 
 def train(config, batches, length, bf16, micro_batches):
     model = Decoder(config)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from momentum_lm.errors import UserError
-from momentum_lm.modules import DecoderConfig
-from momentum_lm.modules.sizes import architecture
+from momentum_lm.model import DecoderConfig
+from momentum_lm.model.sizes import architecture
 from momentum_lm.planning.hardware import GPUS
 from momentum_lm.planning.memory import step_memory
 from momentum_lm.planning.plan import ENOUGH_TOKENS, USABLE, Job, _micro_batch, make_plan

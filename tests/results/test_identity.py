@@ -4,7 +4,7 @@ import hashlib
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from momentum_lm.data.classification import Example
+from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.results.identity import compared, digest, examples_sha256
 
 transformers = pytest.importorskip("transformers")

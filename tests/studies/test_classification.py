@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from momentum_lm.data.classification import load_dataset
-from momentum_lm.data.dictionary import EOS
 from momentum_lm.errors import UserError
+from momentum_lm.icl.datasets.loading import load_dataset
 from momentum_lm.report.classification import write_report
 from momentum_lm.report.classification_comparison import ClassificationComparison
 from momentum_lm.results import identity
 from momentum_lm.results.records import read_results
 from momentum_lm.studies.classification import KEY, Questions, Settings, Unit, evaluate, units
+from momentum_lm.text.dictionary import EOS
 
 WORDS = ["good", "bad", "dull", "long", "thin", "film", "plot", "actors", "very", "the"]
 FILMS = """\

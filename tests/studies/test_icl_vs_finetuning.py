@@ -1,4 +1,4 @@
-"""Against what the authors' code computed for the same model and data (tests/data/golden), and on small random models."""
+"""Against what the authors' code computed for the same model and data (tests/golden), and on small random models."""
 
 import dataclasses
 import gzip
@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from momentum_lm.data.classification import Example, LabelledDataset, load_dataset
-from momentum_lm.data.dictionary import BOS
 from momentum_lm.errors import UserError
+from momentum_lm.icl.datasets.loading import Example, LabelledDataset, load_dataset
 from momentum_lm.lm.native import load_native
 from momentum_lm.results.records import read_results
 from momentum_lm.studies import classification
 from momentum_lm.studies import icl_vs_finetuning as study
 from momentum_lm.studies.icl_vs_finetuning import Settings, analyse
+from momentum_lm.text.dictionary import BOS
 
-GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = {
     "kendall": "kendall_token", "recall_at_k": "recall_at_k_token", "kendall_example": "kendall_example",
     "recall_at_k_example": "recall_at_k_example", "simaou": "simaou", "simam": "simam", "simam_before": "simam_before",
@@ -235,8 +235,8 @@ def test_choices_of_their_own(lm, choices, films, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
 def test_a_model_of_transformers(tokenizer_folder, films, tmp_path, family):
     transformers = pytest.importorskip("transformers")
-    from momentum_lm.data.tokenizer import load_tokenizer
     from momentum_lm.lm.huggingface import HuggingFaceLM
+    from momentum_lm.text.tokenizer import load_tokenizer
 
     size = load_tokenizer(tokenizer_folder).vocab_size
     config = {
@@ -275,7 +275,7 @@ def test_a_model_of_transformers(tokenizer_folder, films, tmp_path, family):
 
 SCRIPT = """\
 import sys
-from momentum_lm.data.classification import load_dataset
+from momentum_lm.icl.datasets.loading import load_dataset
 from momentum_lm.lm.native import load_native
 from momentum_lm.studies import classification
 from momentum_lm.studies import icl_vs_finetuning as study

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from momentum_lm.data.dictionary import Dictionary
-from momentum_lm.data.indexed import IndexedDataset, IndexedDatasetWriter
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import NativeLM
-from momentum_lm.modules import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig
 from momentum_lm.report.perplexity import document_sums
 from momentum_lm.results.records import read_results, results_lock
 from momentum_lm.studies import perplexity
+from momentum_lm.text.dictionary import Dictionary
+from momentum_lm.text.indexed import IndexedDataset, IndexedDatasetWriter
 
 VOCAB, LENGTHS = 40, (5, 1, 13, 2, 30, 7)
 

@@ -1,1 +1,0 @@
-"""Models of Hugging Face to fairseq checkpoints and back, tensor by tensor."""

@@ -1,0 +1,137 @@
+"""``--optimizer fused_adamw``: AdamW in one kernel per device instead of fairseq's Python loop over parameters."""
+
+import ast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, List  # fairseq reads field types: no `from __future__ import annotations` here
+
+import torch
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.optim import FairseqOptimizer, register_optimizer
+from omegaconf import II
+from torch import Tensor
+
+from momentum_lm.errors import UserError
+from momentum_lm.model import MomentumMultiEMA
+
+
+@dataclass
+class FusedAdamWConfig(FairseqDataclass):
+    adam_betas: Any = field(default="(0.9, 0.98)", metadata={"help": "betas"})
+    adam_eps: float = field(default=1e-6, metadata={"help": "epsilon"})
+    weight_decay: float = field(
+        default=0.0,
+        metadata={"help": "decoupled weight decay of matrices; biases, norms, momentum decays and gates are left alone"},
+    )
+    adam_backend: ChoiceEnum(["torch", "apex"]) = field(  # type: ignore[valid-type]
+        default="torch", metadata={"help": "torch.optim.AdamW(fused=True), or NVIDIA apex's FusedAdam"}
+    )
+    lr: List[float] = II("optimization.lr")
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Whether it is one that maps vectors to vectors: not the (C, 8) decays and weights of multi_ema.
+
+    The shape alone tells: --fp16 and --bf16 give the optimizer copies without names or attributes.
+    """
+    return parameter.dim() >= 2 and parameter.shape[-1] != MomentumMultiEMA.ORDER
+
+
+def _is_divided(tensor: Any) -> bool:
+    """Whether it is a DTensor. To import that class would take every fairseq command half a second."""
+    return hasattr(tensor, "to_local")
+
+
+@register_optimizer("fused_adamw", dataclass=FusedAdamWConfig)
+class FusedAdamW(FairseqOptimizer):
+    """AdamW (arXiv 1711.05101). Weight decay applies to matrices (see _is_matrix). Raises UserError for impossible flags."""
+
+    def __init__(self, cfg: Any, params: Iterable[Any]) -> None:
+        super().__init__(cfg)
+        params = list(params)
+        matrices = [p for p in params if _is_matrix(p)]
+        if cfg.weight_decay and all(p.dim() < 2 for p in params):
+            raise UserError("--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike")
+        groups = [{"params": matrices}, {"params": [p for p in params if not _is_matrix(p)], "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        if cfg.adam_backend == "apex":
+            try:
+                from apex.optimizers import FusedAdam
+            except ImportError:
+                raise UserError(
+                    "--adam-backend apex: NVIDIA apex is not installed (github.com/NVIDIA/apex; not PyPI's apex); use torch"
+                ) from None
+            self._optimizer = FusedAdam(groups, **self.optimizer_config)
+        else:
+            self._optimizer = torch.optim.AdamW(groups, fused=True, **self.optimizer_config)
+
+    @property
+    def optimizer_config(self) -> dict[str, Any]:
+        """What overrides a checkpoint's settings, as in fairseq's Adam; weight decay belongs to the parameter groups."""
+        betas = self.cfg.adam_betas
+        try:
+            betas = tuple(float(b) for b in (ast.literal_eval(betas) if isinstance(betas, str) else betas))
+            if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+                raise ValueError
+        except (ValueError, SyntaxError, TypeError):
+            raise UserError(f"--adam-betas {self.cfg.adam_betas!r}: two numbers in [0, 1) are needed, such as '(0.9, 0.98)'") from None
+        lr = self.cfg.lr[0] if not isinstance(self.cfg.lr, float) else self.cfg.lr
+        return {"lr": lr, "betas": betas, "eps": self.cfg.adam_eps, "weight_decay": self.cfg.weight_decay}
+
+    def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
+        overrides = dict(optimizer_overrides or {})
+        decay = overrides.pop("weight_decay", None)
+        if any(_is_divided(p) for p in self.params):
+            state_dict = self._parts(state_dict)
+        super().load_state_dict(state_dict, overrides)
+        if decay is not None:
+            for group in self.param_groups:
+                if _is_matrix(group["params"][0]):
+                    group["weight_decay"] = decay
+
+    @property
+    def supports_memory_efficient_fp16(self) -> bool:
+        """Asked by --memory-efficient-fp16 and -bf16 alone, to which it answers with UserError: its averages would be
+        in half precision.
+        """
+        raise UserError(
+            "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw: use --task "
+            "momentum_language_modeling --autocast bf16, or --fp16, or --bf16, or --optimizer adam"
+        )
+
+    @property
+    def supports_flat_params(self) -> bool:
+        return True
+
+    def multiply_grads(self, c: float | Tensor) -> None:
+        grads = self._grads()
+        if grads:
+            torch._foreach_mul_(grads, c.to(grads[0]) if isinstance(c, Tensor) else c)
+
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Norm of all gradients, computed without a loop; scales them if it exceeds ``max_norm`` > 0."""
+        grads = self._grads()
+        if not grads:
+            return torch.zeros(())
+        norm = torch.nn.utils.get_total_norm(grads)
+        if aggregate_norm_fn is not None:
+            norm = aggregate_norm_fn(norm)
+        if max_norm > 0:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _grads(self) -> list[Tensor]:
+        """Of fully sharded parameters this process's part, without a copy."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        return [g.to_local() if _is_divided(g) else g for g in grads]
+
+    def _parts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state whose tensors are divided as the parameters are; it may hold whole ones or this process's parts."""
+        from momentum_lm.fairseq_plugin.sharding import part_like
+
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = {
+            index: {key: part_like(value, params[index]) if value.dim() else value for key, value in entry.items()}
+            for index, entry in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}

@@ -1,0 +1,144 @@
+"""What a training run shows beyond fairseq's own numbers: speed, momentum's size and decays, and hparams with final metrics."""
+
+from __future__ import annotations
+
+import atexit
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import progress_bar
+from omegaconf import OmegaConf
+
+from momentum_lm.model import CausalSelfAttention
+from momentum_lm.planning.costs import flops_per_token
+from momentum_lm.planning.hardware import peak_flops
+
+
+class TrainingMonitor:
+    """Measures at every ``--log-interval`` updates, without waiting for the device in between.
+
+    Per layer and as pictures these go to ``<tensorboard-logdir>/model`` (rank 0 only); averages are returned for fairseq's own log.
+    """
+
+    def __init__(self, model: Any, model_config: Any, task_config: Any) -> None:
+        self.attentions = [m for m in model.modules() if isinstance(m, CausalSelfAttention)]
+        self.interval = max(1, task_config.log_interval)
+        self.tokens = 0
+        self.started: float | None = None
+        self.update = -1
+        self.due = False
+        embedding = next((m for m in model.modules() if isinstance(m, torch.nn.Embedding)), None)
+        looked_up = embedding.weight.numel() if embedding is not None else 0
+        tied = any(embedding is not None and m.weight is embedding.weight for m in model.modules() if isinstance(m, torch.nn.Linear))
+        self.parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else looked_up)
+        self.model = model
+        self.shape = getattr(model_config, "decoder_layers", 0), getattr(model_config, "decoder_embed_dim", 0)
+        self.length = task_config.tokens_per_sample
+        self.logdir = task_config.tensorboard_logdir
+        self.hparams = {
+            **{f"model/{k}": v for k, v in _plain(model_config).items()},
+            **{f"task/{k}": v for k, v in _plain(task_config).items()},
+        }
+        self.log: Any = None
+
+    def before_step(self, update: int) -> None:
+        """Call before each forward pass of training."""
+        self.due = update != self.update and update % self.interval == 0
+        self.update = update
+        for attention in self.attentions:
+            if attention.momentum is not None:
+                attention.measure = self.due
+
+    def after_step(self, tokens: int) -> dict[str, float]:
+        """Call after each backward pass with the number of this process's tokens; the averages, when they are due."""
+        self.tokens += int(tokens)
+        if not self.due:
+            return {}
+        for attention in self.attentions:
+            attention.measure = False
+        values = self._speed()
+        decays, ratios = [], []
+        for index, attention in enumerate(self.attentions):
+            if attention.momentum is None:
+                continue
+            decay, ratio = attention.momentum.decays().float(), float(attention.momentum_ratio)
+            if hasattr(decay, "full_tensor"):  # fully sharded
+                decay = decay.full_tensor()
+            decays.append(float(decay.mean()))
+            ratios.append(ratio)
+            if self._writer() is not None:
+                self._writer().scalars({f"decay/layer_{index}": decays[-1], f"ema_over_attention/layer_{index}": ratio}, self.update)
+                self._writer().histogram(f"decays/layer_{index}", decay, self.update)
+        if decays:
+            values |= {"decay": sum(decays) / len(decays), "ema_over_attention": sum(ratios) / len(ratios)}
+        if self._writer() is not None:
+            self._writer().scalars(values, self.update)
+        return values
+
+    def record(self, values: dict[str, float], update: int) -> None:
+        """Other numbers for our TensorBoard log."""
+        if self._writer() is not None:
+            self._writer().scalars(values, update)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that is not training's, and does not count for its speed."""
+        if self.started is not None:
+            self.started += seconds
+
+    def _speed(self) -> dict[str, float]:
+        device = next(self.model.parameters()).device
+        now = time.monotonic()
+        values = {"peak_memory_gib": _peak_memory(device) / 2**30}
+        if self.started is not None:
+            rate = self.tokens / (now - self.started) * distributed_utils.get_data_parallel_world_size()
+            values["tokens_per_second"] = rate
+            peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+            if peak is not None:
+                peak *= distributed_utils.get_data_parallel_world_size()
+                values["mfu"] = rate * flops_per_token(self.parameters, *self.shape, self.length) / peak
+        self.started, self.tokens = now, 0
+        return values
+
+    def _writer(self) -> Any:
+        """The TensorBoard log, opened when first needed: validation of a checkpoint builds a model too, and needs none."""
+        if self.log is None and self.logdir and distributed_utils.get_global_rank() == 0:
+            from momentum_lm.report.tensorboard import TrainingLog
+
+            self.log = TrainingLog(f"{self.logdir}/model", self.hparams)
+            atexit.register(self.log.close)
+            _listen(self._after_validation)
+        return self.log
+
+    def _after_validation(self, stats: dict[str, Any], tag: str | None, step: int | None) -> None:
+        if tag and tag.startswith("valid") and self.log is not None:
+            numbers = {f"{tag}/{k}": float(getattr(v, "avg", v)) for k, v in stats.items() if k in ("loss", "ppl")}
+            self.log.hparams_with_metrics(numbers, step)
+
+
+def _listen(listener: Callable[[dict[str, Any], str | None, int | None], None]) -> None:
+    """Hears what fairseq writes to TensorBoard: there is no other place where a task learns a validation's result."""
+    bar = progress_bar.TensorboardProgressBarWrapper
+    stock = bar._log_to_tensorboard
+
+    def log(self: Any, stats: dict[str, Any], tag: str | None = None, step: int | None = None) -> None:
+        stock(self, stats, tag, step)
+        listener(stats, tag, step)
+
+    bar._log_to_tensorboard = log
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True) if OmegaConf.is_config(config) else vars(config)
+    return {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,170 @@
+"""A fairseq checkpoint -> a folder of a Hugging Face model."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from momentum_lm.errors import UserError
+from momentum_lm.files import write_json
+from momentum_lm.formats.checkpoint import load_checkpoint
+from momentum_lm.lm.native import NativeLM, find_checkpoint, load_native
+from momentum_lm.model import DecoderConfig
+from momentum_lm.model.filters import NOTES
+from momentum_lm.text.dictionary import EOS, PAD, SPECIALS, Dictionary
+from momentum_lm.text.tokenizer import HuggingFaceTokenizer, Tokenizer, has_tokenizer
+
+from .families import GPT2, MOMENTUM, OPT, XGLM, Family
+from .lazy import FLOATS, Lazy, write_safetensors
+from .tokenizers import special_tokens, write_tokenizer
+
+PART = 5_000_000_000  # bytes, as transformers cuts
+_REMOTE = Path(__file__).parent / "remote"
+_MODULES = {
+    "AutoConfig": "configuration_momentum_lm.MomentumLMConfig",
+    "AutoModel": "modeling_momentum_lm.MomentumLMModel",
+    "AutoModelForCausalLM": "modeling_momentum_lm.MomentumLMForCausalLM",
+}
+
+
+def read_checkpoint(
+    path: str, overrides: Mapping[str, Any] | str | None = None, trust: bool = False, tokenizer: str | None = None
+) -> NativeLM:
+    """The checkpoint with its weights in the dtype that they are saved in, as pages of the file.
+
+    Raises UserError as :func:`load_native`, and for weights that are no floating-point numbers.
+    """
+    weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
+    found = weights.get("model", weights)
+    tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong
+    named = {str(name): value for name, value in tensors if isinstance(value, torch.Tensor)}
+    dtypes = {tensor.dtype for name, tensor in named.items() if name.endswith((".weight", ".bias"))}
+    for name, tensor in named.items():  # what else there is, notes of the format, is in fp32
+        if tensor.dtype not in FLOATS and (".momentum." in name or name.endswith((".weight", ".bias"))):
+            remedy = "give the model in fp32, bf16 or fp16, before it was quantised"
+            raise UserError(f"{path}: {name} is in {tensor.dtype}: {remedy}")
+    dtype = functools.reduce(torch.promote_types, dtypes or {torch.float32})
+    return load_native(path, overrides, trust, dtype=dtype, tokenizer=tokenizer)
+
+
+def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> tuple[str, int, list[str]]:
+    """Writes the weights, ``config.json``, ``generation_config.json`` and the tokenizer into a folder. ``dtype`` None: as they are.
+
+    Returns the class of transformers that loads it, its number of parameters, and what a user should know.
+    """
+    tokenizer, dictionary = _vocabulary(lm)
+    bos, decoder = lm.bos[0], lm.config
+    family, order = choose(decoder, dictionary, tokenizer, bos)
+    ours = {name: Lazy.of(tensor) for name, tensor in lm.model.state_dict().items()}
+    tensors = family.to_theirs(ours, decoder.tie_embeddings, order)
+    tensors = {
+        name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype)
+        for name, lazy in tensors.items()
+    }
+    names = _write_parts(tensors, folder, progress)
+    where = (
+        {our: i for i, our in enumerate(order.tolist())}
+        if order is not None
+        else {i: i for i in range(decoder.vocab_size)}
+    )
+    ids = {"bos_token_id": where[bos], "eos_token_id": where[EOS], "pad_token_id": where.get(PAD)}
+    stored = tensors[family.theirs("embed_tokens.weight")].dtype
+    config = {**ids, **family.config(decoder, len(where)), "dtype": str(stored).removeprefix("torch.")}
+    if family is MOMENTUM:
+        config["auto_map"] = _MODULES
+        for module in sorted({name.partition(".")[0] for name in _MODULES.values()}):
+            shutil.copyfile(_REMOTE / f"{module}.py", folder / f"{module}.py")
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    notes = [f"{len(names)} files of weights"] if len(names) > 1 else []
+    if tokenizer is not None:
+        note = write_tokenizer(tokenizer, folder, decoder.max_positions, bos, None if order is None else order.tolist())
+        notes += [note] if note else []
+    else:
+        notes.append(
+            "there is no tokenizer beside the checkpoint, so none was written; name its folder with --tokenizer"
+        )
+    return (
+        family.architecture,
+        sum(lazy.numel for name, lazy in tensors.items() if name.rpartition(".")[2] not in NOTES),
+        notes,
+    )
+
+
+def names_of_tokens(lm: NativeLM) -> dict[str, int]:
+    """The names in a text that are special tokens to transformers with what :func:`write_model` writes, and text to
+    ``lm``: their ids."""
+    order = choose(lm.config, lm.tokenizer.dictionary, lm.tokenizer, lm.bos[0])[1]
+    return special_tokens(lm.tokenizer, None if order is None else order.tolist())
+
+
+def choose(
+    decoder: DecoderConfig, dictionary: Dictionary | None, tokenizer: Tokenizer | None, bos: int
+) -> tuple[Family, torch.Tensor | None]:
+    """The family that computes what the decoder does, and its vocabulary, (V,): the id here of each id there (None: the same)."""
+    order = None
+    if dictionary is not None and (tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer)):
+        order = _own_order(decoder, dictionary, tokenizer)
+    if order is not None and bos in order.tolist() and order.tolist() != list(range(decoder.vocab_size)):
+        for family in (GPT2, XGLM):
+            if family.represents(decoder):
+                return family, order
+    if not decoder.absent_tokens:
+        for family in (XGLM, OPT):
+            if family.represents(decoder):
+                return family, None
+    return MOMENTUM, None
+
+
+def _own_order(
+    decoder: DecoderConfig, dictionary: Dictionary, tokenizer: HuggingFaceTokenizer | None
+) -> torch.Tensor | None:
+    """The ids of the model's own tokenizer, which dict.txt gives in decimal, if they are all that the model predicts; else None."""
+    present = [i for i in range(decoder.vocab_size) if i not in decoder.absent_tokens]
+    own = {int(symbol): i for i, symbol in enumerate(dictionary.symbols) if symbol.isdecimal()}
+    specials = [i for i in present if i < len(SPECIALS)]
+    left = sorted(set(range(len(present))) - own.keys())
+    if len(specials) == len(left) == 1:
+        own[left[0]] = specials[0]
+    elif tokenizer is not None:
+        own |= {tokenizer.symbols.index(SPECIALS[i]): i for i in specials if SPECIALS[i] in tokenizer.symbols}
+    if sorted(own) != list(range(len(present))) or sorted(own.values()) != present:
+        return None
+    return torch.tensor([own[i] for i in range(len(present))])
+
+
+def _vocabulary(lm: NativeLM) -> tuple[Tokenizer | None, Dictionary | None]:
+    folder = lm.tokenizer_path if lm.tokenizer_path.is_dir() else lm.tokenizer_path.parent
+    if has_tokenizer(folder):
+        return lm.tokenizer, lm.tokenizer.dictionary
+    file = folder / "dict.txt"
+    dictionary = Dictionary.load(file) if file.exists() else None
+    if dictionary is not None and len(dictionary) != lm.vocab_size:
+        raise UserError(
+            f"{file} has {len(dictionary)} entries, but {lm.name} has {lm.vocab_size}: they belong to different models"
+        )
+    return None, dictionary
+
+
+def _write_parts(tensors: Mapping[str, Lazy], folder: Path, progress: Callable[[int], object]) -> list[str]:
+    """``model.safetensors``, or of a large model its parts and their index. Returns the files' names."""
+    parts: list[dict[str, Lazy]] = [{}]
+    for name, lazy in tensors.items():
+        if parts[-1] and sum(other.nbytes for other in parts[-1].values()) + lazy.nbytes > PART:
+            parts.append({})
+        parts[-1][name] = lazy
+    if len(parts) == 1:
+        write_safetensors(folder / "model.safetensors", tensors, progress)
+        return ["model.safetensors"]
+    names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for name, part in zip(names, parts, strict=True):
+        write_safetensors(folder / name, part, progress)
+    weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    total = sum(lazy.nbytes for lazy in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return names

@@ -71,7 +71,7 @@ def test_pip_installs_the_hook_and_removes_it(editable, environment, source):
     code = "import fairseq.models as m, momentum_lm; print(momentum_lm.__file__, 'gpt_lm_tiny' in m.ARCH_MODEL_REGISTRY)"
     where = (source if editable else environment.site) / "momentum_lm"
     assert environment.run("-c", code).stdout == f"{where}/__init__.py True\n"
-    for file in ("py.typed", "ops/README.md", "data/datasets/mr.yaml"):
+    for file in ("py.typed", "ops/README.md", "icl/datasets/mr.yaml"):
         assert (where / file).is_file()
     for program in ("momentum-lm", "fairseq-eval"):
         assert environment.run_cli([environment.python.parent / program, "--help"]).returncode == 0

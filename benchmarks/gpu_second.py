@@ -1,0 +1,151 @@
+"""Stages of gpu_checks.py for a second call: in-context scores and the analysis, the plan's memory, FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_job import Job
+
+WORDS = "a film that is good and long bad dull the plot thin but actors are very nobody should see this twice indeed warm cold".split()
+
+
+def write_data(folder: Path, rows: int) -> None:
+    """Made-up reviews of which those with "good" are positive, as the data set ``mr``."""
+    draw = random.Random(0)
+    (folder / "mr").mkdir(parents=True)
+    for split in ("train", "validation"):
+        texts = [" ".join(draw.choices(WORDS, k=draw.randrange(4, 14))) for _ in range(rows)]
+        lines = [json.dumps({"text": text, "label": int("good" in text)}) for text in texts]
+        (folder / "mr" / f"{split}.jsonl").write_text("\n".join(lines))
+
+
+def write_models(folder: Path, smoke: bool) -> dict[str, list[str]]:
+    """Random models with real tokenizers: flags of ``fairseq-eval`` by name."""
+    import tokenizers
+    import transformers
+
+    from momentum_lm.data.tokenizer import load_tokenizer
+    from momentum_lm.data.vocabulary import train_sentencepiece
+    from momentum_lm.modules import Decoder, DecoderConfig
+
+    draw = random.Random(1)
+    vocabulary = [*WORDS, "Review:", "Sentiment:", "Positive", "Negative"]
+    sentences = [" ".join(draw.choices(vocabulary, k=draw.randrange(3, 12))) for _ in range(2000)]
+    dim, layers = (32, 2) if smoke else (512, 8)
+    ours, theirs = folder / "ours", folder / "theirs"
+    ours.mkdir()
+    (ours / "sentencepiece.model").write_bytes(train_sentencepiece(sentences, 150))
+    torch.manual_seed(0)
+    config = DecoderConfig(load_tokenizer(ours).vocab_size, dim, 2 * dim, layers, 4, momentum_kind="ema", momentum_eta=0.7)
+    state = Decoder(config).state_dict()
+    torch.save({"model": {f"decoder.{name}": tensor for name, tensor in state.items()}}, ours / "model.pt")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(sentences, 300, special_tokens=["</s>"])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>").save_pretrained(theirs)
+    shape = {"hidden_size": dim, "intermediate_size": 2 * dim, "num_hidden_layers": layers}
+    llama = transformers.LlamaConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, **shape)
+    transformers.LlamaForCausalLM(llama).save_pretrained(theirs)
+    return {
+        "ours": ["--path", str(ours / "model.pt"), "--model-overrides", "{'decoder_attention_heads': 4}"],
+        "transformers": ["--hf-model", str(theirs)],
+    }
+
+
+def evaluate(task: str, folder: Path, model: list[str], device: str, results: Path, *flags: str) -> None:
+    from momentum_lm.cli.evaluate import main
+
+    common = ["--datasets", "mr", "--data-dir", str(folder), "--sampling", "balanced", "--seeds", "1"]
+    words = ["--task", task, *model, *common, *flags, "--device", device, "--results-dir", str(results)]
+    status = main(words)
+    assert not status, f"fairseq-eval ended with status {status}"
+
+
+def scores(results: Path) -> list[float]:
+    lines = [json.loads(line) for line in (results / "predictions.jsonl").read_text().splitlines()]
+    return [score for line in lines for score in line["scores"]]
+
+
+def largest(a: Any, b: Any) -> float:
+    """The largest difference of two values of the same form, whose numbers may lie in lists and mappings."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), "other keys"
+        return max((largest(a[key], b[key]) for key in a), default=0.0)
+    if isinstance(a, list):
+        assert len(a) == len(b), f"{len(a)} and {len(b)} values"
+        return max((largest(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
+    return abs(a - b) if isinstance(a, float) and isinstance(b, float) else 0.0
+
+
+def in_context(job: Job) -> None:
+    """Scores of two models in fp32 and bf16, and the analysis, on the device and on the CPU beside it."""
+    folder = job.work / "in_context"
+    write_data(folder, 8 if job.smoke else 64)
+    models = write_models(folder, job.smoke)
+    flags = ["--shots", "2" if job.smoke else "8"]
+    found: dict[str, float] = {}
+    for name, model in models.items():
+        with job.part(f"scores of {name}"):
+            evaluate("icl_classification", folder, model, "cpu", folder / f"{name}-cpu", *flags)
+            evaluate("icl_classification", folder, model, job.device, folder / f"{name}-device", *flags)
+            found[name] = largest(scores(folder / f"{name}-device"), scores(folder / f"{name}-cpu"))
+            job.record(scores=found)
+    with job.part("scores in bf16"):
+        evaluate("icl_classification", folder, models["ours"], job.device, folder / "bf16", *flags, "--dtype", "bf16")
+        job.record(scores_bf16=largest(scores(folder / "bf16"), scores(folder / "ours-cpu")))
+    with job.part("analysis"):
+        few = ["--shots", "2", "--limit", "3" if job.smoke else "20", "--finetune-lr", "0.01", "--controls", "none"]
+        runs = []
+        for device in ("cpu", job.device):
+            results = folder / f"analysis-{len(runs)}"
+            evaluate("icl_finetune_analysis", folder, models["ours"], device, results, *few)
+            runs.append(json.loads((results / "results.json").read_text())["runs"][0])
+        job.record(analysis=max(largest(*(run[form] for run in runs)) for form in ("paper", "corrected")))
+
+
+def memory(job: Job) -> None:
+    """A step of the decoder, not compiled, beside what the plan says it takes."""
+    import train_step
+    from gpu_step import GIB, collect, prepare, settings
+
+    from momentum_lm.modules import DecoderConfig
+    from momentum_lm.modules.sizes import SIZES
+    from momentum_lm.planning.memory import step_memory
+
+    args = settings(job, compile=False)
+    layers, dim, heads = SIZES[args.shape]
+    for kind, variant in (("none", train_step.OURS), ("ema", train_step.MOMENTUM)):
+        with job.part(kind):
+            config = DecoderConfig(args.vocab, dim, 4 * dim, layers, heads, max_positions=args.length, momentum_kind=kind)
+            collect(job.device)
+            step = prepare(lambda args, variant=variant: train_step.fairseq_step(variant, args), args)
+            planned = step_memory(config, args.batch, args.length, bf16=job.device == "cuda", gpu=job.device == "cuda", accumulate=False).total
+            row: dict[str, Any] = {"planned_gib": planned / GIB, "batch": args.batch}
+            if job.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                step(9)
+                row |= {"measured_gib": torch.cuda.max_memory_allocated() / GIB, "of_plan": torch.cuda.max_memory_allocated() / planned}
+            job.record(**{kind: row}, of_plan=row.get("of_plan"))
+            del step
+
+
+def fsdp(job: Job) -> None:
+    """Fully sharded over a group of one process, beside the same without."""
+    from gpu_training import device_flags, train
+
+    folder = job.bundle / "references" / "data"
+    flags = [*device_flags(job.device), "--autocast", "none", "--save-dir", str(job.work / "fsdp")]
+    alone = train(folder, flags, job.smoke)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    backend = "nccl" if job.device == "cuda" else "gloo"
+    sharded = train(folder, [*flags, "--ddp-backend", "fully_sharded", "--distributed-backend", backend], job.smoke)
+    assert torch.distributed.is_initialized() and torch.distributed.get_backend() == backend
+    job.record(difference=max(abs(a - b) / b for a, b in zip(sharded, alone, strict=True)), losses=sharded, backend=backend)

@@ -55,11 +55,12 @@ class Job:
         print(f"{name}: {time.monotonic() - began:.1f} s, {self.left():.0f} s left", flush=True)
 
 
-def keep_compiled() -> None:
+def keep_compiled(device: str) -> None:
     """Lets torch.compile keep as many forms of one function as a stage has models: beyond eight it would silently not compile."""
-    import torch._dynamo
+    if device == "cuda":
+        import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 64
 
 
 def main(argv: list[str] | None = None) -> int:

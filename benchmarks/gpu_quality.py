@@ -106,11 +106,12 @@ def order(rows: int, seed: int, device: str) -> Tensor:
 
 def quality(job: Job) -> None:
     """Plans by the measured time of an update, then trains seed by seed; whole seeds count."""
-    keep_compiled()
+    keep_compiled(job.device)
     setting = SMALL if job.smoke else Setting()
     folder = job.bundle / "tokens"
     vocab = 4 + sum(1 for _ in open(folder / "dict.txt", encoding="utf-8"))
     train, valid = (blocks(folder / split, setting.length, job.device) for split in ("train", "valid"))
+    valid = valid[: 4 if job.smoke else None]
     per_update: dict[str, float] = {}
     parameters = {}
     for name, options in VARIANTS.items():

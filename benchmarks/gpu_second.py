@@ -40,7 +40,7 @@ def write_models(folder: Path, smoke: bool) -> dict[str, list[str]]:
     dim, layers = (32, 2) if smoke else (512, 8)
     ours, theirs = folder / "ours", folder / "theirs"
     ours.mkdir()
-    (ours / "sentencepiece.model").write_bytes(train_sentencepiece(sentences, 150))
+    (ours / "sentencepiece.model").write_bytes(train_sentencepiece(sentences, 320))
     torch.manual_seed(0)
     config = DecoderConfig(load_tokenizer(ours).vocab_size, dim, 2 * dim, layers, 4, momentum_kind="ema", momentum_eta=0.7)
     state = Decoder(config).state_dict()
@@ -91,21 +91,21 @@ def in_context(job: Job) -> None:
     found: dict[str, float] = {}
     for name, model in models.items():
         with job.part(f"scores of {name}"):
-            evaluate("icl_classification", folder, model, "cpu", folder / f"{name}-cpu", *flags)
-            evaluate("icl_classification", folder, model, job.device, folder / f"{name}-device", *flags)
-            found[name] = largest(scores(folder / f"{name}-device"), scores(folder / f"{name}-cpu"))
+            for device in {"cpu", job.device}:
+                evaluate("icl_classification", folder, model, device, folder / f"{name}-{device}", *flags)
+            found[name] = largest(scores(folder / f"{name}-{job.device}"), scores(folder / f"{name}-cpu"))
             job.record(scores=found)
     with job.part("scores in bf16"):
         evaluate("icl_classification", folder, models["ours"], job.device, folder / "bf16", *flags, "--dtype", "bf16")
         job.record(scores_bf16=largest(scores(folder / "bf16"), scores(folder / "ours-cpu")))
     with job.part("analysis"):
-        few = ["--shots", "2", "--limit", "3" if job.smoke else "20", "--finetune-lr", "0.01", "--controls", "none"]
-        runs = []
-        for device in ("cpu", job.device):
-            results = folder / f"analysis-{len(runs)}"
+        few = ["--shots", "2", "--limit", "2" if job.smoke else "20", "--finetune-lr", "0.01", "--controls", "none"]
+        runs = {}
+        for device in {"cpu", job.device}:
+            results = folder / f"analysis-{device}"
             evaluate("icl_finetune_analysis", folder, models["ours"], device, results, *few)
-            runs.append(json.loads((results / "results.json").read_text())["runs"][0])
-        job.record(analysis=max(largest(*(run[form] for run in runs)) for form in ("paper", "corrected")))
+            runs[device] = json.loads((results / "results.json").read_text())["runs"][0]
+        job.record(analysis=max(largest(runs["cpu"][form], runs[job.device][form]) for form in ("paper", "corrected")))
 
 
 def memory(job: Job) -> None:
@@ -119,7 +119,9 @@ def memory(job: Job) -> None:
 
     args = settings(job, compile=False)
     layers, dim, heads = SIZES[args.shape]
-    for kind, variant in (("none", train_step.OURS), ("ema", train_step.MOMENTUM)):
+    for kind, variant in {"none": train_step.OURS, "ema": train_step.MOMENTUM}.items():
+        if job.smoke and kind == "none":
+            continue
         with job.part(kind):
             config = DecoderConfig(args.vocab, dim, 4 * dim, layers, heads, max_positions=args.length, momentum_kind=kind)
             collect(job.device)

@@ -16,7 +16,7 @@ import torch
 from clock import seconds_each
 from gpu_job import ROOT, Job
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "hydra", "omegaconf", "fairseq", "bitarray", "sentencepiece", "matplotlib")
+PACKAGES = ("torch", "numpy", "triton", "transformers", "hydra", "omegaconf", "fairseq", "bitarray", "sentencepiece", "matplotlib")
 
 KERNELS = "tests/ops/triton_kernel.py"
 # Representative checks, those first that training uses.
@@ -42,7 +42,9 @@ MINIATURE = ("test_once_differentiable", "test_is_the_equation[1-True-False-bflo
 def device(job: Job) -> None:
     """The device, versions, copy bandwidth and the bf16 matrix product."""
     versions = {"Python": platform.python_version()}
-    for name in PACKAGES:
+    with job.part("imports"):
+        import fairseq_compat  # noqa: F401  (nothing else imports it where no .pth file is read)
+    for name in PACKAGES[: 2 if job.smoke else None]:
         with job.part(f"import {name}"):
             module = importlib.import_module(name)
             versions[name] = str(getattr(module, "__version__", "")) or importlib.metadata.version(name)
@@ -155,3 +157,4 @@ def launch(job: Job) -> None:
         rows.append(row)
         best, ours = (min(rows, key=lambda row: row[0]), next(row for row in rows if row[1] == "chosen"))
         job.record(rows=sorted(rows, key=lambda row: row[0])[:20], best=str(best[1]), gain=ours[0] / best[0], tried=len(rows))
+    assert rows, "no launch parameters ran"

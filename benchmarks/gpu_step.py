@@ -104,7 +104,7 @@ def ours(variant: str, *flags: str) -> Callable[[argparse.Namespace], Step]:
 
 def step(job: Job) -> None:
     """gpt_lm and momentum_lm, one by one and in pairs; then what they are compared with."""
-    keep_compiled()
+    keep_compiled(job.device)
     args = settings(job)
     found: dict[str, Any] = {}
     profiles: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def step(job: Job) -> None:
 
 def more(job: Job) -> None:
     """Ours again, and what the first call had no time for."""
-    keep_compiled()
+    keep_compiled(job.device)
     found: dict[str, Any] = {}
     for name, make, changes in (
         ("gpt_lm", ours(OURS), {}),

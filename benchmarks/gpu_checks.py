@@ -1,15 +1,15 @@
-"""What a GPU has to say, in one call of a few minutes: correctness, speed, and whether momentum helps at 30M parameters.
+"""What a GPU has to say in one call of a few minutes: correctness, speed, and whether momentum helps at 30M parameters.
 
-    python benchmarks/gpu_checks.py --references --bundle DIR                   beforehand, on a CPU: losses to compare with
-    python benchmarks/gpu_checks.py --bundle DIR --output OUT --minutes 9       the first call on a GPU
-    python benchmarks/gpu_checks.py --bundle DIR --output OUT --second          what a second call is for
-    python benchmarks/gpu_checks.py --bundle DIR --output OUT --device cpu --smoke    every stage in miniature, on a CPU
-    python benchmarks/gpu_results.py OUT                                        then: into results/, the README and GPU_CHECKS.md
+python benchmarks/gpu_checks.py --references --bundle DIR                         beforehand, on a CPU
+python benchmarks/gpu_checks.py --bundle DIR --output OUT --minutes 9             the first call on a GPU
+python benchmarks/gpu_checks.py --bundle DIR --output OUT --second                what a second call is for
+python benchmarks/gpu_checks.py --bundle DIR --output OUT --device cpu --smoke    every stage in miniature
+python benchmarks/gpu_results.py OUT                                              then: results/ and the documents
 
-The stages (gpu_registry.py) run one after the other, those that say most first, each in a process of its own with a share of the time.
-OUT/STAGE.json is written whenever a stage knows something more, so that one which hangs, crashes or is killed loses only what was still
-to come, and no other stage; OUT/log.txt has all that they print. What no time is left for is skipped with a line. gpu_bundle.sh makes
-DIR, for a machine without network.
+The stages (gpu_registry.py) run one after the other, those that say most first, each in a process of its own until its
+time in the schedule. OUT/STAGE.json is written whenever a stage knows something more, so that one which hangs, crashes
+or is killed loses only what was still to come, and no other stage; OUT/log.txt has all that they print. What no time is
+left for is skipped with a line. gpu_bundle.sh makes DIR, for a machine without network.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CLOSING = 3.0  # seconds kept for the end
 
 
 def environment(device: str, scratch: Path) -> dict[str, str]:
-    """Of the stages: nothing is installed, so that what they import comes by PYTHONPATH; one cache of compiled kernels for all."""
+    """Of the stages. What they import comes by PYTHONPATH, as nothing is installed; all share one cache of kernels."""
     path = [str(HERE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     changes = {
         "PYTHONPATH": os.pathsep.join(path),
@@ -46,7 +46,11 @@ def environment(device: str, scratch: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     if device == "cpu":
-        changes |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        changes |= {
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
     return {**os.environ, **changes}
 
 
@@ -55,13 +59,21 @@ def run_stage(stage: Stage, seconds: float, args: argparse.Namespace, scratch: P
     output = args.output / f"{stage.name}.json"
     output.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "gpu_job.py"), stage.work, "--device", args.device, "--output", str(output)]
-    command += ["--bundle", str(args.bundle), "--scratch", str(scratch), "--seconds", f"{seconds:.1f}"] + ["--smoke"] * args.smoke
+    command += ["--bundle", str(args.bundle), "--scratch", str(scratch), "--seconds", f"{seconds:.1f}"] + [
+        "--smoke"
+    ] * args.smoke
     log.write(f"==== {stage.name}, {seconds:.0f} s at most\n")
     log.flush()
     began = time.monotonic()
     # a session of its own, so that all that it starts ends with it
     process = subprocess.Popen(
-        command, env=environment(args.device, scratch), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        command,
+        env=environment(args.device, scratch),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
     try:
         code = process.wait(seconds)
@@ -80,7 +92,13 @@ def run_stage(stage: Stage, seconds: float, args: argparse.Namespace, scratch: P
         record = {"results": {}, "errors": {}}
     if died:
         record["errors"]["process"] = died
-    record = {"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1), "smoke": args.smoke, **record}
+    record = {
+        "stage": stage.name,
+        "status": status,
+        "seconds": round(time.monotonic() - began, 1),
+        "smoke": args.smoke,
+        **record,
+    }
     output.write_text(json.dumps(record, indent=1))
     return record
 
@@ -95,19 +113,21 @@ def run_stages(stages: Sequence[Stage], args: argparse.Namespace, began: float) 
         open(args.output / "log.txt", "a", encoding="utf-8") as log,
         open(args.output / "summary.txt", "a", encoding="utf-8") as summary,
     ):
+        due = began
         for stage in stages:
             left = ends - time.monotonic()
-            # in miniature everything takes as long as its imports: no shares
-            share = left if args.smoke or stage.seconds is None else min(left, stage.seconds * args.minutes / MINUTES)
-            least = 0.0 if args.smoke else stage.least
-            if share <= least:
-                line = f"{stage.name:10} skipped: {max(0.0, left):.0f} s left"
+            due += (stage.seconds or 0) * args.minutes / MINUTES
+            # What the stages before have left over is its own. In miniature there is no schedule: imports take longest.
+            share = left if args.smoke or stage.seconds is None else min(left, due - time.monotonic())
+            if share <= (0 if args.smoke else stage.least):
+                line = f"{stage.name:10} skipped: {max(0.0, share):.0f} s left for it"
                 bad += 1
             else:
                 record = run_stage(stage, share, args, Path(scratch), log)
                 bad += record["status"] != "ok"
                 failures = "; ".join(f"{name}: {error}" for name, error in record["errors"].items())
-                line = f"{stage.name:10} {record['status']:7} {record['seconds']:6.1f} s  {stage.summary(record['results'])}"
+                line = f"{stage.name:10} {record['status']:7} {record['seconds']:6.1f} s"
+                line += f"  {stage.summary(record['results'])}"
                 line += f"  [{failures}]" * bool(failures)
             for file in (sys.stdout, summary):
                 print(line[:1500], file=file, flush=True)
@@ -119,10 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="all of it ends within (default: %(default)g)")
-    parser.add_argument("--output", type=Path, default=os.environ.get("OUT", "gpu_checks"), help="folder (default: $OUT, or gpu_checks)")
-    parser.add_argument("--bundle", type=Path, default="gpu_bundle", help="folder with references and tokens (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=os.environ.get("OUT", "gpu_checks"), help="folder (default: $OUT, or gpu_checks)"
+    )
+    parser.add_argument(
+        "--bundle", type=Path, default="gpu_bundle", help="folder with references and tokens (default: %(default)s)"
+    )
     parser.add_argument("--second", action="store_true", help="the stages of a second call")
-    parser.add_argument("--references", action="store_true", help="make BUNDLE/references, on this machine's CPU, and nothing else")
+    parser.add_argument(
+        "--references", action="store_true", help="make BUNDLE/references, on this machine's CPU, and nothing else"
+    )
     parser.add_argument("--only", help="names of stages, with commas between")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--smoke", action="store_true", help="everything in miniature")

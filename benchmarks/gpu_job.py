@@ -1,4 +1,4 @@
-"""What a stage of gpu_checks.py is given, in the process that runs it: where to compute, how long, and a place for its numbers."""
+"""What a stage of gpu_checks.py gets in its process: where to compute, how long, and a place for its numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Job:
-    """``output``: the stage's JSON file; ``bundle``: references and tokens made beforehand; ``work``: a scratch folder."""
+    """``output``: the stage's JSON; ``bundle``: references and tokens made beforehand; ``work``: a scratch folder."""
 
     device: str
     smoke: bool
@@ -56,7 +56,7 @@ class Job:
 
 
 def keep_compiled(device: str) -> None:
-    """Lets torch.compile keep as many forms of one function as a stage has models: beyond eight it would silently not compile."""
+    """Lets torch.compile keep a form of a function for each of a stage's models: after eight it compiles no more."""
     if device == "cuda":
         import torch._dynamo
 

@@ -1,7 +1,7 @@
-"""Puts what gpu_checks.py found into benchmarks/results/CARD.json, and makes the documents' tables from what lies there.
+"""Puts what gpu_checks.py found into benchmarks/results/CARD.json, and makes the documents' tables of what is there.
 
-    python benchmarks/gpu_results.py OUT [OUT ...]     merges folders of results, then writes the documents
-    python benchmarks/gpu_results.py                   writes the documents: GPU_CHECKS.md, and what stands between the markers of README.md
+python benchmarks/gpu_results.py OUT [OUT ...]     merges folders of results, then writes the documents
+python benchmarks/gpu_results.py                   writes the documents: GPU_CHECKS.md, and the README between its markers
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ Cards = Mapping[str, Mapping[str, Any]]  # by the name of the file: {"card": its
 
 
 def merge(folder: Path, results: Path = RESULTS) -> Path:
-    """Adds the stages of one run to the file of its card, a newer stage in place of an older one. Raises ValueError for a folder without
-    a card's name, and for a run in miniature."""
+    """Adds the stages of one run to the file of its card, in place of older ones.
+
+    Raises ValueError for a folder without a card's name, and for a run in miniature or on a CPU.
+    """
     stages = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
@@ -72,16 +74,19 @@ def state(card: Mapping[str, Any], stage: Stage) -> str:
     if record is None:
         return f"{card['card']}: not yet run"
     errors = "; ".join(f"{name}: {error}" for name, error in record["errors"].items())
-    return f"{card['card']}: {record['status']}, {record['seconds']:.0f} s, {record['date']}" + f" ({errors})" * bool(errors)
+    return f"{card['card']}: {record['status']}, {record['seconds']:.0f} s, {record['date']}" + f" ({errors})" * bool(
+        errors
+    )
 
 
 def document(cards: Cards) -> str:
     """GPU_CHECKS.md."""
     parts = [
         "# What runs on a GPU, and what it said",
-        "Made by `python benchmarks/gpu_results.py` from `benchmarks/gpu_registry.py` and `benchmarks/results/`: do not edit.",
-        "A machine with a GPU may be at hand for minutes only, without network. On another machine `bash benchmarks/gpu_bundle.sh DIR` "
-        "makes a folder to take along, and prints the command to give there; the results come back with "
+        "Made by `python benchmarks/gpu_results.py` from `benchmarks/gpu_registry.py` and `benchmarks/results/`: "
+        "do not edit.",
+        "A machine with a GPU may be at hand for minutes only, without network. On another machine "
+        "`bash benchmarks/gpu_bundle.sh DIR` makes a folder to take along, and prints the command to give there; the results come back with "
         "`python benchmarks/gpu_results.py OUT`. `python benchmarks/gpu_checks.py --help` says the rest.",
     ]
     for title, stages in (("First call", FIRST), ("Second call", SECOND)):
@@ -89,16 +94,16 @@ def document(cards: Cards) -> str:
         for stage in stages:
             parts.append(f"### `{stage.name}`")
             states = [state(card, stage) for card in cards.values()] or ["not yet run"]
-            parts.append(f"{stage.text} {'; '.join(states)}.")
+            parts.append(f"{stage.text}\n\n{'; '.join(states)}")
             parts.append(table(((stage, check, check.text) for check in stage.checks), cards))
     parts += ["## By hand", BY_HAND]
     return "\n\n".join(parts) + "\n"
 
 
-BY_HAND = """- DDP with `--gradient-as-bucket-view` on several GPUs, and waits for the device in an update (`torch.cuda.set_sync_debug_mode`)
-- a batch of in-context prompts that does not fit is halved, and memory is given back (`GPU_SHARE` in icl/scoring.py at 3.0)
+BY_HAND = """- DDP with `--gradient-as-bucket-view` on several GPUs; waits for the device (`torch.cuda.set_sync_debug_mode`)
+- a batch of in-context prompts that does not fit is halved, its memory given back (`GPU_SHARE` in icl/scoring.py at 3.0)
 - the harness on `device=cuda`, an exported momentum model's `generate`
-- logits per chunk (`CHUNK_LOGITS` in modules/loss.py) over 2^26 to 2^30, one product for queries, keys and values instead of three
+- logits per chunk (`CHUNK_LOGITS` in modules/loss.py) over 2^26 to 2^30; one product for queries, keys and values
 - `python benchmarks/icl_eval.py` and `benchmarks/analysis.py` with both sides on the GPU"""
 
 
@@ -122,7 +127,10 @@ def with_part(text: str, part: str) -> str:
 def documents(cards: Cards, root: Path = ROOT) -> dict[Path, str]:
     """The documents as they should be."""
     readme = root / "README.md"
-    return {root / "benchmarks" / "GPU_CHECKS.md": document(cards), readme: with_part(readme.read_text("utf-8"), readme_part(cards))}
+    return {
+        root / "benchmarks" / "GPU_CHECKS.md": document(cards),
+        readme: with_part(readme.read_text("utf-8"), readme_part(cards)),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from gpu_job import Job
 
-WORDS = "a film that is good and long bad dull the plot thin but actors are very nobody should see this twice indeed warm cold".split()
+WORDS = "a film that is good and long bad dull the plot thin but actors are very nobody should see this twice".split()
 
 
 def write_data(folder: Path, rows: int) -> None:
@@ -42,7 +42,9 @@ def write_models(folder: Path, smoke: bool) -> dict[str, list[str]]:
     ours.mkdir()
     (ours / "sentencepiece.model").write_bytes(train_sentencepiece(sentences, 320))
     torch.manual_seed(0)
-    config = DecoderConfig(load_tokenizer(ours).vocab_size, dim, 2 * dim, layers, 4, momentum_kind="ema", momentum_eta=0.7)
+    config = DecoderConfig(
+        load_tokenizer(ours).vocab_size, dim, 2 * dim, layers, 4, momentum_kind="ema", momentum_eta=0.7
+    )
     state = Decoder(config).state_dict()
     torch.save({"model": {f"decoder.{name}": tensor for name, tensor in state.items()}}, ours / "model.pt")
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -123,15 +125,22 @@ def memory(job: Job) -> None:
         if job.smoke and kind == "none":
             continue
         with job.part(kind):
-            config = DecoderConfig(args.vocab, dim, 4 * dim, layers, heads, max_positions=args.length, momentum_kind=kind)
+            config = DecoderConfig(
+                args.vocab, dim, 4 * dim, layers, heads, max_positions=args.length, momentum_kind=kind
+            )
             collect(job.device)
             step = prepare(lambda args, variant=variant: train_step.fairseq_step(variant, args), args)
-            planned = step_memory(config, args.batch, args.length, bf16=job.device == "cuda", gpu=job.device == "cuda", accumulate=False).total
+            planned = step_memory(
+                config, args.batch, args.length, bf16=job.device == "cuda", gpu=job.device == "cuda", accumulate=False
+            ).total
             row: dict[str, Any] = {"planned_gib": planned / GIB, "batch": args.batch}
             if job.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 step(9)
-                row |= {"measured_gib": torch.cuda.max_memory_allocated() / GIB, "of_plan": torch.cuda.max_memory_allocated() / planned}
+                row |= {
+                    "measured_gib": torch.cuda.max_memory_allocated() / GIB,
+                    "of_plan": torch.cuda.max_memory_allocated() / planned,
+                }
             job.record(**{kind: row}, of_plan=row.get("of_plan"))
             del step
 
@@ -146,8 +155,16 @@ def fsdp(job: Job) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     backend = "nccl" if job.device == "cuda" else "gloo"
     sharded = train(folder, [*flags, "--ddp-backend", "fully_sharded", "--distributed-backend", backend], job.smoke)
     assert torch.distributed.is_initialized() and torch.distributed.get_backend() == backend
-    job.record(difference=max(abs(a - b) / b for a, b in zip(sharded, alone, strict=True)), losses=sharded, backend=backend)
+    job.record(
+        difference=max(abs(a - b) / b for a, b in zip(sharded, alone, strict=True)), losses=sharded, backend=backend
+    )

@@ -16,7 +16,20 @@ import torch
 from clock import seconds_each
 from gpu_job import ROOT, Job
 
-PACKAGES = ("torch", "numpy", "triton", "transformers", "hydra", "omegaconf", "fairseq", "bitarray", "sentencepiece", "matplotlib")
+import fairseq_compat  # noqa: F401  (before fairseq: no .pth file may be read here)
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "triton",
+    "transformers",
+    "hydra",
+    "omegaconf",
+    "fairseq",
+    "bitarray",
+    "sentencepiece",
+    "matplotlib",
+)
 
 KERNELS = "tests/ops/triton_kernel.py"
 # Representative checks, those first that training uses.
@@ -42,8 +55,6 @@ MINIATURE = ("test_once_differentiable", "test_is_the_equation[1-True-False-bflo
 def device(job: Job) -> None:
     """The device, versions, copy bandwidth and the bf16 matrix product."""
     versions = {"Python": platform.python_version()}
-    with job.part("imports"):
-        import fairseq_compat  # noqa: F401  (nothing else imports it where no .pth file is read)
     for name in PACKAGES[: 2 if job.smoke else None]:
         with job.part(f"import {name}"):
             module = importlib.import_module(name)
@@ -58,8 +69,14 @@ def device(job: Job) -> None:
             multiprocessors=properties.multi_processor_count,
         )
         with job.part("driver"):
-            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-            job.record(driver=subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip())
+            query = [
+                "nvidia-smi",
+                "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit",
+                "--format=csv,noheader",
+            ]
+            job.record(
+                driver=subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            )
     with job.part("copy"):
         source = torch.randn(2**14 if job.smoke else 2**30, device=job.device).bfloat16()
         source.clone()
@@ -130,7 +147,7 @@ def ema_speed(job: Job) -> None:
     """The shapes of ema_kernel.py, one after the other; the first is the one with a goal."""
     import ema_kernel
 
-    shapes, count = (([ema_kernel.SMALL], 2) if job.smoke else (ema_kernel.SHAPES, ema_kernel.SETS))
+    shapes, count = ([ema_kernel.SMALL], 2) if job.smoke else (ema_kernel.SHAPES, ema_kernel.SETS)
     found: dict[str, Any] = {}
     for shape in shapes:
         label = ema_kernel.label(shape)
@@ -156,5 +173,7 @@ def launch(job: Job) -> None:
     for row in ema_kernel.tune(torch.device(job.device), shape, count, tried):
         rows.append(row)
         best, ours = (min(rows, key=lambda row: row[0]), next(row for row in rows if row[1] == "chosen"))
-        job.record(rows=sorted(rows, key=lambda row: row[0])[:20], best=str(best[1]), gain=ours[0] / best[0], tried=len(rows))
+        job.record(
+            rows=sorted(rows, key=lambda row: row[0])[:20], best=str(best[1]), gain=ours[0] / best[0], tried=len(rows)
+        )
     assert rows, "no launch parameters ran"

@@ -1,4 +1,4 @@
-"""Stages of gpu_checks.py that time a training step of 350M parameters: train_step.py's steps, in one process and interleaved."""
+"""Stages of gpu_checks.py that time a training step of 350M parameters: train_step.py's steps, in one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ def settings(job: Job, **changes: Any) -> argparse.Namespace:
     """What train_step.py calls its arguments."""
     full = {"shape": "350m", "length": 2048, "batch": 16, "vocab": 51200, "steps": 12, "pairs": 20}
     small = {"shape": "tiny", "length": 16, "batch": 2, "vocab": 99, "steps": 2, "pairs": 3}
-    given = {**(small if job.smoke else full), "device": job.device, "compile": True, "by_blocks": True, "threads": 1, **changes}
+    given = {
+        **(small if job.smoke else full),
+        "device": job.device,
+        "compile": True,
+        "by_blocks": True,
+        "threads": 1,
+        **changes,
+    }
     return argparse.Namespace(**given)
 
 
@@ -60,7 +67,9 @@ def run(steps: list[Step], args: argparse.Namespace) -> list[float]:
     return clock.seconds()
 
 
-def measure(name: str, make: Callable[[argparse.Namespace], Step], job: Job, args: argparse.Namespace, found: dict[str, Any]) -> Step:
+def measure(
+    name: str, make: Callable[[argparse.Namespace], Step], job: Job, args: argparse.Namespace, found: dict[str, Any]
+) -> Step:
     """Prepares and times a variant, records it as ``variants/NAME``, and returns its step."""
     held = 0
     if args.device == "cuda":
@@ -75,7 +84,12 @@ def measure(name: str, make: Callable[[argparse.Namespace], Step], job: Job, arg
     started.mark()
     seconds = run([step] * args.steps, args)
     rate = args.batch * args.length / statistics.median(seconds)
-    row: dict[str, Any] = {"tokens_per_s": rate, "seconds": seconds, "batch": args.batch, "ready_after_s": started.seconds()[0]}
+    row: dict[str, Any] = {
+        "tokens_per_s": rate,
+        "seconds": seconds,
+        "batch": args.batch,
+        "ready_after_s": started.seconds()[0],
+    }
     if args.device == "cuda":
         row |= {"peak_gib": (torch.cuda.max_memory_allocated() - held) / GIB, "mfu": train_step.mfu(rate, args)}
     found[name] = row
@@ -93,7 +107,8 @@ def kernels_of(step: Step, device: str) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
     kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     rows = [
-        {"name": event.key[:120], "ms": round(getattr(event, kind) / 1000, 3), "calls": event.count} for event in record.key_averages()
+        {"name": event.key[:120], "ms": round(getattr(event, kind) / 1000, 3), "calls": event.count}
+        for event in record.key_averages()
     ]
     return sorted(rows, key=lambda row: -row["ms"])[:40]
 
@@ -127,8 +142,8 @@ def step(job: Job) -> None:
         for name, one in steps.items():
             profiles[name] = kernels_of(one, args.device)
             job.record(profiles=profiles)
-        flash = any("flash" in row["name"].lower() for row in profiles["gpt_lm"])
-        job.record(flash=int(flash) if args.device == "cuda" else None)
+        flash = sum(row["calls"] for row in profiles["gpt_lm"] if "flash" in row["name"].lower())
+        job.record(flash=flash if args.device == "cuda" else None)
     steps.clear()
     for name, make in (("plain", train_step.plain_step), ("stock", ours(STOCK))):
         collect(args.device)

@@ -1,4 +1,4 @@
-"""Stage of gpu_checks.py that trains with ``fairseq-train`` on the device, beside losses of a CPU in fp32 made beforehand."""
+"""Stage of gpu_checks.py that trains with ``fairseq-train`` on the device, beside losses of a CPU made beforehand."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from gpu_job import ROOT, Job
 from scaling import make_data
 
+import fairseq_compat  # noqa: F401  (before fairseq: no .pth file may be read here)
 
-TRAINING = """--user-dir {root}/momentum_lm --task momentum_language_modeling --criterion chunked_cross_entropy --optimizer fused_adamw
-    --arch momentum_lm_tiny --momentum-learned --clip-norm 1.0 --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 10
-    --tokens-per-sample {length} --batch-size 8 --max-update {updates} --num-workers 0 --disable-validation --no-save --log-interval 1
-    --log-format json --seed 1"""
-# Flags of a training run, the reference that its losses are compared with, and whether it needs a GPU.
+TRAINING = """--user-dir {root}/momentum_lm --task momentum_language_modeling --criterion chunked_cross_entropy
+    --optimizer fused_adamw --arch momentum_lm_tiny --momentum-learned --clip-norm 1.0 --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 10
+    --tokens-per-sample {length} --batch-size 8 --max-update {updates} --num-workers 0 --disable-validation --no-save
+    --log-interval 1 --log-format json --seed 1"""
+# Flags of a run, the reference that its losses are compared with, and whether it needs a GPU; by value.
 VARIANTS = {
     "fp32": ("--autocast none", "fp32", False),
     "bf16": ("--autocast bf16", "fp32", False),
-    "packed": ("--autocast none --packed-documents", "packed", False),
     "compiled": ("--autocast bf16 --compile", "fp32", True),
+    "packed": ("--autocast none --packed-documents", "packed", False),
     "fp16": ("--fp16 --fp16-no-flatten-grads --fp16-init-scale 4", "fp32", True),
 }
 SMALL = "--decoder-layers 1 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2"
@@ -48,7 +49,6 @@ class Losses(logging.Handler):
 
 def train(folder: Path, flags: Sequence[str], smoke: bool) -> list[float]:
     """Losses of a run of ``fairseq-train`` in this process."""
-    import fairseq_compat  # noqa: F401  (nothing else imports it where no .pth file is read)
     from fairseq import checkpoint_utils, options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq.distributed import utils as distributed
@@ -56,9 +56,17 @@ def train(folder: Path, flags: Sequence[str], smoke: bool) -> list[float]:
     from fairseq_cli import train as command
 
     updates, length = sizes(smoke)
-    words = [str(folder), *TRAINING.format(root=ROOT, updates=updates, length=length).split(), *SMALL.split() * smoke, *flags]
+    words = [
+        str(folder),
+        *TRAINING.format(root=ROOT, updates=updates, length=length).split(),
+        *SMALL.split() * smoke,
+        *flags,
+    ]
     metrics.reset()
-    for function in (checkpoint_utils.save_checkpoint, command.should_stop_early):  # both remember things in their attributes
+    for function in (
+        checkpoint_utils.save_checkpoint,
+        command.should_stop_early,
+    ):  # both remember things in their attributes
         vars(function).clear()
     handler = Losses()
     logger = logging.getLogger("fairseq.logging.progress_bar")
@@ -76,14 +84,16 @@ def device_flags(device: str) -> list[str]:
 
 
 def references(job: Job) -> None:
-    """Writes BUNDLE/references: the data, the losses of a CPU in fp32, and, in miniature, tokens for the stage of quality."""
+    """Writes BUNDLE/references: data and losses of a CPU in fp32; and, in miniature, tokens for the stage ``quality``."""
     folder = job.bundle / "references" / "data"
     folder.mkdir(parents=True, exist_ok=True)
     updates, length = sizes(job.smoke)
     make_data(folder, max(600, length * 8 * (updates + 5)))
     losses = {}
     for name in ("fp32", "packed"):
-        losses[name] = train(folder, ["--cpu", *VARIANTS[name][0].split(), "--save-dir", str(job.work / name)], job.smoke)
+        losses[name] = train(
+            folder, ["--cpu", *VARIANTS[name][0].split(), "--save-dir", str(job.work / name)], job.smoke
+        )
         assert len(losses[name]) == updates, f"{len(losses[name])} losses of {updates} updates"
         job.record(losses=losses, updates=updates, torch=torch.__version__)
     (job.bundle / "references" / "losses.json").write_text(json.dumps({"losses": losses, "smoke": job.smoke}))
@@ -118,4 +128,8 @@ def compilations() -> dict[str, int]:
     """How often torch compiled, by what it counts."""
     from torch._dynamo.utils import counters
 
-    return {"frames": counters["frames"]["total"], "graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
+    return {
+        "frames": counters["frames"]["total"],
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+    }

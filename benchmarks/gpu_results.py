@@ -1,7 +1,7 @@
 """Puts what gpu_checks.py found into benchmarks/results/CARD.json, and makes the documents' tables of what is there.
 
-python benchmarks/gpu_results.py OUT [OUT ...]     merges folders of results, then writes the documents
-python benchmarks/gpu_results.py                   writes the documents: GPU_CHECKS.md, and the README between its markers
+python benchmarks/gpu_results.py OUT [OUT ...]    merges folders of results, then writes the documents
+python benchmarks/gpu_results.py                  writes the documents: GPU_CHECKS.md, the README between its markers
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def document(cards: Cards) -> str:
         "Made by `python benchmarks/gpu_results.py` from `benchmarks/gpu_registry.py` and `benchmarks/results/`: "
         "do not edit.",
         "A machine with a GPU may be at hand for minutes only, without network. On another machine "
-        "`bash benchmarks/gpu_bundle.sh DIR` makes a folder to take along, and prints the command to give there; the results come back with "
+        "`bash benchmarks/gpu_bundle.sh DIR` makes a folder to take along, and prints the command to give there; "
+        "the results come back with "
         "`python benchmarks/gpu_results.py OUT`. `python benchmarks/gpu_checks.py --help` says the rest.",
     ]
     for title, stages in (("First call", FIRST), ("Second call", SECOND)):
@@ -100,8 +101,9 @@ def document(cards: Cards) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-BY_HAND = """- DDP with `--gradient-as-bucket-view` on several GPUs; waits for the device (`torch.cuda.set_sync_debug_mode`)
-- a batch of in-context prompts that does not fit is halved, its memory given back (`GPU_SHARE` in icl/scoring.py at 3.0)
+BY_HAND = """- DDP with `--gradient-as-bucket-view` on several GPUs
+- waits for the device in an update (`torch.cuda.set_sync_debug_mode`)
+- a batch of prompts that does not fit is halved, its memory given back (`GPU_SHARE` in icl/scoring.py at 3.0)
 - the harness on `device=cuda`, an exported momentum model's `generate`
 - logits per chunk (`CHUNK_LOGITS` in modules/loss.py) over 2^26 to 2^30; one product for queries, keys and values
 - `python benchmarks/icl_eval.py` and `benchmarks/analysis.py` with both sides on the GPU"""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,15 @@ def write_data(folder: Path, rows: int) -> None:
         (folder / "mr" / f"{split}.jsonl").write_text("\n".join(lines))
 
 
-def write_models(folder: Path, smoke: bool) -> dict[str, list[str]]:
-    """Random models with real tokenizers: flags of ``fairseq-eval`` by name."""
+def write_models(folder: Path, smoke: bool) -> dict[str, Callable[..., Any]]:
+    """Random models with real tokenizers: what loads them on a device, by name."""
     import tokenizers
     import transformers
 
     from momentum_lm.data.tokenizer import load_tokenizer
     from momentum_lm.data.vocabulary import train_sentencepiece
+    from momentum_lm.lm.huggingface import load_huggingface
+    from momentum_lm.lm.native import load_native
     from momentum_lm.modules import Decoder, DecoderConfig
 
     draw = random.Random(1)
@@ -54,18 +59,9 @@ def write_models(folder: Path, smoke: bool) -> dict[str, list[str]]:
     llama = transformers.LlamaConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, **shape)
     transformers.LlamaForCausalLM(llama).save_pretrained(theirs)
     return {
-        "ours": ["--path", str(ours / "model.pt"), "--model-overrides", "{'decoder_attention_heads': 4}"],
-        "transformers": ["--hf-model", str(theirs)],
+        "ours": functools.partial(load_native, ours / "model.pt", {"decoder_attention_heads": 4}),
+        "transformers": functools.partial(load_huggingface, str(theirs)),
     }
-
-
-def evaluate(task: str, folder: Path, model: list[str], device: str, results: Path, *flags: str) -> None:
-    from momentum_lm.cli.evaluate import main
-
-    common = ["--datasets", "mr", "--data-dir", str(folder), "--sampling", "balanced", "--seeds", "1"]
-    words = ["--task", task, *model, *common, *flags, "--device", device, "--results-dir", str(results)]
-    status = main(words)
-    assert not status, f"fairseq-eval ended with status {status}"
 
 
 def scores(results: Path) -> list[float]:
@@ -86,26 +82,36 @@ def largest(a: Any, b: Any) -> float:
 
 def in_context(job: Job) -> None:
     """Scores of two models in fp32 and bf16, and the analysis, on the device and on the CPU beside it."""
+    from momentum_lm.data.classification import load_dataset
+    from momentum_lm.studies import classification, icl_vs_finetuning
+
     folder = job.work / "in_context"
     write_data(folder, 8 if job.smoke else 64)
     models = write_models(folder, job.smoke)
-    flags = ["--shots", "2" if job.smoke else "8"]
+    data = [load_dataset("mr", str(folder))]
+    prompts = classification.Settings(shots=(2 if job.smoke else 8,), seeds=(1,), sampling="balanced")
+
+    def evaluated(name: str, device: str, dtype: torch.dtype = torch.float32) -> list[float]:
+        results = folder / f"{name}-{device}-{dtype}"
+        if not results.exists():  # the CPU's may be there
+            lm = models[name](device=device, dtype=dtype)
+            classification.evaluate(lm, data, prompts, results, show_progress=False)
+        return scores(results)
+
     found: dict[str, float] = {}
-    for name, model in models.items():
+    for name in models:
         with job.part(f"scores of {name}"):
-            for device in {"cpu", job.device}:
-                evaluate("icl_classification", folder, model, device, folder / f"{name}-{device}", *flags)
-            found[name] = largest(scores(folder / f"{name}-{job.device}"), scores(folder / f"{name}-cpu"))
+            found[name] = largest(evaluated(name, job.device), evaluated(name, "cpu"))
             job.record(scores=found)
     with job.part("scores in bf16"):
-        evaluate("icl_classification", folder, models["ours"], job.device, folder / "bf16", *flags, "--dtype", "bf16")
-        job.record(scores_bf16=largest(scores(folder / "bf16"), scores(folder / "ours-cpu")))
+        job.record(scores_bf16=largest(evaluated("ours", job.device, torch.bfloat16), evaluated("ours", "cpu")))
     with job.part("analysis"):
-        few = ["--shots", "2", "--limit", "2" if job.smoke else "20", "--finetune-lr", "0.01", "--controls", "none"]
+        few = dataclasses.replace(prompts, shots=(2,), limit=2 if job.smoke else 20)
+        settings = icl_vs_finetuning.Settings(few, rates=(0.01,), controls=())
         runs = {}
         for device in {"cpu", job.device}:
             results = folder / f"analysis-{device}"
-            evaluate("icl_finetune_analysis", folder, models["ours"], device, results, *few)
+            icl_vs_finetuning.analyse(models["ours"](device=device), data, settings, results, show_progress=False)
             runs[device] = json.loads((results / "results.json").read_text())["runs"][0]
         job.record(analysis=max(largest(runs["cpu"][form], runs[job.device][form]) for form in ("paper", "corrected")))
 

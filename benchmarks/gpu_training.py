@@ -16,7 +16,8 @@ from scaling import make_data
 import fairseq_compat  # noqa: F401  (before fairseq: no .pth file may be read here)
 
 TRAINING = """--user-dir {root}/momentum_lm --task momentum_language_modeling --criterion chunked_cross_entropy
-    --optimizer fused_adamw --arch momentum_lm_tiny --momentum-learned --clip-norm 1.0 --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 10
+    --optimizer fused_adamw --arch momentum_lm_tiny --momentum-learned --clip-norm 1.0 --lr 3e-3
+    --lr-scheduler inverse_sqrt --warmup-updates 10
     --tokens-per-sample {length} --batch-size 8 --max-update {updates} --num-workers 0 --disable-validation --no-save
     --log-interval 1 --log-format json --seed 1"""
 # Flags of a run, the reference that its losses are compared with, and whether it needs a GPU; by value.
@@ -84,7 +85,7 @@ def device_flags(device: str) -> list[str]:
 
 
 def references(job: Job) -> None:
-    """Writes BUNDLE/references: data and losses of a CPU in fp32; and, in miniature, tokens for the stage ``quality``."""
+    """Writes BUNDLE/references: data and losses of a CPU in fp32; in miniature also tokens for the stage ``quality``."""
     folder = job.bundle / "references" / "data"
     folder.mkdir(parents=True, exist_ok=True)
     updates, length = sizes(job.smoke)

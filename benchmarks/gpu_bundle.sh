@@ -5,8 +5,8 @@
 #   bash benchmarks/gpu_bundle.sh --check DIR     whether what is there is small enough
 #
 # In DIR: site/, packages for Python 3.12 on x86-64 Linux that an environment with torch, Triton, transformers, pytest,
-# sacrebleu and tensorboard lacks, unpacked, so that PYTHONPATH is all they need; tokens/, film reviews in fairseq's form;
-# references/, losses of this machine's CPU. The project's environment is on PATH. About two minutes.
+# sacrebleu and tensorboard lacks, unpacked, so that PYTHONPATH is all they need; tokens/, film reviews in fairseq's
+# form; references/, losses of this machine's CPU. The project's environment is on PATH. About two minutes.
 set -euo pipefail
 most=$((60 * 1024 * 1024))
 # By what constraints.txt says of their versions. The first two have no wheels; fairseq is built without its extensions.

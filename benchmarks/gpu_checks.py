@@ -36,7 +36,8 @@ CLOSING = 3.0  # seconds kept for the end
 
 def environment(device: str, scratch: Path) -> dict[str, str]:
     """Of the stages. What they import comes by PYTHONPATH, as nothing is installed; all share one cache of kernels."""
-    path = [str(HERE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [str(HERE), str(ROOT), *map(os.path.abspath, given)]
     changes = {
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",

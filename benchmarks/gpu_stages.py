@@ -6,12 +6,12 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from clock import seconds_each
 from gpu_job import ROOT, Job
@@ -54,29 +54,24 @@ MINIATURE = ("test_once_differentiable", "test_is_the_equation[1-True-False-bflo
 
 def device(job: Job) -> None:
     """The device, versions, copy bandwidth and the bf16 matrix product."""
-    versions = {"Python": platform.python_version()}
+    job.record(card=torch.cuda.get_device_name() if job.device == "cuda" else "cpu", cpus=os.cpu_count())
+    versions: dict[str, Any] = {"Python": platform.python_version(), "CUDA": torch.version.cuda}
     for name in PACKAGES[: 2 if job.smoke else None]:
         with job.part(f"import {name}"):
             module = importlib.import_module(name)
             versions[name] = str(getattr(module, "__version__", "")) or importlib.metadata.version(name)
-    job.record(versions=versions | {"CUDA": torch.version.cuda}, card="cpu", cpus=os.cpu_count())
+            job.record(versions=versions)
     if job.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         job.record(
-            card=properties.name,
             capability=f"{properties.major}.{properties.minor}",
             memory_gib=properties.total_memory / 2**30,
             multiprocessors=properties.multi_processor_count,
         )
-        with job.part("driver"):
-            query = [
-                "nvidia-smi",
-                "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit",
-                "--format=csv,noheader",
-            ]
-            job.record(
-                driver=subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-            )
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"]
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+            job.record(driver=done.stdout.strip())
     with job.part("copy"):
         source = torch.randn(2**14 if job.smoke else 2**30, device=job.device).bfloat16()
         source.clone()
@@ -98,7 +93,6 @@ class Recorder:
         self.job, self.names = job, names
         self.tests: dict[str, str] = {}
 
-    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         if self.names is None:
             return
@@ -123,6 +117,8 @@ class Recorder:
 
 def run_tests(job: Job, path: str, names: Sequence[str] | None) -> None:
     """Tests of the repository on the device."""
+    import pytest
+
     os.chdir(ROOT)
     flags = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--tb=short"]
     recorder = Recorder(job, names)

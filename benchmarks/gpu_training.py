@@ -85,7 +85,7 @@ def device_flags(device: str) -> list[str]:
 
 
 def references(job: Job) -> None:
-    """Writes BUNDLE/references: data and losses of a CPU in fp32; in miniature also tokens for the stage ``quality``."""
+    """Writes BUNDLE/references: data and losses of a CPU in fp32; in miniature also tokens for ``quality``."""
     folder = job.bundle / "references" / "data"
     folder.mkdir(parents=True, exist_ok=True)
     updates, length = sizes(job.smoke)

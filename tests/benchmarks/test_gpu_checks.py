@@ -28,9 +28,10 @@ def programs():
         import gpu_checks
         import gpu_registry
         import gpu_results
+        import gpu_stages
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return argparse.Namespace(checks=gpu_checks, registry=gpu_registry, results=gpu_results)
+    return argparse.Namespace(checks=gpu_checks, registry=gpu_registry, results=gpu_results, stages=gpu_stages)
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +163,10 @@ def test_time_that_a_stage_leaves_is_for_those_after_it(programs, tmp_path, monk
     assert [round(seconds) for seconds in given.values()] == [30, 75, 150, 172, 202, 267]
 
 
-def test_the_chosen_checks_of_the_kernels_exist(run_cli, tmp_path):
+def test_the_chosen_checks_of_the_kernels_exist(programs, run_cli, tmp_path):
     """As they are collected where there is a GPU."""
     (tmp_path / "as_with_a_gpu.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
-    code = "import gpu_stages; print(*gpu_stages.CHOSEN, *gpu_stages.MINIATURE, sep='\\n')"
-    chosen = run_cli(["python", "-c", code], env={"PYTHONPATH": BENCHMARKS}).stdout.splitlines()
+    chosen = [*programs.stages.CHOSEN, *programs.stages.MINIATURE]
     command = ["python", "-m", "pytest", "-p", "as_with_a_gpu", "--collect-only", "-q", "-o", "addopts=--import-mode=importlib"]
     flags = ["-p", "no:cacheprovider", "tests/ops/triton_kernel.py"]
     done = run_cli([*command, *flags], env={"PYTHONPATH": tmp_path}, cwd=BENCHMARKS.parent)

@@ -38,8 +38,10 @@ class Job:
     def record(self, **values: Any) -> None:
         """Adds to the results, and writes all of them: a stage that is killed keeps what it recorded."""
         self.results |= values
+        gpu = self.device == "cuda" and "torch" in sys.modules
+        card = sys.modules["torch"].cuda.get_device_name() if gpu else self.device
         temporary = self.output.with_suffix(".part")
-        temporary.write_text(json.dumps({"results": self.results, "errors": self.errors}, indent=1))
+        temporary.write_text(json.dumps({"card": card, "results": self.results, "errors": self.errors}, indent=1))
         os.replace(temporary, self.output)
 
     @contextlib.contextmanager

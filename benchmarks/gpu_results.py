@@ -25,7 +25,7 @@ Cards = Mapping[str, Mapping[str, Any]]  # by the name of the file: {"card": its
 def merge(folder: Path, results: Path = RESULTS) -> Path:
     """Adds the stages of one run to the file of its card, in place of older ones.
 
-    Raises ValueError for a folder without a card's name, and for a run in miniature or on a CPU.
+    Raises ValueError for a folder without results of one card, and for a run in miniature or on a CPU.
     """
     stages = {}
     for path in sorted(folder.glob("*.json")):
@@ -33,11 +33,11 @@ def merge(folder: Path, results: Path = RESULTS) -> Path:
         if "stage" in record and record["results"]:
             written = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
             stages[record["stage"]] = record | {"date": written.date().isoformat()}
-    cards = {record["results"]["card"] for record in stages.values() if "card" in record["results"]}
+    cards = {record["card"] for record in stages.values()}
     if len(cards) != 1:
-        raise ValueError(f"{folder}: its stages name {len(cards)} cards, not one; the stage `device` names it")
+        raise ValueError(f"{folder}: its stages are of {len(cards)} cards, not of one")
     card = cards.pop()
-    if card == "cpu" or any(record["smoke"] for record in stages.values()):
+    if card in ("cpu", "cuda") or any(record["smoke"] for record in stages.values()):
         raise ValueError(f"{folder}: a run in miniature or on a CPU, which is no result")
     path = results / f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
     stored = json.loads(path.read_text()) if path.exists() else {"card": card, "stages": {}}

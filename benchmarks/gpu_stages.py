@@ -54,7 +54,7 @@ MINIATURE = ("test_once_differentiable", "test_is_the_equation[1-True-False-bflo
 
 def device(job: Job) -> None:
     """The device, versions, copy bandwidth and the bf16 matrix product."""
-    job.record(card=torch.cuda.get_device_name() if job.device == "cuda" else "cpu", cpus=os.cpu_count())
+    job.record(cpus=os.cpu_count())
     versions: dict[str, Any] = {"Python": platform.python_version(), "CUDA": torch.version.cuda}
     for name in PACKAGES[: 2 if job.smoke else None]:
         with job.part(f"import {name}"):
@@ -117,6 +117,7 @@ class Recorder:
 
 def run_tests(job: Job, path: str, names: Sequence[str] | None) -> None:
     """Tests of the repository on the device."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what else is installed there
     import pytest
 
     os.chdir(ROOT)

@@ -139,8 +139,8 @@ def step(job: Job) -> None:
         share = {"estimate": ratio - 1, "low": low - 1, "high": high - 1, "n": args.pairs}
         job.record(momentum_share=share, pairs=seconds, pairs_batch=args.batch)
     with job.part("profiles"):
-        for name, one in steps.items():
-            profiles[name] = kernels_of(one, args.device)
+        for name in steps:
+            profiles[name] = kernels_of(steps[name], args.device)
             job.record(profiles=profiles)
         flash = sum(row["calls"] for row in profiles["gpt_lm"] if "flash" in row["name"].lower())
         job.record(flash=flash if args.device == "cuda" else None)
@@ -162,9 +162,9 @@ def more(job: Job) -> None:
     found: dict[str, Any] = {}
     for name, make, changes in (
         ("gpt_lm", ours(OURS), {}),
-        ("whole", train_step.plain_step, {"by_blocks": False}),
         ("eager", ours(OURS), {"compile": False}),
         ("learned", ours(MOMENTUM, "--momentum-learned"), {}),
+        ("whole", train_step.plain_step, {"by_blocks": False}),  # the last: it takes a minute or more to compile
     ):
         collect(job.device)
         with job.part(name):

@@ -183,17 +183,19 @@ def test_results_are_merged_by_card_and_shown(programs, tmp_path):
     results, out = tmp_path / "results", tmp_path / "out"
     out.mkdir()
 
-    def record(name, found, **more):
-        text = {"stage": name, "status": "ok", "seconds": 9.0, "smoke": False, "results": found, "errors": {}, **more}
+    def record(name, found, card="NVIDIA H100 80GB HBM3", **more):
+        text = {"stage": name, "card": card, "status": "ok", "seconds": 9.0, "smoke": False, "results": found, "errors": {}}
+        text |= more
         (out / f"{name}.json").write_text(json.dumps(text))
 
     record("step", {"variants": {"gpt_lm": {"mfu": 0.4321}}, "momentum_share": {"estimate": 0.011, "low": 0.01, "high": 0.012, "n": 20}})
-    with pytest.raises(ValueError, match="0 cards"):
+    record("device", {"copy_tb_per_s": 3.0}, card="NVIDIA H200")
+    with pytest.raises(ValueError, match="of 2 cards"):
         programs.results.merge(out, results)
-    record("device", {"card": "NVIDIA H100 80GB HBM3", "copy_tb_per_s": 3.0})
+    record("device", {"copy_tb_per_s": 3.0})
     path = programs.results.merge(out, results)
     assert path.name == "nvidia-h100-80gb-hbm3.json"
-    record("device", {"card": "NVIDIA H100 80GB HBM3", "copy_tb_per_s": 3.1})
+    record("device", {"copy_tb_per_s": 3.1})
     (out / "step.json").unlink()
     record("kernels", {}, status="killed")  # knows nothing, and replaces nothing
     programs.results.merge(out, results)

@@ -90,16 +90,10 @@ def run_stage(stage: Stage, seconds: float, args: argparse.Namespace, scratch: P
     try:
         record = json.loads(output.read_text())
     except (OSError, ValueError):
-        record = {"results": {}, "errors": {}}
+        record = {"card": args.device, "smoke": args.smoke, "results": {}, "errors": {}}
     if died:
         record["errors"]["process"] = died
-    record = {
-        "stage": stage.name,
-        "status": status,
-        "seconds": round(time.monotonic() - began, 1),
-        "smoke": args.smoke,
-        **record,
-    }
+    record |= {"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
     output.write_text(json.dumps(record, indent=1))
     return record
 

@@ -28,6 +28,7 @@ class Job:
     work: Path
     output: Path
     ends: float  # on the clock of time.monotonic
+    began: float = field(default_factory=time.monotonic)
     results: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -41,7 +42,12 @@ class Job:
         gpu = self.device == "cuda" and "torch" in sys.modules
         card = sys.modules["torch"].cuda.get_device_name() if gpu else self.device
         temporary = self.output.with_suffix(".part")
-        temporary.write_text(json.dumps({"card": card, "results": self.results, "errors": self.errors}, indent=1))
+        known = {"stage": self.output.stem, "card": card, "smoke": self.smoke}
+        state = {
+            "status": "unfinished",
+            "seconds": round(time.monotonic() - self.began, 1),
+        }  # until gpu_checks.py knows
+        temporary.write_text(json.dumps({**known, **state, "results": self.results, "errors": self.errors}, indent=1))
         os.replace(temporary, self.output)
 
     @contextlib.contextmanager

@@ -143,6 +143,7 @@ def test_a_stage_that_hangs_or_crashes_loses_only_itself(programs, tmp_path, mon
         "rest": ("ok", 5),
     }  # fmt: skip
     assert records["raises"]["results"]["more"] == 4 and "no such luck" in records["raises"]["errors"]["a part"]
+    assert records["fine"].keys() == records["writes_nothing"].keys()
     assert records["crash"]["errors"] == {"process": f"ended with status -{signal.SIGSEGV.value}"}
     assert not alive(records["hang"]["results"]["child"])
     printed = capsys.readouterr().out.splitlines()
@@ -195,7 +196,7 @@ def test_results_are_merged_by_card_and_shown(programs, tmp_path):
     record("device", {"copy_tb_per_s": 3.0})
     path = programs.results.merge(out, results)
     assert path.name == "nvidia-h100-80gb-hbm3.json"
-    record("device", {"copy_tb_per_s": 3.1})
+    record("device", {"copy_tb_per_s": 3.1}, status="unfinished")  # the whole run was killed meanwhile
     (out / "step.json").unlink()
     record("kernels", {}, status="killed")  # knows nothing, and replaces nothing
     programs.results.merge(out, results)
@@ -205,7 +206,7 @@ def test_results_are_merged_by_card_and_shown(programs, tmp_path):
     assert "| at least 50% | 43.2% (missed) |" in document and "| 3.10 |" in document and "| 3.10 |" in readme
     assert "| at most 2% | +1.1% (+1.0% to +1.2%, n = 20) |" in readme
     assert "`kernels`" in document and "| checks passed |  | not yet measured |" in document
-    assert "NVIDIA H100 80GB HBM3: ok, 9 s, 20" in document
+    assert "NVIDIA H100 80GB HBM3: ok, 9 s, 20" in document and "HBM3: unfinished, 9 s" in document
 
 
 def test_a_bundle_that_is_too_large_is_refused(tmp_path):

@@ -1,5 +1,8 @@
-"""What runs on a GPU, without one: every stage in miniature, from an environment like the GPU machine's; stages that hang
-or crash lose only themselves; and the documents are what the results say."""
+"""What runs on a GPU, without one.
+
+Every stage in miniature, from an environment like the GPU machine's; stages that hang or crash lose only themselves;
+and the documents are what the results say.
+"""
 
 import argparse
 import json
@@ -36,8 +39,10 @@ def programs():
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """(interpreter, environment): an environment where nothing is installed, no .pth file is read, and the packages that
-    the project needs come by PYTHONPATH, without the project's own metadata."""
+    """(interpreter, environment) where nothing is installed and no .pth file is read.
+
+    The packages that the project needs come by PYTHONPATH, without the project's own metadata.
+    """
     folder = tmp_path_factory.mktemp("bare")
     venv.EnvBuilder(symlinks=True).create(folder / "venv")
     site = folder / "site"
@@ -130,7 +135,9 @@ def test_a_stage_that_hangs_or_crashes_loses_only_itself(programs, tmp_path, mon
     (tmp_path / "made_up.py").write_text(STAGES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     Stage = programs.registry.Stage
-    stages = [Stage(name, f"made_up:{name}", "", 4, 0) for name in ("hang", "crash", "raises", "writes_nothing", "fine")]
+    stages = [
+        Stage(name, f"made_up:{name}", "", 4, 0) for name in ("hang", "crash", "raises", "writes_nothing", "fine")
+    ]
     stages += [Stage("late", "made_up:fine", "", 1, 1000), Stage("rest", "made_up:fine", "", None, 0)]
     args = argparse.Namespace(output=tmp_path / "out", bundle=tmp_path, device="cpu", smoke=False, minutes=9)
     began = time.monotonic()
@@ -139,9 +146,13 @@ def test_a_stage_that_hangs_or_crashes_loses_only_itself(programs, tmp_path, mon
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
     found = {name: (record["status"], record["results"].get("known")) for name, record in records.items()}
     assert found == {
-        "hang": ("killed", 1), "crash": ("failed", 2), "raises": ("failed", 3), "writes_nothing": ("failed", None), "fine": ("ok", 5),
+        "hang": ("killed", 1),
+        "crash": ("failed", 2),
+        "raises": ("failed", 3),
+        "writes_nothing": ("failed", None),
+        "fine": ("ok", 5),
         "rest": ("ok", 5),
-    }  # fmt: skip
+    }
     assert records["raises"]["results"]["more"] == 4 and "no such luck" in records["raises"]["errors"]["a part"]
     assert records["fine"].keys() == records["writes_nothing"].keys()
     assert records["crash"]["errors"] == {"process": f"ended with status -{signal.SIGSEGV.value}"}
@@ -168,7 +179,17 @@ def test_the_chosen_checks_of_the_kernels_exist(programs, run_cli, tmp_path):
     """As they are collected where there is a GPU."""
     (tmp_path / "as_with_a_gpu.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
     chosen = [*programs.stages.CHOSEN, *programs.stages.MINIATURE]
-    command = ["python", "-m", "pytest", "-p", "as_with_a_gpu", "--collect-only", "-q", "-o", "addopts=--import-mode=importlib"]
+    command = [
+        "python",
+        "-m",
+        "pytest",
+        "-p",
+        "as_with_a_gpu",
+        "--collect-only",
+        "-q",
+        "-o",
+        "addopts=--import-mode=importlib",
+    ]
     flags = ["-p", "no:cacheprovider", "tests/ops/triton_kernel.py"]
     done = run_cli([*command, *flags], env={"PYTHONPATH": tmp_path}, cwd=BENCHMARKS.parent)
     known = {line.partition("::")[2] for line in done.stdout.splitlines()}
@@ -185,11 +206,25 @@ def test_results_are_merged_by_card_and_shown(programs, tmp_path):
     out.mkdir()
 
     def record(name, found, card="NVIDIA H100 80GB HBM3", **more):
-        text = {"stage": name, "card": card, "status": "ok", "seconds": 9.0, "smoke": False, "results": found, "errors": {}}
+        text = {
+            "stage": name,
+            "card": card,
+            "status": "ok",
+            "seconds": 9.0,
+            "smoke": False,
+            "results": found,
+            "errors": {},
+        }
         text |= more
         (out / f"{name}.json").write_text(json.dumps(text))
 
-    record("step", {"variants": {"gpt_lm": {"mfu": 0.4321}}, "momentum_share": {"estimate": 0.011, "low": 0.01, "high": 0.012, "n": 20}})
+    record(
+        "step",
+        {
+            "variants": {"gpt_lm": {"mfu": 0.4321}},
+            "momentum_share": {"estimate": 0.011, "low": 0.01, "high": 0.012, "n": 20},
+        },
+    )
     record("device", {"copy_tb_per_s": 3.0}, card="NVIDIA H200")
     with pytest.raises(ValueError, match="of 2 cards"):
         programs.results.merge(out, results)

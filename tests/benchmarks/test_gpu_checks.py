@@ -171,7 +171,7 @@ def test_time_that_a_stage_leaves_is_for_those_after_it(programs, tmp_path, monk
     monkeypatch.setattr(programs.checks, "run_stage", run_stage)
     args = argparse.Namespace(output=tmp_path, smoke=False, minutes=4.5)
     assert programs.checks.run_stages(programs.registry.FIRST, args, time.monotonic()) == 0
-    # half of the seconds of 60, 90, 150, 45 and 60, one on top of the other; the last one gets all of 270 but the closing
+    # half of 60, 90, 150, 45 and 60 s, one on top of the other; the last gets all of 270 s but the closing
     assert [round(seconds) for seconds in given.values()] == [30, 75, 150, 172, 202, 267]
 
 

@@ -25,12 +25,17 @@ SHAPES = [  # batch, heads, length, dimension, dtype
     (32, 12, 1024, 64, torch.bfloat16),
     (1, 16, 16384, 64, torch.bfloat16),
 ]
+SMALL = (1, 2, 40, 16, torch.float32)  # to try the benchmark without a GPU, in Triton's interpreter
 SETS = 12  # of inputs and outputs that the calls go through, against the cache
 GOAL = 0.7
 
 
 def milliseconds(calls, repeats=20):
-    """Median time of one call, of all in one graph."""
+    """Median time of one call, of all in one graph; without a GPU, of one after the other."""
+    if not torch.cuda.is_available():
+        from clock import seconds_each
+
+        return 1000 * statistics.median(seconds_each(calls, "cpu"))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -85,37 +90,54 @@ def both_ways(function, values, addend, grad, log_decay):
     return torch.autograd.grad(out, inputs, grad)
 
 
-def measure(shape, device):
+def label(shape):
+    *sizes, dtype = shape
+    return "B{} H{} T{} D{} ".format(*sizes) + str(dtype).removeprefix("torch.")
+
+
+def measure(shape, device, count=SETS):
+    """Yields (name, numbers), each as soon as it is known."""
     from momentum_lm.ops import ema
     from momentum_lm.ops.chunked import ema_chunked
 
-    sets, log_decay = make_sets(shape, device)
+    sets, log_decay = make_sets(shape, device, count)
     batch, _, length, _, dtype = shape
     packed = (torch.arange(length, device=device) // 700).expand(batch, -1)
-    rows = {}
     for suffix, ids in (("", None), (", packed", packed)):
         for name, (calls, moved) in kernel_calls(sets, log_decay, ids).items():
-            copied = torch.empty(SETS, moved // 2 // dtype.itemsize, device=device, dtype=dtype)
+            copied = torch.empty(count, moved // 2 // dtype.itemsize, device=device, dtype=dtype)
             kernel, copy = milliseconds(calls), milliseconds([row.clone for row in copied])
-            rows[name + suffix] = {"ms": kernel, "gb_per_s": moved / kernel / 1e6, "of_copy": copy / kernel}
+            yield name + suffix, {"ms": kernel, "gb_per_s": moved / kernel / 1e6, "of_copy": copy / kernel}
     fused, plain = (milliseconds([functools.partial(both_ways, f, *s, log_decay) for s in sets[:4]]) for f in (ema, ema_chunked))
-    rows["both ways"] = {"ms": fused, "plain_ms": plain, "speedup": plain / fused}
-    return rows
+    yield "both ways", {"ms": fused, "plain_ms": plain, "speedup": plain / fused}
 
 
-def tune(device):
-    """Forward and backward times of the first shape under other launch parameters, the fastest first."""
+def candidates():
+    """Launch parameters to try, those that differ least from the chosen ones first; None: the chosen ones."""
     from momentum_lm.ops import triton as kernels
 
-    sets, log_decay = make_sets(SHAPES[0], device)
-    chosen, found = kernels.launch, []
-    for parameters in itertools.product((32, 64), (16, 32, 64), (4, 8), (2, 3, 4)):
-        candidate = kernels.Launch(*parameters)
-        kernels.launch = lambda dtype, both=False, candidate=candidate: candidate
-        times = {name: milliseconds(calls) for name, (calls, _) in kernel_calls(sets, log_decay, None).items()}
-        found.append((sum(times.values()), candidate._asdict(), times))
-    kernels.launch = chosen
-    return sorted(found, key=lambda row: row[0])
+    chosen = kernels.launch(SHAPES[0][-1])
+    tried = [kernels.Launch(*parameters) for parameters in itertools.product((32, 64), (16, 32, 64), (4, 8), (2, 3, 4))]
+    return [None, *sorted(tried, key=lambda one: sum(a != b for a, b in zip(one, chosen, strict=True)))]
+
+
+def tune(device, shape=SHAPES[0], count=SETS, tried=None):
+    """Yields (forward and backward milliseconds together, parameters or "chosen", each) of the shape under other launch parameters."""
+    from momentum_lm.ops import triton as kernels
+
+    sets, log_decay = make_sets(shape, device, count)
+    chosen = kernels.launch
+    for candidate in candidates() if tried is None else tried:
+        if candidate is not None:
+            kernels.launch = lambda dtype, both=False, candidate=candidate: candidate
+        try:
+            times = {name: milliseconds(calls) for name, (calls, _) in kernel_calls(sets, log_decay, None).items()}
+        except Exception as error:  # Triton's, where a GPU has not enough shared memory or registers
+            print(f"{candidate}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            continue
+        finally:
+            kernels.launch = chosen
+        yield sum(times.values()), "chosen" if candidate is None else candidate._asdict(), times
 
 
 def main():
@@ -132,11 +154,10 @@ def main():
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
     results = {}
     for shape in SHAPES:
-        *sizes, dtype = shape
-        label = "B{} H{} T{} D{} ".format(*sizes) + str(dtype).removeprefix("torch.")
-        results[label] = rows = measure(shape, device)
-        print(label)
-        for name, row in rows.items():
+        results[label(shape)] = rows = {}
+        print(label(shape))
+        for name, row in measure(shape, device):
+            rows[name] = row
             print(f"  {name:26}" + "  ".join(f"{key} {value:9.4f}" for key, value in row.items()))
         torch.cuda.empty_cache()
     first = next(iter(results.values()))
@@ -144,7 +165,7 @@ def main():
         ratio = first[name]["of_copy"]
         print(f"{name} of the first shape: {ratio:.2f} of the speed of copying, {'as' if ratio >= GOAL else 'NOT as'} wanted ({GOAL})")
     if args.tune:
-        results["launch parameters"] = found = tune(device)
+        results["launch parameters"] = found = sorted(tune(device), key=lambda row: row[0])
         for total, parameters, times in found[:10]:
             print(f"{total:.4f} ms  {parameters}  " + "  ".join(f"{name} {time:.4f}" for name, time in times.items()))
     if args.json:

@@ -1,118 +1,165 @@
-"""Everything of GPU_CHECKS.md that a machine can do alone, on one GPU, in about 15 minutes: correctness, then speed.
+"""What a GPU has to say in one call of a few minutes: correctness, speed, and whether momentum helps at 30M parameters.
 
-    python benchmarks/gpu_checks.py [--out FOLDER] [--only NAME,NAME] [--device cuda]
+python benchmarks/gpu_checks.py --references --bundle DIR                         beforehand, on a CPU
+python benchmarks/gpu_checks.py --bundle DIR --output OUT --minutes 9             the first call on a GPU
+python benchmarks/gpu_checks.py --bundle DIR --output OUT --second                what a second call is for
+python benchmarks/gpu_checks.py --bundle DIR --output OUT --device cpu --smoke    every stage in miniature
+python benchmarks/gpu_results.py OUT                                              then: results/ and the documents
 
-Each check is a process of its own with a time limit; its output goes to FOLDER/NAME.log, and the summary, a line each, to
-FOLDER/summary.txt. Exit status 1 if one failed. `--device cpu` tries the training checks without a GPU.
+The stages (gpu_registry.py) run one after the other, those that say most first, each in a process of its own until its
+time in the schedule. OUT/STAGE.json is written whenever a stage knows something more, so that one which hangs, crashes
+or is killed loses only what was still to come, and no other stage; OUT/log.txt has all that they print. What no time is
+left for is skipped with a line. gpu_bundle.sh makes DIR, for a machine without network.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
-from scaling import make_data
+from gpu_job import ROOT
+from gpu_registry import FIRST, MINUTES, REFERENCES, SECOND, Stage
 
-HERE = Path(__file__).parent
-TRAINING = """--task momentum_language_modeling --criterion chunked_cross_entropy --optimizer fused_adamw --arch momentum_lm_tiny
-    --momentum-learned --clip-norm 1.0 --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 10 --tokens-per-sample 256 --batch-size 8
-    --max-update 40 --num-workers 0 --disable-validation --no-save --log-interval 1 --log-format json --seed 1"""
-# Flags of a training run, and how far its losses may be from those of the CPU in fp32, relatively.
-VARIANTS = {
-    "fp32": ("--autocast none", 1e-3),
-    "bf16": ("--autocast bf16", 0.02),
-    "compiled": ("--autocast bf16 --compile", 0.02),
-    "fp16": ("--fp16 --fp16-no-flatten-grads --fp16-init-scale 4", 0.02),
-    "packed": ("--autocast none --packed-documents", 1e-3),
-}
+HERE = Path(__file__).resolve().parent
+CLOSING = 3.0  # seconds kept for the end
 
 
-def run(words: list[str], limit: float, log: Path) -> str:
-    """The output, also in ``log``. Raises subprocess errors."""
-    with open(log, "a") as file:
-        file.write(f"$ {' '.join(words)}\n")
-        file.flush()
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit, cwd=HERE.parent)
-        file.write(done.stdout)
-    done.check_returncode()
-    return done.stdout
-
-
-def python(*words: object, limit: float = 600) -> Callable[[Path], str]:
-    """A check that is a command; its last line is the summary."""
-    return lambda log: run([sys.executable, *map(str, words)], limit, log).strip().splitlines()[-1]
-
-
-def losses(data: str, flags: str, log: Path) -> list[float]:
-    output = run([sys.executable, "-m", "fairseq_compat", "fairseq-train", data, *TRAINING.split(), *flags.split()], 300, log)
-    lines = [json.loads(line.split(" | ")[-1]) for line in output.splitlines() if "| train_inner | {" in line]
-    return [float(line["loss"]) for line in lines]
-
-
-def training(name: str, device: str, log: Path) -> str:
-    """One variant on the device beside fp32 on the CPU."""
-    flags, tolerance = VARIANTS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder), 256 * 8 * 45)
-        packed = " --packed-documents" if "packed" in flags else ""
-        expected = losses(folder, f"--cpu --autocast none{packed} --save-dir {folder}/a", log)
-        found = losses(folder, f"{flags} {'--cpu' if device == 'cpu' else ''} --save-dir {folder}/b", log)
-    assert len(found) == len(expected) == 40, f"{len(found)} and {len(expected)} losses"
-    worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
-    assert worst < tolerance, f"losses differ by up to {worst:.2%}"
-    return f"losses within {worst:.3%} of fp32 on the CPU, over 40 updates from {expected[0]:.2f} to {expected[-1]:.2f}"
-
-
-def step(*words: object) -> Callable[[Path], str]:
-    return lambda log: "\n    ".join(run([sys.executable, HERE / "train_step.py", *map(str, words)], 600, log).splitlines()[-15:])
-
-
-def checks(device: str) -> dict[str, Callable[[Path], str]]:
-    train = {f"train_{name}": functools.partial(training, name, device) for name in VARIANTS}
+def environment(device: str, scratch: Path) -> dict[str, str]:
+    """Of the stages. What they import comes by PYTHONPATH, as nothing is installed; all share one cache of kernels."""
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [str(HERE), str(ROOT), *map(os.path.abspath, given)]
+    changes = {
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
     if device == "cpu":
-        return train
-    return {
-        "kernels": python("-m", "pytest", "-q", "tests/ops/triton_kernel.py"),
-        **train,
-        "ema_speed": lambda log: "\n    ".join(run([sys.executable, HERE / "ema_kernel.py"], 300, log).splitlines()[-20:]),
-        "step_350m": step("--device", "cuda", "--shape", "350m", "--length", 2048, "--batch", 16, "--steps", 20, "--rounds", 2),
-        "step_350m_eager": step(
-            "--device", "cuda", "--shape", "350m", "--length", 2048, "--batch", 16, "--steps", 10, "--rounds", 1, "--no-compile"
-        ),
-    }  # fmt: skip
+        changes |= {
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+    return {**os.environ, **changes}
 
 
-def main() -> int:
+def run_stage(stage: Stage, seconds: float, args: argparse.Namespace, scratch: Path, log: IO[str]) -> dict:
+    """Runs ``stage`` for at most ``seconds``; its record, which is in OUTPUT/NAME.json too."""
+    output = args.output / f"{stage.name}.json"
+    output.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "gpu_job.py"), stage.work, "--device", args.device, "--output", str(output)]
+    command += ["--bundle", str(args.bundle), "--scratch", str(scratch), "--seconds", f"{seconds:.1f}"] + [
+        "--smoke"
+    ] * args.smoke
+    log.write(f"==== {stage.name}, {seconds:.0f} s at most\n")
+    log.flush()
+    began = time.monotonic()
+    # a session of its own, so that all that it starts ends with it
+    process = subprocess.Popen(
+        command,
+        env=environment(args.device, scratch),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        code = process.wait(seconds)
+        status = "ok" if code == 0 else "failed"
+        died = f"ended with status {code}" if code > 1 or code < 0 else ""
+    except subprocess.TimeoutExpired:
+        status, died = "killed", f"killed after {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        output.with_suffix(".part").unlink(missing_ok=True)
+    try:
+        record = json.loads(output.read_text())
+    except (OSError, ValueError):
+        record = {"card": args.device, "smoke": args.smoke, "results": {}, "errors": {}}
+    if died:
+        record["errors"]["process"] = died
+    record |= {"stage": stage.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
+    output.write_text(json.dumps(record, indent=1))
+    return record
+
+
+def run_stages(stages: Sequence[Stage], args: argparse.Namespace, began: float) -> int:
+    """Runs what there is time for; the number of stages that are not whole."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    ends = began + 60 * args.minutes - CLOSING
+    bad = 0
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu_checks", ignore_cleanup_errors=True) as scratch,
+        open(args.output / "log.txt", "a", encoding="utf-8") as log,
+        open(args.output / "summary.txt", "a", encoding="utf-8") as summary,
+    ):
+        due = began
+        for stage in stages:
+            left = ends - time.monotonic()
+            due += (stage.seconds or 0) * args.minutes / MINUTES
+            # What the stages before have left over is its own. In miniature there is no schedule: imports take longest.
+            share = left if args.smoke or stage.seconds is None else min(left, due - time.monotonic())
+            if share <= (0 if args.smoke else stage.least):
+                line = f"{stage.name:10} skipped: {max(0.0, share):.0f} s left for it"
+                bad += 1
+            else:
+                record = run_stage(stage, share, args, Path(scratch), log)
+                bad += record["status"] != "ok"
+                failures = "; ".join(f"{name}: {error}" for name, error in record["errors"].items())
+                line = f"{stage.name:10} {record['status']:7} {record['seconds']:6.1f} s"
+                line += f"  {stage.summary(record['results'])}"
+                line += f"  [{failures}]" * bool(failures)
+            for file in (sys.stdout, summary):
+                print(line[:1500], file=file, flush=True)
+    return bad
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The status is 1 where a stage failed, was killed or skipped."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_checks")))
-    parser.add_argument("--only", help="names with commas between")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="all of it ends within (default: %(default)g)")
+    parser.add_argument(
+        "--output", type=Path, default=os.environ.get("OUT", "gpu_checks"), help="folder (default: $OUT, or gpu_checks)"
+    )
+    parser.add_argument(
+        "--bundle", type=Path, default="gpu_bundle", help="folder with references and tokens (default: %(default)s)"
+    )
+    parser.add_argument("--second", action="store_true", help="the stages of a second call")
+    parser.add_argument(
+        "--references", action="store_true", help="make BUNDLE/references, on this machine's CPU, and nothing else"
+    )
+    parser.add_argument("--only", help="names of stages, with commas between")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    wanted = checks(args.device)
-    names = args.only.split(",") if args.only else list(wanted)
-    failed = 0
-    with open(args.out / "summary.txt", "a") as summary:
-        for name in names:
-            began = time.monotonic()
-            try:
-                result = f"ok    {wanted[name](args.out / f'{name}.log')}"
-            except (subprocess.SubprocessError, AssertionError) as error:
-                failed += 1
-                result = f"FAILED {type(error).__name__}: {str(error)[:200]}; see {name}.log"
-            line = f"{name:16} {time.monotonic() - began:5.0f} s  {result}"
-            print(line, flush=True)
-            summary.write(line + "\n")
-            summary.flush()
-    return int(failed > 0)
+    parser.add_argument("--smoke", action="store_true", help="everything in miniature")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage ends too
+    args.output, args.bundle = Path(args.output).resolve(), args.bundle.resolve()
+    stages: Sequence[Stage] = SECOND if args.second else FIRST
+    if args.references:
+        stages, args.device, args.output = [REFERENCES], "cpu", args.bundle / "references"
+    if args.only:
+        known = {stage.name: stage for stage in (*FIRST, *SECOND)}
+        unknown = [name for name in args.only.split(",") if name not in known]
+        if unknown:
+            parser.error(f"--only {unknown[0]}: choose from {', '.join(known)}")
+        stages = [known[name] for name in args.only.split(",")]
+    return int(run_stages(stages, args, began) > 0)
 
 
 if __name__ == "__main__":

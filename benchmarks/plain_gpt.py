@@ -35,8 +35,17 @@ class PlainGPT(nn.Module):
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
+        return self.head(x, targets)
+
+    def head(self, x: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(self.norm(x), self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+    def compile_blocks(self) -> None:
+        """Each block and the head by themselves."""
+        for block in self.blocks:
+            block.compile()
+        self.head = torch.compile(self.head)  # type: ignore[method-assign]
 
 
 class MatrixProducts:

@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import fairseq_compat  # noqa: F401  (before fairseq: no .pth file may be read here)
 
 VARIANTS = {
     "stock fairseq transformer_lm_gpt": ("transformer_lm_gpt", "cross_entropy", "adam"),
@@ -33,8 +35,8 @@ VARIANTS = {
 STOCK, PLAIN, OURS, MOMENTUM, PRODUCTS = VARIANTS
 
 
-def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None]:
-    """step(number) of one of fairseq's architectures, with fairseq's own task, criterion and optimizer."""
+def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = ()) -> Callable[[int], None]:
+    """step(number) of one of fairseq's architectures, with fairseq's own task, criterion and optimizer; ``flags``: more for it."""
     import torch
     from fairseq import criterions, optim, options, tasks, utils
     from fairseq.data import Dictionary
@@ -59,18 +61,19 @@ def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None
         words += ["--fp16"]
     elif args.compile:
         words += ["--compile"]
-    folder = tempfile.mkdtemp()
+    words = [
+        "DATA", "--task", "language_modeling" if stock else "momentum_language_modeling", "--arch", arch, "--criterion", criterion_name,
+        "--optimizer", optimizer_name, "--lr", "1e-4", "--adam-betas", "(0.9, 0.98)", "--tokens-per-sample", args.length,
+        "--log-interval", 10**9, *words, *flags,
+    ]  # fmt: skip
     dictionary = Dictionary()
     for i in range(args.vocab - 4):
         dictionary.add_symbol(str(i))
-    dictionary.save(f"{folder}/dict.txt")
-    words = [
-        folder, "--task", "language_modeling" if stock else "momentum_language_modeling", "--arch", arch, "--criterion", criterion_name,
-        "--optimizer", optimizer_name, "--lr", "1e-4", "--adam-betas", "(0.9, 0.98)", "--tokens-per-sample", args.length,
-        "--log-interval", 10**9, *words,
-    ]  # fmt: skip
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), [str(w) for w in words]))
-    task = tasks.setup_task(cfg.task)
+    with tempfile.TemporaryDirectory() as folder:
+        dictionary.save(f"{folder}/dict.txt")
+        words[0] = folder
+        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), [str(w) for w in words]))
+        task = tasks.setup_task(cfg.task)
     torch.manual_seed(0)
     model = task.build_model(cfg.model).to(args.device)
     criterion = criterions.build_criterion(cfg.criterion, task)
@@ -92,10 +95,14 @@ def fairseq_step(variant: str, args: argparse.Namespace) -> Callable[[int], None
 
     def step(number: int) -> None:
         optimizer.zero_grad()
-        task.train_step(sample, model, criterion, optimizer, number)
+        # 1 more: the task measures momentum in update 0, which a compiler would compile as well
+        task.train_step(sample, model, criterion, optimizer, number + 1)
         optimizer.multiply_grads(1 / sample["ntokens"])
-        optimizer.clip_grad_norm(1.0)
-        optimizer.step()
+        try:
+            optimizer.clip_grad_norm(1.0)
+            optimizer.step()
+        except OverflowError:  # of --fp16, which has lowered its loss scale; the trainer goes on too
+            pass
 
     return step
 
@@ -107,10 +114,16 @@ def plain_step(args: argparse.Namespace) -> Callable[[int], None]:
 
     from momentum_lm.model.sizes import SIZES
 
-    model = PlainGPT(args.vocab, args.length, *SIZES[args.shape]).to(args.device)
+    with torch.device(args.device):
+        model = PlainGPT(args.vocab, args.length, *SIZES[args.shape])
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.98), fused=True)
-    forward = torch.compile(model) if args.device == "cuda" and args.compile else model
+    forward = model
+    if args.device == "cuda" and args.compile:
+        if getattr(args, "by_blocks", False):  # as ours, and in a tenth of the time
+            model.compile_blocks()
+        else:
+            forward = torch.compile(model)
     tokens = random_tokens(args).to(args.device)
 
     def step(number: int) -> None:
@@ -240,7 +253,8 @@ def main() -> None:
         spread = [s for r in results[variant] for s in r["seconds"]]
         rate = args.batch * args.length / seconds[variant]
         line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s"
-        print(f"{line}  peak {memory[variant]:6.0f} MiB{mfu(rate, args)}")
+        share = mfu(rate, args)
+        print(f"{line}  peak {memory[variant]:6.0f} MiB" + ("" if share is None else f"  MFU {share:.1%}"))
     ratios = {
         "tokens/s, gpt_lm / stock": seconds[STOCK] / seconds[OURS],
         "tokens/s, gpt_lm / plain torch GPT": seconds[PLAIN] / seconds[OURS],
@@ -259,10 +273,10 @@ def main() -> None:
             json.dump({"arguments": vars(args), "results": results, "pairs": pairs, "ratios": ratios}, file, indent=1)
 
 
-def mfu(rate: float, args: argparse.Namespace) -> str:
+def mfu(rate: float, args: argparse.Namespace) -> float | None:
     """Share of the GPU's peak in bf16 that its data sheet gives, where it is known."""
     if args.device == "cpu":
-        return ""
+        return None
     import torch
 
     from momentum_lm.model import DecoderConfig
@@ -274,7 +288,7 @@ def mfu(rate: float, args: argparse.Namespace) -> str:
     config = DecoderConfig(args.vocab, dim, 4 * dim, layers, heads)
     peak = peak_flops(torch.cuda.get_device_name())
     flops = flops_per_token(multiplying(config, count_parameters(config)), layers, dim, args.length)
-    return f"  MFU {rate * flops / peak:.1%}" if peak else ""
+    return rate * flops / peak if peak else None
 
 
 if __name__ == "__main__":

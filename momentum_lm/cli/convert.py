@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -81,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
+    from momentum_lm.formats.decoder_options import training_words
     from momentum_lm.formats.folder import whole_folder
-    from momentum_lm.formats.from_huggingface import look, training_flags, write_checkpoint
+    from momentum_lm.formats.from_huggingface import look, write_checkpoint
 
     _refuse(args, "a model of Hugging Face", "tokenizer", "model_overrides")
     with whole_folder(output, args.force) as folder:
@@ -95,7 +97,7 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
     if found.decoder.absent_tokens:
         print(f"note: entries of dict.txt that are not in its vocabulary and are never predicted: {len(found.decoder.absent_tokens)}")
     print(f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
-          f"--finetune-from-model {args.output}/model.pt {training_flags(found.decoder)}")  # fmt: skip
+          f"--finetune-from-model {args.output}/model.pt {shlex.join(training_words(found.decoder))}")  # fmt: skip
 
 
 def _to_huggingface(args: argparse.Namespace, output: Path) -> None:

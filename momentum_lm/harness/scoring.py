@@ -19,7 +19,7 @@ from momentum_lm.icl.scoring import halving, token_budget
 from momentum_lm.lm.inference import inference
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.lm.scoring import target_log_probs
-from momentum_lm.model.attention import Cache
+from momentum_lm.model.state import Cache
 
 from .generation import likeliest
 

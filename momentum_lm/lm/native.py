@@ -22,12 +22,13 @@ from momentum_lm.errors import TornCheckpoint, UserError
 from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.formats import options as checkpoint_options
 from momentum_lm.formats.checkpoint import load_checkpoint, trusted
+from momentum_lm.formats.decoder_options import from_fairseq, table
 from momentum_lm.formats.pickles import shown
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.model.attention import Cache
-from momentum_lm.model.decoder import document_ids
 from momentum_lm.model.filters import NOTES
+from momentum_lm.model.positions import document_ids
 from momentum_lm.model.precision import Float32
+from momentum_lm.model.state import Cache
 from momentum_lm.text.dictionary import BOS, DIGEST, EOS, check_symbols
 from momentum_lm.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
@@ -36,11 +37,6 @@ from .scoring import target_log_probs
 from .shards import is_part, join_parts, part_files
 
 CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
-_OPTIONS = (  # those of fairseq's and our own options that say what a decoder computes
-    *("decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers", "decoder_attention_heads", "activation_fn"),
-    *("position", "no_scale_embedding", "untie_embeddings", "max_target_positions", "absent_tokens"),
-    *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
-)
 _IGNORED = re.compile(r"(version|embed_positions\._float_tensor)$")
 
 
@@ -251,7 +247,7 @@ def load_native(
             )
         for name in ("tokens_per_sample", "max_target_positions"):
             options.setdefault(name, task_cfg.get(name))
-        config = DecoderConfig.from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
+        config = from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
         checkpoint_options.check_sizes(tensors, config.layers, config.dim, config.ffn_dim)
         model = _build(config, tensors, torch.device(device), dtype or torch.float32)
         bos = BOS if not task_cfg or checkpoint_options.flag(task_cfg, "add_bos_token") else EOS
@@ -394,7 +390,7 @@ def check_fairseq_model(state: Mapping[str, Any]) -> None:
     for name, value in tensors.items():
         if not _IGNORED.match(name):
             _check_tensor(name, value)
-    config = DecoderConfig.from_fairseq({name: options.get(name) for name in options}, 1 << 40)
+    config = from_fairseq({name: options.get(name) for name in options}, 1 << 40)
     divided = is_part(state)
     positions = config.max_positions + 2 if config.position == "learned" else 0
     checkpoint_options.check_sizes(tensors, config.layers, config.dim, config.ffn_dim, positions, divided)
@@ -476,7 +472,7 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
         raise UserError(
             f"--model-overrides {overrides!r} is not a Python dict of option names, such as \"{{'decoder_attention_heads': 8}}\""
         )
-    known = {*options, *_OPTIONS}
+    known = {*options, *table()}
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -135,8 +135,9 @@ def _translated(cfg: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and value != plain:
             raise Unsupported(Argument(name, value), f": {problem}", *([instead] if instead else []))
     stock = "position" not in cfg  # a checkpoint of fairseq's own model
-    if stock and "decoder_normalize_before" in cfg and not _flag(cfg, "decoder_normalize_before"):
-        raise Unsupported(arg(decoder_normalize_before=False), ": this decoder normalises before each block, not after")
+    if cfg.get("decoder_normalize_before") is not None and not _flag(cfg, "decoder_normalize_before"):
+        problem = ": the model normalises after each block, this decoder before"
+        raise Unsupported(arg(decoder_normalize_before=False), problem)
     result = {"decoder_embed_dim": default_of("decoder_embed_dim"), **cfg}
     for name in ("decoder_input_dim", "decoder_output_dim"):
         if cfg.get(name) is not None and str(cfg[name]) != str(result["decoder_embed_dim"]):

@@ -18,12 +18,7 @@ def extras(config: DecoderConfig) -> dict[str, Tensor]:
     return {"version": torch.tensor([3.0]), **table}
 
 
-def accept_fairseq_keys(module: Decoder, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """A hook before ``load_state_dict``: takes out the extras, and puts in a tied output projection, which old
-    checkpoints lack.
-    """
-    for name in ("version", "embed_positions._float_tensor"):
+def drop_extras(module: Decoder, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """A hook before ``load_state_dict``, which takes them out."""
+    for name in extras(module.config):
         state.pop(f"{prefix}{name}", None)
-    embedding = state.get(f"{prefix}embed_tokens.weight")
-    if embedding is not None and module.config.tie_embeddings:
-        state.setdefault(f"{prefix}output_projection.weight", embedding)

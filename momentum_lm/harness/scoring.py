@@ -109,7 +109,7 @@ def _run(
         tokens[i, : len(given[i])] = torch.tensor(given[i])
         for request in (requests[number] for number in rows[row]):
             wanted += [(i, j - 1 - skip, request.tokens[j]) for j in range(request.start, len(request.tokens))]
-    cache = None if prefix is None else prefix.expand(len(batch), frozen=True)
+    cache = None if prefix is None else prefix.rows(len(batch), frozen=True)
     hidden = lm.model.features(tokens.to(lm.device), cache, left_padded=False)
     best = torch.empty_like(tokens)
 

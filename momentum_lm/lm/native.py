@@ -177,7 +177,7 @@ class NativeLM:
     ) -> Tensor:
         """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
         inputs = tokens.masked_fill(padding, self.config.padding_idx).to(self.device)
-        cache = None if prefix is None else prefix.expand(len(tokens), frozen=True)
+        cache = None if prefix is None else prefix.rows(len(tokens), frozen=True)
         hidden = self.model.features(inputs, cache, left_padded=bool(padding[:, 0].any()))
 
         def logits_at(row: Tensor, position: Tensor) -> Tensor:

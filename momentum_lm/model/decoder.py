@@ -235,14 +235,18 @@ class Decoder(nn.Module):
 
 
 def _check_tie(module: Decoder, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Raises UserError for the weights of an untied model, one of whose two embeddings a tied one would lose."""
-    embedding, output = (state.get(f"{prefix}{name}.weight") for name in ("embed_tokens", "output_projection"))
-    if not module.config.tie_embeddings or embedding is None or output is None or output is embedding:
+    """A tied model takes its output projection from the embedding where it is not given, and refuses another one.
+
+    Raises UserError for the weights of an untied model, one of whose two embeddings it would lose.
+    """
+    embedding = state.get(f"{prefix}embed_tokens.weight")
+    if embedding is None or not module.config.tie_embeddings:
+        return
+    output = state.setdefault(f"{prefix}output_projection.weight", embedding)
+    if output is embedding or output.shape != embedding.shape:
         return
     # not allclose: fully sharded tensors have none
-    if embedding.shape == output.shape and not bool(
-        (output.eq(embedding) | (output.isnan() & embedding.isnan())).all()
-    ):
+    if not bool((output.eq(embedding) | (output.isnan() & embedding.isnan())).all()):
         raise UserError(
             "the checkpoint's output projection differs from its embedding: such a model needs ",
             arg(tie_embeddings=False),

@@ -13,7 +13,7 @@ from torch import Tensor
 from momentum_lm.errors import UserError, flags
 from momentum_lm.fairseq_plugin.training import building_place
 from momentum_lm.formats import decoder_options
-from momentum_lm.formats.state_dict import accept_fairseq_keys, extras
+from momentum_lm.formats.state_dict import drop_extras, extras
 from momentum_lm.model import Cache, Decoder, DecoderConfig
 from momentum_lm.model.sizes import architecture, architectures
 
@@ -41,8 +41,8 @@ def _stock_options() -> list[_Field]:
     fields = []
     for f in dataclasses.fields(TransformerLanguageModelConfig):
         if f.name in decoder_options.TRANSLATED:
-            kind, default = (Optional[int], None) if f.name.endswith("put_dim") else (f.type, f.default)
-            fields.append(_option(f.name, kind, default, f"of stock transformer_lm: {f.metadata['help']}"))
+            text = f"as of stock transformer_lm: {f.metadata['help']}"
+            fields.append(_option(f.name, Optional[f.type], None, text))  # type: ignore[name-defined]
         elif f.name in decoder_options.REFUSED or f.name in decoder_options.WITHOUT_EFFECT:
             fields.append(_option(f.name, f.type, f.default, argparse.SUPPRESS))
     return fields
@@ -64,7 +64,7 @@ class FairseqDecoder(FairseqIncrementalDecoder, Decoder):
 
     def __init__(self, config: DecoderConfig, dictionary: Any) -> None:
         Decoder.__init__(self, config)  # that of fairseq's classes would make another one
-        self.register_load_state_dict_pre_hook(accept_fairseq_keys)
+        self.register_load_state_dict_pre_hook(drop_extras)
         self.dictionary = dictionary
         self.onnx_trace = False
         self.adaptive_softmax = None
@@ -105,7 +105,7 @@ class FairseqDecoder(FairseqIncrementalDecoder, Decoder):
 
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: Tensor) -> None:
         if "momentum_lm" in incremental_state:
-            incremental_state["momentum_lm"].reorder(new_order)
+            incremental_state["momentum_lm"].select(new_order)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

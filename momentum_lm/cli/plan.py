@@ -120,11 +120,11 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _model_options() -> dict[str, tuple[str, Any, Any]]:
-    """The options of the decoder's table that are flags here too: all but those that training may choose."""
+    """The options of the decoder's table that are flags here too. Memory is that without dropout."""
     from momentum_lm.formats.decoder_options import table
 
-    elsewhere = ("max_target_positions", "checkpoint_activations", "dropout", "attention_dropout", "activation_dropout")
-    return {name: entry for name, entry in table().items() if name not in elsewhere}
+    elsewhere = ("max_target_positions", "checkpoint_activations")  # --context, and what the command may choose itself
+    return {name: row for name, row in table().items() if name not in elsewhere and not name.endswith("dropout")}
 
 
 def _flag(argument: Argument) -> Argument | str:

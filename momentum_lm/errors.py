@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -77,14 +78,14 @@ def _short(text: str, value: Any) -> str:
 class UserError(ValueError):
     """A problem with the input, in one line: what is wrong, in which file or argument, and the remedy.
 
-    It is made of texts, arguments (see :func:`arg`) and other such errors, one after the other.
+    It is made of texts, arguments (see :func:`arg`) and other errors, one after the other.
     """
 
     user_error = True  # main_guard, and in fairseq's own commands fairseq_compat, look for this
 
     def __init__(self, *parts: str | Argument | UserError) -> None:
-        texts = (part.args if isinstance(part, UserError) else (part,) for part in parts)
-        super().__init__(*(text for group in texts for text in group))
+        groups = (part.args if isinstance(part, UserError) else (part,) for part in parts)
+        super().__init__(*itertools.chain.from_iterable(groups))
 
     def __str__(self) -> str:
         return "".join(part if isinstance(part, str) else in_python(part) for part in self.args)
@@ -95,7 +96,7 @@ class UserError(ValueError):
 
     def line(self) -> str:
         """The message of a command, which calls the arguments that nobody has named flags."""
-        self.rename(flags())
+        self.rename(flags(trust="--trust-checkpoint"))
         return one_line(str(self))
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from momentum_lm.errors import TornCheckpoint, UserError, main_guard
+from momentum_lm.errors import TornCheckpoint, UserError, main_guard, named
 
-from .options import Parser
+from .options import NAMES, Parser
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source.is_dir() and (source / "config.json").exists():
         _to_fairseq(args, source, output)
     elif not source.is_dir() or any(source.glob("*.pt")):
-        _to_huggingface(args, output)
+        with named(NAMES):
+            _to_huggingface(args, output)
     else:
         raise UserError(f"{args.source} is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint (no .pt file)")
     return 0
@@ -168,7 +169,7 @@ def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     except TornCheckpoint:
         raise
     except UserError as error:
-        raise UserError(f"{args.source}: {error}") from error
+        raise UserError(f"{args.source}: ", error) from error
     with atomic_write(args.output, "wb") as file:
         torch.save(state, file)
     print(f"{args.output}: {world} parts, {updates:,} updates, {os.path.getsize(args.output):,} bytes")

@@ -88,7 +88,7 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
             raise UserError("it gives no vocab_size")
         decoder = family.decoder_config(config, vocabulary)
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+        raise UserError(f"{folder / 'config.json'}: ", error) from error
     tensors = _tensors(folder, family, trust)
     head, embedding = (family.theirs(name) for name in ("output_projection.weight", "embed_tokens.weight"))
     if decoder.tie_embeddings and head in tensors:
@@ -101,7 +101,7 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
     try:
         family.check(tensors, decoder, vocabulary)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: ", error) from error
     eos = config.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos  # of several, the first is the pretrained model's
     eos = eos if isinstance(eos, int) and not isinstance(eos, bool) else None

@@ -27,8 +27,10 @@ from momentum_lm.text.dictionary import BOS, EOS
 from momentum_lm.text.tokenizer import has_tokenizer
 
 _log = logging.getLogger(__name__)
-_FLAGS = ("datasets", "data_dir", "shots", "seeds", "sampling", "limit", "max_field_tokens")  # all --icl-eval-...
-_names = flags(**{name: f"--icl-eval-{name.replace('_', '-')}" for name in _FLAGS})
+_names = flags(
+    shots="--icl-eval-shots", seed="--icl-eval-seeds", sampling="--icl-eval-sampling", limit="--icl-eval-limit",
+    data_dir="--icl-eval-data-dir", shorten="--icl-eval-max-field-tokens",
+)  # fmt: skip
 
 
 @dataclass

@@ -121,7 +121,10 @@ def encode_in_order(chunks: Iterable[Chunk], tokenizer_folder: Path, workers: in
         while under_way:
             yield _next(under_way)
     except BrokenProcessPool as error:
-        raise Interrupted("a worker process was killed, perhaps for want of memory; run the command again with fewer --workers") from error
+        raise Interrupted(
+            "a worker process was killed, perhaps for want of memory; run the command again with fewer ",
+            arg("workers"),
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

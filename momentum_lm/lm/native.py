@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from momentum_lm.errors import TornCheckpoint, UserError
+from momentum_lm.errors import TornCheckpoint, UserError, arg
 from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.formats import options as checkpoint_options
 from momentum_lm.formats.checkpoint import load_checkpoint, trusted
@@ -133,8 +133,9 @@ class NativeLM:
         tokenizer = load_tokenizer(self.tokenizer_path)
         if tokenizer.vocab_size != self.vocab_size:
             raise UserError(
-                f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has {self.vocab_size}: "
-                "name the folder of the data that the model was trained on with --tokenizer"
+                f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has "
+                f"{self.vocab_size}: name the folder of the data that the model was trained on with ",
+                arg("tokenizer"),
             )
         whose = f"the tokenizer's dictionary in {self.tokenizer_path}"
         check_symbols(tokenizer.dictionary.symbols, self.dictionary, whose)
@@ -237,13 +238,13 @@ def load_native(
         options = options | _parse_overrides(overrides, options)
         if not model_cfg and "decoder_attention_heads" not in options:
             raise UserError(
-                "the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': "
-                'N}"'
+                "the checkpoint does not say its number of heads: add ",
+                arg(overrides="{'decoder_attention_heads': N}"),
             )
         fixed = options.get("momentum_kind") == "ema" and not options.get("momentum_learned")
         if not model_cfg and fixed and "momentum_eta" not in options:
             raise UserError(
-                "the checkpoint does not say its momentum's decay: add --model-overrides \"{'momentum_eta': ETA}\""
+                "the checkpoint does not say its momentum's decay: add ", arg(overrides="{'momentum_eta': ETA}"),
             )
         for name in ("tokens_per_sample", "max_target_positions"):
             options.setdefault(name, task_cfg.get(name))
@@ -253,7 +254,7 @@ def load_native(
         bos = BOS if not task_cfg or checkpoint_options.flag(task_cfg, "add_bos_token") else EOS
         packed = checkpoint_options.flag(task_cfg, "packed_documents")
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: ", error) from error
     data = _data_folder(task_cfg)
     if tokenizer is None and data and not has_tokenizer(path.parent):
         tokenizer = data if has_tokenizer(data) else None
@@ -305,7 +306,7 @@ def _read(path: Path, trust: bool) -> tuple[list[Path], dict[str, Any]]:
     except TornCheckpoint:
         raise
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: ", error) from error
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -470,16 +471,15 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
             value = None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise UserError(
-            f"--model-overrides {overrides!r} is not a Python dict of option names, such as \"{{'decoder_attention_heads': 8}}\""
+            arg(overrides=overrides),
+            ' is not a Python dict of option names, such as "{\'decoder_attention_heads\': 8}"',
         )
     known = {*options, *table()}
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                f"--model-overrides: no option is called {shown(key)!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            instead = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(arg("overrides"), f": no option is called {shown(key)!r}{instead}")
     return dict(value)
 
 

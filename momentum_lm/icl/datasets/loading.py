@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.icl.datasets.definitions import SPLITS, available, check_names, load_spec
 from momentum_lm.icl.datasets.spec import DatasetSpec, Example, Hub
 from momentum_lm.text.hub import hub_answers
@@ -63,10 +63,11 @@ def load_dataset(
     spec = load_spec(name_or_yaml, template)
     folder = Path(data_dir).expanduser() / spec.name if data_dir is not None else None
     if folder and not folder.parent.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder; check the path")
+        raise UserError(arg(data_dir=data_dir), ": no such folder; check the path")
     if folder and folder.is_symlink() and not folder.exists():
         raise UserError(
-            f"--data-dir: {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; fix the link"
+            arg("data_dir"),
+            f": {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; fix the link",
         )
     if folder and folder.is_dir():
         source: dict[str, Any] = {"kind": "local", "path": printable(folder)}
@@ -143,7 +144,7 @@ def _file_of(spec: DatasetSpec, split: str) -> str:
 def _provide(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None) -> str:
     """The remedy for files that are not there: which ones, with which columns."""
     home = f"{'DIR' if data_dir is None else data_dir}/{spec.name}"
-    flag = " and give --data-dir DIR" if data_dir is None else ""
+    flag = " and name the folder DIR" if data_dir is None else ""
     script = f"; `python scripts/fetch_datasets.py {spec.name} --output DIR` makes such files" if spec.name in PACKAGED else ""
     names = f"{home}/train.jsonl and {home}/{spec.splits['evaluation']}.jsonl"
     return f"provide {names} (or .csv, .tsv, .parquet; columns: {', '.join(spec.columns)}){flag}{script}"

@@ -71,8 +71,9 @@ def as_word(value: Any) -> str:
 
 
 def _short(text: str, value: Any) -> str:
-    whole = len(text) <= _LONGEST or isinstance(value, os.PathLike)
-    return text if whole else f"{text[: _LONGEST - 1]}…"
+    path = isinstance(value, os.PathLike) or (isinstance(value, str) and os.sep in value)
+    longest = 4096 if path else _LONGEST
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 class UserError(ValueError):

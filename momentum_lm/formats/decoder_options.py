@@ -6,6 +6,7 @@ What is ours follows from the table in ``model/config.py``. What follows here is
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -114,7 +115,8 @@ def training_words(config: DecoderConfig, arch: str | None = None) -> list[str]:
     arch = arch or nearest(config)
     plain = to_fairseq(DecoderConfig(vocab_size=8, max_positions=config.max_positions, **architecture(arch)))
     own = {name: value for name, value in to_fairseq(config).items() if value != plain[name]}
-    return ["--arch", arch, *(w for name, value in own.items() for w in flags()(Argument(name, value)).split(" ", 1))]
+    words = (str(flags()(Argument(name, value))).split(" ", 1) for name, value in own.items())
+    return ["--arch", arch, *itertools.chain.from_iterable(words)]
 
 
 def nearest(config: DecoderConfig) -> str:

@@ -11,8 +11,8 @@ from momentum_lm.model import Decoder, DecoderConfig
 
 
 def extras(config: DecoderConfig) -> dict[str, Tensor]:
-    """What stock ``transformer_lm`` asks for in a strict load: its format version, and a buffer that only tells the
-    device.
+    """What stock ``transformer_lm`` asks for in a strict load, two tensors (1,): its format version, and a buffer that
+    only tells the device.
     """
     table = {"embed_positions._float_tensor": torch.zeros(1)} if config.position == "sinusoidal" else {}
     return {"version": torch.tensor([3.0]), **table}

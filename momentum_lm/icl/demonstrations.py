@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from momentum_lm.errors import UserError, arg
+from momentum_lm.errors import Argument, UserError, arg
 from momentum_lm.icl.datasets.loading import Example
 
 PAPER_EVALUATED = 2000  # the authors evaluate no more of a split
@@ -41,13 +41,10 @@ def select(
     Raises UserError for more shots than examples, a negative seed and, if balanced, a label without an example. Warns of labels that
     are not shown because there are fewer shots.
     """
-    for there, rest in (
-        (len(train), []),
-        (
-            len(train) - len(hidden),
-            [" that are not evaluated too; use a smaller ", arg("limit"), ", or another training split"],
-        ),
-    ):
+    not_evaluated: list[str | Argument] = [
+        " that are not evaluated too; use a smaller ", arg("limit"), ", or another training split",
+    ]  # fmt: skip
+    for there, rest in ((len(train), []), (len(train) - len(hidden), not_evaluated)):
         if shots > there:
             raise UserError(arg(shots=shots), f": the training split has no more than {there} examples", *rest)
     if seed < 0:

@@ -18,7 +18,7 @@ from momentum_lm.errors import Argument, UserError, arg
 
 # The paper gives no decay. This one had the lowest validation perplexity in examples/momentum_vs_vanilla.
 DEFAULT_ETA = 0.3
-KINDS: dict[Any, tuple[type, str]] = {  # what a field of each type may hold
+KINDS: dict[Any, tuple[Any, str]] = {  # what a field of each type may hold
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),
     bool: (bool, "True or False"),

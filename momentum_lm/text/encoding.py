@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from momentum_lm.errors import arg
 from momentum_lm.system import isolated_children
 from momentum_lm.text.indexed import token_dtype
 from momentum_lm.text.selection import DigestSet, digest_of

@@ -69,7 +69,7 @@ _FREE = bytes(16)
 
 
 def share(text: str, name: str) -> Fraction | int:
-    """``0.01`` is a fraction of the documents, ``500`` a number of them. Raises UserError naming the argument ``name``."""
+    """``0.01`` is a fraction of the documents, ``500`` a number of them. Raises UserError naming argument ``name``."""
     if re.fullmatch(r"\d+", text):
         return int(text)
     if re.fullmatch(r"\d*\.\d+|\d+\.\d*", text) and (value := Fraction(text)) < 1:

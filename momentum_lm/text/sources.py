@@ -117,8 +117,7 @@ class FileSource(Source):
         if is_table != (self.document == "record"):
             other = "record" if is_table else "file, line or blank-line"
             raise UserError(
-                arg(document=self.document), f" does not go with {self.name}; use ", arg(document=other),
-                " or leave it out",
+                arg(document=self.document), f" does not go with {self.name}; use ", arg("document"), f" {other} or leave it out",
             )
         if self.suffix == ".parquet" and path.suffix in _COMPRESSED:
             raise UserError(f"{self.name}: parquet is compressed inside; decompress the file first")

@@ -71,4 +71,7 @@ def _explained(message: str, vocab_size: int) -> UserError:
             arg(vocab_size=vocab_size),
             f" is too small: the 256 bytes and this text's characters need at least {least}",
         )
-    return UserError(f"SentencePiece cannot train on this text ({' '.join(message.split())[-300:]}); give it more text, or --gpt2-bpe DIR")
+    return UserError(
+        f"SentencePiece cannot train on this text ({' '.join(message.split())[-300:]}); give it more text, or ",
+        arg("gpt2_bpe"), " DIR",
+    )

@@ -47,7 +47,7 @@ def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = 
 
     momentum_lm.register()
     arch, criterion_name, optimizer_name = VARIANTS[variant]
-    layers, width, heads = SIZES[args.shape]
+    layers, width, heads, _ = SIZES[args.shape]
     stock = variant == STOCK
     words = ["--decoder-layers", layers, "--decoder-embed-dim", width, "--decoder-ffn-embed-dim", 4 * width]
     words += ["--decoder-attention-heads", heads]
@@ -115,7 +115,7 @@ def plain_step(args: argparse.Namespace) -> Callable[[int], None]:
     from momentum_lm.model.sizes import SIZES
 
     with torch.device(args.device):
-        model = PlainGPT(args.vocab, args.length, *SIZES[args.shape])
+        model = PlainGPT(args.vocab, args.length, *SIZES[args.shape][:3])
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.98), fused=True)
     forward = model
@@ -144,7 +144,7 @@ def products_step(args: argparse.Namespace) -> Callable[[int], None]:
     from momentum_lm.model.sizes import SIZES
 
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    products = MatrixProducts(args.vocab, args.length, *SIZES[args.shape], args.batch, args.device, dtype)
+    products = MatrixProducts(args.vocab, args.length, *SIZES[args.shape][:3], args.batch, args.device, dtype)
     return lambda number: products()
 
 
@@ -284,7 +284,7 @@ def mfu(rate: float, args: argparse.Namespace) -> float | None:
     from momentum_lm.planning.costs import count_parameters, flops_per_token, multiplying
     from momentum_lm.planning.hardware import peak_flops
 
-    layers, dim, heads = SIZES[args.shape]
+    layers, dim, heads, _ = SIZES[args.shape]
     config = DecoderConfig(args.vocab, dim, 4 * dim, layers, heads)
     peak = peak_flops(torch.cuda.get_device_name())
     flops = flops_per_token(multiplying(config, count_parameters(config)), layers, dim, args.length)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import Argument, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -220,21 +220,21 @@ def _check_header(file: IO[bytes], name: str, size: int) -> None:
             raise ValueError(f"array {name} is not what its header says")
 
 
-def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
-    """Raises UserError, naming ``flag``, unless files can be made in ``folder``, or it in the nearest folder above. Leaves nothing."""
+def check_writable(folder: str | os.PathLike[str], name: str) -> None:
+    """Raises UserError, calling ``folder`` the argument ``name``, unless files can be made in it, or it in the nearest
+    folder above. Leaves nothing.
+    """
+    given = Argument(name, Path(os.fspath(folder)))
     try:
         os.fsencode(folder).decode()
     except UnicodeDecodeError as error:
-        problem = "the name is not UTF-8, which TensorBoard cannot write to; choose another"
-        raise UserError(f"{flag} {os.fspath(folder)}: {problem}") from error
+        raise UserError(given, ": the name is not UTF-8, which TensorBoard cannot write to; choose another") from error
     try:
         there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(
-            f"{flag} {os.fspath(folder)} cannot be written: {error.strerror or error}; choose another folder"
-        ) from error
+        raise UserError(given, f" cannot be written: {error.strerror or error}; choose another folder") from error
 
 
 @contextlib.contextmanager

@@ -503,7 +503,7 @@ def test_code_in_a_checkpoint_runs_only_on_request(tmp_path, monkeypatch):
     marker, path = tmp_path / "owned", tmp_path / "hostile.pt"
     torch.save({"model": Hostile(marker)}, path)
     for mmap in (False, True):
-        with pytest.raises(CheckpointError, match=r"hostile.pt holds posix.system.* --trust-checkpoint"):
+        with pytest.raises(CheckpointError, match=r"hostile.pt holds posix.system.* trust=True"):
             load_checkpoint(path, mmap=mmap)
     monkeypatch.setenv("FAIRSEQ_TRUST_CHECKPOINT", "0")
     with pytest.raises(CheckpointError):
@@ -539,7 +539,7 @@ def test_code_in_a_checkpoint_runs_only_on_request(tmp_path, monkeypatch):
 )
 def test_options_are_plain_values(text, fairseq, monkeypatch):
     monkeypatch.delenv("FAIRSEQ_TRUST_CHECKPOINT", raising=False)
-    with pytest.raises(CheckpointError, match="--trust-checkpoint") as caught:
+    with pytest.raises(CheckpointError, match="trust=True") as caught:
         fairseq.utils.eval_str_list(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 

@@ -68,15 +68,15 @@ def test_an_oserror_about_another_file_keeps_its_name(tmp_path):
 @pytest.mark.parametrize("place", ["there", "there/not/yet"])
 def test_a_folder_that_can_be_written_is_left_as_it_is(tmp_path, place):
     (tmp_path / "there").mkdir()
-    check_writable(tmp_path / place, "--results-dir")
+    check_writable(tmp_path / place, "folder")
     assert os.listdir(tmp_path) == ["there"] and os.listdir(tmp_path / "there") == []
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/x"])
 def test_a_folder_that_cannot_be_written_is_named_with_its_flag(tmp_path, place):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"^--results-dir .* cannot be written: .*; choose another folder$") as error:
-        check_writable(tmp_path / place, "--results-dir")
+    with pytest.raises(UserError, match=r"^folder=.* cannot be written: .*; choose another folder$") as error:
+        check_writable(tmp_path / place, "folder")
     assert place in str(error.value) and (tmp_path / "file").read_text() == "mine"
 
 
@@ -247,8 +247,8 @@ def test_paths_that_are_no_utf8(tmp_path, capsys):
     odd = os.fsdecode(b"caf\xe9")
     write_json(tmp_path / "a.json", {"path": odd})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": odd}
-    with pytest.raises(UserError, match=r"--results-dir .*the name is not UTF-8"):
-        check_writable(tmp_path / odd, "--results-dir")
+    with pytest.raises(UserError, match=r"folder=.*the name is not UTF-8"):
+        check_writable(tmp_path / odd, "folder")
 
 
 def test_a_lock_that_nobody_may_make_is_no_folder_that_has_gone():

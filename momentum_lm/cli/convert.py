@@ -6,14 +6,15 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from momentum_lm.errors import TornCheckpoint, UserError, main_guard
+from momentum_lm.errors import TornCheckpoint, UserError, main_guard, named
 
-from .options import Parser
+from .options import NAMES, Parser
 
 if TYPE_CHECKING:
     import torch
@@ -74,15 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source.is_dir() and (source / "config.json").exists():
         _to_fairseq(args, source, output)
     elif not source.is_dir() or any(source.glob("*.pt")):
-        _to_huggingface(args, output)
+        with named(NAMES):
+            _to_huggingface(args, output)
     else:
         raise UserError(f"{args.source} is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint (no .pt file)")
     return 0
 
 
 def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
+    from momentum_lm.formats.decoder_options import training_words
     from momentum_lm.formats.folder import whole_folder
-    from momentum_lm.formats.from_huggingface import look, training_flags, write_checkpoint
+    from momentum_lm.formats.from_huggingface import look, write_checkpoint
 
     _refuse(args, "a model of Hugging Face", "tokenizer", "model_overrides")
     with whole_folder(output, args.force) as folder:
@@ -95,7 +98,7 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
     if found.decoder.absent_tokens:
         print(f"note: entries of dict.txt that are not in its vocabulary and are never predicted: {len(found.decoder.absent_tokens)}")
     print(f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
-          f"--finetune-from-model {args.output}/model.pt {training_flags(found.decoder)}")  # fmt: skip
+          f"--finetune-from-model {args.output}/model.pt {shlex.join(training_words(found.decoder))}")  # fmt: skip
 
 
 def _to_huggingface(args: argparse.Namespace, output: Path) -> None:
@@ -166,7 +169,7 @@ def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     except TornCheckpoint:
         raise
     except UserError as error:
-        raise UserError(f"{args.source}: {error}") from error
+        raise UserError(f"{args.source}: ", error) from error
     with atomic_write(args.output, "wb") as file:
         torch.save(state, file)
     print(f"{args.output}: {world} parts, {updates:,} updates, {os.path.getsize(args.output):,} bytes")

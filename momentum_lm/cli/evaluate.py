@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from momentum_lm.errors import UserError, main_guard
+from momentum_lm.errors import UserError, main_guard, named
 from momentum_lm.system import isolated_children
 
-from .options import Parser
+from .options import NAMES, Parser
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--task {task or 'is missing'}: choose one of {', '.join(TASKS)}")
     module = importlib.import_module(TASKS[task].module)
     module.add_arguments(parser)
-    with isolated_children():
+    with isolated_children(), named(NAMES):
         return module.run(parser.parse_args(argv))

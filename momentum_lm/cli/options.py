@@ -7,13 +7,21 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, flags
 
 if TYPE_CHECKING:
     import torch
 
     from momentum_lm.lm.huggingface import HuggingFaceLM
     from momentum_lm.lm.native import NativeLM
+
+
+# What fairseq-eval calls arguments of the studies and of loading, where a flag is not the argument's name.
+NAMES = flags(
+    folder="--results-dir", timeout="--process-timeout", seed="--seeds", splits="--split", shorten="--max-field-tokens",
+    rates="--finetune-lr", parameters="--finetune-parameters", overrides="--model-overrides", trust="--trust-checkpoint",
+    name="--hf-model", gguf_file="--hf-gguf-file", eta="--hf-momentum-eta",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,9 +58,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
     group.add_argument(
         "--trust-checkpoint", action="store_true", help="load a checkpoint that holds more than plain data; such a file can run code"
     )
-    group.add_argument(
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one (default: %(default)s)"
     )
+    where.add_argument("--cpu", action="store_const", dest="device", const="cpu", default="auto", help="--device cpu")
     group.add_argument(
         "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of weights and computation (default: %(default)s)"
     )

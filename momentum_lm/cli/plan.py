@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from momentum_lm.errors import UserError, main_guard
+from momentum_lm.errors import Argument, UserError, arg, flags, main_guard, named
 
 from .options import Parser
 
@@ -41,13 +41,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--arch", required=True, metavar="ARCH", help="momentum_lm_1_3b, gpt_lm_350m, ...: as for fairseq-train")
     model.add_argument("--vocab-size", type=int, default=51200, metavar="N", help="(default: %(default)s)")
     model.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a sample (default: %(default)s)")
-    model.add_argument("--position", default="sinusoidal", metavar="KIND", help="sinusoidal, learned or rotary (default: %(default)s)")
-    model.add_argument("--untie-embeddings", action="store_true", help="output projection with weights of its own")
-    model.add_argument("--momentum-kind", metavar="KIND", help="none, ema or multi_ema (default: that of --arch)")
-    model.add_argument("--momentum-eta", type=float, metavar="ETA", help="as for fairseq-train")
-    model.add_argument("--momentum-learned", action="store_true", help="as for fairseq-train")
-    model.add_argument("--momentum-normalize", action="store_true", help="as for fairseq-train")
-    model.add_argument("--momentum-gate", default="none", metavar="GATE", help="none or zero (default: %(default)s)")
+    for name, (_, kind, entry) in _model_options().items():
+        how: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": "X"}
+        model.add_argument(f"--{name.replace('_', '-')}", **how, default=None, help=entry.help)
     machine = result.add_argument_group("machines")
     machine.add_argument("--gpu", required=True, metavar="GPU", help="h200, h100, a100-80gb, ...; a name that is not known lists all")
     machine.add_argument("--gpus", type=int, default=1, metavar="N", help="in all (default: %(default)s)")
@@ -95,50 +91,58 @@ def number(text: str, flag: str) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    from momentum_lm.model import DecoderConfig
-    from momentum_lm.model.decoder import DEFAULT_ETA
+    from momentum_lm.formats.decoder_options import from_fairseq, to_fairseq
+    from momentum_lm.model.config import DecoderConfig
     from momentum_lm.model.sizes import architecture
     from momentum_lm.planning.plan import Job
 
-    size, kind = architecture(args.arch)
-    if args.context < 1:
-        raise UserError(f"--context {args.context}: must be at least 1")
     if args.vocab_size < 5:
-        raise UserError(f"--vocab-size {args.vocab_size}: a fairseq dictionary has four special entries, so at least 5")
-    config = DecoderConfig(
-        vocab_size=args.vocab_size,
-        dim=size.dim,
-        ffn_dim=4 * size.dim,
-        layers=size.layers,
-        heads=size.heads,
-        max_positions=args.context,
-        position=args.position,
-        tie_embeddings=not args.untie_embeddings,
-        momentum_kind=args.momentum_kind or kind,
-        momentum_eta=DEFAULT_ETA if args.momentum_eta is None else args.momentum_eta,
-        momentum_learned=args.momentum_learned,
-        momentum_normalize=args.momentum_normalize,
-        momentum_gate=args.momentum_gate,
-    )
-    return Job(
-        config,
-        args.gpu,
-        args.gpus,
-        number(args.tokens, "--tokens"),
-        args.context,
-        number(args.batch_tokens, "--batch-tokens"),
-        args.batch_size,
-        args.precision == "bf16",
-        args.strategy,
-        args.checkpoint_activations,
-        args.mfu,
-        args.gpus_per_node,
-        args.node_bandwidth * 1e9,
-    )
+        raise UserError(arg(vocab_size=args.vocab_size), ": a fairseq dictionary has four special entries, so at least 5")
+    plain = to_fairseq(DecoderConfig(vocab_size=args.vocab_size, **architecture(args.arch)))
+    given = {name: getattr(args, name) for name in _model_options() if getattr(args, name) is not None}
+    given["max_target_positions"] = args.context
+    with named(_flag):
+        return Job(
+            config=from_fairseq({**plain, **given}, args.vocab_size, names=lambda argument: argument),
+            gpu=args.gpu,
+            gpus=args.gpus,
+            tokens=number(args.tokens, "--tokens"),
+            length=args.context,
+            batch_tokens=number(args.batch_tokens, "--batch-tokens"),
+            micro_batch=args.batch_size,
+            bf16=args.precision == "bf16",
+            strategy=args.strategy,
+            checkpointing=args.checkpoint_activations,
+            mfu=args.mfu,
+            gpus_per_node=args.gpus_per_node,
+            node_bandwidth=args.node_bandwidth * 1e9,
+        )
+
+
+def _model_options() -> dict[str, tuple[str, Any, Any]]:
+    """The options of the decoder's table that are flags here too. Memory is that without dropout."""
+    from momentum_lm.formats.decoder_options import table
+
+    elsewhere = ("max_target_positions", "checkpoint_activations")  # --context, and what the command may choose itself
+    return {name: row for name, row in table().items() if name not in elsewhere and not name.endswith("dropout")}
+
+
+def _flag(argument: Argument) -> Argument | str:
+    """What this command calls an argument of Job."""
+    if argument.name == "bf16":
+        return f"--precision {'bf16' if argument.value else 'fp32'}"
+    if argument.name == "node_bandwidth":
+        return f"--node-bandwidth {argument.value / 1e9:g}"
+    return flags(
+        length="--context", max_target_positions="--context", micro_batch="--batch-size",
+        checkpointing="--checkpoint-activations",
+    )(argument)  # fmt: skip
 
 
 def _command(plan: Plan, args: argparse.Namespace) -> str:
     """The line that trains so. Several nodes: on each of them, with HOST the first one's name."""
+    from momentum_lm.formats.decoder_options import training_words
+
     job, option = plan.job, plan.chosen
     assert option is not None
     nodes = max(1, job.gpus // job.gpus_per_node)
@@ -147,22 +151,8 @@ def _command(plan: Plan, args: argparse.Namespace) -> str:
         launch += ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500", "--no-python"]
     elif launch:
         launch += ["--standalone", "--no-python"]
-    config = job.config
-    model: list[Any] = ["--arch", args.arch]
-    for flag, value, default in (
-        ("--position", args.position, "sinusoidal"),
-        ("--momentum-kind", args.momentum_kind, None),
-        ("--momentum-eta", args.momentum_eta, None),
-        ("--momentum-gate", args.momentum_gate, "none"),
-    ):
-        model += [flag, value] if value != default else []
-    for flag, on in (
-        ("--untie-embeddings", args.untie_embeddings),
-        ("--momentum-learned", config.momentum_learned),
-        ("--momentum-normalize", config.momentum_normalize),
-        ("--checkpoint-activations", option.checkpointing),
-        ("--compile", args.compile),
-    ):
+    model = training_words(job.config, args.arch)
+    for flag, on in (("--checkpoint-activations", option.checkpointing), ("--compile", args.compile)):
         model += [flag] if on else []
     backend = {"ddp": ["--ddp-backend", "pytorch_ddp"], "fsdp": ["--ddp-backend", "fully_sharded"]}.get(option.strategy, [])
     updates = plan.updates
@@ -196,7 +186,7 @@ def _text(plan: Plan, args: argparse.Namespace, command: str | None) -> str:
     usable = f"{USABLE * job.hardware.memory / 1e9:,.0f} of {job.hardware.memory / 1e9:,.0f} GB"
     if chosen is None:
         lines += [f"nothing fits in {usable}. What would:"]
-        lines += [f"  {hint}" for hint in plan.hints] or ["  a shorter --context or a smaller --arch; no GPU of the table is large enough"]
+        lines += [f"  {hint}" for hint in _hints(plan)] or ["  a shorter --context or a smaller --arch; no GPU of the table is large enough"]
         return "\n".join(lines)
     rate = plan.tokens_per_second
     lines += [
@@ -216,6 +206,10 @@ def _text(plan: Plan, args: argparse.Namespace, command: str | None) -> str:
             f"({seconds / chosen.step_seconds:.2%}); {plan.momentum.flops_share:+.2%} FLOPs"
         )
     return "\n".join([*lines, "", *_assumptions(plan, usable), "", command or ""])
+
+
+def _hints(plan: Plan) -> list[str]:
+    return [" ".join(str(_flag(Argument(*one))) for one in hint.items()) for hint in plan.hints]
 
 
 def _title(option: Option) -> str:
@@ -295,7 +289,7 @@ def _as_json(plan: Plan, command: str | None) -> dict[str, Any]:
         "options": [option(o) for o in plan.options],
         "chosen": chosen,
         "momentum": None if plan.momentum is None else asdict(plan.momentum),
-        "hints": plan.hints,
+        "hints": _hints(plan),
         "command": command,
     }
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momentum_lm.errors import CheckpointError, TornCheckpoint
+from momentum_lm.errors import CheckpointError, TornCheckpoint, arg
 from momentum_lm.files import open_ordinary
 
 from .pickles import Malformed, Reader, Refused, Storage
 
-_TRUST = "If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
+_TRUST = ("If you trust where it comes from, add ", arg(trust=True), " or set FAIRSEQ_TRUST_CHECKPOINT=1")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch's own, before 1.6
 # Of a ZIP archive, what is read here: an entry's own header (signature, lengths of its name and of its extra field); an
 # entry of the table of contents (signature, flags, method, checksum, both sizes, lengths of name, extra field and
@@ -106,8 +106,8 @@ def _load_safely(path: str, descriptor: int, size: int, mmap: bool) -> Any:
         if refused.unusable:
             raise CheckpointError(f"checkpoint {path} holds {refused.name}, which nothing here can use") from refused
         raise CheckpointError(
-            f"checkpoint {path} holds {refused.name}, which is not on the list of types known to be safe: "
-            f"loading it can run code. {_TRUST}"
+            f"checkpoint {path} holds {refused.name}, which is not on the list of types known to be safe: loading it "
+            "can run code. ", *_TRUST,
         ) from refused
     except Malformed as error:
         raise _torn(path, str(error)) from error

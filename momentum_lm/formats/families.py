@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import Argument, UserError, arg, named
 from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.config import options
 from momentum_lm.model.filters import NOTES, MomentumEMA
 
 from .lazy import FLOATS, Lazy, concatenated
@@ -25,12 +26,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_accurate",
     "gelu_fast": "gelu_accurate",
 }
-_KINDS: dict[str, tuple[Any, str]] = {  # of DecoderConfig's fields
-    "int": (int, "whole number"), "float": ((int, float), "number"), "bool": (bool, "true or false"), "str": (str, "word"),
-    "tuple[int, ...]": ((list, tuple), "list"),
-}  # fmt: skip
-_SHARES = ("dropout", "attention_dropout", "activation_dropout")
-_MOST = 1 << 31  # of anything that a configuration counts
 _VOCABULARY = ("embed_tokens.weight", "output_projection.weight")
 _OFFSET = 2  # rows of a learned position table that no token has: fairseq counts from the padding token's id + 1
 
@@ -74,30 +69,25 @@ class Family:
             if found != value:
                 raise UserError(f"{name} is {_shown(found)}: {reason}")
         given: dict[str, Any] = {}
-        kinds = {f.name: f.type for f in dataclasses.fields(DecoderConfig)}
+        kinds = {name: (kind, entry) for name, kind, entry in options()}
         for ours, theirs in self.fields.items():
             value = config.get(theirs, config.get(self.earlier.get(theirs, theirs)))
             value = self.defaults.get(theirs) if value is None else value
-            if value is None and ours == "ffn_dim":
-                value = 4 * given["dim"]
-            kind, what = _KINDS[str(kinds[ours])]
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise UserError(f"{theirs} is {_shown(value)}, which is no {what}")
-            if ours in _SHARES and not 0 <= value <= 1:
-                raise UserError(f"{theirs} is {value}, which is no share of 1")
-            if kind is int and not 0 < value < _MOST:
-                raise UserError(f"{theirs} is {_shown(value)}; no model has that")
+            value = 0 if value is None and kinds[ours][1].zero else value
             given[ours] = tuple(value) if isinstance(value, list) else value
-        absent = given.get("absent_tokens", ())
-        if not all(type(token) is int and 0 <= token < vocab_size for token in absent):
-            raise UserError(f"absent_tokens is {_shown(absent)}, which is no list of ids of its {vocab_size} tokens")
-        if self is not MOMENTUM:
-            if given["activation"] not in ACTIVATIONS:
-                known = ", ".join(ACTIVATIONS)
-                called = _shown(given["activation"])
-                raise UserError(f"{self.fields['activation']} is {called}, which the decoder does not have ({known})")
-            given["activation"] = ACTIVATIONS[given["activation"]]
-        return DecoderConfig(**{"vocab_size": vocab_size, **self.constants, **given})
+        with named(self._entry):
+            if self is not MOMENTUM:
+                called = given["activation"]
+                if isinstance(called, str) and called not in ACTIVATIONS:
+                    known = f", which the decoder does not have ({', '.join(ACTIVATIONS)})"
+                    raise UserError(arg(activation=called), known)
+                given["activation"] = ACTIVATIONS[called] if isinstance(called, str) else called
+            return DecoderConfig(**{"vocab_size": vocab_size, **self.constants, **given})
+
+    def _entry(self, argument: Argument) -> Argument | str:
+        """The entry of config.json that gives a field of DecoderConfig."""
+        theirs = self.fields.get(argument.name)
+        return argument if theirs is None else f"{theirs} {_shown(argument.value)}" if argument.has_value else theirs
 
     def config(self, decoder: DecoderConfig, vocab_size: int) -> dict[str, Any]:
         """The config.json of a decoder that the family represents, apart from its dtype and its token ids (but those in ``needs``)."""
@@ -200,7 +190,7 @@ _USUAL = {  # what transformers' own models call it, for what reads a config.jso
     "max_positions": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
-_OWN = [f.name for f in dataclasses.fields(DecoderConfig) if f.name not in ("vocab_size", "checkpoint_activations")]
+_OWN = [name for name, _, _ in options() if name not in ("vocab_size", "checkpoint_activations")]
 _TRAINING = {"dropout": "dropout", "attention_dropout": "attention_dropout"}
 
 XGLM = Family(

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Set
 from pathlib import Path
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import locked, naming
 
 # all that a conversion writes
@@ -66,7 +66,7 @@ def _check(output: Path, force: bool) -> None:
     if foreign:
         raise UserError(f"{output} holds {foreign[0]}, which a conversion does not write; choose another OUTPUT")
     if any(output.iterdir()) and not force:
-        raise UserError(f"{output} is there already; choose another OUTPUT, or add --force")
+        raise UserError(f"{output} is there already; choose another OUTPUT, or add ", arg(force=True))
 
 
 def _foreign(folder: Path, others: Set[str] = frozenset()) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,14 +15,15 @@ from momentum_lm.errors import UserError
 from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.formats.pickles import shown
 from momentum_lm.model import DecoderConfig
-from momentum_lm.model.sizes import MOMENTUM_OF, SIZES
 from momentum_lm.text.dictionary import BOS, EOS, SPECIALS, Dictionary
 from momentum_lm.text.hub import hub_answers
 from momentum_lm.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from momentum_lm.untrusted import parse_json
 
+from .decoder_options import nearest, to_fairseq
 from .families import Family, family_of
 from .lazy import Lazy, read_safetensors, write_torch
+from .state_dict import extras
 from .tokenizers import save_tokenizer
 
 CHECKPOINT = "model.pt"
@@ -88,7 +88,7 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
             raise UserError("it gives no vocab_size")
         decoder = family.decoder_config(config, vocabulary)
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+        raise UserError(f"{folder / 'config.json'}: ", error) from error
     tensors = _tensors(folder, family, trust)
     head, embedding = (family.theirs(name) for name in ("output_projection.weight", "embed_tokens.weight"))
     if decoder.tie_embeddings and head in tensors:
@@ -101,7 +101,7 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
     try:
         family.check(tensors, decoder, vocabulary)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: ", error) from error
     eos = config.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos  # of several, the first is the pretrained model's
     eos = eos if isinstance(eos, int) and not isinstance(eos, bool) else None
@@ -126,22 +126,18 @@ def write_checkpoint(source: Source, folder: Path, dtype: torch.dtype | None, pr
         if lazy not in made:
             made[lazy] = lazy.weight(f"{source.folder}: {name}", None if ".momentum." in name else dtype)
         weights[f"decoder.{name}"] = made[lazy]
-    # what stock fairseq asks for in a strict load
-    weights["decoder.version"] = Lazy.of(torch.tensor([3.0]))
-    if source.decoder.position == "sinusoidal":
-        weights["decoder.embed_positions._float_tensor"] = Lazy.of(torch.zeros(1))
+    weights |= {f"decoder.{name}": Lazy.of(value) for name, value in extras(source.decoder).items()}
     write_torch(folder / CHECKPOINT, checkpoint(source.decoder, source.add_bos) | {"model": weights}, progress)
     source.dictionary.save(folder / "dict.txt")
 
 
 def checkpoint(decoder: DecoderConfig, add_bos: bool) -> dict[str, Any]:
     """All that a fairseq checkpoint holds beside the weights: options, and that it was trained for no updates."""
-    architecture = _architecture(decoder)
     history = {"criterion_name": "ChunkedCrossEntropy", "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}, "num_updates": 0}
     return {
         "args": None,
         "cfg": {
-            "model": {"_name": architecture, **options(decoder)},
+            "model": {"_name": nearest(decoder), **to_fairseq(decoder)},
             "task": {
                 "_name": "language_modeling",
                 "data": None,
@@ -161,58 +157,6 @@ def checkpoint(decoder: DecoderConfig, add_bos: bool) -> dict[str, Any]:
         "extra_state": {"train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0, "shuffle": True}},
         "last_optimizer_state": None,
     }
-
-
-def options(decoder: DecoderConfig) -> dict[str, Any]:
-    """fairseq's options of the model, those of every architecture of this package: what ``DecoderConfig.from_fairseq`` reads."""
-    return {
-        "decoder_embed_dim": decoder.dim,
-        "decoder_ffn_embed_dim": decoder.ffn_dim,
-        "decoder_layers": decoder.layers,
-        "decoder_attention_heads": decoder.heads,
-        "activation_fn": decoder.activation,
-        "dropout": decoder.dropout,
-        "attention_dropout": decoder.attention_dropout,
-        "activation_dropout": decoder.activation_dropout,
-        "position": decoder.position,
-        "no_scale_embedding": not decoder.scale_embeddings,
-        "untie_embeddings": not decoder.tie_embeddings,
-        "momentum_kind": decoder.momentum_kind,
-        "momentum_eta": decoder.momentum_eta,
-        "momentum_learned": decoder.momentum_learned,
-        "momentum_normalize": decoder.momentum_normalize,
-        "momentum_gate": decoder.momentum_gate,
-        "absent_tokens": ",".join(map(str, decoder.absent_tokens)),
-        "max_target_positions": decoder.max_positions,
-        "tokens_per_sample": decoder.max_positions,
-    }
-
-
-def training_flags(decoder: DecoderConfig) -> str:
-    """The flags with which ``fairseq-train`` builds this decoder."""
-    name = _architecture(decoder)
-    size = SIZES[name.partition("_lm_")[2]]
-    defaults = {
-        "decoder_embed_dim": size.dim, "decoder_ffn_embed_dim": 4 * size.dim, "decoder_layers": size.layers,
-        "decoder_attention_heads": size.heads, "momentum_kind": MOMENTUM_OF[name.partition("_lm_")[0] + "_lm"],
-    }  # fmt: skip
-    plain = options(DecoderConfig(8, 8, 8, 1, 1)) | defaults
-    chosen = {flag: value for flag, value in options(decoder).items() if value != plain[flag] and flag != "max_target_positions"}
-    words = [f"--{flag.replace('_', '-')}" + ("" if value is True else f" {value}") for flag, value in chosen.items()]
-    return " ".join([f"--arch {name}", *words])
-
-
-def _architecture(decoder: DecoderConfig) -> str:
-    """The registered architecture of this shape, or the one of the nearest number of parameters."""
-    family = next((name for name, kind in MOMENTUM_OF.items() if kind == decoder.momentum_kind), "momentum_lm")
-    shape = (decoder.layers, decoder.dim, decoder.heads)
-
-    def distance(name: str) -> float:
-        size = SIZES[name]
-        return abs(math.log(size.layers * size.dim**2 / (decoder.layers * decoder.dim**2)))
-
-    exact = [name for name, size in SIZES.items() if tuple(size) == shape]
-    return f"{family}_{exact[0] if exact else min(SIZES, key=distance)}"
 
 
 def _tensors(folder: Path, family: Family, trust: bool) -> dict[str, Lazy]:

@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.model.precision import DTYPES
 
 SAFETENSORS_DTYPES = {
@@ -35,9 +35,9 @@ _STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStora
              torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}  # fmt: skip
 _FLAGS = {dtype: name for name, dtype in DTYPES.items()}
 _ROOM = {  # what holds more
-    torch.float16: "use --dtype bf16 or fp32",
-    torch.bfloat16: "use --dtype fp32, or leave out --dtype",
-    torch.float32: "leave out --dtype",
+    torch.float16: ("use ", arg(dtype="bf16"), " or fp32"),
+    torch.bfloat16: ("use ", arg(dtype="fp32"), ", or leave out ", arg("dtype")),
+    torch.float32: ("leave out ", arg("dtype")),
 }
 _ALIGNMENT = 64  # of tensors in torch's file, as torch itself aligns them
 
@@ -91,7 +91,7 @@ class Lazy:
                 if not extremes.to(result.dtype).isfinite().all():
                     largest, limit = extremes.abs().max(), torch.finfo(result.dtype).max
                     what = f"{name} reaches {largest:.6g}, and {_FLAGS[result.dtype]} ends at {limit:.6g}"
-                    raise UserError(f"{what}: {_ROOM[result.dtype]}")
+                    raise UserError(f"{what}: ", *_ROOM[result.dtype])
             return tensor.to(result.dtype)
 
         return replace(result, load=load)

@@ -119,7 +119,7 @@ def check_state(state: Mapping[str, Any], path: str) -> None:
                     count(iterator[name], f"train_iterator's {name}")
         _check_optimizer(state.get("last_optimizer_state"))
     except UserError as error:
-        raise CheckpointError(f"checkpoint {path}: {error}") from error
+        raise CheckpointError(f"checkpoint {path}: ", error) from error
 
 
 def _check_optimizer(state: Any) -> None:

@@ -87,7 +87,7 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
         notes += [note] if note else []
     else:
         notes.append(
-            "there is no tokenizer beside the checkpoint, so none was written; name its folder with --tokenizer"
+            "there is no tokenizer beside the checkpoint, so none was written; name its folder as the tokenizer"
         )
     return (
         family.architecture,

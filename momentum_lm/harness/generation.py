@@ -76,7 +76,7 @@ def generate(
             break
         if len(going) < len(running):
             index = torch.tensor(going, device=lm.device)
-            cache.reorder(index)
+            cache.select(index)
             chosen, running = chosen[index], [running[row] for row in going]
         hidden = lm.model.features(chosen[:, None], cache, left_padded=False)[:, -1]
     return found

@@ -25,7 +25,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import Argument, UserError, as_word, named
 from momentum_lm.formats.to_huggingface import names_of_tokens
 from momentum_lm.icl.prompts import Request, common_length
 from momentum_lm.icl.scoring import halving
@@ -314,18 +314,16 @@ def _load(
 ) -> NativeLM:
     if dtype not in DTYPES:
         raise UserError(f"--model_args dtype={dtype}: choose from {', '.join(DTYPES)}")
-    try:
+    with named(_model_args):
         lm = load_native(str(path), model_overrides, trust_checkpoint, _device(device), DTYPES[dtype], tokenizer)
         lm.tokenizer  # noqa: B018  (now, not after the tasks' data was read)
-    except UserError as error:  # which names the flags of fairseq-eval
-        flags = {
-            "--tokenizer": "tokenizer=DIR",
-            "--model-overrides": "model_overrides",
-            "--trust-checkpoint": "trust_checkpoint=True",
-        }
-        pattern = "|".join(flags)
-        raise UserError(re.sub(pattern, lambda flag: f"--model_args {flags[flag[0]]}", str(error))) from error
     return lm
+
+
+def _model_args(argument: Argument) -> str:
+    """What ``--model_args`` calls an argument of load_native."""
+    name = {"overrides": "model_overrides", "trust": "trust_checkpoint"}.get(argument.name, argument.name)
+    return f"--model_args {name}" + (f"={as_word(argument.value)}" if argument.has_value else "")
 
 
 def _device(name: str | None) -> torch.device:

@@ -19,7 +19,7 @@ from momentum_lm.icl.scoring import halving, token_budget
 from momentum_lm.lm.inference import inference
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.lm.scoring import target_log_probs
-from momentum_lm.model.attention import Cache
+from momentum_lm.model.state import Cache
 
 from .generation import likeliest
 
@@ -109,7 +109,7 @@ def _run(
         tokens[i, : len(given[i])] = torch.tensor(given[i])
         for request in (requests[number] for number in rows[row]):
             wanted += [(i, j - 1 - skip, request.tokens[j]) for j in range(request.start, len(request.tokens))]
-    cache = None if prefix is None else prefix.expand(len(batch), frozen=True)
+    cache = None if prefix is None else prefix.rows(len(batch), frozen=True)
     hidden = lm.model.features(tokens.to(lm.device), cache, left_padded=False)
     best = torch.empty_like(tokens)
 

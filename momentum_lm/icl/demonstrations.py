@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import Argument, UserError, arg
 from momentum_lm.icl.datasets.loading import Example
 
 PAPER_EVALUATED = 2000  # the authors evaluate no more of a split
@@ -41,14 +41,14 @@ def select(
     Raises UserError for more shots than examples, a negative seed and, if balanced, a label without an example. Warns of labels that
     are not shown because there are fewer shots.
     """
-    for there, rest in (
-        (len(train), ""),
-        (len(train) - len(hidden), " that are not evaluated too; use a smaller --limit, or another training split"),
-    ):
+    not_evaluated: list[str | Argument] = [
+        " that are not evaluated too; use a smaller ", arg("limit"), ", or another training split",
+    ]  # fmt: skip
+    for there, rest in ((len(train), []), (len(train) - len(hidden), not_evaluated)):
         if shots > there:
-            raise UserError(f"{shots} shots (--shots): the training split has no more than {there} examples{rest}")
+            raise UserError(arg(shots=shots), f": the training split has no more than {there} examples", *rest)
     if seed < 0:
-        raise UserError(f"seed {seed} (--seeds): must not be negative")
+        raise UserError(arg(seed=seed), ": must not be negative")
     if not shots:
         return []
     generator = np.random.default_rng(seed)
@@ -146,8 +146,8 @@ def separate(
     rest = [example for example in evaluated if identity(example) not in shown]
     if not rest:
         raise UserError(
-            f"the training split has every evaluated example, and {shots} shots (--shots) leave none to evaluate; use "
-            "fewer, or another training split"
+            "the training split has every evaluated example, and ", arg(shots=shots),
+            " leaves none to evaluate; use fewer, or another training split",
         )
     return Separation(rest, frozenset(i for i, key in hidden.items() if key not in shown), len(evaluated) - len(rest))
 
@@ -185,8 +185,10 @@ def _balanced(
         missing = absent or missing
         words = [known[label].strip() if label < len(known) else f"number {label + 1}" for label in missing[:10]]
         raise UserError(
-            f"--sampling balanced: the training split has no {what} of {len(missing)} of {len(labels)} labels "
-            f"({', '.join(words)}{', ...' * (len(missing) > 10)}); use --sampling random, or another training split"
+            arg(sampling="balanced"),
+            f": the training split has no {what} of {len(missing)} of {len(labels)} labels "
+            f"({', '.join(words)}{', ...' * (len(missing) > 10)}); use ", arg(sampling="random"),
+            ", or another training split",
         )
     if shots < len(labels):
         log.warning("%d shots for %d labels: %d of them have no demonstration", shots, len(labels), len(labels) - shots)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.lm.tracing import AttentionTrace, attention_modules, fused_heads, fused_name, split_fused, tracing
 from momentum_lm.model import Decoder
 
@@ -136,7 +136,9 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
     if parameters != "kv":
         chosen: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if re.fullmatch(parameters, name)]
         if not chosen:
-            raise UserError(f"--finetune-parameters {parameters}: no parameter has such a name; names are like {next(iter(named))}")
+            raise UserError(
+                arg(parameters=parameters), f": no parameter has such a name; names are like {next(iter(named))}",
+            )
         return chosen
     found: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if _SEPARATE.fullmatch(name)]
     for name, parameter in named.items():
@@ -145,8 +147,8 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
     if not found:
         looked_for = ", ".join(["k_proj", "v_proj", "key", "value"])
         raise UserError(
-            f"{type(model).__name__} has no key and value projections under the names {looked_for}; "
-            f"give a regular expression for them with --finetune-parameters (names are like {next(iter(named))})"
+            f"{type(model).__name__} has no key and value projections under the names {looked_for}; give a regular "
+            "expression for them with ", arg("parameters"), f" (names are like {next(iter(named))})",
         )
     return found
 
@@ -239,6 +241,6 @@ def _skipped(tuples: dict[nn.Module, bool], states: Tensor) -> Iterator[None]:
 
 def _not_layerwise(model: Any) -> UserError:
     return UserError(
-        f"{type(model).__name__} cannot be finetuned layer by layer: its blocks' outputs are not what its predictions "
-        "are made of; leave lcgd out of --controls"
+        f"{type(model).__name__} cannot be finetuned layer by layer: its blocks' outputs are not what its "
+        "predictions are made of; leave lcgd out of ", arg("controls"),
     )

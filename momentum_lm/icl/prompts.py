@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.lm.protocol import LanguageModel
 
@@ -65,7 +65,7 @@ def special_notes(lm: LanguageModel, form: PromptFormat, template: str, examples
         return
     names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
     separator = form.separator if isinstance(form.separator, str) else ""
-    for what, text in (("the template", template), ("--separator", separator)):
+    for what, text in (("the template", template), ("the separator", separator)):
         if found := names.search(text):
             yield f"{what} spells {found[0]}, which is ordinary text to the model, not the special token"
     texts = ["".join(example.pair(choice)) for example in examples for choice in range(len(example.inputs))]
@@ -176,13 +176,14 @@ def _check(lm: LanguageModel, example: Example, tokens: list[int], start: int) -
     if start == 0:
         raise UserError(
             f"{where} has no token before its continuation; give the template some text there, or (fairseq "
-            "checkpoints) begin prompts with --bos '</s>'"
+            "checkpoints) begin prompts with ", arg("bos"), " '</s>'",
         )
     if start == len(tokens):
         raise UserError(f"{where} has a continuation without tokens; fix its text in the data")
     if len(tokens) > lm.max_positions:
         raise UserError(
-            f"{where} has a prompt of {len(tokens)} tokens, but {lm.name} takes {lm.max_positions}; shorten texts with --max-field-tokens"
+            f"{where} has a prompt of {len(tokens)} tokens, but {lm.name} takes {lm.max_positions}; shorten texts "
+            "with ", arg("shorten"),
         )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.text.hub import hub_answers
 
@@ -410,13 +410,13 @@ def load_huggingface(
     try:
         import transformers
     except ImportError as error:
-        raise UserError("--hf-model needs transformers: pip install 'momentum_lm[transformers]'") from error
+        raise UserError(arg("name"), " needs transformers: pip install 'momentum_lm[transformers]'") from error
     given: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
         given["gguf_file"] = gguf_file
         folder = Path(name)
         if folder.is_dir() and not (folder / gguf_file).exists():
-            raise UserError(f"--hf-gguf-file {gguf_file}: {folder} holds no such file")
+            raise UserError(arg(gguf_file=gguf_file), f": {folder} holds no such file")
     if not Path(name).is_dir() and not hub_answers():
         given["local_files_only"] = True  # what earlier downloads left
     unchanged = Unchanged(_files(name, gguf_file))
@@ -426,10 +426,10 @@ def load_huggingface(
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"--hf-model {name} brings code of its own: add --trust-checkpoint if you trust it"
+                arg(name=name), " brings code of its own: add ", arg(trust=True), " if you trust it",
             ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"--hf-model {name} does not load: {reason}") from error
+        raise UserError(arg(name=name), f" does not load: {reason}") from error
     digest = _digest(name, gguf_file, model)
     unchanged.check()
     return HuggingFaceLM(model.to(device), tokenizer, name, digest, unchanged)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from momentum_lm import ops
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 
 from .inference import grouped_attention, register_attention
 
@@ -53,21 +53,26 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
     check_eta(eta)
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "momentum_kind", "none") != "none":
-        raise UserError(f"--hf-momentum-eta: {name} has momentum of its own")
+        raise UserError(arg("eta"), f": {name} has momentum of its own")
     added = added_momentum(model)
     base = config._attn_implementation if added is None else added.base
     if base not in _ATTENTIONS:
-        raise UserError(f"--hf-momentum-eta needs SDPA through transformers' attention interface, but the attention of {name} is {base}")
+        raise UserError(
+            arg("eta"),
+            f" needs SDPA through transformers' attention interface, but the attention of {name} is {base}",
+        )
     try:
         modules = attention_modules(model)
     except UserError as error:
-        raise UserError(f"--hf-momentum-eta: {name} does not use transformers' attention interface, so momentum cannot be added") from error
+        raise UserError(
+            arg("eta"), f": {name} does not use transformers' attention interface, so momentum cannot be added",
+        ) from error
     if not all(getattr(module, "is_causal", True) for module in modules):
-        raise UserError(f"--hf-momentum-eta: the attention of {name} is not causal")
+        raise UserError(arg("eta"), f": the attention of {name} is not causal")
     try:
         check_attention(model)
     except UserError as error:
-        raise UserError(f"--hf-momentum-eta: {error}") from error
+        raise UserError(arg("eta"), ": ", error) from error
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     added = Added(base, float(eta), normalize, float(gate))
@@ -85,7 +90,7 @@ def added_momentum(model: Any) -> Added | None:
 def check_eta(eta: float) -> None:
     """Raises UserError for a decay that is none."""
     if not 0 < eta < 1:
-        raise UserError(f"--hf-momentum-eta {eta}: the decay must lie strictly between 0 and 1, such as 0.3")
+        raise UserError(arg(eta=eta), ": the decay must lie strictly between 0 and 1, such as 0.3")
 
 
 def with_momentum(attention: Callable[..., Any], added: Added | None) -> Callable[..., Any]:

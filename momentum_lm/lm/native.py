@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from momentum_lm.errors import TornCheckpoint, UserError
+from momentum_lm.errors import TornCheckpoint, UserError, arg
 from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.formats import options as checkpoint_options
 from momentum_lm.formats.checkpoint import load_checkpoint, trusted
+from momentum_lm.formats.decoder_options import from_fairseq, table
 from momentum_lm.formats.pickles import shown
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.model.attention import Cache
-from momentum_lm.model.decoder import document_ids
 from momentum_lm.model.filters import NOTES
+from momentum_lm.model.positions import document_ids
 from momentum_lm.model.precision import Float32
+from momentum_lm.model.state import Cache
 from momentum_lm.text.dictionary import BOS, DIGEST, EOS, check_symbols
 from momentum_lm.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
@@ -36,11 +37,6 @@ from .scoring import target_log_probs
 from .shards import is_part, join_parts, part_files
 
 CHECKPOINTS = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")  # what a folder is searched for, in this order
-_OPTIONS = (  # those of fairseq's and our own options that say what a decoder computes
-    *("decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers", "decoder_attention_heads", "activation_fn"),
-    *("position", "no_scale_embedding", "untie_embeddings", "max_target_positions", "absent_tokens"),
-    *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
-)
 _IGNORED = re.compile(r"(version|embed_positions\._float_tensor)$")
 
 
@@ -137,8 +133,9 @@ class NativeLM:
         tokenizer = load_tokenizer(self.tokenizer_path)
         if tokenizer.vocab_size != self.vocab_size:
             raise UserError(
-                f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has {self.vocab_size}: "
-                "name the folder of the data that the model was trained on with --tokenizer"
+                f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has "
+                f"{self.vocab_size}: name the folder of the data that the model was trained on with ",
+                arg("tokenizer"),
             )
         whose = f"the tokenizer's dictionary in {self.tokenizer_path}"
         check_symbols(tokenizer.dictionary.symbols, self.dictionary, whose)
@@ -181,7 +178,7 @@ class NativeLM:
     ) -> Tensor:
         """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
         inputs = tokens.masked_fill(padding, self.config.padding_idx).to(self.device)
-        cache = None if prefix is None else prefix.expand(len(tokens), frozen=True)
+        cache = None if prefix is None else prefix.rows(len(tokens), frozen=True)
         hidden = self.model.features(inputs, cache, left_padded=bool(padding[:, 0].any()))
 
         def logits_at(row: Tensor, position: Tensor) -> Tensor:
@@ -241,23 +238,23 @@ def load_native(
         options = options | _parse_overrides(overrides, options)
         if not model_cfg and "decoder_attention_heads" not in options:
             raise UserError(
-                "the checkpoint does not say its number of heads: add --model-overrides \"{'decoder_attention_heads': "
-                'N}"'
+                "the checkpoint does not say its number of heads: add ",
+                arg(overrides="{'decoder_attention_heads': N}"),
             )
         fixed = options.get("momentum_kind") == "ema" and not options.get("momentum_learned")
         if not model_cfg and fixed and "momentum_eta" not in options:
             raise UserError(
-                "the checkpoint does not say its momentum's decay: add --model-overrides \"{'momentum_eta': ETA}\""
+                "the checkpoint does not say its momentum's decay: add ", arg(overrides="{'momentum_eta': ETA}"),
             )
         for name in ("tokens_per_sample", "max_target_positions"):
             options.setdefault(name, task_cfg.get(name))
-        config = DecoderConfig.from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
+        config = from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
         checkpoint_options.check_sizes(tensors, config.layers, config.dim, config.ffn_dim)
         model = _build(config, tensors, torch.device(device), dtype or torch.float32)
         bos = BOS if not task_cfg or checkpoint_options.flag(task_cfg, "add_bos_token") else EOS
         packed = checkpoint_options.flag(task_cfg, "packed_documents")
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: ", error) from error
     data = _data_folder(task_cfg)
     if tokenizer is None and data and not has_tokenizer(path.parent):
         tokenizer = data if has_tokenizer(data) else None
@@ -309,7 +306,7 @@ def _read(path: Path, trust: bool) -> tuple[list[Path], dict[str, Any]]:
     except TornCheckpoint:
         raise
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: ", error) from error
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -394,7 +391,7 @@ def check_fairseq_model(state: Mapping[str, Any]) -> None:
     for name, value in tensors.items():
         if not _IGNORED.match(name):
             _check_tensor(name, value)
-    config = DecoderConfig.from_fairseq({name: options.get(name) for name in options}, 1 << 40)
+    config = from_fairseq({name: options.get(name) for name in options}, 1 << 40)
     divided = is_part(state)
     positions = config.max_positions + 2 if config.position == "learned" else 0
     checkpoint_options.check_sizes(tensors, config.layers, config.dim, config.ffn_dim, positions, divided)
@@ -474,16 +471,15 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
             value = None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise UserError(
-            f"--model-overrides {overrides!r} is not a Python dict of option names, such as \"{{'decoder_attention_heads': 8}}\""
+            arg(overrides=overrides),
+            ' is not a Python dict of option names, such as "{\'decoder_attention_heads\': 8}"',
         )
-    known = {*options, *_OPTIONS}
+    known = {*options, *table()}
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                f"--model-overrides: no option is called {shown(key)!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            instead = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(arg("overrides"), f": no option is called {shown(key)!r}{instead}")
     return dict(value)
 
 

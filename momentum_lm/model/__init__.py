@@ -1,9 +1,11 @@
 """A GPT decoder with momentum attention, in plain torch."""
 
-from .attention import Cache, CausalSelfAttention
-from .decoder import Decoder, DecoderConfig
+from .attention import CausalSelfAttention
+from .config import DecoderConfig
+from .decoder import Decoder
 from .filters import MomentumEMA, MomentumMultiEMA
 from .loss import chunked_cross_entropy
+from .state import Cache
 
 __all__ = [
     "Cache",

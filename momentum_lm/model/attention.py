@@ -1,78 +1,14 @@
-"""Causal self-attention with momentum, and the cache that lets it go on where it stopped."""
+"""Causal self-attention with momentum."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .precision import Float32, autocast_once
-
-
-@dataclass
-class LayerCache:
-    """One layer's past: keys and values (B, H, S, D), keys already rotated, and the momentum state. ``frozen``: nothing is added."""
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    momentum: Tensor | None = None
-    frozen: bool = False
-
-
-@dataclass
-class Cache:
-    """What a decoder remembers of a prefix: keys, values and EMA state per layer, which keys are padding, and each row's next position."""
-
-    layers: list[LayerCache]
-    length: int = 0
-    padding: Tensor | None = None  # (B, S) True at padding; None when there is none
-    positions: Tensor | None = None  # (B,) number of real tokens so far
-    frozen: bool = False  # only ever read: the tokens of a call follow it, and are forgotten
-
-    def reorder(self, index: Tensor) -> None:
-        """Replaces row b by row ``index[b]`` (beam search), in place. The number of rows may change."""
-        self._map(lambda tensor: tensor.index_select(0, index))
-
-    def expand(self, batch: int, frozen: bool = False) -> Cache:
-        """A new cache for ``batch`` rows that share this one-row prefix, without copying it. This one stays as it is.
-
-        ``frozen``: the new one is only read. No layer then keeps its rows' keys and values, and rows may be padded on the right.
-        """
-        layers = [LayerCache(c.keys, c.values, c.momentum, frozen) for c in self.layers]
-        copy = Cache(layers, self.length, self.padding, self.positions, frozen)
-        copy._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
-        return copy
-
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for layer in self.layers:
-            layer.keys, layer.values, layer.momentum = (None if t is None else fn(t) for t in (layer.keys, layer.values, layer.momentum))
-        self.padding = None if self.padding is None else fn(self.padding)
-        self.positions = None if self.positions is None else fn(self.positions)
-
-
-class Rotary(Float32):
-    """Rotary position embedding (arXiv 2104.09864): dimension pairs (i, i + D/2) turn by position * 10000^(-2i/D)."""
-
-    frequency: Tensor
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        self.register_buffer("frequency", frequency.float(), persistent=False)
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (B, T) -> cos, sin (B, 1, T, D/2) in fp32."""
-        angle = positions[:, None, :, None].float() * self.frequency.float()
-        return angle.cos(), angle.sin()
-
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, H, T, D), rotated in fp32."""
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+from .positions import Rotary
+from .precision import autocast_once
+from .state import LayerCache
 
 
 class CausalSelfAttention(nn.Module):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import math
-import numbers
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,197 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.ops.naive import run_numbers
 
-from .attention import Cache, CausalSelfAttention, LayerCache, Rotary
+from .attention import CausalSelfAttention
+from .config import DecoderConfig
 from .filters import MomentumEMA, MomentumMultiEMA
 from .loss import called_cross_entropy, chunked_cross_entropy
-from .mlp import activated_linear
-from .output import OutputProjection, token_ids
+from .mlp import ACTIVATIONS, activated_linear
+from .output import OutputProjection
 from .plain import is_plain
-
-POSITIONS = ("sinusoidal", "learned", "rotary")
-# The paper gives no decay. This one had the lowest validation perplexity in examples/momentum_vs_vanilla.
-DEFAULT_ETA = 0.3
-MOMENTUM_KINDS = ("none", "ema", "multi_ema")
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),  # fairseq's name for the tanh approximation
-    "relu": F.relu,
-}
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shapes and choices of a :class:`Decoder`. Raises UserError, naming the fairseq flag, for values that cannot be."""
-
-    vocab_size: int
-    dim: int
-    ffn_dim: int
-    layers: int
-    heads: int
-    max_positions: int = 1024
-    padding_idx: int = 1
-    eos_idx: int = 2
-    position: str = "sinusoidal"
-    activation: str = "gelu"
-    tie_embeddings: bool = True
-    scale_embeddings: bool = True
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    checkpoint_activations: bool = False
-    momentum_kind: str = "none"
-    momentum_eta: float = DEFAULT_ETA
-    momentum_learned: bool = False
-    momentum_normalize: bool = False
-    momentum_gate: str = "none"
-    absent_tokens: tuple[int, ...] = ()  # ids that are never predicted, such as rows of a dictionary that the model was not trained with
-
-    def __post_init__(self) -> None:
-        for flag, value, choices in (
-            ("--position", self.position, POSITIONS),
-            ("--activation-fn", self.activation, tuple(ACTIVATIONS)),
-            ("--momentum-kind", self.momentum_kind, MOMENTUM_KINDS),
-            ("--momentum-gate", self.momentum_gate, ("none", "zero")),
-        ):
-            if value not in choices:
-                raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
-        if not 0 < self.momentum_eta < 1:
-            raise UserError(f"--momentum-eta {self.momentum_eta}: the decay must lie strictly between 0 and 1, such as {DEFAULT_ETA}")
-        if self.momentum_kind != "ema" and (self.momentum_learned or self.momentum_normalize):
-            raise UserError(f"--momentum-learned and --momentum-normalize belong to --momentum-kind ema, not {self.momentum_kind}")
-        if self.momentum_kind == "none" and self.momentum_gate != "none":
-            raise UserError("--momentum-gate needs --momentum-kind ema or multi_ema")
-        for flag, number, most in (
-            ("--decoder-layers", self.layers, 10_000),
-            ("--decoder-attention-heads", self.heads, 1 << 20),
-            ("--decoder-embed-dim", self.dim, 1 << 20),
-            ("--decoder-ffn-embed-dim", self.ffn_dim, 1 << 24),
-            ("--max-target-positions", self.max_positions, 1 << 40),
-        ):
-            if number < 1:
-                raise UserError(f"{flag} {number}: must be at least 1")
-            if number > most:
-                raise UserError(f"{flag} {number}: must be at most {most:,}")
-        for flag, share in (
-            ("--dropout", self.dropout),
-            ("--attention-dropout", self.attention_dropout),
-            ("--activation-dropout", self.activation_dropout),
-        ):
-            if not 0 <= share <= 1:
-                raise UserError(f"{flag} {share}: must be a probability, from 0 to 1")
-        if self.vocab_size <= max(self.padding_idx, self.eos_idx):
-            raise UserError(f"a dictionary of {self.vocab_size} entries lacks the special symbols")
-        if self.dim % self.heads:
-            raise UserError(f"--decoder-embed-dim {self.dim} is not a multiple of --decoder-attention-heads {self.heads}")
-        if self.position == "rotary" and self.dim // self.heads % 2:
-            raise UserError(f"--position rotary needs an even head size, got {self.dim // self.heads}")
-        if self.position == "sinusoidal" and self.dim < 4:
-            raise UserError(f"--position sinusoidal needs --decoder-embed-dim of at least 4, got {self.dim}")
-        for token in self.absent_tokens:
-            if not 0 <= token < self.vocab_size:
-                raise UserError(f"--absent-tokens {token}: the dictionary's ids are 0 to {self.vocab_size - 1}")
-
-    @classmethod
-    def from_fairseq(cls, cfg: Mapping[str, Any], vocab_size: int, padding_idx: int = 1, eos_idx: int = 2) -> DecoderConfig:
-        """The configuration of a fairseq model, ours or a stock ``transformer_lm*``, from its ``cfg.model`` as a mapping.
-
-        Raises UserError, naming the option, for a stock option that this decoder does not have, and for a value that is no number.
-        """
-
-        def get(name: str, default: Any) -> Any:
-            value = cfg.get(name)
-            return default if value is None else value
-
-        def wrong(name: str, value: Any, what: str) -> UserError:
-            text = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:79]}…"
-            return UserError(f"--{name.replace('_', '-')} {text}: must be {what}")
-
-        def number(kind: type, name: str, default: Any) -> Any:
-            value = get(name, default)
-            what = "a whole number" if kind is int else "a number"
-            try:
-                if (
-                    isinstance(value, bool)
-                    or not isinstance(value, (str, numbers.Real))
-                    or (isinstance(value, str) and len(value) > 40)
-                ):
-                    raise TypeError
-                result = kind(value)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise wrong(name, value, what) from error
-            if not isinstance(value, str) and result != value and kind is int:
-                raise wrong(name, value, what)
-            return result
-
-        def flag(name: str) -> bool:
-            value = get(name, False)
-            if not isinstance(value, (bool, int)) or value not in (0, 1):
-                raise wrong(name, value, "True or False")
-            return bool(value)
-
-        def text(name: str, default: str) -> str:
-            value = get(name, default)
-            value = str(value) if isinstance(value, enum.Enum) else value  # as fairseq keeps choices
-            if not isinstance(value, str) or len(value) > 80:
-                raise wrong(name, value, "a word")
-            return value
-
-        unsupported = {
-            "character_embeddings": False,
-            "adaptive_softmax_cutoff": None,
-            "adaptive_input": False,
-            "layernorm_embedding": False,
-            "no_decoder_final_norm": False,
-            "no_token_positional_embeddings": False,
-            "scale_fc": False,
-            "scale_attn": False,
-            "scale_heads": False,
-            "scale_resids": False,
-            "base_layers": 0,
-            "moe_freq": 0,
-            "quant_noise_pq": 0.0,
-            "quant_noise_scalar": 0.0,
-            "decoder_layerdrop": 0.0,
-        }
-        for name, plain in unsupported.items():
-            if get(name, plain) != plain:
-                raise UserError(f"the model was trained with --{name.replace('_', '-')}, which this decoder does not have")
-        if "decoder_normalize_before" in cfg and not flag("decoder_normalize_before"):
-            raise UserError("the model normalises after each block (no --decoder-normalize-before); this decoder normalises before")
-        dim = number(int, "decoder_embed_dim", 512)
-        for name in ("decoder_input_dim", "decoder_output_dim"):
-            if number(int, name, dim) != dim:
-                raise UserError(f"the model's --{name.replace('_', '-')} differs from --decoder-embed-dim, which this decoder cannot do")
-        stock = "position" not in cfg
-        tied = flag("share_decoder_input_output_embed") if stock else not flag("untie_embeddings")
-        position = "learned" if stock and flag("decoder_learned_pos") else "sinusoidal"
-        return cls(
-            vocab_size=vocab_size,
-            dim=dim,
-            ffn_dim=number(int, "decoder_ffn_embed_dim", 4 * dim),
-            layers=number(int, "decoder_layers", 6),
-            heads=number(int, "decoder_attention_heads", 8),
-            max_positions=number(int, "max_target_positions", get("tokens_per_sample", 1024)),
-            padding_idx=padding_idx,
-            eos_idx=eos_idx,
-            position=position if stock else text("position", "sinusoidal"),
-            activation=text("activation_fn", "relu"),
-            tie_embeddings=tied,
-            scale_embeddings=not flag("no_scale_embedding"),
-            dropout=number(float, "dropout", 0.1),
-            attention_dropout=number(float, "attention_dropout", 0.0),
-            activation_dropout=number(float, "activation_dropout", 0.0),
-            checkpoint_activations=flag("checkpoint_activations"),
-            momentum_kind=text("momentum_kind", "none"),
-            momentum_eta=number(float, "momentum_eta", DEFAULT_ETA),
-            momentum_learned=flag("momentum_learned"),
-            momentum_normalize=flag("momentum_normalize"),
-            momentum_gate=text("momentum_gate", "none"),
-            absent_tokens=token_ids(get("absent_tokens", "")),
-        )
+from .positions import Rotary, sinusoids
+from .state import Cache, LayerCache
 
 
 class Block(nn.Module):
@@ -250,8 +67,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, config: DecoderConfig) -> None:
-        # Not super().__init__(): the fairseq adapter inherits from fairseq's decoder class too, whose __init__ takes other arguments.
-        nn.Module.__init__(self)
+        super().__init__()
         self.config = config
         self.embed_scale = math.sqrt(config.dim) if config.scale_embeddings else 1.0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, config.padding_idx)
@@ -272,7 +88,7 @@ class Decoder(nn.Module):
         else:
             nn.init.normal_(self.output_projection.weight, std=config.dim**-0.5)
         self.dropout = nn.Dropout(config.dropout)
-        self.register_load_state_dict_pre_hook(_accept_fairseq_keys)
+        self.register_load_state_dict_pre_hook(_check_tie)
 
     def new_cache(self) -> Cache:
         """An empty cache: pass it to successive calls with successive tokens."""
@@ -418,35 +234,20 @@ class Decoder(nn.Module):
             raise ValueError(f"{length} tokens exceed the {self.config.max_positions} learned positions of the model")
 
 
-def _accept_fairseq_keys(module: Decoder, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """fairseq checkpoints hold two entries that are no parameters, and old ones lack the tied output embedding.
+def _check_tie(module: Decoder, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """A tied model takes its output projection from the embedding where it is not given, and refuses another one.
 
-    Raises UserError for a checkpoint of an untied model, one of whose two embeddings a tied model would lose.
+    Raises UserError for the weights of an untied model, one of whose two embeddings it would lose.
     """
-    state.pop(f"{prefix}version", None)
-    state.pop(f"{prefix}embed_positions._float_tensor", None)
     embedding = state.get(f"{prefix}embed_tokens.weight")
-    if embedding is not None and module.output_projection.weight is module.embed_tokens.weight:
-        output = state.setdefault(f"{prefix}output_projection.weight", embedding)
-        if output is embedding:
-            return
-        # not allclose: fully sharded tensors have none
-        if output.shape == embedding.shape and not bool(
-            (output.eq(embedding) | (output.isnan() & embedding.isnan())).all()
-        ):
-            raise UserError(
-                "the checkpoint's output projection differs from its embedding: such a model needs --untie-embeddings"
-            )
-
-
-def sinusoids(rows: Tensor, dim: int) -> Tensor:
-    """fairseq's sinusoidal embedding of table rows (B, T) -> (B, T, dim) fp32: sines, then cosines, 10000^(-k / (dim/2 - 1))."""
-    half = dim // 2
-    frequency = torch.exp(torch.arange(half, dtype=torch.float, device=rows.device) * -(math.log(10000) / (half - 1)))
-    angle = rows[..., None].float() * frequency
-    return F.pad(torch.cat([angle.sin(), angle.cos()], -1), (0, dim % 2))
-
-
-def document_ids(tokens: Tensor, eos_idx: int) -> Tensor:
-    """Segment ids (B, T) of packed inputs, in which each document begins with the end-of-sentence token that its text follows."""
-    return tokens.eq(eos_idx).cumsum(1)
+    if embedding is None or not module.config.tie_embeddings:
+        return
+    output = state.setdefault(f"{prefix}output_projection.weight", embedding)
+    if output is embedding or output.shape != embedding.shape:
+        return
+    # not allclose: fully sharded tensors have none
+    if not bool((output.eq(embedding) | (output.isnan() & embedding.isnan())).all()):
+        raise UserError(
+            "the checkpoint's output projection differs from its embedding: such a model needs ",
+            arg(tie_embeddings=False),
+        )

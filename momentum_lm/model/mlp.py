@@ -13,6 +13,11 @@ from momentum_lm.ops.transforms import under_transforms
 
 from .plain import is_plain
 
+ACTIVATIONS: dict[str, Any] = {
+    "gelu": F.gelu,
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),  # fairseq's name for the tanh approximation
+    "relu": F.relu,
+}
 # activation(x) and, from d loss / d activation(x) and x, d loss / d x
 _DERIVATIVES: dict[Any, Any] = {
     F.gelu: lambda grad, x: torch.ops.aten.gelu_backward(grad, x),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import Argument, UserError, arg
 from momentum_lm.model import DecoderConfig
 
 from .costs import Parameters, count_parameters, flops_per_token, momentum_flops_per_token, multiplying
@@ -23,7 +24,7 @@ RECOMPUTATION = 4 / 3  # a forward pass is a third of a step, and checkpointing 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained, on what. Raises UserError, naming the flag, for what cannot be."""
+    """What is to be trained, on what. Raises UserError, naming the argument, for what cannot be."""
 
     config: DecoderConfig
     gpu: str
@@ -41,27 +42,23 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
-            raise UserError(f"--gpu {self.gpu}: choose one of {', '.join(GPUS)}")
-        for flag, number in (
-            ("--gpus", self.gpus),
-            ("--tokens", self.tokens),
-            ("--context", self.length),
-            ("--batch-tokens", self.batch_tokens),
-            ("--batch-size", 1 if self.micro_batch is None else self.micro_batch),
-            ("--gpus-per-node", self.gpus_per_node),
-        ):
-            if number < 1:
-                raise UserError(f"{flag} {number}: must be at least 1")
+            raise UserError(arg(gpu=self.gpu), f": choose one of {', '.join(GPUS)}")
+        for name in ("gpus", "tokens", "length", "batch_tokens", "micro_batch", "gpus_per_node"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise UserError(Argument(name, number), ": must be at least 1")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
-            raise UserError(f"--gpus {self.gpus}: must be a multiple of the {self.gpus_per_node} GPUs of a node (--gpus-per-node)")
+            node = arg(gpus_per_node=self.gpus_per_node)
+            raise UserError(arg(gpus=self.gpus), ": must be a multiple of the GPUs of a node, ", node)
         if not 0 < self.mfu <= 1:
-            raise UserError(f"--mfu {self.mfu}: must lie between 0 and 1, such as 0.45")
+            raise UserError(arg(mfu=self.mfu), ": must lie between 0 and 1, such as 0.45")
         if not 0 < self.node_bandwidth < math.inf:
-            raise UserError(f"--node-bandwidth {self.node_bandwidth / 1e9:g}: must be above 0, such as 400 (GB/s)")
+            raise UserError(arg(node_bandwidth=self.node_bandwidth), ": must be above 0, such as ", arg(node_bandwidth=400e9))
         if self.bf16 and not self.hardware.bf16:
-            raise UserError(f"--gpu {self.gpu} has no bf16; use --precision fp32")
+            raise UserError(arg(gpu=self.gpu), " has no bf16; use ", arg(bf16=False))
         if self.strategy != "auto" and (self.strategy == "single") != (self.gpus == 1):
-            raise UserError(f"--strategy {self.strategy}: needs --gpus {'1' if self.strategy == 'single' else '2 or more'}")
+            needed = [arg(gpus=1)] if self.strategy == "single" else [arg("gpus"), " 2 or more"]
+            raise UserError(arg(strategy=self.strategy), ": needs ", *needed)
 
     @property
     def hardware(self) -> Gpu:
@@ -115,7 +112,7 @@ class Plan:
     options: list[Option]
     chosen: Option | None
     momentum: Momentum | None
-    hints: list[str] = field(default_factory=list)  # what would fit
+    hints: list[dict[str, Any]] = field(default_factory=list)  # arguments of Job with which it would fit
 
     @property
     def tokens_per_second(self) -> float:
@@ -240,25 +237,27 @@ def _momentum(job: Job, option: Option, parameters: Parameters, flops: float) ->
     return Momentum(parameters.momentum, momentum_flops_per_token(config) / flops, moved, seconds, kernel)
 
 
-def _hints(job: Job, options: list[Option]) -> list[str]:
-    """What would fit, where nothing does: smaller micro-batches, or with checkpointing more GPUs, or others."""
+def _hints(job: Job, options: list[Option]) -> list[dict[str, Any]]:
+    """Arguments of Job with which it would fit, where nothing does: smaller micro-batches, or with checkpointing more
+    GPUs, or others.
+    """
     config = replace(job.config, checkpoint_activations=True)
     usable = USABLE * job.hardware.memory
 
     def total(strategy: str, processes: int) -> int:
         return step_memory(config, job.micro_batch or 1, job.length, job.bf16, True, True, strategy, processes).total
 
-    hints = []
+    hints: list[dict[str, Any]] = []
     if largest := max(option.largest_micro_batch for option in options):
-        hints.append(f"--batch-size {largest}")
+        hints.append({"micro_batch": largest})
     fixed = 2 * total("fsdp", 2) - total("fsdp", 1)  # what is not divided: total(n) = fixed + divided / n
     if fixed < usable:
         needed = max(2, math.ceil((total("fsdp", 1) - fixed) / (usable - fixed)))
         if needed > job.gpus_per_node:
             needed = -(-needed // job.gpus_per_node) * job.gpus_per_node
-        hints.append(f"--gpus {max(needed, job.gpus)} --strategy fsdp --checkpoint-activations")
-    strategy = "fsdp" if job.gpus > 1 else "single"
+        hints.append({"gpus": max(needed, job.gpus), "strategy": "fsdp", "checkpointing": True})
+    strategy = {"strategy": "fsdp"} if job.gpus > 1 else {}
     for name, gpu in GPUS.items():
-        if (gpu.bf16 or not job.bf16) and usable < total(strategy, job.gpus) <= USABLE * gpu.memory:
-            hints.append(f"--gpu {name} --checkpoint-activations" + (" --strategy fsdp" if strategy == "fsdp" else ""))
+        if (gpu.bf16 or not job.bf16) and usable < total(strategy.get("strategy", "single"), job.gpus) <= USABLE * gpu.memory:
+            hints.append({"gpu": name, "checkpointing": True, **strategy})
     return hints

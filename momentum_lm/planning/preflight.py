@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def _store(place: Place, timeout: float) -> dist.TCPStore:
     except (RuntimeError, ValueError, TimeoutError) as error:
         reason = str(error).splitlines()[0][:200]
         if place.rank == 0:
-            raise UserError(f"{who} cannot listen at {place.head}:{place.port}: {reason}; choose another port with --head") from error
+            raise UserError(
+                f"{who} cannot listen at {place.head}:{place.port}: {reason}; choose another port with ", arg("head"),
+            ) from error
         raise UserError(
             f"{who} cannot reach node 0 at {place.head}:{place.port} within {timeout:g} s: {reason}; "
             "is it up, is the name right, is the port open?"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from momentum_lm.analysis.classification import AccuracyDifference, compare_accuracy
 from momentum_lm.analysis.statistics import Interval
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.results.predictions import Answers, read_answers, run_key
 
 from .classification import INTERVALS, TASK, Run, baseline, cells, interval_text, percent, points, results_table, summarise_cell
@@ -128,18 +128,18 @@ class ClassificationComparison:
 
     def _settings(self, folders: Sequence[Path], variable: str, values: Sequence[Any]) -> Iterator[Side]:
         if variable not in VARIABLES:
-            raise UserError(f"--between {variable}: choose one of {' or '.join(VARIABLES)}")
+            raise UserError(arg(between=variable), f": choose one of {' or '.join(VARIABLES)}")
         if len(folders) != 1:
-            raise UserError("--between compares settings within one results folder; name one")
+            raise UserError(arg("between"), " compares settings within one results folder; name one")
         if len(values) < 2 or len(set(values)) < len(values):
-            raise UserError(f"--between {variable}={','.join(map(str, values))}: name two or more different values")
+            raise UserError(arg(between=variable), f"={','.join(map(str, values))}: name two or more different values")
         runs = self.results[0]["runs"]
         there = list(dict.fromkeys(run[variable] for run in runs))
         for value in values:
             if value not in there:
                 raise UserError(
-                    f"--between {variable}: {folders[0]} has no runs with {value}, only with "
-                    f"{', '.join(map(str, there))}"
+                    arg(between=variable),
+                    f": {folders[0]} has no runs with {value}, only with {', '.join(map(str, there))}",
                 )
             chosen = [run for run in runs if run[variable] == value]
             yield Side(str(value), folders[0], self._places(chosen), _fresh(self.results[0]))
@@ -232,8 +232,9 @@ class ClassificationComparison:
         if only.size:
             owner = names[0] if only[0] in one.index else names[1]
             raise UserError(
-                f"{dataset}: {names[0]} evaluated {one.index.size:,} examples and {names[1]} {two.index.size:,}, and example {only[0]} is "
-                f"only in {owner}; evaluate both on the same examples (--limit, --protocol)"
+                f"{dataset}: {names[0]} evaluated {one.index.size:,} examples and {names[1]} {two.index.size:,}, and "
+                f"example {only[0]} is only in {owner}; evaluate both on the same examples (", arg("limit"), ", ",
+                arg("protocol"), ")",
             )
         differing = np.flatnonzero(one.gold != two.gold)
         if differing.size:
@@ -295,11 +296,11 @@ def parse_between(text: str) -> tuple[str, list[Any]]:
     """``calibration=none,batch`` as the variable and its values. Raises UserError for anything else."""
     variable, sign, values = text.partition("=")
     if variable not in VARIABLES or not sign or not all(values.split(",")):
-        raise UserError(f"--between {text}: say for example calibration=none,batch or shots=4,16")
+        raise UserError(arg(between=text), ": say for example calibration=none,batch or shots=4,16")
     if variable != "shots":
         return variable, values.split(",")
     if not all(value.isdecimal() for value in values.split(",")):
-        raise UserError(f"--between {text}: shots are whole numbers")
+        raise UserError(arg(between=text), ": shots are whole numbers")
     return variable, [int(value) for value in values.split(",")]
 
 

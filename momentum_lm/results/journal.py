@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import NPZ_ERRORS, appending, atomic_write, check_folder, read_arrays, reading
 from momentum_lm.icl.scoring import Scores
 from momentum_lm.untrusted import parse_json
@@ -72,7 +72,7 @@ class Journal:
         if not self.force:
             check_ours(self._whole, ARRAYS)
             if self._mine.exists() and self._head(self._mine) is None:
-                raise UserError(f"{self._mine} is there and not ours; move it away, or choose another --results-dir")
+                raise UserError(f"{self._mine} is there and not ours; move it away, or choose another ", arg("folder"))
         with atomic_write(self._mine) as file:
             file.write(json.dumps({"fingerprint": self.fingerprint, "batch_tokens": batch_tokens}) + "\n")
             for number, sums in self.batches.items():

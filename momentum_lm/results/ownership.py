@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import check_ordinary, reading
 
 PAGE = b'<meta name="generator" content="momentum_lm">'
@@ -26,7 +26,6 @@ def check_ours(path: str | os.PathLike[str], mark: bytes) -> None:
         cut = mark == ARRAYS and len(head) < _CUT and head.startswith(b"PK")
         if head and mark not in head and not cut:
             raise UserError(
-                f"{os.fspath(path)} is there and was not written by fairseq-eval; move it away, choose another "
-                f"--results-dir, or add --force "
-                "to replace it"
+                f"{os.fspath(path)} is there and was not written by fairseq-eval; move it away, choose another ",
+                arg("folder"), ", or add ", arg(force=True), " to replace it",
             )

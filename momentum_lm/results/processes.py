@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 
 TIMEOUT = 600.0  # seconds that a process may take to come, or between two signs of life
 _PATIENCE = 20.0  # seconds of waiting after which it is said who is waited for
@@ -146,9 +146,8 @@ class Processes:
             lost = [rank for rank, (_, since) in seen.items() if now - since > self.timeout]
             if lost:
                 raise UserError(
-                    f"{_numbered(lost)} of {self.world} has not come within {self.timeout:g} s, or hangs; look at its "
-                    f"output, or give it more "
-                    "time with --process-timeout"
+                    f"{_numbered(lost)} of {self.world} has not come within {self.timeout:g} s, or hangs; look at "
+                    "its output, or give it more time with ", arg("timeout"),
                 )
             if not told and now - began > min(_PATIENCE, self.timeout / 2):
                 told = True

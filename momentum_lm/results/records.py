@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import (
     appending,
     atomic_write,
@@ -34,7 +34,7 @@ SAMPLES = "samples.json"
 PAGE_NAME = "report.html"
 FOLDERS = ("scores", "documents", "traces", "tensorboard")
 _LINE_BYTES = 16 << 20  # of a prediction
-_REMEDY = "choose another --results-dir, or add --force to replace"
+_REMEDY = ("choose another ", arg("folder"), ", or add ", arg(force=True), " to replace")
 # of which a run's digest is made, where it has them, beside the model and the configuration
 _DEPENDS_ON = ("prompts_sha256", "examples_sha256", "demonstrations_sha256", "data_sha256")
 
@@ -46,7 +46,7 @@ def results_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises UserError for a folder that cannot be written, or is being written.
     """
-    check_writable(folder, "--results-dir")  # now, not after hours of scoring
+    check_writable(folder, "folder")  # now, not after hours of scoring
     with locked(folder):
         yield
 
@@ -88,27 +88,28 @@ class Results:
             check_ours(self.folder / PAGE_NAME, PAGE)
             if (self.folder / RESULTS).exists():
                 self._go_on(read_results(self.folder))
-        check_writable(self.folder, "--results-dir")
+        check_writable(self.folder, "folder")
 
     def _go_on(self, old: dict[str, Any]) -> None:
         path = self.folder / RESULTS
         if old["task"] == self.data["task"] and "revision" in self.data["config"] and "revision" not in old["config"]:
             raise UserError(
                 f"{path} was written by an older version, whose records do not say all that their numbers depend on; "
-                "choose another --results-dir, or add --force to start anew (`momentum-lm report` reads it as it is)"
+                "choose another ", arg("folder"), ", or add ", arg(force=True),
+                " to start anew (`momentum-lm report` reads it as it is)",
             )
         for name in ("task", "model", "config"):
             difference = _difference(old[name], self.data[name], name)
             if difference:
-                raise UserError(f"{path} holds other results ({difference}); {_REMEDY} them")
+                raise UserError(f"{path} holds other results ({difference}); ", *_REMEDY, " them")
         self.data["runs"] = old["runs"]
         if "datasets" in old["config"]:
             self.data["config"]["datasets"] = old["config"]["datasets"] | self.data["config"].get("datasets", {})
         for number, run in enumerate(self.runs):
             if run.get("digest") != self._digest(run):
                 raise UserError(
-                    f"{path}: run {number} was measured on something else than the file says (its digest); {_REMEDY} "
-                    f"them"
+                    f"{path}: run {number} was measured on something else than the file says (its digest); ", *_REMEDY,
+                    " them",
                 )
 
     @property
@@ -178,9 +179,8 @@ class Predictions:
             if wrong or not entry.keys() >= set(self.key):
                 if not (force or _cut_short(line)):
                     raise UserError(
-                        f"{self.path}, line {number} is damaged or not a prediction of ours ({wrong or 'other keys'}); "
-                        "move the file, "
-                        f"{_REMEDY} it"
+                        f"{self.path}, line {number} is damaged or not a prediction of ours "
+                        f"({wrong or 'other keys'}); move the file, ", *_REMEDY, " it",
                     )
                 yield None, line
             else:

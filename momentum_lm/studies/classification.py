@@ -160,7 +160,7 @@ class Questions:
         try:
             yield
         except UserError as error:
-            raise UserError(f"{self.spec.name}: {error}") from error
+            raise UserError(f"{self.spec.name}: ", error) from error
 
     def domain_prompts(self, form: PromptFormat) -> Prompts:
         """The same continuations after nothing but the end of the template (Holtzman et al., arXiv 2104.08315)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.icl import scoring
 from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.icl.finetuning import Diverged, Lesson
@@ -48,7 +48,9 @@ def choose(
     if len(rates) == 1:
         return Choice(rates[0], "given", [])
     if not examples:
-        raise UserError(f"{name}: no training examples are left to choose a learning rate on; give one with --finetune-lr")
+        raise UserError(
+            f"{name}: no training examples are left to choose a learning rate on; give one with ", arg("rates"),
+        )
     prompts = build(lm, form, [], examples)
     gold = np.array([example.gold for example in examples])
     grid: list[dict[str, Any]] = []
@@ -69,8 +71,10 @@ def choose(
         grid.append({"lr": rate, "accuracy": accuracy, "loss": float(-table[np.arange(len(gold)), gold].mean())})
     usable = [entry for entry in grid if entry["accuracy"] is not None]
     if not usable:
-        raise UserError(f"{name}: finetuning diverges at every learning rate ({', '.join(f'{r:g}' for r in rates)}); try smaller ones with "
-                        "--finetune-lr")  # fmt: skip
+        raise UserError(
+            f"{name}: finetuning diverges at every learning rate ({', '.join((f'{r:g}' for r in rates))}); try "
+            "smaller ones with ", arg("rates"),
+        )  # fmt: skip
     best = min(usable, key=lambda entry: (-entry["accuracy"], entry["loss"], entry["lr"]))
     return Choice(best["lr"], selected_on, grid)
 

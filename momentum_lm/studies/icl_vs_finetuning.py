@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from momentum_lm.cpu import return_memory
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import atomic_write, file_stem
 from momentum_lm.icl import scoring
 from momentum_lm.icl.datasets.loading import Example, LabelledDataset, by_name
@@ -106,7 +106,7 @@ def analyse(
     """
     prompt_settings = settings.questions
     if 0 in prompt_settings.shots:
-        raise UserError("--shots 0: without demonstrations there is nothing to compare; give numbers from 1 on")
+        raise UserError(arg(shots=0), ": without demonstrations there is nothing to compare; give numbers from 1 on")
     form, loaded = prompt_settings.form(lm), by_name(datasets)
     with Processes(timeout) as processes, contextlib.ExitStack() as stack:
         classification.agree(processes, lm, datasets, settings)
@@ -198,12 +198,12 @@ class _Study:
             if not self.demonstrations:
                 raise UserError(
                     f"no demonstration fits beside the longest query in the {lm.max_positions} tokens of {lm.name}; "
-                    "shorten texts with --max-field-tokens"
+                    "shorten texts with ", arg("shorten"),
                 )
             self.in_context = build(lm, form, self.demonstrations, self.examples)
             self.zero_shot = unshared(build(lm, form, [], self.examples))
         except UserError as error:
-            raise UserError(f"{unit.dataset}: {error}") from error
+            raise UserError(f"{unit.dataset}: ", error) from error
         if len(self.demonstrations) < unit.shots and processes.first:
             _log.warning(
                 "%s: only %d demonstrations fit; finetuning learns these too", unit.name, len(self.demonstrations)
@@ -295,8 +295,8 @@ class _Study:
                 whole.scores[setting] = scoring.collect(prompts, whole.sums[setting])
             if whole.broken and name == "finetuned" and controls:
                 raise UserError(
-                    f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller "
-                    "--finetune-lr"
+                    f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller ",
+                    arg("rates"),
                 )
             result[name] = None if whole.broken else whole
         return result
@@ -320,7 +320,7 @@ class _Study:
                 )
             except Diverged as error:
                 if name == "finetuned" and controls:
-                    raise UserError(f"{self.unit.name}: {error}; try a smaller --finetune-lr") from error
+                    raise UserError(f"{self.unit.name}: {error}; try a smaller ", arg("rates")) from error
                 if self.processes.first:
                     _log.warning("%s: %s diverges (%s); going on without it", self.unit.name, name, error)
                 continue

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from momentum_lm.analysis.statistics import bootstrap_mean_ci
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
 from momentum_lm.report.perplexity import TASK
@@ -59,7 +59,7 @@ def load_split(data: str | os.PathLike[str], name: str, lm: PerplexityModel) -> 
     prefix = folder / name
     if not Path(f"{prefix}.idx").exists():
         there = ", ".join(sorted(path.stem for path in folder.glob("*.idx"))) or "none"
-        raise UserError(f"{folder} has no split {name!r} (there: {there}); choose one with --split")
+        raise UserError(f"{folder} has no split {name!r} (there: {there}); choose one with ", arg("splits"))
     dictionary = Dictionary.load(folder / "dict.txt")
     if len(dictionary) != lm.vocab_size:
         raise UserError(
@@ -161,7 +161,7 @@ def score_documents(
 def check_context_length(lm: PerplexityModel, context_length: int) -> None:
     """Raises UserError unless the model can be given that many tokens."""
     if not 1 <= context_length <= lm.max_positions:
-        raise UserError(f"--context-lengths {context_length}: {lm.name} takes from 1 to {lm.max_positions} tokens")
+        raise UserError(arg(context_lengths=context_length), f": {lm.name} takes from 1 to {lm.max_positions} tokens")
 
 
 def evaluate(
@@ -220,8 +220,8 @@ def _evaluate(
             old = results.find(split=split.name, context_length=length)
             if old is not None and old["data_sha256"] != split.sha256:
                 raise UserError(
-                    f"{results.folder / 'results.json'} was measured on another {split.dataset.prefix}.bin; "
-                    "choose another --results-dir, or add --force to replace it"
+                    f"{results.folder / 'results.json'} was measured on another {split.dataset.prefix}.bin; choose "
+                    "another ", arg("folder"), ", or add ", arg(force=True), " to replace it",
                 )
             if old is None or not (results.folder / old["documents"]).exists():
                 todo.append((split, length))

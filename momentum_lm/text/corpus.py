@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from momentum_lm.cpu import usable_cpus
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import write_json
 from momentum_lm.text.dictionary import Dictionary
 from momentum_lm.text.encoding import CHUNK, Chunk, DocumentStream, encode_in_order
@@ -96,7 +96,7 @@ def prepare(
     ``say`` gets one line per stage. ``force`` replaces data or unfinished work of other settings, once the new data is complete.
     Raises UserError for anything wrong with the input, and leaves what was in the output folder; OSError where the disk fails.
     """
-    valid, test = share(config.valid, "--valid"), share(config.test, "--test")
+    valid, test = share(config.valid, "valid"), share(config.test, "test")
     SplitSurvey(valid, test)  # refuses fractions that leave nothing
     output = Path(config.output)
     check_output(output)
@@ -122,7 +122,7 @@ def prepare(
             unfinished = read_json(work / "prepare.json") or {}
             if not same_settings(unfinished.get("config"), wanted):
                 problem = f"{output} holds {there[0]}, which this command did not make"
-                raise UserError(f"{problem}; use another --output, or --force to replace it")
+                raise UserError(f"{problem}; use another ", arg("output"), ", or ", arg(force=True), " to replace it")
         with workplace(work, wanted, as_of, force) as touched:
             only_to_move = (work / "prepare.json").exists()
             if not only_to_move:
@@ -142,7 +142,10 @@ def _refuse_other_documents(output: Path, made: dict[str, Any], run: _Run) -> No
         changed = "with a source whose content has changed since"
         if "sources_as_of" not in made:
             changed = "by an earlier version, which kept no record of the sources' content"
-        raise UserError(f"{output} was prepared {changed}; use another --output, or --force to replace it")
+        raise UserError(
+            f"{output} was prepared {changed}; use another ", arg("output"), ", or ", arg(force=True),
+            " to replace it",
+        )
 
 
 def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -150,7 +153,10 @@ def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     done = read_json(output / "prepare.json")
     if done is not None and not same_settings(done.get("config"), wanted):
         other = difference(done.get("config"), wanted)
-        raise UserError(f"{output} was prepared with {other}; use another --output, or --force to replace it")
+        raise UserError(
+            f"{output} was prepared with {other}; use another ", arg("output"), ", or ", arg(force=True),
+            " to replace it",
+        )
     return done
 
 
@@ -177,7 +183,7 @@ class _Run:
             if touched and self.planned_for:
                 self._refuse_changed(self.read_all("comparing"))
             return Splitter(*plan["thresholds"])
-        survey = SplitSurvey(share(config.valid, "--valid"), share(config.test, "--test"))
+        survey = SplitSurvey(share(config.valid, "valid"), share(config.test, "test"))
         if survey.wanted:
             self._plan_for(self.read_all("splitting", lambda digest, text: survey.add(digest)))
         splitter = survey.splitter()
@@ -190,7 +196,10 @@ class _Run:
 
             self._plan_for(self.read_all("sampling", offer))
             if not sample.size:
-                raise UserError(f"{', '.join(config.sources)}: no document to train on; check --column, --document, --valid and --test")
+                raise UserError(
+                    f"{', '.join(config.sources)}: no document to train on; check ", arg("column"), ", ",
+                    arg("document"), ", ", arg("valid"), " and ", arg("test"),
+                )
             self.say(f"training SentencePiece: {config.vocab_size} pieces on {sample.size / 1e6:.1f} MB, about {sample.size / 1e6:.0f} s")
             model = train_sentencepiece((text.decode() for text in sample.documents()), config.vocab_size)
             (work / "sentencepiece.model").write_bytes(model)
@@ -249,7 +258,10 @@ class _Run:
         total = sum(split["documents"] for split in splits.values())
         for name, split in splits.items():
             if not split["documents"] and name == "train":
-                raise UserError(f"--valid {self.config.valid} and --test {self.config.test} leave none of {total} documents to train on")
+                raise UserError(
+                    arg(valid=self.config.valid), " and ", arg(test=self.config.test),
+                    f" leave none of {total} documents to train on",
+                )
             if not split["documents"]:
                 raise UserError(
                     f"--{name} {vars(self.config)[name]} leaves the {name} split empty, of {total} documents: give a larger fraction, a "
@@ -336,7 +348,10 @@ def _tell_of_whole_files(
     whole = [s for s in sources if isinstance(s, FileSource) and s.document == "file"]
     if config.document is not None or not 0 < len(whole) <= _FEW:
         return
-    how = "--document line makes each line one, --document blank-line what stands between blank lines"
+    how = (
+        *(arg(document="line"), " makes each line one, ", arg(document="blank-line")),
+        " what stands between blank lines",
+    )
     if len(sources) > 1 or not splits:
         several = f"{len(whole)} text files are {len(whole)} documents"
         say(f"note: {several if len(whole) > 1 else f'{whole[0].name} is one document'}; {how}")
@@ -344,8 +359,8 @@ def _tell_of_whole_files(
     for _ in whole[0].documents():  # what is wrong with it is told first
         pass
     raise UserError(
-        f"{whole[0].name} is one document, since a whole file is one, and leaves nothing to split: {how}; or "
-        "--valid 0 --test 0 trains on it alone"
+        f"{whole[0].name} is one document, since a whole file is one, and leaves nothing to split: ", *how, "; or ",
+        arg(valid="0"), " ", arg(test="0"), " trains on it alone",
     )
 
 

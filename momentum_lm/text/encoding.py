@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from momentum_lm.errors import arg
 from momentum_lm.system import isolated_children
 from momentum_lm.text.indexed import token_dtype
 from momentum_lm.text.selection import DigestSet, digest_of
@@ -121,7 +122,10 @@ def encode_in_order(chunks: Iterable[Chunk], tokenizer_folder: Path, workers: in
         while under_way:
             yield _next(under_way)
     except BrokenProcessPool as error:
-        raise Interrupted("a worker process was killed, perhaps for want of memory; run the command again with fewer --workers") from error
+        raise Interrupted(
+            "a worker process was killed, perhaps for want of memory; run the command again with fewer ",
+            arg("workers"),
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import Argument, UserError, arg
 
 SPLITS = ("train", "valid", "test")
 _HALF = 8  # bytes
@@ -68,13 +68,16 @@ class DigestSet:
 _FREE = bytes(16)
 
 
-def share(text: str, flag: str) -> Fraction | int:
-    """``0.01`` is a fraction of the documents, ``500`` a number of them. Raises UserError naming ``flag``."""
+def share(text: str, name: str) -> Fraction | int:
+    """``0.01`` is a fraction of the documents, ``500`` a number of them. Raises UserError naming argument ``name``."""
     if re.fullmatch(r"\d+", text):
         return int(text)
     if re.fullmatch(r"\d*\.\d+|\d+\.\d*", text) and (value := Fraction(text)) < 1:
         return value if value else 0
-    raise UserError(f"{flag} {text}: give a fraction of the documents below 1, such as 0.01, or a number of documents, such as 500")
+    raise UserError(
+        Argument(name, text),
+        ": give a fraction of the documents below 1, such as 0.01, or a number of documents, such as 500",
+    )
 
 
 class Splitter:
@@ -99,7 +102,10 @@ class SplitSurvey:
     def __init__(self, valid: Fraction | int, test: Fraction | int) -> None:
         self._valid, self._test = valid, test
         if sum(s for s in (valid, test) if isinstance(s, Fraction)) >= 1:
-            raise UserError(f"--valid {float(valid)} and --test {float(test)} together leave nothing to train on; lower them")
+            raise UserError(
+                arg(valid=float(valid)), " and ", arg(test=float(test)),
+                " together leave nothing to train on; lower them",
+            )
         self._floor = int(test * 2**64) if isinstance(test, Fraction) else 0
         self.wanted = sum(s for s in (valid, test) if isinstance(s, int))
         self._heap: list[int] = []  # negated: the largest kept one on top

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import check_readable
 from momentum_lm.text.compression import MAX_WINDOW, WindowError, ZstdError, open_decompressed
 from momentum_lm.untrusted import Record, check_marks, legible, parse_json
@@ -116,7 +116,9 @@ class FileSource(Source):
         self.document = document or ("record" if is_table else "file")
         if is_table != (self.document == "record"):
             other = "record" if is_table else "file, line or blank-line"
-            raise UserError(f"--document {self.document} does not go with {self.name}; use --document {other} or leave it out")
+            raise UserError(
+                arg(document=self.document), f" does not go with {self.name}; use ", arg("document"), f" {other} or leave it out",
+            )
         if self.suffix == ".parquet" and path.suffix in _COMPRESSED:
             raise UserError(f"{self.name}: parquet is compressed inside; decompress the file first")
         self._raw: BinaryIO | None = None
@@ -205,7 +207,7 @@ class HubSource(Source):
 
     def __init__(self, name: str, column: str, document: str | None) -> None:
         if document not in (None, "record"):
-            raise UserError(f"--document {document} does not go with the data set {name}: its documents are records")
+            raise UserError(arg(document=document), f" does not go with the data set {name}: its documents are records")
         super().__init__()
         self.name, self.column = name, column
         path, _, split = name.removeprefix("hf:").partition("@")
@@ -327,8 +329,8 @@ def _read_whole(file: BinaryIO, name: str) -> Iterator[bytes]:
     text = file.read(MAX_DOCUMENT + 1)
     if len(text) > MAX_DOCUMENT:
         raise UserError(
-            f"{name} is a document of more than {MAX_DOCUMENT >> 20} MiB; say how its documents are separated: --document line or "
-            "--document blank-line"
+            f"{name} is a document of more than {MAX_DOCUMENT >> 20} MiB; say how its documents are separated: ",
+            arg(document="line"), " or ", arg(document="blank-line"),
         )
     _decode(text, name, 0)
     yield text.removeprefix(b"\xef\xbb\xbf")
@@ -347,7 +349,8 @@ def _read_text(file: BinaryIO, name: str, blank_lines: bool) -> Iterator[bytes]:
             size += len(line)
             if size > MAX_DOCUMENT:
                 raise UserError(
-                    f"{name}:{number}: more than {MAX_DOCUMENT >> 20} MiB without a blank line; use --document line"
+                    f"{name}:{number}: more than {MAX_DOCUMENT >> 20} MiB without a blank line; use ",
+                    arg(document="line"),
                 )
         elif block:
             yield b"".join(block).rstrip(b"\r\n")
@@ -483,7 +486,7 @@ def _parquet_column(schema: Any, column: str, name: str) -> tuple[str, bool]:
     if is_text and root != column:
         raise _no_column(name, column, names)
     if not is_text and root == column:
-        raise UserError(f"{name}: column {column!r} holds {kind}, not text; name another with --column")
+        raise UserError(f"{name}: column {column!r} holds {kind}, not text; name another with ", arg("column"))
     return root, is_text
 
 
@@ -562,7 +565,7 @@ def _refuse_nuls(text: bytes, where: str, offset: int = 0) -> None:
 def _text(value: object, where: str, column: str) -> bytes:
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text; name another with --column"
+            f"{where}: column {column!r} holds {type(value).__name__}, not text; name another with ", arg("column"),
         )
     try:
         return _checked(value.encode(), where)
@@ -584,9 +587,9 @@ def _checked(text: bytes, where: str) -> bytes:
 
 def _repeated(where: str, column: str, count: int) -> UserError:
     problem = f"{where}: {count} columns are called {column!r}"
-    return UserError(f"{problem}; rename all but one, or name another with --column")
+    return UserError(f"{problem}; rename all but one, or name another with ", arg("column"))
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> UserError:
     there = ", ".join(legible(name, 60) for name in columns[:20]) + (", ..." if len(columns) > 20 else "") or "none"
-    return UserError(f"{where}: no column {column!r}; there are: {there}; name one with --column")
+    return UserError(f"{where}: no column {column!r}; there are: {there}; name one with ", arg("column"))

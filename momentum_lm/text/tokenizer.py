@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import refuse_pipes
 from momentum_lm.text.dictionary import BOS, EOS, PAD, SPECIALS, UNK, Dictionary
 from momentum_lm.untrusted import parse_json
@@ -356,8 +356,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if (folder / "tokenizer.json").exists():
         return HuggingFaceTokenizer(folder / "tokenizer.json", dictionary)
     raise UserError(
-        f"{folder} holds no tokenizer: copy there the files that the model's data was made with (dict.txt, and sentencepiece.model or "
-        "encoder.json and vocab.bpe), or name their folder with --tokenizer"
+        f"{folder} holds no tokenizer: copy there the files that the model's data was made with (dict.txt, and "
+        "sentencepiece.model or encoder.json and vocab.bpe), or name their folder with ", arg("tokenizer"),
     )
 
 

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.text.dictionary import BOS, EOS, PAD, SPECIALS, UNK
 
 _LINE = 4096  # characters; training looks at lines, encoding takes any length
@@ -61,8 +61,17 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 def _explained(message: str, vocab_size: int) -> UserError:
     if found := re.search(r"value <= (\d+)", message):
-        return UserError(f"--vocab-size {vocab_size} is too large for this text, which has pieces for at most {found[1]}; lower it")
+        return UserError(
+            arg(vocab_size=vocab_size),
+            f" is too large for this text, which has pieces for at most {found[1]}; lower it",
+        )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)|required_chars.*?(\d+)\s*$", message):
         least = found[1] or found[2]
-        return UserError(f"--vocab-size {vocab_size} is too small: the 256 bytes and this text's characters need at least {least}")
-    return UserError(f"SentencePiece cannot train on this text ({' '.join(message.split())[-300:]}); give it more text, or --gpt2-bpe DIR")
+        return UserError(
+            arg(vocab_size=vocab_size),
+            f" is too small: the 256 bytes and this text's characters need at least {least}",
+        )
+    return UserError(
+        f"SentencePiece cannot train on this text ({' '.join(message.split())[-300:]}); give it more text, or ",
+        arg("gpt2_bpe"), " DIR",
+    )

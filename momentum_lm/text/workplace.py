@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from momentum_lm import __version__
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import LockTaken, take_lock, write_json
 from momentum_lm.text.indexed import IndexedDataset, IndexedDatasetWriter
 from momentum_lm.text.selection import SPLITS
@@ -66,13 +66,13 @@ def reserved(output: Path) -> Iterator[Path]:
 def check_output(output: Path) -> None:
     """Raises UserError unless ``output`` is a folder, or nothing yet, whose files of our names are ordinary ones."""
     if output.is_symlink() and not output.exists():
-        raise UserError(f"--output {output} is a link to nothing; remove it, or name a folder")
+        raise UserError(arg(output=output), " is a link to nothing; remove it, or name a folder")
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a {'file' if output.is_file() else 'device or pipe'}; name a folder")
+        raise UserError(arg(output=output), f" is a {'file' if output.is_file() else 'device or pipe'}; name a folder")
     for path in (output / name for name in (*OUTPUTS, "prepare.json")):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             problem = "is a link, a folder or a device, which is not replaced"
-            raise UserError(f"{path} {problem}; move it away, or use another --output")
+            raise UserError(f"{path} {problem}; move it away, or use another ", arg("output"))
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def workplace(work: Path, wanted: dict[str, Any], as_of: str, force: bool) -> It
     if before is not None and not same and not force and _has_results(work):
         other = difference(before, wanted)
         problem = f"{work.parent} holds unfinished work with {other}"
-        raise UserError(f"{problem}; use another --output, or --force to drop it")
+        raise UserError(f"{problem}; use another ", arg("output"), ", or ", arg(force=True), " to drop it")
     if not same:
         _clear(work)
         write_json(work / "config.json", wanted | {"sources_as_of": as_of})
@@ -127,7 +127,7 @@ def _take_lock(work: Path) -> int:
             continue
         except LockTaken:
             problem = f"another prepare is at work in {work.parent}"
-            raise UserError(f"{problem}; wait for it, or use another --output") from None
+            raise UserError(f"{problem}; wait for it, or use another ", arg("output")) from None
 
 
 _MARK = "sources"  # a key of config.json, by which a folder called .prepare is known to be ours
@@ -143,15 +143,15 @@ def _is_ours(name: str) -> bool:
 
 def _refuse_what_is_not_ours(work: Path) -> None:
     if work.is_symlink() or not work.is_dir():
-        raise UserError(f"{work} is a link or a file; move it away, or use another --output")
+        raise UserError(f"{work} is a link or a file; move it away, or use another ", arg("output"))
     lock = work / "lock"
     if lock.is_symlink() or (lock.exists() and (not lock.is_file() or lock.stat().st_size)):
-        raise UserError(f"{lock} is not a lock of this command; move it away, or use another --output")
+        raise UserError(f"{lock} is not a lock of this command; move it away, or use another ", arg("output"))
     strangers = sorted(name for name in os.listdir(work) if name != "lock" and not name.startswith(".config.json."))
     config = read_json(work / "config.json") if "config.json" in strangers else None
     if strangers and (config is None or _MARK not in config):
         problem = f"{work} holds {strangers[0]}, which this command did not make"
-        raise UserError(f"{problem}; move it away, or use another --output")
+        raise UserError(f"{problem}; move it away, or use another ", arg("output"))
 
 
 def _clear(work: Path) -> None:
@@ -244,14 +244,14 @@ def difference(before: Any, now: dict[str, Any]) -> str:
 def read_json(path: Path) -> dict[str, Any] | None:
     """None if there is no such file. Raises UserError if it is no JSON object."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file; move it away, or use another --output")
+        raise UserError(f"{path} is not a file; move it away, or use another ", arg("output"))
     try:
         value = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, or use --force") from error
+        raise UserError(f"{path} is damaged ({error}); remove it, or use ", arg(force=True)) from error
     if not isinstance(value, dict):
         problem = f"{path} is not a file of this command: it holds no JSON object"
-        raise UserError(f"{problem}; move it away, or use another --output")
+        raise UserError(f"{problem}; move it away, or use another ", arg("output"))
     return value

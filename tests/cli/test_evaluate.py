@@ -153,7 +153,7 @@ def test_interrupted_evaluation_goes_on(data, models, tmp_path, monkeypatch, cap
         ({"--path": "absent.pt"}, "absent.pt"),
         ({"--split": "test"}, "no split 'test'"),
         ({"--model-overrides": "{"}, "--model-overrides"),
-        ({"--model-overrides": "{'momentum_eta': 'a'}"}, "small.pt: --momentum-eta 'a': must be a number"),
+        ({"--model-overrides": "{'momentum_eta': 'a'}"}, "small.pt: momentum_eta='a': must be a number"),
         ({"--batch-tokens": "0"}, "--batch-tokens 0"),
         ({"--seed": "-1"}, "--seed -1: must not be negative"),
         pytest.param(

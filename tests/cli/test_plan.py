@@ -96,7 +96,7 @@ def test_nothing_fits(capsys):
         (["--vocab-size", "3"], "--vocab-size 3: "),
         (["--mfu", "45"], "--mfu 45.0: must lie between 0 and 1, such as 0.45"),
         (["--position", "alibi"], "--position alibi: must be one of sinusoidal, learned, rotary"),
-        (["--momentum-kind", "none", "--momentum-learned"], "--momentum-learned and --momentum-normalize belong to --momentum-kind ema"),
+        (["--momentum-kind", "none", "--momentum-learned"], "--momentum-learned needs --momentum-kind ema, not none"),
         (["--strategy", "single"], "argument --strategy: invalid choice: 'single'"),
     ],
 )

@@ -106,7 +106,7 @@ CASES = {
     "lengths that are no numbers": (evaluate(lengths="16,many"), "--context-lengths"),
     "split that is not there": (evaluate("--split", "exam"), "exam"),
     "malformed overrides": (evaluate("--model-overrides", "{{'decoder_layers': "), "--model-overrides"),
-    "a shape that is no number": (evaluate("--model-overrides", "{{'decoder_layers': 'x'}}"), "--decoder-layers 'x'"),
+    "a shape that is no number": (evaluate("--model-overrides", "{{'decoder_layers': 'x'}}"), "decoder_layers='x'"),
     "a seed that NumPy does not take": (evaluate("--seed", "-1"), "--seed -1"),
     "results that cannot be written": (evaluate("--results-dir", "{texts}/file/out"), "--results-dir"),
     "unknown evaluation": (lambda p: ["fairseq-eval", "--task", "nonsense"], "nonsense"),

@@ -146,7 +146,7 @@ def test_a_malicious_checkpoint_is_refused_unless_trusted(published, place, run_
     state = torch.load(published / "model.pt")
     state[place]["payload"] = Payload(str(marker))
     torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"model\.pt holds shutil\.copy, .*can run code.*--trust-checkpoint"):
+    with pytest.raises(UserError, match=r"model\.pt holds shutil\.copy, .*can run code.*trust=True"):
         load_native(tmp_path)
     assert not marker.exists()
     if place != "cfg":  # one command is enough

@@ -88,7 +88,7 @@ def test_no_shots():
 def test_a_label_without_an_example_is_named():
     train = [Example(e.index, e.inputs, (" a", " b", " c", " Neutral"), e.gold) for e in TRAIN]
     with pytest.raises(
-        UserError, match=r"--sampling balanced: .* no example of 1 of 4 labels \(Neutral\); use --sampling random"
+        UserError, match=r"sampling='balanced': .* no example of 1 of 4 labels \(Neutral\); use sampling='random'"
     ):
         select(train, 8, 1, "balanced", 4)
     assert len(select(TRAIN, 8, 1, "random", 4)) == 8
@@ -103,9 +103,9 @@ def test_fewer_shots_than_labels_are_warned_of(caplog):
 
 
 def test_what_cannot_be_drawn():
-    with pytest.raises(UserError, match=r"88 shots \(--shots\): the training split has no more than 87 examples"):
+    with pytest.raises(UserError, match=r"shots=88: the training split has no more than 87 examples"):
         select(TRAIN, 88, 1)
-    with pytest.raises(UserError, match=r"seed -1 \(--seeds\): must not be negative"):
+    with pytest.raises(UserError, match=r"seed=-1: must not be negative"):
         select(TRAIN, 1, -1)
 
 
@@ -217,10 +217,10 @@ def test_nothing_left_to_evaluate_or_to_show():
     rows = texts(*(f"film {i}" for i in range(10)))
     assert len(separate(rows, rows, 9).evaluated) == 1
     for same, shots in ((texts("film", "film", "film"), 1), (rows, 10)):
-        with pytest.raises(UserError, match=rf"has every evaluated example, and {shots} shots .* leave none"):
+        with pytest.raises(UserError, match=rf"has every evaluated example, and shots={shots} leaves none"):
             separate(same, same, shots)
     hidden = separate(rows, rows, 2).hidden
-    with pytest.raises(UserError, match=r"6 shots \(--shots\): .* no more than 5 examples that are not evaluated too"):
+    with pytest.raises(UserError, match=r"shots=6: .* no more than 5 examples that are not evaluated too"):
         select(rows, 6, 1, hidden=hidden)
     with pytest.raises(UserError, match=r"no example that is not evaluated too of 1 of 2 labels \(Good\)"):
         select(rows, 2, 1, "balanced", 2, hidden={1, 3, 5, 7, 9})

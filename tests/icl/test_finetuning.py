@@ -92,7 +92,7 @@ def test_all_parameters_and_names(model):
     with finetuned(model, LESSONS[:1], 0.5, parameters=first.replace(".", r"\.")):
         changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
     assert changed == [first]
-    nonesuch = pytest.raises(UserError, match="--finetune-parameters nonesuch: no parameter has such a name")
+    nonesuch = pytest.raises(UserError, match="parameters='nonesuch': no parameter has such a name")
     with nonesuch, finetuned(model, LESSONS, 0.1, parameters="nonesuch"):
         pass
 
@@ -154,6 +154,6 @@ def test_weights_that_were_broken_before_are_told(model):
 
 def test_projections_that_cannot_be_found():
     model = huggingface("mamba")
-    message = r"MambaForCausalLM has no key and value projections under the names k_proj, .*--finetune-parameters"
+    message = r"MambaForCausalLM has no key and value projections under the names k_proj, .* with parameters "
     with pytest.raises(UserError, match=message), finetuned(model, LESSONS, 0.1):
         pass

@@ -208,7 +208,7 @@ def test_momentum_needs_an_attention_that_sees_what_its_mask_shows():
     chunked = model.config.layer_types.index("chunked_attention")
     assert chunked == 0
     torch.testing.assert_close(first.outputs[0], second.outputs[0], atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="--hf-momentum-eta needs SDPA"):
+    with pytest.raises(UserError, match="eta needs SDPA"):
         add_momentum(models.tiny("gpt_oss"), 0.5)
 
 

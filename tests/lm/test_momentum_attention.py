@@ -325,12 +325,12 @@ def test_what_cannot_have_momentum_is_refused(make_lm):
         (ours, "MomentumLMForCausalLM has momentum of its own"),
     ):
         implementation, logits = model.config._attn_implementation, model(random_tokens(1, 5)).logits
-        with pytest.raises(UserError, match="--hf-momentum-eta") as caught:
+        with pytest.raises(UserError, match="^eta") as caught:
             add_momentum(model, 0.5)
         assert message in str(caught.value) and "\n" not in str(caught.value)
         assert model.config._attn_implementation == implementation and torch.equal(model(random_tokens(1, 5)).logits, logits)
     for eta in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(UserError, match=f"--hf-momentum-eta {eta}: the decay must lie strictly between 0 and 1"):
+        with pytest.raises(UserError, match=f"eta={eta}: the decay must lie strictly between 0 and 1"):
             add_momentum(random_model("llama"), eta)
 
 

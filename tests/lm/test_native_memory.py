@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from momentum_lm.lm.native import load_native
+from momentum_lm.formats.decoder_options import from_fairseq
 from momentum_lm.model import Decoder, DecoderConfig
 
 OPTIONS = {
@@ -43,7 +44,7 @@ print(json.dumps(growth(sys.argv[2], dtype)))
 def checkpoint(path, options, copies=False):
     """A model of zeros in fp16, under fairseq's names. ``copies``: its tied matrices are stored twice."""
     with torch.device("meta"):
-        state = Decoder(DecoderConfig.from_fairseq(options, 51200)).state_dict()
+        state = Decoder(from_fairseq(options, 51200)).state_dict()
     tensors = {f"decoder.{name}": torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in state.items()}
     if not copies:
         tensors["decoder.output_projection.weight"] = tensors["decoder.embed_tokens.weight"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from momentum_lm.errors import UserError
+from momentum_lm.formats.decoder_options import from_fairseq
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.model.decoder import document_ids
+from momentum_lm.model.positions import document_ids
 
 KINDS = {
     "vanilla": {},
@@ -116,7 +117,7 @@ def test_incremental_equals_full_after_left_padding_with_beams_reordered_at_ever
     for t in range(8, 20):
         order = torch.randint(4, (4,), generator=generator)
         tokens = tokens[order]
-        cache.reorder(order)
+        cache.select(order)
         step = decoder(tokens[:, t : t + 1], cache=cache)
         torch.testing.assert_close(step, decoder(tokens[:, : t + 1])[:, -1:], rtol=0, atol=1e-12)
 
@@ -129,7 +130,7 @@ def test_queries_of_unequal_length_share_a_prefix(kind, position):
     queries[1, :4] = PAD
     cache = decoder.new_cache()
     decoder(prefix, cache=cache)
-    logits = decoder(queries, cache=cache.expand(3))
+    logits = decoder(queries, cache=cache.rows(3))
     for row, start in enumerate((0, 4, 0)):
         whole = torch.cat([prefix, queries[row : row + 1, start:]], 1)
         torch.testing.assert_close(logits[row, start:], decoder(whole)[0, 9:], rtol=0, atol=1e-12)
@@ -285,24 +286,24 @@ def test_absent_tokens_are_never_predicted_and_cost_nothing_to_others():
 
 @pytest.mark.parametrize("given", ["0,1,3", [3, 1, 0], (0, 1, 3), "3, 1,0,", "0,1,1,3"])
 def test_absent_tokens_of_a_checkpoint(given):
-    assert DecoderConfig.from_fairseq({"absent_tokens": given}, 50).absent_tokens == (0, 1, 3)
+    assert from_fairseq({"absent_tokens": given}, 50).absent_tokens == (0, 1, 3)
     assert (
-        DecoderConfig.from_fairseq({}, 50).absent_tokens
-        == DecoderConfig.from_fairseq({"absent_tokens": ""}, 50).absent_tokens
+        from_fairseq({}, 50).absent_tokens
+        == from_fairseq({"absent_tokens": ""}, 50).absent_tokens
         == ()
     )
 
 
 @pytest.mark.parametrize("given", ["a", "0;1", 7, [None], "50", "-1"])
 def test_absent_tokens_that_are_none(given):
-    with pytest.raises(UserError, match="--absent-tokens"):
-        DecoderConfig.from_fairseq({"absent_tokens": given}, 50)
+    with pytest.raises(UserError, match="absent_tokens="):
+        from_fairseq({"absent_tokens": given}, 50)
 
 
 def test_the_weights_of_an_untied_model_do_not_go_into_a_tied_one():
     tied, untied = build(), build(tie_embeddings=False)
     before = tied.embed_tokens.weight.clone()
-    with pytest.raises(UserError, match="--untie-embeddings"):
+    with pytest.raises(UserError, match="needs tie_embeddings=False"):
         tied.load_state_dict(untied.state_dict())
     assert torch.equal(tied.embed_tokens.weight, before)
     with torch.no_grad():
@@ -324,56 +325,56 @@ def test_cache_misuse_is_refused():
 
 
 @pytest.mark.parametrize(
-    "options,flag",
+    "options,message",
     [
-        (dict(momentum_kind="ema", momentum_eta=0.0), "--momentum-eta"),
-        (dict(momentum_kind="ema", momentum_eta=1.0), "--momentum-eta"),
-        (dict(momentum_kind="ema", momentum_eta=float("nan")), "--momentum-eta"),
-        (dict(momentum_kind="cubic"), "--momentum-kind"),
-        (dict(momentum_learned=True), "--momentum-learned"),
-        (dict(momentum_gate="zero"), "--momentum-gate"),
-        (dict(position="circular"), "--position"),
-        (dict(activation="sin"), "--activation-fn"),
-        (dict(heads=3), "--decoder-attention-heads"),
-        (dict(layers=0), "--decoder-layers"),
-        (dict(position="rotary", heads=16), "rotary"),
+        (dict(momentum_kind="ema", momentum_eta=0.0), "momentum_eta="),
+        (dict(momentum_kind="ema", momentum_eta=1.0), "momentum_eta="),
+        (dict(momentum_kind="ema", momentum_eta=float("nan")), "momentum_eta="),
+        (dict(momentum_kind="cubic"), "momentum_kind='cubic'"),
+        (dict(momentum_learned=True), "momentum_learned=True needs momentum_kind='ema', not none"),
+        (dict(momentum_gate="zero"), "momentum_gate='zero' needs"),
+        (dict(position="circular"), "position='circular'"),
+        (dict(activation="sin"), "activation='sin'"),
+        (dict(heads=3), "dim=16 is not a multiple of heads=3"),
+        (dict(layers=0), "layers=0: must be at least 1"),
+        (dict(position="rotary", heads=16), "position='rotary' needs an even head size"),
     ],
 )
-def test_impossible_configurations_name_their_flag(options, flag):
+def test_impossible_configurations_name_their_field(options, message):
     shape = dict(vocab_size=50, dim=16, ffn_dim=32, layers=2, heads=2)
-    with pytest.raises(UserError, match=flag):
+    with pytest.raises(UserError, match=message):
         DecoderConfig(**shape | options)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"decoder_layers": 10**9}, "--decoder-layers 1000000000: must be at most 10,000"),
-        ({"decoder_layers": True}, "--decoder-layers True: must be a whole number"),
-        ({"decoder_layers": 2.5}, r"--decoder-layers 2\.5: must be a whole number"),
-        ({"decoder_layers": "9" * 5000}, "--decoder-layers '9{78}…: must be a whole number"),
-        ({"decoder_embed_dim": 1 << 30}, "--decoder-embed-dim 1073741824: must be at most 1,048,576"),
-        ({"max_target_positions": -5}, "--max-target-positions -5: must be at least 1"),
-        ({"dropout": float("nan")}, "--dropout nan: must be a probability"),
-        ({"attention_dropout": -0.1}, r"--attention-dropout -0\.1: must be a probability"),
-        ({"position": "rotary", "untie_embeddings": "False"}, "--untie-embeddings 'False': must be True or False"),
-        ({"momentum_learned": 2}, "--momentum-learned 2: must be True or False"),
-        ({"position": 5}, "--position 5: must be a word"),
-        ({"momentum_kind": "x" * 99}, "--momentum-kind 'x{78}…: must be a word"),
+        ({"decoder_layers": 10**9}, "decoder_layers=1000000000: must be at most 10,000"),
+        ({"decoder_layers": True}, "decoder_layers=True: must be a whole number"),
+        ({"decoder_layers": 2.5}, r"decoder_layers=2\.5: must be a whole number"),
+        ({"decoder_layers": "9" * 5000}, "decoder_layers='9{78}…: must be a whole number"),
+        ({"decoder_embed_dim": 1 << 30}, "decoder_embed_dim=1073741824: must be at most 1,048,576"),
+        ({"max_target_positions": -5}, "max_target_positions=-5: must be at least 1"),
+        ({"dropout": float("nan")}, "dropout=nan: must be a probability"),
+        ({"attention_dropout": -0.1}, r"attention_dropout=-0\.1: must be a probability"),
+        ({"position": "rotary", "untie_embeddings": "False"}, "untie_embeddings='False': must be True or False"),
+        ({"momentum_learned": 2}, "momentum_learned=2: must be True or False"),
+        ({"position": 5}, "position=5: must be a word"),
+        ({"momentum_kind": "x" * 99}, "momentum_kind='x{78}…: must be a word"),
     ],
 )
 def test_options_have_types_and_bounds(options, message):
     with pytest.raises(UserError, match=message):
-        DecoderConfig.from_fairseq(options, 50)
+        from_fairseq(options, 50)
 
 
 def test_options_may_be_numbers_of_other_kinds():
-    config = DecoderConfig.from_fairseq(
+    config = from_fairseq(
         {"decoder_layers": 3.0, "decoder_embed_dim": "32", "untie_embeddings": 1, "position": "rotary", "dropout": 0},
         50,
     )
-    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and DecoderConfig.from_fairseq(
+    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and from_fairseq(
         {}, 50
     ).layers == 6
     with pytest.raises(UserError, match="a dictionary of 2 entries lacks the special symbols"):
-        DecoderConfig.from_fairseq({}, 2)
+        from_fairseq({}, 2)

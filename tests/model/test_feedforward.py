@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from momentum_lm.model.decoder import ACTIVATIONS
+from momentum_lm.model.mlp import ACTIVATIONS
 from momentum_lm.model.mlp import activated_linear
 
 

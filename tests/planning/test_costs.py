@@ -15,7 +15,7 @@ PUBLISHED = {"125m": 125e6, "350m": 355e6, "1_3b": 1.3e9, "2_7b": 2.7e9, "6_7b":
 
 
 def config(size, **changes):
-    layers, dim, heads = SIZES[size]
+    layers, dim, heads, _ = SIZES[size]
     return DecoderConfig(**{"vocab_size": 51200, "dim": dim, "ffn_dim": 4 * dim, "layers": layers, "heads": heads, **changes})
 
 
@@ -46,7 +46,7 @@ def test_parameters_are_those_of_the_built_decoder(size, changes):
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_parameters_of_the_large_sizes(size):
     counted = count_parameters(config(size))
-    layers, dim, _ = SIZES[size]
+    layers, dim, _, _ = SIZES[size]
     assert counted.total == layers * (12 * dim**2 + 13 * dim) + 2 * dim + 51200 * dim
     assert counted.total == pytest.approx(PUBLISHED[size], rel=0.02)
     assert counted.embedding == 51200 * dim and counted.momentum == 0
@@ -82,7 +82,8 @@ def count(shape, length):
 
 def test_architectures_by_name():
     assert architectures()[0] == "gpt_lm_tiny" and architectures()[-1] == "momentum_lm_13b" and len(architectures()) == 14
-    assert architecture("gpt_lm_6_7b") == (SIZES["6_7b"], "none") and architecture("momentum_lm_1_3b") == (SIZES["1_3b"], "ema")
+    assert architecture("gpt_lm_6_7b") == {**SIZES["6_7b"]._asdict(), "momentum_kind": "none"}
+    assert architecture("momentum_lm_1_3b") == {**SIZES["1_3b"]._asdict(), "momentum_kind": "ema"}
     for name in ("momentum_lm", "momentum_lm_", "momentum_lm_1b", "125m", ""):
         with pytest.raises(UserError, match=f"--arch {name}: choose one of gpt_lm_tiny, .*, momentum_lm_13b"):
             architecture(name)

@@ -1,6 +1,5 @@
 """What a plan decides: batch, strategy, time, links, momentum; and what it says where nothing fits."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -14,8 +13,7 @@ from momentum_lm.planning.plan import ENOUGH_TOKENS, USABLE, Job, _micro_batch, 
 
 
 def job(arch="momentum_lm_1_3b", gpu="h200", gpus=64, **changes):
-    size, kind = architecture(arch)
-    config = DecoderConfig(51200, size.dim, 4 * size.dim, size.layers, size.heads, 2048, momentum_kind=kind)
+    config = DecoderConfig(51200, **architecture(arch), max_positions=2048)
     return Job(**{"config": config, "gpu": gpu, "gpus": gpus, "tokens": 10**11, "length": 2048, "batch_tokens": 512_000, **changes})
 
 
@@ -89,41 +87,33 @@ def test_a_micro_batch_too_small_gives_way_to_checkpointing():
 def test_where_nothing_fits_the_hints_do():
     plan = make_plan(job("gpt_lm_6_7b", "l40s", 2))
     assert plan.chosen is None and plan.updates == plan.tokens_per_second == 0
-    words = [hint.split() for hint in plan.hints]
-    assert words[0][0] == "--gpus" and {w[1] for w in words[1:]} >= {"h200", "b200"} and len(words) >= 3
-    assert all(make_plan(fixed(job("gpt_lm_6_7b", "l40s", 2), w)).chosen for w in words)
-    fewer = int(words[0][1]) - 1
-    assert make_plan(job("gpt_lm_6_7b", "l40s", fewer)).chosen is None
+    hints = plan.hints
+    assert next(iter(hints[0])) == "gpus" and {h.get("gpu") for h in hints[1:]} >= {"h200", "b200"} and len(hints) >= 3
+    assert all(make_plan(replace(job("gpt_lm_6_7b", "l40s", 2), **hint)).chosen for hint in hints)
+    assert make_plan(job("gpt_lm_6_7b", "l40s", hints[0]["gpus"] - 1)).chosen is None
 
 
 def test_a_micro_batch_that_was_asked_for_and_does_not_fit():
     asked = job("gpt_lm_1_3b", "a100-40gb", 1, micro_batch=64, checkpointing=True)
     plan = make_plan(asked)
-    assert plan.chosen is None and plan.hints[0].startswith("--batch-size ")
-    assert make_plan(fixed(asked, plan.hints[0].split())).chosen
-
-
-def fixed(asked, words):
-    fields = {"--gpus": "gpus", "--gpu": "gpu", "--strategy": "strategy", "--batch-size": "micro_batch"}
-    values = {fields[f]: v for f, v in itertools.pairwise(words) if f in fields}
-    values |= {name: int(values[name]) for name in ("gpus", "micro_batch") if name in values}
-    return replace(asked, checkpointing="--checkpoint-activations" in words or asked.checkpointing, **values)
+    assert plan.chosen is None and list(plan.hints[0]) == ["micro_batch"]
+    assert make_plan(replace(asked, **plan.hints[0])).chosen
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gpu": "h300"}, "--gpu h300: choose one of a100-40gb, a100-80gb, h100-pcie, h100, h200, b200, l40s, v100"),
-        ({"gpus": 0}, "--gpus 0: must be at least 1"),
-        ({"gpus": 12}, "--gpus 12: must be a multiple of the 8 GPUs of a node"),
-        ({"tokens": 0}, "--tokens 0: must be at least 1"),
-        ({"length": 0}, "--context 0: must be at least 1"),
-        ({"micro_batch": 0}, "--batch-size 0: must be at least 1"),
-        ({"mfu": 0.0}, "--mfu 0.0: must lie between 0 and 1"),
-        ({"mfu": float("nan")}, "--mfu nan: must lie between 0 and 1"),
-        ({"node_bandwidth": 0.0}, "--node-bandwidth 0: must be above 0"),
-        ({"gpu": "v100"}, "--gpu v100 has no bf16; use --precision fp32"),
-        ({"gpus": 1, "strategy": "fsdp"}, "--strategy fsdp: needs --gpus 2 or more"),
+        ({"gpu": "h300"}, "gpu='h300': choose one of a100-40gb, a100-80gb, h100-pcie, h100, h200, b200, l40s, v100"),
+        ({"gpus": 0}, "gpus=0: must be at least 1"),
+        ({"gpus": 12}, "gpus=12: must be a multiple of the GPUs of a node, gpus_per_node=8"),
+        ({"tokens": 0}, "tokens=0: must be at least 1"),
+        ({"length": 0}, "length=0: must be at least 1"),
+        ({"micro_batch": 0}, "micro_batch=0: must be at least 1"),
+        ({"mfu": 0.0}, "mfu=0.0: must lie between 0 and 1"),
+        ({"mfu": float("nan")}, "mfu=nan: must lie between 0 and 1"),
+        ({"node_bandwidth": 0.0}, "node_bandwidth=0.0: must be above 0"),
+        ({"gpu": "v100"}, "gpu='v100' has no bf16; use bf16=False"),
+        ({"gpus": 1, "strategy": "fsdp"}, "strategy='fsdp': needs gpus 2 or more"),
     ],
 )
 def test_what_cannot_be(changes, message):

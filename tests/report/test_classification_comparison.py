@@ -89,7 +89,7 @@ def test_other_demonstrations_are_said(write_results):
 
 def test_other_examples_are_refused(write_results):
     a = write_results("a", datasets=("mr",))
-    with pytest.raises(UserError, match=r"mr: a evaluated 60 examples and b 50, and example 50 is only in a; .*--limit"):
+    with pytest.raises(UserError, match=r"mr: a evaluated 60 examples and b 50, and example 50 is only in a; .*limit"):
         ClassificationComparison([a, write_results("b", datasets=("mr",), examples=50)])
     gold = np.random.default_rng(2).integers(0, 2, 60)
     gold[17] = 1 - gold[17]

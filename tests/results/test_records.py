@@ -38,7 +38,7 @@ def test_runs_survive_and_are_found(tmp_path):
 def test_other_results_are_refused_and_kept(tmp_path, change, named):
     open_results(tmp_path).add({"split": "valid", "length": 1})
     before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(UserError, match="--force") as error:
+    with pytest.raises(UserError, match="force=True") as error:
         open_results(tmp_path, **change)
     assert named in str(error.value)
     forced = open_results(tmp_path, force=True, **change)
@@ -92,7 +92,7 @@ def test_what_the_reports_would_stumble_over_is_named(tmp_path, change, problem)
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(
-        UserError, match=r"--results-dir .*file/out cannot be written: Not a directory; choose another folder"
+        UserError, match=r"folder=.*file/out cannot be written: Not a directory; choose another folder"
     ):
         open_results(tmp_path / "file" / "out")
     open_results(tmp_path / "new" / "out")

@@ -214,7 +214,7 @@ def test_damaged_scores_are_computed_again(lm, films, tmp_path, calls, keep):
 
 def test_a_folder_that_cannot_be_written_is_refused_before_scoring(lm, films, tmp_path, calls):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"--results-dir .*file/out cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"folder=.*file/out cannot be written: Not a directory"):
         run(lm, [films], SETTINGS, tmp_path / "file" / "out")
     assert not calls
 
@@ -224,7 +224,7 @@ def test_other_settings_do_not_mix(lm, make_lm, films, tmp_path):
     first = run(lm, [films], SETTINGS, out)
     kept = (out / "results.json").read_bytes(), (out / "predictions.jsonl").read_bytes()
     for change in ({"score": "sum"}, {"limit": 10}, {"separator": " "}):
-        with pytest.raises(UserError, match=r"holds other results \(config\..*--force"):
+        with pytest.raises(UserError, match=r"holds other results \(config\..*force=True"):
             run(lm, [films], Settings(**{**SETTINGS.__dict__, **change}), out)
     assert kept == ((out / "results.json").read_bytes(), (out / "predictions.jsonl").read_bytes())
     changed = make_lm(momentum_eta=0.2)  # the same tensors, computed with otherwise: the old scores must not be found
@@ -271,7 +271,7 @@ def test_warns_of_labels_that_begin_alike(lm, tmp_path, caplog):
 
 def test_a_prompt_that_is_too_long_names_its_dataset(make_lm, films, tmp_path):
     lm = make_lm(max_positions=12)
-    message = r"^films: example \d+ has a prompt of \d+ tokens, but .* takes 12; shorten texts with --max-field-tokens"
+    message = r"^films: example \d+ has a prompt of \d+ tokens, but .* takes 12; shorten texts with shorten"
     with pytest.raises(UserError, match=message):
         run(lm, [films], Settings(shots=(0,), seeds=(1,)), tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
@@ -305,7 +305,7 @@ def test_another_tokenizer_is_not_the_same_model(lm, films, tmp_path, monkeypatc
     calls.clear()
     monkeypatch.setattr(type(lm), "tokenizer_sha256", "another")
     with pytest.raises(
-        UserError, match=r"holds other results \(config\.tokenizer: .*\); choose another --results-dir, or add --force"
+        UserError, match=r"holds other results \(config\.tokenizer: .*\); choose another folder, or add force=True"
     ):
         small(lm, [films], tmp_path / "out")
     assert (tmp_path / "out" / "results.json").read_bytes() == before and not calls
@@ -367,7 +367,7 @@ def test_results_of_an_older_version_are_reported_but_not_added_to(lm, films, tm
     assert read_results(tmp_path / "out") == results
     write_report(tmp_path / "out")
     with pytest.raises(
-        UserError, match=r"was written by an older version.*choose another --results-dir, or add --force to start anew"
+        UserError, match=r"was written by an older version.*choose another folder, or add force=True to start anew"
     ):
         small(lm, [films], tmp_path / "out")
 

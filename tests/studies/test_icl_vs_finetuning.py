@@ -181,7 +181,7 @@ def test_the_rate_is_chosen_on_data_that_is_not_reported(lm, films, tmp_path, ca
     assert found["accuracy"]["finetuned"] == chosen["accuracy"]
     with pytest.raises(UserError, match=r"diverges at every learning rate \(1e\+30, 1e\+31\)"):
         run(lm, [films], dataclasses.replace(settings, rates=(1e30, 1e31)), tmp_path / "c")
-    with pytest.raises(UserError, match="try a smaller --finetune-lr"):
+    with pytest.raises(UserError, match="try a smaller rates"):
         run(lm, [films], dataclasses.replace(settings, rates=(1e30,)), tmp_path / "c")
 
 
@@ -194,7 +194,7 @@ def test_demonstrations_that_do_not_fit(make_lm, films, tmp_path, caplog):
     assert "finetuning learns these too" in caplog.text
     with pytest.raises(UserError, match=r"films: .*no demonstration fits"):
         run(make_lm(max_positions=30), [films], SETTINGS, tmp_path / "b")
-    with pytest.raises(UserError, match="--shots 0"):
+    with pytest.raises(UserError, match="shots=0"):
         run(lm, [films], dataclasses.replace(SETTINGS, questions=dataclasses.replace(ASKED, shots=(0, 4))), tmp_path / "b")
 
 

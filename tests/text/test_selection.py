@@ -95,12 +95,12 @@ def test_shares(text, value):
 
 @pytest.mark.parametrize("text", ["1.5", "1.0", "-1", "-0.1", "5%", "nan", "", "1e-3", "half"])
 def test_what_is_no_share_is_refused(text):
-    with pytest.raises(UserError, match=r"--test .*give a fraction of the documents below 1, such as 0\.01, or a number"):
+    with pytest.raises(UserError, match=r"test=.*give a fraction of the documents below 1, such as 0\.01, or a number"):
         share(text, "--test")
 
 
 def test_fractions_that_leave_nothing_are_refused():
-    with pytest.raises(UserError, match=r"--valid 0\.6 and --test 0\.4 together leave nothing to train on"):
+    with pytest.raises(UserError, match=r"valid=0\.6 and test=0\.4 together leave nothing to train on"):
         splits("0.6", "0.4")
 
 

@@ -102,7 +102,7 @@ def test_data_sets_are_streamed_from_a_local_folder(tmp_path):
     name = f"hf:{tmp_path / 'reviews'}"
     assert read(name) == TEXTS
     assert read(f"{name}@test") == ["a test"]
-    with pytest.raises(UserError, match="no column 'body'; there are: id, text; name one with --column"):
+    with pytest.raises(UserError, match="no column 'body'; there are: id, text; name one with column"):
         read(name, column="body")
     with pytest.raises(UserError, match="column 'id' holds int, not text"):
         read(name, column="id")
@@ -155,9 +155,9 @@ BAD = {
     "missing file": ("gone.txt", None, {}, r"gone\.txt: no such file or folder; check the path"),
     "missing path": ("no such/place", None, {}, r"no such/place: no such file or folder"),
     "empty file": ("t.txt", b"", {}, r"t\.txt is empty; leave it out"),
-    "record of text": ("t.txt", b"a", {"document": "record"}, r"--document record does not go with .*t\.txt; use --document file"),
-    "lines of a table": ("t.csv", b"text\na\n", {"document": "line"}, r"--document line does not go with .*t\.csv"),
-    "lines of a data set": ("hf:a/b", None, {"document": "line"}, r"--document line does not go with the data set hf:a/b"),
+    "record of text": ("t.txt", b"a", {"document": "record"}, r"document='record' does not go with .*t\.txt; use document file"),
+    "lines of a table": ("t.csv", b"text\na\n", {"document": "line"}, r"document='line' does not go with .*t\.csv"),
+    "lines of a data set": ("hf:a/b", None, {"document": "line"}, r"document='line' does not go with the data set hf:a/b"),
     "latin-1": ("t.txt", "naïve".encode("latin1"), {}, r"t\.txt: byte 2 is not UTF-8 \(0xef\); convert the file first, as with `iconv"),
     "latin-1 later": ("t.txt", b"ab\ncd\nn\xefve\n", {"document": "line"}, r"t\.txt: byte 7 is not UTF-8"),
     "latin-1 in JSON": ("t.jsonl", b'{"text": "a"}\n{"text": "\xef"}\n', {}, r"t\.jsonl: byte 24 is not UTF-8"),
@@ -227,7 +227,7 @@ BAD = {
     "parquet not that deep": (
         "t.parquet", as_parquet(["a"]), {"column": "text.a"}, r"t\.parquet: no column 'text\.a'; there are",
     ),
-    "csv column": ("t.csv", b"id,body\n1,a\n", {}, r"t\.csv: no column 'text'; there are: id, body; name one with --column"),
+    "csv column": ("t.csv", b"id,body\n1,a\n", {}, r"t\.csv: no column 'text'; there are: id, body; name one with column"),
     "csv without a line": ("t.csv", b"\n", {}, r"t\.csv: no column 'text'; there are: none"),
     "csv short row": ("t.csv", b'id,text\n1,"a\nb"\n2\n', {}, r"t\.csv:4: 1 columns, the header has 2"),
     "csv quote": ("t.csv", b'id,text\n1,"a\n2,b\n', {}, r"t\.csv:3: not proper CSV .*look for an unclosed quote"),
@@ -239,7 +239,7 @@ BAD = {
     "json value": ("t.jsonl", b"3\n", {}, r"t\.jsonl:1: expected a JSON object with the column 'text', got int"),
     "json deep": ("t.jsonl", b"[" * 200_000, {}, r"t\.jsonl:1: (JSON nested too deeply|not a JSON record)"),
     "json column": ("t.jsonl", b'{"text": "a"}\n{"body": "b", "id": 2}\n', {}, r"t\.jsonl:2: no column 'text'; there are: body, id"),
-    "json number": ("t.jsonl", b'{"text": 5}\n', {}, r"t\.jsonl:1: column 'text' holds int, not text; name another with --column"),
+    "json number": ("t.jsonl", b'{"text": 5}\n', {}, r"t\.jsonl:1: column 'text' holds int, not text; name another with column"),
     "json surrogate": ("t.jsonl", b'{"text": "ab\\ud83d"}\n', {}, r"t\.jsonl:1: half of a surrogate pair at character 2"),
     "parquet column": ("t.parquet", as_parquet(["a"]), {"column": "body"}, r"t\.parquet: no column 'body'; there are: id, text"),
     "parquet type": ("t.parquet", as_parquet(["a"]), {"column": "id"}, r"t\.parquet: column 'id' holds int64, not text"),
@@ -250,7 +250,7 @@ BAD = {
     "gz damaged": ("t.txt.gz", gzip.compress(b"ab" * 9999)[:-8] + bytes(8), {}, r"t\.txt\.gz is damaged or not a \.gz file"),
     "zst cut": ("t.jsonl.zst", zstandard.compress(as_jsonl(TEXTS * 9))[:-4], {}, r"t\.jsonl\.zst is cut short"),
     "zst of nothing": ("t.jsonl.zst", b"plain text", {}, r"t\.jsonl\.zst is damaged or not a \.zst file"),
-    "long file": ("t.txt", long.encode(), {}, r"t\.txt is a document of more than 8 MiB; say how .*: --document line or"),
+    "long file": ("t.txt", long.encode(), {}, r"t\.txt is a document of more than 8 MiB; say how .*: document='line' or"),
     "long line": ("t.txt", f"a\n{long}".encode(), {"document": "line"}, r"t\.txt:2: a line of more than 8 MiB"),
     "long block": ("t.txt", ("x" * 79 + "\n") * 110_000, {"document": "blank-line"}, r"t\.txt:\d+: more than 8 MiB without a blank"),
     "long csv field": ("t.csv", f"text\n{long}", {}, r"t\.csv:2: a line of more than 8 MiB"),

@@ -79,7 +79,7 @@ def test_training_is_reproducible(documents, sentencepiece_model):
 
 
 def test_the_largest_vocabulary_named_in_the_error_works():
-    with pytest.raises(UserError, match=r"--vocab-size 5000 is too large for this text, which has pieces for at most (\d+)") as caught:
+    with pytest.raises(UserError, match=r"vocab_size=5000 is too large for this text, which has pieces for at most (\d+)") as caught:
         train_sentencepiece(["one small text with few words"] * 3, 5000)
     most = int(str(caught.value).split("at most ")[1].split(";")[0])
     model = sentencepiece.SentencePieceProcessor(model_proto=train_sentencepiece(["one small text with few words"] * 3, most))
@@ -87,7 +87,7 @@ def test_the_largest_vocabulary_named_in_the_error_works():
 
 
 def test_the_smallest_vocabulary_named_in_the_error_works(documents):
-    with pytest.raises(UserError, match="--vocab-size 100 is too small") as caught:
+    with pytest.raises(UserError, match="vocab_size=100 is too small") as caught:
         train_sentencepiece(documents, 100)
     least = int(str(caught.value).rsplit(" ", 1)[1])
     assert train_sentencepiece(documents, least)

@@ -1,65 +1,70 @@
 """``--arch gpt_lm_SIZE`` and ``--arch momentum_lm_SIZE``: fairseq's view of :class:`momentum_lm.model.Decoder`."""
 
+import argparse
 import dataclasses
-from dataclasses import dataclass, field
 from typing import Any, Optional
 
-import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II, DictConfig, OmegaConf
 from torch import Tensor
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, flags
 from momentum_lm.fairseq_plugin.training import building_place
+from momentum_lm.formats import decoder_options
+from momentum_lm.formats.state_dict import drop_extras, extras
 from momentum_lm.model import Cache, Decoder, DecoderConfig
-from momentum_lm.model.decoder import ACTIVATIONS, DEFAULT_ETA, MOMENTUM_KINDS, POSITIONS
-from momentum_lm.model.sizes import Size, architecture, architectures
+from momentum_lm.model.sizes import architecture, architectures
+
+_Field = tuple[str, Any, Any]  # as dataclasses.make_dataclass takes it
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(name: str, kind: Any, default: Any, help: str) -> _Field:
+    return name, kind, dataclasses.field(default=default, metadata={"help": help})
 
 
-@dataclass
-class LanguageModelConfig(FairseqDataclass):
-    """The flags of every architecture here; sizes and the kind of momentum get their defaults from its name."""
-
-    decoder_embed_dim: int = _option(192, "width")
-    decoder_ffn_embed_dim: int = _option(768, "width of the feed-forward layers")
-    decoder_layers: int = _option(3, "number of layers")
-    decoder_attention_heads: int = _option(3, "number of attention heads")
-    activation_fn: ChoiceEnum(list(ACTIVATIONS)) = _option("gelu", "activation of the feed-forward layers")  # type: ignore[valid-type]
-    dropout: float = _option(0.0, "dropout probability")
-    attention_dropout: float = _option(0.0, "dropout probability of attention weights")
-    activation_dropout: float = _option(0.0, "dropout probability after the activation in the feed-forward layers")
-    position: ChoiceEnum(list(POSITIONS)) = _option("sinusoidal", "position embedding")  # type: ignore[valid-type]
-    no_scale_embedding: bool = _option(False, "do not multiply embeddings by the square root of the width")
-    untie_embeddings: bool = _option(False, "output projection with weights of its own")
-    checkpoint_activations: bool = _option(False, "recompute activations in the backward pass: less memory, a third more time")
-    compile: bool = _option(False, "compile each block with torch.compile")
-    momentum_kind: ChoiceEnum(list(MOMENTUM_KINDS)) = _option(  # type: ignore[valid-type]
-        "none",
-        "momentum attention: ema, the paper's formula with one decay per head; multi_ema, eight decays per channel",
-    )
-    momentum_eta: float = _option(DEFAULT_ETA, "decay of the moving average of values, between 0 and 1")
-    momentum_learned: bool = _option(False, "learn one decay per head, from --momentum-eta")
-    momentum_normalize: bool = _option(False, "scale the moving average so that its weights sum to 1")
-    momentum_gate: ChoiceEnum(["none", "zero"]) = _option(  # type: ignore[valid-type]
-        "none", "zero: a learned factor per head that starts at 0, to add momentum to a trained model"
-    )
-    absent_tokens: str = _option(
-        "", "ids of tokens that are never predicted, with commas between, as the configuration of a converted model has"
-    )
-    max_target_positions: Optional[int] = II("task.max_target_positions")
-    tokens_per_sample: int = II("task.tokens_per_sample")
+def _own_options(arch: str) -> list[_Field]:
+    """Options of the table, with the defaults that the architecture gives them."""
+    plain = decoder_options.to_fairseq(DecoderConfig(vocab_size=8, **architecture(arch)))
+    fields = []
+    for name, (_, kind, entry) in decoder_options.table().items():
+        if entry.choices:
+            kind = ChoiceEnum([*entry.choices, *(decoder_options.ACTIVATIONS if name == "activation_fn" else ())])
+        kind = kind if kind in (bool, int, float) or entry.choices else str
+        fields.append(_option(name, kind, plain[name], entry.help))
+    return fields
 
 
-class FairseqDecoder(Decoder, FairseqIncrementalDecoder):
+def _stock_options() -> list[_Field]:
+    """The other flags of stock ``transformer_lm``: what means an option of ours, and what is refused by name."""
+    fields = []
+    for f in dataclasses.fields(TransformerLanguageModelConfig):
+        if f.name in decoder_options.TRANSLATED:
+            text = f"as of stock transformer_lm: {f.metadata['help']}"
+            fields.append(_option(f.name, Optional[f.type], None, text))  # type: ignore[name-defined]
+        elif f.name in decoder_options.REFUSED or f.name in decoder_options.WITHOUT_EFFECT:
+            fields.append(_option(f.name, f.type, f.default, argparse.SUPPRESS))
+    return fields
+
+
+def _configuration(arch: str) -> type[FairseqDataclass]:
+    """The flags of an architecture: what the decoder's table of options says, and what fairseq gives it."""
+    fields = {field[0]: field for field in (*_own_options(arch), *_stock_options())} | {
+        "max_target_positions": ("max_target_positions", Optional[int], II("task.max_target_positions")),
+        "tokens_per_sample": ("tokens_per_sample", int, II("task.tokens_per_sample")),
+        "compile": _option("compile", bool, False, "compile each block with torch.compile"),
+        "_name": ("_name", str, arch),
+    }
+    return dataclasses.make_dataclass(f"{arch}_config", fields.values(), bases=(FairseqDataclass,))
+
+
+class FairseqDecoder(FairseqIncrementalDecoder, Decoder):
     """The decoder with the calling conventions of fairseq's incremental decoders."""
 
     def __init__(self, config: DecoderConfig, dictionary: Any) -> None:
-        Decoder.__init__(self, config)
+        Decoder.__init__(self, config)  # that of fairseq's classes would make another one
+        self.register_load_state_dict_pre_hook(drop_extras)
         self.dictionary = dictionary
         self.onnx_trace = False
         self.adaptive_softmax = None
@@ -100,14 +105,11 @@ class FairseqDecoder(Decoder, FairseqIncrementalDecoder):
 
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: Tensor) -> None:
         if "momentum_lm" in incremental_state:
-            incremental_state["momentum_lm"].reorder(new_order)
+            incremental_state["momentum_lm"].select(new_order)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # what stock transformer_lm asks for in a strict load: its format version, and a buffer that only tells the device
-        destination[f"{prefix}version"] = torch.tensor([3.0])
-        if self.config.position == "sinusoidal":
-            destination[f"{prefix}embed_positions._float_tensor"] = torch.zeros(1)
+        destination |= {f"{prefix}{name}": value for name, value in extras(self.config).items()}
 
 
 class DoesNotFit(UserError, RuntimeError):
@@ -128,7 +130,11 @@ class MomentumLanguageModel(FairseqLanguageModel):
                 f"{len(task.source_dictionary)} entries of the dictionary, not the first ones alone; leave it out"
             )
         options = OmegaConf.to_container(cfg, enum_to_str=True, resolve=True) if OmegaConf.is_config(cfg) else vars(cfg)
-        config = DecoderConfig.from_fairseq(options, len(dictionary), dictionary.pad(), dictionary.eos())
+        symbols = (len(dictionary), dictionary.pad(), dictionary.eos())
+        try:
+            config = decoder_options.from_fairseq(options, *symbols, names=flags())
+        except decoder_options.Unsupported as error:
+            raise UserError(error, "; leave it out, or choose --arch transformer_lm_gpt") from error
         with building_place():
             decoder = FairseqDecoder(config, dictionary)
         if cfg.compile:
@@ -150,30 +156,11 @@ class MomentumLanguageModel(FairseqLanguageModel):
         return self.decoder.max_positions()
 
 
-def _register(name: str, size: Size, momentum_kind: str) -> None:
-    defaults = {
-        "_name": name,
-        "decoder_layers": size.layers,
-        "decoder_embed_dim": size.dim,
-        "decoder_ffn_embed_dim": 4 * size.dim,
-        "decoder_attention_heads": size.heads,
-        "momentum_kind": momentum_kind,
-    }
-    types = {f.name: f.type for f in dataclasses.fields(LanguageModelConfig)}
-    fields = [
-        (
-            key,
-            types[key],
-            dataclasses.field(default=value, metadata=dict(LanguageModelConfig.__dataclass_fields__[key].metadata)),
-        )
-        for key, value in defaults.items()
-    ]
-    config = dataclasses.make_dataclass(f"{name}_config", fields, bases=(LanguageModelConfig,))
-    register_model(name, dataclass=config)(
-        type(name, (MomentumLanguageModel,), {"__doc__": MomentumLanguageModel.__doc__})
-    )
+def _register(arch: str) -> None:
+    model = type(arch, (MomentumLanguageModel,), {"__doc__": MomentumLanguageModel.__doc__})
+    register_model(arch, dataclass=_configuration(arch))(model)
 
 
 ARCHITECTURES = architectures()
 for _name in ARCHITECTURES:
-    _register(_name, *architecture(_name))
+    _register(_name)

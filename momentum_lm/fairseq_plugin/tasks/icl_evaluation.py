@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from momentum_lm.cli.eval_classification import shortener
 from momentum_lm.cli.options import integers
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, flags, named
 from momentum_lm.icl import scoring
 from momentum_lm.icl.datasets.loading import Example, by_name, load_dataset
 from momentum_lm.icl.prompts import Prompts
@@ -28,7 +27,10 @@ from momentum_lm.text.dictionary import BOS, EOS
 from momentum_lm.text.tokenizer import has_tokenizer
 
 _log = logging.getLogger(__name__)
-_OURS = re.compile(r"--(datasets|data-dir|shots|seeds|sampling|max-field-tokens)\b")  # flags that messages name as fairseq-eval's
+_names = flags(
+    shots="--icl-eval-shots", seed="--icl-eval-seeds", sampling="--icl-eval-sampling", limit="--icl-eval-limit",
+    data_dir="--icl-eval-data-dir", shorten="--icl-eval-max-field-tokens",
+)  # fmt: skip
 
 
 @dataclass
@@ -73,9 +75,10 @@ class IclEvaluation:
         sizes = [args.max_tokens, args.batch_size and args.batch_size * args.tokens_per_sample]
         self.batch_tokens = min(size for size in sizes if size)  # what fits in training fits here
         try:
-            self.parts = list(self._parts(args))
+            with named(_names):
+                self.parts = list(self._parts(args))
         except UserError as error:
-            raise UserError("--icl-eval-datasets: " + _OURS.sub(r"--icl-eval-\1", str(error))) from error
+            raise UserError("--icl-eval-datasets: ", error) from error
 
     def _parts(self, args: Any) -> Iterator[_Part]:
         form, shorten = self.settings.form(self.lm), shortener(self.lm, args.icl_eval_max_field_tokens)

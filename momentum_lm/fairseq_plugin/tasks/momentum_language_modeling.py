@@ -20,7 +20,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import II
 
 from momentum_lm.errors import UserError
-from momentum_lm.model.decoder import document_ids
+from momentum_lm.model.positions import document_ids
 
 from .monitor import TrainingMonitor
 from .token_data import TokenDataTask

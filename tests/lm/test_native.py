@@ -5,7 +5,6 @@ import argparse
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch

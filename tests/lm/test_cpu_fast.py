@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from momentum_lm.lm import inference
+from momentum_lm.lm import cpu_fast
 
 pytest.importorskip("transformers")
 
@@ -14,7 +14,7 @@ def test_heads_that_share_keys(groups):
     torch.manual_seed(0)
     query, (key, value) = torch.randn(3, 6, 5, 8), torch.randn(2, 3, groups, 16, 8)
     mask = torch.ones(3, 1, 5, 16, dtype=torch.bool).tril(11)
-    found, _ = inference.grouped_attention(type("Module", (), {"num_key_value_groups": 6 // groups}), query, key, value, mask, scaling=0.5)
+    found, _ = cpu_fast.grouped_attention(type("Module", (), {"num_key_value_groups": 6 // groups}), query, key, value, mask, scaling=0.5)
     exact = query.double(), *(x.double().repeat_interleave(6 // groups, 1) for x in (key, value))
     expected = F.scaled_dot_product_attention(*exact, mask, scale=0.5).transpose(1, 2)
     torch.testing.assert_close(found, expected.float(), atol=2e-5, rtol=0)
@@ -26,7 +26,7 @@ def test_linear_layers(shape, bias):
     torch.manual_seed(0)
     layer, rows = torch.nn.Linear(24, 40, bias=bias), torch.randn(shape)
 
-    @inference.inference
+    @cpu_fast.inference
     def run(layer, rows):
         return layer(rows)
 
@@ -35,7 +35,7 @@ def test_linear_layers(shape, bias):
     assert torch.equal(run(layer, rows), layer(rows))
     weight, bias = torch.randn(24, 40).t(), torch.randn(80)[::2]  # not contiguous, as where GPT-2's projections are turned
     for given in ((weight,), (weight.contiguous(), bias)):
-        found = inference.inference(F.linear)(rows.float(), *given)
+        found = cpu_fast.inference(F.linear)(rows.float(), *given)
         torch.testing.assert_close(found, F.linear(rows.float(), *given), atol=1e-5, rtol=1e-5)
 
 
@@ -45,7 +45,7 @@ def test_linear_layers_are_onednns_where_no_gradient_is_asked_for(monkeypatch):
     real = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(1) or real(*given))
     layer = torch.nn.Linear(4, 5)
-    with inference.OneDNNLinear():
+    with cpu_fast.OneDNNLinear():
         layer(torch.randn(3, 4)).sum().backward()
         assert not calls and layer.weight.grad is not None
         with torch.no_grad():

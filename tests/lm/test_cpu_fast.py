@@ -1,5 +1,7 @@
 """Faster ways to compute the same, beside the plain ones."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,3 +56,61 @@ def test_linear_layers_are_onednns_where_no_gradient_is_asked_for(monkeypatch):
             with torch.autocast("cpu", torch.bfloat16):  # the caller's choice stands
                 assert layer(torch.randn(3, 4)).dtype == torch.bfloat16
     assert calls == [1]
+
+
+def without(monkeypatch, how):
+    """Everything plain: by the switch, or because torch has none of what it promises nobody."""
+    if how == "switch":
+        monkeypatch.setenv("MOMENTUM_LM_CPU_FAST", "0")
+    else:
+        monkeypatch.setattr(cpu_fast, "_private", lambda namespace, name: None)
+
+
+@pytest.mark.parametrize("how", ["switch", "another torch"])
+def test_the_plain_way_gives_the_same(how, monkeypatch):
+    import transformers
+
+    from momentum_lm.lm.huggingface import HuggingFaceLM
+
+    class Tokenizer:
+        eos_token_id, model_max_length = 1, 64
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                      intermediate_size=48, max_position_embeddings=64)  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tokens, padding = torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[False] * 3, [False, True, True]])
+    wanted, found = (torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]), torch.tensor([3, 4, 5])), []
+    calls, real = [], cpu_fast.PackedRows.pad
+    monkeypatch.setattr(cpu_fast.PackedRows, "pad", lambda *given: calls.append(1) or real(*given))
+    for plain in (False, True):
+        if plain:
+            without(monkeypatch, how)
+        model.set_attn_implementation("sdpa")
+        lm = HuggingFaceLM(model, Tokenizer(), "llama", "")
+        calls.clear()
+        found.append(lm.log_probs(tokens, padding, *wanted, lm.encode_prefix([20, 21, 22])))
+        assert bool(calls) != plain
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["switch", "another torch"])
+def test_linear_layers_without_onednn(how, monkeypatch):
+    layer, rows = torch.nn.Linear(24, 40), torch.randn(7, 24)
+    without(monkeypatch, how)
+    assert torch.equal(cpu_fast.inference(layer)(rows), layer(rows))
+
+
+def test_what_torch_promises_nobody_is_there_today():
+    """A torch without it is slower, and this says so first."""
+    assert cpu_fast.packs_rows() and cpu_fast._private("aten", "nonesuch") is None
+    assert cpu_fast._private("mkldnn", "_linear_pointwise") is not None or not torch.backends.mkldnn.is_available()
+
+
+def test_oneDNNs_caches_are_limited_by_a_call_alone(monkeypatch):
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    monkeypatch.setenv(names[0], "7")
+    monkeypatch.delenv(names[1], raising=False)
+    cpu_fast.limit_onednn_caches()
+    assert [os.environ[name] for name in names] == ["7", "32"]  # the user's own stays
+    monkeypatch.delenv(names[1])

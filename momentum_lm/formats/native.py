@@ -37,16 +37,19 @@ _OPTIONS = (  # those of fairseq's and our own options that say what a decoder c
     *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
 )
 # what is no parameter: fairseq's own entries, and notes that this package's checkpoints once had
-_IGNORED = re.compile(r"(version|embed_positions\._float_tensor|layers\.\d+\.self_attn\.momentum\.(fixed_log_decay|normalized))$")
+_IGNORED = re.compile(
+    r"(version|embed_positions\._float_tensor|layers\.\d+\.self_attn\.momentum\.(fixed_log_decay|normalized))$"
+)
 
 
 @dataclass
 class NativeCheckpoint:
     """A decoder, and what its checkpoint says besides.
 
-    path: the checkpoint's (first) file; files: all of them, a checkpoint in parts has several; unchanged: as they were read.
-    bos: what its training inputs began with: ``</s>`` unless fairseq's ``--add-bos-token`` was given. Where a checkpoint does not say,
-        it is ``<s>``, as in the authors' experiments.
+    path: the checkpoint's (first) file; files: all of them, as a checkpoint in parts has several; unchanged: the same,
+        as they were read.
+    bos: what its training inputs began with: ``</s>`` unless fairseq's ``--add-bos-token`` was given. Where a
+        checkpoint does not say, it is ``<s>``, as in the authors' experiments.
     packed_documents: whether it was trained on packed documents.
     tokenizer_path: folder or file of the tokenizer; None: beside the checkpoint.
     trained_on: the folder of data that the checkpoint names. dictionary: the digest of its symbols
@@ -87,8 +90,8 @@ class NativeCheckpoint:
         tokenizer = load_tokenizer(self.tokenizer_path)
         if tokenizer.vocab_size != self.vocab_size:
             raise UserError(
-                f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has {self.vocab_size}: "
-                "name the folder of the data that the model was trained on with --tokenizer"
+                f"the tokenizer of {self.tokenizer_path} has {tokenizer.vocab_size} entries, but {self.name} has "
+                f"{self.vocab_size}: name the folder of the data that the model was trained on with --tokenizer"
             )
         whose = f"the tokenizer's dictionary in {self.tokenizer_path}"
         check_symbols(tokenizer.dictionary.symbols, self.dictionary, whose)
@@ -156,7 +159,9 @@ def read_native(
     if tokenizer is None and data and not has_tokenizer(path.parent):
         tokenizer = data if has_tokenizer(data) else None
     where = Path(tokenizer or path)
-    return NativeCheckpoint(model, path, packed, (bos,), where, files, unchanged, Path(data) if data else None, dictionary)
+    return NativeCheckpoint(
+        model, path, packed, (bos,), where, files, unchanged, Path(data) if data else None, dictionary
+    )
 
 
 def _dictionary_digest(state: Mapping[str, Any]) -> str | None:
@@ -192,7 +197,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 
 def _read(path: Path, trust: bool) -> tuple[list[Path], dict[str, Any]]:
-    """The checkpoint's files, and what it holds, its tensors mapped. The optimizer's state, twice the model, is never read."""
+    """The checkpoint's files, and what it holds, its tensors mapped. The optimizer's state, twice the model, is never
+    read."""
     state = load_checkpoint(path, trust=trust, mmap=True)
     try:
         files = part_files(path, state)
@@ -245,7 +251,8 @@ def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _saved_dtype(state: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that holds all weights; momentum's own parameters are always fp32. Raises UserError for quantised ones."""
+    """The dtype that holds all weights; momentum's own parameters are always fp32. Raises UserError for quantised
+    ones."""
     dtypes = set()
     named = {name: value for name, value in checkpoint_options.weights(state).items() if isinstance(value, Tensor)}
     for name, tensor in named.items():
@@ -373,7 +380,8 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
             value = None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise UserError(
-            f"--model-overrides {overrides!r} is not a Python dict of option names, such as \"{{'decoder_attention_heads': 8}}\""
+            f"--model-overrides {overrides!r} is not a Python dict of option names, such as "
+            "\"{'decoder_attention_heads': 8}\""
         )
     known = {*options, *_OPTIONS}
     for key in value:
@@ -387,8 +395,8 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
 
 
 class _Unfilled(TorchFunctionMode):
-    """Within it ``torch.empty`` takes no memory: layers have shapes and no initial values, and what follows from the configuration has its
-    values as always."""
+    """Within it ``torch.empty`` takes no memory: layers have shapes and no initial values, and what follows from the
+    configuration has its values as always."""
 
     def __torch_function__(
         self,

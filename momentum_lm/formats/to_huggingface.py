@@ -31,7 +31,8 @@ _MODULES = {
 def write_model(
     lm: NativeCheckpoint, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]
 ) -> tuple[str, int, list[str]]:
-    """Writes the weights, ``config.json``, ``generation_config.json`` and the tokenizer into a folder. ``dtype`` None: as they are.
+    """Writes the weights, ``config.json``, ``generation_config.json`` and the tokenizer into a folder. ``dtype`` None:
+    as they are.
 
     Returns the class of transformers that loads it, its number of parameters, and what a user should know.
     """
@@ -80,7 +81,8 @@ def names_of_tokens(lm: NativeCheckpoint) -> dict[str, int]:
 def choose(
     decoder: DecoderConfig, dictionary: Dictionary | None, tokenizer: Tokenizer | None, bos: int
 ) -> tuple[Family, torch.Tensor | None]:
-    """The family that computes what the decoder does, and its vocabulary, (V,): the id here of each id there (None: the same)."""
+    """The family that computes what the decoder does, and its vocabulary, (V,): the id here of each id there (None: the
+    same)."""
     order = None
     if dictionary is not None and (tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer)):
         order = _own_order(decoder, dictionary, tokenizer)
@@ -98,7 +100,8 @@ def choose(
 def _own_order(
     decoder: DecoderConfig, dictionary: Dictionary, tokenizer: HuggingFaceTokenizer | None
 ) -> torch.Tensor | None:
-    """The ids of the model's own tokenizer, which dict.txt gives in decimal, if they are all that the model predicts; else None."""
+    """The ids of the model's own tokenizer, which dict.txt gives in decimal, if they are all that the model predicts;
+    else None."""
     present = [i for i in range(decoder.vocab_size) if i not in decoder.absent_tokens]
     own = {int(symbol): i for i, symbol in enumerate(dictionary.symbols) if symbol.isdecimal()}
     specials = [i for i in present if i < len(SPECIALS)]

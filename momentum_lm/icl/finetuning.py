@@ -1,6 +1,7 @@
 """The paper's finetuning: plain SGD on the demonstrations, one a step, in order, once (arXiv 2212.10559, section 4.1).
 
-By default on the key and value projections only, weights and biases; the weights are as before, bitwise, when it is over.
+By default on the key and value projections only, weights and biases; the weights are as before, bitwise, when it is
+over.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Lesson:
 
 @dataclass
 class Finetuning:
-    """What happened: the parameters that learn, the loss before each step, and, if asked for, each lesson's attention queries at that
-    time, per lesson and layer (T, H * D), scaled."""
+    """What happened: the parameters that learn, the loss before each step, and, if asked for, each lesson's attention
+    queries at that time, per lesson and layer (T, H * D), scaled."""
 
     parameters: list[nn.Parameter] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -53,12 +54,13 @@ def finetuned(
 ) -> Iterator[Finetuning]:
     """The model after finetuning, for as long as the context lasts.
 
-    The loss of a step is the mean cross entropy over a lesson's predicted tokens. ``parameters``: ``kv``, ``all``, or a regular
-    expression that full names must match. ``layerwise``: every block learns from its own output's prediction, through the model's final
-    norm and unembedding, and nothing flows back between blocks (LCGD, Deutch et al., arXiv 2311.07772).
+    The loss of a step is the mean cross entropy over a lesson's predicted tokens. ``parameters``: ``kv``, ``all``, or a
+    regular expression that full names must match. ``layerwise``: every block learns from its own output's prediction,
+    through the model's final norm and unembedding, and nothing flows back between blocks (LCGD, Deutch et al., arXiv
+    2311.07772).
 
-    Raises :class:`Diverged` when a loss is not finite (the weights are restored), UserError where it was not before anything was learnt, or
-    the projections cannot be found.
+    Raises :class:`Diverged` when a loss is not finite (the weights are restored), UserError where it was not before
+    anything was learnt, or the projections cannot be found.
     """
     chosen = _choose(model, parameters)
     before = [parameter.detach().clone() for parameter, _ in chosen]
@@ -80,7 +82,13 @@ def finetuned(
 
 
 def _step(
-    model: Any, lesson: Lesson, chosen: list[tuple[nn.Parameter, Tensor | None]], rate: float, layerwise: bool, keep: bool, done: Finetuning
+    model: Any,
+    lesson: Lesson,
+    chosen: list[tuple[nn.Parameter, Tensor | None]],
+    rate: float,
+    layerwise: bool,
+    keep: bool,
+    done: Finetuning,
 ) -> None:
     device = chosen[0][0].device
     tokens = torch.tensor([list(lesson.tokens)], device=device)
@@ -101,7 +109,9 @@ def _step(
     if not torch.isfinite(loss):
         if not done.losses and not layerwise:
             dtype = chosen[0][0].dtype
-            raise UserError(f"the model's loss is {value} before it is finetuned: its weights are broken, or too large for {dtype}")
+            raise UserError(
+                f"the model's loss is {value} before it is finetuned: its weights are broken, or too large for {dtype}"
+            )
         raise Diverged(f"the loss is {value} after {len(done.losses)} steps at learning rate {rate:g}")
     learning = [(output, slope) for output, slope in zip(outputs, slopes, strict=True) if output.requires_grad]
     ends, starts = ([pair[i] for pair in learning] for i in (0, 1))
@@ -116,21 +126,27 @@ def _step(
 
 
 def _slope(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of predicting from one block's output (N, C), and its gradient there: one block's logits are held at a time."""
+    """Loss of predicting from one block's output (N, C), and its gradient there: one block's logits are held at a
+    time."""
     leaf = hidden.detach().requires_grad_(True)
     loss = F.cross_entropy(unembed(leaf).float(), targets)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | None]]:
-    """The parameters to learn, each once, with a mask of what belongs to keys and values where a projection holds queries too."""
+    """The parameters to learn, each once, with a mask of what belongs to keys and values where a projection holds
+    queries too."""
     named = dict(model.named_parameters())
     if parameters == "all":
         return [(parameter, None) for parameter in named.values()]
     if parameters != "kv":
-        chosen: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if re.fullmatch(parameters, name)]
+        chosen: list[tuple[nn.Parameter, Tensor | None]] = [
+            (p, None) for name, p in named.items() if re.fullmatch(parameters, name)
+        ]
         if not chosen:
-            raise UserError(f"--finetune-parameters {parameters}: no parameter has such a name; names are like {next(iter(named))}")
+            raise UserError(
+                f"--finetune-parameters {parameters}: no parameter has such a name; names are like {next(iter(named))}"
+            )
         return chosen
     parts = [part for layer in anatomy(model).layers for part in (layer.key, layer.value) if part is not None]
     wanted: dict[nn.Parameter, Tensor | None] = {}

@@ -1,7 +1,8 @@
-"""Where the parts of a model are (blocks, projections, norms, feed-forward matrices), of our decoder and of models of ``transformers``.
+"""Where a model's blocks, projections, norms and matrices are: our decoder's, and those of models of ``transformers``.
 
-One entry of :data:`FAMILIES` describes one family. What a model has not, or what no entry tells, is None. Entries say how a matrix lies;
-nothing is guessed from shapes. What :mod:`.tracing` reads by them it compares with what the model itself computes.
+One entry of :data:`FAMILIES` describes one family. What a model has not, or what no entry tells, is None. Entries say
+how a matrix lies; nothing is guessed from shapes. What :mod:`.tracing` reads by them it compares with what the model
+itself computes.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from .attention_interface import attention_modules
 class Family:
     """Names of a family's modules; an empty one is a part that it has not. The default is Llama's.
 
-    blocks, final_norm: from the model. attention, norms, ffn_*: from a block; the norms are those of what attention and feed-forward take,
-    and ffn_gate is the matrix of the activation where another is multiplied with it (the same name for both: first gate, then input).
+    blocks, final_norm: from the model. attention, norms, ffn_*: from a block; the norms are those of what attention and
+    feed-forward take, and ffn_gate is the matrix of the activation where another is multiplied with it (the same name
+    for both: first gate, then input).
     query, key, value, output, query_norm, key_norm: from the attention module.
-    fused: one projection in place of query, key and value, whose outputs lie by ``layout``: ``blocks``: all queries, all keys, all values;
-    ``groups``: for each key/value head the queries that share it, the key, the value.
-    transposed: matrices are stored (inputs, outputs). unembedding: where it is not what ``get_output_embeddings`` gives.
+    fused: one projection in place of query, key and value, whose outputs lie by ``layout``: ``blocks``: all queries,
+    all keys, all values; ``groups``: for each key/value head the queries that share it, the key, the value.
+    transposed: matrices are stored (inputs, outputs). unembedding: where it is not what ``get_output_embeddings``
+    gives.
     """
 
     blocks: str = "model.layers"
@@ -58,37 +61,40 @@ _GEMMA2 = replace(_LLAMA, ffn_norm="pre_feedforward_layernorm")
 _OLMO2 = replace(_LLAMA, attention_norm="", ffn_norm="")  # norms stand behind attention and feed-forward
 _COHERE = replace(_LLAMA, ffn_norm="input_layernorm")  # attention and feed-forward side by side
 _FAIRSEQ = Family(
-    output="out_proj", attention_norm="self_attn_layer_norm", ffn_norm="final_layer_norm", ffn_in="fc1", ffn_gate="", ffn_out="fc2",
-    final_norm="model.layer_norm",
+    output="out_proj", attention_norm="self_attn_layer_norm", ffn_norm="final_layer_norm",
+    ffn_in="fc1", ffn_gate="", ffn_out="fc2", final_norm="model.layer_norm",
 )  # fmt: skip
 _GPT2 = Family(
     "transformer.h", "attn", fused="c_attn", transposed=True, output="c_proj", attention_norm="ln_1", ffn_norm="ln_2",
     ffn_in="mlp.c_fc", ffn_gate="", ffn_out="mlp.c_proj", final_norm="transformer.ln_f",
 )  # fmt: skip
 _NEOX = Family(
-    "gpt_neox.layers", "attention", fused="query_key_value", layout="groups", output="dense", ffn_in="mlp.dense_h_to_4h", ffn_gate="",
-    ffn_out="mlp.dense_4h_to_h", final_norm="gpt_neox.final_layer_norm",
+    "gpt_neox.layers", "attention", fused="query_key_value", layout="groups", output="dense",
+    ffn_in="mlp.dense_h_to_4h", ffn_gate="", ffn_out="mlp.dense_4h_to_h", final_norm="gpt_neox.final_layer_norm",
 )  # fmt: skip
 _BLOOM = replace(_NEOX, blocks="transformer.h", attention="self_attention", final_norm="transformer.ln_f")
 OURS = replace(_FAIRSEQ, blocks="layers", final_norm="layer_norm", unembedding="output_projection")
 
 FAMILIES: dict[str, Family] = {  # by transformers' model_type
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "olmo", "olmoe"), _LLAMA),
-    **dict.fromkeys(("granite", "smollm3", "gpt_oss", "helium", "arcee", "ernie4_5", "granitemoe"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma"), _LLAMA),
+    **dict.fromkeys(("olmo", "olmoe", "granite", "granitemoe", "smollm3", "gpt_oss", "helium", "arcee"), _LLAMA),
+    "ernie4_5": _LLAMA,
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _OLMO2),
     **dict.fromkeys(("cohere", "cohere2"), _COHERE),
     "phi3": replace(_LLAMA, fused="qkv_proj", ffn_in="mlp.gate_up_proj", ffn_gate="mlp.gate_up_proj"),
-    "phi": replace(_COHERE, output="dense", query_norm="q_layernorm", key_norm="k_layernorm", ffn_in="mlp.fc1", ffn_gate="",
-                   ffn_out="mlp.fc2", final_norm="model.final_layernorm"),
+    "phi": replace(_COHERE, output="dense", query_norm="q_layernorm", key_norm="k_layernorm",
+                   ffn_in="mlp.fc1", ffn_gate="", ffn_out="mlp.fc2", final_norm="model.final_layernorm"),
     "stablelm": replace(_LLAMA, query_norm="q_layernorm", key_norm="k_layernorm"),
     "starcoder2": replace(_LLAMA, ffn_in="mlp.c_fc", ffn_gate="", ffn_out="mlp.c_proj"),
     "gpt2": _GPT2,
     "gpt_bigcode": replace(_GPT2, transposed=False, layout="groups"),
     "gpt_neo": replace(_GPT2, attention="attn.attention", fused="", transposed=False, output="out_proj"),
-    "gptj": replace(_GPT2, fused="", transposed=False, output="out_proj", ffn_norm="ln_1", ffn_in="mlp.fc_in", ffn_out="mlp.fc_out"),
-    "mpt": Family("transformer.blocks", "attn", fused="Wqkv", output="out_proj", attention_norm="norm_1", ffn_norm="norm_2",
-                  ffn_in="ffn.up_proj", ffn_gate="", ffn_out="ffn.down_proj", final_norm="transformer.norm_f"),
+    "gptj": replace(_GPT2, fused="", transposed=False, output="out_proj", ffn_norm="ln_1",
+                    ffn_in="mlp.fc_in", ffn_out="mlp.fc_out"),
+    "mpt": Family("transformer.blocks", "attn", fused="Wqkv", output="out_proj",
+                  attention_norm="norm_1", ffn_norm="norm_2", ffn_in="ffn.up_proj", ffn_gate="",
+                  ffn_out="ffn.down_proj", final_norm="transformer.norm_f"),
     "gpt_neox": _NEOX,
     "bloom": _BLOOM,
     "falcon": replace(_BLOOM, attention_norm="", ffn_norm=""),  # which of four depends on the model
@@ -139,7 +145,8 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A block and one attention module in it. heads: of queries; kv_heads: of keys and values; head_dim: the width of one."""
+    """A block and one attention module in it. heads: of queries; kv_heads: of keys and values; head_dim: the width of
+    one."""
 
     block: nn.Module
     attention: nn.Module | None = None
@@ -161,9 +168,11 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """The parts of one model. layers: its blocks in order, one entry for each attention module, and one for a block without.
+    """The parts of one model. layers: its blocks in order, one entry for each attention module, and one for a block
+    without.
 
-    known: whether an entry of :data:`FAMILIES` says so. heads: of queries. max_positions: the longest input that the model was made for.
+    known: whether an entry of :data:`FAMILIES` says so. heads: of queries. max_positions: the longest input that the
+    model was made for.
     tried: what :mod:`.tracing` found by trial, by the model's attention function.
     """
 
@@ -211,11 +220,13 @@ def context_length(config: Any, other: int | None = None) -> int:
     return min([*limits, *([] if other is None else [other])], default=2048)
 
 
-_anatomies: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()  # a cache, of what holds no reference to the model itself
+# a cache: an Anatomy refers to the model's parts, and not to the model, which would never be freed
+_anatomies: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 
 def anatomy(model: Any) -> Anatomy:
-    """The parts of our decoder, or of a model of transformers; one of no known family may be run on two tokens for it."""
+    """The parts of our decoder, or of a model of transformers; one of no known family may be run on two tokens for
+    it."""
     if model not in _anatomies:
         _anatomies[model] = _read(model)
     return _anatomies[model]
@@ -231,18 +242,27 @@ def _read(model: Any) -> Anatomy:
         unembedding = _at(model, family.unembedding) if family.unembedding else model.get_output_embeddings()
         final_norm = _at(model, family.final_norm)
         return Anatomy(layers, True, final_norm, unembedding, sizes.heads, context_length(config))
-    return Anatomy(_others(model, sizes), False, None, model.get_output_embeddings(), sizes.heads, context_length(config))
+    return Anatomy(
+        _others(model, sizes), False, None, model.get_output_embeddings(), sizes.heads, context_length(config)
+    )
 
 
 def _others(model: Any, sizes: Sizes) -> list[Layer]:
     """Layers of a model of no known family: the lists of modules in which attention stands are its blocks."""
-    forms = {module: form for form in OTHERS for module in model.modules() if _at(module, form.key) and _at(module, form.value)}
+    forms = {
+        module: form
+        for form in OTHERS
+        for module in model.modules()
+        if _at(module, form.key) and _at(module, form.value)
+    }
     try:
         attending = set(attention_modules(model))
     except UserError:
         attending = set(forms)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [block for each in lists if any(not attending.isdisjoint(block.modules()) for block in each) for block in each]
+    blocks = [
+        block for each in lists if any(not attending.isdisjoint(block.modules()) for block in each) for block in each
+    ]
     found = []
     for block in blocks:
         own = [module for module in block.modules() if module in attending]
@@ -278,18 +298,33 @@ def _layer(block: nn.Module, attention: nn.Module | None, family: Family | None,
         outputs = len(fused.weight)
         kv_heads = (outputs // head_dim - heads) // 2
         query, key, value = (
-            replace(fused, part=functools.partial(_part, family.layout, i, (heads, kv_heads, head_dim))) for i in range(3)
+            replace(fused, part=functools.partial(_part, family.layout, i, (heads, kv_heads, head_dim)))
+            for i in range(3)
         )
     elif query is not None and key is not None and heads:
-        head_dim = len(query.weight) // heads
+        head_dim = max(1, len(query.weight) // heads)
         kv_heads = len(key.weight) // head_dim
     ffn_in, ffn_gate = made(block, family.ffn_in), made(block, family.ffn_gate)
     if ffn_in is not None and family.ffn_in == family.ffn_gate:
         ffn_gate, ffn_in = (replace(ffn_in, part=functools.partial(_half, i)) for i in range(2))
-    norms = (_at(attention, family.query_norm), _at(attention, family.key_norm))
-    norms += (_at(block, family.attention_norm), _at(block, family.ffn_norm))
-    output, ffn_out = made(attention, family.output), made(block, family.ffn_out)
-    return Layer(block, attention, query, key, value, output, *norms, ffn_in, ffn_gate, ffn_out, heads, kv_heads, head_dim)
+    return Layer(
+        block,
+        attention,
+        query=query,
+        key=key,
+        value=value,
+        output=made(attention, family.output),
+        query_norm=_at(attention, family.query_norm),
+        key_norm=_at(attention, family.key_norm),
+        attention_norm=_at(block, family.attention_norm),
+        ffn_norm=_at(block, family.ffn_norm),
+        ffn_in=ffn_in,
+        ffn_gate=ffn_gate,
+        ffn_out=made(block, family.ffn_out),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
 
 
 def _at(module: Any, path: str) -> Any:
@@ -305,7 +340,8 @@ def _projection(module: nn.Module, path: str, transposed: bool) -> Projection | 
 
 
 def _part(layout: str, which: int, sizes: tuple[int, int, int], values: Tensor) -> Tensor:
-    """Queries (0), keys (1) or values (2) of what a fused projection gives, (..., N); sizes: heads, key/value heads, head size."""
+    """Queries (0), keys (1) or values (2) of what a fused projection gives, (..., N); sizes: heads, key/value heads,
+    head size."""
     heads, kv_heads, head_dim = sizes
     if layout == "blocks":
         return values.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1)[which]
@@ -318,8 +354,8 @@ def _half(which: int, values: Tensor) -> Tensor:
 
 
 def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
-    """Per layer with attention weight and bias of the keys' projection and of the values', (Hkv * D, C) and (Hkv * D,), fp32; zeros
-    where there is no bias. Nothing for a model in which they are not known."""
+    """Per layer with attention weight and bias of the keys' projection and of the values', (Hkv * D, C) and (Hkv * D,),
+    fp32; zeros where there is no bias. Nothing for a model in which they are not known."""
     found: list[tuple[Tensor, ...]] = []
     for layer in anatomy(model).layers:
         if layer.attention is None:

@@ -1,7 +1,7 @@
-"""``transformers``' attention interface: functions of it with more than SDPA knows, momentum among it, and who may watch them.
+"""Functions of ``transformers``' attention interface: with more than SDPA knows, with momentum, and watched.
 
-A function of the interface maps (module, query (B, H, T, D), key and value (B, H or fewer, S, D), mask, options) to (output
-(B, T, H, D), weights or None). A model calls the one that its configuration names.
+A function of the interface maps (module, query (B, H, T, D), key and value (B, H or fewer, S, D), mask, options) to
+(output (B, T, H, D), weights or None). A model calls the one that its configuration names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,9 @@ def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor]:
     return mask.float().masked_fill(~seen, 0.0), seen
 
 
-def full_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor, causal: bool,
-    bias: Tensor | None) -> Tensor | None:
+def full_mask(
+    attention_mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, bias: Tensor | None
+) -> Tensor | None:
     """What an attention of transformers' interface sees, (B or 1, H or 1, T, S) as of :func:`split_mask`; None:
     everything up to the query's own place, where there are as many keys as queries. bias: what is added to logits
     beside the mask.
@@ -69,8 +70,8 @@ def softmax_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention (B, T, H, D) as :meth:`momentum_lm.lm.tracing.AttentionTrace.attention` describes it, where SDPA knows no
-    soft-capping and no sinks.
+    """Attention (B, T, H, D) as :meth:`momentum_lm.lm.tracing.AttentionTrace.attention` describes it, where SDPA knows
+    no soft-capping and no sinks.
     """
     groups, parts = query.shape[1] // key.shape[1], []
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
@@ -121,13 +122,21 @@ class MomentumAttention:
     gate: float
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *given: Any,
+        **options: Any,
     ) -> Any:
         out, weights = self.attention(module, query, key, value, attention_mask, *given, **options)
         return self.add_to(out, query, value, attention_mask), weights
 
     def add_to(self, out: Tensor, query: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """out (B, T, H, D), what attention gave, plus ``gate * scale * sum_{i<t} eta^(t-i) v_i``; itself for a gate of 0."""
+        """out (B, T, H, D), what attention gave, plus ``gate * scale * sum_{i<t} eta^(t-i) v_i``; itself for a gate of
+        0."""
         if self.gate == 0:
             return out
         factor = self.gate * ((1 - self.eta) / self.eta if self.normalize else 1.0)
@@ -145,8 +154,8 @@ def added_momentum(model: Any) -> MomentumAttention | None:
 
 
 def _average(values: Tensor, mask: Tensor | None, length: int, eta: float) -> Tensor:
-    """values (B, H, S, D) and SDPA's mask (B, 1, T, S) -> the averages (B, H, T, D) at the T = ``length`` last tokens, or, without a mask,
-    the first ones, as SDPA has it."""
+    """values (B, H, S, D) and SDPA's mask (B, 1, T, S) -> the averages (B, H, T, D) at the T = ``length`` last tokens,
+    or, without a mask, the first ones, as SDPA has it."""
     batch, heads, total, _ = values.shape
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if mask is None and length > 1:
@@ -159,73 +168,58 @@ def _average(values: Tensor, mask: Tensor | None, length: int, eta: float) -> Te
     merged = values.transpose(1, 2).flatten(2)  # (B, S, H * D)
     parts = []
     for seen in mask[:, 0].split(ROWS, 1):
-        lag = seen.flip(-1).cumsum(-1, dtype=values.dtype).flip(-1) - 1  # by what is seen; 0 at a query's own token, the last
+        lag = (
+            seen.flip(-1).cumsum(-1, dtype=values.dtype).flip(-1) - 1
+        )  # by what is seen; 0 at a query's own token, the last
         weight = torch.where(seen & (lag > 0), torch.exp(lag * math.log(eta)), 0.0)
         parts.append(weight.expand(batch, -1, -1) @ merged)
     return torch.cat(parts, 1).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-class Watcher(Protocol):
-    """Who sees what an attention is given, and computes its result."""
-
-    def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any
-    ) -> Any:
-        """As a function of the interface."""
-        ...
+_attend: ContextVar[Callable[..., Any] | None] = ContextVar("attend", default=None)
 
 
-_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
-
-
-def watcher() -> Watcher | None:
-    """Who watches the models of this thread now."""
-    return _watcher.get()
+def is_watched() -> bool:
+    """Whether this runs within :func:`watched`."""
+    return _attend.get() is not None
 
 
 @contextlib.contextmanager
-def watched(model: Any, by: Watcher) -> Iterator[None]:
-    """Within it every attention of ``model`` that goes through the interface is computed by ``by``, with masks of the kind that the
-    model's own expects."""
+def watched(model: Any, attend: Callable[..., Any]) -> Iterator[None]:
+    """Within it ``attend``, a function of the interface, computes every attention of ``model`` that goes through it. Masks
+    are of the kind that the model's own attention takes."""
     from transformers.masking_utils import eager_mask
 
-    def attend(*given: Any, **options: Any) -> Any:
-        now = _watcher.get()
-        return plain_attention(*given, **options) if now is None else now.attend(*given, **options)
+    def watch(*given: Any, **options: Any) -> Any:
+        return (_attend.get() or plain_attention)(*given, **options)
 
     before = implementation(model)
-    name = register_attention(f"{_NAME}_eager", attend, eager_mask) if before == "eager" else register_attention(_NAME, attend)
+    eager = before == "eager"
+    name = register_attention(f"{_NAME}_eager", watch, eager_mask) if eager else register_attention(_NAME, watch)
     model.set_attn_implementation(name)
-    token = _watcher.set(by)
+    token = _attend.set(attend)
     try:
         yield
     finally:
-        _watcher.reset(token)
+        _attend.reset(token)
         model.set_attn_implementation(before)
 
 
-class _Order:
-    """The attention modules of a model in the order in which they run."""
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-
-    def attend(self, module: Any, *given: Any, **options: Any) -> Any:
-        self.modules.append(module)
-        return plain_attention(module, *given, **options)
-
-
 def attention_modules(model: Any) -> list[nn.Module]:
-    """The attention modules of a transformers model, in the order in which they run, found by running it on two tokens; one that stands
-    in several layers comes as often.
+    """The attention modules of a transformers model, in the order in which they run, found by running it on two tokens;
+    one that stands in several layers comes as often.
 
     Raises UserError for a model whose attention does not go through transformers' attention interface.
     """
-    order = _Order()
-    with torch.no_grad(), watched(model, order):
+    found: list[nn.Module] = []
+
+    def attend(module: Any, *given: Any, **options: Any) -> Any:
+        found.append(module)
+        return plain_attention(module, *given, **options)
+
+    with torch.no_grad(), watched(model, attend):
         model(torch.ones(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    if not order.modules:
-        raise UserError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be read"
-        )
-    return order.modules
+    if not found:
+        kind = type(model).__name__
+        raise UserError(f"{kind} does not use transformers' attention interface, so its attention cannot be read")
+    return found

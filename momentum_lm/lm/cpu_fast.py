@@ -1,7 +1,7 @@
 """Faster ways to compute the same in evaluation, most of them for CPUs, each beside the plain one.
 
-The environment variable ``MOMENTUM_LM_CPU_FAST=0`` turns all of them off. What torch keeps to itself is looked up each time, and where a
-version has it not, the plain way is taken.
+The environment variable ``MOMENTUM_LM_CPU_FAST=0`` turns all of them off. What torch keeps to itself is looked up each
+time, and where a version has it not, the plain way is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from torch.overrides import TorchFunctionMode
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 PACKED_ATTENTION = "sdpa_grouped"  # the name, for ``set_attn_implementation``, of SDPA that knows packed rows
-_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")  # options of an attention that :func:`_attend` does not know
+_REFUSED = (
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "position_bias",
+)  # options of an attention that :func:`_attend` does not know
 # before, its kernel read past the end of keys of fewer heads
 _FLASH_SHARES_KEYS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
@@ -32,30 +37,37 @@ def enabled() -> bool:
 
 
 def _private(namespace: str, name: str) -> Any:
-    """An operator ``torch.ops.NAMESPACE.NAME`` that torch promises nobody; None where it has none of this name, or all is to be plain."""
+    """An operator ``torch.ops.NAMESPACE.NAME`` that torch promises nobody; None where it has none of this name, or all
+    is to be plain."""
     return getattr(getattr(torch.ops, namespace), name, None) if enabled() else None
 
 
 def limit_onednn_caches() -> None:
-    """For a program or a model's loading, before anything is computed: oneDNN keeps what it prepared for few shapes only.
+    """For a program or a model's loading, before anything is computed: oneDNN keeps what it prepared for few shapes
+    only.
 
-    It keeps half a megabyte for each number of rows, 1,024 of them: hundreds of megabytes over an evaluation. The layers of a model need
-    about ten at a time, and 32 were as fast as 1,024. It reads these variables of the environment when it is first used.
+    It keeps half a megabyte for each number of rows, 1,024 of them: hundreds of megabytes over an evaluation. The
+    layers of a model need about ten at a time, and 32 were as fast as 1,024. It reads these variables of the
+    environment when it is first used.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "32")
 
 
 class OneDNNLinear(TorchFunctionMode):
-    """Within it fp32 linear layers on a CPU are oneDNN's and not MKL's, where no gradient is asked for: equal to rounding, and for a few
-    hundred rows a fifth to a third faster on AMD processors."""
+    """Within it fp32 linear layers on a CPU are oneDNN's and not MKL's, where no gradient is asked for: equal to
+    rounding, and for a few hundred rows a fifth to a third faster on AMD processors."""
 
     def __init__(self) -> None:
         super().__init__()
         self._linear = _private("mkldnn", "_linear_pointwise") if torch.backends.mkldnn.is_available() else None
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         if function is F.linear and self._linear is not None and inference and not kwargs:
@@ -79,9 +91,9 @@ def inference(function: _Function) -> _Function:
 def grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """SDPA for ``transformers``' attention interface: query (B, H, T, D), key and value (B, H or fewer, S, D), mask (B, 1, T, S) -> output
-    (B, T, H, D), None for the weights. On a CPU heads share keys and values in place: beside a mask theirs copies them for each head, a
-    fifth of the time."""
+    """SDPA for ``transformers``' attention interface: query (B, H, T, D), key and value (B, H or fewer, S, D), mask (B,
+    1, T, S) -> output (B, T, H, D), None for the weights. On a CPU heads share keys and values in place: beside a mask
+    theirs copies them for each head, a fifth of the time."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     special = any(given.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
@@ -108,7 +120,9 @@ class SharedPrefix:
         self.cache, self.ids = cache, ids
         self.length: int = cache.get_seq_length()
         for layer in cache.layers:
-            layer.update = functools.partial(_read, layer.keys, layer.values)  # not of the layer, which would refer to itself
+            layer.update = functools.partial(
+                _read, layer.keys, layer.values
+            )  # not of the layer, which would refer to itself
 
     def __len__(self) -> int:
         return self.length
@@ -124,7 +138,9 @@ class PackedRows:
         self.prefix = prefix
         self.shape = seen.shape
         self.places = seen.flatten().nonzero()[:, 0]  # (N,) among the B * T
-        self.number = (seen.flatten().cumsum(0) - 1).view(seen.shape)  # (B, T) of each token among the N; padding repeats a row's last
+        self.number = (seen.flatten().cumsum(0) - 1).view(
+            seen.shape
+        )  # (B, T) of each token among the N; padding repeats a row's last
 
     @property
     def positions(self) -> Tensor:
@@ -174,7 +190,8 @@ def _attend(
     """As :func:`grouped_attention`. Packed rows (1, H, N, D) attend to the prefix, all at once, and each to
     itself; the softmax over both is the mean of the two, each weighted by its sum of exponentials.
 
-    Source: Juravsky et al., "Hydragen", arXiv 2402.05099, section 3.1. Raises NotImplementedError for an attention that is not plain.
+    Source: Juravsky et al., "Hydragen", arXiv 2402.05099, section 3.1. Raises NotImplementedError for an attention that
+    is not plain.
     """
     rows = _rows.get()
     if rows is None:
@@ -197,14 +214,24 @@ def _flash() -> Any:
     return _private("aten", "_scaled_dot_product_flash_attention_for_cpu")
 
 
-def _read(kept_keys: Tensor, kept_values: Tensor, keys: Tensor, values: Tensor, *unused: Any, **unused_too: Any) -> tuple[Tensor, Tensor]:
-    """A cache layer's ``update`` that adds nothing to it: what it kept and what is given, or that alone of packed rows."""
+def _read(
+    kept_keys: Tensor, kept_values: Tensor, keys: Tensor, values: Tensor, *unused: Any, **unused_too: Any
+) -> tuple[Tensor, Tensor]:
+    """A cache layer's ``update`` that adds nothing to it: what it kept and what is given, or that alone of packed
+    rows."""
     if _rows.get() is not None:
         return keys, values
     rows = len(keys)
-    return torch.cat([kept_keys.expand(rows, -1, -1, -1), keys], -2), torch.cat([kept_values.expand(rows, -1, -1, -1), values], -2)
+    return torch.cat([kept_keys.expand(rows, -1, -1, -1), keys], -2), torch.cat(
+        [kept_values.expand(rows, -1, -1, -1), values], -2
+    )
 
 
 def _is_plain(x: Tensor) -> bool:
     """What oneDNN takes: it refuses what is empty."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+    )

@@ -48,8 +48,9 @@ _log = logging.getLogger(__name__)
 
 
 class HuggingFaceLM:
-    """A causal model of ``transformers`` in evaluation mode. Prompts begin as its tokenizer begins a text; demonstrations are
-    separated by an empty line (by ``</s>`` for XGLM, the form in which fairseq's dense LMs are published: they never saw line breaks).
+    """A causal model of ``transformers`` in evaluation mode. Prompts begin as its tokenizer begins a text;
+    demonstrations are separated by an empty line (by ``</s>`` for XGLM, the form in which fairseq's dense LMs are
+    published: they never saw line breaks).
 
     The model is tried on a few dozen tokens first: scores after a shared prefix must be those of whole prompts. Where
     they are not, prompts are read as a whole, with a warning. Raises UserError for a model that sees the future, or
@@ -141,7 +142,7 @@ class HuggingFaceLM:
             if isinstance(v, (bool, int, float, str)) and not k.startswith("_")
         }
         if (added := added_momentum(self.model)) is not None:
-            architecture |= {f"added_momentum_{name}": value for name, value in vars(added).items() if name not in ("attention", "base")}
+            architecture |= {f"added_momentum_{name}": getattr(added, name) for name in ("eta", "normalize", "gate")}
         parameters = sum(p.numel() for p in self.model.parameters())
         return {"path": self.name, "sha256": self.sha256, "parameters": parameters, "architecture": architecture}
 
@@ -205,7 +206,8 @@ class HuggingFaceLM:
         prefix: SharedPrefix | tuple[int, ...] | None = None,
     ) -> Tensor:
         """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
-        # Padding on the left would stand between prefix and row, where a sliding window counts it: it goes to the right.
+        # Padding on the left would stand between prefix and row, where a sliding window counts it: it goes to the
+        # right.
         shift = padding.long().argmin(1)
         order = (torch.arange(tokens.shape[1]) + shift[:, None]) % tokens.shape[1]
         tokens, seen, positions = (
@@ -287,7 +289,8 @@ class HuggingFaceLM:
 
     @cached_property
     def _packs_rows(self) -> bool:
-        """Whether rows may go through the model without padding: where a small example then gives what padded rows give."""
+        """Whether rows may go through the model without padding: where a small example then gives what padded rows
+        give."""
         from transformers import DynamicCache
 
         window = any(type(layer).__name__ != "DynamicLayer" for layer in DynamicCache(config=self.model.config).layers)
@@ -412,8 +415,8 @@ def load_huggingface(
 ) -> HuggingFaceLM:
     """Loads a causal model and its tokenizer from the hub or a folder; ``gguf_file`` is the name of a file there.
 
-    ``dtype`` None is fp32. ``trust_remote_code`` lets the model run code of its own. Raises UserError where transformers is not installed
-    or does not load the model.
+    ``dtype`` None is fp32. ``trust_remote_code`` lets the model run code of its own. Raises UserError where
+    transformers is not installed or does not load the model.
     """
     limit_onednn_caches()
     try:

@@ -1,4 +1,5 @@
-"""Momentum in a causal model of ``transformers`` that was trained without: for studies of what it does at inference time."""
+"""Momentum in a causal model of ``transformers`` that was trained without: for studies of what it does at inference
+time."""
 
 from __future__ import annotations
 
@@ -14,14 +15,15 @@ _ATTENTIONS = ("sdpa", "sdpa_grouped")  # implementations, by their names in tra
 
 
 def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 1.0) -> None:
-    """From now on each attention head of ``model`` gives ``attention + gate * scale * sum_{i<t} eta^(t-i) v_i``, in place.
+    """From now on each attention head of ``model`` gives ``attention + gate * scale * sum_{i<t} eta^(t-i) v_i``, in
+    place.
 
-    The sum is over what attention sees: no padding, which is no time either, and with a sliding window only what is in it. Its past is
-    the cache's values, so every cache of keys and values will do, beams and prefixes that rows share included. ``normalize`` sets scale =
-    (1 - eta) / eta instead of 1, as in :class:`momentum_lm.model.MomentumEMA`. A second call changes the values; ``gate`` 0 leaves the
-    model as it was, bitwise. Gradients flow as through any other operation. The values belong to the implementation of attention that the
-    model's configuration names, so that models that share it have them too. Another one that is set afterwards is without, as is a saved
-    copy.
+    The sum is over what attention sees: no padding, which is no time either, and with a sliding window only what is in
+    it. Its past is the cache's values, so every cache of keys and values will do, beams and prefixes that rows share
+    included. ``normalize`` sets scale = (1 - eta) / eta instead of 1, as in :class:`momentum_lm.model.MomentumEMA`. A
+    second call changes the values; ``gate`` 0 leaves the model as it was, bitwise. Gradients flow as through any other
+    operation. The values belong to the implementation of attention that the model's configuration names, so that models
+    that share it have them too. Another one that is set afterwards is without, as is a saved copy.
 
     Source: arXiv 2212.10559, section 5. Raises UserError, naming the command line's flag, for a decay that is none, and
     for a model with momentum of its own, another attention than SDPA, attention that transformers' interface does not
@@ -35,11 +37,16 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
     added = added_momentum(model)
     base = config._attn_implementation if added is None else added.base
     if base not in _ATTENTIONS:
-        raise UserError(f"--hf-momentum-eta needs SDPA through transformers' attention interface, but the attention of {name} is {base}")
+        raise UserError(
+            "--hf-momentum-eta needs SDPA through transformers' attention interface, but the attention of "
+            f"{name} is {base}"
+        )
     try:
         modules = attention_modules(model)
     except UserError as error:
-        raise UserError(f"--hf-momentum-eta: {name} does not use transformers' attention interface, so momentum cannot be added") from error
+        raise UserError(
+            f"--hf-momentum-eta: {name} does not use transformers' attention interface, so momentum cannot be added"
+        ) from error
     if not all(getattr(module, "is_causal", True) for module in modules):
         raise UserError(f"--hf-momentum-eta: the attention of {name} is not causal")
     try:

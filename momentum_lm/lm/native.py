@@ -142,6 +142,7 @@ def load_native(
     dtype: torch.dtype | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> NativeLM:
-    """The model of a checkpoint: arguments and errors as of :func:`momentum_lm.formats.native.read_native`, but ``dtype`` None is fp32."""
+    """The model of a checkpoint: arguments and errors as of :func:`momentum_lm.formats.native.read_native`, but
+    ``dtype`` None is fp32."""
     limit_onednn_caches()
     return NativeLM(**vars(read_native(path, overrides, trust, device, dtype or torch.float32, tokenizer)))

@@ -1,7 +1,7 @@
-"""What attention does at chosen positions, layer by layer, read while a model runs: queries, logits before softmax, output.
+"""Attention at chosen positions, layer by layer, read while a model runs: queries, logits before softmax, output.
 
-Only the query rows that are asked for are multiplied with the keys: never a T x T matrix. How a model of ``transformers`` is read is
-first tried on the model itself, and a model that is not what it is read as is refused.
+Only the query rows that are asked for are multiplied with the keys: never a T x T matrix. How a model of
+``transformers`` is read is first tried on the model itself, and a model that is not what it is read as is refused.
 """
 
 from __future__ import annotations
@@ -26,32 +26,36 @@ from .attention_interface import (
     full_mask,
     implementation,
     is_causal,
+    is_watched,
     logit_scale,
     plain_attention,
     split_mask,
     watched,
-    watcher,
 )
 from .verification import apart, shortened_windows, tolerance, trial_lengths, trial_tokens
 
-_USUAL = (  # what every attention is given beside queries, keys, values and mask
-    *("scaling", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache", "cache_position", "past_key_values"),
-)
+_USUAL = {  # what every attention is given beside queries, keys, values and mask
+    *("scaling", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache", "cache_position"),
+    "past_key_values",
+}
 _log = logging.getLogger(__name__)
 
 
 class AttentionTrace:
     """Fills up while a model runs under :func:`tracing`; one entry a layer.
 
-    ``positions`` (N, P): the columns of the first N rows that are looked at; None: every row and column, and then queries only.
+    ``positions`` (N, P): the columns of the first N rows that are looked at; None: every row and column, and then
+    queries only.
 
     outputs: (N, P, C) attention output after its output projection, before dropout and residual; momentum included
     logits: (N, P, H, S) fp32, what the softmax is of: q k^T with the query already scaled, over all keys, a prefix's
         first; soft-capped where a model does so, with what it adds for positions, and -inf at what it does not see,
         such as the future
-    queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is not found and it does
+    queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is not
+    found and it does
         turn them), or (B, T, H * D) without positions
-    With ``projections``, inputs: (B, T, C) what goes into the projections; keys, values: (B, T, Hkv * D) what comes out, before rotary
+    With ``projections``, inputs: (B, T, C) what goes into the projections; keys, values: (B, T, Hkv * D) what comes
+    out, before rotary
         positions; empty where attention takes no keys and values that are those of projections of their own
     With ``relax``, heads, relaxed: (N, P, H, D) fp32 softmax attention, and the same without softmax, the queries'
         scale, soft-capping and what is added for positions (section 3.1 of the paper); relaxed_outputs: (N, P, C) the
@@ -94,7 +98,9 @@ class AttentionTrace:
             return
         self.queries.append(self._at(plain) * scale)
         count, groups = len(self.positions), key.shape[1]
-        row = self._at(query.transpose(1, 2)).unflatten(2, (groups, -1)).float() * scale  # (N, P, G, H / G, D): heads that share keys
+        row = (
+            self._at(query.transpose(1, 2)).unflatten(2, (groups, -1)).float() * scale
+        )  # (N, P, G, H / G, D): heads that share keys
         linear = torch.einsum("npgkd,ngsd->npgks", row, key[:count].detach().float()).flatten(2, 3)
         logits = linear if softcap is None else softcap * torch.tanh(linear / softcap)
         column = torch.arange(key.shape[2], device=key.device)
@@ -122,8 +128,8 @@ class AttentionTrace:
         return mask.detach()[rows, :, columns]
 
     def read_wrongly(self, output: Tensor) -> bool:
-        """Whether the last layer's ``heads`` are not what its attention gave, output (B, T, H, D), at these positions.
-        """
+        """Whether the last layer's ``heads`` are not what its attention gave, output (B, T, H, D), at these
+        positions."""
         found, expected = self.heads[-1].flatten(2), self._at(output).float().flatten(2)
         error = (found - expected).norm() / expected.norm().clamp(min=1e-6)
         return bool(error.isfinite() & (error > tolerance(output.dtype)))
@@ -134,7 +140,8 @@ class AttentionTrace:
             self.outputs.append(self._at(value))
 
     def relaxed_output(self, project: nn.Module, mixed: Tensor | None = None) -> None:
-        """project: the output projection; mixed (B, T, H * D): what went into it, where that is more than softmax attention."""
+        """project: the output projection; mixed (B, T, H * D): what went into it, where that is more than softmax
+        attention."""
         if self.relax and self.positions is not None:
             joined = self.relaxed[-1].flatten(2)
             if mixed is not None:
@@ -151,8 +158,8 @@ class AttentionTrace:
 
 @dataclass
 class Source:
-    """The module that gives queries before rotary positions turn them; whether heads come before time in what it gives, and the factor
-    to the query that is used. No module: the projection to queries, keys and values at once."""
+    """The module that gives queries before rotary positions turn them; whether heads come before time in what it gives,
+    and the factor to the query that is used. No module: the projection to queries, keys and values at once."""
 
     module: nn.Module | None
     heads_first: bool = False
@@ -163,9 +170,11 @@ class Source:
 class Plan:
     """How the attention modules of one model are read.
 
-    modules: in the order in which they run; one that stands in several layers comes as often. queries: where those before rotary
-        positions are found; a module that is not here has no such. projects: the output projection, between attention and the module's
-        output; a module that is not here has more between. keys: whether keys and values are their projections' own.
+    modules: in the order in which they run; one that stands in several layers comes as often.
+    queries: where those before rotary positions are found; a module that is not here has no such.
+    projects: the output projection, between attention and the module's output; a module that is not here has more
+        between.
+    keys: whether keys and values are their projections' own.
     """
 
     modules: list[nn.Module]
@@ -183,23 +192,27 @@ def tracing(model: nn.Module, trace: AttentionTrace) -> Iterator[None]:
     plan = _plan(model)
     with _reading(model, trace, plan):
         yield
+    if trace.positions is not None and len(trace.logits) != len(trace.outputs):
+        raise RuntimeError(f"{len(trace.outputs)} attention modules ran, and {len(trace.logits)} of them were read")
     if trace.relax and not all(module in plan.projects for module in plan.modules):
         trace.relaxed_outputs.clear()
 
 
 def being_traced() -> bool:
     """Whether a model of transformers is within :func:`tracing`."""
-    return watcher() is not None
+    return is_watched()
 
 
 class _Reading:
-    """One model that is being read. Hooks tell where its parts begin and end; queries, keys and values are seen as attention uses them."""
+    """One model that is being read. Hooks tell where its parts begin and end; queries, keys and values are seen as
+    attention uses them."""
 
     def __init__(self, model: Any, trace: AttentionTrace, plan: Plan, trial: _Trial | None = None) -> None:
         self.model, self.trace, self.plan, self.trial = model, trace, plan, trial
         self.momentum = None if is_ours(model) else added_momentum(model)
         self.parts: dict[nn.Module, dict[str, Tensor]] = {module: {} for module in plan.modules}
-        """Of each attention module what its projections gave: queries q, keys k, values v, the query's source, and what was mixed."""
+        """Of each attention module what its projections gave: queries q, keys k, values v, the query's source, and what
+        was mixed."""
         self.running: list[nn.Module] = []  # attention modules that have begun
 
     def hooks(self) -> Iterator[Any]:
@@ -229,7 +242,14 @@ class _Reading:
         return source.factor * before.reshape(*query.transpose(1, 2).shape[:2], -1)
 
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *given: Any,
+        **options: Any,
     ) -> Any:
         """A model's attention with what momentum was added, of transformers' interface, while the trace looks."""
         mask = full_mask(attention_mask, query, key, is_causal(module, options), options.get("position_bias"))
@@ -243,8 +263,16 @@ class _Reading:
             self.trial.attended(module, (query, key, value), out, special)
         return out, weights
 
-    def sdpa(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None,
-             **options: Any) -> None:  # fmt: skip
+    def sdpa(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        **options: Any,
+    ) -> None:
         """Our decoder's attention, that has computed ``out`` (B, H, T, D)."""
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         self.trace.attention(query, key, value, scale, self.before_rotation(self.running[-1], query), attn_mask)
@@ -254,7 +282,9 @@ class _Reading:
         """Raises UserError where attention without momentum, (B, T, H, D), is not what was read of it."""
         if self.trace.relax and self.trace.positions is not None and self.trace.read_wrongly(alone):
             kind, names = type(self.model).__name__, ", ".join(sorted(special)) or "a mask"
-            raise UserError(f"the attention of {kind} cannot be read: it is not softmax attention alone (it takes {names})")
+            raise UserError(
+                f"the attention of {kind} cannot be read: it is not softmax attention alone (it takes {names})"
+            )
 
     def finish(self, module: nn.Module, given: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
         """A hook on attention modules."""
@@ -280,7 +310,11 @@ class _WatchedSDPA(TorchFunctionMode):
         self.reading = reading
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function is F.scaled_dot_product_attention and self.reading.running:
@@ -294,7 +328,7 @@ def _reading(model: Any, trace: AttentionTrace, plan: Plan, trial: _Trial | None
     with contextlib.ExitStack() as stack:
         for handle in reading.hooks():
             stack.callback(handle.remove)
-        stack.enter_context(_WatchedSDPA(reading) if is_ours(model) else watched(model, reading))
+        stack.enter_context(_WatchedSDPA(reading) if is_ours(model) else watched(model, reading.attend))
         yield
 
 

@@ -1,4 +1,5 @@
-"""Every family's entry against what a tiny random model of it computes: which norm feeds what, and which numbers are whose."""
+"""Every family's entry against what a tiny random model of it computes: which norm feeds what, and which numbers are
+whose."""
 
 import copy
 import gc
@@ -14,7 +15,14 @@ from momentum_lm.lm.anatomy import FAMILIES, anatomy, key_value_weights, logits_
 
 close = torch.testing.assert_close
 TOKENS = torch.arange(20, 29)[None]
-SEPARATE = ("bloom", "falcon", "gpt_neo", "gptj", "mpt", "xglm")  # attention that does not go through transformers' interface
+SEPARATE = (
+    "bloom",
+    "falcon",
+    "gpt_neo",
+    "gptj",
+    "mpt",
+    "xglm",
+)  # attention that does not go through transformers' interface
 SCALED = ("gpt_oss", "phi3")  # rotary positions that scale keys too
 
 
@@ -64,12 +72,19 @@ def check_parts(parts, heads, kv_heads, activation, final, adds_residual=False):
             assert mask is None or mask.sum() == projection.weight.numel()
         if not adds_residual:
             close(gave[layer.output.module].view_as(gave[layer.attention]), gave[layer.attention])
-        for norm, module in ((layer.attention_norm, layer.query.module), (layer.ffn_norm, layer.ffn_in and layer.ffn_in.module)):
+        for norm, module in (
+            (layer.attention_norm, layer.query.module),
+            (layer.ffn_norm, layer.ffn_in and layer.ffn_in.module),
+        ):
             if norm is not None and module is not None:
                 close(gave[norm].view_as(given[module]), given[module])
         if layer.ffn_in is not None:
             inner = layer.ffn_in.of(gave[layer.ffn_in.module])
-            inner = activation(inner) if layer.ffn_gate is None else activation(layer.ffn_gate.of(gave[layer.ffn_gate.module])) * inner
+            inner = (
+                activation(inner)
+                if layer.ffn_gate is None
+                else activation(layer.ffn_gate.of(gave[layer.ffn_gate.module])) * inner
+            )
             close(given[layer.ffn_out.module].view_as(inner), inner, atol=1e-5, rtol=1e-4)
 
 
@@ -103,7 +118,9 @@ def test_a_familys_parts_are_where_its_entry_says(name, tiny):
         plan = tracing._plan(model)
         assert plan.modules == [layer.attention for layer in parts.layers]
         assert plan.keys == (name not in SCALED and all(layer.key_norm is None for layer in parts.layers))
-        assert [plan.projects[layer.attention] for layer in parts.layers] == [layer.output.module for layer in parts.layers]
+        assert [plan.projects[layer.attention] for layer in parts.layers] == [
+            layer.output.module for layer in parts.layers
+        ]
         for layer in parts.layers:
             assert plan.queries[layer.attention].module in (layer.query_norm, layer.query.module, None)
 

@@ -16,7 +16,9 @@ def test_heads_that_share_keys(groups):
     torch.manual_seed(0)
     query, (key, value) = torch.randn(3, 6, 5, 8), torch.randn(2, 3, groups, 16, 8)
     mask = torch.ones(3, 1, 5, 16, dtype=torch.bool).tril(11)
-    found, _ = cpu_fast.grouped_attention(type("Module", (), {"num_key_value_groups": 6 // groups}), query, key, value, mask, scaling=0.5)
+    found, _ = cpu_fast.grouped_attention(
+        type("Module", (), {"num_key_value_groups": 6 // groups}), query, key, value, mask, scaling=0.5
+    )
     exact = query.double(), *(x.double().repeat_interleave(6 // groups, 1) for x in (key, value))
     expected = F.scaled_dot_product_attention(*exact, mask, scale=0.5).transpose(1, 2)
     torch.testing.assert_close(found, expected.float(), atol=2e-5, rtol=0)
@@ -35,7 +37,10 @@ def test_linear_layers(shape, bias):
     torch.testing.assert_close(run(layer, rows), layer(rows).detach(), atol=1e-5, rtol=1e-5)
     layer, rows = layer.double(), rows.double()
     assert torch.equal(run(layer, rows), layer(rows))
-    weight, bias = torch.randn(24, 40).t(), torch.randn(80)[::2]  # not contiguous, as where GPT-2's projections are turned
+    weight, bias = (
+        torch.randn(24, 40).t(),
+        torch.randn(80)[::2],
+    )  # not contiguous, as where GPT-2's projections are turned
     for given in ((weight,), (weight.contiguous(), bias)):
         found = cpu_fast.inference(F.linear)(rows.float(), *given)
         torch.testing.assert_close(found, F.linear(rows.float(), *given), atol=1e-5, rtol=1e-5)
@@ -76,8 +81,8 @@ def test_the_plain_way_gives_the_same(how, monkeypatch):
         eos_token_id, model_max_length = 1, 64
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                      intermediate_size=48, max_position_embeddings=64)  # fmt: skip
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(vocab_size=90, **shape, intermediate_size=48, max_position_embeddings=64)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     tokens, padding = torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[False] * 3, [False, True, True]])
     wanted, found = (torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]), torch.tensor([3, 4, 5])), []

@@ -173,7 +173,7 @@ def _checkpoint_loading(module: ModuleType) -> None:
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
         nonlocal mmap, whole
         from momentum_lm.errors import CheckpointError, UserError
-        from momentum_lm.lm.native import check_fairseq_model
+        from momentum_lm.formats.native import check_fairseq_model
 
         mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
         whole = True

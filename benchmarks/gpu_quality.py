@@ -19,8 +19,8 @@ from gpu_job import Job, keep_compiled
 from torch import Tensor
 
 from momentum_lm.analysis.statistics import t_interval
-from momentum_lm.text.indexed import IndexedDataset
 from momentum_lm.model import Decoder, DecoderConfig, MomentumMultiEMA
+from momentum_lm.text.indexed import IndexedDataset
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla": {},

@@ -33,11 +33,11 @@ def write_models(folder: Path, smoke: bool) -> dict[str, Callable[..., Any]]:
     import tokenizers
     import transformers
 
-    from momentum_lm.text.tokenizer import load_tokenizer
-    from momentum_lm.text.vocabulary import train_sentencepiece
     from momentum_lm.lm.huggingface import load_huggingface
     from momentum_lm.lm.native import load_native
     from momentum_lm.model import Decoder, DecoderConfig
+    from momentum_lm.text.tokenizer import load_tokenizer
+    from momentum_lm.text.vocabulary import train_sentencepiece
 
     draw = random.Random(1)
     vocabulary = [*WORDS, "Review:", "Sentiment:", "Positive", "Negative"]

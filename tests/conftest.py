@@ -145,7 +145,12 @@ def make_lm(tokenizer_folder):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.25)
         path = tokenizer_folder / f"model{len(list(tokenizer_folder.glob('*.pt')))}.pt"
-        torch.save({"model": {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()}}, path)
+        flags = {"dim": "decoder_embed_dim", "ffn_dim": "decoder_ffn_embed_dim", "layers": "decoder_layers",
+                 "heads": "decoder_attention_heads", "activation": "activation_fn"}  # fmt: skip
+        options = {flags.get(name, name): value for name, value in vars(model.config).items()}
+        options |= {"untie_embeddings": not model.config.tie_embeddings, "no_scale_embedding": not model.config.scale_embeddings}
+        tensors = {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({"model": tensors, "cfg": {"model": options | {"absent_tokens": ""}}}, path)
         return NativeLM(model, path)
 
     return make

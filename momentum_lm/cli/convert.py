@@ -104,10 +104,11 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
 def _to_huggingface(args: argparse.Namespace, output: Path) -> None:
     from momentum_lm.formats.folder import whole_folder
     from momentum_lm.formats.lazy import Lazy
-    from momentum_lm.formats.to_huggingface import read_checkpoint, write_model
+    from momentum_lm.formats.native import read_native
+    from momentum_lm.formats.to_huggingface import write_model
 
     with whole_folder(output, args.force) as folder:
-        lm = read_checkpoint(args.source, args.model_overrides, args.trust_checkpoint, args.tokenizer)
+        lm = read_native(args.source, args.model_overrides, args.trust_checkpoint, tokenizer=args.tokenizer)
         tensors = [Lazy.of(parameter) for parameter in lm.model.parameters()]
         with _bar(tensors) as progress:
             architecture, numbers, notes = write_model(lm, folder, _dtype(args), progress)
@@ -153,7 +154,7 @@ def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     from momentum_lm.files import atomic_write, refuse_pipes
     from momentum_lm.formats.checkpoint import load_checkpoint
     from momentum_lm.formats.options import num_updates
-    from momentum_lm.lm.shards import join_shards, part_count
+    from momentum_lm.formats.shards import join_shards, part_count
 
     refuse_pipes(args.source)
 

@@ -18,7 +18,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from momentum_lm.errors import UserError
-from momentum_lm.lm.shards import join_shards as join_shards
 from momentum_lm.model.precision import Float32
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from momentum_lm.errors import Argument, UserError, arg, named
 from momentum_lm.model import Decoder, DecoderConfig
 from momentum_lm.model.config import options
-from momentum_lm.model.filters import NOTES, MomentumEMA
 
 from .lazy import FLOATS, Lazy, concatenated
 
@@ -110,7 +109,7 @@ class Family:
         """Our tensors under their names and in their shapes. ``order`` (their vocabulary): the id here of each id there; None: the same."""
         groups: dict[str, list[Lazy]] = {}
         for name, lazy in ours.items():
-            if name.rpartition(".")[2] in NOTES or (tied and name == "output_projection.weight"):
+            if tied and name == "output_projection.weight":
                 continue
             if name in _VOCABULARY and order is not None:
                 lazy = lazy.rows(order)
@@ -129,8 +128,6 @@ class Family:
         for name, group in groups.items():
             if name == "lm_head.weight" and decoder.tie_embeddings:
                 result["output_projection.weight"] = result["embed_tokens.weight"]
-            elif group[0].rpartition(".")[2] in NOTES:
-                result[group[0]] = Lazy.of(_note(decoder, group[0]))
             else:
                 lazy = theirs[name].transposed() if re.search(self.transposed, name) else theirs[name]
                 result |= zip(group, lazy.chunks(len(group)) if len(group) > 1 else [lazy], strict=True)
@@ -174,12 +171,6 @@ def expected(decoder: DecoderConfig) -> dict[str, Lazy]:
     """The decoder's state dict: names, shapes, and nothing in them."""
     with torch.device("meta"):
         return {name: Lazy.of(tensor) for name, tensor in Decoder(decoder).state_dict().items()}
-
-
-def _note(decoder: DecoderConfig, name: str) -> Tensor:
-    """What a checkpoint notes of a momentum that is not learned."""
-    momentum = MomentumEMA(decoder.heads, decoder.momentum_eta, decoder.momentum_learned, decoder.momentum_normalize)
-    return momentum.state_dict()[name.rpartition(".")[2]]
 
 
 _USUAL = {  # what transformers' own models call it, for what reads a config.json

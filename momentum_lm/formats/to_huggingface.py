@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
-from momentum_lm.formats.checkpoint import load_checkpoint
-from momentum_lm.lm.native import NativeLM, find_checkpoint, load_native
 from momentum_lm.model import DecoderConfig
-from momentum_lm.model.filters import NOTES
 from momentum_lm.text.dictionary import EOS, PAD, SPECIALS, Dictionary
 from momentum_lm.text.tokenizer import HuggingFaceTokenizer, Tokenizer, has_tokenizer
 
 from .families import GPT2, MOMENTUM, OPT, XGLM, Family
-from .lazy import FLOATS, Lazy, write_safetensors
+from .lazy import Lazy, write_safetensors
+from .native import NativeCheckpoint
 from .tokenizers import special_tokens, write_tokenizer
 
 PART = 5_000_000_000  # bytes, as transformers cuts
@@ -32,28 +28,11 @@ _MODULES = {
 }
 
 
-def read_checkpoint(
-    path: str, overrides: Mapping[str, Any] | str | None = None, trust: bool = False, tokenizer: str | None = None
-) -> NativeLM:
-    """The checkpoint with its weights in the dtype that they are saved in, as pages of the file.
-
-    Raises UserError as :func:`load_native`, and for weights that are no floating-point numbers.
-    """
-    weights = load_checkpoint(find_checkpoint(path), trust=trust, mmap=True)
-    found = weights.get("model", weights)
-    tensors = found.items() if isinstance(found, Mapping) else ()  # load_native says what is wrong
-    named = {str(name): value for name, value in tensors if isinstance(value, torch.Tensor)}
-    dtypes = {tensor.dtype for name, tensor in named.items() if name.endswith((".weight", ".bias"))}
-    for name, tensor in named.items():  # what else there is, notes of the format, is in fp32
-        if tensor.dtype not in FLOATS and (".momentum." in name or name.endswith((".weight", ".bias"))):
-            remedy = "give the model in fp32, bf16 or fp16, before it was quantised"
-            raise UserError(f"{path}: {name} is in {tensor.dtype}: {remedy}")
-    dtype = functools.reduce(torch.promote_types, dtypes or {torch.float32})
-    return load_native(path, overrides, trust, dtype=dtype, tokenizer=tokenizer)
-
-
-def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> tuple[str, int, list[str]]:
-    """Writes the weights, ``config.json``, ``generation_config.json`` and the tokenizer into a folder. ``dtype`` None: as they are.
+def write_model(
+    lm: NativeCheckpoint, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]
+) -> tuple[str, int, list[str]]:
+    """Writes the weights, ``config.json``, ``generation_config.json`` and the tokenizer into a folder. ``dtype`` None:
+    as they are.
 
     Returns the class of transformers that loads it, its number of parameters, and what a user should know.
     """
@@ -89,14 +68,10 @@ def write_model(lm: NativeLM, folder: Path, dtype: torch.dtype | None, progress:
         notes.append(
             "there is no tokenizer beside the checkpoint, so none was written; name its folder as the tokenizer"
         )
-    return (
-        family.architecture,
-        sum(lazy.numel for name, lazy in tensors.items() if name.rpartition(".")[2] not in NOTES),
-        notes,
-    )
+    return family.architecture, sum(lazy.numel for lazy in tensors.values()), notes
 
 
-def names_of_tokens(lm: NativeLM) -> dict[str, int]:
+def names_of_tokens(lm: NativeCheckpoint) -> dict[str, int]:
     """The names in a text that are special tokens to transformers with what :func:`write_model` writes, and text to
     ``lm``: their ids."""
     order = choose(lm.config, lm.tokenizer.dictionary, lm.tokenizer, lm.bos[0])[1]
@@ -106,7 +81,8 @@ def names_of_tokens(lm: NativeLM) -> dict[str, int]:
 def choose(
     decoder: DecoderConfig, dictionary: Dictionary | None, tokenizer: Tokenizer | None, bos: int
 ) -> tuple[Family, torch.Tensor | None]:
-    """The family that computes what the decoder does, and its vocabulary, (V,): the id here of each id there (None: the same)."""
+    """The family that computes what the decoder does, and its vocabulary, (V,): the id here of each id there (None: the
+    same)."""
     order = None
     if dictionary is not None and (tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer)):
         order = _own_order(decoder, dictionary, tokenizer)
@@ -124,7 +100,8 @@ def choose(
 def _own_order(
     decoder: DecoderConfig, dictionary: Dictionary, tokenizer: HuggingFaceTokenizer | None
 ) -> torch.Tensor | None:
-    """The ids of the model's own tokenizer, which dict.txt gives in decimal, if they are all that the model predicts; else None."""
+    """The ids of the model's own tokenizer, which dict.txt gives in decimal, if they are all that the model predicts;
+    else None."""
     present = [i for i in range(decoder.vocab_size) if i not in decoder.absent_tokens]
     own = {int(symbol): i for i, symbol in enumerate(dictionary.symbols) if symbol.isdecimal()}
     specials = [i for i in present if i < len(SPECIALS)]
@@ -138,7 +115,7 @@ def _own_order(
     return torch.tensor([own[i] for i in range(len(present))])
 
 
-def _vocabulary(lm: NativeLM) -> tuple[Tokenizer | None, Dictionary | None]:
+def _vocabulary(lm: NativeCheckpoint) -> tuple[Tokenizer | None, Dictionary | None]:
     folder = lm.tokenizer_path if lm.tokenizer_path.is_dir() else lm.tokenizer_path.parent
     if has_tokenizer(folder):
         return lm.tokenizer, lm.tokenizer.dictionary

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from momentum_lm.errors import UserError
 from momentum_lm.icl.scoring import CPU_MEMORY, GPU_SHARE
-from momentum_lm.lm.inference import inference
+from momentum_lm.lm.cpu_fast import inference
 from momentum_lm.lm.native import NativeLM
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from momentum_lm.errors import UserError
 from momentum_lm.icl.prompts import Prompts, Request, common_length
 from momentum_lm.icl.scoring import halving, token_budget
-from momentum_lm.lm.inference import inference
+from momentum_lm.lm.cpu_fast import inference
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.lm.scoring import target_log_probs
 from momentum_lm.model.state import Cache

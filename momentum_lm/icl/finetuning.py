@@ -1,6 +1,7 @@
 """The paper's finetuning: plain SGD on the demonstrations, one a step, in order, once (arXiv 2212.10559, section 4.1).
 
-By default on the key and value projections only, weights and biases; the weights are as before, bitwise, when it is over.
+By default on the key and value projections only, weights and biases; the weights are as before, bitwise, when it is
+over.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from momentum_lm.errors import UserError, arg
-from momentum_lm.lm.tracing import AttentionTrace, attention_modules, fused_heads, fused_name, split_fused, tracing
-from momentum_lm.model import Decoder
-
-_SEPARATE = re.compile(r"(.*\.)?(self_attn|attn|attention)\.(\w+\.)*(k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)")
+from momentum_lm.lm.anatomy import OTHERS, anatomy, logits_of
+from momentum_lm.lm.tracing import AttentionTrace, tracing
 
 
 class Diverged(ValueError):
@@ -36,8 +35,8 @@ class Lesson:
 
 @dataclass
 class Finetuning:
-    """What happened: the parameters that learn, the loss before each step, and, if asked for, each lesson's attention queries at that
-    time, per lesson and layer (T, H * D), scaled."""
+    """What happened: the parameters that learn, the loss before each step, and, if asked for, each lesson's attention
+    queries at that time, per lesson and layer (T, H * D), scaled."""
 
     parameters: list[nn.Parameter] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -55,12 +54,13 @@ def finetuned(
 ) -> Iterator[Finetuning]:
     """The model after finetuning, for as long as the context lasts.
 
-    The loss of a step is the mean cross entropy over a lesson's predicted tokens. ``parameters``: ``kv``, ``all``, or a regular
-    expression that full names must match. ``layerwise``: every block learns from its own output's prediction, through the model's final
-    norm and unembedding, and nothing flows back between blocks (LCGD, Deutch et al., arXiv 2311.07772).
+    The loss of a step is the mean cross entropy over a lesson's predicted tokens. ``parameters``: ``kv``, ``all``, or a
+    regular expression that full names must match. ``layerwise``: every block learns from its own output's prediction,
+    through the model's final norm and unembedding, and nothing flows back between blocks (LCGD, Deutch et al., arXiv
+    2311.07772).
 
-    Raises :class:`Diverged` when a loss is not finite (the weights are restored), UserError where it was not before anything was learnt, or
-    the projections cannot be found.
+    Raises :class:`Diverged` when a loss is not finite (the weights are restored), UserError where it was not before
+    anything was learnt, or the projections cannot be found.
     """
     chosen = _choose(model, parameters)
     before = [parameter.detach().clone() for parameter, _ in chosen]
@@ -82,7 +82,13 @@ def finetuned(
 
 
 def _step(
-    model: Any, lesson: Lesson, chosen: list[tuple[nn.Parameter, Tensor | None]], rate: float, layerwise: bool, keep: bool, done: Finetuning
+    model: Any,
+    lesson: Lesson,
+    chosen: list[tuple[nn.Parameter, Tensor | None]],
+    rate: float,
+    layerwise: bool,
+    keep: bool,
+    done: Finetuning,
 ) -> None:
     device = chosen[0][0].device
     tokens = torch.tensor([list(lesson.tokens)], device=device)
@@ -91,19 +97,21 @@ def _step(
     trace = AttentionTrace()
     with torch.enable_grad(), tracing(model, trace) if keep else contextlib.nullcontext():
         if layerwise:
-            whole, tuples, logits = _block_outputs(model, tokens)
+            whole, tuples, given = _block_outputs(model, tokens)
             outputs = [h[0, predicting] for h in whole]
-            unembed = _unembedding(model, tuples, tokens[:, predicting], outputs[-1], logits[0, predicting])
+            unembed = _unembedding(model, tuples, tokens[:, predicting], outputs[-1], given[0, predicting])
             losses, slopes = zip(*(_slope(unembed, h, targets) for h in outputs), strict=True)
             loss = torch.stack(losses).sum()
         else:
-            outputs, slopes = [F.cross_entropy(_logits(model, tokens)[0, predicting].float(), targets)], (None,)
+            outputs, slopes = [F.cross_entropy(logits_of(model, tokens)[0, predicting].float(), targets)], (None,)
             loss = outputs[0].detach()
     value = loss.item()
     if not torch.isfinite(loss):
         if not done.losses and not layerwise:
             dtype = chosen[0][0].dtype
-            raise UserError(f"the model's loss is {value} before it is finetuned: its weights are broken, or too large for {dtype}")
+            raise UserError(
+                f"the model's loss is {value} before it is finetuned: its weights are broken, or too large for {dtype}"
+            )
         raise Diverged(f"the loss is {value} after {len(done.losses)} steps at learning rate {rate:g}")
     learning = [(output, slope) for output, slope in zip(outputs, slopes, strict=True) if output.requires_grad]
     ends, starts = ([pair[i] for pair in learning] for i in (0, 1))
@@ -118,57 +126,41 @@ def _step(
 
 
 def _slope(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of predicting from one block's output (N, C), and its gradient there: one block's logits are held at a time."""
+    """Loss of predicting from one block's output (N, C), and its gradient there: one block's logits are held at a
+    time."""
     leaf = hidden.detach().requires_grad_(True)
     loss = F.cross_entropy(unembed(leaf).float(), targets)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens) if isinstance(model, Decoder) else model(tokens, use_cache=False).logits
-
-
 def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | None]]:
-    """The parameters to learn, each once, with a mask of what belongs to keys and values where a projection holds queries too."""
+    """The parameters to learn, each once, with a mask of what belongs to keys and values where a projection holds
+    queries too."""
     named = dict(model.named_parameters())
     if parameters == "all":
         return [(parameter, None) for parameter in named.values()]
     if parameters != "kv":
-        chosen: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if re.fullmatch(parameters, name)]
+        chosen: list[tuple[nn.Parameter, Tensor | None]] = [
+            (p, None) for name, p in named.items() if re.fullmatch(parameters, name)
+        ]
         if not chosen:
             raise UserError(
                 arg(parameters=parameters), f": no parameter has such a name; names are like {next(iter(named))}",
             )
         return chosen
-    found: list[tuple[nn.Parameter, Tensor | None]] = [(p, None) for name, p in named.items() if _SEPARATE.fullmatch(name)]
-    for name, parameter in named.items():
-        if "." in name and name.split(".")[-2] == fused_name(model):
-            found.append((parameter, _key_value_mask(model, parameter)))
+    parts = [part for layer in anatomy(model).layers for part in (layer.key, layer.value) if part is not None]
+    wanted: dict[nn.Parameter, Tensor | None] = {}
+    for part, parameter in [(own, parameter) for own in parts for parameter in own.module.parameters()]:
+        mask, before = part.mask(parameter), wanted.get(parameter)
+        wanted[parameter] = mask if mask is None or before is None else torch.maximum(before, mask)
+    found = [(parameter, wanted[parameter]) for parameter in named.values() if parameter in wanted]
     if not found:
-        looked_for = ", ".join(["k_proj", "v_proj", "key", "value"])
+        looked_for = ", ".join(name for form in OTHERS[:2] for name in (form.key, form.value))
         raise UserError(
             f"{type(model).__name__} has no key and value projections under the names {looked_for}; give a regular "
             "expression for them with ", arg("parameters"), f" (names are like {next(iter(named))})",
         )
     return found
-
-
-def _key_value_mask(model: Any, parameter: nn.Parameter) -> Tensor:
-    """1 at keys and values of a weight or bias that holds queries too."""
-    mask = torch.zeros_like(parameter)
-    turned = mask.t() if mask.dim() == 2 and mask.shape[0] > mask.shape[1] else mask  # what a linear layer gives is its first dimension
-    place = torch.arange(turned.shape[-1], device=mask.device)
-    turned[..., torch.cat(split_fused(place, fused_heads(model))[1:])] = 1
-    return mask
-
-
-def blocks(model: Any) -> list[nn.Module]:
-    """The model's blocks in order: the list of modules in which attention stands, those without attention included."""
-    if isinstance(model, Decoder):
-        return list(model.layers)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    wanted = set(attention_modules(model))
-    return [block for each in lists if any(not wanted.isdisjoint(block.modules()) for block in each) for block in each]
 
 
 def _block_outputs(model: Any, tokens: Tensor) -> tuple[list[Tensor], dict[nn.Module, bool], Tensor]:
@@ -188,10 +180,10 @@ def _block_outputs(model: Any, tokens: Tensor) -> tuple[list[Tensor], dict[nn.Mo
         outputs.append(result[0] if isinstance(result, tuple) else result)
 
     handles: list[Any] = []
-    for block in blocks(model):
+    for block in anatomy(model).blocks:
         handles += [block.register_forward_pre_hook(cut, with_kwargs=True), block.register_forward_hook(keep)]
     try:
-        logits = _logits(model, tokens)
+        logits = logits_of(model, tokens)
     finally:
         for handle in handles:
             handle.remove()
@@ -208,12 +200,10 @@ def _unembedding(
     tuples: the model's blocks, and whether they give a tuple; tokens (1, N): any; hidden, logits: what the last block
     gave, and the model made of it. Raises UserError where that cannot be repeated.
     """
-    if isinstance(model, Decoder):
-        return lambda states: model.output_projection(model.layer_norm(states))
 
     def unembed(states: Tensor) -> Tensor:
         with _skipped(tuples, states[None]):
-            return _logits(model, tokens)[0]
+            return logits_of(model, tokens)[0]
 
     with torch.no_grad():
         again = unembed(hidden)

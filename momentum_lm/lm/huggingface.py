@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,21 @@ from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.text.hub import hub_answers
 
-from .inference import inference
-from .momentum_attention import added_momentum
-from .shared_prefix import PACKED_ATTENTION, PackedRows, SharedPrefix, packed, register_packed_attention
+from .anatomy import context_length
+from .attention_interface import added_momentum
+from .cpu_fast import (
+    PACKED_ATTENTION,
+    PackedRows,
+    SharedPrefix,
+    enabled,
+    inference,
+    limit_onednn_caches,
+    packed,
+    register_packed_attention,
+)
 from .tracing import being_traced
 from .verification import (
     apart,
-    position_limit,
     reset_rotary,
     shortened_windows,
     switch_length,
@@ -41,8 +48,9 @@ _log = logging.getLogger(__name__)
 
 
 class HuggingFaceLM:
-    """A causal model of ``transformers`` in evaluation mode. Prompts begin as its tokenizer begins a text; demonstrations are
-    separated by an empty line (by ``</s>`` for XGLM, the form in which fairseq's dense LMs are published: they never saw line breaks).
+    """A causal model of ``transformers`` in evaluation mode. Prompts begin as its tokenizer begins a text;
+    demonstrations are separated by an empty line (by ``</s>`` for XGLM, the form in which fairseq's dense LMs are
+    published: they never saw line breaks).
 
     The model is tried on a few dozen tokens first: scores after a shared prefix must be those of whole prompts. Where
     they are not, prompts are read as a whole, with a warning. Raises UserError for a model that sees the future, or
@@ -60,7 +68,8 @@ class HuggingFaceLM:
         self._selects_logits, self._pads_rows = True, True
         self._switch_length = switch_length(self.config)
         # others, such as sparse attention, may look at the implementation's name
-        if self.config._attn_implementation == "sdpa" and model.device.type == "cpu" and self.shares_prefixes:
+        plain = self.config._attn_implementation == "sdpa" and model.device.type == "cpu"
+        if plain and self.shares_prefixes and enabled():
             model.set_attn_implementation(register_packed_attention())
         parameters = inspect.signature(model.forward).parameters
         self._takes_logits_to_keep, self._takes_cache_position = (
@@ -89,7 +98,7 @@ class HuggingFaceLM:
     def max_positions(self) -> int:
         """The longest input that the model was made for, in tokens."""
         limit = getattr(self.tokenizer, "model_max_length", _ENDLESS)
-        return position_limit(self.config, int(limit) if limit < _ENDLESS else None)
+        return context_length(self.config, int(limit) if limit < _ENDLESS else None)
 
     @cached_property
     def bos(self) -> tuple[int, ...]:
@@ -133,7 +142,7 @@ class HuggingFaceLM:
             if isinstance(v, (bool, int, float, str)) and not k.startswith("_")
         }
         if (added := added_momentum(self.model)) is not None:
-            architecture |= {f"added_momentum_{name}": value for name, value in asdict(added).items() if name != "base"}
+            architecture |= {f"added_momentum_{name}": getattr(added, name) for name in ("eta", "normalize", "gate")}
         parameters = sum(p.numel() for p in self.model.parameters())
         return {"path": self.name, "sha256": self.sha256, "parameters": parameters, "architecture": architecture}
 
@@ -197,7 +206,8 @@ class HuggingFaceLM:
         prefix: SharedPrefix | tuple[int, ...] | None = None,
     ) -> Tensor:
         """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
-        # Padding on the left would stand between prefix and row, where a sliding window counts it: it goes to the right.
+        # Padding on the left would stand between prefix and row, where a sliding window counts it: it goes to the
+        # right.
         shift = padding.long().argmin(1)
         order = (torch.arange(tokens.shape[1]) + shift[:, None]) % tokens.shape[1]
         tokens, seen, positions = (
@@ -279,7 +289,8 @@ class HuggingFaceLM:
 
     @cached_property
     def _packs_rows(self) -> bool:
-        """Whether rows may go through the model without padding: where a small example then gives what padded rows give."""
+        """Whether rows may go through the model without padding: where a small example then gives what padded rows
+        give."""
         from transformers import DynamicCache
 
         window = any(type(layer).__name__ != "DynamicLayer" for layer in DynamicCache(config=self.model.config).layers)
@@ -404,9 +415,10 @@ def load_huggingface(
 ) -> HuggingFaceLM:
     """Loads a causal model and its tokenizer from the hub or a folder; ``gguf_file`` is the name of a file there.
 
-    ``dtype`` None is fp32. ``trust_remote_code`` lets the model run code of its own. Raises UserError where transformers is not installed
-    or does not load the model.
+    ``dtype`` None is fp32. ``trust_remote_code`` lets the model run code of its own. Raises UserError where
+    transformers is not installed or does not load the model.
     """
+    limit_onednn_caches()
     try:
         import transformers
     except ImportError as error:

@@ -1,44 +1,61 @@
-"""What attention does at chosen positions, layer by layer, read while a model runs: queries, logits before softmax, output.
+"""Attention at chosen positions, layer by layer, read while a model runs: queries, logits before softmax, output.
 
-Only the query rows that are asked for are multiplied with the keys: never a T x T matrix.
+Only the query rows that are asked for are multiplied with the keys: never a T x T matrix. How a model of
+``transformers`` is read is first tried on the model itself, and a model that is not what it is read as is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from momentum_lm.errors import UserError
-from momentum_lm.model import Decoder
-from momentum_lm.model.attention import Rotary
 
-from .inference import grouped_attention, register_attention
-from .momentum_attention import added_momentum, with_momentum
-from .verification import apart, position_limit, shortened_windows, tolerance, trial_lengths, trial_tokens
+from .anatomy import Layer, anatomy, is_ours
+from .attention_interface import (
+    added_momentum,
+    attention_modules,
+    full_mask,
+    implementation,
+    is_causal,
+    is_watched,
+    logit_scale,
+    plain_attention,
+    split_mask,
+    watched,
+)
+from .verification import apart, shortened_windows, tolerance, trial_lengths, trial_tokens
 
-_NAME = "momentum_lm_trace"
-ROWS = 256  # queries whose weights are held at a time, where SDPA does not compute an attention
+_USUAL = {  # what every attention is given beside queries, keys, values and mask
+    *("scaling", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache", "cache_position"),
+    "past_key_values",
+}
 _log = logging.getLogger(__name__)
 
 
 class AttentionTrace:
     """Fills up while a model runs under :func:`tracing`; one entry a layer.
 
-    ``positions`` (N, P): the columns of the first N rows that are looked at; None: every row and column, and then queries only.
+    ``positions`` (N, P): the columns of the first N rows that are looked at; None: every row and column, and then
+    queries only.
 
     outputs: (N, P, C) attention output after its output projection, before dropout and residual; momentum included
     logits: (N, P, H, S) fp32, what the softmax is of: q k^T with the query already scaled, over all keys, a prefix's
         first; soft-capped where a model does so, with what it adds for positions, and -inf at what it does not see,
         such as the future
-    queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is not found and it does
+    queries: (N, P, H * D) scaled queries before rotary positions turn them (after it where a model's projection is not
+    found and it does
         turn them), or (B, T, H * D) without positions
-    With ``projections``, inputs: (B, T, C) what goes into the projections; keys, values: (B, T, Hkv * D) what comes out, before rotary
+    With ``projections``, inputs: (B, T, C) what goes into the projections; keys, values: (B, T, Hkv * D) what comes
+    out, before rotary
         positions; empty where attention takes no keys and values that are those of projections of their own
     With ``relax``, heads, relaxed: (N, P, H, D) fp32 softmax attention, and the same without softmax, the queries'
         scale, soft-capping and what is added for positions (section 3.1 of the paper); relaxed_outputs: (N, P, C) the
@@ -81,7 +98,9 @@ class AttentionTrace:
             return
         self.queries.append(self._at(plain) * scale)
         count, groups = len(self.positions), key.shape[1]
-        row = self._at(query.transpose(1, 2)).unflatten(2, (groups, -1)).float() * scale  # (N, P, G, H / G, D): heads that share keys
+        row = (
+            self._at(query.transpose(1, 2)).unflatten(2, (groups, -1)).float() * scale
+        )  # (N, P, G, H / G, D): heads that share keys
         linear = torch.einsum("npgkd,ngsd->npgks", row, key[:count].detach().float()).flatten(2, 3)
         logits = linear if softcap is None else softcap * torch.tanh(linear / softcap)
         column = torch.arange(key.shape[2], device=key.device)
@@ -109,8 +128,8 @@ class AttentionTrace:
         return mask.detach()[rows, :, columns]
 
     def read_wrongly(self, output: Tensor) -> bool:
-        """Whether the last layer's ``heads`` are not what its attention gave, output (B, T, H, D), at these positions.
-        """
+        """Whether the last layer's ``heads`` are not what its attention gave, output (B, T, H, D), at these
+        positions."""
         found, expected = self.heads[-1].flatten(2), self._at(output).float().flatten(2)
         error = (found - expected).norm() / expected.norm().clamp(min=1e-6)
         return bool(error.isfinite() & (error > tolerance(output.dtype)))
@@ -121,7 +140,8 @@ class AttentionTrace:
             self.outputs.append(self._at(value))
 
     def relaxed_output(self, project: nn.Module, mixed: Tensor | None = None) -> None:
-        """project: the output projection; mixed (B, T, H * D): what went into it, where that is more than softmax attention."""
+        """project: the output projection; mixed (B, T, H * D): what went into it, where that is more than softmax
+        attention."""
         if self.relax and self.positions is not None:
             joined = self.relaxed[-1].flatten(2)
             if mixed is not None:
@@ -136,61 +156,31 @@ class AttentionTrace:
         return value.detach()[torch.arange(len(columns), device=value.device)[:, None], columns]
 
 
-def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A mask of transformers' attention interface (..., T, S) -> what it adds to logits, if anything, and True at what
-    is seen.
+@dataclass
+class Source:
+    """The module that gives queries before rotary positions turn them; whether heads come before time in what it gives,
+    and the factor to the query that is used. No module: the projection to queries, keys and values at once."""
+
+    module: nn.Module | None
+    heads_first: bool = False
+    factor: float = 1.0
+
+
+@dataclass
+class Plan:
+    """How the attention modules of one model are read.
+
+    modules: in the order in which they run; one that stands in several layers comes as often.
+    queries: where those before rotary positions are found; a module that is not here has no such.
+    projects: the output projection, between attention and the module's output; a module that is not here has more
+        between.
+    keys: whether keys and values are their projections' own.
     """
-    if mask.dtype == torch.bool:
-        return None, mask
-    seen = mask > torch.finfo(mask.dtype).min / 2
-    return mask.float().masked_fill(~seen, 0.0), seen
 
-
-def full_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor, causal: bool,
-    bias: Tensor | None) -> Tensor | None:
-    """What an attention of transformers' interface sees, (B or 1, H or 1, T, S) as of :func:`split_mask`; None:
-    everything up to the query's own place, where there are as many keys as queries. bias: what is added to logits
-    beside the mask.
-    """
-    length, total = query.shape[2], key.shape[2]
-    if attention_mask is None and (bias is not None or length != total or not causal):
-        attention_mask = torch.ones(1, 1, length, total, dtype=torch.bool, device=query.device)
-        if causal and length > 1:
-            attention_mask = attention_mask.tril()
-    elif attention_mask is not None:
-        attention_mask = attention_mask[..., :total]
-    if bias is None or attention_mask is None:
-        return attention_mask
-    added, seen = split_mask(attention_mask)
-    bias = bias[..., :total].float()
-    return (bias if added is None else bias + added).masked_fill(~seen, torch.finfo(torch.float32).min)
-
-
-def softmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention as :meth:`AttentionTrace.attention` describes it, where SDPA knows no soft-capping and no sinks: (B, T,
-    H, D).
-    """
-    groups, parts = query.shape[1] // key.shape[1], []
-    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-    column = torch.arange(key.shape[2], device=key.device)
-    for first in range(0, query.shape[2], ROWS):
-        rows = slice(first, min(first + ROWS, query.shape[2]))
-        logits = (query[:, :, rows] @ key.transpose(2, 3)).float() * scale
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        added, seen = (None, column <= column[rows, None]) if mask is None else split_mask(mask[:, :, rows])
-        logits = (logits if added is None else logits + added).masked_fill(~seen, torch.finfo(logits.dtype).min)
-        if sinks is not None:
-            logits = torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
-        parts.append(logits.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value)
-    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+    modules: list[nn.Module]
+    queries: dict[nn.Module, Source] = field(default_factory=dict)
+    projects: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    keys: bool = False
 
 
 @contextlib.contextmanager
@@ -199,220 +189,155 @@ def tracing(model: nn.Module, trace: AttentionTrace) -> Iterator[None]:
 
     Raises UserError for a model whose attention cannot be read.
     """
-    with _native(model, trace) if isinstance(model, Decoder) else _huggingface(model, trace):
+    plan = _plan(model)
+    with _reading(model, trace, plan):
         yield
-
-
-@contextlib.contextmanager
-def _native(model: Decoder, trace: AttentionTrace) -> Iterator[None]:
-    handles = []
-    for layer in model.layers:
-        attention: Any = layer.self_attn
-        seen: dict[str, Tensor] = {}
-
-        def finish(
-            module: Any, given: Any, options: dict[str, Any], result: Tensor, seen: dict[str, Tensor] = seen
-        ) -> None:
-            query, key, value = (seen[name].unflatten(-1, (module.heads, -1)).transpose(1, 2) for name in "qkv")
-            rotation, cache = options.get("rotation"), options.get("cache")
-            if rotation is not None:
-                query, key = Rotary.rotate(query, *rotation), Rotary.rotate(key, *rotation)
-            if cache is not None and cache.keys is not None:  # a cache that is not frozen holds these keys already
-                key = torch.cat([cache.keys, key], 2) if cache.frozen else cache.keys
-                value = torch.cat([cache.values, value], 2) if cache.frozen else cache.values
-            trace.attention(query, key, value, query.shape[-1] ** -0.5, seen["q"])
-            trace.output(result)
-            trace.relaxed_output(module.out_proj, None if module.momentum is None else seen["mixed"])
-            if trace.projections:
-                for kept, tensor in ((trace.inputs, given[0]), (trace.keys, seen["k"]), (trace.values, seen["v"])):
-                    kept.append(tensor.detach())
-
-        for name in "qkv":
-            handles.append(getattr(attention, f"{name}_proj").register_forward_hook(_keep_result(seen, name)))
-        handles.append(attention.out_proj.register_forward_pre_hook(_keep_given(seen, "mixed")))
-        handles.append(attention.register_forward_hook(finish, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep_result(seen: dict[str, Tensor], name: str) -> Any:
-    return lambda module, given, result: seen.__setitem__(name, result)
-
-
-def _keep_parts(seen: dict[str, Tensor], heads: int | None) -> Any:
-    return lambda module, given, result: seen.update(zip("qkv", split_fused(result, heads), strict=True))
-
-
-def _keep_given(seen: dict[str, Tensor], name: str) -> Any:
-    return lambda module, given: seen.__setitem__(name, given[0])
-
-
-_KEY = ("k_proj", "key", "k_lin")
-_VALUE = ("v_proj", "value", "v_lin")
-# By model_type: the projection to queries, keys and values at once, and how these lie in it. Others' with these names lie otherwise.
-FUSED = {"gpt2": ("c_attn", "blocks"), "gpt_neox": ("query_key_value", "heads"), "bloom": ("query_key_value", "heads")}
-
-
-def child(module: Any, names: Sequence[str]) -> nn.Module | None:
-    """The first of a module's children under one of ``names``."""
-    return next((found for name in names if isinstance(found := getattr(module, name, None), nn.Module)), None)
-
-
-def split_fused(values: Tensor, heads: int | None) -> tuple[Tensor, ...]:
-    """Queries, keys and values (..., H * D) of what a projection gives at once, (..., 3 * H * D): in turn, or in turn for each head."""
-    return (
-        values.chunk(3, -1)
-        if heads is None
-        else tuple(x.flatten(-2) for x in values.unflatten(-1, (heads, 3, -1)).unbind(-2))
-    )
-
-
-def fused_name(model: Any) -> str | None:
-    """The name of a model's projections to queries, keys and values at once; None where it has none of a known layout."""
-    return FUSED.get(getattr(model.config, "model_type", ""), (None,))[0]
-
-
-def fused_heads(model: Any) -> int | None:
-    """The heads by which :func:`split_fused` is to split what such a projection gives, or its weights."""
-    return model.config.num_attention_heads if FUSED[model.config.model_type][1] == "heads" else None
-
-
-def key_value_weights(model: Any) -> list[tuple[Tensor, ...]]:
-    """Per layer weight and bias of the keys' projection and of the values', (Hkv * D, C) and (Hkv * D,), fp32; zeros where there is no
-    bias. Nothing for a model in which they are not found."""
-    modules: list[Any] = (
-        [layer.self_attn for layer in model.layers] if isinstance(model, Decoder) else attention_modules(model)
-    )
-    found: list[tuple[Tensor, ...]] = []
-    for module in modules:
-        pair: list[Any] = [child(module, _KEY), child(module, _VALUE)]
-        projection = child(module, [fused_name(model) or ""])
-        if all(isinstance(getattr(part, "weight", None), Tensor) for part in pair):
-            parts = [(part.weight, getattr(part, "bias", None)) for part in pair]
-        elif projection is not None:
-            heads, bias, stored = fused_heads(model), getattr(projection, "bias", None), cast(Tensor, projection.weight)
-            weight = stored.t() if isinstance(projection, nn.Linear) else stored  # GPT-2's is stored turned
-            biases = (None,) * 3 if bias is None else split_fused(bias, heads)
-            parts = [(w.t(), b) for w, b in zip(split_fused(weight, heads), biases, strict=True)][1:]
-        else:
-            return []
-        each = [
-            (w.detach().float(), w.new_zeros(len(w)).float() if b is None else b.detach().float()) for w, b in parts
-        ]
-        found.append(each[0] + each[1])
-    return found
-
-
-@dataclass
-class Anatomy:
-    """How the attention modules of one model are read, settled by a trial: see :func:`_try`.
-
-    modules: in the order in which they run; one that stands in several layers comes as often.
-    queries: the submodule whose result is the query before rotary positions, None for one of the projections to
-        queries, keys and values at once; whether its heads come before time, and the factor to the query that is used.
-        Modules that are not here have no such.
-    projects: the output projection, between attention and the module's output. Modules that are not here have more
-    between. keys: whether keys and values are those of :func:`key_value_weights`
-    """
-
-    modules: list[nn.Module]
-    queries: dict[nn.Module, tuple[nn.Module | None, bool, float]] = field(default_factory=dict)
-    projects: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    keys: bool = False
-
-
-@dataclass
-class _Reading:
-    """A model that is being read: the registered attention function writes to the trace."""
-
-    model: Any
-    trace: AttentionTrace
-    anatomy: Anatomy
-    trial: _Trial | None = None
-    seen: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.attention = with_momentum(self._compute, added_momentum(self.model))
-        """What the model computes, momentum included; ``without_momentum`` is then what it was added to, (B, T, H, D).
-        """
-
-    def _compute(self, *given: Any, **options: Any) -> Any:
-        result = _compute(*given, **options)
-        self.without_momentum: Tensor = result[0]
-        return result
-
-
-_active: list[_Reading] = []
-_seen: list[nn.Module] = []
+    if trace.positions is not None and len(trace.logits) != len(trace.outputs):
+        raise RuntimeError(f"{len(trace.outputs)} attention modules ran, and {len(trace.logits)} of them were read")
+    if trace.relax and not all(module in plan.projects for module in plan.modules):
+        trace.relaxed_outputs.clear()
 
 
 def being_traced() -> bool:
     """Whether a model of transformers is within :func:`tracing`."""
-    return bool(_active)
+    return is_watched()
 
 
-@contextlib.contextmanager
-def _huggingface(model: Any, trace: AttentionTrace) -> Iterator[None]:
-    with _reading(model, trace, anatomy(model)):
-        yield
-    if trace.relax and not all(module in anatomy(model).projects for module in anatomy(model).modules):
-        trace.relaxed_outputs.clear()
+class _Reading:
+    """One model that is being read. Hooks tell where its parts begin and end; queries, keys and values are seen as
+    attention uses them."""
 
+    def __init__(self, model: Any, trace: AttentionTrace, plan: Plan, trial: _Trial | None = None) -> None:
+        self.model, self.trace, self.plan, self.trial = model, trace, plan, trial
+        self.momentum = None if is_ours(model) else added_momentum(model)
+        self.parts: dict[nn.Module, dict[str, Tensor]] = {module: {} for module in plan.modules}
+        """Of each attention module what its projections gave: queries q, keys k, values v, the query's source, and what
+        was mixed."""
+        self.running: list[nn.Module] = []  # attention modules that have begun
 
-@contextlib.contextmanager
-def _reading(model: Any, trace: AttentionTrace, found: Anatomy, trial: _Trial | None = None) -> Iterator[None]:
-    before, handles = _implementation(model), []
-    reading = _Reading(model, trace, found, trial)
-    fused_names = [fused_name(model) or ""]
-    model.set_attn_implementation(_register(before))
-    try:
-        for module in dict.fromkeys(found.modules):
-            seen = reading.seen[module] = {}
-            source, _, _ = found.queries.get(module, (None, False, 0.0))
-            if source is not None:
-                handles.append(source.register_forward_hook(_keep_result(seen, "source")))
-            for name, part in (("k", child(module, _KEY)), ("v", child(module, _VALUE))):
-                if part is not None:
-                    handles.append(part.register_forward_hook(_keep_result(seen, name)))
-            fused = child(module, fused_names)
-            if fused is not None:
-                handles.append(fused.register_forward_hook(_keep_parts(seen, fused_heads(model))))
-            if module in found.projects:
-                handles.append(found.projects[module].register_forward_pre_hook(_keep_given(seen, "mixed")))
-            if trial is not None:
-                handles += trial.watch(module)
-            handles.append(module.register_forward_hook(_finish(reading, seen), with_kwargs=True))
-        _active.append(reading)
-        try:
-            yield
-        finally:
-            _active.pop()
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.set_attn_implementation(before)
+    def hooks(self) -> Iterator[Any]:
+        """Registers them; the handles."""
+        for module, parts in self.parts.items():
+            layer = anatomy(self.model).layer(module)
+            source = self.plan.queries.get(module)
+            yield module.register_forward_pre_hook(lambda module, given: self.running.append(module))
+            for name, projection in (("q", layer.query), ("k", layer.key), ("v", layer.value)):
+                if projection is not None:
+                    yield projection.module.register_forward_hook(_keep(parts, name, projection.of))
+            if source is not None and source.module is not None:
+                yield source.module.register_forward_hook(_keep(parts, "source"))
+            if module in self.plan.projects:
+                yield self.plan.projects[module].register_forward_pre_hook(_keep_given(parts))
+            if self.trial is not None:
+                yield from self.trial.watch(module)
+            yield module.register_forward_hook(self.finish, with_kwargs=True)
 
+    def before_rotation(self, module: nn.Module, query: Tensor) -> Tensor | None:
+        """query (B, H, T, D), as it is used -> (B, T, H * D) before rotary positions turned it, where that is found."""
+        source, parts = self.plan.queries.get(module), self.parts[module]
+        if source is None:
+            return None
+        before = parts["q" if source.module is None else "source"]
+        before = before.transpose(1, 2) if source.heads_first else before
+        return source.factor * before.reshape(*query.transpose(1, 2).shape[:2], -1)
 
-def _finish(reading: _Reading, seen: dict[str, Tensor]) -> Any:
-    trace, found = reading.trace, reading.anatomy
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *given: Any,
+        **options: Any,
+    ) -> Any:
+        """A model's attention with what momentum was added, of transformers' interface, while the trace looks."""
+        mask = full_mask(attention_mask, query, key, is_causal(module, options), options.get("position_bias"))
+        scale, softcap, sinks = logit_scale(query, options), options.get("softcap"), options.get("s_aux")
+        self.trace.attention(query, key, value, scale, self.before_rotation(module, query), mask, softcap, sinks)
+        alone, weights = plain_attention(module, query, key, value, attention_mask, *given, **options)
+        special = {n for n, x in options.items() if x is not None and x is not False and n not in _USUAL}
+        self.check(alone, special)
+        out = alone if self.momentum is None else self.momentum.add_to(alone, query, value, attention_mask)
+        if self.trial is not None:
+            self.trial.attended(module, (query, key, value), out, special)
+        return out, weights
 
-    def hook(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
-        output = result[0] if isinstance(result, tuple) else result
-        if reading.trial is not None:
-            reading.trial.finish(module, output, seen)
+    def sdpa(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        """Our decoder's attention, that has computed ``out`` (B, H, T, D)."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.trace.attention(query, key, value, scale, self.before_rotation(self.running[-1], query), attn_mask)
+        self.check(out.transpose(1, 2), set())
+
+    def check(self, alone: Tensor, special: set[str]) -> None:
+        """Raises UserError where attention without momentum, (B, T, H, D), is not what was read of it."""
+        if self.trace.relax and self.trace.positions is not None and self.trace.read_wrongly(alone):
+            kind, names = type(self.model).__name__, ", ".join(sorted(special)) or "a mask"
+            raise UserError(
+                f"the attention of {kind} cannot be read: it is not softmax attention alone (it takes {names})"
+            )
+
+    def finish(self, module: nn.Module, given: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        """A hook on attention modules."""
+        output, parts, trace = result[0] if isinstance(result, tuple) else result, self.parts[module], self.trace
+        self.running.pop()
+        if self.trial is not None:
+            self.trial.finish(module, output, parts)
         trace.output(output)
-        if module in found.projects:
-            trace.relaxed_output(found.projects[module], seen.get("mixed"))
-        if trace.projections and found.keys:
+        if module in self.plan.projects:
+            trace.relaxed_output(self.plan.projects[module], parts.get("mixed"))
+        if trace.projections and self.plan.keys:
             trace.inputs.append((given[0] if given else options["hidden_states"]).detach())
-            trace.keys.append(seen["k"].detach())
-            trace.values.append(seen["v"].detach())
-        seen.clear()
+            trace.keys.append(parts["k"].detach())
+            trace.values.append(parts["v"].detach())
+        parts.clear()
 
-    return hook
+
+class _WatchedSDPA(TorchFunctionMode):
+    """Within it a reading sees what our decoder gives to scaled_dot_product_attention."""
+
+    def __init__(self, reading: _Reading) -> None:
+        super().__init__()
+        self.reading = reading
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is F.scaled_dot_product_attention and self.reading.running:
+            self.reading.sdpa(result, *args, **(kwargs or {}))
+        return result
+
+
+@contextlib.contextmanager
+def _reading(model: Any, trace: AttentionTrace, plan: Plan, trial: _Trial | None = None) -> Iterator[None]:
+    reading = _Reading(model, trace, plan, trial)
+    with contextlib.ExitStack() as stack:
+        for handle in reading.hooks():
+            stack.callback(handle.remove)
+        stack.enter_context(_WatchedSDPA(reading) if is_ours(model) else watched(model, reading.attend))
+        yield
+
+
+def _keep(parts: dict[str, Tensor], name: str, of: Callable[[Tensor], Tensor] = lambda result: result) -> Any:
+    return lambda module, given, result: parts.__setitem__(name, of(result) if isinstance(result, Tensor) else result)
+
+
+def _keep_given(parts: dict[str, Tensor]) -> Any:
+    return lambda module, given: parts.__setitem__("mixed", given[0])
 
 
 class _Trial:
@@ -439,11 +364,16 @@ class _Trial:
         parts = [part for part in module.modules() if part is not module]
         return [module.register_forward_pre_hook(begin), *(part.register_forward_hook(keep) for part in parts)]
 
+    def attended(self, module: nn.Module, used: tuple[Tensor, Tensor, Tensor], out: Tensor, options: set[str]) -> None:
+        """What attention took and gave (B, T, H, D), and the names of what else it was given."""
+        self.used[module], self.joined[module] = used, out.flatten(2)
+        self.options |= options
+
     def finish(self, module: nn.Module, output: Tensor, parts: dict[str, Tensor]) -> None:
         """What an attention module gave at last."""
         self.outputs[module], self.parts[module] = output, dict(parts)
 
-    def query_source(self, module: nn.Module) -> tuple[nn.Module | None, bool, float] | None:
+    def query_source(self, module: nn.Module) -> Source | None:
         """At the first token rotary positions turn nothing: what equals the query there, and ran last, is the query
         before they do.
         """
@@ -451,7 +381,7 @@ class _Trial:
         # what runs twice, such as one norm for queries and keys, tells too little
         ran = [part for part, _, _ in self.results[module]]
         once = [(part, result) for part, _, result in self.results[module] if ran.count(part) == 1]
-        found: list[tuple[nn.Module | None, Any]] = [*once, (None, self.parts[module].get("q"))]
+        found: list[tuple[nn.Module | None, Any]] = [(None, self.parts[module].get("q")), *once]
         for part, result in reversed(found):
             if not isinstance(result, Tensor) or result.numel() != query.numel():
                 continue
@@ -462,7 +392,7 @@ class _Trial:
                 one, other = plain[:, 0].float(), query[:, 0].float()
                 factor = ((one * other).sum() / one.square().sum()).item()
                 if factor > 0 and _near(factor * one, other, query.dtype):
-                    return part, heads_first, factor
+                    return Source(part, heads_first, factor)
         return None
 
     def projection(self, module: nn.Module) -> nn.Module | None:
@@ -482,13 +412,10 @@ class _Trial:
     def projected_keys(self, module: nn.Module) -> bool:
         """Whether keys and values that are used are the projections' own, but for rotary positions."""
         _, key, value = self.used[module]
-        parts = [self.parts[module].get(name) for name in "kv"]
-        if any(part is None or part.numel() != x.numel() for part, x in zip(parts, (key, value), strict=True)):
+        k, v = (self.parts[module].get(name) for name in "kv")
+        if k is None or v is None or k.numel() != key.numel() or v.numel() != value.numel():
             return False
-        k, v = (
-            part.reshape(x.transpose(1, 2).shape)
-            for part, x in zip(cast(list[Tensor], parts), (key, value), strict=True)
-        )
+        k, v = k.reshape(key.transpose(1, 2).shape), v.reshape(value.transpose(1, 2).shape)
         return _near(k[:, 0], key[:, :, 0], key.dtype) and _near(v, value.transpose(1, 2), value.dtype)
 
 
@@ -496,40 +423,49 @@ def _near(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     return bool((one.float() - other.float()).norm() <= 0.3 * tolerance(dtype) * other.float().norm())
 
 
-def anatomy(model: Any) -> Anatomy:
-    """How the attention of a transformers model is read; the model is tried first, once for each implementation of
-    attention.
+def _plan(model: Any) -> Plan:
+    """How a model is read; one of transformers is tried first, once for each implementation of attention.
 
     Raises UserError for a model whose attention cannot be read, or is not what it is read as.
     """
-    known = model.__dict__.setdefault("_momentum_lm_anatomy", {})
-    name = _implementation(model)
-    if name not in known:
-        known[name] = _try(model)
-    return known[name]
+    parts = anatomy(model)
+    name = "" if is_ours(model) else implementation(model)
+    if name not in parts.tried:
+        parts.tried[name] = _planned(parts.layers) if is_ours(model) else _try(model)
+    return parts.tried[name]
 
 
-def _trial(model: Any) -> tuple[_Trial, AttentionTrace, Anatomy]:
+def _planned(layers: Sequence[Layer]) -> Plan:
+    """Of our decoder: as it is written."""
+    plan = Plan([], keys=True)
+    for layer in layers:
+        assert layer.attention is not None and layer.query is not None and layer.output is not None
+        plan.modules.append(layer.attention)
+        plan.queries[layer.attention] = Source(layer.query_norm or layer.query.module)
+        plan.projects[layer.attention] = layer.output.module
+    return plan
+
+
+def _trial(model: Any) -> tuple[_Trial, AttentionTrace, Plan]:
     """Reads a few dozen tokens, which cross the model's windows, and compares with what the model itself gives for
     them.
 
     Raises UserError for a model that does not go through transformers' attention interface, or attends otherwise than
     is read.
     """
-    kind, modules = type(model).__name__, attention_modules(model)
+    kind, found = type(model).__name__, Plan(attention_modules(model))
     config = model.config.get_text_config(decoder=True)
-    _, length = trial_lengths(config, position_limit(config))
+    _, length = trial_lengths(config, anatomy(model).max_positions)
     tokens = trial_tokens(config, model.get_input_embeddings().weight.shape[0], 2, length).to(model.device)
-    positions, trial, found = torch.tensor([[length - 1, length // 2], [length - 2, 0]]), _Trial(), Anatomy(modules)
+    positions, trial = torch.tensor([[length - 1, length // 2], [length - 2, 0]]), _Trial()
     trace = AttentionTrace(positions, relax=True)
     with torch.no_grad(), shortened_windows(model):
         plain = model(tokens, use_cache=False).logits
         with _reading(model, trace, found, trial):
             traced = model(tokens, use_cache=False).logits
     given = f" (it takes {', '.join(sorted(trial.options))})" if trial.options else ""
-    if max(map(apart, traced, plain)) > tolerance(plain.dtype) or not len(trace.logits) == len(trace.outputs) == len(
-        modules
-    ):
+    complete = len(trace.logits) == len(trace.outputs) == len(found.modules)
+    if max(map(apart, traced, plain)) > tolerance(plain.dtype) or not complete:
         raise UserError(
             f"the attention of {kind} cannot be read: with it read, the model gives other predictions{given}"
         )
@@ -541,7 +477,7 @@ def check_attention(model: Any) -> None:
     _trial(model)
 
 
-def _try(model: Any) -> Anatomy:
+def _try(model: Any) -> Plan:
     """What a trial tells of the parts of the attention modules."""
     kind = type(model).__name__
     trial, trace, found = _trial(model)
@@ -562,119 +498,11 @@ def _try(model: Any) -> Anatomy:
             trial.outputs[module], trial.joined[module], trace.heads[0].dtype
         ):
             raise UserError(f"the attention of {kind} cannot be read: its output projection stands elsewhere")
-    found.keys = all(map(trial.projected_keys, dict.fromkeys(modules))) and len(key_value_weights(model)) == len(
-        modules
-    )
+    attending = [layer.attention for layer in anatomy(model).layers if layer.attention is not None]
+    found.keys = attending == modules and all(map(trial.projected_keys, dict.fromkeys(modules)))
     left_out = [] if found.keys else ["the similarity of weight updates (keys or values are not plain projections)"]
     if len(found.projects) < len(set(modules)):
         left_out.append("outputs without softmax (more than a projection follows attention)")
     if left_out:
         _log.warning("%s: left out of the analysis: %s", kind, "; ".join(left_out))
     return found
-
-
-def attention_modules(model: Any) -> list[nn.Module]:
-    """The attention modules of a transformers model, in the order in which they run: found by running it on a token or
-    two.
-
-    Raises UserError for a model whose attention does not go through transformers' attention interface.
-    """
-    found = model.__dict__.get("_momentum_lm_attention")
-    if found is None:
-        before = _implementation(model)
-        model.set_attn_implementation(_register(before))
-        _seen.clear()
-        try:
-            with torch.no_grad():
-                model(torch.ones(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-        finally:
-            model.set_attn_implementation(before)
-        found = list(_seen)
-        if not found:
-            raise UserError(
-                f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "
-                "read"
-            )
-        model.__dict__["_momentum_lm_attention"] = found
-    return found
-
-
-def _implementation(model: Any) -> str:
-    return model.config.get_text_config(decoder=True)._attn_implementation
-
-
-def _register(implementation: str) -> str:
-    """The tracing attention, with masks of the kind that models with ``implementation`` expect."""
-    from transformers.masking_utils import eager_mask
-
-    if implementation == "eager":
-        return register_attention(f"{_NAME}_eager", _attend, eager_mask)
-    return register_attention(_NAME, _attend)
-
-
-def _scale(query: Tensor, options: dict[str, Any]) -> float:
-    scale = options.get("scaling")
-    return query.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _compute(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any
-) -> Any:
-    """What a model's own attention computes: SDPA, or what that does not know."""
-    if options.get("softcap") is None and options.get("s_aux") is None:
-        return grouped_attention(module, query, key, value, attention_mask, *given, **options)
-    mask = full_mask(attention_mask, query, key, _causal(module, options), options.get("position_bias"))
-    return softmax_attention(
-        query, key, value, mask, _scale(query, options), options.get("softcap"), options.get("s_aux")
-    ), None
-
-
-def _causal(module: Any, options: dict[str, Any]) -> bool:
-    causal = options.get("is_causal")
-    return getattr(module, "is_causal", True) if causal is None else causal
-
-
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any
-) -> Any:
-    """A model's attention, with what momentum was added, that lets the trace look."""
-    if not _active:
-        _seen.append(module)
-        return _compute(module, query, key, value, attention_mask, *given, **options)
-    reading = _active[-1]
-    trace, seen = reading.trace, reading.seen.get(module, {})
-    plain = None
-    if module in reading.anatomy.queries:
-        source, heads_first, factor = reading.anatomy.queries[module]
-        before = seen["q" if source is None else "source"]
-        plain = factor * (before.transpose(1, 2) if heads_first else before).reshape(
-            *query.transpose(1, 2).shape[:2], -1
-        )
-    mask = full_mask(attention_mask, query, key, _causal(module, options), options.get("position_bias"))
-    trace.attention(
-        query, key, value, _scale(query, options), plain, mask, options.get("softcap"), options.get("s_aux")
-    )
-    out, weights = reading.attention(module, query, key, value, attention_mask, *given, **options)
-    if trace.relax and trace.positions is not None and trace.read_wrongly(reading.without_momentum):
-        kind, names = type(reading.model).__name__, ", ".join(sorted(_special(options))) or "a mask"
-        raise UserError(f"the attention of {kind} cannot be read: it is not softmax attention alone (it takes {names})")
-    if reading.trial is not None:
-        reading.trial.used[module] = query, key, value
-        reading.trial.joined[module] = out.flatten(2)
-        reading.trial.options |= _special(options)
-    return out, weights
-
-
-def _special(options: dict[str, Any]) -> set[str]:
-    """The names of what an attention is given beside what every one is."""
-    usual = {
-        "scaling",
-        "dropout",
-        "is_causal",
-        "output_attentions",
-        "position_ids",
-        "use_cache",
-        "cache_position",
-        "past_key_values",
-    }
-    return {name for name, value in options.items() if value is not None and value is not False and name not in usual}

@@ -33,13 +33,6 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2}.get(dtype, 0.1)
 
 
-def position_limit(config: Any, other: int | None = None) -> int:
-    """The longest input that a model was made for, as far as its configuration, or an ``other`` limit, tells."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limits = [value for name in names if isinstance(value := getattr(config, name, None), int)]
-    return min([*limits, *([] if other is None else [other])], default=2048)
-
-
 def trial_lengths(config: Any, limit: int) -> tuple[int, int]:
     """Tokens of a shared beginning and of a whole input, at most ``limit``: a window or a switch of rotary factors ends
     between them.

@@ -14,9 +14,6 @@ from momentum_lm import ops
 from .marks import no_weight_decay
 from .precision import Float32
 
-# Tensors of a checkpoint that only tell those who have nothing else what the flags were. A model goes by its flags.
-NOTES = ("fixed_log_decay", "normalized")
-
 
 class _Momentum(Float32):
     """What both kinds share: fp32, and what they take from a checkpoint."""
@@ -27,10 +24,8 @@ class _Momentum(Float32):
         own = self.state_dict(prefix=prefix)
         if self.gate is not None and not any(name in state_dict for name in own):
             state_dict.update(own)  # a model that was trained without momentum, which a gate of 0 leaves as it is
-        for note in NOTES:
-            state_dict.pop(prefix + note, None)
-            if prefix + note in own:
-                state_dict[prefix + note] = own[prefix + note]
+        for name in ("fixed_log_decay", "normalized"):  # checkpoints had them once; a model goes by its options
+            state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -48,8 +43,7 @@ class MomentumEMA(_Momentum):
         self.normalize = normalize
         logit = torch.full((heads,), math.log(eta) - math.log1p(-eta))
         self.decay_logit = nn.Parameter(logit) if learned else None
-        self.register_buffer("fixed_log_decay", None if learned else torch.full((heads,), math.log(eta)))
-        self.register_buffer("normalized", torch.ones(()) if normalize else None)
+        self.register_buffer("fixed_log_decay", None if learned else torch.full((heads,), math.log(eta)), persistent=False)
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
 
     def log_decay(self) -> Tensor:

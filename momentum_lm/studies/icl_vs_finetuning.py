@@ -37,6 +37,7 @@ from momentum_lm.icl.prompts import (
     special_notes,
 )
 from momentum_lm.icl.scoring import halving
+from momentum_lm.lm.anatomy import anatomy
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.finetuning_summary import TASK, summary
 from momentum_lm.results import identity
@@ -344,11 +345,9 @@ class _Study:
         return found
 
     def _batches(self) -> list[list[int]]:
-        prompt_settings, config = self.settings.questions, self.lm.describe()["architecture"]
+        prompt_settings, parts = self.settings.questions, anatomy(self.lm.model)
         longest = max(len(query[0].tokens) for query in self.zero_shot.queries)
-        layers = next((int(config[name]) for name in ("layers", "num_hidden_layers", "n_layer") if name in config), 24)
-        heads = next((int(config[name]) for name in ("heads", "num_attention_heads", "n_head") if name in config), 16)
-        row = 2 * 4 * layers * heads * (len(self.in_context.prefix) + longest)
+        row = 2 * 4 * max(1, len(parts.layers)) * (parts.heads or 1) * (len(self.in_context.prefix) + longest)
         most = scoring.token_budget(self.lm, self.in_context)
         budget = prompt_settings.batch_tokens or min(most, max(1, TRACE_BYTES // row) * longest)
         return scoring.plan(self.zero_shot, self.processes.from_first(budget))

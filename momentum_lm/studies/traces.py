@@ -16,8 +16,9 @@ from torch import Tensor
 
 from momentum_lm.icl.finetuning import Diverged, Lesson, finetuned
 from momentum_lm.icl.prompts import Prompts, Request
+from momentum_lm.lm.anatomy import key_value_weights
 from momentum_lm.lm.protocol import LanguageModel
-from momentum_lm.lm.tracing import AttentionTrace, key_value_weights, tracing
+from momentum_lm.lm.tracing import AttentionTrace, tracing
 
 Floats = NDArray[np.float32]
 PAPER, PREDICTING = 0, 1  # the two positions of a row that are looked at: the last token of its first choice, and the query's last

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from momentum_lm.lm.native import NativeLM
-from momentum_lm.model import Decoder
+from momentum_lm.lm.anatomy import untrained_copy
 
 from .traces import TracedModel
 
@@ -21,12 +20,6 @@ def untrained(lm: TracedModel, seed: int = 0) -> TracedModel:
     fresh: Any = copy.copy(lm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if isinstance(lm, NativeLM):
-            model: Any = Decoder(lm.config)
-        else:
-            from transformers import AutoModelForCausalLM
-
-            # a model's own code, where it brings some, runs here already
-            model = AutoModelForCausalLM.from_config(lm.model.config, trust_remote_code=True)
+        model = untrained_copy(lm.model)
     fresh.model = model.to(device=lm.device, dtype=lm.dtype).eval().requires_grad_(False)
     return fresh

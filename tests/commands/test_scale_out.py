@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fairseq_compat
-from momentum_lm.fairseq_plugin.sharding import join_shards
+from momentum_lm.formats.shards import join_shards
 
 MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned", "--disable-validation"]
 BACKENDS = {"ddp": ["--ddp-backend", "pytorch_ddp"], "sharded": ["--ddp-backend", "fully_sharded"]}

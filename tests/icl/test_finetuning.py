@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from momentum_lm.errors import UserError
-from momentum_lm.icl.finetuning import Diverged, Lesson, blocks, finetuned
+from momentum_lm.icl.finetuning import Diverged, Lesson, finetuned
+from momentum_lm.lm.anatomy import anatomy
 from momentum_lm.lm.tracing import AttentionTrace, tracing
 
 LESSONS = [Lesson([0, 5, 9, 20, 31]), Lesson([0, 7, 7, 40, 12, 50, 61]), Lesson([0, 80, 3, 4])]
@@ -114,14 +115,14 @@ def test_layerwise_learns_in_each_block_alone(model):
     tokens, rate = torch.tensor([LESSONS[1].tokens]), 0.1
     expected = copy.deepcopy(model).requires_grad_(True)
     inputs = []
-    for block in blocks(expected):
+    for block in anatomy(expected).blocks:
         block.register_forward_pre_hook(lambda m, given, options: inputs.append((given, options)), with_kwargs=True)
     logits(expected, LESSONS[1].tokens)
     parent = getattr(expected, "model", None) or getattr(expected, "transformer", None) or getattr(expected, "gpt_neox", None) or expected
     norm = next(getattr(parent, n) for n in ("norm", "ln_f", "final_layer_norm", "layer_norm") if hasattr(parent, n))
     head = expected.output_projection if parent is expected else expected.get_output_embeddings()
     seen = list(inputs)
-    for block, (given, options) in zip(blocks(expected), seen, strict=True):
+    for block, (given, options) in zip(anatomy(expected).blocks, seen, strict=True):
         given = [g.detach() if isinstance(g, torch.Tensor) else g for g in given]
         options = {k: v.detach() if k == "hidden_states" else v for k, v in options.items()}
         out = block(*given, **options)

@@ -159,7 +159,8 @@ def attention_apart(lm):
     """The largest difference of traced attention and outputs from those that the model itself gives."""
     import torch
 
-    from momentum_lm.lm.tracing import AttentionTrace, attention_modules, tracing
+    from momentum_lm.lm.attention_interface import attention_modules
+    from momentum_lm.lm.tracing import AttentionTrace, tracing
 
     tokens = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
     positions = torch.tensor([[23, 22], [12, 5]])

@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from momentum_lm.errors import UserError  # noqa: E402
-from momentum_lm.lm import shared_prefix  # noqa: E402
+from momentum_lm.lm import cpu_fast  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM, load_huggingface  # noqa: E402
 from momentum_lm.lm.momentum_attention import add_momentum  # noqa: E402
 
@@ -71,11 +71,11 @@ def test_rows_are_packed_only_for_an_attention_that_knows_how(tokenizer):
         step()
         with count_packed() as calls:
             check_log_probs(lm, "right", 9)
-        assert bool(calls) == (lm.config._attn_implementation == shared_prefix.PACKED_ATTENTION)
+        assert bool(calls) == (lm.config._attn_implementation == cpu_fast.PACKED_ATTENTION)
 
 
 def test_rows_are_padded_for_a_model_that_refuses_them_packed(tokenizer, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "_REFUSED", ("scaling",))
+    monkeypatch.setattr(cpu_fast, "_REFUSED", ("scaling",))
     lm = HuggingFaceLM(random_model("llama"), tokenizer, "llama", "")
     check_log_probs(lm, "right", 9)
     assert lm._packs_rows is False
@@ -95,9 +95,9 @@ def test_a_prefix_is_freed_when_nothing_refers_to_it(tokenizer):
 @contextlib.contextmanager
 def count_packed():
     """Calls of attention with packed rows."""
-    calls, real = [], shared_prefix.PackedRows.pad
+    calls, real = [], cpu_fast.PackedRows.pad
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_prefix.PackedRows, "pad", lambda *given: calls.append(1) or real(*given))
+        patch.setattr(cpu_fast.PackedRows, "pad", lambda *given: calls.append(1) or real(*given))
         yield calls
 
 

@@ -7,7 +7,8 @@ CODE = """
 import resource
 import torch
 import torch.nn.functional as F
-from momentum_lm.lm.inference import OneDNNLinear
+from momentum_lm.lm.cpu_fast import OneDNNLinear, limit_onednn_caches
+limit_onednn_caches()
 weight, rows = torch.randn(576, 576), torch.randn(800, 576)
 def run(lengths):
     with torch.inference_mode(), OneDNNLinear():

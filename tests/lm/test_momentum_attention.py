@@ -13,9 +13,11 @@ from momentum_lm.cli.evaluate import main  # noqa: E402
 from momentum_lm.errors import UserError  # noqa: E402
 from momentum_lm.icl.datasets.loading import Example, LabelledDataset, load_spec  # noqa: E402
 from momentum_lm.icl.finetuning import Lesson, finetuned  # noqa: E402
+from momentum_lm.lm.anatomy import key_value_weights  # noqa: E402
+from momentum_lm.lm.attention_interface import attention_modules  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM  # noqa: E402
 from momentum_lm.lm.momentum_attention import add_momentum  # noqa: E402
-from momentum_lm.lm.tracing import AttentionTrace, attention_modules, key_value_weights, tracing  # noqa: E402
+from momentum_lm.lm.tracing import AttentionTrace, tracing  # noqa: E402
 from momentum_lm.studies import classification  # noqa: E402
 from momentum_lm.studies import icl_vs_finetuning as study  # noqa: E402
 from momentum_lm.studies.untrained import untrained  # noqa: E402

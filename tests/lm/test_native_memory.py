@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from momentum_lm.lm.native import load_native
 from momentum_lm.formats.decoder_options import from_fairseq
+from momentum_lm.lm.native import load_native
 from momentum_lm.model import Decoder, DecoderConfig
 
 OPTIONS = {
@@ -103,7 +103,7 @@ def test_nothing_is_left_without_values(tmp_path, position, dtype):
     torch.manual_seed(0)
     model = Decoder(config)
     options = SMALL | {"position": position, "momentum_normalize": True}
-    tensors = {f"decoder.{name}": t for name, t in model.state_dict().items() if "fixed_log_decay" not in name}
+    tensors = {f"decoder.{name}": t for name, t in model.state_dict().items()}
     torch.save({"cfg": {"model": options}, "model": tensors}, tmp_path / "c.pt")
     loaded = load_native(tmp_path / "c.pt", dtype=dtype).model
     expected = dict(model.to(dtype).named_buffers())

@@ -8,7 +8,9 @@ import torch
 
 from momentum_lm.analysis import metrics
 from momentum_lm.errors import UserError
-from momentum_lm.lm.tracing import AttentionTrace, attention_modules, key_value_weights, tracing
+from momentum_lm.lm.anatomy import key_value_weights
+from momentum_lm.lm.attention_interface import attention_modules
+from momentum_lm.lm.tracing import AttentionTrace, tracing
 
 TOKENS = torch.randint(4, 300, (3, 9), generator=torch.Generator().manual_seed(2))
 POSITIONS = torch.tensor([8, 3, 5])

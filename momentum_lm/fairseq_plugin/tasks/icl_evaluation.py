@@ -20,8 +20,9 @@ from momentum_lm.errors import UserError, flags, named
 from momentum_lm.icl import scoring
 from momentum_lm.icl.datasets.loading import Example, by_name, load_dataset
 from momentum_lm.icl.prompts import Prompts
+from momentum_lm.lm.anatomy import is_ours
+from momentum_lm.lm.cpu_fast import limit_onednn_caches
 from momentum_lm.lm.native import NativeLM
-from momentum_lm.model import Decoder
 from momentum_lm.studies.classification import Questions, Settings, units
 from momentum_lm.text.dictionary import BOS, EOS
 from momentum_lm.text.tokenizer import has_tokenizer
@@ -53,7 +54,7 @@ class IclEvaluation:
             value = args[f"icl_eval_{flag}"]
             if value is not None and value < 1:
                 raise UserError(f"--icl-eval-{flag.replace('_', '-')} {value}: must be at least 1")
-        if not isinstance(getattr(model, "decoder", None), Decoder):
+        if not is_ours(getattr(model, "decoder", None)):
             raise UserError("--icl-eval-datasets works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these")
         if args.ddp_backend == "fully_sharded":
             raise UserError("--icl-eval-datasets needs the whole model in each process: use another --ddp-backend than fully_sharded")
@@ -71,6 +72,7 @@ class IclEvaluation:
         )
         self.model, self.interval, self.settings = model, args.icl_eval_interval, settings
         bos = BOS if args.add_bos_token else EOS
+        limit_onednn_caches()
         self.lm = NativeLM(model.decoder, Path("the model"), bos=(bos,), tokenizer_path=folder, in_training=True)
         sizes = [args.max_tokens, args.batch_size and args.batch_size * args.tokens_per_sample]
         self.batch_tokens = min(size for size in sizes if size)  # what fits in training fits here

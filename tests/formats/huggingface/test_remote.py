@@ -16,7 +16,6 @@ from momentum_lm.formats.remote.modeling_momentum_lm import CHUNK, MomentumLMFor
 from momentum_lm.formats.to_huggingface import write_model  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM, load_huggingface  # noqa: E402
 from momentum_lm.model import Decoder, DecoderConfig  # noqa: E402
-from momentum_lm.model.filters import NOTES  # noqa: E402
 
 VOCAB, PAD = 61, 1
 SHAPE = dict(vocab_size=VOCAB, dim=32, ffn_dim=48, layers=2, heads=4, max_positions=160)
@@ -63,7 +62,6 @@ def exported(decoder):
     state = {
         "lm_head.weight" if name == "output_projection.weight" else f"model.{name}": tensor
         for name, tensor in decoder.state_dict().items()
-        if not name.endswith(NOTES)
     }
     model.load_state_dict(state)
     return model

@@ -1,4 +1,4 @@
-"""Checkpoints in parts, NAME-shard0.pt, NAME-shard1.pt, ...: what each process of a run with --use-sharded-state wrote."""
+"""Checkpoints in parts, NAME-shard0.pt, NAME-shard1.pt, ...: one of each process of a run with --use-sharded-state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from momentum_lm.formats.pickles import shown
 
 
 def part_files(path: Path, state: dict[str, Any]) -> list[Path]:
-    """All files of the checkpoint of which ``path`` holds ``state``, in order; nothing where it is whole, and not one of parts.
+    """All files of the checkpoint of which ``path`` holds ``state``, in order; nothing where it is whole, and not one
+    of parts.
 
     Raises UserError for a part under another name than it had.
     """
@@ -79,7 +80,8 @@ def _as_described() -> Iterator[None]:
 
 
 def join_parts(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One checkpoint without optimizer state from its parts in order, ours or those of fairscale's FullyShardedDataParallel.
+    """One checkpoint without optimizer state from its parts in order, ours or those of fairscale's
+    FullyShardedDataParallel.
 
     Tensors that lie in one part stay where they are. Raises UserError if parts are missing or do not belong together.
     """
@@ -99,12 +101,17 @@ def _check_updates(states: Sequence[dict[str, Any]]) -> None:
 
 
 def _join_fairscale(states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The model of fairscale's parts: many parameters are one there, flattened and cut into parts of equal length, the last ones padded.
+    """The model of fairscale's parts: many parameters are one there, flattened and cut into parts of equal length, the
+    last ones padded.
 
     Source: ``consolidate_shard_weights`` of fairscale 0.4.13.
     """
     wholes = [state["fsdp_metadata"]["param_metadata"] for state in states]
-    model = {name: states[0]["model"][name] for name in states[0]["fsdp_metadata"].get("buffer_names", ()) if name in states[0]["model"]}
+    model = {
+        name: states[0]["model"][name]
+        for name in states[0]["fsdp_metadata"].get("buffer_names", ())
+        if name in states[0]["model"]
+    }
     for module, first in enumerate(wholes[0]):
         prefix = f"{first['fsdp_path']}." if first["fsdp_path"] else ""
         for flat, entry in first["params"].items():
@@ -113,7 +120,8 @@ def _join_fairscale(states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
             parts = [tensor[: len(tensor) - padding] for tensor, padding in zip(tensors, paddings, strict=True)]
             if sum(map(len, parts)) != sum(entry["numels"]):
                 raise UserError(
-                    f"of its parts {len(states)} are there, and they do not make up {prefix}{entry['names'][0]}: some are missing"
+                    f"of its parts {len(states)} are there, and they do not make up {prefix}{entry['names'][0]}: "
+                    "some are missing"
                 )
             start = 0
             for name, shape, length in zip(entry["names"], entry["shapes"], entry["numels"], strict=True):
@@ -141,7 +149,9 @@ def join_shards(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
     states = list(shards)
     metadata = [_metadata(state) for state in states]
     if not states or any("rank" not in m or not m.get("divided") for m in metadata):
-        raise UserError("these are not the parts of a sharded checkpoint, as fairseq-train --use-sharded-state writes them")
+        raise UserError(
+            "these are not the parts of a sharded checkpoint, as fairseq-train --use-sharded-state writes them"
+        )
     world = part_count(states[0])
     ranks = [count(m["rank"], "rank (fsdp_metadata)", most=max(world, len(states))) for m in metadata]
     worlds = {part_count(state) for state in states}

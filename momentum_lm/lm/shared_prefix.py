@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .inference import grouped_attention, register_attention
+from .states import TokenRows
 
 PACKED_ATTENTION = "sdpa_grouped"  # the name, for ``set_attn_implementation``, of SDPA that knows packed rows
 _REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")  # options of an attention that :func:`_attend` does not know
@@ -28,8 +29,12 @@ class SharedPrefix:
         for layer in cache.layers:
             layer.update = functools.partial(_read, layer.keys, layer.values)  # not of the layer, which would refer to itself
 
-    def __len__(self) -> int:
-        return self.length
+    def rows(self, count: int) -> TokenRows:
+        """Rows that go on from it."""
+        return TokenRows([self.ids] * count, self)
+
+    def select(self, index: Tensor) -> None:
+        raise NotImplementedError("there is one row")
 
 
 class PackedRows:

@@ -32,18 +32,18 @@ class Cache:
     positions: Tensor | None = None  # (B,) number of real tokens so far
     frozen: bool = False  # only ever read: the tokens of a call follow it, and are forgotten
 
-    def reorder(self, index: Tensor) -> None:
+    def select(self, index: Tensor) -> None:
         """Replaces row b by row ``index[b]`` (beam search), in place. The number of rows may change."""
         self._map(lambda tensor: tensor.index_select(0, index))
 
-    def expand(self, batch: int, frozen: bool = False) -> Cache:
-        """A new cache for ``batch`` rows that share this one-row prefix, without copying it. This one stays as it is.
+    def rows(self, count: int, frozen: bool = False) -> Cache:
+        """A new cache for ``count`` rows that share this one-row prefix, without copying it. This one stays as it is.
 
         ``frozen``: the new one is only read. No layer then keeps its rows' keys and values, and rows may be padded on the right.
         """
         layers = [LayerCache(c.keys, c.values, c.momentum, frozen) for c in self.layers]
         copy = Cache(layers, self.length, self.padding, self.positions, frozen)
-        copy._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+        copy._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
         return copy
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -116,7 +116,7 @@ def test_incremental_equals_full_after_left_padding_with_beams_reordered_at_ever
     for t in range(8, 20):
         order = torch.randint(4, (4,), generator=generator)
         tokens = tokens[order]
-        cache.reorder(order)
+        cache.select(order)
         step = decoder(tokens[:, t : t + 1], cache=cache)
         torch.testing.assert_close(step, decoder(tokens[:, : t + 1])[:, -1:], rtol=0, atol=1e-12)
 
@@ -129,7 +129,7 @@ def test_queries_of_unequal_length_share_a_prefix(kind, position):
     queries[1, :4] = PAD
     cache = decoder.new_cache()
     decoder(prefix, cache=cache)
-    logits = decoder(queries, cache=cache.expand(3))
+    logits = decoder(queries, cache=cache.rows(3))
     for row, start in enumerate((0, 4, 0)):
         whole = torch.cat([prefix, queries[row : row + 1, start:]], 1)
         torch.testing.assert_close(logits[row, start:], decoder(whole)[0, 9:], rtol=0, atol=1e-12)

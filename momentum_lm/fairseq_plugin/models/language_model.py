@@ -100,7 +100,7 @@ class FairseqDecoder(Decoder, FairseqIncrementalDecoder):
 
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: Tensor) -> None:
         if "momentum_lm" in incremental_state:
-            incremental_state["momentum_lm"].reorder(new_order)
+            incremental_state["momentum_lm"].select(new_order)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

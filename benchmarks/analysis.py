@@ -68,14 +68,14 @@ def prompts(args: argparse.Namespace) -> dict:
     """Token ids of all that the authors' procedure shows the model, and where the demonstrations' tokens stand."""
     from momentum_lm.icl.demonstrations import evaluation_subset, select
     from momentum_lm.icl.prompts import build, demonstration_text
-    from momentum_lm.studies.traces import align, unshared
+    from momentum_lm.studies.traces import align
 
     lm, data, settings = load(args)
     form = settings.questions.form(lm)
     examples = evaluation_subset(data.evaluation, args.examples, protocol_paper=True)
     demonstrations = select(data.train, args.shots, args.seed, "random", data.spec.num_choices)
-    built = {"in_context": unshared(build(lm, form, demonstrations, examples)), "zero_shot": unshared(build(lm, form, [], examples))}
-    asked = {name: [[[list(r.tokens), r.start] for r in query] for query in found.queries] for name, found in built.items()}
+    built = {"in_context": build(lm, form, demonstrations, examples), "zero_shot": build(lm, form, [], examples)}
+    asked = {name: [[[list(r.tokens), len(r.context)] for r in query] for query in found.queries] for name, found in built.items()}
     lessons = lm.encode([demonstration_text(example) for example in demonstrations])
     aligned = align(asked["in_context"][0][0][0], lessons, len(form.bos))
     if aligned is None:

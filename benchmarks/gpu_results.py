@@ -103,9 +103,9 @@ def document(cards: Cards) -> str:
 
 BY_HAND = """- DDP with `--gradient-as-bucket-view` on several GPUs
 - waits for the device in an update (`torch.cuda.set_sync_debug_mode`)
-- a batch of prompts that does not fit is halved, its memory given back (`GPU_SHARE` in icl/scoring.py at 3.0)
+- a batch of prompts that does not fit is halved, its memory given back (`GPU_SHARE` in icl/engine.py at 3.0)
 - the harness on `device=cuda`, an exported momentum model's `generate`
-- logits per chunk (`CHUNK_LOGITS` in modules/loss.py) over 2^26 to 2^30; one product for queries, keys and values
+- logits per chunk (`CHUNK_LOGITS` in model/loss.py) over 2^26 to 2^30; one product for queries, keys and values
 - `python benchmarks/icl_eval.py` and `benchmarks/analysis.py` with both sides on the GPU"""
 
 

@@ -44,7 +44,7 @@ def texts(asked: dict) -> list[tuple[str, list[str]]]:
 def ours(asked: dict, args: argparse.Namespace) -> dict:
     """Through the functions that `fairseq-eval --task icl_classification` calls."""
     from momentum_lm.cpu import keep_memory
-    from momentum_lm.icl import prompts, scoring
+    from momentum_lm.icl import engine, prompts
     from momentum_lm.icl.datasets.loading import Example
     from momentum_lm.lm.huggingface import load_huggingface
 
@@ -57,9 +57,10 @@ def ours(asked: dict, args: argparse.Namespace) -> dict:
     )
 
     def score(some: list) -> list[list[float]]:
-        built = prompts.build(lm, form, demonstrations, some)
-        sums = scoring.score(lm, built, scoring.plan(built, args.batch_tokens or scoring.token_budget(lm, built)))
-        return [sums[i] for i in range(len(some))]
+        queries = prompts.build(lm, form, demonstrations, some).queries
+        batches = engine.plan(queries, args.batch_tokens or engine.query_budget(lm, queries))
+        answers = {i: found for _, part in engine.score_batches(lm, queries, batches) for i, found in part.items()}
+        return [[answer.log_prob for answer in answers[i]] for i in range(len(some))]
 
     score(examples[:4])
     timers = []

@@ -569,7 +569,7 @@ CHOICES = [2, 2, 3]  # of three queries
 def _scores() -> Any:
     import numpy
 
-    from momentum_lm.icl.scoring import Scores
+    from momentum_lm.icl.engine import Scores
 
     there = numpy.arange(3)[None] < numpy.array(CHOICES)[:, None]
     return Scores(numpy.where(there, -1.5, numpy.nan), there.astype(numpy.int64))

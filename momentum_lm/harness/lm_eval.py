@@ -27,17 +27,13 @@ from tqdm import tqdm
 
 from momentum_lm.errors import Argument, UserError, as_word, named
 from momentum_lm.formats.to_huggingface import names_of_tokens
-from momentum_lm.icl.prompts import Request, common_length
-from momentum_lm.icl.scoring import halving
+from momentum_lm.icl.engine import MOST_GENERATED, Request, common_length, generate, score
+from momentum_lm.icl.sampling import likeliest, sample
 from momentum_lm.lm.native import NativeLM, load_native
 from momentum_lm.model.precision import DTYPES
 from momentum_lm.text.dictionary import PAD, SPECIALS
 
-from .generation import generate, likeliest, row_budget, sample
-from .scoring import Answer, batches, score
-
 _AT_ONCE = 256  # requests whose texts are encoded together
-_GENERATED_AT_ONCE = 64  # rows, as the harness's own models have it; where memory allows
 _log = logging.getLogger(__name__)
 
 
@@ -144,7 +140,7 @@ class MomentumLM(LM):
             "max_length": self.max_length,
         }
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether greedy decoding gives it) of each continuation after its context."""
         pairs = [request.args for request in requests]
         continuations: list[Request] = []
@@ -152,7 +148,7 @@ class MomentumLM(LM):
             for some in _parts(pairs):
                 continuations += self._requests(some)
                 bar.update(len(some))
-        self._warn([len(request.tokens) - 1 for request in continuations], self.max_length)
+        self._warn([len(request.read) for request in continuations], self.max_length)
         return self._score([self._shortened(request) for request in continuations], disable_tqdm, pairs)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -164,7 +160,7 @@ class MomentumLM(LM):
                 before = len(windows)
                 for pair in get_rolling_token_windows(tokens, self.lm.bos[-1], self.max_length, context_len=1):
                     context, continuation = make_disjoint_window(pair)
-                    windows.append(Request(array("i", context + continuation), len(context)))
+                    windows.append(Request(array("i", context), array("i", continuation)))
                 counts.append(len(windows) - before)
         answers = iter(self._score(windows, disable_tqdm))
         return [sum(next(answers)[0] for _ in range(count)) for count in counts]
@@ -198,23 +194,17 @@ class MomentumLM(LM):
         whole = {number: self._begun(tokens) for number, tokens in zip(contexts, self._encode(list(contexts.values())), strict=True)}
         self._warn([len(tokens) for tokens in whole.values()], room)
         kept = {number: tokens[-room:] for number, tokens in whole.items()}
-        longest = max(map(len, kept.values())) + ending.most
-        rows = min(self._rows or _GENERATED_AT_ONCE, row_budget(self.lm, longest))
+        numbers, rows = list(kept), self._rows or MOST_GENERATED
+        generated = generate(self.lm, list(kept.values()), ending.most, ending.finished, ending.choose, rows)
+        yield from ((numbers[i], ending.text(tokens)) for i, tokens in generated)
 
-        def run(batch: Sequence[int]) -> list[list[int]]:
-            return generate(self.lm, [kept[number] for number in batch], ending.most, ending.choose, ending.finished)
-
-        for batch in batches(list(kept), lambda number: len(kept[number]), rows * longest, rows):
-            found = [tokens for part in halving(run, batch) for tokens in part]
-            yield from zip(batch, map(ending.text, found), strict=True)
-
-    def _score(self, requests: Sequence[Request], disable_tqdm: bool, names: Sequence[Any] | None = None) -> list[Answer]:
-        answers: dict[int, Answer] = {}
+    def _score(self, requests: Sequence[Request], disable_tqdm: bool, names: Sequence[Any] | None = None) -> list[tuple[float, bool]]:
+        answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for number, answer in score(self.lm, requests, self._rows):
-                answers[number] = answer
+                answers[number] = tuple(answer)
                 if names is not None:
-                    self.cache_hook.add_partial("loglikelihood", names[number], answer)
+                    self.cache_hook.add_partial("loglikelihood", names[number], tuple(answer))
                 bar.update()
         return [answers[number] for number in range(len(requests))]
 
@@ -230,17 +220,15 @@ class MomentumLM(LM):
             start = common_length(tokens[texts[context.rstrip()]], whole)
             if start == len(whole):
                 raise UserError(f"the continuation {continuation!r} has no tokens; fix the task's data")
-            before = self._begun(whole[:start])
-            found.append(Request(array("i", before + whole[start:]), len(before)))
+            found.append(Request(array("i", self._begun(whole[:start])), array("i", whole[start:])))
         return found
 
     def _shortened(self, request: Request) -> Request:
-        cut = max(0, len(request.tokens) - 1 - self.max_length)
-        if cut >= request.start:
-            count = len(request.tokens) - request.start
+        cut = max(0, len(request.read) - self.max_length)
+        if cut >= len(request.context):
             limit = f"{self.lm.name} takes {self.max_length}"
-            raise UserError(f"a continuation has {count} tokens, but {limit}; fix the task's data")
-        return Request(request.tokens[cut:], request.start - cut)
+            raise UserError(f"a continuation has {len(request.continuation)} tokens, but {limit}; fix the task's data")
+        return Request(request.context[cut:], request.continuation)
 
     def _begun(self, tokens: list[int]) -> list[int]:
         bos = list(self.lm.bos)
@@ -289,10 +277,9 @@ class _Ending:
                 raise UserError(
                     f"generation argument {name}={value!r}: momentum_lm has until, max_gen_toks, do_sample, temperature, top_k and top_p"
                 )
-        padding = lm.config.padding_idx
-        self.choose: Callable[[torch.Tensor], torch.Tensor] = functools.partial(likeliest, padding_idx=padding)
+        self.choose: Callable[[torch.Tensor], torch.Tensor] = likeliest
         if drawn:
-            self.choose = functools.partial(sample, padding_idx=padding, temperature=temperature, **top)
+            self.choose = functools.partial(sample, temperature=temperature, **top)
 
     def finished(self, tokens: list[int]) -> bool:
         """Whether the last token completes what the text is to end at."""

@@ -1,7 +1,8 @@
-"""Prompts as token ids: what all queries begin with, once, and what is each query's own."""
+"""Demonstrations and queries as prompts, and prompts as requests for log-probabilities (:mod:`.engine`)."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from array import array
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from momentum_lm.errors import UserError, arg
 from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.lm.protocol import LanguageModel
+
+from .engine import Request, common_length, shared_length
 
 _AT_ONCE = 256  # queries whose whole prompts are held as text and tokens at a time
 
@@ -24,35 +27,31 @@ class PromptFormat:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One continuation of one query: the tokens after the shared prefix, of which those from ``start`` on are scored."""
-
-    tokens: array[int]
-    start: int
-
-
-@dataclass(frozen=True)
 class Prompts:
-    """``queries[i][c]`` after ``prefix`` is what the model is asked about choice c of example i.
+    """``queries[i][c]`` asks for choice c of example i after the demonstrations, of which ``shots`` fitted."""
 
-    ``shots`` is how many demonstrations fitted.
-    """
-
-    prefix: list[int]
     queries: list[list[Request]]
     shots: int
 
+    @functools.cached_property
+    def shared(self) -> int:
+        """The number of tokens that all prompts begin with."""
+        return shared_length(self.queries)
+
     def longest(self) -> tuple[int, int]:
         """(tokens of the longest prompt, its query)."""
-        return max((len(self.prefix) + len(request.tokens), i) for i, query in enumerate(self.queries) for request in query)
+        return max((len(request.tokens), i) for i, query in enumerate(self.queries) for request in query)
 
-    def sha256(self) -> str:
-        """Digest of all token ids: equal digests ask a model the same."""
-        digest = hashlib.sha256(array("i", self.prefix).tobytes())
+    def sha256(self, whole: bool = False) -> str:
+        """Digest of all token ids, those that all prompts begin with once, or (``whole``) with each prompt: equal ones
+        ask models the same."""
+        shared = 0 if whole else self.shared
+        digest = hashlib.sha256(self.queries[0][0].context[:shared].tobytes())
         for query in self.queries:
             for request in query:
-                digest.update(b"%d,%d;" % (request.start, len(request.tokens)))
-                digest.update(request.tokens.tobytes())
+                own = request.tokens[shared:]
+                digest.update(b"%d,%d;" % (len(request.context) - shared, len(own)))
+                digest.update(own.tobytes())
         return digest.hexdigest()
 
 
@@ -112,12 +111,12 @@ def longest_query(lm: LanguageModel, examples: Sequence[Example]) -> int:
 def build(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], examples: Sequence[Example]) -> Prompts:
     """The prompts for ``examples`` after ``demonstrations``, which should fit (see :func:`fit`).
 
-    Text between special tokens is encoded as a whole, as it would be in training, and the prefix is what all prompts turn out to
-    share: so the ids are those of the full text whatever the tokenizer does at its seams. A continuation's tokens are those in which a
-    prompt with it differs from the prompt without. Where a tokenizer joins the end of an input and the beginning of one
-    continuation into a token, all continuations of that input are scored from the same token on, so that what is
-    compared are probabilities of alternatives. Raises UserError naming the example whose prompt is longer than the
-    model's context or has no token to predict from.
+    Text between special tokens is encoded as a whole, as it would be in training: so the ids are those of the full text
+    whatever the tokenizer does at its seams. A continuation's tokens are those in which a prompt with it differs from the
+    prompt without. Where a tokenizer joins the end of an input and the beginning of one continuation into a token, all
+    continuations of that input are scored from the same token on, so that what is compared are probabilities of
+    alternatives. Raises UserError naming the example whose prompt is longer than the model's context or has no token to
+    predict from.
     """
     head, text = list(form.bos), ""
     demos = [demonstration_text(example) for example in demonstrations]
@@ -127,21 +126,18 @@ def build(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Exampl
         for tokens in lm.encode(demos):
             head += [*tokens, *form.separator]
 
-    prefix: list[int] | None = None
     queries: list[list[Request]] = []
     for some in _batched(examples):
-        found = [_whole(head, query) for query in _encode(lm, text, some)]
-        for example, query in zip(some, found, strict=True):
-            for tokens, start in query:
-                _check(lm, example, tokens, start)
-                kept = tokens[: start - 1] if prefix is None else prefix[: common_length(prefix, tokens[: start - 1])]
-                if prefix is not None and len(kept) < len(prefix):  # what turns out not to be shared goes back to the queries
-                    lost = prefix[len(kept) :]
-                    queries = [[Request(array("i", lost) + old.tokens, old.start + len(lost)) for old in query] for query in queries]
-                prefix = kept
-        cut = len(prefix or [])
-        queries += [[Request(array("i", tokens[cut:]), start - cut) for tokens, start in query] for query in found]
-    return Prompts(prefix or [], queries, len(demonstrations))
+        for example, encoded in zip(some, _encode(lm, text, some), strict=True):
+            query: list[Request] = []
+            for tokens, start in encoded:
+                _check(lm, example, len(head) + len(tokens), len(head) + start)
+                context = array("i", head + tokens[:start])
+                if query and query[-1].context == context:
+                    context = query[-1].context  # choices mostly share their input: it is held once
+                query.append(Request(context, array("i", tokens[start:])))
+            queries.append(query)
+    return Prompts(queries, len(demonstrations))
 
 
 def _encode(lm: LanguageModel, text: str, examples: Sequence[Example]) -> list[list[tuple[list[int], int]]]:
@@ -167,32 +163,20 @@ def _encode(lm: LanguageModel, text: str, examples: Sequence[Example]) -> list[l
     return queries
 
 
-def _whole(head: list[int], query: list[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
-    return [(head + tokens, len(head) + start) for tokens, start in query]
-
-
-def _check(lm: LanguageModel, example: Example, tokens: list[int], start: int) -> None:
+def _check(lm: LanguageModel, example: Example, length: int, start: int) -> None:
     where = f"example {example.index}"
     if start == 0:
         raise UserError(
             f"{where} has no token before its continuation; give the template some text there, or (fairseq "
             "checkpoints) begin prompts with ", arg("bos"), " '</s>'",
         )
-    if start == len(tokens):
+    if start == length:
         raise UserError(f"{where} has a continuation without tokens; fix its text in the data")
-    if len(tokens) > lm.max_positions:
+    if length > lm.max_positions:
         raise UserError(
-            f"{where} has a prompt of {len(tokens)} tokens, but {lm.name} takes {lm.max_positions}; shorten texts "
-            "with ", arg("shorten"),
+            f"{where} has a prompt of {length} tokens, but {lm.name} takes {lm.max_positions}; shorten texts with ",
+            arg("shorten"),
         )
-
-
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of tokens with which both begin."""
-    short = min(len(a), len(b))
-    if a[:short] == b[:short]:
-        return short
-    return next(i for i in range(short) if a[i] != b[i])
 
 
 def _batched(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .states import TokenRows
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 PACKED_ATTENTION = "sdpa_grouped"  # the name, for ``set_attn_implementation``, of SDPA that knows packed rows
@@ -124,8 +126,12 @@ class SharedPrefix:
                 _read, layer.keys, layer.values
             )  # not of the layer, which would refer to itself
 
-    def __len__(self) -> int:
-        return self.length
+    def rows(self, count: int) -> TokenRows:
+        """Rows that go on from it."""
+        return TokenRows([self.ids] * count, self)
+
+    def select(self, index: Tensor) -> None:
+        raise NotImplementedError("there is one row")
 
 
 class PackedRows:

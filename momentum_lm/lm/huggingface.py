@@ -31,6 +31,8 @@ from .cpu_fast import (
     packed,
     register_packed_attention,
 )
+from .scoring import distinct_positions, target_log_probs
+from .states import KeyValueRows, TokenRows
 from .tracing import being_traced
 from .verification import (
     apart,
@@ -72,8 +74,8 @@ class HuggingFaceLM:
         if plain and self.shares_prefixes and enabled():
             model.set_attn_implementation(register_packed_attention())
         parameters = inspect.signature(model.forward).parameters
-        self._takes_logits_to_keep, self._takes_cache_position = (
-            name in parameters for name in ("logits_to_keep", "cache_position")
+        self._takes_logits_to_keep, self._takes_cache_position, self._takes_position_ids = (
+            name in parameters for name in ("logits_to_keep", "cache_position", "position_ids")
         )
         self.separator: str | tuple[int, ...] = (
             (tokenizer.eos_token_id,) if self.config.model_type == "xglm" else "\n\n"
@@ -172,24 +174,36 @@ class HuggingFaceLM:
         """The text of token ids, with special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def row_bytes(self, prefix: int, length: int) -> int:
-        """Keys, values and mask of one layer over the whole row, and one block's activations."""
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens of which each ends a generated text."""
+        settings = getattr(self.model, "generation_config", None)
+        for holder in (settings, self.config, self.tokenizer):
+            if (found := getattr(holder, "eos_token_id", None)) is not None:
+                return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+        return ()
+
+    def row_bytes(self, prefix: int, length: int, keeps: bool = False) -> int:
+        """Keys, values and mask of one layer over the whole row, and one block's activations; ``keeps``: and keys and
+        values of all layers."""
         config = self.config
         if not self.shares_prefixes:
             prefix, length = 0, prefix + length
         dim = int(getattr(config, "hidden_size", 1024))
         ffn = int(getattr(config, "intermediate_size", None) or 4 * dim)
+        kept = 2 * dim * int(getattr(config, "num_hidden_layers", 24)) * (prefix + length) if keeps else 0
         return (
-            self.dtype.itemsize * (4 * dim * (prefix + length) + length * (6 * dim + 3 * ffn)) + 4 * 4 * self.vocab_size
+            self.dtype.itemsize * (kept + 4 * dim * (prefix + length) + length * (6 * dim + 3 * ffn))
+            + 4 * 4 * self.vocab_size
         )
 
     @inference
-    def encode_prefix(self, ids: Sequence[int]) -> SharedPrefix | tuple[int, ...]:
+    def start(self, ids: Sequence[int]) -> SharedPrefix | TokenRows:
         """Keys and values of the tokens; the tokens themselves where rows cannot share those."""
         from transformers import DynamicCache
 
         if not self.shares_prefixes:
-            return tuple(ids)
+            return TokenRows([ids])
         cache = DynamicCache()  # without the configuration it keeps every token: a window is the mask's affair
         last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
         self.model(torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True, **last)
@@ -203,8 +217,8 @@ class HuggingFaceLM:
         rows: Tensor,
         positions: Tensor,
         targets: Tensor,
-        prefix: SharedPrefix | tuple[int, ...] | None = None,
-    ) -> Tensor:
+        state: SharedPrefix | TokenRows | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
         # Padding on the left would stand between prefix and row, where a sliding window counts it: it goes to the
         # right.
@@ -217,17 +231,17 @@ class HuggingFaceLM:
         )
         if not self._pads_rows or (
             self._switch_length is not None
-            and tokens.shape[1] + (0 if prefix is None else len(prefix)) > self._switch_length
+            and tokens.shape[1] + (0 if state is None else state.length) > self._switch_length
         ):
-            return self._separate_log_probs(tokens, seen, rows, positions, targets, prefix)
+            return self._separate_log_probs(tokens, seen, rows, positions, targets, state)
         plain = (
             self.config._attn_implementation == PACKED_ATTENTION
             and self.dtype == torch.float32
             and self.device.type == "cpu"
         )
-        if plain and isinstance(prefix, SharedPrefix) and self._packs_rows:
-            return self._packed_log_probs(tokens, seen, rows, positions, targets, prefix)
-        return self._padded_log_probs(tokens, rows, positions, targets, prefix)
+        if plain and isinstance(state, SharedPrefix) and self._packs_rows:
+            return self._packed_log_probs(tokens, seen, rows, positions, targets, state)
+        return self._padded_log_probs(tokens, rows, positions, targets, state)
 
     def _padded_log_probs(
         self,
@@ -235,15 +249,15 @@ class HuggingFaceLM:
         rows: Tensor,
         positions: Tensor,
         targets: Tensor,
-        prefix: SharedPrefix | tuple[int, ...] | None,
-    ) -> Tensor:
+        prefix: SharedPrefix | TokenRows | None,
+    ) -> tuple[Tensor, Tensor]:
         given: dict[str, Any] = {"use_cache": False}
         if isinstance(prefix, SharedPrefix):
             given = {"past_key_values": prefix.cache, "use_cache": True}
         elif prefix is not None:
             tokens, positions = (
-                torch.cat([torch.tensor(prefix).expand(len(tokens), -1), tokens], 1),
-                positions + len(prefix),
+                torch.cat([torch.tensor(prefix.ids).expand(len(tokens), -1), tokens], 1),
+                positions + prefix.length,
             )
         return self._read(tokens, given, rows, positions, targets)
 
@@ -254,8 +268,8 @@ class HuggingFaceLM:
         rows: Tensor,
         positions: Tensor,
         targets: Tensor,
-        prefix: SharedPrefix | tuple[int, ...] | None,
-    ) -> Tensor:
+        prefix: SharedPrefix | TokenRows | None,
+    ) -> tuple[Tensor, Tensor]:
         """Each row by itself, whole: in some models the longest row of a batch changes what all of them give."""
         if being_traced():
             limit = "" if self._switch_length is None else f" beyond {self._switch_length} tokens"
@@ -263,21 +277,20 @@ class HuggingFaceLM:
                 f"{self.name} gives other predictions for rows that are read together{limit}: its attention cannot be "
                 "analysed"
             )
-        before = torch.tensor(
-            () if prefix is None else tuple(prefix.ids if isinstance(prefix, SharedPrefix) else prefix),
-            dtype=torch.long,
-        )
-        found = torch.empty(len(rows))
+        before = torch.tensor([] if prefix is None else list(prefix.ids), dtype=torch.long)
+        log_p, likeliest = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
         for row in rows.unique().tolist():
             own = rows == row
             whole = torch.cat([before, tokens[row, seen[row]]])[None]
             places = positions[own] + len(before)
-            found[own] = self._read(whole, {"use_cache": False}, torch.zeros_like(places), places, targets[own])
-        return found
+            log_p[own], likeliest[own] = self._read(
+                whole, {"use_cache": False}, torch.zeros_like(places), places, targets[own]
+            )
+        return log_p, likeliest
 
     def _packed_log_probs(
         self, tokens: Tensor, seen: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: SharedPrefix
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         together = PackedRows(seen, prefix)
         given = {"past_key_values": prefix.cache, "use_cache": True, "position_ids": together.positions}
         if self._takes_cache_position:  # transformers 4
@@ -299,33 +312,102 @@ class HuggingFaceLM:
         )  # its past is values that packed rows do not see
         if window or momentum:
             return False
-        prefix, tokens = self.encode_prefix([1, 2, 3]), torch.tensor([[4, 5, 6], [7, 0, 0]])
+        prefix, tokens = self.start([1, 2, 3]), torch.tensor([[4, 5, 6], [7, 0, 0]])
         assert isinstance(prefix, SharedPrefix)
         own = torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]), torch.tensor([1, 2, 3])
         try:
-            found = self._packed_log_probs(tokens, tokens > 0, *own, prefix)
+            found, _ = self._packed_log_probs(tokens, tokens > 0, *own, prefix)
         except Exception:  # whatever a model does not take
             return False
-        return torch.allclose(found, self._padded_log_probs(tokens, *own, prefix), rtol=1e-4, atol=1e-4)
+        return torch.allclose(found, self._padded_log_probs(tokens, *own, prefix)[0], rtol=1e-4, atol=1e-4)
 
-    def _read(self, tokens: Tensor, given: dict[str, Any], rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    def _read(
+        self, tokens: Tensor, given: dict[str, Any], rows: Tensor, positions: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Runs the model over tokens (B, T)."""
         if self._switch_length is not None:
             reset_rotary(self.model)
-        places, which = torch.unique(torch.stack([rows, positions]), dim=1, return_inverse=True)
-        row, place = places.to(self.device)
+        pairs, which = distinct_positions(rows, positions)
+        row, position = pairs.to(self.device)
         if self._selects_logits:
             # The output projection sees what is asked alone; what the model does to logits after it, such as capping,
             # stays.
             output: Any = self.model.get_output_embeddings()
-            hook = output.register_forward_pre_hook(lambda module, inputs: (inputs[0][row, place][None],))
+            hook = output.register_forward_pre_hook(lambda module, inputs: (inputs[0][row, position][None],))
             try:
                 logits = self.model(tokens.to(self.device), **given).logits[0]
             finally:
                 hook.remove()
         else:
-            logits = self.model(tokens.to(self.device), **given).logits[row, place]
-        return F.log_softmax(logits.float(), -1)[which.to(self.device), targets.to(self.device)].cpu()
+            logits = self.model(tokens.to(self.device), **given).logits[row, position]
+        return target_log_probs(lambda part: logits[part], which, targets, logits.shape[-1])
+
+    @inference
+    def step(
+        self, tokens: Tensor, padding: Tensor, state: KeyValueRows | TokenRows | None = None
+    ) -> tuple[Tensor, KeyValueRows | TokenRows]:
+        """As :meth:`momentum_lm.lm.protocol.LanguageModel.step`."""
+        return self._step(tokens, padding, state, self._stepping)
+
+    def _step(self, tokens: Tensor, padding: Tensor, state: Any, way: str) -> tuple[Tensor, Any]:
+        """``way``: ``shared``, from keys and values of a shared prefix; ``cached``, from those of the rows alone; or
+        ``whole``, every row by itself and read again at each step."""
+        if way == "whole":
+            before = state.tokens if state is not None else [[]] * len(tokens)
+            rows = [[*old, *row[~pad].tolist()] for old, row, pad in zip(before, tokens.cpu(), padding.cpu(), strict=True)]
+            return torch.cat([self._plain_logits(torch.tensor([row]), 1)[:, -1] for row in rows]), TokenRows(rows)
+        if not isinstance(state, KeyValueRows):
+            shared = state.shared if state is not None and way == "shared" else None
+            if state is not None and shared is None:  # the prefix is read with every row, after its padding
+                columns = torch.arange(state.length + tokens.shape[1])
+                index = (columns - state.length).clamp(min=0)
+                count = padding.long().sum(1, keepdim=True)
+                own = columns - count  # place in the row of prefix and tokens
+                before = torch.tensor(state.tokens)
+                tokens = torch.where(
+                    own >= state.length,
+                    tokens.cpu()[:, index],
+                    before.gather(1, own.clamp(0, state.length - 1)),
+                )
+                padding = own < 0
+            state = KeyValueRows(len(tokens), self.device, shared)
+        positions = state.follow(padding)
+        given: dict[str, Any] = {"attention_mask": state.seen.long(), "past_key_values": state.cache, "use_cache": True}
+        if self._takes_position_ids:
+            given["position_ids"] = positions
+        if self._takes_logits_to_keep:
+            given["logits_to_keep"] = 1
+        return self.model(tokens.masked_fill(padding.to(tokens.device), 0).to(self.device), **given).logits[:, -1], state
+
+    @cached_property
+    def _stepping(self) -> str:
+        """The quickest way to generate (:meth:`_step`) in which a trial gives what it gives for whole rows."""
+        if not self.shares_prefixes or not self._pads_rows or self._switch_length is not None:
+            return "whole"
+        first, whole = trial_lengths(self.config, self.max_positions)
+        ids = trial_tokens(self.config, self.vocab_size, 2, whole)
+        ids[1, :first] = ids[0, :first]
+        short = min(whole, max(first + 2, whole - 4))  # the second row is padded and ends there; both go on by a token
+        tokens, padding = ids[:, first : whole - 1].clone(), torch.zeros(2, whole - 1 - first, dtype=torch.bool)
+        pad = whole - short
+        tokens[1], padding[1, :pad] = ids[1, first : whole - 1].roll(pad), True
+        last = torch.tensor([whole - 1, short - 1])
+        with shortened_windows(self.model):
+            rows = [ids[i : i + 1, : end + 1] for i, end in enumerate(last.tolist())]
+            expected = torch.stack([self._plain_log_probs(row)[0, -2:] for row in rows])
+            for way in ("shared", "cached"):
+                try:
+                    state = self.start(ids[0, :first].tolist()).rows(2)
+                    one, state = self._step(tokens, padding, state, way)
+                    two, state = self._step(ids[[0, 1], last][:, None], torch.zeros(2, 1, dtype=torch.bool), state, way)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:  # whatever a model does not take
+                    continue
+                found = torch.stack([one, two], 1).float().log_softmax(-1).cpu()
+                if apart(found, expected) <= tolerance(self.dtype):
+                    return way
+        return "whole"
 
     def _verify(self) -> None:
         """Tries the model, and settles on the quickest way of reading prompts in which it gives what it gives for whole
@@ -368,8 +450,8 @@ class HuggingFaceLM:
             def right() -> bool:
                 row, position = (x.repeat_interleave(len(targets)) for x in (rows, positions))
                 try:
-                    prefix = self.encode_prefix(ids[0, :first].tolist())
-                    found = self.log_probs(tokens, padding, row, position, targets.repeat(len(rows)), prefix).view(
+                    state = self.start(ids[0, :first].tolist())
+                    found = self.log_probs(tokens, padding, row, position, targets.repeat(len(rows)), state)[0].view(
                         len(rows), -1
                     )
                 except torch.OutOfMemoryError:
@@ -398,12 +480,16 @@ class HuggingFaceLM:
             one_by_one = "" if self._pads_rows else " and one by one"
             _log.warning("%s %s: prompts are read as a whole%s, which takes longer", self.name, why, one_by_one)
 
-    @inference
     def _plain_log_probs(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, vocabulary): the model as it is."""
+        return F.log_softmax(self._plain_logits(tokens).float(), -1).cpu()
+
+    @inference
+    def _plain_logits(self, tokens: Tensor, last: int = 0) -> Tensor:
         if self._switch_length is not None:
             reset_rotary(self.model)
-        return F.log_softmax(self.model(tokens.to(self.device), use_cache=False).logits.float(), -1).cpu()
+        given = {"logits_to_keep": last} if last and self._takes_logits_to_keep else {}
+        return self.model(tokens.to(self.device), use_cache=False, **given).logits
 
 
 def load_huggingface(

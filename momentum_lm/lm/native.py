@@ -19,7 +19,7 @@ from momentum_lm.model.state import Cache
 from momentum_lm.text.dictionary import BOS, EOS
 
 from .cpu_fast import inference, limit_onednn_caches
-from .scoring import target_log_probs
+from .scoring import distinct_positions, target_log_probs
 
 
 class NativeLM(NativeCheckpoint):
@@ -86,16 +86,23 @@ class NativeLM(NativeCheckpoint):
         runs = itertools.groupby(ids, lambda token: special.get(token, ""))
         return "".join(name * len(list(run)) if name else self.tokenizer.decode(run) for name, run in runs)
 
-    def row_bytes(self, prefix: int, length: int) -> int:
-        """Keys, values and mask of one layer over the whole row, and one block's activations."""
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens of which each ends a generated text."""
+        return (self.config.eos_idx,)
+
+    def row_bytes(self, prefix: int, length: int, keeps: bool = False) -> int:
+        """Keys, values and mask of one layer over the whole row, and one block's activations; ``keeps``: and keys and
+        values of all layers."""
         c = self.config
+        kept = 2 * c.dim * c.layers * (prefix + length) if keeps else 0
         return (
-            self.dtype.itemsize * (4 * c.dim * (prefix + length) + length * (6 * c.dim + 2 * c.ffn_dim))
+            self.dtype.itemsize * (kept + 4 * c.dim * (prefix + length) + length * (6 * c.dim + 2 * c.ffn_dim))
             + 3 * 4 * c.vocab_size
         )
 
     @inference
-    def encode_prefix(self, ids: Sequence[int]) -> Cache:
+    def start(self, ids: Sequence[int]) -> Cache:
         """Keys, values and momentum state after the tokens."""
         cache = self.model.new_cache()
         self.model.features(torch.tensor([list(ids)], device=self.device), cache, left_padded=False)
@@ -109,17 +116,28 @@ class NativeLM(NativeCheckpoint):
         rows: Tensor,
         positions: Tensor,
         targets: Tensor,
-        prefix: Cache | None = None,
-    ) -> Tensor:
+        state: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As :meth:`momentum_lm.lm.protocol.LanguageModel.log_probs`."""
         inputs = tokens.masked_fill(padding, self.config.padding_idx).to(self.device)
-        cache = None if prefix is None else prefix.rows(len(tokens), frozen=True)
+        cache = None if state is None else state.rows(len(tokens), frozen=True)
         hidden = self.model.features(inputs, cache, left_padded=bool(padding[:, 0].any()))
+        pairs, which = distinct_positions(rows, positions)
+        row, position = pairs.to(self.device)
 
-        def logits_at(row: Tensor, position: Tensor) -> Tensor:
-            return self.model.output_projection(hidden[row.to(self.device), position.to(self.device)])
+        def logits_of(part: slice) -> Tensor:
+            return self.model.output_projection(hidden[row[part], position[part]])
 
-        return target_log_probs(logits_at, rows, positions, targets, self.vocab_size)
+        return target_log_probs(logits_of, which, targets, self.vocab_size, self.config.padding_idx)
+
+    @inference
+    def step(self, tokens: Tensor, padding: Tensor, state: Cache | None = None) -> tuple[Tensor, Cache]:
+        """As :meth:`momentum_lm.lm.protocol.LanguageModel.step`; no text holds padding."""
+        inputs = tokens.masked_fill(padding, self.config.padding_idx).to(self.device)
+        cache = self.model.new_cache() if state is None else state
+        hidden = self.model.features(inputs, cache, left_padded=bool(padding[:, 0].any()))[:, -1]
+        never = torch.tensor([self.config.padding_idx], device=self.device)
+        return self.model.output_projection(hidden).index_fill(1, never, -torch.inf), cache
 
     @inference
     def token_losses(self, tokens: Tensor, targets: Tensor, packed_documents: bool = False) -> Tensor:

@@ -9,11 +9,24 @@ import torch
 from torch import Tensor
 
 
-class Prefix(Protocol):
-    """What a model remembers of tokens that many rows begin with. Reading never changes it."""
+class State(Protocol):
+    """What tokens leave behind in a model (keys and values, filter states, a recurrent state), for one row or several.
+
+    Tokens that follow it are read as if all of them had been read at once.
+    """
 
     @property
-    def length(self) -> int: ...
+    def length(self) -> int:
+        """Tokens read so far, padding included."""
+        ...
+
+    def rows(self, count: int) -> State:
+        """``count`` rows that go on from this state of one row, which itself stays as it is."""
+        ...
+
+    def select(self, index: Tensor) -> None:
+        """Replaces row b by row ``index[b]``, in place. The number of rows may change."""
+        ...
 
 
 class LanguageModel(Protocol):
@@ -75,19 +88,37 @@ class LanguageModel(Protocol):
         """The text of token ids."""
         ...
 
-    def row_bytes(self, prefix: int, length: int) -> int:
-        """About how much memory a row of ``length`` tokens after a prefix takes in :meth:`log_probs`."""
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens of which each ends a generated text."""
         ...
 
-    def encode_prefix(self, ids: Sequence[int]) -> Any:
-        """Runs the model over tokens that rows are to begin with: a :class:`Prefix` for :meth:`log_probs`."""
+    def row_bytes(self, prefix: int, length: int, keeps: bool = False) -> int:
+        """About how much memory a row of ``length`` tokens after a prefix takes in :meth:`log_probs`; ``keeps``: and
+        what it leaves behind in all layers."""
         ...
 
-    def log_probs(self, tokens: Tensor, padding: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, prefix: Any = None) -> Tensor:
-        """log p(targets[n] | row ``rows[n]`` up to and with column ``positions[n]``), (N,) fp32 on the CPU, in nats.
+    def start(self, ids: Sequence[int]) -> Any:
+        """The :class:`State`, of one row, after the first tokens of a text."""
+        ...
 
-        tokens (B, T) int64, following ``prefix`` in every row; padding (B, T) True at padding, which is all on the left or all on the
-        right and changes nothing; rows, positions and targets (N,) int64.
+    def log_probs(
+        self, tokens: Tensor, padding: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, state: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """log p(targets[n] | row ``rows[n]`` up to and with column ``positions[n]``), (N,) fp32 in nats, and whether
+        ``targets[n]`` is the token that greedy decoding chooses there, (N,) bool; both on the CPU.
+
+        tokens (B, T) int64, following ``state`` (of one row, which is only read) in every row; padding (B, T) True at
+        padding, which is all on the left or all on the right and changes nothing; rows, positions and targets (N,)
+        int64.
+        """
+        ...
+
+    def step(self, tokens: Tensor, padding: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits (B, V) of what follows each row, -inf for tokens that no text holds, and the state after the tokens.
+
+        tokens (B, T) int64 go on from ``state``, which has B rows and is used up; padding (B, T) True at padding, all of
+        it on the left, and none where the rows have been begun.
         """
         ...
 

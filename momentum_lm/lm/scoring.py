@@ -1,27 +1,51 @@
-"""What models of either kind do alike when they score continuations."""
+"""Log-probabilities of chosen targets, in chunks of logits, and the error for a model that gives none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from momentum_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from .protocol import LanguageModel
+
 LOGITS_AT_ONCE = 1 << 24  # 64 MB in fp32: small beside the model, and large enough to keep a GPU busy
 
 
-def target_log_probs(logits_at: Callable[[Tensor, Tensor], Tensor], rows: Tensor, positions: Tensor, targets: Tensor, vocab: int) -> Tensor:
-    """log p of each target, (N,) fp32 on the CPU, with each (row, position) projected to the vocabulary once.
+def distinct_positions(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, position) pairs without repetitions (2, M), sorted, and which of them each of the N given ones is (N,)."""
+    pairs, which = torch.unique(torch.stack([rows, positions]), dim=1, return_inverse=True)
+    return pairs, which
 
-    ``logits_at`` maps rows (M,) and positions (M,) to logits (M, V); ``vocab`` is V.
+
+def target_log_probs(
+    logits_of: Callable[[slice], Tensor], which: Tensor, targets: Tensor, vocab: int, never: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """log p of each target (N,) fp32, and whether it is the likeliest token (N,) bool; both on the CPU.
+
+    ``logits_of`` maps a slice of the M positions of :func:`distinct_positions` to their logits (m, V); ``which`` (N,)
+    are the targets' positions among them, and ``vocab`` is V. ``never`` is a token that does not count as the likeliest.
     """
-    places, which = torch.unique(torch.stack([rows, positions]), dim=1, return_inverse=True)
-    step = max(1, LOGITS_AT_ONCE // vocab)
-    found = torch.empty(len(targets), dtype=torch.float32)
-    for start in range(0, places.shape[1], step):
-        part = places[:, start : start + step]
-        log_probs = F.log_softmax(logits_at(part[0], part[1]).float(), -1)
-        mine = ((which >= start) & (which < start + part.shape[1])).nonzero()[:, 0]
-        found[mine] = log_probs[(which[mine] - start).to(log_probs.device), targets[mine].to(log_probs.device)].cpu()
-    return found
+    count, step = int(which.max()) + 1 if len(which) else 0, max(1, LOGITS_AT_ONCE // vocab)
+    log_p, likeliest = torch.empty(len(targets)), torch.empty(len(targets), dtype=torch.bool)
+    for start in range(0, count, step):
+        logits = logits_of(slice(start, start + step))
+        own = ((which >= start) & (which < start + step)).nonzero()[:, 0]
+        index, wanted = (which[own] - start).to(logits.device), targets[own].to(logits.device)
+        log_p[own] = F.log_softmax(logits.float(), -1)[index, wanted].cpu()
+        if never is not None:
+            logits = logits.index_fill(1, torch.tensor([never], device=logits.device), -torch.inf)
+        likeliest[own] = (logits.argmax(1)[index] == wanted).cpu()
+    return log_p, likeliest
+
+
+def broken_weights(lm: LanguageModel, where: str = "") -> UserError:
+    """The error for a model whose probabilities are 0 or NaN (``where`` they were found)."""
+    return UserError(
+        f"{lm.name} gives probabilities of 0 or NaN{where}: its weights are broken, or too large for {lm.dtype}"
+    )

@@ -13,7 +13,7 @@ import numpy as np
 
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import NPZ_ERRORS, appending, atomic_write, check_folder, read_arrays, reading
-from momentum_lm.icl.scoring import Scores
+from momentum_lm.icl.engine import Scores
 from momentum_lm.untrusted import parse_json
 
 from .ownership import ARRAYS, check_ours

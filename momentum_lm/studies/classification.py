@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,11 @@ from momentum_lm.analysis.classification import accuracy, confusion_matrix, macr
 from momentum_lm.analysis.statistics import wilson_interval
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_stem
-from momentum_lm.icl import calibration, scoring
+from momentum_lm.icl import calibration, engine
 from momentum_lm.icl.datasets.loading import Example, LabelledDataset, by_name
 from momentum_lm.icl.demonstrations import Separation, evaluation_subset, select, separate
+from momentum_lm.icl.engine import Scores
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query, special_notes
-from momentum_lm.icl.scoring import Scores
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.report.classification import TASK, summary
 from momentum_lm.results import identity
@@ -285,30 +285,22 @@ class _Scorer:
         journal = Journal(self.folder, name, fingerprint, processes.rank, self.force)
         scores = journal.scores(choices) if processes.first else None
         if not processes.from_first(scores is not None):
-            budget = self.settings.batch_tokens or journal.batch_tokens or scoring.token_budget(lm, prompts)
-            batches = scoring.plan(prompts, processes.from_first(budget))
-            journal.begin(processes.from_first(budget), batches, choices)
-
-            def finished(number: int, sums: Mapping[int, list[float]]) -> None:
-                journal.add(number, sums)
-                processes.alive()
-                self.bar.update(len(sums) * processes.world)  # the others keep about the same pace
-
+            budget = self.settings.batch_tokens or journal.batch_tokens or engine.query_budget(lm, prompts.queries)
+            batches = engine.plan(prompts.queries, processes.from_first(budget))
+            journal.begin(processes.from_first(budget), [batch.queries for batch in batches], choices)
             mine = range(processes.rank, len(batches), processes.world)
-            self.bar.update(sum(len(batches[number]) for number in journal.batches))
-            scoring.score(
-                lm,
-                prompts,
-                batches,
-                self.settings.padding_side,
-                finished,
-                [n for n in mine if n not in journal.batches],
-            )
+            self.bar.update(sum(len(batches[number].queries) for number in journal.batches))
+            left = [number for number in mine if number not in journal.batches]
+            side = self.settings.padding_side
+            for number, answers in engine.score_batches(lm, prompts.queries, batches, side, left):
+                journal.add(number, engine.log_probs(answers))
+                processes.alive()
+                self.bar.update(len(answers) * processes.world)  # the others keep about the same pace
             lm.check_unchanged()  # what its pages said is the model's whose digest is recorded
             parts = processes.gather({number: journal.batches[number] for number in mine})
             if processes.first:
-                scores = scoring.collect(
-                    prompts, {q: sums for part in parts for batch in part.values() for q, sums in batch.items()}
+                scores = engine.collect(
+                    prompts.queries, {q: sums for part in parts for batch in part.values() for q, sums in batch.items()}
                 )
                 journal.finish(scores)
         self.bar.n = begin + (len(prompts.queries) if counted else 0)
@@ -345,7 +337,7 @@ class _Recorder:
         shared = {
             "shots_fitted": len(demonstrations),
             "demonstrations": [example.index for example in demonstrations],
-            "prefix_tokens": len(prompts.prefix),
+            "prefix_tokens": prompts.shared,
             "prompts_sha256": prompts.sha256(),
             "examples_sha256": dataset_questions.examples_sha256,
             "demonstrations_sha256": identity.examples_sha256(demonstrations),
@@ -389,7 +381,7 @@ class _Recorder:
         if (unit.dataset, unit.shots) in self.samples:
             return
         request = prompts.queries[0][example.gold]
-        text = self.questions[unit.dataset, unit.queries].lm.decode([*prompts.prefix, *request.tokens[: request.start]])
+        text = self.questions[unit.dataset, unit.queries].lm.decode(request.context)
         sample = {"dataset": unit.dataset, "shots": unit.shots, "seed": unit.seed, "prompt": text}
         self.samples.add({**sample, "continuations": list(example.continuations), "gold": example.gold})
 

@@ -12,7 +12,7 @@ from momentum_lm.analysis import metrics
 from momentum_lm.analysis.per_example import PerExample, nullable
 from momentum_lm.analysis.statistics import wilson_interval
 from momentum_lm.icl.datasets.loading import Example
-from momentum_lm.icl.scoring import Scores
+from momentum_lm.icl.engine import Scores
 
 SETTINGS = ("zero_shot", "in_context", "finetuned")
 PARTS = ("paper", "corrected", "heads")  # metrics by layer in the authors' form, corrected, and the latter's by layer and head

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from momentum_lm.errors import UserError, arg
-from momentum_lm.icl import scoring
+from momentum_lm.icl import engine
 from momentum_lm.icl.datasets.loading import Example
 from momentum_lm.icl.finetuning import Diverged, Lesson
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build
@@ -81,15 +81,18 @@ def choose(
 
 def _scores(lm: TracedModel, prompts: Prompts, score: str, batch_tokens: int | None, processes: Processes) -> Any:
     """(n, C) scores in every process; None where the model is broken."""
-    batches = scoring.plan(prompts, processes.from_first(batch_tokens or scoring.token_budget(lm, prompts)))
-    sums: dict[int, list[float]] | None
+    budget = batch_tokens or engine.query_budget(lm, prompts.queries)
+    batches = engine.plan(prompts.queries, processes.from_first(budget))
+    sums: dict[int, list[float]] | None = {}
     try:
         numbers = range(processes.rank, len(batches), processes.world)
-        sums = scoring.score(lm, prompts, batches, finished=lambda number, sums: processes.alive(), numbers=numbers)
+        for _, answers in engine.score_batches(lm, prompts.queries, batches, numbers=numbers):
+            sums |= engine.log_probs(answers)
+            processes.alive()
     except UserError:  # the one thing that it complains of: the other processes must hear of it too
         sums = None
     parts = processes.gather(sums)
     table = None
     if processes.first and all(part is not None for part in parts):
-        table = scoring.collect(prompts, {query: values for part in parts for query, values in part.items()}).values(score)
+        table = engine.collect(prompts.queries, {query: values for part in parts for query, values in part.items()}).values(score)
     return processes.from_first(table)

@@ -22,23 +22,23 @@ from tqdm import tqdm
 from momentum_lm.cpu import return_memory
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import atomic_write, file_stem
-from momentum_lm.icl import scoring
+from momentum_lm.icl import engine
 from momentum_lm.icl.datasets.loading import Example, LabelledDataset, by_name
 from momentum_lm.icl.demonstrations import identity as example_identity
 from momentum_lm.icl.demonstrations import select
+from momentum_lm.icl.engine import common_length, halving
 from momentum_lm.icl.finetuning import Diverged, Lesson
 from momentum_lm.icl.prompts import (
     PromptFormat,
     build,
-    common_length,
     demonstration_text,
     fit,
     longest_query,
     special_notes,
 )
-from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.anatomy import anatomy
 from momentum_lm.lm.protocol import LanguageModel
+from momentum_lm.lm.scoring import broken_weights
 from momentum_lm.report.finetuning_summary import TASK, summary
 from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours
@@ -49,7 +49,7 @@ from . import classification
 from .findings import SETTINGS, Findings, record
 from .finetuning_rate import Choice, choose
 from .similarity import Rows, Student, measure
-from .traces import Learned, Seen, TracedModel, align, ask, demonstration_matrices, unshared
+from .traces import Learned, Seen, TracedModel, align, demonstration_matrices, trace_queries
 from .untrained import untrained
 
 KEY = ("dataset", "seed", "shots")
@@ -202,7 +202,7 @@ class _Study:
                     "shorten texts with ", arg("shorten"),
                 )
             self.in_context = build(lm, form, self.demonstrations, self.examples)
-            self.zero_shot = unshared(build(lm, form, [], self.examples))
+            self.zero_shot = build(lm, form, [], self.examples)
         except UserError as error:
             raise UserError(f"{unit.dataset}: ", error) from error
         if len(self.demonstrations) < unit.shots and processes.first:
@@ -221,7 +221,7 @@ class _Study:
     def digest(self) -> str:
         """Of the token ids of all prompts and of what is learned."""
         learned = [[lesson.start, list(lesson.tokens)] for lesson in self.lessons]
-        return identity.digest([self.in_context.sha256(), self.zero_shot.sha256(), learned])
+        return identity.digest([self.in_context.sha256(), self.zero_shot.sha256(whole=True), learned])
 
     def about(self, rate: Choice) -> dict[str, Any]:
         """What a record says of this unit beside what was found."""
@@ -284,16 +284,13 @@ class _Study:
             whole = Findings.join(others, students[name].learned.losses)
             for setting in ("zero_shot", "in_context"):
                 if not whole.finite(setting):
-                    raise UserError(
-                        f"{lm.name} gives probabilities of 0 or NaN: its weights are broken, or too large for "
-                        f"{lm.dtype}"
-                    )
+                    raise broken_weights(lm)
             for setting, prompts in (
                 ("zero_shot", self.zero_shot),
                 ("in_context", self.in_context),
                 ("finetuned", self.zero_shot),
             ):
-                whole.scores[setting] = scoring.collect(prompts, whole.sums[setting])
+                whole.scores[setting] = engine.collect(prompts.queries, whole.sums[setting])
             if whole.broken and name == "finetuned" and controls:
                 raise UserError(
                     f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller ",
@@ -347,20 +344,21 @@ class _Study:
     def _batches(self) -> list[list[int]]:
         prompt_settings, parts = self.settings.questions, anatomy(self.lm.model)
         longest = max(len(query[0].tokens) for query in self.zero_shot.queries)
-        row = 2 * 4 * max(1, len(parts.layers)) * (parts.heads or 1) * (len(self.in_context.prefix) + longest)
-        most = scoring.token_budget(self.lm, self.in_context)
+        row = 2 * 4 * max(1, len(parts.layers)) * (parts.heads or 1) * (self.in_context.shared + longest)
+        most = engine.query_budget(self.lm, self.in_context.queries)
         budget = prompt_settings.batch_tokens or min(most, max(1, TRACE_BYTES // row) * longest)
-        return scoring.plan(self.zero_shot, self.processes.from_first(budget))
+        planned = engine.plan(self.zero_shot.queries, self.processes.from_first(budget), share=False)
+        return [batch.queries for batch in planned]
 
     def whole(self, query: int) -> list[int]:
         """An example's prompt in context, with its first choice."""
-        return [*self.in_context.prefix, *self.in_context.queries[query][0].tokens]
+        return list(self.in_context.queries[query][0].tokens)
 
     def rows(self, query: int) -> Rows:
         """The prompts of an example, token by token."""
         zero, context = self.zero_shot.queries[query][0], self.in_context.queries[query][0]
-        start = len(self.in_context.prefix) + context.start
-        return Rows(zero.tokens, self.whole(query), zero.start, start, len(self.form.bos))
+        starts = len(zero.context), len(context.context)
+        return Rows(zero.tokens, context.tokens, *starts, len(self.form.bos))
 
 
 class _Look:
@@ -370,13 +368,15 @@ class _Look:
     def __init__(self, study: _Study, lm: TracedModel, students: dict[str, Student], keep_outputs: bool) -> None:
         self.study, self.lm, self.students, self.keep_outputs = study, lm, students, keep_outputs
         self.found = {name: Findings(len(study.examples)) for name in students}
-        self.prefix = lm.encode_prefix(study.in_context.prefix) if study.in_context.prefix else None
+        shared = study.in_context.queries[0][0].context[: study.in_context.shared]
+        self.prefix = lm.start(shared) if shared else None
         self.matrices: tuple[Any, Any] | None = None
 
     def __call__(self, batch: Sequence[int]) -> None:
         study, lm, seed = self.study, self.lm, self.study.unit.seed
-        zero_shot = ask(lm, study.zero_shot, batch, None, projections=True, relax=True)
-        icl = ask(lm, study.in_context, batch, self.prefix, relax=True)
+        zero_queries, icl_queries = ({i: p.queries[i] for i in batch} for p in (study.zero_shot, study.in_context))
+        zero_shot = trace_queries(lm, zero_queries, projections=True, relax=True)
+        icl = trace_queries(lm, icl_queries, study.in_context.shared, self.prefix, relax=True)
         if self.matrices is None and zero_shot.trace.keys:
             end = study.rows(0).query(1)[1].start
             heads = _key_heads(zero_shot)
@@ -385,7 +385,7 @@ class _Look:
         for name, student in self.students.items():
             main, into = name == "finetuned", self.found[name]
             with student.learned.applied():
-                ft = ask(lm, study.zero_shot, batch, None, relax=main)
+                ft = trace_queries(lm, zero_queries, relax=main)
             into.sums["zero_shot"] |= zero_shot.sums
             into.sums["in_context"] |= icl.sums
             into.sums["finetuned"] |= ft.sums

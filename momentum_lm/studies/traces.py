@@ -1,10 +1,9 @@
-"""What a model answers and what its attention does meanwhile, in one forward pass a batch; and where tokens of two prompts correspond."""
+"""Scores of a batch together with its attention, from one forward pass; and where tokens of two prompts correspond."""
 
 from __future__ import annotations
 
 import contextlib
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from momentum_lm.icl.engine import Query, Rows
 from momentum_lm.icl.finetuning import Diverged, Lesson, finetuned
-from momentum_lm.icl.prompts import Prompts, Request
 from momentum_lm.lm.anatomy import key_value_weights
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.lm.tracing import AttentionTrace, tracing
@@ -33,7 +32,7 @@ class TracedModel(LanguageModel, Protocol):
 
 @dataclass
 class Seen:
-    """One batch of N queries in one setting: ``sums`` as :func:`momentum_lm.icl.scoring.score` gives them, and for L layers and the
+    """One batch of N queries in one setting: ``sums`` ``{query: log-probabilities of its requests}``, and for L layers and the
     P = 2 positions outputs (L, N, P, C), logits (one (N, P, H, S) a layer) and queries (L, N, P, H * D); ``trace`` holds the rest."""
 
     sums: dict[int, list[float]]
@@ -43,43 +42,26 @@ class Seen:
     trace: AttentionTrace
 
 
-def ask(lm: TracedModel, prompts: Prompts, batch: Sequence[int], prefix: Any, projections: bool = False, relax: bool = False) -> Seen:
-    """Scores the queries of a batch and looks at the attention of each one's first choice.
+def trace_queries(
+    lm: TracedModel,
+    queries: Mapping[int, Query],
+    shared: int = 0,
+    state: Any = None,
+    projections: bool = False,
+    relax: bool = False,
+) -> Seen:
+    """Scores queries (by number) and records the attention of the first request of each.
 
-    ``prefix``: ``lm.encode_prefix(prompts.prefix)``, or None for prompts without. Sums are not finite where the model is broken.
+    ``state``: of ``lm`` after the first ``shared`` tokens, which all prompts have in common. Sums are not finite where the
+    model is broken.
     """
-    rows = [list(prompts.queries[query][0].tokens) for query in batch]  # one a query, in front; then what they do not answer
-    positions = torch.tensor(
-        [[len(prompts.queries[query][0].tokens) - 1, prompts.queries[query][0].start - 1] for query in batch], dtype=torch.long
-    )
-    wanted: list[tuple[int, int, int]] = []  # (row, column, target)
-    owners: list[tuple[int, int]] = []  # (query, choice) of each
-    for i, query in enumerate(batch):
-        own = [i]
-        for choice, request in enumerate(prompts.queries[query]):
-            given = list(request.tokens[:-1])
-            row = next((r for r in own if rows[r][: len(given)] == given), None)
-            if row is None:
-                rows.append(given)
-                row = len(rows) - 1
-                own.append(row)
-            for column in range(request.start, len(request.tokens)):
-                wanted.append((row, column - 1, request.tokens[column]))
-                owners.append((query, choice))
-    longest = max(map(len, rows))
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
-    padding = torch.ones(len(rows), longest, dtype=torch.bool)
-    for r, row_tokens in enumerate(rows):
-        tokens[r, : len(row_tokens)] = torch.tensor(row_tokens)
-        padding[r, : len(row_tokens)] = False
-    shift = len(prefix) if isinstance(prefix, tuple) else 0  # such a model reads its prefix again with every row
-    trace = AttentionTrace(positions + shift, projections, relax)
-    place, column_, target = torch.tensor(wanted).unbind(1)
+    rows = Rows(list(queries.values()), shared, whole_first=True)
+    firsts = [query[0] for query in queries.values()]
+    positions = torch.tensor([[len(first.tokens) - 1, len(first.context) - 1] for first in firsts]) - shared
+    trace = AttentionTrace(positions + getattr(state, "read_again", 0), projections, relax)
     with tracing(lm.model, trace):
-        values = lm.log_probs(tokens, padding, place, column_, target, prefix).double().tolist()
-    sums: dict[int, list[float]] = {query: [0.0] * len(prompts.queries[query]) for query in batch}
-    for (query, choice), value in zip(owners, values, strict=True):
-        sums[query][choice] += value
+        answers = rows.answers(lm, state)
+    sums = {query: [answer.log_prob for answer in found] for query, found in zip(queries, answers, strict=True)}
     logits = [to_numpy(layer) for layer in trace.logits]
     return Seen(sums, stacked(trace.outputs), logits, stacked(trace.queries), trace)
 
@@ -92,13 +74,6 @@ def to_numpy(tensor: Tensor) -> Floats:
 def stacked(layers: Sequence[Tensor]) -> Floats:
     """L arrays of one shape -> (L, ...), float32."""
     return np.stack([to_numpy(layer) for layer in layers])
-
-
-def unshared(prompts: Prompts) -> Prompts:
-    """The same prompts, each of them whole."""
-    head = array("i", prompts.prefix)
-    queries = [[Request(head + request.tokens, request.start + len(head)) for request in query] for query in prompts.queries]
-    return Prompts([], queries, prompts.shots)
 
 
 def common_suffix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -2,7 +2,8 @@ import pytest
 
 from momentum_lm.errors import UserError
 from momentum_lm.icl.datasets.loading import Example
-from momentum_lm.icl.prompts import PromptFormat, Request, build, demonstration_text, fit, longest_query, special_notes
+from momentum_lm.icl.engine import Request
+from momentum_lm.icl.prompts import PromptFormat, build, demonstration_text, fit, longest_query, special_notes
 from momentum_lm.text.dictionary import BOS, EOS
 
 FORMS = {"tokens": PromptFormat((BOS,), (EOS,)), "text": PromptFormat((), "\n\n"), "bos_text": PromptFormat((EOS,), " ")}
@@ -29,21 +30,23 @@ def test_prefix_and_request_make_the_whole_prompt(lm, which, shots, form, reques
         assert len(query) == len(example.continuations)
         for choice, asked in enumerate(query):
             given, continuation = example.pair(choice)
-            assert prompts.prefix + list(asked.tokens) == whole(lm, form, demonstrations, given + continuation)
+            assert list(asked.tokens) == whole(lm, form, demonstrations, given + continuation)
             before = whole(lm, form, demonstrations, given)
-            assert prompts.prefix + list(asked.tokens[: asked.start]) == before  # with this tokenizer words are not joined
-            assert asked.start >= 1, "something must be left to predict from"
+            assert list(asked.context) == before  # with this tokenizer words are not joined
+            assert len(asked.context) > prompts.shared, "something must be left to predict from"
+            assert asked.context[: prompts.shared] == prompts.queries[0][0].context[: prompts.shared]
+        assert len({id(asked.context) for asked in query}) == len(set(example.inputs)), "an input is held once"
     if which == "examples":  # all of these begin alike after the demonstrations, and that is shared too
-        assert len(prompts.prefix) >= len(whole(lm, form, demonstrations, "Review:")) - 1
+        assert prompts.shared >= len(whole(lm, form, demonstrations, "Review:")) - 1
 
 
 def test_what_is_shared_shrinks_as_queries_arrive(lm):
     labels = (" good",)
     many = [Example(i, ("the plot is thin",), labels, 0) for i in range(300)] + [Example(300, ("the actors are",), labels, 0)]
     prompts = build(lm, FORMS["text"], [], many)
-    assert lm.decode(prompts.prefix) == "the"
-    assert lm.decode([*prompts.prefix, *prompts.queries[0][0].tokens]) == "the plot is thin good"
-    assert lm.decode([*prompts.prefix, *prompts.queries[300][0].tokens]) == "the actors are good"
+    assert lm.decode(prompts.queries[0][0].context[: prompts.shared]) == "the"
+    assert lm.decode(prompts.queries[0][0].tokens) == "the plot is thin good"
+    assert lm.decode(prompts.queries[300][0].tokens) == "the actors are good"
 
 
 def test_a_continuation_that_joins_its_input(lm):
@@ -52,13 +55,13 @@ def test_a_continuation_that_joins_its_input(lm):
     example = Example(0, ("the act",), ("ors", " is"), 0)
     prompts = build(lm, FORMS["text"], [], [example])
     (joined, apart) = prompts.queries[0]
-    assert joined.start == apart.start and lm.decode(joined.tokens[joined.start :]) == " actors"
-    assert lm.decode(apart.tokens[apart.start :]) == " act is"
-    whole = [prompts.prefix + list(request.tokens) for request in (joined, apart)]
+    assert joined.context == apart.context and lm.decode(joined.continuation) == " actors"
+    assert lm.decode(apart.continuation) == " act is"
+    whole = [list(request.tokens) for request in (joined, apart)]
     assert whole == [lm.encode(["the act" + text])[0] for text in example.continuations]
     # partial evaluation has an input for each choice, whose last token one continuation may join
     own = build(lm, FORMS["text"], [], [Example(0, ("the act", "the film"), (" is",) * 2, 0)]).queries[0]
-    assert [lm.decode(request.tokens[request.start :]) for request in own] == [" is", " is"]
+    assert [lm.decode(request.continuation) for request in own] == [" is", " is"]
 
 
 def test_fit_follows_the_authors_rule(make_lm, examples):
@@ -94,8 +97,8 @@ def test_digest_tells_prompts_apart(lm, examples):
     assert base.sha256() == build(lm, FORMS["tokens"], examples[:2], examples).sha256()
     others = [build(lm, FORMS["text"], examples[:2], examples), build(lm, FORMS["tokens"], examples[1:3], examples)]
     others.append(build(lm, FORMS["tokens"], examples[:2], examples[:-1]))
-    moved = [[Request(r.tokens, r.start - (r.start > 1)) for r in query] for query in base.queries]
-    others.append(type(base)(base.prefix, moved, base.shots))
+    moved = [[Request(r.context[:-1], r.context[-1:] + r.continuation) for r in query] for query in base.queries]
+    others.append(type(base)(moved, base.shots))
     assert len({base.sha256(), *(other.sha256() for other in others)}) == 5
 
 
@@ -135,12 +138,9 @@ def test_all_labels_of_a_query_are_scored_from_the_same_token_on(crossing):
         examples = [Example(i, (f"{i} Answer:",), labels, 1) for i in range(3)]
         prompts = build(crossing, FORMS["text"], examples[:shots], examples)
         for example, query in zip(examples, prompts.queries, strict=True):
-            (start,) = {request.start for request in query}
-            whole = [[*prompts.prefix, *request.tokens] for request in query]
-            assert (
-                len({tuple(tokens[: len(prompts.prefix) + start]) for tokens in whole}) == 1
-            )  # and after the same tokens
-            texts = [crossing.decode(request.tokens[request.start :]) for request in query]
+            assert len({tuple(request.context) for request in query}) == 1
+            whole = [list(request.tokens) for request in query]
+            texts = [crossing.decode(request.continuation) for request in query]
             (joined,) = {text.removesuffix(label) for text, label in zip(texts, labels, strict=True)}
             assert joined.endswith(":"), "what one label is joined with is scored before all of them"
             assert [crossing.decode(tokens) for tokens in whole] == [

@@ -126,7 +126,7 @@ def scores_apart(lm, plain, prefix_length, lengths=(6, 1, 4)):
         for position, target in ((0, 5), (len(row) - 1, 7), (len(row) - 1, 250)):
             wanted.append((i, position, target))
             expected.append(whole[prefix_length + position, target])
-    found = lm.log_probs(tokens, padding, *torch.tensor(wanted).unbind(1), lm.encode_prefix(prefix.tolist()))
+    found, _ = lm.log_probs(tokens, padding, *torch.tensor(wanted).unbind(1), lm.start(prefix.tolist()))
     return (found - torch.stack(expected)).abs().max().item()
 
 

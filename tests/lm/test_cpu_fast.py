@@ -94,7 +94,7 @@ def test_the_plain_way_gives_the_same(how, monkeypatch):
         model.set_attn_implementation("sdpa")
         lm = HuggingFaceLM(model, Tokenizer(), "llama", "")
         calls.clear()
-        found.append(lm.log_probs(tokens, padding, *wanted, lm.encode_prefix([20, 21, 22])))
+        found.append(lm.log_probs(tokens, padding, *wanted, lm.start([20, 21, 22]))[0])
         assert bool(calls) != plain
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 

@@ -11,6 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from momentum_lm.errors import UserError  # noqa: E402
+from momentum_lm.icl import engine  # noqa: E402
 from momentum_lm.lm import cpu_fast  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM, load_huggingface  # noqa: E402
 from momentum_lm.lm.momentum_attention import add_momentum  # noqa: E402
@@ -65,6 +66,42 @@ def test_log_probs_are_those_of_the_whole_sequence(family, side, prefix_length, 
     assert (len(calls) > 0) == (prefix_length > 0 and family in ("gpt2", "llama", "neox", "opt"))
 
 
+WAYS = {"mistral_window": "cached", "gemma2_softcap": "cached", "mamba": "whole"}  # of others: after a shared beginning
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_text_is_that_of_a_plain_loop(family, tokenizer, monkeypatch):
+    """Of rows of unequal length, after a beginning in common and by themselves, which end one after the other."""
+    lm = HuggingFaceLM(random_model(family), tokenizer, family, "")
+    assert lm.ends == (2,)
+    generator = torch.Generator().manual_seed(2)
+    new = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (12, 5, 1, 8)]
+    monkeypatch.setattr(engine, "CPU_TOKENS", 1)  # any beginning is worth a pass
+    lengths = set()
+    for contexts in ([new[0] + row for row in new[1:]], new):
+        expected = [greedy(lm, context, 6) for context in contexts]
+        found = dict(engine.generate(lm, contexts, 6, ends))
+        assert [found[i] for i in range(len(expected))] == expected
+        lengths |= set(map(len, expected))
+    assert len(lengths) > 1
+    assert lm._stepping == WAYS.get(family, "shared")
+
+
+def ends(tokens):
+    return len(tokens) > tokens[0] % 5
+
+
+def greedy(lm, context, most):
+    """Until ``ends`` says so, or before </s>; every token by a whole pass."""
+    tokens = []
+    while len(tokens) < most and not (tokens and ends(tokens)):
+        with torch.no_grad():
+            tokens.append(int(lm.model(torch.tensor([context + tokens]), use_cache=False).logits[0, -1].argmax()))
+        if tokens[-1] == 2:
+            return tokens[:-1]
+    return tokens
+
+
 def test_rows_are_packed_only_for_an_attention_that_knows_how(tokenizer):
     lm = HuggingFaceLM(random_model("llama"), tokenizer, "llama", "")
     for step in (lambda: None, lambda: add_momentum(lm.model, 0.5), lambda: lm.model.set_attn_implementation("eager")):
@@ -82,7 +119,7 @@ def test_rows_are_padded_for_a_model_that_refuses_them_packed(tokenizer, monkeyp
 
 
 def test_a_prefix_is_freed_when_nothing_refers_to_it(tokenizer):
-    prefix = HuggingFaceLM(random_model("llama"), tokenizer, "llama", "").encode_prefix([1, 2, 3])
+    prefix = HuggingFaceLM(random_model("llama"), tokenizer, "llama", "").start([1, 2, 3])
     layer = weakref.ref(prefix.cache.layers[0])
     gc.disable()
     try:
@@ -107,7 +144,7 @@ def check_log_probs(lm, side, prefix_length):
     prefix = torch.randint(3, VOCAB, (prefix_length,), generator=generator)
     rows = [torch.randint(3, VOCAB, (n,), generator=generator) for n in (6, 1, 4)]
     tokens, padding = torch.full((3, 6), 1), torch.ones(3, 6, dtype=torch.bool)
-    wanted, expected = [], []
+    wanted, expected, distributions = [], [], []
     for i, row in enumerate(rows):
         shift = 6 - len(row) if side == "left" else 0
         tokens[i, shift : shift + len(row)], padding[i, shift : shift + len(row)] = row, False
@@ -115,10 +152,12 @@ def check_log_probs(lm, side, prefix_length):
         for position, target in ((0, 5), (len(row) - 1, 7), (len(row) - 1, 250)):
             wanted.append((i, shift + position, target))
             expected.append(whole[prefix_length + position, target])
-    memory = lm.encode_prefix(prefix.tolist()) if prefix_length else None
+            distributions.append(whole[prefix_length + position])
+    memory = lm.start(prefix.tolist()) if prefix_length else None
     index = torch.tensor(wanted).unbind(1)
     for _ in range(2):  # reading a prefix does not change it
-        found = lm.log_probs(tokens, padding, *index, memory)
+        found, likeliest = lm.log_probs(tokens, padding, *index, memory)
+        assert likeliest.tolist() == [bool(whole.argmax() == target) for whole, target in zip(distributions, index[2], strict=True)]
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=1e-5)
 

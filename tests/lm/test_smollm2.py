@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 
 from momentum_lm.icl.datasets.loading import load_dataset
 from momentum_lm.icl.demonstrations import evaluation_subset, select
+from momentum_lm.icl.engine import collect, plan, score_batches
 from momentum_lm.icl.prompts import PromptFormat, build, demonstration_text
-from momentum_lm.icl.scoring import collect, plan, score
 from momentum_lm.lm.huggingface import load_huggingface
 from momentum_lm.text.packaged_datasets import fetch_dataset
 from momentum_lm.text.packages import fetch_model
@@ -50,7 +50,10 @@ def test_scores_are_those_of_plain_transformers(smollm2, mr):
     expected = np.array(expected).reshape(50, 2)
     predictions = set()
     for batch_tokens, side in ((1, "right"), (300, "right"), (300, "left"), (2000, "right")):
-        found = collect(prompts, score(smollm2, prompts, plan(prompts, batch_tokens), side)).sums
+        sums = {}
+        for _, answers in score_batches(smollm2, prompts.queries, plan(prompts.queries, batch_tokens), side):
+            sums |= log_probs(answers)
+        found = collect(prompts.queries, sums).sums
         np.testing.assert_allclose(found, expected, atol=1e-4)
         predictions.add(tuple(found.argmax(1)))
     assert smollm2.__dict__["_packs_rows"]  # the trial passes, large activations and all

@@ -26,7 +26,7 @@ def test_native(make_lm, changes, prefix):
     before = TOKENS[:1, :prefix].expand(3, -1)
     whole = torch.cat([before, TOKENS], 1)
     trace, full = AttentionTrace(POSITIONS[:, None], relax=True), AttentionTrace(POSITIONS[:, None] + prefix, True, True)
-    cache = lm.encode_prefix(before[0].tolist()).rows(3, frozen=True) if prefix else None
+    cache = lm.start(before[0].tolist()).rows(3, frozen=True) if prefix else None
     with torch.no_grad(), tracing(lm.model, trace):
         lm.model(TOKENS, cache)
     with torch.no_grad(), tracing(lm.model, full):
@@ -61,7 +61,7 @@ def test_relaxed_attention(make_lm, kind, prefix):
     """Against the functions of ``analysis.metrics``; momentum stays what it is."""
     lm = make_lm(momentum_kind=kind)
     before = TOKENS[:1, :prefix]
-    cache = lm.encode_prefix(before[0].tolist()).rows(3, frozen=True) if prefix else None
+    cache = lm.start(before[0].tolist()).rows(3, frozen=True) if prefix else None
     trace, whole = AttentionTrace(POSITIONS[:, None], relax=True), AttentionTrace(torch.zeros(3, 1, dtype=torch.long), projections=True)
     with torch.no_grad(), tracing(lm.model, trace):
         lm.model(TOKENS, cache)

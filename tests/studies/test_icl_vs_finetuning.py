@@ -130,15 +130,15 @@ def test_everything_is_recorded_and_the_weights_are_restored(lm, films, tmp_path
 def test_batches_that_memory_does_not_hold_are_halved(lm, films, tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, questions=dataclasses.replace(ASKED, batch_tokens=200))
     whole = run(lm, [films], settings, tmp_path / "whole")["runs"][0]
-    sizes, real = [], study.ask
+    sizes, real = [], study.trace_queries
 
-    def small(lm, prompts, batch, prefix, projections=False, relax=False):
-        if len(batch) > 1 and not projections:
+    def small(lm, queries, *given, projections=False, **options):
+        if len(queries) > 1 and not projections:
             raise torch.OutOfMemoryError("no room")
-        sizes.append(len(batch))
-        return real(lm, prompts, batch, prefix, projections, relax)
+        sizes.append(len(queries))
+        return real(lm, queries, *given, projections=projections, **options)
 
-    monkeypatch.setattr(study, "ask", small)
+    monkeypatch.setattr(study, "trace_queries", small)
     halved = run(lm, [films], settings, tmp_path / "halved")["runs"][0]
     assert max(sizes) > 1 and sizes.count(1) >= 9
     for part in ("paper", "corrected"):

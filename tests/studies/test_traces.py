@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from momentum_lm.analysis.metrics import Projections, finetuning_matrices, head_matrices, weight_similarity
-from momentum_lm.icl import scoring
+from momentum_lm.icl.engine import Batch, log_probs, score_batches
 from momentum_lm.icl.finetuning import Lesson
 from momentum_lm.icl.prompts import PromptFormat, build
 from momentum_lm.lm.tracing import AttentionTrace, tracing
-from momentum_lm.studies.traces import Learned, align, ask, common_suffix, demonstration_matrices, finetuning_similarity, unshared
+from momentum_lm.studies.traces import Learned, align, common_suffix, demonstration_matrices, finetuning_similarity, trace_queries
 
 FORM = PromptFormat((0,), (2,))
 
@@ -17,22 +17,24 @@ FORM = PromptFormat((0,), (2,))
 def test_scores_are_those_of_classification(lm, examples, choices):
     for some in (examples, choices):
         prompts = build(lm, FORM, some[:2], some)
-        batch = range(len(some))
-        expected = scoring.score(lm, prompts, [list(batch)])
-        prefix = lm.encode_prefix(prompts.prefix)
-        for given, head in ((prompts, prefix), (unshared(prompts), None)):
-            found = ask(lm, given, batch, head).sums
-            for query in batch:
+        queries = dict(enumerate(prompts.queries))
+        ((_, answers),) = score_batches(lm, prompts.queries, [Batch(list(queries), prompts.shared)])
+        expected = log_probs(answers)
+        shared = prompts.shared, lm.start(prompts.queries[0][0].context[: prompts.shared])
+        for given in (shared, ()):
+            found = trace_queries(lm, queries, *given).sums
+            for query in queries:
                 np.testing.assert_allclose(found[query], expected[query], atol=1e-4)
 
 
 def test_both_positions_of_a_batch(lm, examples):
     prompts = build(lm, FORM, examples[:2], examples)
-    seen = ask(lm, prompts, [5, 1, 3], lm.encode_prefix(prompts.prefix))
+    state = lm.start(prompts.queries[0][0].context[: prompts.shared])
+    seen = trace_queries(lm, {i: prompts.queries[i] for i in (5, 1, 3)}, prompts.shared, state)
     for i, query in enumerate([5, 1, 3]):
         request = prompts.queries[query][0]
-        tokens = [*prompts.prefix, *request.tokens]
-        columns = [len(tokens) - 1, len(prompts.prefix) + request.start - 1]  # the choice's last token, and the one that predicts it
+        tokens = list(request.tokens)
+        columns = [len(tokens) - 1, len(request.context) - 1]  # the choice's last token, and the one that predicts it
         alone = AttentionTrace(torch.tensor([columns]))
         with torch.no_grad(), tracing(lm.model, alone):
             lm.model(torch.tensor([tokens]))

@@ -1,45 +1,46 @@
 """``fairseq-validate DATA --task icl_classification --criterion icl_classification --path CKPT --datasets mr --shots 4 --batch-size 8``:
-the accuracy of ``fairseq-eval --task icl_classification``, found by fairseq's own loop and model interface.
+the accuracy of ``fairseq-eval --task icl_classification``, from fairseq's own loop, model interface and batches.
 
 DATA is the folder of the model's dict.txt and tokenizer. Every prompt goes through the model as a whole, so this is slower than
-``fairseq-eval`` with its shared prefixes, works with any of fairseq's decoder-only models, and checks it.
+``fairseq-eval`` with its shared beginnings, works with any of fairseq's decoder-only models, and checks it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from fairseq.data import Dictionary, FairseqDataset
-from fairseq.data.data_utils import collate_tokens
 from fairseq.tasks import FairseqTask, register_task
+from torch import Tensor
 
 from momentum_lm.cli.eval_classification import add_question_arguments, load_datasets, settings_from
 from momentum_lm.errors import UserError
 from momentum_lm.fairseq_plugin.training import load_task_state
 from momentum_lm.icl.datasets.loading import by_name
+from momentum_lm.icl.engine import Query, extent
+from momentum_lm.lm.scoring import distinct_positions, target_log_probs
 from momentum_lm.text.dictionary import BOS, EOS
 from momentum_lm.text.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from momentum_lm.icl.prompts import Prompts
 
 NAME = "icl_classification"
 PREFIX = "icl_"  # of our flags' names in fairseq's one namespace for all, where `sampling` is beam search's
 
 
 @dataclass
-class Asker:
-    """What prompts need to know of a model (part of :class:`momentum_lm.lm.protocol.LanguageModel`)."""
+class FairseqLM:
+    """Any decoder-only model of fairseq as far as prompts and their scores need it (see :mod:`momentum_lm.lm.protocol`)."""
 
     name: str
     tokenizer: Tokenizer
     bos: tuple[int, ...]
-    max_positions: int
+    pad: int
+    model: Any = None
+    max_positions: int = 0
     separator: tuple[int, ...] = (EOS,)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -48,12 +49,34 @@ class Asker:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def log_probs(
+        self, tokens: Tensor, padding: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, state: None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As of every language model; there is no state. Raises UserError for a model with an adaptive softmax."""
+        decoder = self.model.decoder
+        if decoder.adaptive_softmax is not None:
+            raise UserError("the model has an adaptive softmax, for which label scores are not implemented; use another model")
+        device = next(self.model.parameters()).device
+        inputs, lengths = tokens.masked_fill(padding, self.pad).to(device), (~padding).sum(1).to(device)
+        features = self.model(src_tokens=inputs, src_lengths=lengths, features_only=True)[0]
+        pairs, which = distinct_positions(rows, positions)
+        row, position = pairs.to(device)
+
+        def logits_of(part: slice) -> Tensor:
+            return decoder.output_layer(features[row[part], position[part]])
+
+        return target_log_probs(logits_of, which, targets, self.tokenizer.vocab_size, self.pad)
+
 
 @register_task(NAME)
 class IclClassificationTask(FairseqTask):
     """Evaluates a checkpoint of any decoder-only model, whatever task it was trained with."""
 
-    for_any_checkpoint = True  # fairseq_compat gives it its way with fairseq-validate
+    for_any_checkpoint = True  # fairseq_compat lets this task replace the checkpoint's in fairseq-validate
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
@@ -85,15 +108,15 @@ class IclClassificationTask(FairseqTask):
         self.settings = replace(settings_from(self.flags), score=self.flags.score)
         if len(set(self.settings.shots)) > 1:
             raise UserError(f"--shots {self.flags.shots}: fairseq-validate gives one number; name one, or use fairseq-eval")
-        self.tokenizer = load_tokenizer(args.data)
+        tokenizer = load_tokenizer(args.data)
         self.dictionary = Dictionary.load(f"{args.data}/dict.txt")
-        self.bos = (BOS if getattr(args, "add_bos_token", False) else EOS,)  # as the checkpoint was trained
-        self.max_length = 0
+        bos = BOS if getattr(args, "add_bos_token", False) else EOS  # as the checkpoint was trained
+        self.lm: Any = FairseqLM(args.path, tokenizer, (bos,), self.dictionary.pad())
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        model = super().build_model(cfg, from_checkpoint)
-        self.max_length = int(model.max_positions())
-        return model
+        self.lm.model = super().build_model(cfg, from_checkpoint)
+        self.lm.max_positions = int(self.lm.model.max_positions())
+        return self.lm.model
 
     def build_criterion(self, cfg: Any) -> Any:
         if cfg._name != NAME:
@@ -107,20 +130,19 @@ class IclClassificationTask(FairseqTask):
         """
         from momentum_lm.studies.classification import Questions, units
 
-        asker: Any = Asker(self.flags.path, self.tokenizer, self.bos, self.max_length)
-        loaded = by_name(load_datasets(self.flags, asker))
+        loaded = by_name(load_datasets(self.flags, self.lm))
         name = next(iter(loaded)) if split == "valid" and len(loaded) == 1 else split
         if name not in loaded:
             raise UserError(f"--valid-subset {split}: name those of --datasets that are to be evaluated ({','.join(loaded)})")
-        dataset_questions, form = Questions(asker, loaded[name], self.settings), self.settings.form(asker)
-        items: list[Item] = []
+        questions, form = Questions(self.lm, loaded[name], self.settings), self.settings.form(self.lm)
+        items: list[tuple[Query, int]] = []
         for unit in units([name], self.settings):
-            prompts = dataset_questions.prompts(form, unit)[1]
-            items += (Item(prompts, i, example.gold) for i, example in enumerate(dataset_questions.examples))
-        self.datasets[split] = PromptDataset(items, self.settings.score, self.dictionary.pad())
+            queries = questions.prompts(form, unit)[1].queries  # without those of a calibration
+            items += zip(queries, (example.gold for example in questions.examples), strict=False)
+        self.datasets[split] = QueryDataset(items)
 
     def max_positions(self) -> int:
-        return self.max_length
+        return self.lm.max_positions
 
     load_state_dict = load_task_state
 
@@ -133,42 +155,18 @@ class IclClassificationTask(FairseqTask):
         return self.dictionary
 
 
-@dataclass(frozen=True)
-class Item:
-    """One query after its demonstrations."""
+class QueryDataset(FairseqDataset):
+    """One item is a query with the number of its right choice. Its size is that of its longest row."""
 
-    prompts: Prompts
-    query: int
-    gold: int
-
-    def rows(self) -> tuple[list[list[int]], list[tuple[int, int, int, int]]]:
-        """Rows of token ids, and what is read off them: (choice, row, position, target). Labels of one token share a row."""
-        found: dict[tuple[int, ...], int] = {}
-        wanted = []
-        for choice, request in enumerate(self.prompts.queries[self.query]):
-            tokens = [*self.prompts.prefix, *request.tokens]
-            row = found.setdefault(tuple(tokens[:-1]), len(found))
-            start = len(self.prompts.prefix) + request.start
-            wanted += [(choice, row, position - 1, tokens[position]) for position in range(start, len(tokens))]
-        return [list(row) for row in found], wanted
-
-
-class PromptDataset(FairseqDataset):
-    """One item is one query with all its rows. ``score``: ``mean`` or ``sum`` over a continuation's tokens."""
-
-    def __init__(self, items: Sequence[Item], score: str, pad: int) -> None:
+    def __init__(self, items: Sequence[tuple[Query, int]]) -> None:
         super().__init__()
-        self.items, self.score, self.pad = items, score, pad
-        self.counts, self.sizes = np.array([self._shape(item) for item in items]).T
-
-    def _shape(self, item: Item) -> tuple[int, int]:
-        rows, _ = item.rows()
-        return len(rows), max(map(len, rows))
+        self.items = items
+        self.counts, self.sizes = np.array([extent(query) for query, _ in items]).T
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> tuple[Query, int]:
         return self.items[index]
 
     def size(self, index: int) -> int:
@@ -185,37 +183,10 @@ class PromptDataset(FairseqDataset):
     def ordered_indices(self) -> np.ndarray:
         return np.argsort(self.sizes, kind="stable")
 
-    def collater(self, samples: Sequence[Item]) -> dict[str, Any]:
-        """``targets[n]`` is asked of row ``rows[n]`` at ``positions[n]``, and counts ``weights[n]`` for choice ``choices[n]`` of query
-        ``queries[n]``; ``gold`` (B,). Without samples, as when processes get unequal shares, only nsentences, which is 0."""
+    def collater(self, samples: Sequence[tuple[Query, int]]) -> dict[str, Any]:
+        """The queries and their right choices. Without samples, as when processes get unequal shares, only nsentences, which is 0."""
         if not samples:
             return {"nsentences": 0}
-        rows: list[list[int]] = []
-        wanted: list[tuple[int, int, int, int, int]] = []
-        for query, item in enumerate(samples):
-            mine, targets_of_item = item.rows()
-            wanted += [(query, choice, len(rows) + row, *place) for choice, row, *place in targets_of_item]
-            rows += mine
-        queries, choices, at, positions, targets = torch.tensor(wanted).unbind(1)
-        lengths = torch.tensor([len(row) for row in rows])
-        return {
-            "net_input": {
-                "src_tokens": collate_tokens([torch.tensor(row) for row in rows], self.pad),
-                "src_lengths": lengths,
-            },
-            "queries": queries,
-            "choices": choices,
-            "rows": at,
-            "positions": positions,
-            "targets": targets,
-            "weights": torch.tensor(list(self._weights(samples)), dtype=torch.float64),
-            "gold": torch.tensor([item.gold for item in samples]),
-            "nsentences": len(samples),
-            "ntokens": int(lengths.sum()),
-        }
-
-    def _weights(self, samples: Sequence[Item]) -> Iterator[float]:
-        for item in samples:
-            for request in item.prompts.queries[item.query]:
-                count = len(request.tokens) - request.start
-                yield from [1 / count if self.score == "mean" else 1.0] * count
+        queries, gold = zip(*samples, strict=True)
+        tokens = sum(rows * longest for rows, longest in map(extent, queries))
+        return {"queries": queries, "gold": gold, "nsentences": len(samples), "ntokens": tokens}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
@@ -17,7 +17,7 @@ from fairseq.distributed import utils as distributed_utils
 from momentum_lm.cli.eval_classification import shortener
 from momentum_lm.cli.options import integers
 from momentum_lm.errors import UserError, flags, named
-from momentum_lm.icl import scoring
+from momentum_lm.icl import engine
 from momentum_lm.icl.datasets.loading import Example, by_name, load_dataset
 from momentum_lm.icl.prompts import Prompts
 from momentum_lm.lm.anatomy import is_ours
@@ -118,11 +118,11 @@ class IclEvaluation:
         with _evaluating(self.model):
             for column, part in enumerate(self.parts):
                 for prompts, examples in part.draws:
-                    batches = scoring.plan(prompts, self.batch_tokens)
+                    batches = engine.plan(prompts.queries, self.batch_tokens)
                     mine = [number for number in range(len(batches)) if (turn + number) % world == rank]
                     turn += len(batches)
                     counts[0, column] += self._right(prompts, examples, batches, mine)
-                    counts[1, column] += sum(len(batches[number]) for number in mine)
+                    counts[1, column] += sum(len(batches[number].queries) for number in mine)
         if world > 1:
             on_device = counts.to(self.lm.device)
             counts = distributed_utils.all_reduce(on_device, distributed_utils.get_data_parallel_group()).cpu()
@@ -131,16 +131,15 @@ class IclEvaluation:
             values |= {part.name: right / dataset_questions, f"{part.name}_n": int(dataset_questions)}
         return values
 
-    def _right(self, prompts: Prompts, examples: list[Example], batches: list[list[int]], mine: list[int]) -> float:
+    def _right(self, prompts: Prompts, examples: list[Example], batches: list[engine.Batch], mine: list[int]) -> float:
+        right = 0
         try:
-            found = scoring.score(self.lm, prompts, batches, numbers=mine)
+            for _, answers in engine.score_batches(self.lm, prompts.queries, batches, numbers=mine):
+                for query, found in answers.items():
+                    right += engine.best(prompts.queries[query], found) == examples[query].gold
         except UserError as error:
             _log.warning("%s", error)
-            return np.nan
-        right = 0
-        for query, sums in found.items():
-            lengths = [len(request.tokens) - request.start for request in prompts.queries[query]]
-            right += int(np.argmax(np.array(sums) / lengths)) == examples[query].gold
+            return math.nan
         return right
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import momentum_lm
 from momentum_lm.errors import UserError
-from momentum_lm.icl import scoring
+from momentum_lm.icl import engine
 from momentum_lm.icl.datasets.loading import load_dataset
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.model import Decoder, DecoderConfig
@@ -67,7 +67,9 @@ def test_numbers_are_those_of_the_study(make, films, tokenizer_folder):
     right = []
     for seed in (1, 2):
         prompts = asked.prompts(settings.form(lm), Unit("mr", 2, seed, 0))[1]
-        scores = scoring.collect(prompts, scoring.score(lm, prompts, [[i] for i in range(len(prompts.queries))])).values("mean")
+        alone = [engine.Batch([i], prompts.shared) for i in range(len(prompts.queries))]
+        answers = {query: found for _, part in engine.score_batches(lm, prompts.queries, alone) for query, found in part.items()}
+        scores = engine.collect(prompts.queries, engine.log_probs(answers)).values("mean")
         right += [scores[i].argmax() == example.gold for i, example in enumerate(asked.examples)]
     assert values["icl_mr_2shot"] == sum(right) / 40
     assert 0 < values["icl_mr_2shot"] < 1
@@ -98,7 +100,7 @@ def test_the_model_and_the_generators_are_left_as_they_were(make):
 def test_an_interrupted_evaluation_leaves_training_mode(make, monkeypatch):
     model = Model().train()
     evaluation = make(model)
-    monkeypatch.setattr(scoring, "score", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(engine, "score_batches", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluation()
     assert all(m.training for m in model.modules())

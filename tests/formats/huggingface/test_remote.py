@@ -363,9 +363,7 @@ def test_scores_after_a_shared_prefix_are_those_of_whole_rows(gate):
     assert not lm._packs_rows
     prefix, rows = random_tokens(1, 120)[0], random_tokens(3, 6)
     place, last = torch.arange(3), torch.full((3,), 5)
-    found = lm.log_probs(
-        rows, torch.zeros(3, 6, dtype=torch.bool), place, last, place + 4, lm.encode_prefix(prefix.tolist())
-    )
+    found, _ = lm.log_probs(rows, torch.zeros(3, 6, dtype=torch.bool), place, last, place + 4, lm.start(prefix.tolist()))
     whole = model(torch.cat([prefix.expand(3, -1), rows], 1), use_cache=False).logits[:, -1].log_softmax(-1)
     close(found, whole[place, place + 4], atol=2e-5, rtol=0)
 

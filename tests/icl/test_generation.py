@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from momentum_lm.errors import UserError
-from momentum_lm.harness.generation import generate, likeliest, row_budget, sample
+from momentum_lm.icl import engine
+from momentum_lm.icl.engine import row_budget
+from momentum_lm.icl.sampling import likeliest, sample
 
 CONTEXTS = [[0, 9, 17, 30], [0], [0, *range(40, 75)], [0, 5, 5, 5, 8, 8]]
 DECODERS = {
@@ -15,7 +17,16 @@ DECODERS = {
     "ema_learned_rotary": {"momentum_learned": True, "position": "rotary"},
     "multi_ema_learned_positions": {"momentum_kind": "multi_ema", "position": "learned"},
 }
-GREEDY = functools.partial(likeliest, padding_idx=1)
+
+
+def generate(lm, contexts, most, *given):
+    found = list(engine.generate(lm, contexts, most, *given))
+    assert sorted(number for number, _ in found) == list(range(len(contexts)))
+    return [tokens for _, tokens in sorted(found)]
+
+
+def never(tokens):
+    return False
 
 
 def plain(lm, context, most, ends=()):
@@ -39,7 +50,21 @@ def test_a_batch_is_the_plain_loop_of_each(make_lm, decoder):
     lm = make_lm(**DECODERS[decoder])
     expected = [plain(lm, context, 20) for context in CONTEXTS]
     assert len({tuple(tokens) for tokens in expected}) > 1
-    assert generate(lm, CONTEXTS, 20, GREEDY, lambda tokens: False) == expected
+    assert generate(lm, CONTEXTS, 20) == expected
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_what_contexts_begin_with_is_read_once(make_lm, decoder, monkeypatch):
+    """Rows of unequal length, padded on the left, go on from it as they do from nothing."""
+    lm = make_lm(**DECODERS[decoder])
+    beginning = [0, *range(60, 100)]
+    contexts = [[*beginning, *context[1:]] for context in CONTEXTS for _ in range(9)]
+    seen, features = [], lm.model.features
+    monkeypatch.setattr(lm.model, "features", lambda tokens, *a, **k: (seen.append(tuple(tokens.shape)), features(tokens, *a, **k))[1])
+    found = generate(lm, contexts, 10)
+    assert seen[:2] == [(1, 40), (36, 36)]
+    monkeypatch.undo()
+    assert found == [plain(lm, context, 10) for context in contexts]
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -48,7 +73,7 @@ def test_rows_end_by_themselves_and_the_others_go_on(make_lm, decoder):
     lm = make_lm(**DECODERS[decoder])
     for ends in ({token} for tokens in (plain(lm, context, 20) for context in CONTEXTS) for token in tokens[3:6]):
         expected = [plain(lm, context, 20, ends) for context in CONTEXTS]
-        assert generate(lm, CONTEXTS, 20, GREEDY, lambda tokens, ends=ends: tokens[-1] in ends) == expected
+        assert generate(lm, CONTEXTS, 20, lambda tokens, ends=ends: tokens[-1] in ends) == expected
 
 
 def test_the_end_of_a_sentence_ends_the_text(lm):
@@ -56,25 +81,30 @@ def test_the_end_of_a_sentence_ends_the_text(lm):
     first = plain(lm, CONTEXTS[0], 20)
 
     def choose(logits):
-        tokens = GREEDY(logits)
+        tokens = likeliest(logits)
         return torch.where(tokens == first[4], 2, tokens)
 
     cut = first.index(first[4])
-    assert generate(lm, CONTEXTS[:1], 20, choose, lambda tokens: False) == [first[:cut]]
-    assert generate(lm, CONTEXTS, 20, lambda logits: torch.full((len(logits),), 2), lambda tokens: False) == [[], [], [], []]
+    assert generate(lm, CONTEXTS[:1], 20, never, choose) == [first[:cut]]
+    assert generate(lm, CONTEXTS, 20, never, lambda logits: torch.full((len(logits),), 2)) == [[], [], [], []]
 
 
 def test_no_more_than_asked(lm):
-    assert generate(lm, CONTEXTS, 0, GREEDY, lambda tokens: False) == [[], [], [], []]
-    assert [len(tokens) for tokens in generate(lm, CONTEXTS, 1, GREEDY, lambda tokens: False)] <= [1, 1, 1, 1]
+    assert generate(lm, CONTEXTS, 0) == [[], [], [], []]
+    assert [len(tokens) for tokens in generate(lm, CONTEXTS, 1)] <= [1, 1, 1, 1]
 
 
-def test_padding_is_never_written():
-    logits = torch.tensor([[0.0, 9.0, 1.0, 2.0], [5.0, 6.0, 1.0, 2.0]])
-    assert likeliest(logits, 1).tolist() == [3, 0]
+def test_padding_is_never_written(make_lm):
+    """Whatever logit it has: here the highest after each context."""
+    lm = make_lm()
+    with torch.no_grad():
+        hidden = lm.model.features(torch.tensor([CONTEXTS[0]]))[0, -1]
+        lm.model.output_projection.weight[1] = 100 * hidden
+        assert lm.model(torch.tensor([CONTEXTS[0]]))[0, -1].argmax() == 1
+    assert generate(lm, CONTEXTS, 20) == [plain(lm, context, 20) for context in CONTEXTS]
     torch.manual_seed(0)
-    assert set(sample(logits[:1].expand(500, -1), 1).tolist()) == {0, 2, 3}
-    assert logits[0, 1] == 9.0  # the caller's own
+    drawn = generate(lm, CONTEXTS[:1] * 50, 5, never, functools.partial(sample, temperature=5.0))
+    assert len({tokens[0] for tokens in drawn}) > 20 and all(1 not in tokens for tokens in drawn)
 
 
 def test_samples_have_the_model_s_probabilities():
@@ -82,31 +112,31 @@ def test_samples_have_the_model_s_probabilities():
     logits = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -1.0])
     many = logits.expand(200_000, -1)
     for temperature in (0.5, 1.0, 3.0):
-        found = torch.bincount(sample(many, 1, temperature), minlength=5) / len(many)
+        found = torch.bincount(sample(many, temperature), minlength=5) / len(many)
         torch.testing.assert_close(found, (logits / temperature).softmax(0), atol=5e-3, rtol=0)
-    found = torch.bincount(sample(many, 1, top_k=2), minlength=5) / len(many)
+    found = torch.bincount(sample(many, top_k=2), minlength=5) / len(many)
     torch.testing.assert_close(found[[0, 3]], logits[[0, 3]].softmax(0), atol=5e-3, rtol=0)
     assert found[[1, 2, 4]].sum() == 0
     shares = logits.softmax(0)  # 0.24, 0, 0.09, 0.64, 0.03
-    found = torch.bincount(sample(many, 1, top_p=0.7), minlength=5) / len(many)
+    found = torch.bincount(sample(many, top_p=0.7), minlength=5) / len(many)
     torch.testing.assert_close(found[[0, 3]], shares[[0, 3]] / shares[[0, 3]].sum(), atol=5e-3, rtol=0)
     assert found[[1, 2, 4]].sum() == 0
-    assert set(sample(many[:100], 1, top_p=0.01).tolist()) == {3} == set(sample(many[:100], 1, top_k=1).tolist())
+    assert set(sample(many[:100], top_p=0.01).tolist()) == {3} == set(sample(many[:100], top_k=1).tolist())
 
 
 def test_a_seed_gives_the_same_samples(lm):
     runs = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        runs.append(generate(lm, CONTEXTS, 12, functools.partial(sample, padding_idx=1, temperature=2.0), lambda tokens: False))
+        runs.append(generate(lm, CONTEXTS, 12, never, functools.partial(sample, temperature=2.0)))
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_broken_weights_are_told(make_lm):
     lm = make_lm(layers=1)
     torch.nn.init.constant_(lm.model.layer_norm.bias, float("nan"))
-    with pytest.raises(UserError, match=r"\.pt gives NaN: its weights are broken"):
-        generate(lm, CONTEXTS, 3, GREEDY, lambda tokens: False)
+    with pytest.raises(UserError, match=r"\.pt gives probabilities of 0 or NaN: its weights are broken"):
+        generate(lm, CONTEXTS, 3)
 
 
 def test_memory_bounds_the_rows(make_lm):

@@ -82,8 +82,8 @@ def test_fit_follows_the_authors_rule(make_lm, examples):
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (Example(7, ("long " * 200,), (" good",), 0), r"example 7 has a prompt of \d+ tokens, but .* takes 160; .*--max-field-tokens"),
-        (Example(7, ("",), (" good",), 0), "example 7 has no token before its continuation; .*--bos"),
+        (Example(7, ("long " * 200,), (" good",), 0), r"example 7 has a prompt of \d+ tokens, but .* takes 160; .*with shorten"),
+        (Example(7, ("",), (" good",), 0), "example 7 has no token before its continuation; .*with bos"),
         (Example(7, ("a film",), ("",), 0), "example 7 has a continuation without tokens"),
     ],
 )

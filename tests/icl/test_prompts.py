@@ -159,7 +159,7 @@ def test_text_that_spells_a_special_token_is_text(crossing):
     spelled = PromptFormat((), "<end>")
     assert list(special_notes(crossing, spelled, "{text}<end>", examples)) == [
         "the template spells <end>, which is ordinary text to the model, not the special token",
-        "--separator spells <end>, which is ordinary text to the model, not the special token",
+        "the separator spells <end>, which is ordinary text to the model, not the special token",
     ]
 
 
@@ -180,4 +180,4 @@ def test_a_tokenizer_that_takes_text_for_special_tokens_is_told_of():
 def test_fairseq_checkpoints_read_such_text_as_text_too(lm):
     assert EOS not in lm.encode(["a film </s> that is good"])[0]
     (note,) = special_notes(lm, PromptFormat((BOS,), "</s>"), "{text}", [Example(0, ("a </s>",), (" good", " bad"), 0)])
-    assert note.startswith("--separator spells </s>")
+    assert note.startswith("the separator spells </s>")

@@ -257,7 +257,7 @@ class Unknown:
 
 def test_code_in_a_checkpoint_is_refused_unless_trusted(tmp_path):
     path = save(tmp_path / "c.pt", decoder(), {"model": OURS | {"momentum_kind": "none"}}, extra_state=Unknown())
-    with pytest.raises(UserError, match="trust-checkpoint"):
+    with pytest.raises(UserError, match="trust=True"):
         load_native(path)
     assert load_native(path, trust=True).vocab_size == 40
 

@@ -72,7 +72,7 @@ def choose(
     usable = [entry for entry in grid if entry["accuracy"] is not None]
     if not usable:
         raise UserError(
-            f"{name}: finetuning diverges at every learning rate ({', '.join((f'{r:g}' for r in rates))}); try "
+            f"{name}: finetuning diverges at every learning rate ({', '.join(f'{r:g}' for r in rates)}); try "
             "smaller ones with ", arg("rates"),
         )  # fmt: skip
     best = min(usable, key=lambda entry: (-entry["accuracy"], entry["loss"], entry["lr"]))

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from momentum_lm.lm.native import load_native
 from momentum_lm.formats.decoder_options import from_fairseq
+from momentum_lm.lm.native import load_native
 from momentum_lm.model import Decoder, DecoderConfig
 
 OPTIONS = {

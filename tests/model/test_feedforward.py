@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from momentum_lm.model.mlp import ACTIVATIONS
-from momentum_lm.model.mlp import activated_linear
+from momentum_lm.model.mlp import ACTIVATIONS, activated_linear
 
 
 def layer(weight, bias):

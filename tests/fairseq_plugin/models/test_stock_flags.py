@@ -18,8 +18,8 @@ momentum_lm.register()
 STOCK = {f.name: f for f in dataclasses.fields(TransformerLanguageModelConfig) if f.name != "_name"}
 ELSEWHERE = ("add_bos_token", "tokens_per_sample", "max_target_positions", "tpu")  # of the task and of common
 WITH_VALUE = {  # something else than the default
-    **{"activation_fn": "relu", "decoder_output_dim": 192, "decoder_input_dim": 192, "decoder_layers_to_keep": "0,1"},
-    **{"adaptive_softmax_cutoff": "10,20", "adaptive_input_cutoff": "10,20", "character_filters": "[(1, 2)]"},
+    "activation_fn": "relu", "decoder_output_dim": 192, "decoder_input_dim": 192, "decoder_layers_to_keep": "0,1",
+    "adaptive_softmax_cutoff": "10,20", "adaptive_input_cutoff": "10,20", "character_filters": "[(1, 2)]",
     "decoder_xformers_att_config": "{}",
 }
 

@@ -36,21 +36,19 @@ def test_each_front_end_renders_its_own_names(capsys):
 
 
 def test_the_innermost_name_wins_and_other_arguments_stay_arguments():
-    with pytest.raises(UserError) as raised, named(flags()):
-        with named(lambda argument: Argument("n_embd", 5) if argument.name == "dim" else argument):
-            with named(lambda argument: f"key {argument.name}" if argument.name == "heads" else argument):
-                problem()
+    renamed = named(lambda argument: Argument("n_embd", 5) if argument.name == "dim" else argument)
+    innermost = named(lambda argument: f"key {argument.name}" if argument.name == "heads" else argument)
+    with pytest.raises(UserError) as raised, named(flags()), renamed, innermost:
+        problem()
     assert str(raised.value) == "--n-embd 5 is not a multiple of key heads; or add --force"
 
 
 def test_an_error_within_another_keeps_its_arguments():
-    with pytest.raises(CheckpointError) as raised:
-        try:
-            problem()
-        except UserError as error:
-            raise CheckpointError("model.pt: ", error) from error
-    assert str(raised.value).startswith("model.pt: dim=190 is")
-    assert raised.value.line().startswith("model.pt: --dim 190 is")
+    with pytest.raises(UserError) as raised:
+        problem()
+    error = CheckpointError("model.pt: ", raised.value)
+    assert str(error).startswith("model.pt: dim=190 is")
+    assert error.line().startswith("model.pt: --dim 190 is")
 
 
 def test_values_as_they_are_typed():

@@ -186,7 +186,8 @@ def _text(plan: Plan, args: argparse.Namespace, command: str | None) -> str:
     usable = f"{USABLE * job.hardware.memory / 1e9:,.0f} of {job.hardware.memory / 1e9:,.0f} GB"
     if chosen is None:
         lines += [f"nothing fits in {usable}. What would:"]
-        lines += [f"  {hint}" for hint in _hints(plan)] or ["  a shorter --context or a smaller --arch; no GPU of the table is large enough"]
+        others = "a shorter --context or a smaller --arch; no GPU of the table is large enough"
+        lines += [f"  {hint}" for hint in _hints(plan) or [others]]
         return "\n".join(lines)
     rate = plan.tokens_per_second
     lines += [

@@ -127,7 +127,8 @@ def nearest(config: DecoderConfig) -> str:
         name: abs(math.log(size.layers * size.dim**2 / (config.layers * config.dim**2)))
         for name, size in SIZES.items()
     }
-    return f"{kinds.get(config.momentum_kind, 'momentum_lm')}_{exact[0] if exact else min(SIZES, key=distance.__getitem__)}"
+    size = exact[0] if exact else min(SIZES, key=distance.__getitem__)
+    return f"{kinds.get(config.momentum_kind, 'momentum_lm')}_{size}"
 
 
 def _translated(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +145,8 @@ def _translated(cfg: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("decoder_input_dim", "decoder_output_dim"):
         if cfg.get(name) is not None and str(cfg[name]) != str(result["decoder_embed_dim"]):
             width = arg(decoder_embed_dim=result["decoder_embed_dim"])
-            raise Unsupported(Argument(name, cfg[name]), ": this decoder has no projection to another width than ", width)
+            problem = ": this decoder has no projection to another width than "
+            raise Unsupported(Argument(name, cfg[name]), problem, width)
     shared, learned = (_flag(cfg, name) for name in ("share_decoder_input_output_embed", "decoder_learned_pos"))
     if stock:
         result |= {"untie_embeddings": not shared, "position": "learned" if learned else "sinusoidal"}
@@ -196,9 +198,8 @@ def _text(name: str, value: Any) -> str:
 
 
 def _number(name: str, kind: Any, value: Any) -> Any:
-    types, what = KINDS[float]
     try:
-        if isinstance(value, bool) or not isinstance(value, (str, types)) or len(str(value)) > _LONGEST:
+        if isinstance(value, bool) or not isinstance(value, (str, KINDS[float][0])) or len(str(value)) > _LONGEST:
             raise TypeError
         result = kind(value)
         if kind is int and not isinstance(value, str) and result != value:

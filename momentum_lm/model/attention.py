@@ -12,7 +12,8 @@ from .state import LayerCache
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention, ``Attn`` or, with ``momentum``, ``MoAttn = Attn + EMA(V)`` (arXiv 2212.10559, section 5).
+    """Multi-head causal self-attention, ``Attn`` or, with ``momentum``, ``MoAttn = Attn + EMA(V)`` (arXiv 2212.10559,
+    section 5).
 
     Parameter names are those of fairseq's MultiheadAttention. ``momentum`` is a module that maps
     (values (B, H, T, D), state, segment_ids, padding, addend) to (an average of the same shape plus the addend, state).
@@ -42,11 +43,13 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
-        mask: (B, 1, T, S) True where attention is allowed; None: causal, which must fit T = S, or T = 1 and everything allowed.
+        mask: (B, 1, T, S) True where attention is allowed; None: causal, which must fit T = S, or T = 1 and everything
+        allowed.
         padding: (B, T) True at padding on the left, which the EMA must not see. cache is updated in place.
         """
         x = autocast_once(x)
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
         if rotation is not None:
             q, k = Rotary.rotate(q, *rotation), Rotary.rotate(k, *rotation)
 

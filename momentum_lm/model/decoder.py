@@ -1,4 +1,4 @@
-"""A GPT decoder whose parameter names are those of fairseq's ``transformer_lm``, with momentum attention as an option."""
+"""The decoder: embedding, blocks of attention and feed-forward, output. Parameters are named as in fairseq."""
 
 from __future__ import annotations
 
@@ -60,9 +60,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Pre-norm GPT decoder. Tokens (B, T) in, logits (B, T, V) out; padding (left or right) and packed documents change nothing.
+    """Pre-norm GPT decoder. Tokens (B, T) in, logits (B, T, V) out; padding (left or right) and packed documents
+    change nothing.
 
-    Documents of a packed sequence are given by ``segment_ids`` (B, T), runs of equal ids: neither attention nor EMA crosses a run
+    Documents of a packed sequence are given by ``segment_ids`` (B, T), runs of equal ids: neither attention nor EMA
+    crosses a run
     and positions start anew, so each document gets the logits that it gets alone.
     """
 
@@ -75,7 +77,8 @@ class Decoder(nn.Module):
         with torch.no_grad():
             self.embed_tokens.weight[config.padding_idx].zero_()
         if config.position == "learned":
-            self.embed_positions = nn.Embedding(config.max_positions + config.padding_idx + 1, config.dim, config.padding_idx)
+            rows = config.max_positions + config.padding_idx + 1  # as fairseq counts them
+            self.embed_positions = nn.Embedding(rows, config.dim, config.padding_idx)
             nn.init.normal_(self.embed_positions.weight, std=config.dim**-0.5)
             with torch.no_grad():
                 self.embed_positions.weight[config.padding_idx].zero_()
@@ -95,7 +98,9 @@ class Decoder(nn.Module):
         return Cache([LayerCache() for _ in self.layers])
 
     def compile_blocks(self) -> None:
-        """Compiles each block by itself: short compilation, shared by all blocks of the same shape, parameter names unchanged."""
+        """Compiles each block by itself: short compilation, shared by all blocks of the same shape, parameter names
+        unchanged.
+        """
         for layer in self.layers:
             layer.compile()
 
@@ -138,11 +143,13 @@ class Decoder(nn.Module):
             tokens: (B, T) ids; ``padding_idx`` marks padding, on the left or the right.
             cache: what earlier calls saw; these tokens follow it and are added to it.
             segment_ids: (B, T) documents of packed sequences. Not together with a cache.
-            left_padded: whether rows may begin with padding; None: look (which on a GPU waits for the device). Padding on the right
+            left_padded: whether rows may begin with padding; None: look (which on a GPU waits for the device). Padding
+            on the right
                 needs no care, since no real token sees it.
 
         Raises:
-            ValueError: segment_ids together with a cache, right padding of tokens that go into a cache, or, with learned positions,
+            ValueError: segment_ids together with a cache, right padding of tokens that go into a cache, or, with
+            learned positions,
                 more tokens than ``max_positions``.
         """
         config = self.config
@@ -163,16 +170,9 @@ class Decoder(nn.Module):
             positions = self._positions(is_padding, cache, segment_ids)
         else:
             positions = torch.arange(length, device=tokens.device)[None]
-        x = self.embed_scale * self.embed_tokens(tokens)
         if config.position == "learned":
             self._check_length(length + (0 if cache is None else cache.length))
-            x = x + self.embed_positions(
-                torch.where(is_padding, config.padding_idx, positions + config.padding_idx + 1)
-            )
-        elif config.position == "sinusoidal":
-            table = sinusoids(positions + config.padding_idx + 1, config.dim)
-            x = x + table.masked_fill(is_padding[..., None], 0.0).to(x.dtype)
-        x = self.dropout(x)
+        x = self._embed(tokens, is_padding, positions)
         rotation = None if self.rotary is None else self.rotary(positions)
 
         mask = self._mask(length, padding, cache, segment_ids, tokens.device)
@@ -186,12 +186,24 @@ class Decoder(nn.Module):
             cache.length += length
         return self.layer_norm(x)
 
+    def _embed(self, tokens: Tensor, is_padding: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, T) at positions (B or 1, T) -> embeddings (B, T, C); padding has no position."""
+        config = self.config
+        x = self.embed_scale * self.embed_tokens(tokens)
+        rows = positions + config.padding_idx + 1
+        if config.position == "learned":
+            x = x + self.embed_positions(torch.where(is_padding, config.padding_idx, rows))
+        elif config.position == "sinusoidal":
+            x = x + sinusoids(rows, config.dim).masked_fill(is_padding[..., None], 0.0).to(x.dtype)
+        return self.dropout(x)
+
     def _positions(self, is_padding: Tensor, cache: Cache | None, segment_ids: Tensor | None) -> Tensor:
         """(B, T) positions from 0, padding not counted; remembers in ``cache`` where the next call goes on."""
         count = (~is_padding).long().cumsum(1)
         if segment_ids is not None:
             starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=False)
-            # real tokens before the current document: the running count just before its first token, carried along the run
+            # real tokens before the current document: the running count just before its first token, carried along the
+            # run
             before = torch.where(starts, count - (~is_padding).long(), 0).cummax(1).values
             return (count - before - 1).clamp(min=0)
         if cache is None:
@@ -204,7 +216,9 @@ class Decoder(nn.Module):
     def _mask(
         self, length: int, padding: Tensor | None, cache: Cache | None, segment_ids: Tensor | None, device: torch.device
     ) -> Tensor | None:
-        """(B or 1, 1, T, S) True where attention is allowed, or None where causality alone says it (see CausalSelfAttention)."""
+        """(B or 1, 1, T, S) True where attention is allowed, or None if plain causal masking is enough (see
+        CausalSelfAttention).
+        """
         past = 0 if cache is None else cache.length
         if cache is not None and (padding is not None or cache.padding is not None):
             batch = (padding if padding is not None else cache.padding).shape[0]  # type: ignore[union-attr]

@@ -16,7 +16,8 @@ from momentum_lm.ops.transforms import under_transforms, without_autocast
 
 from .precision import autocast_dtype
 
-# Rows of logits held at a time on a CPU: measured, the fastest at vocabularies of 8k and 51k (64 to 1024 cost up to 25% more).
+# Rows of logits held at a time on a CPU: measured, the fastest at vocabularies of 8k and 51k (64 to 1024 cost up to
+# 25% more).
 CPU_ROWS = 256
 # Elsewhere a kernel must be fed: so many logits at a time, small beside everything else that training holds.
 CHUNK_LOGITS = 2**28
@@ -83,15 +84,18 @@ def chunked_cross_entropy(
     chunk_tokens: int | None = None,
     absent: Tensor | None = None,
 ) -> Tensor:
-    """``F.cross_entropy(hidden @ weight.T, targets)`` holding ``chunk_tokens`` rows of logits at a time (None: a good number).
+    """``F.cross_entropy(hidden @ weight.T, targets)`` holding ``chunk_tokens`` rows of logits at a time (None: a good
+    number).
 
     Args:
-        hidden: (..., C). weight: (V, C), the output embedding. targets: (...) token ids; ``ignore_index`` counts for nothing.
+        hidden: (..., C). weight: (V, C), the output embedding. targets: (...) token ids; ``ignore_index`` counts for
+        nothing.
         reduction: "sum", or "none" (no gradients) for one value per token.
         absent: (N,) ids of tokens that are never predicted, as if their logits were -inf; None: there are none.
 
     Returns:
-        Nats, in fp32 (fp64 for fp64 inputs): a scalar, or (...) with 0 where ignored. Products follow autocast, the softmax does not.
+        Nats, in fp32 (fp64 for fp64 inputs): a scalar, or (...) with 0 where ignored. Products follow autocast, the
+        softmax does not.
 
     Raises:
         ValueError: shapes that do not fit or another reduction.

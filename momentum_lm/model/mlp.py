@@ -26,7 +26,9 @@ _DERIVATIVES: dict[Any, Any] = {
 
 
 class _ActivatedLinear(torch.autograd.Function):
-    """Keeps the activation's input and computes its output, four times as wide as the residual stream, again for the backward pass."""
+    """Keeps the activation's input and computes its output, four times as wide as the residual stream, again for the
+    backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, activation: Any) -> Tensor:

@@ -34,7 +34,9 @@ class Rotary(Float32):
 
 
 def sinusoids(rows: Tensor, dim: int) -> Tensor:
-    """fairseq's sinusoidal embedding of table rows (B, T) -> (B, T, dim) fp32: sines, then cosines, 10000^(-k / (dim/2 - 1))."""
+    """fairseq's sinusoidal embedding of table rows (B, T) -> (B, T, dim) fp32: sines, then cosines, 10000^(-k / (dim/2
+    - 1)).
+    """
     half = dim // 2
     frequency = torch.exp(torch.arange(half, dtype=torch.float, device=rows.device) * -(math.log(10000) / (half - 1)))
     angle = rows[..., None].float() * frequency
@@ -42,5 +44,7 @@ def sinusoids(rows: Tensor, dim: int) -> Tensor:
 
 
 def document_ids(tokens: Tensor, eos_idx: int) -> Tensor:
-    """Segment ids (B, T) of packed inputs, in which each document begins with the end-of-sentence token that its text follows."""
+    """Segment ids (B, T) of packed inputs, in which each document begins with the end-of-sentence token that its text
+    follows.
+    """
     return tokens.eq(eos_idx).cumsum(1)

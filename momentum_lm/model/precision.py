@@ -39,7 +39,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def autocast_once(x: Tensor) -> Tensor:
-    """``x``, of any shape, as autocast casts it for a matrix product: for several products it would make as many copies, and autograd
+    """``x``, of any shape, as autocast casts it for a matrix product: for several products it would make as many
+    copies, and autograd
     keep them all."""
     dtype = autocast_dtype(x.device)
     return x if dtype is None else x.to(dtype)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 @dataclass
 class LayerCache:
-    """One layer's past: keys and values (B, H, S, D), keys already rotated, and the momentum state. ``frozen``: nothing is added."""
+    """One layer's past: keys and values (B, H, S, D), keys already rotated, and the momentum state. ``frozen``:
+    nothing is added.
+    """
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -20,7 +22,9 @@ class LayerCache:
 
 @dataclass
 class Cache:
-    """What a decoder remembers of a prefix: keys, values and EMA state per layer, which keys are padding, and each row's next position."""
+    """What a decoder remembers of a prefix: keys, values and EMA state per layer, which keys are padding, and each
+    row's next position.
+    """
 
     layers: list[LayerCache]
     length: int = 0
@@ -35,7 +39,8 @@ class Cache:
     def rows(self, count: int, frozen: bool = False) -> Cache:
         """A new cache for ``count`` rows that share this one-row prefix, without copying it. This one stays as it is.
 
-        ``frozen``: the new one is only read. No layer then keeps its rows' keys and values, and rows may be padded on the right.
+        ``frozen``: the new one is only read. No layer then keeps its rows' keys and values, and rows may be padded on
+        the right.
         """
         layers = [LayerCache(c.keys, c.values, c.momentum, frozen) for c in self.layers]
         copy = Cache(layers, self.length, self.padding, self.positions, frozen)

@@ -1,4 +1,6 @@
-"""A training run worked out before it starts: which strategy, which batch, how long, at what cost of memory, links and momentum."""
+"""A training run worked out before it starts: which strategy, which batch, how long, at what cost of memory, links and
+momentum.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from .hardware import GPUS, Gpu
 from .memory import StepMemory, step_memory
 from .traffic import kernel_traffic, torch_traffic
 
-# Of the data sheet's memory; the rest is left to the CUDA context, NCCL and gaps between tensors. An assumption, not a measurement.
+# Of the data sheet's memory; the rest is left to the CUDA context, NCCL and gaps between tensors. An assumption, not a
+# measurement.
 USABLE = 0.94
-# A micro-batch of fewer tokens feeds a GPU badly, so more memory per GPU is worth some communication. Also an assumption.
+# A micro-batch of fewer tokens feeds a GPU badly, so more memory per GPU is worth some communication. Also an
+# assumption.
 ENOUGH_TOKENS = 8192
 RECOMPUTATION = 4 / 3  # a forward pass is a third of a step, and checkpointing has a second one
 
@@ -130,7 +134,8 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Every strategy that the job allows, and the fastest of those that fit.
 
-    Speed is the assumed MFU of the data sheet's peak, less a third more work where activations are computed again, plus what of the
+    Speed is the assumed MFU of the data sheet's peak, less a third more work where activations are computed again,
+    plus what of the
     communication cannot hide behind it. Where strategies are equally fast, DDP comes before FSDP.
     """
     parameters = count_parameters(job.config)
@@ -171,7 +176,8 @@ def _option(job: Job, strategy: str, checkpointing: bool, parameters: Parameters
     compute = tokens * flops * (RECOMPUTATION if checkpointing else 1) / (job.mfu * job.peak_flops)
     sent = _sent(strategy, parameters, job, update_freq)
     seconds = sent / (job.hardware.link if job.gpus <= job.gpus_per_node else min(job.hardware.link, job.node_bandwidth))
-    # DDP sums while the last micro-batch goes backward, two thirds of its time or three quarters; FSDP gathers and sums all the time
+    # DDP sums while the last micro-batch goes backward, two thirds of its time or three quarters; FSDP gathers and
+    # sums all the time
     hidden = compute if strategy == "fsdp" else compute / update_freq * (3 / 4 if checkpointing else 2 / 3)
     return Option(
         strategy,
@@ -190,7 +196,9 @@ def _option(job: Job, strategy: str, checkpointing: bool, parameters: Parameters
 
 
 def _largest(memory: Callable[[int], StepMemory], limit: float) -> int:
-    """The largest batch that stays within ``limit``, as far as memory grows in proportion to the batch between those that are tried."""
+    """The largest batch that stays within ``limit``, as far as memory grows in proportion to the batch between those
+    that are tried.
+    """
     first = memory(1)
     if first.total > limit:
         return 0
@@ -213,9 +221,11 @@ def _micro_batch(share: int, largest: int) -> int:
 
 
 def _sent(strategy: str, parameters: Parameters, job: Job, update_freq: int) -> float:
-    """Bytes that each GPU sends for one update, in rings: (n-1)/n of what is gathered or summed, twice that to sum on every GPU.
+    """Bytes that each GPU sends for one update, in rings: (n-1)/n of what is gathered or summed, twice that to sum on
+    every GPU.
 
-    Between nodes, every node sends as much. DDP sums fp32 gradients once an update; FSDP gathers each block forward and backward, and
+    Between nodes, every node sends as much. DDP sums fp32 gradients once an update; FSDP gathers each block forward
+    and backward, and
     the embeddings once in fp32, and sums fp32 gradients, for every micro-batch.
     """
     ring = (job.gpus - 1) / job.gpus

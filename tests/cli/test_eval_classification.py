@@ -192,7 +192,7 @@ CASES = {  # what is done to a copy of the data, changed flags, what is told
     "prompt longer than the context": (long, LOCAL, "films: example 3 has a prompt of "),
     "malformed line": (malformed, LOCAL, "{films}/train.jsonl:3: not a JSON record"),
     "balanced without a class": (one_class, LOCAL | {"sampling": "balanced"}, "no example of 1 of 2 labels"),
-    "more shots than examples": (None, {"shots": "0,13"}, "13 shots (--shots): the training split has no more than 12 examples"),
+    "more shots than examples": (None, {"shots": "0,13"}, "--shots 13: the training split has no more than 12 examples"),
     "hub without network": (None, {"datasets": "sst2"}, "provide DIR/sst2/train.jsonl and DIR/sst2/validation.jsonl"),
     "shots that are no number": (None, {"shots": "x"}, "--shots x: give whole numbers"),
     "negative seed": (None, {"seeds": "-1"}, "--seeds -1: give whole numbers"),

@@ -327,7 +327,7 @@ def test_what_cannot_have_momentum_is_refused(make_lm):
         (ours, "MomentumLMForCausalLM has momentum of its own"),
     ):
         implementation, logits = model.config._attn_implementation, model(random_tokens(1, 5)).logits
-        with pytest.raises(UserError, match="^eta") as caught:
+        with pytest.raises(UserError, match=r"^eta") as caught:
             add_momentum(model, 0.5)
         assert message in str(caught.value) and "\n" not in str(caught.value)
         assert model.config._attn_implementation == implementation and torch.equal(model(random_tokens(1, 5)).logits, logits)

@@ -79,7 +79,8 @@ class FairseqDecoder(FairseqIncrementalDecoder, Decoder):
         segment_ids: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits (B, T, V), or hidden states with ``features_only``, or with ``targets`` the summed loss; and no attention weights.
+        """Logits (B, T, V), or hidden states with ``features_only``, or with ``targets`` the summed loss; and no
+        attention weights.
 
         With ``incremental_state`` only the tokens that it has not seen yet are computed and returned.
         """
@@ -117,7 +118,8 @@ class DoesNotFit(UserError, RuntimeError):
 
 
 class MomentumLanguageModel(FairseqLanguageModel):
-    """GPT with or without momentum attention; one subclass per architecture, so that each has complete hydra defaults."""
+    """GPT with or without momentum attention; one subclass per architecture, so that each has complete hydra defaults.
+    """
 
     @classmethod
     def build_model(cls, cfg: DictConfig, task: Any) -> "MomentumLanguageModel":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -234,97 +234,58 @@ def anatomy(model: Any) -> Anatomy:
 
 def _read(model: Any) -> Anatomy:
     config = model.config if is_ours(model) else model.config.get_text_config(decoder=True)
-    sizes = _sizes(config)
+    heads = config.heads if is_ours(model) else getattr(config, "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else None  # of some models a list, one a layer
     family = OURS if is_ours(model) else FAMILIES.get(config.model_type)
     blocks = None if family is None else _at(model, family.blocks)
-    if family is not None and blocks is not None:
-        layers = [_layer(block, _at(block, family.attention), family, sizes) for block in blocks]
-        unembedding = _at(model, family.unembedding) if family.unembedding else model.get_output_embeddings()
-        final_norm = _at(model, family.final_norm)
-        return Anatomy(layers, True, final_norm, unembedding, sizes.heads, context_length(config))
-    return Anatomy(
-        _others(model, sizes), False, None, model.get_output_embeddings(), sizes.heads, context_length(config)
-    )
+    if family is None or blocks is None:
+        layers = _others(model, config, heads)
+        return Anatomy(layers, False, None, model.get_output_embeddings(), heads, context_length(config))
+    layers = [_layer(block, _at(block, family.attention), family, config, heads) for block in blocks]
+    unembedding = _at(model, family.unembedding) if family.unembedding else model.get_output_embeddings()
+    return Anatomy(layers, True, _at(model, family.final_norm), unembedding, heads, context_length(config))
 
 
-def _others(model: Any, sizes: Sizes) -> list[Layer]:
+def _others(model: Any, config: Any, heads: int | None) -> list[Layer]:
     """Layers of a model of no known family: the lists of modules in which attention stands are its blocks."""
-    forms = {
-        module: form
-        for form in OTHERS
-        for module in model.modules()
-        if _at(module, form.key) and _at(module, form.value)
-    }
+    modules = list(model.modules())
+    forms = {m: form for form in OTHERS for m in modules if _at(m, form.key) and _at(m, form.value)}
     try:
         attending = set(attention_modules(model))
     except UserError:
         attending = set(forms)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [
-        block for each in lists if any(not attending.isdisjoint(block.modules()) for block in each) for block in each
-    ]
     found = []
-    for block in blocks:
-        own = [module for module in block.modules() if module in attending]
-        found += [_layer(block, module, forms.get(module), sizes) for module in own] or [Layer(block)]
+    for blocks in [module for module in modules if isinstance(module, nn.ModuleList)]:
+        for block in blocks if not attending.isdisjoint(blocks.modules()) else ():
+            own = [module for module in block.modules() if module in attending]
+            found += [_layer(block, m, forms.get(m), config, heads) for m in own] or [Layer(block)]
     return found
 
 
-class Sizes(NamedTuple):
-    """What a configuration says of heads."""
-
-    heads: int | None
-    head_dim: int | None
-
-
-def _sizes(config: Any) -> Sizes:
-    heads = getattr(config, "heads", None) or getattr(config, "num_attention_heads", None)
-    width = getattr(config, "dim", None) or getattr(config, "hidden_size", None)
-    head_dim = getattr(config, "head_dim", None)
-    if not isinstance(heads, int):
-        return Sizes(None, None)
-    return Sizes(heads, head_dim or (width // heads if isinstance(width, int) else None))
-
-
-def _layer(block: nn.Module, attention: nn.Module | None, family: Family | None, sizes: Sizes) -> Layer:
+def _layer(
+    block: nn.Module, attention: nn.Module | None, family: Family | None, config: Any, heads: int | None
+) -> Layer:
     if attention is None or family is None:
         return Layer(block, attention)
     made = functools.partial(_projection, transposed=family.transposed)
-    names = (family.query, family.key, family.value)
-    heads, head_dim, kv_heads = sizes.heads, sizes.head_dim, None
-    query, key, value = (made(attention, name) for name in names)
-    fused = made(attention, family.fused)
+    query, key, value = (made(attention, name) for name in (family.query, family.key, family.value))
+    fused, kv_heads = made(attention, family.fused), None
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if fused and heads else None)
     if fused is not None and heads and head_dim:
-        outputs = len(fused.weight)
-        kv_heads = (outputs // head_dim - heads) // 2
-        query, key, value = (
-            replace(fused, part=functools.partial(_part, family.layout, i, (heads, kv_heads, head_dim)))
-            for i in range(3)
-        )
+        kv_heads = (len(fused.weight) // head_dim - heads) // 2
+        sizes = (heads, kv_heads, head_dim)
+        query, key, value = (replace(fused, part=functools.partial(_part, family.layout, i, sizes)) for i in range(3))
     elif query is not None and key is not None and heads:
         head_dim = max(1, len(query.weight) // heads)
         kv_heads = len(key.weight) // head_dim
     ffn_in, ffn_gate = made(block, family.ffn_in), made(block, family.ffn_gate)
     if ffn_in is not None and family.ffn_in == family.ffn_gate:
         ffn_gate, ffn_in = (replace(ffn_in, part=functools.partial(_half, i)) for i in range(2))
-    return Layer(
-        block,
-        attention,
-        query=query,
-        key=key,
-        value=value,
-        output=made(attention, family.output),
-        query_norm=_at(attention, family.query_norm),
-        key_norm=_at(attention, family.key_norm),
-        attention_norm=_at(block, family.attention_norm),
-        ffn_norm=_at(block, family.ffn_norm),
-        ffn_in=ffn_in,
-        ffn_gate=ffn_gate,
-        ffn_out=made(block, family.ffn_out),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-    )
+    parts: dict[str, Any] = {"query": query, "key": key, "value": value, "output": made(attention, family.output)}
+    parts |= {name: _at(attention, getattr(family, name)) for name in ("query_norm", "key_norm")}
+    parts |= {name: _at(block, getattr(family, name)) for name in ("attention_norm", "ffn_norm")}
+    parts |= {"ffn_in": ffn_in, "ffn_gate": ffn_gate, "ffn_out": made(block, family.ffn_out)}
+    return Layer(block, attention, **parts, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
 def _at(module: Any, path: str) -> Any:

@@ -103,7 +103,8 @@ def is_causal(module: Any, options: dict[str, Any]) -> bool:
 def plain_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *given: Any, **options: Any
 ) -> Any:
-    """What a model's own attention computes: SDPA, or what that does not know."""
+    """What a model's own attention computes, SDPA or what that does not know: query (B, H, T, D), key and value (B, H
+    or fewer, S, D) -> (output (B, T, H, D), weights or None)."""
     if options.get("softcap") is None and options.get("s_aux") is None:
         return grouped_attention(module, query, key, value, attention_mask, *given, **options)
     mask = full_mask(attention_mask, query, key, is_causal(module, options), options.get("position_bias"))
@@ -186,8 +187,8 @@ def is_watched() -> bool:
 
 @contextlib.contextmanager
 def watched(model: Any, attend: Callable[..., Any]) -> Iterator[None]:
-    """Within it ``attend``, a function of the interface, computes every attention of ``model`` that goes through it. Masks
-    are of the kind that the model's own attention takes."""
+    """Within it ``attend``, a function of the interface, computes every attention of ``model`` that goes through it.
+    Masks are of the kind that the model's own attention takes."""
     from transformers.masking_utils import eager_mask
 
     def watch(*given: Any, **options: Any) -> Any:

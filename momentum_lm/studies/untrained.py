@@ -13,7 +13,7 @@ from .traces import TracedModel
 
 
 def untrained(lm: TracedModel, seed: int = 0) -> TracedModel:
-    """The control of Deutch et al. (arXiv 2311.07772): every weight freshly drawn, by the architecture's own initialisation.
+    """The control of Deutch et al. (arXiv 2311.07772): weights freshly drawn, by the architecture's own initialisation.
 
     The same seed gives the same weights; the caller's random state stays as it was.
     """

@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .statistics import t_quantile
+from .statistics import bootstrap_ratios, t_quantile
 
 Floats = NDArray[np.float64]
-
-_CELLS = 4_000_000  # resampled indices held at once: 32 MB
-
 
 @dataclass(frozen=True)
 class Bands:
@@ -27,16 +24,6 @@ class Bands:
     low: Floats
     high: Floats
     size: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How a metric varies over seeds, entry by entry: Student's interval of the mean, standard deviation, least and greatest value."""
-
-    bands: Bands
-    sd: Floats
-    least: Floats
-    greatest: Floats
 
 
 class PerExample:
@@ -89,16 +76,6 @@ class PerExample:
         """:meth:`mean` with bootstrap intervals over examples, see :func:`bootstrap_columns`."""
         return bootstrap_columns(self._values[name], n_resamples, seed, confidence)
 
-    def overall(self, name: str, n_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95) -> Bands:
-        """One number for the metric, with entries of shape (): each example's mean over layers (and heads), then over examples.
-
-        Without undefined values that is the authors' mean over examples, then layers. The interval respects that one example's layers
-        depend on each other.
-        """
-        rows = self._values[name].reshape(self.examples, -1).astype(np.float64)
-        per_example, _ = column_means(rows.T)
-        return bootstrap_columns(per_example, n_resamples, seed, confidence)
-
     def _rows(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         if name not in self._values:
             self._values[name] = np.full((self.examples, *shape), np.nan, dtype=np.float32)
@@ -128,11 +105,9 @@ def bootstrap_columns(values: ArrayLike, n_resamples: int = 10_000, seed: int = 
     estimate, size = column_means(rows)
     n, flat = len(rows), rows.reshape(len(rows), -1)
     known = ~np.isnan(flat)
-    filled, whole = np.where(known, flat, 0.0), bool(known.all())
-    draws = np.full((n_resamples, flat.shape[1]), np.nan)
-    for start, counts in _resample_counts(n, n_resamples, seed):
-        with np.errstate(invalid="ignore"):
-            draws[start : start + len(counts)] = counts @ filled / (n if whole else counts @ known.astype(np.float64))
+    whole = bool(known.all())
+    below = np.ones((n, 1)) if whole else known.astype(np.float64)
+    draws = bootstrap_ratios(np.where(known, flat, 0.0), below, n_resamples, seed)
     ends = np.full((2, flat.shape[1]), np.nan)
     enough = size.reshape(-1) > 1
     quantile: Any = np.quantile if whole else np.nanquantile
@@ -142,8 +117,8 @@ def bootstrap_columns(values: ArrayLike, n_resamples: int = 10_000, seed: int = 
     return Bands(estimate, low, high, size)
 
 
-def spread_over_seeds(curves: ArrayLike, confidence: float = 0.95) -> Spread:
-    """What a metric's means under s seeds, (s, ...), say together. NaN is left out; sd and interval are NaN for fewer than two seeds."""
+def spread_over_seeds(curves: ArrayLike, confidence: float = 0.95) -> Bands:
+    """Means over s seeds, (s, ...), with Student's intervals; NaN is left out, and an interval of fewer than two seeds is NaN."""
     rows = np.asarray(curves, dtype=np.float64)
     mean, size = column_means(rows)
     squares, _ = column_means((rows - mean) ** 2)
@@ -151,11 +126,7 @@ def spread_over_seeds(curves: ArrayLike, confidence: float = 0.95) -> Spread:
         sd = np.where(size > 1, np.sqrt(squares * size / (size - 1)), np.nan)
         quantiles = np.array([t_quantile(0.5 + confidence / 2, int(s) - 1) if s > 1 else np.nan for s in np.ravel(size)])
         half = quantiles.reshape(np.shape(size)) * sd / np.sqrt(size)
-    known = ~np.isnan(rows)
-    least, greatest = (
-        np.where(size > 0, pick(np.where(known, rows, fill), axis=0), np.nan) for pick, fill in ((np.min, np.inf), (np.max, -np.inf))
-    )
-    return Spread(Bands(mean, mean - half, mean + half, size), sd, least, greatest)
+    return Bands(mean, mean - half, mean + half, size)
 
 
 def nullable(values: ArrayLike) -> Any:
@@ -164,13 +135,3 @@ def nullable(values: ArrayLike) -> Any:
     boxed = array.astype(object)
     boxed[np.isnan(array)] = None
     return boxed.tolist()
-
-
-def _resample_counts(n: int, n_resamples: int, seed: int) -> Iterator[tuple[int, Floats]]:
-    """How often each of n examples is in each resample: (first resample, (resamples, n)), a bounded number at a time."""
-    rng = np.random.default_rng(seed)
-    step = max(1, _CELLS // max(n, 1))
-    for start in range(0, n_resamples if n else 0, step):
-        rows = rng.integers(n, size=(min(step, n_resamples - start), n))
-        offsets = n * np.arange(len(rows))[:, None]
-        yield start, np.bincount((rows + offsets).ravel(), minlength=rows.size).reshape(rows.shape).astype(np.float64)

@@ -81,7 +81,7 @@ def bands(runs: Sequence[Run], metric: str, part: str, control: str | None = Non
     if not rows or all(np.isnan(row).all() for row in rows):
         return None
     if len(rows) > 1:
-        spread = spread_over_seeds(np.stack(rows)).bands
+        spread = spread_over_seeds(np.stack(rows))
         return np.stack([spread.estimate, spread.low, spread.high])
     own = control in (None, "random", "before")
     source = found[0][0] if own else found[0][0]["baselines"][control]

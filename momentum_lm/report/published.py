@@ -8,7 +8,6 @@ from __future__ import annotations
 
 SOURCE = "arXiv 2212.10559 v3, Tables 1 to 5"
 DATASETS = ("sst2", "sst5", "mr", "subj", "agnews", "cb")
-NUM_EXAMPLES = dict(zip(DATASETS, (872, 1101, 1066, 2000, 7600, 56), strict=True))
 MODELS = ("1.3B", "2.7B")
 
 # quantity -> model -> one number a data set

@@ -15,7 +15,7 @@ from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap, 
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
-from momentum_lm.report.finetuning_summary import headlines, verdict
+from momentum_lm.report.finetuning_verdicts import headlines, verdict
 from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture, Points, write_page
 from momentum_lm.report.perplexity import difference_cells, document_sums
 from momentum_lm.report.tables import Table

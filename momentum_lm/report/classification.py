@@ -1,22 +1,22 @@
-"""Results of in-context classification as summary, tables, figures and pages."""
+"""Results of in-context classification as tables, figures, page and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from momentum_lm.analysis.statistics import t_interval, wilson_interval
 from momentum_lm.files import file_stem
 from momentum_lm.results.records import SAMPLES, read_samples
+from momentum_lm.studies.classification_summary import Run, baseline, by_seed, cells, summarise_cell
+from momentum_lm.studies.tasks import CHOICE
 
-from .common import read_runs, replace_events
-from .figures import AccuracyPoint, accuracy_panel, confusion_panel, draw, save_png, to_svg
-from .html import Code, Folded, Paragraph, Part, Picture, Points, write_page
+from .figures import AccuracyPoint, accuracy_panel, confusion_panel, draw, to_svg
+from .html import Code, Folded, Paragraph, Part, Picture, Points
+from .skeleton import Folder, Report, Sections, read_runs
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from .tensorboard import TrainingLog
 
 TASK = "icl_classification"
-Run = Mapping[str, Any]
-Cell = tuple[str, int, str]  # dataset, shots, calibration
-
 INTERVALS = (
     "Accuracy is the mean over seeds, the orders of one seed's demonstrations averaged first. Its 95% interval is Student's over seeds: "
     "what other demonstrations would give on these examples (with --fresh-queries: on others). Where nothing is drawn "
@@ -40,79 +37,12 @@ _BASELINES = (
 )
 
 
-def cells(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
-    """The runs of each dataset, number of shots and calibration: datasets and calibrations in the order of their first runs."""
-    datasets, names = (list(dict.fromkeys(run[key] for run in runs)) for key in ("dataset", "calibration"))
-    grouped: dict[Cell, list[Run]] = {}
-    for run in sorted(runs, key=lambda r: (datasets.index(r["dataset"]), r["shots"], names.index(r["calibration"]), r["seed"], r["order"])):
-        grouped.setdefault((run["dataset"], run["shots"], run["calibration"]), []).append(run)
-    return grouped
-
-
-def by_seed(runs: Sequence[Run]) -> dict[int, float]:
-    """Accuracy of each seed, its orders averaged."""
-    found: dict[int, list[float]] = {}
-    for run in runs:
-        found.setdefault(run["seed"], []).append(run["accuracy"])
-    return {seed: float(np.mean(values)) for seed, values in found.items()}
-
-
-def summarise_cell(runs: Sequence[Run]) -> dict[str, Any]:
-    """``mean``, ``ci95`` and what it is ``over`` (``seeds`` or ``examples``), ``num_seeds``, ``sd``, ``min``, ``max`` of one cell.
-
-    The interval is Student's over seeds, cut to [0, 1]. It is Wilson's over examples for a single seed, without
-    demonstrations (unless each seed has other queries), and where all seeds agree: their interval would have no width,
-    as if there were no doubt. ``sd`` is null where nothing was drawn twice.
-    """
-    values = list(by_seed(runs).values())
-    mean = float(np.mean(values))
-    samples = {run.get("examples_sha256") for run in runs}
-    drawn = len(values) > 1 and (runs[0]["shots"] > 0 or len(samples) > 1)
-    if drawn and max(values) > min(values):
-        interval, over = t_interval(values), "seeds"
-    else:
-        interval, over = wilson_interval(round(mean * runs[0]["num_examples"]), runs[0]["num_examples"]), "examples"
-    return {
-        "mean": mean,
-        "ci95": [max(0.0, interval.low), min(1.0, interval.high)],
-        "over": over,
-        "num_seeds": len(values),
-        "sd": float(np.std(values, ddof=1)) if drawn else None,
-        "min": min(values),
-        "max": max(values),
-    }
-
-
-def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """The ``summary`` of results.json: {dataset: {shots: :func:`summarise_cell` of the first calibration, its name, and all of them}}."""
-    found: dict[str, Any] = {}
-    for (dataset, shots, calibration), chosen in cells(runs).items():
-        entry = found.setdefault(dataset, {}).setdefault(str(shots), {"calibration": calibration, "by_calibration": {}})
-        entry["by_calibration"][calibration] = summarise_cell(chosen)
-    for of_dataset in found.values():
-        for entry in of_dataset.values():
-            entry |= entry["by_calibration"][entry["calibration"]]
-    return found
-
-
-def baseline(runs: Sequence[Run]) -> tuple[str, float]:
-    """What needs no model: ("majority", share of the most frequent label), or ("chance", accuracy of guessing), of the
-    queries of all runs together.
-    """
-    if runs[0]["majority"] is None:
-        return "chance", float(np.mean([run["chance"] for run in runs]))
-    if runs[0].get("confusion") is None:
-        return "majority", runs[0]["majority"]
-    gold = np.sum([np.sum(run["confusion"], axis=1) for run in runs], axis=0)
-    return "majority", float(gold.max() / gold.sum())
-
-
 def results_table(runs: Sequence[Run]) -> Table:
     """One row for each dataset, number of shots and calibration, in percent, and whether it beats the baseline."""
     rows = []
     for (dataset, _, calibration), chosen in cells(runs).items():
         cell, (name, level) = summarise_cell(chosen), baseline(chosen)
-        scores = [run["macro_f1"] for run in chosen if run["macro_f1"] is not None]
+        others = [[run[metric] for run in chosen if run[metric] is not None] for metric in CHOICE.others]
         rows.append(
             [
                 dataset,
@@ -123,13 +53,12 @@ def results_table(runs: Sequence[Run]) -> Table:
                 over_text(cell, chosen[0]),
                 f"{percent(level)} {name}",
                 "yes" if cell["ci95"][0] > level else "NO",
-                percent(float(np.mean(scores))) if scores else "",
+                *(percent(float(np.mean(values))) if values else "" for values in others),
                 f"{percent(cell['min'])} to {percent(cell['max'])}" if cell["sd"] is not None else "",
             ]
         )
-    headings = ["dataset", "shots", "calibration", "accuracy %", "95% interval", "over", "baseline %", "beats it?", "macro-F1 %"]
-    headings.append("range of seeds")
-    return Table(headings, rows)
+    headings = ["dataset", "shots", "calibration", CHOICE.title, "95% interval", "over", "baseline %", "beats it?"]
+    return Table([*headings, *CHOICE.others.values(), "range of seeds"], rows)
 
 
 def verdicts(runs: Sequence[Run]) -> list[str]:
@@ -164,54 +93,57 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     return sentences
 
 
-def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
-    """Writes ``report.html``, ``accuracy-<dataset>.png``, ``confusion-<dataset>.png`` and TensorBoard events beside a
-    ``results.json``; returns its table.
-
-    Raises UserError for results of other tasks, or without a finished run, and for files of these names that are not
-    ours, unless ``replace``.
-    """
-    folder = Path(folder)
-    (results,) = read_runs([folder], [TASK])
-    runs, table = results["runs"], results_table(results["runs"])
-    sections: dict[str, Sequence[Part]] = {
-        "": [Paragraph(f"Model: {results['model']['path']}"), table, *map(Paragraph, (INTERVALS, _BASELINES))],
-        "To keep in mind": [Points(verdicts(runs) or ["Every setting beats its baseline."])],
+def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
+    runs = results["runs"]
+    sections: Sections = {
+        "": [results_table(runs), *map(Paragraph, (INTERVALS, _BASELINES))],
+        "To keep in mind": [_caveats(runs)],
     }
-    for dataset in dict.fromkeys(run["dataset"] for run in runs):
-        chosen = [run for run in runs if run["dataset"] == dataset]
-        save_png(_accuracy_figure(chosen), folder / f"accuracy-{file_stem(dataset)}.png", replace)
-        parts: list[Part] = [_curves(chosen)]
+    for dataset, chosen in _by_dataset(runs).items():
+        figure = _accuracy_figure(chosen)
+        save(f"accuracy-{file_stem(dataset)}", figure)
+        parts: list[Part] = [_curves(chosen, figure)]
         panels = _confusions(chosen, results["config"]["datasets"][dataset]["labels"])
         if panels:
             side = max(3.2, 1.6 + 0.42 * len(chosen[0]["confusion"]))
-            save_png(
-                draw(*panels.values(), size=(side + 1.2, side)), folder / f"confusion-{file_stem(dataset)}.png", replace
-            )
-            parts += [Picture(to_svg(draw(panel, size=(side + 1.2, side))), text) for text, panel in panels.items()]
+            size = (side + 1.2, side)
+            save(f"confusion-{file_stem(dataset)}", draw(*panels.values(), size=size))
+            parts += [Picture(to_svg(draw(panel, size=size)), text) for text, panel in panels.items()]
         sections[dataset] = parts
     sections["Every run"] = [Folded(f"{len(runs)} runs", [_runs_table(runs)])]
-    samples = _samples(folder / SAMPLES)
-    if samples:
+    if samples := _samples(folder / SAMPLES):
         sections["Prompts as the model saw them"] = samples
-    details = {name: results[name] for name in ("model", "config")}
-    sections["What was measured"] = [Folded("Model and configuration", [Code(json.dumps(details, indent=1, ensure_ascii=False))])]
-    if results["config"].get("command"):
-        sections["How to run it again"] = [Code(results["config"]["command"])]
-    write_page(folder / "report.html", "In-context classification", sections, replace)
-    _write_events(folder, results)
-    return table
+    return sections
 
 
-def overview(folder: str | os.PathLike[str]) -> list[Part]:
-    """Table, caveats and curves of a results folder, for a page that shows other things too. Raises as :func:`write_report`."""
+def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
+    """Accuracy over shots of each calibration, the mean and every seed's."""
+    final = {}
+    for (dataset, shots, calibration), chosen in cells(results["runs"]).items():
+        tag, mean = f"{dataset}/{CHOICE.metric}/{calibration}", summarise_cell(chosen)["mean"]
+        log.scalars({tag: mean} | {f"{tag}/seed{seed}": value for seed, value in by_seed(chosen).items()}, shots)
+        final[f"{tag}_at_{shots}"] = mean
+    return final
+
+
+write_report = Report(TASK, "In-context classification", results_table, _sections, _log).write
+
+
+def overview(folder: Folder) -> list[Part]:
+    """Table, caveats and curves of a results folder, for a page that shows other things too. Raises as ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
-    parts: list[Part] = [results_table(runs), Points(verdicts(runs) or ["Every setting beats its baseline."]), Paragraph(INTERVALS)]
-    for dataset in dict.fromkeys(run["dataset"] for run in runs):
-        chosen = [run for run in runs if run["dataset"] == dataset]
-        parts.append(_curves(chosen))
-    return parts
+    curves = [_curves(chosen, _accuracy_figure(chosen)) for chosen in _by_dataset(runs).values()]
+    return [results_table(runs), _caveats(runs), Paragraph(INTERVALS), *curves]
+
+
+def _by_dataset(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    names = dict.fromkeys(run["dataset"] for run in runs)
+    return {name: [run for run in runs if run["dataset"] == name] for name in names}
+
+
+def _caveats(runs: Sequence[Run]) -> Points:
+    return Points(verdicts(runs) or ["Every setting beats its baseline."])
 
 
 def points(runs: Sequence[Run]) -> dict[str, list[AccuracyPoint]]:
@@ -229,9 +161,9 @@ def _accuracy_figure(runs: Sequence[Run]) -> Figure:
     return draw(accuracy_panel(points(runs), runs[0]["dataset"], baseline(runs), "calibration"), size=(5.8, 4.4))
 
 
-def _curves(runs: Sequence[Run]) -> Picture:
+def _curves(runs: Sequence[Run], figure: Figure) -> Picture:
     caption = f"Accuracy on {runs[0]['dataset']}: mean and 95% interval for each calibration; faint dots are seeds."
-    return Picture(to_svg(_accuracy_figure(runs)), caption)
+    return Picture(to_svg(figure), caption)
 
 
 def percent(value: float) -> str:
@@ -244,7 +176,7 @@ def interval_text(ci95: Sequence[float]) -> str:
     return f"{percent(ci95[0])} to {percent(ci95[1])}"
 
 
-def over_text(cell: Mapping[str, Any], run: Run) -> str:
+def over_text(cell: Run, run: Run) -> str:
     """How many of what an interval is over."""
     return f"{cell['num_seeds']} seeds" if cell["over"] == "seeds" else f"{run['num_examples']:,} examples"
 
@@ -300,18 +232,3 @@ def _samples(path: Path) -> list[Part]:
         )
         parts.append(Folded(line, [Code(sample["prompt"]), Paragraph(f"Scored after it: {choices}. Right: {right}.")]))
     return parts
-
-
-def _write_events(folder: Path, results: Mapping[str, Any]) -> None:
-    """TensorBoard events: accuracy over shots of each calibration, the mean and every seed's."""
-
-    def write(log: TrainingLog) -> None:
-        final = {}
-        for (dataset, shots, calibration), chosen in cells(results["runs"]).items():
-            tag, mean = f"{dataset}/accuracy/{calibration}", summarise_cell(chosen)["mean"]
-            log.scalars({tag: mean} | {f"{tag}/seed{seed}": value for seed, value in by_seed(chosen).items()}, shots)
-            final[f"{dataset}/accuracy/{calibration}_at_{shots}"] = mean
-        log.hparams_with_metrics(final, 0)
-
-    config = {key: value for key, value in results["config"].items() if key not in ("datasets", "command")}
-    replace_events(folder, {"model": results["model"]["path"], **config, **results["model"].get("architecture", {})}, write)

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 
-from .classification_comparison import differ
-from .common import Folder, read_runs, short_names
-from .figures import draw, to_svg
-from .finetuning_summary import (
+from momentum_lm.studies.finetuning_summary import (
     EVIDENCE,
     METRICS,
     SETTINGS,
-    TASK,
     Run,
     accuracy,
     bands,
     estimate,
     metric,
-    number,
     over_layers,
     rec2ftp,
     settings,
-    signed,
 )
-from .html import Code, Gallery, Paragraph, Part, Picture, Points, write_page
-from .icl_vs_finetuning import metric_panel
+
+from .figures import draw, to_svg
+from .finetuning_verdicts import number, signed
+from .html import Gallery, Picture
+from .icl_vs_finetuning import TASK, metric_panel
 from .layer_figures import Curve
+from .skeleton import Comparison, Folder, Sections, differ
 from .tables import Table
 
 _READING = (
@@ -39,23 +36,21 @@ _READING = (
 _THE_SAME = ("demonstrations", "num_examples")  # what two runs of a seed must have in common to be a pair
 
 
-class FinetuningComparison:
-    """The summaries of ``folders`` beside each other. ``notes`` say where they are not of the same settings.
+class FinetuningComparison(Comparison):
+    """The summaries of ``folders`` beside each other. Raises UserError as its base."""
 
-    Raises UserError for folders of other tasks, or a folder that is named twice.
-    """
+    task, title = TASK, "In-context learning against finetuning, side by side"
 
-    def __init__(self, folders: Sequence[Folder], names: Sequence[str] | None = None) -> None:
-        self.results = read_runs(folders, [TASK])
-        self.names = list(names) if names else short_names(folders)
+    def __init__(self, folders: Sequence[Folder], names: Sequence[str] | None = None, seed: int = 0) -> None:
+        super().__init__(folders, names, seed)
         self.sides = [settings(results["runs"]) for results in self.results]
-        self.places = list(dict.fromkeys(place for side in self.sides for place in side))
+        self.settings = list(dict.fromkeys(setting for side in self.sides for setting in side))
         self.notes = list(self._notes())
 
     def table(self) -> Table:
         """A row for each dataset, number of shots and folder."""
         rows = []
-        for dataset, shots in self.places:
+        for dataset, shots in self.settings:
             for name, side in zip(self.names, self.sides, strict=True):
                 if (dataset, shots) in side:
                     rows.append([dataset, str(shots), name, *_cells(side[dataset, shots])])
@@ -65,7 +60,7 @@ class FinetuningComparison:
     def differences(self) -> Table | None:
         """Each folder minus the first, paired by seed, with Student's 95% intervals; None where no two runs pair."""
         rows = []
-        for dataset, shots in self.places:
+        for dataset, shots in self.settings:
             first = {run["seed"]: run for run in self.sides[0].get((dataset, shots), [])}
             for name, side in zip(self.names[1:], self.sides[1:], strict=True):
                 pairs = [(first[run["seed"]], run) for run in side.get((dataset, shots), []) if run["seed"] in first]
@@ -78,16 +73,19 @@ class FinetuningComparison:
         headings = ["dataset", "shots", "difference", "seeds", *SETTINGS.values(), *(METRICS[name] for name in EVIDENCE)]
         return Table(headings, rows) if rows else None
 
-    def write_page(self, path: str | os.PathLike[str]) -> None:
-        """One HTML page: the table, how to read it, corrected metrics by layer with a line a folder, and what was measured."""
+    def tables(self) -> list[Table]:
         differences = self.differences()
-        top: list[Part] = [self.table(), *([differences] if differences else []), Paragraph(_READING)]
-        sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
-        for dataset, shots in self.places:
+        return [self.table(), *([differences] if differences else [])]
+
+    def reading(self) -> str:
+        return _READING
+
+    def sections(self) -> Sections:
+        found: Sections = {}
+        for dataset, shots in self.settings:
             pictures = [self._picture(dataset, shots, name) for name in EVIDENCE]
-            sections[f"{dataset}, {shots} shots"] = [Gallery([picture for picture in pictures if picture])]
-        sections["What was measured"] = [Code(self._origins())]
-        write_page(path, "In-context learning against finetuning, side by side", sections)
+            found[f"{dataset}, {shots} shots"] = [Gallery([picture for picture in pictures if picture])]
+        return found
 
     def _picture(self, dataset: str, shots: int, name: str) -> Picture | None:
         lines = {}
@@ -102,14 +100,14 @@ class FinetuningComparison:
     def _notes(self) -> list[str]:
         """Settings that not every folder has, and those of other seeds or numbers of examples."""
         notes = []
-        for place in self.places:
-            where = f"{place[0]}, {place[1]} shots"
-            found = {name: side[place] for name, side in zip(self.names, self.sides, strict=True) if place in side}
+        for setting in self.settings:
+            where = f"{setting[0]}, {setting[1]} shots"
+            found = {name: side[setting] for name, side in zip(self.names, self.sides, strict=True) if setting in side}
             missing = [name for name in self.names if name not in found]
             if missing:
                 notes.append(f"{where}: not in {' and '.join(missing)}.")
             for name, runs in found.items():
-                first = {run["seed"]: run for run in self.sides[0].get(place, [])}
+                first = {run["seed"]: run for run in self.sides[0].get(setting, [])}
                 other = sum(run["seed"] in first and not _alike(first[run["seed"]], run) for run in runs)
                 if other:
                     notes.append(
@@ -119,17 +117,6 @@ class FinetuningComparison:
             if len({tuple((run["seed"], run["num_examples"]) for run in runs) for runs in found.values()}) > 1:
                 notes.append(f"{where}: not all of the same seeds and numbers of examples.")
         return notes
-
-    def _origins(self) -> str:
-        """Each side's model, and the entries of the configurations that are not the same in all."""
-        configs = [{k: v for k, v in results["config"].items() if k not in ("datasets", "command")} for results in self.results]
-        keys = dict.fromkeys(key for config in configs for key in config)
-        differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
-        lines = []
-        for name, results, config in zip(self.names, self.results, configs, strict=True):
-            lines.append(f"{name}: {results['model']['path']}")
-            lines += [f"  {key}: {json.dumps(config.get(key), ensure_ascii=False)}" for key in differing]
-        return "\n".join(lines)
 
 
 def _alike(first: Run, second: Run) -> bool:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from momentum_lm.files import file_stem
-
-from .common import read_runs, replace_events
-from .figures import Panel, draw, read_png, save_png, to_svg
-from .finetuning_summary import (
-    CONTROLS,
+from momentum_lm.studies.controls import CONTROLS, FINETUNED
+from momentum_lm.studies.finetuning_summary import (
+    EVIDENCE,
     METRICS,
+    PARTS,
     SETTINGS,
-    TASK,
-    UNITS,
     Estimate,
     Run,
     accuracy,
@@ -28,34 +22,35 @@ from .finetuning_summary import (
     cells,
     chance,
     difference,
-    headlines,
     mean_heads,
     metric,
-    number,
     rec2ftp,
     settings,
-    signed,
-    summary,
-    three,
-    verdict,
 )
-from .html import Code, Folded, Gallery, Paragraph, Part, Picture, Points, write_page
+
+from .figures import Panel, draw, to_svg
+from .finetuning_verdicts import headlines, number, signed, three, verdict
+from .html import Folded, Gallery, Paragraph, Part, Picture, Points
 from .layer_figures import Curve, heads_panel, layer_panel, overlap_panel
 from .published import DATASETS as PUBLISHED_DATASETS
 from .published import IN_PERCENT, MODELS, QUANTITIES, SOURCE, published
+from .skeleton import Folder, Report, Sections, read_runs
 from .tables import Table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .tensorboard import TrainingLog
 
-__all__ = ["TASK", "summary", "write_report"]
-
+TASK = "icl_finetune_analysis"
+UNITS = {  # of the metrics' axes; the rest are cosines
+    **dict.fromkeys(("kendall", "kendall_example"), "rank correlation (tau)"),
+    **dict.fromkeys(("recall_at_k", "recall_at_k_example"), "recall (share)"),
+    "relaxation_ratio": "ratio of lengths",
+}
 HEADS = ("simam_delta_centred", "simam_delta", "kendall", "dw_similarity")
 _HEADS_ARE = {"dw_similarity": "key/value head"}
-_MAIN = "ICL and FT"
-_OWN = ("random", "before")  # controls that are metrics of the run itself, and of which a metric has one
-_LOOKS = {name: place for place, name in enumerate(("random", "untrained", "shuffled_labels", "lcgd", "all_parameters"), 1)}
-_LOOKS["before"] = 1
+_OF_RUN = [name for name, control in CONTROLS.items() if control.of_run]  # of which a metric has one
 _INTERVALS = (
     "Numbers are means over layers, then over seeds, which draw the demonstrations. Their 95% intervals are Student's over seeds: what "
     "other demonstrations would give on these examples. For one seed, and where all seeds agree, they are over examples: Wilson's for "
@@ -138,49 +133,56 @@ def difference_table(runs: Sequence[Run]) -> Table:
         gaps = [difference(runs, name, control) for control in controls]
         if any(gap["num"] for gap in gaps):
             rows.append([title, *map(signed, gaps)])
-    return Table(["corrected, minus", *(CONTROLS[control] for control in controls)], rows)
+    return Table(["corrected, minus", *(CONTROLS[control].title for control in controls)], rows)
 
 
-def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
-    """Writes ``report.html``, ``layers-``, ``overlap-``, ``heads-`` and ``attention-<dataset>-<shots>shot.png`` and TensorBoard events
-    beside a ``results.json``; returns its table of metrics.
-
-    Raises UserError for results of other tasks, or without a finished run, and for files of these names that are not
-    ours, unless ``replace``.
-    """
-    folder = Path(folder)
-    (results,) = read_runs([folder], [TASK])
+def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
     runs = results["runs"]
-    groups = settings(runs)
-    sections: dict[str, Sequence[Part]] = {
-        "": [Paragraph(f"Model: {results['model']['path']}")],
+    sections: Sections = {
         "What this says": [Points(headlines(runs)), Paragraph(_INTERVALS)],
         "Predictions": [accuracy_table(runs)],
     }
-    beside = paper_table(runs)
-    pictures: list[str] = []
-    for (dataset, shots), chosen in groups.items():
-        found = _pictures(chosen, f"{file_stem(dataset)}-{shots}shot")
-        for name, figure in found.items():
-            save_png(figure, folder / f"{name}.png", replace)
-        pictures += found
+    for (dataset, shots), chosen in settings(runs).items():
+        for name, figure in _pictures(chosen, f"{file_stem(dataset)}-{shots}shot").items():
+            save(name, figure)
         sections[f"{dataset}, {shots} shots"] = _section(chosen)
-    if beside is not None:
+    if (beside := paper_table(runs)) is not None:
         note = f"Source: {SOURCE}: models of 1.3B and 2.7B parameters, one seed a cell, seed and learning rate chosen on these examples."
         sections["Beside the paper"] = [Folded("The paper's numbers", [beside, Paragraph(note)])]
     sections["How it was measured"] = [Points(_MEASURED)]
     sections["Every run"] = [Folded(f"{len(runs)} runs", [_runs_table(runs)])]
-    details = {name: results[name] for name in ("model", "config")}
-    sections["Configuration"] = [Folded("Model and configuration", [Code(json.dumps(details, indent=1, ensure_ascii=False))])]
-    if results["config"].get("command"):
-        sections["How to run it again"] = [Code(results["config"]["command"])]
-    write_page(folder / "report.html", "In-context learning against finetuning", sections, replace)
-    _write_events(folder, results, pictures)
-    return results_table(runs)
+    return sections
 
 
-def overview(folder: str | os.PathLike[str]) -> list[Part]:
-    """Findings, tables and curves of a results folder, for a page that shows other things too. Raises as :func:`write_report`."""
+def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
+    """Scalars over layers: <dataset>-<shots>shot/<part>/<metric>, with the control's name after it."""
+    final: dict[str, float] = {}
+    for (dataset, shots), chosen in settings(results["runs"]).items():
+        stem = f"{dataset}-{shots}shot"
+        for part in PARTS:
+            for name in METRICS:
+                for control in (None, *CONTROLS):
+                    band = bands(chosen, name, part, control)
+                    if band is None:
+                        continue
+                    tag = f"{stem}/{part}/{name}" + (f"/{control}" if control else "")
+                    for layer, value in enumerate(band[0], 1):
+                        if np.isfinite(value):
+                            log.scalars({tag: value}, layer)
+                    if control is None:
+                        final[tag] = metric(chosen, name, part)["mean"]
+        values = {name: accuracy(chosen, name)["mean"] for name in SETTINGS} | {"rec2ftp": rec2ftp(chosen)["mean"]}
+        final |= {f"{stem}/{name}": value for name, value in values.items() if value is not None}
+    return final
+
+
+write_report = Report(
+    TASK, "In-context learning against finetuning", results_table, _sections, _log, images=True
+).write
+
+
+def overview(folder: Folder) -> list[Part]:
+    """Findings, tables and curves of a results folder, for a page that shows other things too. Raises as ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
     parts: list[Part] = [Points(headlines(runs)), accuracy_table(runs), results_table(runs), Paragraph(_INTERVALS)]
@@ -195,15 +197,15 @@ def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str,
     for control in (None, *CONTROLS):
         band = bands(runs, name, part, control)
         if band is not None:
-            title, look = (_MAIN, 0) if control is None else (CONTROLS[control], _LOOKS[control])
-            lines[title] = Curve(band[0], band[1], band[2], look)
+            line = FINETUNED if control is None else CONTROLS[control]
+            lines[line.title] = Curve(*band, line.look)
     return lines
 
 
 def panels(runs: Sequence[Run], part: str = "corrected") -> dict[str, Panel]:
     """{metric: panel of its lines over layers}, of the metrics that the runs have."""
     found = {name: curves(runs, name, part) for name in METRICS}
-    return {name: metric_panel(name, lines) for name, lines in found.items() if _MAIN in lines}
+    return {name: metric_panel(name, lines) for name, lines in found.items() if FINETUNED.title in lines}
 
 
 def metric_panel(name: str, lines: Mapping[str, Curve]) -> Panel:
@@ -290,14 +292,14 @@ def _controls(runs: Sequence[Run]) -> list[str]:
 
 
 def _metric_headings(controls: Sequence[str]) -> list[str]:
-    rest = [CONTROLS[control] for control in controls if control not in _OWN]
+    rest = [CONTROLS[control].title for control in controls if control not in _OF_RUN]
     return ["metric", "authors' form", "its control", "corrected", *["its control"] * (len(rest) < len(controls)), *rest]
 
 
 def _metric_rows(runs: Sequence[Run], controls: Sequence[str]) -> list[list[str]]:
     """A row a metric that the runs have."""
     rows = []
-    rest = [control for control in controls if control not in _OWN]
+    rest = [control for control in controls if control not in _OF_RUN]
     for name, title in METRICS.items():
         paper, corrected = metric(runs, name, "paper"), metric(runs, name)
         if paper["num"] or corrected["num"]:
@@ -309,7 +311,7 @@ def _metric_rows(runs: Sequence[Run], controls: Sequence[str]) -> list[list[str]
 
 def _own_control(runs: Sequence[Run], name: str, part: str) -> str:
     """A metric's value for a random update, or before finetuning, whichever it has."""
-    values = {control: metric(runs, name, part, control)["mean"] for control in _OWN}
+    values = {control: metric(runs, name, part, control)["mean"] for control in _OF_RUN}
     return next((f"{three(value)} {control}" for control, value in values.items() if value is not None), "")
 
 
@@ -324,7 +326,7 @@ def published_quantity(runs: Sequence[Run], quantity: str) -> tuple[str, Estimat
     if quantity == "rec2ftp":
         return "Rec2FTP", rec2ftp(runs)
     name, _, control = quantity.partition("_")
-    return METRICS[name] + (f", {CONTROLS[control]}" if control else ""), metric(runs, name, "paper", control or None)
+    return METRICS[name] + (f", {CONTROLS[control].title}" if control else ""), metric(runs, name, "paper", control or None)
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
@@ -337,37 +339,8 @@ def _runs_table(runs: Sequence[Run]) -> Table:
                     *(dataset, str(shots), str(run["seed"]), f"{run['finetune_lr']:g}"),
                     *(number(accuracy(one, setting), percent=True) for setting in SETTINGS),
                     number(rec2ftp(one), percent=True),
-                    *(_plain(metric(one, name)) for name in ("simaou", "simam_delta_centred", "kendall", "dw_similarity")),
+                    *(_plain(metric(one, name)) for name in EVIDENCE),
                 ]
             )
-    names = [METRICS[name] for name in ("simaou", "simam_delta_centred", "kendall", "dw_similarity")]
+    names = [METRICS[name] for name in EVIDENCE]
     return Table(["dataset", "shots", "seed", "learning rate", *SETTINGS.values(), "Rec2FTP", *names], rows)
-
-
-def _write_events(folder: Path, results: Mapping[str, Any], pictures: Sequence[str]) -> None:
-    """Scalars over layers: <dataset>-<shots>shot/<part>/<metric>, with the control's name after it; the figures; summaries for HParams."""
-
-    def write(log: TrainingLog) -> None:
-        final = {}
-        for (dataset, shots), chosen in settings(results["runs"]).items():
-            stem = f"{dataset}-{shots}shot"
-            for part in ("paper", "corrected"):
-                for name in METRICS:
-                    for control in (None, *CONTROLS):
-                        band = bands(chosen, name, part, control)
-                        if band is None:
-                            continue
-                        tag = f"{stem}/{part}/{name}" + (f"/{control}" if control else "")
-                        for layer, value in enumerate(band[0], 1):
-                            if np.isfinite(value):
-                                log.scalars({tag: value}, layer)
-                        if control is None:
-                            final[tag] = metric(chosen, name, part)["mean"]
-            values = {setting: accuracy(chosen, setting)["mean"] for setting in SETTINGS} | {"rec2ftp": rec2ftp(chosen)["mean"]}
-            final |= {f"{stem}/{name}": value for name, value in values.items() if value is not None}
-        for name in pictures:
-            log.image(name, read_png(folder / f"{name}.png"))
-        log.hparams_with_metrics(final, 0)
-
-    config = {key: value for key, value in results["config"].items() if key not in ("datasets", "command")}
-    replace_events(folder, {"model": results["model"]["path"], **config, **results["model"].get("architecture", {})}, write)

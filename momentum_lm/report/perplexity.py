@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +13,15 @@ from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
 from momentum_lm.files import NPZ_ERRORS, file_stem, read_arrays
 
-from .common import read_runs, replace_events, short_names
-from .figures import draw, perplexity_panel, save_png, to_svg
-from .html import Code, Paragraph, Part, Picture, Points, write_page
+from . import skeleton
+from .figures import draw, perplexity_panel, to_svg
+from .html import Paragraph, Picture
+from .skeleton import Folder, Report, Sections
 from .tables import Table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .tensorboard import TrainingLog
 
 TASK = "lm_perplexity"
@@ -47,40 +48,39 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     return Table(["split", "context", "perplexity", "95% interval", "bits/byte", "tokens", "documents"], rows)
 
 
-def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
-    """Writes ``report.html``, ``perplexity-<split>.png`` and TensorBoard events beside a ``results.json``; returns its
-    table. Raises UserError for results of other tasks or without a finished run, and for files of these names that are
-    not ours, unless ``replace``."""
-    folder = Path(folder)
-    (results,) = read_runs([folder], [TASK])
-    table = results_table(results["runs"])
-    sections: dict[str, Sequence[Part]] = {"": [Paragraph(f"Model: {results['model']['path']}"), table, Paragraph(_PROTOCOL)]}
+def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
+    sections: Sections = {"": [results_table(results["runs"]), Paragraph(_PROTOCOL)]}
     for split, points in _series(results["runs"]).items():
         figure = draw(perplexity_panel({Path(results["model"]["path"]).name: points}, split))
-        save_png(figure, folder / f"perplexity-{file_stem(split)}.png", replace)
-        sections[f"Perplexity on {split}"] = [Picture(to_svg(figure), f"Perplexity on {split} at each context length.")]
-    details = {name: results[name] for name in ("model", "config")}
-    sections["What was measured"] = [Code(json.dumps(details, indent=1, ensure_ascii=False))]
-    write_page(folder / "report.html", "Perplexity", sections, replace)
-    _write_events(folder, results)
-    return table
+        save(f"perplexity-{file_stem(split)}", figure)
+        sections[f"Perplexity on {split}"] = [_picture(figure, split)]
+    return sections
 
 
-class Comparison:
-    """Several results folders side by side; differences are from the first.
+def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
+    """Perplexity over context length."""
+    for run in sorted(results["runs"], key=lambda run: run["context_length"]):
+        log.scalars({f"{run['split']}/perplexity": run["perplexity"]}, run["context_length"])
+        if run["bits_per_byte"] is not None:
+            log.scalars({f"{run['split']}/bits_per_byte": run["bits_per_byte"]}, run["context_length"])
+    return {f"{run['split']}/perplexity_at_{run['context_length']}": run["perplexity"] for run in results["runs"]}
+
+
+write_report = Report(TASK, "Perplexity", results_table, _sections, _log).write
+
+
+class Comparison(skeleton.Comparison):
+    """Perplexities of several results folders.
 
     A difference comes with its paired bootstrap over documents where both runs scored the same data; where they did
-    not, it has none, and perplexities over different tokens must not be compared at all. Raises UserError for folders
-    of other tasks, and for those without a finished run.
+    not, it has none, and perplexities over different tokens must not be compared at all. Raises UserError as its base.
     """
 
-    def __init__(self, folders: Sequence[str | os.PathLike[str]], names: Sequence[str] | None = None, seed: int = 0) -> None:
-        self.folders = [Path(folder) for folder in folders]
-        self.results = read_runs(self.folders, [TASK])
-        self.names = list(names) if names else short_names(self.folders)
-        self.seed = seed
+    task, title = TASK, "Perplexity, side by side"
+
+    def __init__(self, folders: Sequence[Folder], names: Sequence[str] | None = None, seed: int = 0) -> None:
+        super().__init__(folders, names, seed)
         self.differences: dict[tuple[str, int, str], PairedDifference] = {}  # by split, context length and name
-        self.notes: list[str] = []
         for index in range(1, len(self.folders)):
             self._compare(index)
 
@@ -99,17 +99,16 @@ class Comparison:
         headings = ["split", "context", "model", "perplexity", "95% interval", "bits/byte", f"vs {self.names[0]}", "95% interval", "p"]
         return Table(headings, rows)
 
-    def write_page(self, path: str | os.PathLike[str]) -> None:
-        """One HTML page with the table and a figure for each split."""
-        top: list[Part] = [self.table(), Paragraph(_PROTOCOL + f" Differences are from {self.names[0]}.")]
-        sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
-        for split in sorted({run["split"] for results in self.results for run in results["runs"]}):
-            series = {n: s[split] for n, r in zip(self.names, self.results, strict=True) if split in (s := _series(r["runs"]))}
-            sections[f"Perplexity on {split}"] = [
-                Picture(to_svg(draw(perplexity_panel(series, split))), f"Perplexity on {split} at each context length.")
-            ]
-        sections["Models"] = [Code("\n".join(f"{n}: {r['model']['path']}" for n, r in zip(self.names, self.results, strict=True)))]
-        write_page(path, "Perplexity, side by side", sections)
+    def reading(self) -> str:
+        return _PROTOCOL + f" Differences are from {self.names[0]}."
+
+    def sections(self) -> Sections:
+        series = {name: _series(results["runs"]) for name, results in zip(self.names, self.results, strict=True)}
+        found: Sections = {}
+        for split in sorted({split for lines in series.values() for split in lines}):
+            panel = perplexity_panel({name: lines[split] for name, lines in series.items() if split in lines}, split)
+            found[f"Perplexity on {split}"] = [_picture(draw(panel), split)]
+        return found
 
     def _compare(self, index: int) -> None:
         for run in self.results[index]["runs"]:
@@ -134,7 +133,7 @@ class Comparison:
             self.differences[(*key, self.names[index])] = paired_bootstrap(nll, baseline, tokens, seed=self.seed)
 
 
-def document_sums(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def document_sums(folder: Folder, run: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(nll, tokens) per document of one run of a results folder, empty documents left out. Raises UserError if the file
     is damaged."""
     path = Path(folder) / str(run["documents"])
@@ -175,22 +174,5 @@ def _series(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
     return series
 
 
-def _write_events(folder: Path, results: Mapping[str, Any]) -> None:
-    """TensorBoard events of all runs: perplexity over context length."""
-
-    def write(log: TrainingLog) -> None:
-        for run in sorted(results["runs"], key=lambda run: run["context_length"]):
-            log.scalars({f"{run['split']}/perplexity": run["perplexity"]}, run["context_length"])
-            if run["bits_per_byte"] is not None:
-                log.scalars({f"{run['split']}/bits_per_byte": run["bits_per_byte"]}, run["context_length"])
-        log.hparams_with_metrics({f"{r['split']}/perplexity_at_{r['context_length']}": r["perplexity"] for r in results["runs"]}, 0)
-
-    replace_events(
-        folder,
-        {
-            "model": results["model"]["path"],
-            "dtype": results["config"].get("dtype"),
-            **results["model"].get("architecture", {}),
-        },
-        write,
-    )
+def _picture(figure: Figure, split: str) -> Picture:
+    return Picture(to_svg(figure), f"Perplexity on {split} at each context length.")

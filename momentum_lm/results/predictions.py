@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from momentum_lm.errors import UserError
 
 from .records import PREDICTIONS, prediction, prediction_lines
+from .schema import RECORDS
 
-KEY = ("dataset", "seed", "shots", "order", "calibration")
+KEY = RECORDS["icl_classification"].key
 
 
 @dataclass(frozen=True)

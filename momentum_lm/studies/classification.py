@@ -18,27 +18,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from momentum_lm.analysis.classification import accuracy, confusion_matrix, macro_f1, majority_rate
-from momentum_lm.analysis.statistics import wilson_interval
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_stem
 from momentum_lm.icl import calibration, scoring
 from momentum_lm.icl.datasets.loading import Example, LabelledDataset, by_name
 from momentum_lm.icl.demonstrations import Separation, evaluation_subset, select, separate
-from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query, special_notes
+from momentum_lm.icl.prompts import PromptFormat, Prompts, fit, longest_query, special_notes
 from momentum_lm.icl.scoring import Scores
 from momentum_lm.lm.protocol import LanguageModel
-from momentum_lm.report.classification import TASK, summary
 from momentum_lm.results import identity
 from momentum_lm.results.journal import Journal
+from momentum_lm.results.predictions import KEY
 from momentum_lm.results.processes import TIMEOUT, Processes
 from momentum_lm.results.records import Predictions, Results, Samples, results_lock, say_finished
 
-KEY = ("dataset", "seed", "shots", "order", "calibration")
+from .classification_summary import summary
+from .tasks import CHOICE
+
+TASK = "icl_classification"
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three inputs of Zhao et al., arXiv 2102.09690
 _log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ class Questions:
         drawn = self.draw(unit)
         with self._named():
             demonstrations = fit(self.lm, form, drawn, self.longest)
-            return demonstrations, build(self.lm, form, demonstrations, [*self.examples, *self.content_free])
+            return demonstrations, CHOICE.requests(self.lm, form, demonstrations, [*self.examples, *self.content_free])
 
     def check(self, form: PromptFormat, unit: Unit) -> None:
         """Raises UserError for demonstrations that cannot be drawn and queries that do not fit: before anything is scored."""
@@ -168,7 +167,7 @@ class Questions:
         premise = self.spec.domain_premise
         if not premise and not form.bos:  # something must come before the first token: what comes before any text
             premise = form.separator if isinstance(form.separator, str) else self.lm.decode(form.separator)
-        return build(self.lm, form, [], [Example(e.index, (premise,), e.continuations, e.gold) for e in examples])
+        return CHOICE.requests(self.lm, form, [], [Example(e.index, (premise,), e.continuations, e.gold) for e in examples])
 
     def allows(self, name: str) -> bool:
         """Whether a calibration means anything here."""
@@ -360,21 +359,11 @@ class _Recorder:
                 key[-1], values[:count], values[count:] if dataset_questions.spec.labels else None, prior
             )
             names = dict(zip(KEY, key, strict=True))
-            setting = "in_context" if unit.shots else "zero_shot"
-            predicted = np.nanargmax(calibrated, axis=1)
-            lines = (
-                {
-                    **names,
-                    "setting": setting,
-                    "index": e.index,
-                    "gold": e.gold,
-                    "pred": int(p),
-                    "scores": [x for x in row if x == x],
-                }  # no NaN
-                for e, p, row in zip(dataset_questions.examples, predicted, calibrated.tolist(), strict=True)
-            )
-            self.predictions.add(key, lines)
-            self.results.add({**names, **measure(dataset_questions, predicted), **shared})
+            about = names | {"setting": "in_context" if unit.shots else "zero_shot"}
+            lines = CHOICE.predictions(dataset_questions.examples, calibrated)
+            self.predictions.add(key, (about | line for line in lines))
+            measured = CHOICE.measure(dataset_questions.spec, dataset_questions.examples, CHOICE.answers(calibrated))
+            self.results.add({**names, **measured, **shared})
 
     def _keys(self, unit: Unit) -> list[tuple[Any, ...]]:
         """The runs that a unit gives: one for each calibration, and without demonstrations for each seed."""
@@ -392,23 +381,6 @@ class _Recorder:
         text = self.questions[unit.dataset, unit.queries].lm.decode([*prompts.prefix, *request.tokens[: request.start]])
         sample = {"dataset": unit.dataset, "shots": unit.shots, "seed": unit.seed, "prompt": text}
         self.samples.add({**sample, "continuations": list(example.continuations), "gold": example.gold})
-
-
-def measure(dataset_questions: Questions, predicted: NDArray[np.int64]) -> dict[str, Any]:
-    """predicted (n,) choices -> accuracy with Wilson's interval over examples, macro-F1, confusion counts, and what needs no model to
-    reach."""
-    gold = np.array([example.gold for example in dataset_questions.examples])
-    right = int((gold == predicted).sum())
-    interval = wilson_interval(right, len(gold))
-    result = {"num_examples": len(gold), "accuracy": accuracy(gold, predicted), "ci95": [interval.low, interval.high]}
-    if dataset_questions.spec.labels is None:
-        chance = float(np.mean([1 / len(example.continuations) for example in dataset_questions.examples]))
-        return result | {"macro_f1": None, "confusion": None, "majority": None, "chance": chance}
-    return result | {
-        "macro_f1": macro_f1(gold, predicted),
-        "confusion": confusion_matrix(gold, predicted, len(dataset_questions.spec.labels)).tolist(),
-        "majority": majority_rate(gold),
-    }
 
 
 def _fingerprint(lm: LanguageModel, prompts: Prompts) -> str:

@@ -38,21 +38,22 @@ from momentum_lm.icl.prompts import (
 )
 from momentum_lm.icl.scoring import halving
 from momentum_lm.lm.protocol import LanguageModel
-from momentum_lm.report.finetuning_summary import TASK, summary
 from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours
 from momentum_lm.results.processes import TIMEOUT, Processes
 from momentum_lm.results.records import Predictions, Results, results_lock, say_finished
+from momentum_lm.results.schema import RECORDS
 
-from . import classification
+from . import classification, controls
 from .findings import SETTINGS, Findings, record
 from .finetuning_rate import Choice, choose
+from .finetuning_summary import summary
 from .similarity import Rows, Student, measure
 from .traces import Learned, Seen, TracedModel, align, ask, demonstration_matrices, unshared
 from .untrained import untrained
 
-KEY = ("dataset", "seed", "shots")
-DEFAULT_CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd")
+TASK = "icl_finetune_analysis"
+KEY = RECORDS[TASK].key
 GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 TRACE_BYTES = 64 << 20  # that a batch's traces may take
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Settings:
     held_out: int = 100
     loss: str = "sequence"
     parameters: str = "kv"
-    controls: tuple[str, ...] = DEFAULT_CONTROLS
+    controls: tuple[str, ...] = controls.DEFAULT
     save_traces: bool = False
 
 

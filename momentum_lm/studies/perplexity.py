@@ -26,14 +26,15 @@ from momentum_lm.analysis.statistics import bootstrap_mean_ci
 from momentum_lm.errors import UserError
 from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
-from momentum_lm.report.perplexity import TASK
 from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours
 from momentum_lm.results.records import Results, results_lock, say_finished
+from momentum_lm.results.schema import RECORDS
 from momentum_lm.text.dictionary import EOS, PAD, Dictionary, check_symbols
 from momentum_lm.text.indexed import IndexedDataset
 from momentum_lm.untrusted import parse_json
 
+TASK = "lm_perplexity"
 _RESAMPLES = 2000
 _WORST = 700.0  # nats for one token: beyond, its perplexity is no longer a number
 _log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ def _evaluate(
         "packed_documents": packed_documents,
         "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
     }
-    results = Results(folder, TASK, lm.describe(), config, ("split", "context_length"), force)
+    results = Results(folder, TASK, lm.describe(), config, RECORDS[TASK].key, force)
     todo = []
     for split in opened:
         for length in dict.fromkeys(context_lengths):

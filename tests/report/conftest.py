@@ -8,8 +8,8 @@ import pytest
 from momentum_lm.analysis.classification import accuracy, confusion_matrix, macro_f1, majority_rate
 from momentum_lm.analysis.metrics import rec2ftp
 from momentum_lm.analysis.statistics import wilson_interval
-from momentum_lm.report import finetuning_summary
-from momentum_lm.report.classification import summary
+from momentum_lm.studies import finetuning_summary
+from momentum_lm.studies.classification_summary import summary
 
 LABELS = {"mr": ["Negative", "Positive"], "trec": ["Entity", "Person", "Number"], "piqa": None}
 

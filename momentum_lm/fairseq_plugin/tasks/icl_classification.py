@@ -18,10 +18,10 @@ from fairseq.data import Dictionary, FairseqDataset
 from fairseq.data.data_utils import collate_tokens
 from fairseq.tasks import FairseqTask, register_task
 
-from momentum_lm.cli.eval_classification import add_question_arguments, load_datasets, settings_from
 from momentum_lm.errors import UserError
 from momentum_lm.fairseq_plugin.training import load_task_state
 from momentum_lm.icl.datasets.loading import by_name
+from momentum_lm.studies.flags import add_question_arguments, load_datasets, settings_from
 from momentum_lm.text.dictionary import BOS, EOS
 from momentum_lm.text.tokenizer import Tokenizer, load_tokenizer
 

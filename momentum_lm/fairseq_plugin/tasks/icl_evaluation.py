@@ -15,8 +15,6 @@ import torch
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 
-from momentum_lm.cli.eval_classification import shortener
-from momentum_lm.cli.options import integers
 from momentum_lm.errors import UserError
 from momentum_lm.icl import scoring
 from momentum_lm.icl.datasets.loading import Example, by_name, load_dataset
@@ -24,6 +22,7 @@ from momentum_lm.icl.prompts import Prompts
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.model import Decoder
 from momentum_lm.studies.classification import Questions, Settings, units
+from momentum_lm.studies.flags import integers, shortener
 from momentum_lm.text.dictionary import BOS, EOS
 from momentum_lm.text.tokenizer import has_tokenizer
 

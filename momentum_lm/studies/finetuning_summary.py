@@ -1,4 +1,4 @@
-"""ICL against finetuning in numbers: means over layers and seeds with intervals, differences from the controls, and what they say."""
+"""ICL against finetuning in numbers: means over layers and seeds with intervals, and differences from the controls."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from momentum_lm.analysis.per_example import column_means, spread_over_seeds
 from momentum_lm.analysis.statistics import ratio_difference_interval, ratio_interval, t_interval, wilson_interval
 
+from .controls import CONTROLS
+
 Run = Mapping[str, Any]
 Setting = tuple[str, int]  # dataset, shots
 Estimate = dict[str, Any]
 
-TASK = "icl_finetune_analysis"
 SETTINGS = {"zero_shot": "zero-shot", "finetuned": "finetuned", "in_context": "in context"}
 PARTS = ("paper", "corrected")
 METRICS = {  # in the order of the tables
@@ -32,16 +33,7 @@ METRICS = {  # in the order of the tables
     "relaxation_cosine": "relaxed vs softmax, cosine",
     "relaxation_ratio": "relaxed vs softmax, length",
 }
-UNITS = {  # of the metrics' axes; the rest are cosines
-    **dict.fromkeys(("kendall", "kendall_example"), "rank correlation (tau)"),
-    **dict.fromkeys(("recall_at_k", "recall_at_k_example"), "recall (share)"),
-    "relaxation_ratio": "ratio of lengths",
-}
 EVIDENCE = ("simaou", "simam_delta_centred", "kendall", "dw_similarity")  # what the conclusions are drawn from
-# Without learning from the right labels, ICL and FT should have nothing in common; the others are other ways of learning.
-NULLS = {"random": "random", "before": "before finetuning", "untrained": "untrained", "shuffled_labels": "shuffled labels"}
-OTHERS = {"lcgd": "LCGD", "all_parameters": "all parameters"}
-CONTROLS = NULLS | OTHERS
 
 
 def settings(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
@@ -56,16 +48,18 @@ def settings(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
 def layers(run: Run, metric: str, part: str = "corrected", control: str | None = None) -> NDArray[np.float64] | None:
     """A metric by layer, (L,), NaN where undefined; None where the run has no such metric or control.
 
-    ``control``: ``random`` and ``before`` are metrics of the run itself, the rest are its ``baselines``.
+    ``control``: one of :data:`CONTROLS`, of which some are metrics of the run itself, and the rest its ``baselines``.
     """
-    values: Any
-    if control in ("random", "before"):
-        values = run[part].get(f"{metric}_{control}")
-    elif control is not None:
-        values = ((run["baselines"] or {}).get(control) or {}).get(part, {}).get(metric)
-    else:
-        values = run[part].get(metric)
+    source, name = _where(run, metric, control)
+    values = source.get(part, {}).get(name)
     return None if values is None else np.asarray(values, dtype=np.float64)
+
+
+def _where(run: Run, metric: str, control: str | None) -> tuple[Mapping[str, Any], str]:
+    """The part of a run that holds a metric of a control, and the metric's name there."""
+    if control is None or CONTROLS[control].of_run:
+        return run, metric if control is None else f"{metric}_{control}"
+    return (run["baselines"] or {}).get(control) or {}, metric
 
 
 def over_layers(run: Run, metric: str, part: str = "corrected", control: str | None = None) -> float | None:
@@ -83,9 +77,8 @@ def bands(runs: Sequence[Run], metric: str, part: str, control: str | None = Non
     if len(rows) > 1:
         spread = spread_over_seeds(np.stack(rows))
         return np.stack([spread.estimate, spread.low, spread.high])
-    own = control in (None, "random", "before")
-    source = found[0][0] if own else found[0][0]["baselines"][control]
-    ends = source.get(f"{part}_ci95", {}).get(f"{metric}_{control}" if own and control else metric)
+    source, name = _where(found[0][0], metric, control)
+    ends = source.get(f"{part}_ci95", {}).get(name)
     low_high = _ends(ends) if ends else np.full((2, rows[0].size), np.nan)
     return np.stack([rows[0], *low_high])
 
@@ -209,138 +202,6 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         }
         found.setdefault(dataset, {})[str(shots)] = entry
     return found
-
-
-# ---- what the numbers say
-
-
-def place(gap: Estimate) -> str:
-    """Where a difference lies: ``above`` or ``below`` zero with its whole interval, ``level`` if not, ``unknown`` without an interval."""
-    if gap["ci95"] is None:
-        return "unknown"
-    low, high = gap["ci95"]
-    return "above" if low > 0 else "below" if high < 0 else "level"
-
-
-def headlines(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each kind of evidence, over all settings."""
-    groups = list(settings(runs).values())
-    sentences = []
-    places = [place(gap) for chosen in groups if (gap := above_chance(chosen))["num"]]
-    if places:
-        side = _sides({"chance (what ICL repairs of all zero-shot errors)": places})
-        sentences.append(f"Predictions: Rec2FTP {side}.")
-    for name in EVIDENCE:
-        beside = {}
-        for control, title in NULLS.items():
-            places = [place(gap) for chosen in groups if (gap := difference(chosen, name, control))["num"]]
-            if places:
-                beside[title] = places
-        values = [value["mean"] for chosen in groups if (value := metric(chosen, name))["mean"] is not None]
-        if values:
-            sentences.append(
-                f"{METRICS[name]}, corrected: {_range(values)}; {_sides(beside) if beside else 'no control was run'}."
-            )
-    return sentences
-
-
-_SIDES = {
-    "above": "above",
-    "level": "not distinguishable from",
-    "below": "below",
-    "unknown": "without an interval beside",
-}
-
-
-def _sides(beside: Mapping[str, Sequence[str]]) -> str:
-    """In words on which side of each control a value lies, of :func:`place` for each setting: with one setting the
-    side, with several in how many of them it is above.
-    """
-    if max(map(len, beside.values())) == 1:
-        return "; ".join(
-            f"{words} {', '.join(names)}"
-            for side, words in _SIDES.items()
-            if (names := [name for name, places in beside.items() if places[0] == side])
-        )
-    return "above " + ", ".join(f"{name} in {_how_many(places)}" for name, places in beside.items())
-
-
-def _how_many(places: Sequence[str]) -> str:
-    count, total = places.count("above"), len(places)
-    if count in (0, total):
-        return f"{'all' if count else 'none'} of {total} settings"
-    return f"{count} of {total} settings"
-
-
-def verdict(runs: Sequence[Run]) -> list[str]:
-    """What the numbers of one setting say, in sentences."""
-    sentences = []
-    zero, ft, icl = (accuracy(runs, setting)["mean"] for setting in SETTINGS)
-    sentences.append(f"Accuracy: {100 * zero:.1f}% zero-shot, {100 * ft:.1f}% finetuned, {100 * icl:.1f}% in context.")
-    sentences.append(_rec2ftp_sentence(runs))
-    authors, before = metric(runs, "simam", "paper")["mean"], metric(runs, "simam", "paper", "before")["mean"]
-    if authors is not None and before is not None:
-        sentences.append(
-            f"SimAM in the authors' form is {three(authors)}, and {three(before)} before any finetuning: "
-            "only what exceeds the latter can be finetuning's doing."
-        )
-    for name in EVIDENCE:
-        value = metric(runs, name)
-        if value["mean"] is None:
-            continue
-        authors = metric(runs, name, "paper")["mean"] if name == "simaou" else None
-        text = f"{METRICS[name]}, corrected, is {number(value)}"
-        text += f", and {three(authors)} in the authors' form" if authors is not None else ""
-        sides: dict[str, list[str]] = {}
-        for control, title in NULLS.items():
-            gap = difference(runs, name, control)
-            if gap["num"]:
-                level = metric(runs, name, control=control)["mean"]
-                sides.setdefault(place(gap), []).append(f"{title} ({three(level)})")
-        parts = [f"{words} {', '.join(sides[side])}" for side, words in _SIDES.items() if side in sides]
-        sentences.append(text + (": " + "; ".join(parts) if parts else "; no control was run") + ".")
-    return sentences
-
-
-def _rec2ftp_sentence(runs: Sequence[Run]) -> str:
-    counts = cells(runs)
-    recovered, recoverable = int(counts[0, 1, 1]), int(counts[0, :, 1].sum())
-    if recoverable == 0:
-        return "Finetuning puts nothing right that was wrong zero-shot, so there is nothing for Rec2FTP to recover."
-    value, level, gap = rec2ftp(runs), chance(runs), above_chance(runs)
-    words = {"above": "lies above it", "below": "lies below it", "level": "cannot be told from it"}[place(gap)]
-    return (
-        f"Of {recoverable:,} errors that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is {number(value, percent=True)}. "
-        f"ICL repairs {number(level, percent=True)} of all zero-shot errors, which is chance; Rec2FTP {words}."
-    )
-
-
-def number(value: Estimate, percent: bool = False) -> str:
-    """An estimate with its interval in words, such as ``0.186 (0.170 to 0.201)``; empty where there is none."""
-    if value["mean"] is None:
-        return ""
-    form = (lambda x: f"{100 * x:.1f}") if percent else three
-    text, ends = form(value["mean"]) + "%" * percent, value["ci95"]
-    return text if ends is None else f"{text} ({form(ends[0])} to {form(ends[1])})"
-
-
-def signed(gap: Estimate, percent: bool = False) -> str:
-    """A difference with its interval in words, such as ``+0.049 (+0.024 to +0.074)``; empty where there is none."""
-    if gap["mean"] is None:
-        return ""
-    form = (lambda x: f"{100 * x:+.1f}") if percent else (lambda x: f"{x:+.3f}")
-    ends = gap["ci95"]
-    return form(gap["mean"]) + ("" if ends is None else f" ({form(ends[0])} to {form(ends[1])})")
-
-
-def three(value: float) -> str:
-    """Three decimals, none from a hundred on, and no minus before a zero."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{round(value, 3) + 0.0:.3f}"
-
-
-def _range(values: Sequence[float]) -> str:
-    low, high = three(min(values)), three(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 def _ends(pairs: Sequence[Sequence[float | None] | None]) -> NDArray[np.float64]:

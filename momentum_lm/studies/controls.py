@@ -1,0 +1,37 @@
+"""The finetuned models of a unit: the one that is compared with ICL, and those that its similarities are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a similarity of ICL and finetuning is compared with.
+
+    ``null``: it cannot learn what the demonstrations teach, so that only what exceeds it speaks for ICL as finetuning;
+    the others are other ways of learning. ``of_run``: a metric of the run itself (``simaou_random``), not a model. The
+    rest says how the model is finetuned: on demonstrations with ``shuffled`` labels, by ``layerwise`` losses, other
+    ``parameters`` than those of the study. ``look`` numbers its line in figures.
+    """
+
+    title: str
+    null: bool = False
+    of_run: bool = False
+    shuffled: bool = False
+    layerwise: bool = False
+    parameters: str | None = None
+    look: int = 1
+
+
+FINETUNED = Control("ICL and FT", look=0)  # itself
+CONTROLS = {
+    "random": Control("random", null=True, of_run=True, look=1),
+    "before": Control("before finetuning", null=True, of_run=True, look=1),  # of metrics without a random update
+    "untrained": Control("untrained", null=True, look=2),
+    "shuffled_labels": Control("shuffled labels", null=True, shuffled=True, look=3),
+    "lcgd": Control("LCGD", layerwise=True, look=4),
+    "all_parameters": Control("all parameters", parameters="all", look=5),
+}
+DEFAULT = ("untrained", "random", "shuffled_labels", "lcgd")
+CHOICES = (*DEFAULT, "all_parameters")  # of --controls; random updates are always among the results

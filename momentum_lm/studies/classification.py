@@ -87,6 +87,11 @@ class Unit:
         return self._name(f"{self.shots}shot" + (f"-seed{self.seed}-order{self.order}" if self.shots else ""))
 
     @property
+    def draw(self) -> str:
+        """The name of its demonstrations, in any order."""
+        return self._name(f"{self.shots}shot-seed{self.seed}")
+
+    @property
     def domain(self) -> str:
         """The stem of the files of its queries' continuations after no query (:meth:`Questions.domain_prompts`)."""
         return self._name("domain")
@@ -97,12 +102,12 @@ class Unit:
 
 class Questions:
     """What is asked about one dataset: the evaluated examples, after each unit's demonstrations. ``queries``: the seed
-    of their sample.
+    of their sample. ``calibrated``: with inputs without content after the examples.
 
     Raises UserError, naming the dataset, where the data does not allow what the settings ask.
     """
 
-    def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings, queries: int = 1) -> None:
+    def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings, queries: int = 1, calibrated: bool = True) -> None:
         self.lm, self.spec, self.train, self.settings = lm, dataset.spec, dataset.train, settings
         with self._named():
             self.separation = separation(dataset, settings, queries)
@@ -110,7 +115,7 @@ class Questions:
         self.partial = any(len(example.inputs) > 1 for example in self.examples)
         self._drawn: dict[Unit, list[Example]] = {}
         self.content_free = []
-        if self.spec.labels:
+        if self.spec.labels and calibrated:
             inputs = map(self.spec.content_free, CONTENT_FREE)
             self.content_free = [Example(-1, (text,), self.examples[0].continuations, 0) for text in inputs]
 
@@ -174,6 +179,24 @@ class Questions:
         if name == "domain_pmi":
             return not self.partial
         return name == "none" or self.spec.labels is not None
+
+    def warn(self) -> None:
+        """Logs what is to be told of the data, a line each."""
+        texts = [*self.examples, *self.train]
+        special = special_notes(self.lm, self.settings.form(self.lm), self.spec.templates[self.spec.template], texts)
+        for note in [*self.notes, *special]:
+            _log.warning("%s: %s", self.spec.name, note)
+
+    def warn_of_scores(self) -> None:
+        """Logs what is to be told of labels and calibrations."""
+        name = self.spec.name
+        for one, other in self.colliding():
+            _log.warning(
+                "%s: the labels %r and %r begin with the same token; the tokens after it decide between them", name, one, other
+            )
+        for left_out in (c for c in self.settings.calibrations if not self.allows(c)):
+            reason = "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
+            _log.warning("%s: no calibration %s, because %s", name, left_out, reason)
 
     def colliding(self) -> list[tuple[str, str]]:
         """Pairs of label words whose first tokens are the same."""
@@ -240,7 +263,8 @@ def evaluate(
             processes.alive()
         if processes.first and todo:
             for key in {unit.dataset: (unit.dataset, unit.queries) for unit in todo}.values():
-                _warn(questions[key], settings)
+                questions[key].warn()
+                questions[key].warn_of_scores()
         total = sum(questions[unit.dataset, unit.queries].size for unit in todo)
         with tqdm(total=total, unit="query", disable=not (todo and show_progress and processes.first)) as bar:
             scorer = _Scorer(lm, settings, os.path.join(folder, "scores"), processes, bar, force)
@@ -404,24 +428,6 @@ def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
     _log.warning(
         "%s: only %d of %d demonstrations fit in the model's %d tokens", unit.name, fitted, unit.shots, lm.max_positions
     )
-
-
-def _warn(dataset_questions: Questions, settings: Settings) -> None:
-    lm, spec = dataset_questions.lm, dataset_questions.spec
-    name, texts = spec.name, [*dataset_questions.examples, *dataset_questions.train]
-    special = special_notes(lm, settings.form(lm), spec.templates[spec.template], texts)
-    for note in [*dataset_questions.notes, *special]:
-        _log.warning("%s: %s", name, note)
-    for one, other in dataset_questions.colliding():
-        _log.warning(
-            "%s: the labels %r and %r begin with the same token; the tokens after it decide between them",
-            name,
-            one,
-            other,
-        )
-    for left_out in (c for c in settings.calibrations if not dataset_questions.allows(c)):
-        reason = "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
-        _log.warning("%s: no calibration %s, because %s", name, left_out, reason)
 
 
 def configuration(

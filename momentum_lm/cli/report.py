@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.between is not None and not study.between:
         fitting = " or ".join(name for name, other in STUDIES.items() if other.between)
         raise UserError(f"--between is for results of {fitting}, and {args.runs[0]} holds those of {study.name}")
-    comparison = study.compare(args.runs, seed=args.seed, between=args.between)
+    varied = {"between": args.between} if study.between else {}
+    comparison = study.compare(args.runs, seed=args.seed, **varied)
     print("\n\n".join(table.markdown() if args.markdown else table.text() for table in comparison.tables()))
     for note in comparison.notes:
         print(f"\n{printable(note)}")

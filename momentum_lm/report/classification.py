@@ -37,28 +37,38 @@ _BASELINES = (
 )
 
 
+_OVERLAPS = {
+    "not_evaluated": "examples are left out, for demonstrations are drawn from the training split's copies of them",
+    "shown_and_evaluated": "training examples are evaluated too and may be among their own demonstrations",
+}
+
+
 def results_table(runs: Sequence[Run]) -> Table:
     """One row for each dataset, number of shots and calibration, in percent, and whether it beats the baseline."""
     rows = []
     for (dataset, _, calibration), chosen in cells(runs).items():
         cell, (name, level) = summarise_cell(chosen), baseline(chosen)
-        others = [[run[metric] for run in chosen if run[metric] is not None] for metric in CHOICE.others]
         rows.append(
-            [
-                dataset,
-                shots_text(chosen),
-                calibration,
-                percent(cell["mean"]),
-                interval_text(cell["ci95"]),
-                over_text(cell, chosen[0]),
-                f"{percent(level)} {name}",
-                "yes" if cell["ci95"][0] > level else "NO",
-                *(percent(float(np.mean(values))) if values else "" for values in others),
-                f"{percent(cell['min'])} to {percent(cell['max'])}" if cell["sd"] is not None else "",
-            ]
+            {
+                "dataset": dataset,
+                "shots": shots_text(chosen),
+                "calibration": calibration,
+                CHOICE.title: percent(cell["mean"]),
+                "95% interval": interval_text(cell["ci95"]),
+                "over": over_text(cell, chosen[0]),
+                "baseline %": f"{percent(level)} {name}",
+                "beats it?": "yes" if cell["ci95"][0] > level else "NO",
+                **{title: _mean([run[metric] for run in chosen]) for metric, title in CHOICE.others.items()},
+                "range of seeds": f"{percent(cell['min'])} to {percent(cell['max'])}" if cell["sd"] is not None else "",
+            }
         )
-    headings = ["dataset", "shots", "calibration", CHOICE.title, "95% interval", "over", "baseline %", "beats it?"]
-    return Table([*headings, *CHOICE.others.values(), "range of seeds"], rows)
+    return Table.of(rows)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """In percent, of what there is."""
+    known = [value for value in values if value is not None]
+    return percent(float(np.mean(known))) if known else ""
 
 
 def verdicts(runs: Sequence[Run]) -> list[str]:
@@ -81,15 +91,7 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
         sentences.append(f"{dataset}: of {shots} demonstrations only {count} fitted into the model's context.")
     overlaps = {run["dataset"]: run["overlap"] for run in runs if isinstance(run.get("overlap"), dict)}
     for dataset, overlap in overlaps.items():
-        for name, what in (
-            (
-                "not_evaluated",
-                "examples are left out, for demonstrations are drawn from the training split's copies of them",
-            ),
-            ("shown_and_evaluated", "training examples are evaluated too and may be among their own demonstrations"),
-        ):
-            if overlap.get(name):
-                sentences.append(f"{dataset}: {overlap[name]} {what}.")
+        sentences += [f"{dataset}: {overlap[name]} {what}." for name, what in _OVERLAPS.items() if overlap.get(name)]
     return sentences
 
 
@@ -100,9 +102,8 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
         "To keep in mind": [_caveats(runs)],
     }
     for dataset, chosen in _by_dataset(runs).items():
-        figure = _accuracy_figure(chosen)
-        save(f"accuracy-{file_stem(dataset)}", figure)
-        parts: list[Part] = [_curves(chosen, figure)]
+        save(f"accuracy-{file_stem(dataset)}", _accuracy_figure(chosen))
+        parts: list[Part] = [_curves(chosen)]
         panels = _confusions(chosen, results["config"]["datasets"][dataset]["labels"])
         if panels:
             side = max(3.2, 1.6 + 0.42 * len(chosen[0]["confusion"]))
@@ -133,8 +134,7 @@ def overview(folder: Folder) -> list[Part]:
     """Table, caveats and curves of a results folder, for a page that shows other things too. Raises as ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
-    curves = [_curves(chosen, _accuracy_figure(chosen)) for chosen in _by_dataset(runs).values()]
-    return [results_table(runs), _caveats(runs), Paragraph(INTERVALS), *curves]
+    return [results_table(runs), _caveats(runs), Paragraph(INTERVALS), *map(_curves, _by_dataset(runs).values())]
 
 
 def _by_dataset(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -161,9 +161,9 @@ def _accuracy_figure(runs: Sequence[Run]) -> Figure:
     return draw(accuracy_panel(points(runs), runs[0]["dataset"], baseline(runs), "calibration"), size=(5.8, 4.4))
 
 
-def _curves(runs: Sequence[Run], figure: Figure) -> Picture:
+def _curves(runs: Sequence[Run]) -> Picture:
     caption = f"Accuracy on {runs[0]['dataset']}: mean and 95% interval for each calibration; faint dots are seeds."
-    return Picture(to_svg(figure), caption)
+    return Picture(to_svg(_accuracy_figure(runs)), caption)
 
 
 def percent(value: float) -> str:
@@ -205,18 +205,25 @@ def _confusions(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[str, 
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
-    headings = ["dataset", "shots", "seed", "order", "calibration", "accuracy %", "95% over examples", "macro-F1 %", "examples"]
-    headings += ["tokens of demonstrations", "seconds"]
-    rows = [
+    return Table.of(
         [
-            *(run["dataset"], shots_text([run]), str(run["seed"]), str(run["order"]), run["calibration"]),
-            *(percent(run["accuracy"]), interval_text(run["ci95"]), "" if run["macro_f1"] is None else percent(run["macro_f1"])),
-            *(f"{run['num_examples']:,}", f"{run.get('prefix_tokens', 0):,}", f"{run.get('seconds', 0.0):.1f}"),
+            {
+                "dataset": run["dataset"],
+                "shots": shots_text([run]),
+                "seed": str(run["seed"]),
+                "order": str(run["order"]),
+                "calibration": run["calibration"],
+                CHOICE.title: percent(run[CHOICE.metric]),
+                "95% over examples": interval_text(run["ci95"]),
+                **{title: _mean([run[metric]]) for metric, title in CHOICE.others.items()},
+                "examples": f"{run['num_examples']:,}",
+                "tokens of demonstrations": f"{run.get('prefix_tokens', 0):,}",
+                "seconds": f"{run.get('seconds', 0.0):.1f}",
+            }
+            for chosen in cells(runs).values()
+            for run in chosen
         ]
-        for chosen in cells(runs).values()
-        for run in chosen
-    ]
-    return Table(headings, rows)
+    )
 
 
 def _samples(path: Path) -> list[Part]:

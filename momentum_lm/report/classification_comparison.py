@@ -15,6 +15,7 @@ from momentum_lm.analysis.statistics import Interval
 from momentum_lm.errors import UserError
 from momentum_lm.results.predictions import Answers, read_answers, run_key
 from momentum_lm.studies.classification_summary import Run, baseline, cells, summarise_cell
+from momentum_lm.studies.tasks import CHOICE
 
 from .classification import INTERVALS, TASK, interval_text, percent, points, results_table
 from .figures import accuracy_panel, draw, to_svg
@@ -93,22 +94,28 @@ class ClassificationComparison(Comparison):
         rows = []
         for setting in self._all_settings():
             for number, side in enumerate(self.sides):
-                if setting not in side.runs:
-                    continue
-                runs = list(side.runs[setting].values())
-                cell = summarise_cell(runs)
-                left = [*map(str, setting), side.name, percent(cell["mean"]), interval_text(cell["ci95"])]
-                rows.append(left + _difference_cells(self.differences.get((setting, number))))
-        headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [self.varied or "results"]
-        headings += [
-            "accuracy %",
-            "95% interval",
-            f"vs {self.sides[0].name}",
-            "95% over examples",
-            "p over examples",
-            "95% over seeds",
-        ]
-        return Table(headings, rows)
+                if setting in side.runs:
+                    cell = summarise_cell(list(side.runs[setting].values()))
+                    row = self._names(setting, side) | {CHOICE.title: percent(cell["mean"])}
+                    row["95% interval"] = interval_text(cell["ci95"])
+                    rows.append(row | self._difference(self.differences.get((setting, number))))
+        return Table.of(rows)
+
+    def _names(self, setting: Setting, side: Side) -> dict[str, str]:
+        """The first cells of a row."""
+        varied = [name for name in ("dataset", *VARIABLES) if name != self.varied]
+        return dict(zip(varied, map(str, setting), strict=True)) | {self.varied or "results": side.name}
+
+    def _difference(self, difference: AccuracyDifference | None) -> dict[str, str]:
+        first = f"vs {self.sides[0].name}"
+        if difference is None:
+            return dict.fromkeys((first, "95% over examples", "p over examples", "95% over seeds"), "")
+        return {
+            first: f"{100 * difference.difference:+.1f}",
+            "95% over examples": _points_text(difference.over_examples),
+            "p over examples": f"{difference.p_value:.2g}",
+            "95% over seeds": _points_text(difference.over_seeds),
+        }
 
     def reading(self) -> str:
         return _READING.format(intervals=INTERVALS, first=self.sides[0].name) if len(self.sides) > 1 else ""
@@ -254,20 +261,15 @@ class ClassificationComparison(Comparison):
 
     def _pairs_table(self) -> Table:
         first = self.sides[0].name
-        rows = []
+        rows, names = [], dict[str, str]()
         for (setting, number), pairs in self.pairs.items():
+            names = self._names(setting, self.sides[number])
             for pair, test in zip(pairs, self.differences[setting, number].tests, strict=True):
-                seed, order = _draw(*pair)
-                accuracies = [percent(run["accuracy"]) for run in pair]
-                numbers = [str(test.only_b), str(test.only_a), f"{test.p_value:.2g}"]
-                rows.append([*map(str, setting), self.sides[number].name, str(seed), str(order), *accuracies, *numbers])
-        headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [
-            self.varied or "results",
-            "seed",
-            "order",
-        ]
-        headings += [f"{first} %", "this %", f"only {first} right", "only this right", "McNemar p"]
-        return Table(headings, rows)
+                accuracies = [percent(run[CHOICE.metric]) for run in pair]
+                tests = [str(test.only_b), str(test.only_a), f"{test.p_value:.2g}"]
+                rows.append([*names.values(), *map(str, _draw(*pair)), *accuracies, *tests])
+        right = [f"only {first} right", "only this right", "McNemar p"]
+        return Table([*names, "seed", "order", f"{first} %", "this %", *right], rows)
 
 
 def parse_between(text: str) -> tuple[str, list[Any]]:
@@ -308,13 +310,6 @@ def _draw(first: Run, other: Run) -> tuple[int, int]:
     """Seed and order of the demonstrations of a pair."""
     run = first if first["shots"] else other
     return run["seed"], run["order"]
-
-
-def _difference_cells(difference: AccuracyDifference | None) -> list[str]:
-    if difference is None:
-        return [""] * 4
-    over_examples, over_seeds = (_points_text(i) for i in (difference.over_examples, difference.over_seeds))
-    return [f"{100 * difference.difference:+.1f}", over_examples, f"{difference.p_value:.2g}", over_seeds]
 
 
 def _points_text(interval: Interval | None) -> str:

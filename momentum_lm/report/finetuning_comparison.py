@@ -5,24 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from momentum_lm.studies.finetuning_summary import (
-    EVIDENCE,
-    METRICS,
-    SETTINGS,
-    Run,
-    accuracy,
-    bands,
-    estimate,
-    metric,
-    over_layers,
-    rec2ftp,
-    settings,
-)
+from momentum_lm.studies import finetuning_summary as numbers
+from momentum_lm.studies.finetuning_summary import EVIDENCE, METRICS, SETTINGS, Run
 
 from .figures import draw, to_svg
 from .finetuning_verdicts import number, signed
 from .html import Gallery, Picture
-from .icl_vs_finetuning import TASK, metric_panel
+from .icl_vs_finetuning import TASK, accuracies, metric_panel
 from .layer_figures import Curve
 from .skeleton import Comparison, Folder, Sections, differ
 from .tables import Table
@@ -43,19 +32,30 @@ class FinetuningComparison(Comparison):
 
     def __init__(self, folders: Sequence[Folder], names: Sequence[str] | None = None, seed: int = 0) -> None:
         super().__init__(folders, names, seed)
-        self.sides = [settings(results["runs"]) for results in self.results]
+        self.sides = [numbers.settings(results["runs"]) for results in self.results]
         self.settings = list(dict.fromkeys(setting for side in self.sides for setting in side))
         self.notes = list(self._notes())
 
     def table(self) -> Table:
         """A row for each dataset, number of shots and folder."""
-        rows = []
-        for dataset, shots in self.settings:
-            for name, side in zip(self.names, self.sides, strict=True):
-                if (dataset, shots) in side:
-                    rows.append([dataset, str(shots), name, *_cells(side[dataset, shots])])
-        headings = ["dataset", "shots", "results", "seeds", "examples", *SETTINGS.values(), "Rec2FTP", "SimAOU, authors' form"]
-        return Table([*headings, *(METRICS[name] for name in EVIDENCE)], rows)
+        return Table.of(
+            [
+                {
+                    "dataset": dataset,
+                    "shots": str(shots),
+                    "results": name,
+                    "seeds": str(len(runs)),
+                    "examples": f"{runs[0]['num_examples']:,}",
+                    **accuracies(runs),
+                    "Rec2FTP": number(numbers.rec2ftp(runs), percent=True) or "nothing to recover",
+                    "SimAOU, authors' form": number(numbers.metric(runs, "simaou", "paper")),
+                    **{METRICS[metric]: number(numbers.metric(runs, metric)) for metric in EVIDENCE},
+                }
+                for dataset, shots in self.settings
+                for name, side in zip(self.names, self.sides, strict=True)
+                if (runs := side.get((dataset, shots)))
+            ]
+        )
 
     def differences(self) -> Table | None:
         """Each folder minus the first, paired by seed, with Student's 95% intervals; None where no two runs pair."""
@@ -65,13 +65,17 @@ class FinetuningComparison(Comparison):
             for name, side in zip(self.names[1:], self.sides[1:], strict=True):
                 pairs = [(first[run["seed"]], run) for run in side.get((dataset, shots), []) if run["seed"] in first]
                 pairs = [pair for pair in pairs if _alike(*pair)]
-                if pairs:
-                    gaps = [[b["accuracy"][key] - a["accuracy"][key] for a, b in pairs] for key in SETTINGS]
-                    cells = [signed(estimate(gap), percent=True) for gap in gaps]
-                    cells += [signed(estimate([_gap(a, b, key) for a, b in pairs])) for key in EVIDENCE]
-                    rows.append([dataset, str(shots), f"{name} minus {self.names[0]}", str(len(pairs)), *cells])
-        headings = ["dataset", "shots", "difference", "seeds", *SETTINGS.values(), *(METRICS[name] for name in EVIDENCE)]
-        return Table(headings, rows) if rows else None
+                if not pairs:
+                    continue
+                row = {"dataset": dataset, "shots": str(shots), "difference": f"{name} minus {self.names[0]}"}
+                row["seeds"] = str(len(pairs))
+                for key, title in SETTINGS.items():
+                    gaps = [b["accuracy"][key] - a["accuracy"][key] for a, b in pairs]
+                    row[title] = signed(numbers.estimate(gaps), percent=True)
+                for key in EVIDENCE:
+                    row[METRICS[key]] = signed(numbers.estimate([_gap(a, b, key) for a, b in pairs]))
+                rows.append(row)
+        return Table.of(rows) if rows else None
 
     def tables(self) -> list[Table]:
         differences = self.differences()
@@ -90,7 +94,7 @@ class FinetuningComparison(Comparison):
     def _picture(self, dataset: str, shots: int, name: str) -> Picture | None:
         lines = {}
         for look, (title, side) in enumerate(zip(self.names, self.sides, strict=True)):
-            band = bands(side[dataset, shots], name, "corrected") if (dataset, shots) in side else None
+            band = numbers.bands(side[dataset, shots], name, "corrected") if (dataset, shots) in side else None
             if band is not None:
                 lines[title] = Curve(band[0], band[1], band[2], look)
         if not lines:
@@ -128,16 +132,5 @@ def _alike(first: Run, second: Run) -> bool:
 
 def _gap(first: Run, second: Run, name: str) -> float | None:
     """What a corrected metric is higher in the second run; None where one has no value."""
-    a, b = over_layers(first, name), over_layers(second, name)
+    a, b = numbers.over_layers(first, name), numbers.over_layers(second, name)
     return None if a is None or b is None else b - a
-
-
-def _cells(runs: Sequence[Run]) -> list[str]:
-    return [
-        str(len(runs)),
-        f"{runs[0]['num_examples']:,}",
-        *(number(accuracy(runs, setting), percent=True) for setting in SETTINGS),
-        number(rec2ftp(runs), percent=True) or "nothing to recover",
-        number(metric(runs, "simaou", "paper")),
-        *(number(metric(runs, name)) for name in EVIDENCE),
-    ]

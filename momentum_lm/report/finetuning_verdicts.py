@@ -4,22 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from momentum_lm.studies import finetuning_summary as numbers
 from momentum_lm.studies.controls import CONTROLS
-from momentum_lm.studies.finetuning_summary import (
-    EVIDENCE,
-    METRICS,
-    SETTINGS,
-    Estimate,
-    Run,
-    above_chance,
-    accuracy,
-    cells,
-    chance,
-    difference,
-    metric,
-    rec2ftp,
-    settings,
-)
+from momentum_lm.studies.finetuning_summary import EVIDENCE, METRICS, SETTINGS, Estimate, Run
 
 NULLS = {name: control.title for name, control in CONTROLS.items() if control.null}
 
@@ -34,19 +21,19 @@ def place(gap: Estimate) -> str:
 
 def headlines(runs: Sequence[Run]) -> list[str]:
     """A sentence for each kind of evidence, over all settings."""
-    groups = list(settings(runs).values())
+    groups = list(numbers.settings(runs).values())
     sentences = []
-    places = [place(gap) for chosen in groups if (gap := above_chance(chosen))["num"]]
+    places = [place(gap) for chosen in groups if (gap := numbers.above_chance(chosen))["num"]]
     if places:
         side = _sides({"chance (what ICL repairs of all zero-shot errors)": places})
         sentences.append(f"Predictions: Rec2FTP {side}.")
     for name in EVIDENCE:
         beside = {}
         for control, title in NULLS.items():
-            places = [place(gap) for chosen in groups if (gap := difference(chosen, name, control))["num"]]
+            places = [place(gap) for chosen in groups if (gap := numbers.difference(chosen, name, control))["num"]]
             if places:
                 beside[title] = places
-        values = [value["mean"] for chosen in groups if (value := metric(chosen, name))["mean"] is not None]
+        values = [value["mean"] for chosen in groups if (value := numbers.metric(chosen, name))["mean"] is not None]
         if values:
             sentences.append(
                 f"{METRICS[name]}, corrected: {_range(values)}; {_sides(beside) if beside else 'no control was run'}."
@@ -54,12 +41,7 @@ def headlines(runs: Sequence[Run]) -> list[str]:
     return sentences
 
 
-_SIDES = {
-    "above": "above",
-    "level": "not distinguishable from",
-    "below": "below",
-    "unknown": "without an interval beside",
-}
+_SIDES = {"above": "above", "level": "not distinguishable from", "below": "below", "unknown": "without an interval beside"}
 
 
 def _sides(beside: Mapping[str, Sequence[str]]) -> str:
@@ -85,39 +67,38 @@ def _how_many(places: Sequence[str]) -> str:
 def verdict(runs: Sequence[Run]) -> list[str]:
     """What the numbers of one setting say, in sentences."""
     sentences = []
-    zero, ft, icl = (accuracy(runs, setting)["mean"] for setting in SETTINGS)
+    zero, ft, icl = (numbers.accuracy(runs, setting)["mean"] for setting in SETTINGS)
     sentences.append(f"Accuracy: {100 * zero:.1f}% zero-shot, {100 * ft:.1f}% finetuned, {100 * icl:.1f}% in context.")
     sentences.append(_rec2ftp_sentence(runs))
-    authors, before = metric(runs, "simam", "paper")["mean"], metric(runs, "simam", "paper", "before")["mean"]
+    authors, before = (numbers.metric(runs, "simam", "paper", control)["mean"] for control in (None, "before"))
     if authors is not None and before is not None:
         sentences.append(
             f"SimAM in the authors' form is {three(authors)}, and {three(before)} before any finetuning: "
             "only what exceeds the latter can be finetuning's doing."
         )
     for name in EVIDENCE:
-        value = metric(runs, name)
+        value = numbers.metric(runs, name)
         if value["mean"] is None:
             continue
-        authors = metric(runs, name, "paper")["mean"] if name == "simaou" else None
+        authors = numbers.metric(runs, name, "paper")["mean"] if name == "simaou" else None
         text = f"{METRICS[name]}, corrected, is {number(value)}"
         text += f", and {three(authors)} in the authors' form" if authors is not None else ""
-        sides: dict[str, list[str]] = {}
+        beside = {}
         for control, title in NULLS.items():
-            gap = difference(runs, name, control)
+            gap = numbers.difference(runs, name, control)
             if gap["num"]:
-                level = metric(runs, name, control=control)["mean"]
-                sides.setdefault(place(gap), []).append(f"{title} ({three(level)})")
-        parts = [f"{words} {', '.join(sides[side])}" for side, words in _SIDES.items() if side in sides]
-        sentences.append(text + (": " + "; ".join(parts) if parts else "; no control was run") + ".")
+                level = numbers.metric(runs, name, control=control)["mean"]
+                beside[f"{title} ({three(level)})"] = [place(gap)]
+        sentences.append(text + (f": {_sides(beside)}" if beside else "; no control was run") + ".")
     return sentences
 
 
 def _rec2ftp_sentence(runs: Sequence[Run]) -> str:
-    counts = cells(runs)
+    counts = numbers.cells(runs)
     recovered, recoverable = int(counts[0, 1, 1]), int(counts[0, :, 1].sum())
     if recoverable == 0:
         return "Finetuning puts nothing right that was wrong zero-shot, so there is nothing for Rec2FTP to recover."
-    value, level, gap = rec2ftp(runs), chance(runs), above_chance(runs)
+    value, level, gap = numbers.rec2ftp(runs), numbers.chance(runs), numbers.above_chance(runs)
     words = {"above": "lies above it", "below": "lies below it", "level": "cannot be told from it"}[place(gap)]
     return (
         f"Of {recoverable:,} errors that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is {number(value, percent=True)}. "

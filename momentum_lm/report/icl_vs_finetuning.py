@@ -9,24 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from momentum_lm.files import file_stem
+from momentum_lm.studies import finetuning_summary as numbers
 from momentum_lm.studies.controls import CONTROLS, FINETUNED
-from momentum_lm.studies.finetuning_summary import (
-    EVIDENCE,
-    METRICS,
-    PARTS,
-    SETTINGS,
-    Estimate,
-    Run,
-    accuracy,
-    bands,
-    cells,
-    chance,
-    difference,
-    mean_heads,
-    metric,
-    rec2ftp,
-    settings,
-)
+from momentum_lm.studies.finetuning_summary import EVIDENCE, METRICS, SETTINGS, Estimate, Run
 
 from .figures import Panel, draw, to_svg
 from .finetuning_verdicts import headlines, number, signed, three, verdict
@@ -85,7 +70,7 @@ def results_table(runs: Sequence[Run]) -> Table:
     """One row for each dataset, number of shots and metric: both forms with intervals, and the controls of the corrected one."""
     controls = _controls(runs)
     rows = []
-    for (dataset, shots), chosen in settings(runs).items():
+    for (dataset, shots), chosen in numbers.settings(runs).items():
         rows += [[dataset, str(shots), *row] for row in _metric_rows(chosen, controls)]
     return Table(["dataset", "shots", *_metric_headings(controls)], rows)
 
@@ -93,36 +78,40 @@ def results_table(runs: Sequence[Run]) -> Table:
 def accuracy_table(runs: Sequence[Run]) -> Table:
     """One row for each dataset and number of shots: accuracies and Rec2FTP, in percent."""
     rows = []
-    for (dataset, shots), chosen in settings(runs).items():
-        counts, recall, level = cells(chosen), rec2ftp(chosen), chance(chosen)["mean"]
-        rates = [f"{run['finetune_lr']:g}" for run in chosen]
+    for (dataset, shots), chosen in numbers.settings(runs).items():
+        counts, level = numbers.cells(chosen), numbers.chance(chosen)["mean"]
         rows.append(
-            [
-                *(dataset, str(shots), str(len(chosen)), f"{chosen[0]['num_examples']:,}"),
-                *(number(accuracy(chosen, setting), percent=True) for setting in SETTINGS),
-                number(recall, percent=True) or "nothing to recover",
-                "" if level is None else f"{100 * level:.1f}%",
-                f"{counts[0, 1, 1]:,} of {counts[0, :, 1].sum():,}",
-                ", ".join(rates),
-            ]
+            {
+                "dataset": dataset,
+                "shots": str(shots),
+                "seeds": str(len(chosen)),
+                "examples": f"{chosen[0]['num_examples']:,}",
+                **accuracies(chosen),
+                "Rec2FTP": number(numbers.rec2ftp(chosen), percent=True) or "nothing to recover",
+                "chance": "" if level is None else f"{100 * level:.1f}%",
+                "recovered": f"{counts[0, 1, 1]:,} of {counts[0, :, 1].sum():,}",
+                "learning rates": ", ".join(f"{run['finetune_lr']:g}" for run in chosen),
+            }
         )
-    headings = ["dataset", "shots", "seeds", "examples", *SETTINGS.values(), "Rec2FTP", "chance", "recovered", "learning rates"]
-    return Table(headings, rows)
+    return Table.of(rows)
+
+
+def accuracies(runs: Sequence[Run]) -> dict[str, str]:
+    """Cells of a table, by their headings."""
+    return {title: number(numbers.accuracy(runs, name), percent=True) for name, title in SETTINGS.items()}
 
 
 def paper_table(runs: Sequence[Run]) -> Table | None:
     """Our numbers in the authors' form beside the paper's, for its data sets; None if there are none."""
     rows = []
-    for (dataset, shots), chosen in settings(runs).items():
-        if dataset in PUBLISHED_DATASETS:
-            for quantity in QUANTITIES:
-                title, ours = published_quantity(chosen, quantity)
-                form = "{:.1f}%" if quantity in IN_PERCENT else "{:.3f}"
-                theirs = [form.format(published(quantity, model, dataset)) for model in MODELS]
-                rows.append([dataset, str(shots), title, number(ours, percent=quantity in IN_PERCENT), *theirs])
-    if not rows:
-        return None
-    return Table(["dataset", "shots", "", "here, authors' form", *(f"paper, {model}" for model in MODELS)], rows)
+    for (dataset, shots), chosen in numbers.settings(runs).items():
+        for quantity in QUANTITIES if dataset in PUBLISHED_DATASETS else ():
+            title, ours = published_quantity(chosen, quantity)
+            percent = quantity in IN_PERCENT
+            theirs = {f"paper, {model}": published(quantity, model, dataset) for model in MODELS}
+            row = {"dataset": dataset, "shots": str(shots), "": title, "here, authors' form": number(ours, percent)}
+            rows.append(row | {name: f"{value:.1f}%" if percent else f"{value:.3f}" for name, value in theirs.items()})
+    return Table.of(rows) if rows else None
 
 
 def difference_table(runs: Sequence[Run]) -> Table:
@@ -130,7 +119,7 @@ def difference_table(runs: Sequence[Run]) -> Table:
     controls = _controls(runs)
     rows = []
     for name, title in METRICS.items():
-        gaps = [difference(runs, name, control) for control in controls]
+        gaps = [numbers.difference(runs, name, control) for control in controls]
         if any(gap["num"] for gap in gaps):
             rows.append([title, *map(signed, gaps)])
     return Table(["corrected, minus", *(CONTROLS[control].title for control in controls)], rows)
@@ -142,7 +131,7 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
         "What this says": [Points(headlines(runs)), Paragraph(_INTERVALS)],
         "Predictions": [accuracy_table(runs)],
     }
-    for (dataset, shots), chosen in settings(runs).items():
+    for (dataset, shots), chosen in numbers.settings(runs).items():
         for name, figure in _pictures(chosen, f"{file_stem(dataset)}-{shots}shot").items():
             save(name, figure)
         sections[f"{dataset}, {shots} shots"] = _section(chosen)
@@ -157,12 +146,12 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
 def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
     """Scalars over layers: <dataset>-<shots>shot/<part>/<metric>, with the control's name after it."""
     final: dict[str, float] = {}
-    for (dataset, shots), chosen in settings(results["runs"]).items():
+    for (dataset, shots), chosen in numbers.settings(results["runs"]).items():
         stem = f"{dataset}-{shots}shot"
-        for part in PARTS:
+        for part in numbers.PARTS:
             for name in METRICS:
                 for control in (None, *CONTROLS):
-                    band = bands(chosen, name, part, control)
+                    band = numbers.bands(chosen, name, part, control)
                     if band is None:
                         continue
                     tag = f"{stem}/{part}/{name}" + (f"/{control}" if control else "")
@@ -170,8 +159,8 @@ def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
                         if np.isfinite(value):
                             log.scalars({tag: value}, layer)
                     if control is None:
-                        final[tag] = metric(chosen, name, part)["mean"]
-        values = {name: accuracy(chosen, name)["mean"] for name in SETTINGS} | {"rec2ftp": rec2ftp(chosen)["mean"]}
+                        final[tag] = numbers.metric(chosen, name, part)["mean"]
+        values = {name: numbers.accuracy(chosen, name)["mean"] for name in SETTINGS} | {"rec2ftp": numbers.rec2ftp(chosen)["mean"]}
         final |= {f"{stem}/{name}": value for name, value in values.items() if value is not None}
     return final
 
@@ -186,7 +175,7 @@ def overview(folder: Folder) -> list[Part]:
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
     parts: list[Part] = [Points(headlines(runs)), accuracy_table(runs), results_table(runs), Paragraph(_INTERVALS)]
-    for chosen in settings(runs).values():
+    for chosen in numbers.settings(runs).values():
         parts.append(Gallery([_layer_picture(panel, METRICS[name], "corrected") for name, panel in panels(chosen).items()]))
     return parts
 
@@ -195,7 +184,7 @@ def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str,
     """The lines of a metric's panel: itself and the controls that there are."""
     lines = {}
     for control in (None, *CONTROLS):
-        band = bands(runs, name, part, control)
+        band = numbers.bands(runs, name, part, control)
         if band is not None:
             line = FINETUNED if control is None else CONTROLS[control]
             lines[line.title] = Curve(*band, line.look)
@@ -221,12 +210,12 @@ def _pictures(runs: Sequence[Run], stem: str) -> dict[str, Figure]:
         f"attention-{stem}": (attention_panels(runs[0]), (4.2, 3.6), 2),
     }
     figures = {name: draw(*found.values(), size=size, columns=columns) for name, (found, size, columns) in drawn.items() if found}
-    return figures | {f"overlap-{stem}": draw(overlap_panel(cells(runs), f"Zero-shot's errors, {stem}"), size=(5.4, 4.4))}
+    return figures | {f"overlap-{stem}": draw(overlap_panel(numbers.cells(runs), f"Zero-shot's errors, {stem}"), size=(5.4, 4.4))}
 
 
 def _section(runs: Sequence[Run]) -> list[Part]:
     controls = _controls(runs)
-    counts = cells(runs)
+    counts = numbers.cells(runs)
     right, by_icl, by_ft = counts[1].sum(), counts[1, 0].sum(), counts[1, :, 0].sum()
     spoiled = f"Of {right:,} that were right zero-shot ICL spoils {by_icl:,} and finetuning {by_ft:,}."
     together = f" {len(runs)} seeds together." if len(runs) > 1 else ""
@@ -282,13 +271,13 @@ def _layer_picture(panel: Panel, title: str, form: str) -> Picture:
 
 
 def _head_panels(runs: Sequence[Run]) -> dict[str, Panel]:
-    tables = {name: mean_heads(runs, name) for name in HEADS}
+    tables = {name: numbers.mean_heads(runs, name) for name in HEADS}
     return {name: heads_panel(table, METRICS[name], _HEADS_ARE.get(name, "head")) for name, table in tables.items() if table is not None}
 
 
 def _controls(runs: Sequence[Run]) -> list[str]:
     """The controls that any metric of the runs has."""
-    return [control for control in CONTROLS if any(bands(runs, name, "corrected", control) is not None for name in METRICS)]
+    return [control for control in CONTROLS if any(numbers.bands(runs, name, "corrected", control) is not None for name in METRICS)]
 
 
 def _metric_headings(controls: Sequence[str]) -> list[str]:
@@ -301,9 +290,9 @@ def _metric_rows(runs: Sequence[Run], controls: Sequence[str]) -> list[list[str]
     rows = []
     rest = [control for control in controls if control not in _OF_RUN]
     for name, title in METRICS.items():
-        paper, corrected = metric(runs, name, "paper"), metric(runs, name)
+        paper, corrected = numbers.metric(runs, name, "paper"), numbers.metric(runs, name)
         if paper["num"] or corrected["num"]:
-            levels = [_plain(metric(runs, name, control=control)) for control in rest]
+            levels = [_plain(numbers.metric(runs, name, control=control)) for control in rest]
             own = [_own_control(runs, name, "corrected")] * (len(rest) < len(controls))
             rows.append([title, number(paper), _own_control(runs, name, "paper"), number(corrected), *own, *levels])
     return rows
@@ -311,7 +300,7 @@ def _metric_rows(runs: Sequence[Run], controls: Sequence[str]) -> list[list[str]
 
 def _own_control(runs: Sequence[Run], name: str, part: str) -> str:
     """A metric's value for a random update, or before finetuning, whichever it has."""
-    values = {control: metric(runs, name, part, control)["mean"] for control in _OF_RUN}
+    values = {control: numbers.metric(runs, name, part, control)["mean"] for control in _OF_RUN}
     return next((f"{three(value)} {control}" for control, value in values.items() if value is not None), "")
 
 
@@ -322,25 +311,26 @@ def _plain(value: Estimate) -> str:
 def published_quantity(runs: Sequence[Run], quantity: str) -> tuple[str, Estimate]:
     """Title and our number for a row of the paper's tables, in the authors' form. ``quantity``: one of ``published.QUANTITIES``."""
     if quantity in SETTINGS:
-        return f"accuracy, {SETTINGS[quantity]}", accuracy(runs, quantity)
+        return f"accuracy, {SETTINGS[quantity]}", numbers.accuracy(runs, quantity)
     if quantity == "rec2ftp":
-        return "Rec2FTP", rec2ftp(runs)
+        return "Rec2FTP", numbers.rec2ftp(runs)
     name, _, control = quantity.partition("_")
-    return METRICS[name] + (f", {CONTROLS[control].title}" if control else ""), metric(runs, name, "paper", control or None)
+    return METRICS[name] + (f", {CONTROLS[control].title}" if control else ""), numbers.metric(runs, name, "paper", control or None)
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
-    rows = []
-    for (dataset, shots), chosen in settings(runs).items():
-        for run in chosen:
-            one = [run]
-            rows.append(
-                [
-                    *(dataset, str(shots), str(run["seed"]), f"{run['finetune_lr']:g}"),
-                    *(number(accuracy(one, setting), percent=True) for setting in SETTINGS),
-                    number(rec2ftp(one), percent=True),
-                    *(_plain(metric(one, name)) for name in EVIDENCE),
-                ]
-            )
-    names = [METRICS[name] for name in EVIDENCE]
-    return Table(["dataset", "shots", "seed", "learning rate", *SETTINGS.values(), "Rec2FTP", *names], rows)
+    return Table.of(
+        [
+            {
+                "dataset": dataset,
+                "shots": str(shots),
+                "seed": str(run["seed"]),
+                "learning rate": f"{run['finetune_lr']:g}",
+                **accuracies([run]),
+                "Rec2FTP": number(numbers.rec2ftp([run]), percent=True),
+                **{METRICS[name]: _plain(numbers.metric([run], name)) for name in EVIDENCE},
+            }
+            for (dataset, shots), chosen in numbers.settings(runs).items()
+            for run in chosen
+        ]
+    )

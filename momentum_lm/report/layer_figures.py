@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
@@ -131,36 +132,33 @@ def heads_panel(values: ArrayLike, title: str = "", xlabel: str = "head") -> Pan
     table = np.asarray(values, dtype=np.float64)
     finite = np.abs(table[np.isfinite(table)])
     limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    layers, heads = table.shape
 
-    def squares(axes: Any, rows: NDArray[np.float64], boxes: Sequence[tuple[float, float, float, float]]) -> None:
-        for sign, colour in ((1, COLOURS[0]), (-1, COLOURS[1])):
-            for value, (x, y, width, height) in zip(rows.ravel(), boxes, strict=True):
-                if np.isfinite(value) and sign * value > 0:
-                    alpha = 0.05 + 0.85 * abs(value) / limit
-                    axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, alpha=min(1.0, alpha), linewidth=0))
+    def shades(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(m, n) -> (m, n, 4), red, green, blue and opacity."""
+        known = np.isfinite(values) & (values != 0)
+        opacity = np.where(known, np.minimum(1.0, 0.05 + 0.85 * np.abs(values) / limit), 0.0)
+        colours = np.where((values > 0)[..., None], to_rgb(COLOURS[0]), to_rgb(COLOURS[1]))
+        return np.concatenate([colours, opacity[..., None]], axis=-1)
 
     def panel(axes: Any) -> None:
-        layers, heads = table.shape
         axes.set_title(shown(title), fontsize=10.5, loc="left")
-        axes.grid(False)
-        squares(axes, table, [(h + 0.5, layer + 0.5, 1, 1) for layer in range(layers) for h in range(heads)])
-        lost = [(h + 1, layer + 1) for layer, h in np.argwhere(~np.isfinite(table))]
-        if lost:
-            axes.scatter(*zip(*lost, strict=True), marker="x", s=9, color=_NEUTRAL, linewidth=0.7)
+        axes.pcolormesh(np.arange(heads + 1) + 0.5, np.arange(layers + 1) + 0.5, shades(table))
+        lost = np.argwhere(~np.isfinite(table)) + 1
+        if lost.size:
+            axes.scatter(lost[:, 1], lost[:, 0], marker="x", s=9, color=_NEUTRAL, linewidth=0.7)
         axes.set(xlim=(0.5, heads + 0.5), ylim=(0.5, layers + 0.5), xlabel=xlabel, ylabel="layer")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.spines[:].set_visible(True)
-        axes.spines[:].set_color(_NEUTRAL)
         scale = axes.inset_axes((1.03, 0.0, 0.045, 1.0))
-        steps = np.linspace(-limit, limit, 33)
-        height = 2 * limit / 33
-        squares(scale, steps, [(0.0, value - height / 2, 1.0, height) for value in steps])
-        scale.set(xlim=(0, 1), ylim=(-limit - height / 2, limit + height / 2), xticks=[])
+        edges = np.linspace(-limit, limit, 34) * 34 / 33
+        scale.pcolormesh([0, 1], edges, shades((edges[1:] + edges[:-1])[:, None] / 2))
+        scale.set(xlim=(0, 1), ylim=(edges[0], edges[-1]), xticks=[])
         scale.yaxis.tick_right()
         scale.set_yticks([-limit, 0, limit], [f"−{limit:.2g}", "0", f"+{limit:.2g}"])
-        scale.grid(False)
-        scale.spines[:].set_visible(True)
-        scale.spines[:].set_color(_NEUTRAL)
+        for each in (axes, scale):
+            each.grid(False)
+            each.spines[:].set_visible(True)
+            each.spines[:].set_color(_NEUTRAL)
 
     return panel

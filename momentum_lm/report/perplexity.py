@@ -25,27 +25,33 @@ if TYPE_CHECKING:
     from .tensorboard import TrainingLog
 
 TASK = "lm_perplexity"
+Run = Mapping[str, Any]
 _PROTOCOL = (
     "The documents of a split, one after another, are cut into blocks of the context length; each block is scored without what came "
     "before it, and every token once. Intervals: 95%, bootstrap over documents."
 )
 
 
-def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+def results_table(runs: Sequence[Run]) -> Table:
     """One row for each finished run of a results file."""
-    rows = [
-        [
-            run["split"],
-            str(run["context_length"]),
-            f"{run['perplexity']:.2f}",
-            _interval(run["ci95"]),
-            "" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}",
-            f"{run['num_tokens']:,}",
-            f"{run['num_documents']:,}",
-        ]
-        for run in sorted(runs, key=lambda run: (run["split"], run["context_length"]))
-    ]
-    return Table(["split", "context", "perplexity", "95% interval", "bits/byte", "tokens", "documents"], rows)
+    ordered = sorted(runs, key=lambda run: (run["split"], run["context_length"]))
+    return Table.of([_cells(run) | _sizes(run) for run in ordered])
+
+
+def _cells(run: Run, **names: str) -> dict[str, str]:
+    """A run's numbers by their headings."""
+    return {
+        "split": run["split"],
+        "context": str(run["context_length"]),
+        **names,
+        "perplexity": f"{run['perplexity']:.2f}",
+        "95% interval": "" if run["ci95"] is None else f"{run['ci95'][0]:.2f} to {run['ci95'][1]:.2f}",
+        "bits/byte": "" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}",
+    }
+
+
+def _sizes(run: Run) -> dict[str, str]:
+    return {"tokens": f"{run['num_tokens']:,}", "documents": f"{run['num_documents']:,}"}
 
 
 def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
@@ -86,18 +92,12 @@ class Comparison(skeleton.Comparison):
 
     def table(self) -> Table:
         """A row for each split, context length and model."""
-        rows = []
-        keys = sorted({(run["split"], run["context_length"]) for results in self.results for run in results["runs"]})
-        for split, length in keys:
-            for name, results in zip(self.names, self.results, strict=True):
-                run = next((r for r in results["runs"] if (r["split"], r["context_length"]) == (split, length)), None)
-                if run is None:
-                    continue
-                byte = "" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}"
-                cells = [split, str(length), name, f"{run['perplexity']:.2f}", _interval(run["ci95"]), byte]
-                rows.append(cells + difference_cells(self.differences.get((split, length, name))))
-        headings = ["split", "context", "model", "perplexity", "95% interval", "bits/byte", f"vs {self.names[0]}", "95% interval", "p"]
-        return Table(headings, rows)
+        runs = [(name, run) for name, results in zip(self.names, self.results, strict=True) for run in results["runs"]]
+        runs.sort(key=lambda pair: (pair[1]["split"], pair[1]["context_length"]))
+        cells = [_cells(run, model=name) for name, run in runs]
+        differences = [self.differences.get((run["split"], run["context_length"], name)) for name, run in runs]
+        rows = [[*row.values(), *difference_cells(gap)] for row, gap in zip(cells, differences, strict=True)]
+        return Table([*cells[0], f"vs {self.names[0]}", "95% interval", "p"], rows)
 
     def reading(self) -> str:
         return _PROTOCOL + f" Differences are from {self.names[0]}."
@@ -162,11 +162,7 @@ def difference_cells(difference: PairedDifference | None) -> list[str]:
     return [f"{100 * (difference.ratio - 1):+.2f}%", f"{low} to {high}", f"{difference.p_value:.2g}"]
 
 
-def _interval(ci95: Sequence[float] | None) -> str:
-    return "" if ci95 is None else f"{ci95[0]:.2f} to {ci95[1]:.2f}"
-
-
-def _series(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def _series(runs: Sequence[Run]) -> dict[str, list[tuple[int, float]]]:
     """{split: [(context length, perplexity), ...]}"""
     series: dict[str, list[tuple[int, float]]] = {}
     for run in runs:

@@ -185,39 +185,45 @@ def evaluate(
     ``Results`` do, and where the model's or the data's files change meanwhile.
     """
     with results_lock(folder):
-        return _evaluate(
-            lm, data, folder, context_lengths, splits, batch_tokens, packed_documents, seed, force, show_progress
-        )
+        for length in context_lengths:
+            check_context_length(lm, length)
+        opened = [load_split(data, name, lm) for name in dict.fromkeys(splits)]
+        config = {
+            "data": {"path": str(data), "dictionary_sha256": opened[0].dictionary_sha256},
+            "dtype": identity.dtype(lm),
+            "device": lm.device.type,
+            "revision": identity.REVISION,
+            "versions": identity.versions(),
+            "packed_documents": packed_documents,
+            "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
+        }
+        results = Results(folder, TASK, lm.describe(), config, RECORDS[TASK].key, force)
+        todo = list(_todo(results, opened, context_lengths, force))
+        if not todo and show_progress:
+            say_finished(folder)
+        total = sum(split.dataset.num_tokens for split, _ in todo)
+        with tqdm(total=total, unit="tok", unit_scale=True, disable=not (todo and show_progress)) as bar:
+            for split, length in todo:
+                bar.set_description(f"{split.name}, context {length}")
+                start = time.perf_counter()
+                nll = score_documents(lm, split.dataset, length, batch_tokens, packed_documents, bar)
+                lm.check_unchanged()
+                split.files.check()
+                seconds = round(time.perf_counter() - start, 3)
+                run = _record(split, length, nll, seed) | {"device": str(lm.device), "seconds": seconds}
+                target = results.folder / run["documents"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                tokens = np.asarray(split.dataset.sizes, dtype=np.int64)
+                with atomic_write(target, "wb") as file:  # the fingerprint first: it is the mark that the file is ours
+                    np.savez_compressed(file, fingerprint=np.array(split.sha256), nll=nll, tokens=tokens)
+                results.add(run)
+        return results
 
 
-def _evaluate(
-    lm: PerplexityModel,
-    data: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
-    context_lengths: Sequence[int],
-    splits: Sequence[str],
-    batch_tokens: int,
-    packed_documents: bool,
-    seed: int,
-    force: bool,
-    show_progress: bool,
-) -> Results:
-    for length in context_lengths:
-        check_context_length(lm, length)
-    opened = [load_split(data, name, lm) for name in dict.fromkeys(splits)]
-    config = {
-        "data": {"path": str(data), "dictionary_sha256": opened[0].dictionary_sha256},
-        "dtype": identity.dtype(lm),
-        "device": lm.device.type,
-        "revision": identity.REVISION,
-        "versions": identity.versions(),
-        "packed_documents": packed_documents,
-        "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
-    }
-    results = Results(folder, TASK, lm.describe(), config, RECORDS[TASK].key, force)
-    todo = []
-    for split in opened:
-        for length in dict.fromkeys(context_lengths):
+def _todo(results: Results, splits: Sequence[Split], lengths: Sequence[int], force: bool) -> Iterator[tuple[Split, int]]:
+    """What ``results`` lack. Raises UserError for results of other data, and files in the way that are not ours."""
+    for split in splits:
+        for length in dict.fromkeys(lengths):
             old = results.find(split=split.name, context_length=length)
             if old is not None and old["data_sha256"] != split.sha256:
                 raise UserError(
@@ -225,30 +231,9 @@ def _evaluate(
                     "choose another --results-dir, or add --force to replace it"
                 )
             if old is None or not (results.folder / old["documents"]).exists():
-                todo.append((split, length))
                 if not force:
                     check_ours(results.folder / _documents(split, length), ARRAYS)
-    if not todo and show_progress:
-        say_finished(folder)
-    with tqdm(
-        total=sum(split.dataset.num_tokens for split, _ in todo), unit="tok", unit_scale=True, disable=not (todo and show_progress)
-    ) as bar:
-        for split, length in todo:
-            bar.set_description(f"{split.name}, context {length}")
-            start = time.perf_counter()
-            nll = score_documents(lm, split.dataset, length, batch_tokens, packed_documents, bar)
-            lm.check_unchanged()
-            split.files.check()
-            run = _record(split, length, nll, seed) | {"device": str(lm.device), "seconds": round(time.perf_counter() - start, 3)}
-            target = results.folder / run["documents"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(target, "wb") as file:
-                fingerprint = np.array(split.sha256)  # first: it is the mark that the file is ours
-                np.savez_compressed(
-                    file, fingerprint=fingerprint, nll=nll, tokens=np.asarray(split.dataset.sizes, dtype=np.int64)
-                )
-            results.add(run)
-    return results
+                yield split, length
 
 
 def _record(split: Split, context_length: int, nll: NDArray[np.float64], seed: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from momentum_lm.icl.prompts import PromptFormat, Prompts, build
 from momentum_lm.lm.protocol import LanguageModel
 
 
-class TaskKind(Protocol):
+class TaskKind:
     """One kind of task. ``metric``: the entry of a run that summaries, intervals, figures and comparisons are about, and
     ``title`` its column; ``others``: entries with columns of their own. All are shares, shown in percent."""
 
@@ -26,22 +26,27 @@ class TaskKind(Protocol):
     def requests(
         self, lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], examples: Sequence[Example]
     ) -> Prompts:
-        """What the model is asked about each example after the demonstrations."""
+        """What the model is asked about each example after the demonstrations. Raises UserError for what does not fit."""
+        raise NotImplementedError
 
     def answers(self, outputs: Any) -> Any:
-        """One answer an example, from what the model gave for it."""
+        """One answer an example, of what the model gave for each."""
+        raise NotImplementedError
 
     def predictions(self, examples: Sequence[Example], outputs: Any) -> list[dict[str, Any]]:
         """A line of predictions.jsonl for each example, without what names its run."""
+        raise NotImplementedError
 
     def measure(self, spec: DatasetSpec, examples: Sequence[Example], answers: Any) -> dict[str, Any]:
         """The entries of a run: the metric with its interval over examples (``ci95``), and more."""
+        raise NotImplementedError
 
     def interval(self, value: float, examples: int) -> Interval:
-        """The metric's interval over examples where seeds say nothing."""
+        """The metric's interval over so many examples, where seeds say nothing."""
+        raise NotImplementedError
 
 
-class Choice:
+class Choice(TaskKind):
     """The answer is the choice with the highest score: ``outputs`` are scores (n, C), NaN where an example has fewer."""
 
     metric, title = "accuracy", "accuracy %"
@@ -81,4 +86,4 @@ class Choice:
         return wilson_interval(round(value * examples), examples)
 
 
-CHOICE: TaskKind = Choice()
+CHOICE = Choice()

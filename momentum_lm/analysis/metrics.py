@@ -1,12 +1,14 @@
-"""How alike in-context learning (ICL) and finetuning (FT) change a model: the metrics of "Why Can GPT Learn In-Context?" (Dai et al.,
-2023, arXiv:2212.10559), as the authors' code computes them and corrected. NumPy only; everything is computed in float64.
+"""How alike in-context learning (ICL) and finetuning (FT) change a model: the metrics of "Why Can GPT Learn
+In-Context?" (Dai et al., 2023, arXiv:2212.10559), as the authors' code computes them and corrected. NumPy only;
+everything is computed in float64.
 
-Settings: ZSL is the model as it is, given the query alone; ICL the model as it is, given demonstrations and the query; FT the model
-finetuned on the demonstrations, given the query alone. ``paper`` forms follow the authors' published analysis code, including what it
-does with zero vectors (a cosine of 0); ``corrected`` forms answer NaN where a quantity is not defined, which means leave out.
+Settings: ZSL is the model as it is, given the query alone; ICL the model as it is, given demonstrations and the query;
+FT the model finetuned on the demonstrations, given the query alone. ``paper`` forms follow the authors' published
+analysis code, including what it does with zero vectors (a cosine of 0); ``corrected`` forms answer NaN where a quantity
+is not defined, which means leave out.
 
-Shapes: L layers, H heads, N tokens, C model width, D head width; "..." is anything in front, usually (L,). Attention logits are the
-scores q k / sqrt(D) before softmax of one query row, never a T x T matrix.
+Shapes: L layers, H heads, N tokens, C model width, D head width; "..." is anything in front, usually (L,). Attention
+logits are the scores q k / sqrt(D) before softmax of one query row, never a T x T matrix.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ TOP_TOKENS, TOP_EXAMPLES = 100, 5  # k of the authors' recall@k
 
 @dataclass(frozen=True)
 class Rec2FTP:
-    """Recall to finetuning's predictions, section 4.3: of the examples that FT puts right, the share that ICL puts right too.
+    """Recall to finetuning's predictions, section 4.3: of the examples that FT puts right, the share that ICL puts
+    right too.
 
-    An example is put right when ZSL is wrong about it and the setting is not. ``value`` = ``recovered`` / ``recoverable``, None when FT
-    puts nothing right (the authors' code divides by zero). ``bootstrap`` is the percentile interval over all examples, which is empty
-    when ICL recovers everything or nothing; ``wilson`` is Wilson's interval given ``recoverable``, which is not. ``chance`` is the share
-    of ZSL's errors that ICL puts right: what Rec2FTP is expected to be if FT's repairs said nothing about ICL's. ``cells[z, i, f]``
-    counts examples by whether ZSL, ICL and FT are right about them.
+    An example is put right when ZSL is wrong about it and the setting is not. ``value`` = ``recovered`` /
+    ``recoverable``, None when FT puts nothing right (the authors' code divides by zero). ``bootstrap`` is the
+    percentile interval over all examples, which is empty when ICL recovers everything or nothing; ``wilson`` is
+    Wilson's interval given ``recoverable``, which is not. ``chance`` is the share of ZSL's errors that ICL puts right:
+    what Rec2FTP is expected to be if FT's repairs said nothing about ICL's. ``cells[z, i, f]`` counts examples by
+    whether ZSL, ICL and FT are right about them.
     """
 
     value: float | None
@@ -59,7 +63,8 @@ def rec2ftp(
 ) -> Rec2FTP:
     """:class:`Rec2FTP` from whether each setting is right about each of n examples: three (n,) bool.
 
-    Resamples in which FT puts nothing right have no value and are left out. Raises ValueError for no examples, or unequal lengths.
+    Resamples in which FT puts nothing right have no value and are left out. Raises ValueError for no examples, or
+    unequal lengths.
     """
     z, i, f = (np.asarray(x).astype(bool).astype(np.int64) for x in (zero_shot_correct, icl_correct, ft_correct))
     if z.ndim != 1 or z.size == 0 or not z.shape == i.shape == f.shape:
@@ -88,19 +93,21 @@ def cosine(a: ArrayLike, b: ArrayLike) -> Floats:
 
 
 def paper_cosine(a: ArrayLike, b: ArrayLike) -> Floats:
-    """The authors' cosine: 1e-20 is added to the product of the norms, so that it is 0 where a or b is zero. Shapes as :func:`cosine`."""
+    """The authors' cosine: 1e-20 is added to the product of the norms, so that it is 0 where a or b is zero. Shapes as
+    :func:`cosine`."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return np.asarray((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1) + _EPSILON))
 
 
 def simaou(h_icl: ArrayLike, h_ft: ArrayLike, h_zs: ArrayLike, normalize: bool) -> Floats:
-    """SimAOU, the similarity of attention output updates, section 4.4: cos(h_ICL - h_ZSL, h_FT - h_ZSL), (..., C) each -> (...).
+    """SimAOU, the similarity of attention output updates, section 4.4: cos(h_ICL - h_ZSL, h_FT - h_ZSL), (..., C) each
+    -> (...).
 
-    h is a layer's attention output after the output projection and its bias, before dropout and residual, at one position.
-    ``normalize=True`` is the paper's form: every h is divided by its length before the differences are taken, and a zero update has
-    similarity 0. Deutch et al. (arXiv:2311.07772) show what that does: where both settings add to h unrelated noise of three times its
-    squared length, it gives 1/4 and not 0, since dividing by the length takes the same part of h out of both. ``False`` is the corrected
-    form: differences of h itself, NaN for a zero update.
+    h is a layer's attention output after the output projection and its bias, before dropout and residual, at one
+    position. ``normalize=True`` is the paper's form: every h is divided by its length before the differences are taken,
+    and a zero update has similarity 0. Deutch et al. (arXiv:2311.07772) show what that does: where both settings add to
+    h unrelated noise of three times its squared length, it gives 1/4 and not 0, since dividing by the length takes the
+    same part of h out of both. ``False`` is the corrected form: differences of h itself, NaN for a zero update.
     """
     icl, ft = (_updates(h, h_zs, normalize) for h in (h_icl, h_ft))
     return paper_cosine(icl, ft) if normalize else cosine(icl, ft)
@@ -109,10 +116,10 @@ def simaou(h_icl: ArrayLike, h_ft: ArrayLike, h_zs: ArrayLike, normalize: bool) 
 def random_simaou(h_icl: ArrayLike, h_zs: ArrayLike, key: int | Sequence[int], normalize: bool) -> Floats:
     """SimAOU of ICL and a random update that takes the place of h_FT - h_ZSL: (..., C) -> (...).
 
-    ``normalize=True`` as in the authors' code: the update is uniform on [0, 1), which is not centred, so the baseline is near zero only
-    where ICL's update happens to have entries of mean zero. ``False``: standard normal; mean 0 and standard deviation near 1 / sqrt(C).
-    The authors' draw is unseeded. ``key`` seeds this one; (seed, number of the example) makes it independent of how examples are shared
-    out.
+    ``normalize=True`` as in the authors' code: the update is uniform on [0, 1), which is not centred, so the baseline
+    is near zero only where ICL's update happens to have entries of mean zero. ``False``: standard normal; mean 0 and
+    standard deviation near 1 / sqrt(C). The authors' draw is unseeded. ``key`` seeds this one; (seed, number of the
+    example) makes it independent of how examples are shared out.
     """
     icl = _updates(h_icl, h_zs, normalize)
     rng = np.random.default_rng(key)
@@ -130,11 +137,13 @@ def _updates(h: ArrayLike, h_zs: ArrayLike, normalize: bool) -> Floats:
 
 
 def simam(m_icl: ArrayLike, m_other: ArrayLike, mask: ArrayLike | None = None) -> Floats:
-    """SimAM, the similarity of attention maps, section 4.5: cos(m_ICL, m_FT), or cos(m_ICL, m_ZSL) for "before finetuning".
+    """SimAM, the similarity of attention maps, section 4.5: cos(m_ICL, m_FT), or cos(m_ICL, m_ZSL) for "before
+    finetuning".
 
-    m (..., H, N): each head's logits of one query row over the query's own tokens, BOS and demonstrations left out -> (..., H).
-    The authors average over heads, then examples, then layers. ``mask`` (..., N), True at tokens, sets padding to zero, which changes no
-    cosine (the authors pad to the longest query of the set). A row of zeros has similarity 0, as in the authors' code.
+    m (..., H, N): each head's logits of one query row over the query's own tokens, BOS and demonstrations left out ->
+    (..., H). The authors average over heads, then examples, then layers. ``mask`` (..., N), True at tokens, sets
+    padding to zero, which changes no cosine (the authors pad to the longest query of the set). A row of zeros has
+    similarity 0, as in the authors' code.
     """
     return paper_cosine(_masked(m_icl, mask), _masked(m_other, mask))
 
@@ -142,13 +151,14 @@ def simam(m_icl: ArrayLike, m_other: ArrayLike, mask: ArrayLike | None = None) -
 def simam_delta(
     m_icl: ArrayLike, m_ft: ArrayLike, m_zs: ArrayLike, mask: ArrayLike | None = None, centred: bool = False, noise: float = 0.0
 ) -> Floats:
-    """SimAM of what changes, cos(m_ICL - m_ZSL, m_FT - m_ZSL), by Deutch et al. (arXiv:2311.07772). Shapes as in :func:`simam`.
+    """SimAM of what changes, cos(m_ICL - m_ZSL, m_FT - m_ZSL), by Deutch et al. (arXiv:2311.07772). Shapes as in
+    :func:`simam`.
 
-    SimAM itself is high for any two settings whose maps are mostly the model's own. ``centred`` takes each map's mean over the tokens out
-    first: a constant added to all logits of a row changes no attention among them (a key bias does just that), yet it does change the
-    cosine of raw logits. NaN where an update is zero, or ICL's no longer than ``noise`` times the ZSL map: with relative positions
-    (rotary) the first layer's ICL map is its ZSL map, but for rounding, which in fp32 is about 2e-5 of it after 2,000 tokens (``noise``
-    of 1e-4 then fits).
+    SimAM itself is high for any two settings whose maps are mostly the model's own. ``centred`` takes each map's mean
+    over the tokens out first: a constant added to all logits of a row changes no attention among them (a key bias does
+    just that), yet it does change the cosine of raw logits. NaN where an update is zero, or ICL's no longer than
+    ``noise`` times the ZSL map: with relative positions (rotary) the first layer's ICL map is its ZSL map, but for
+    rounding, which in fp32 is about 2e-5 of it after 2,000 tokens (``noise`` of 1e-4 then fits).
     """
     icl, ft, zs = (_centre(_masked(m, mask), mask) if centred else _masked(m, mask) for m in (m_icl, m_ft, m_zs))
     small = np.linalg.norm(icl - zs, axis=-1) <= noise * np.linalg.norm(_masked(m_zs, mask), axis=-1)
@@ -175,7 +185,8 @@ def _per_head(mask: ArrayLike) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class TrainingAttention:
-    """How ICL's and FT's attention to the demonstrations agree, section 4.6; each (...). NaN where nothing can be ranked.
+    """How ICL's and FT's attention to the demonstrations agree, section 4.6; each (...). NaN where nothing can be
+    ranked.
 
     ``kendall`` and ``recall`` rank tokens, ``kendall_example`` and ``recall_example`` whole demonstrations.
     """
@@ -189,11 +200,12 @@ class TrainingAttention:
 def query_products(train_queries: ArrayLike, test_query: ArrayLike, heads: int | None = None) -> Floats:
     """What section 4.6 takes as FT's attention to training tokens: inner products q'_n q of attention queries.
 
-    train_queries (L, N, C): Q', the queries of the training tokens while they were trained on (each demonstration's just before the step
-    on it), BOS left out; test_query (..., L, C): q, that of the test example under the finetuned model. C is all heads together.
-    Returns (..., L, N), summed over heads as in the paper, or (..., L, H, N) with ``heads``. The authors record queries scaled by
-    D^-0.5, so their products hold that factor twice: for numbers like theirs scale both, for attention logits one. Ranks of tokens do not
-    care. A layer at a time is brought to float64, never (examples, L, N, C); pass many test queries at once to do so once.
+    train_queries (L, N, C): Q', the queries of the training tokens while they were trained on (each demonstration's
+    just before the step on it), BOS left out; test_query (..., L, C): q, that of the test example under the finetuned
+    model. C is all heads together. Returns (..., L, N), summed over heads as in the paper, or (..., L, H, N) with
+    ``heads``. The authors record queries scaled by D^-0.5, so their products hold that factor twice: for numbers like
+    theirs scale both, for attention logits one. Ranks of tokens do not care. A layer at a time is brought to float64,
+    never (examples, L, N, C); pass many test queries at once to do so once.
     """
     test = np.asarray(test_query, dtype=np.float64)
     products = []
@@ -216,12 +228,13 @@ def training_attention(
     which come last; all NaN where it sees none; ft (..., N): :func:`query_products` for the same tokens. ``lengths``
     gives each demonstration's number of tokens, sum N; BOS and separators are left out by the caller. Returns (...).
 
-    ``corrected=False``, the authors' code: icl and ft are sums over heads; weights are their softmax over the N tokens, which may
-    underflow to ties; a demonstration's weight is the sum of its tokens'. ``True``: for maps of single heads, (..., H, N), to be averaged
-    over heads afterwards. Tokens are ranked by the logits themselves, so nothing underflows; a demonstration's weight is the mean of its
-    tokens', since sums let long demonstrations come first on both sides; recall is corrected for chance, (recall - k/N) / (1 - k/N), and
-    NaN where k >= N leaves nothing to miss. Recall is of FT's top k by ICL's, and k is at most N. Raises ValueError unless ``lengths`` are
-    positive and add up to N.
+    ``corrected=False``, the authors' code: icl and ft are sums over heads; weights are their softmax over the N tokens,
+    which may underflow to ties; a demonstration's weight is the sum of its tokens'. ``True``: for maps of single heads,
+    (..., H, N), to be averaged over heads afterwards. Tokens are ranked by the logits themselves, so nothing
+    underflows; a demonstration's weight is the mean of its tokens', since sums let long demonstrations come first on
+    both sides; recall is corrected for chance, (recall - k/N) / (1 - k/N), and NaN where k >= N leaves nothing to miss.
+    Recall is of FT's top k by ICL's, and k is at most N. Raises ValueError unless ``lengths`` are positive and add up
+    to N.
     """
     first, second = np.asarray(icl, dtype=np.float64), np.asarray(ft, dtype=np.float64)
     n, m = first.shape[-1], len(lengths)
@@ -242,8 +255,9 @@ def random_training_attention(icl: ArrayLike, lengths: Sequence[int], key: int |
 
     ``key`` seeds them, see :func:`random_simaou`.
 
-    The authors draw weights from U[0, 1), for demonstrations anew, and k indices with replacement for recall; a recall of k weights at
-    random has the same mean, k / N. ``corrected`` draws normal logits for the tokens and pools those into demonstrations as usual.
+    The authors draw weights from U[0, 1), for demonstrations anew, and k indices with replacement for recall; a recall
+    of k weights at random has the same mean, k / N. ``corrected`` draws normal logits for the tokens and pools those
+    into demonstrations as usual.
     """
     logits = np.asarray(icl, dtype=np.float64)
     rng = np.random.default_rng(key)

@@ -1,4 +1,5 @@
-"""Values of metrics that are kept for every example, so that their means get intervals over examples and spread over seeds. NumPy only."""
+"""Values of metrics that are kept for every example, so that their means get intervals over examples and spread over
+seeds. NumPy only."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bands:
-    """Means with their intervals, entry by entry (for a metric: by layer, or by layer and head). NaN where nothing is known.
+    """Means with their intervals, entry by entry (for a metric: by layer, or by layer and head). NaN where nothing is
+    known.
 
     ``size`` is the number of independent units behind each entry: examples with a value, or seeds.
     """
@@ -29,9 +31,9 @@ class Bands:
 class PerExample:
     """Metrics of n examples as they stream in, in any order and from any process, at four bytes a value.
 
-    Every metric is an array of one fixed shape per example, (layers,) or (layers, heads), kept in float32: 24 layers of 2,000 examples
-    are 190 kB. NaN, or an example that was never added, stands for "not defined" and is left out of means (the authors' NumPy means
-    would be NaN altogether).
+    Every metric is an array of one fixed shape per example, (layers,) or (layers, heads), kept in float32: 24 layers of
+    2,000 examples are 190 kB. NaN, or an example that was never added, stands for "not defined" and is left out of
+    means (the authors' NumPy means would be NaN altogether).
     """
 
     def __init__(self, examples: int) -> None:
@@ -39,7 +41,8 @@ class PerExample:
         self._values: dict[str, NDArray[np.float32]] = {}
 
     def add(self, example: int, values: Mapping[str, ArrayLike]) -> None:
-        """Keeps the values, name -> array, of the example at 0 <= ``example`` < n. Raises ValueError for another shape than before."""
+        """Keeps the values, name -> array, of the example at 0 <= ``example`` < n. Raises ValueError for another shape
+        than before."""
         if not 0 <= example < self.examples:
             raise ValueError(f"example {example} is not within 0..{self.examples - 1}")
         for name, value in values.items():
@@ -48,8 +51,8 @@ class PerExample:
             rows[example] = array
 
     def merge(self, arrays: Mapping[str, ArrayLike]) -> None:
-        """Takes over what :attr:`arrays` of another process, or of an earlier run, holds; rows (n, ...) that are NaN there stay as they
-        are here. Raises ValueError for another number of examples."""
+        """Takes over what :attr:`arrays` of another process, or of an earlier run, holds; rows (n, ...) that are NaN
+        there stay as they are here. Raises ValueError for another number of examples."""
         for name, value in arrays.items():
             array = np.asarray(value, dtype=np.float32)
             if len(array) != self.examples:
@@ -86,7 +89,8 @@ class PerExample:
 
 
 def column_means(values: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
-    """Means over the first axis, NaN left out, and how many values each is of: (n, ...) -> (...), (...). NaN for none."""
+    """Means over the first axis, NaN left out, and how many values each is of: (n, ...) -> (...), (...). NaN for
+    none."""
     rows = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(rows)
     size = known.sum(axis=0)
@@ -98,8 +102,8 @@ def bootstrap_columns(values: ArrayLike, n_resamples: int = 10_000, seed: int = 
     """Percentile bootstrap intervals of means over examples, for all columns of (n, ...) together.
 
     Examples are resampled whole, so all columns share each resample; for a column without NaN the interval is that of
-    ``statistics.bootstrap_mean_ci`` with the same seed. NaN values are left out, as are resamples that hold nothing else for a column.
-    A column of fewer than two values gets NaN as its ends. Entries of the result have shape (...).
+    ``statistics.bootstrap_mean_ci`` with the same seed. NaN values are left out, as are resamples that hold nothing
+    else for a column. A column of fewer than two values gets NaN as its ends. Entries of the result have shape (...).
     """
     rows = np.asarray(values, dtype=np.float64)
     estimate, size = column_means(rows)
@@ -118,7 +122,8 @@ def bootstrap_columns(values: ArrayLike, n_resamples: int = 10_000, seed: int = 
 
 
 def spread_over_seeds(curves: ArrayLike, confidence: float = 0.95) -> Bands:
-    """Means over s seeds, (s, ...), with Student's intervals; NaN is left out, and an interval of fewer than two seeds is NaN."""
+    """Means over s seeds, (s, ...), with Student's intervals; NaN is left out, and an interval of fewer than two seeds
+    is NaN."""
     rows = np.asarray(curves, dtype=np.float64)
     mean, size = column_means(rows)
     squares, _ = column_means((rows - mean) ** 2)

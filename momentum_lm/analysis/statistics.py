@@ -69,17 +69,19 @@ def paired_bootstrap(
     estimate = float(gap.sum() / weight.sum())
     draws = bootstrap_ratios(gap, weight, n_resamples, seed)
     low, high = percentiles(draws, confidence)
-    ratios = map(math.exp, (estimate, low, high))
-    return PairedDifference(estimate, low, high, *ratios, _two_sided(draws), gap.size)
+    ratio, ratio_low, ratio_high = map(math.exp, (estimate, low, high))
+    return PairedDifference(estimate, low, high, ratio, ratio_low, ratio_high, _two_sided(draws), gap.size)
 
 
 def bootstrap_difference(
     differences: ArrayLike, n_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
 ) -> tuple[Interval, float]:
-    """Percentile bootstrap interval of the mean of paired differences, and its two-sided p, at least 2 / (resamples + 1).
+    """Percentile bootstrap interval of the mean of paired differences, and its two-sided p, at least 2 / (resamples +
+    1).
 
-    differences (n,), one for each unit. Made for few distinct values, as between right and wrong answers: a resample is drawn as
-    their counts, which costs as much for a million units as for ten. Raises ValueError for fewer than two units.
+    differences (n,), one for each unit. Made for few distinct values, as between right and wrong answers: a resample is
+    drawn as their counts, which costs as much for a million units as for ten. Raises ValueError for fewer than two
+    units.
     """
     gap = _vector(differences, "differences")
     if gap.size < 2:
@@ -109,10 +111,11 @@ def bootstrap_mean_ci(
 def bootstrap_ratios(
     above: NDArray[Any], below: NDArray[Any], n_resamples: int, seed: int, kinds: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
-    """sum(above) / sum(below) in each of ``n_resamples`` resamples of n units, NaN for 0 / 0: (n,) or (n, c) -> (n_resamples, ...).
+    """sum(above) / sum(below) in each of ``n_resamples`` resamples of n units, NaN for 0 / 0: (n,) or (n, c) ->
+    (n_resamples, ...).
 
-    With ``kinds`` (k,), how many units of each of k kinds there are, ``above`` and ``below`` are (k,), one entry for
-    a unit of each kind: a resample then costs as much for a million units as for ten. Memory is bounded.
+    With ``kinds`` (k,), how many units of each of k kinds there are, ``above`` and ``below`` are (k,), one entry for a
+    unit of each kind: a resample then costs as much for a million units as for ten. Memory is bounded.
     """
     rng, n = np.random.default_rng(seed), len(above) if kinds is None else int(kinds.sum())
     draws = np.empty((n_resamples, *above.shape[1:]))
@@ -169,10 +172,11 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
 
 def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Student's interval for sum(numerators) / sum(denominators) over a few independent runs, in each of which both may vary: of the
-    ratio's linearisation (Cochran, Sampling Techniques, chapter 6).
+    """Student's interval for sum(numerators) / sum(denominators) over a few independent runs, in each of which both may
+    vary: of the ratio's linearisation (Cochran, Sampling Techniques, chapter 6).
 
-    numerators, denominators (n,). Raises ValueError for n < 2, unequal lengths, negative denominators or none that is positive.
+    numerators, denominators (n,). Raises ValueError for n < 2, unequal lengths, negative denominators or none that is
+    positive.
     """
     return t_interval(_linearised(numerators, denominators), confidence)
 
@@ -180,7 +184,8 @@ def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: f
 def ratio_difference_interval(
     numerators: ArrayLike, denominators: ArrayLike, other_numerators: ArrayLike, other_denominators: ArrayLike, confidence: float = 0.95
 ) -> Interval:
-    """Student's interval for the difference of two such ratios of the same runs, whose ups and downs they share. All (n,)."""
+    """Student's interval for the difference of two such ratios of the same runs, whose ups and downs they share. All
+    (n,)."""
     first, second = _linearised(numerators, denominators), _linearised(other_numerators, other_denominators)
     return t_interval(first - second, confidence)
 

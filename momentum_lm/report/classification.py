@@ -131,7 +131,8 @@ write_report = Report(TASK, "In-context classification", results_table, _section
 
 
 def overview(folder: Folder) -> list[Part]:
-    """Table, caveats and curves of a results folder, for a page that shows other things too. Raises as ``write_report``."""
+    """Table, caveats and curves of a results folder, for a page that shows other things too. Raises as
+    ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
     return [results_table(runs), _caveats(runs), Paragraph(INTERVALS), *map(_curves, _by_dataset(runs).values())]
@@ -188,7 +189,8 @@ def shots_text(runs: Sequence[Run]) -> str:
 
 
 def _confusions(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[str, Any]:
-    """{caption: panel} at the most shots: the first calibration, and the most accurate of the others if it is better."""
+    """{caption: panel} at the most shots: the first calibration, and the most accurate of the others if it is
+    better."""
     if labels is None or runs[0]["confusion"] is None:
         return {}
     most = max(run["shots"] for run in runs)

@@ -58,10 +58,10 @@ class Side:
 class ClassificationComparison(Comparison):
     """Accuracies of two or more sides; differences are from the first.
 
-    The sides are ``folders``, or with ``between``, such as ``("calibration", ["none", "batch"])`` or its text on a command
-    line, ``"shots=4,16"``, settings within the one folder named. Raises UserError as its base, for settings that a folder
-    does not hold, for sides without a run in common, and for sides that evaluated different examples or differ in their
-    gold labels.
+    The sides are ``folders``, or with ``between``, such as ``("calibration", ["none", "batch"])`` or its text on a
+    command line, ``"shots=4,16"``, settings within the one folder named. Raises UserError as its base, for settings
+    that a folder does not hold, for sides without a run in common, and for sides that evaluated different examples or
+    differ in their gold labels.
     """
 
     task, title = TASK, "In-context classification, side by side"

@@ -1,4 +1,5 @@
-"""ICL against finetuning in words: what the numbers of :mod:`momentum_lm.studies.finetuning_summary` say, and how they are written."""
+"""ICL against finetuning in words: what the numbers of :mod:`momentum_lm.studies.finetuning_summary` say, and how they
+are written."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ NULLS = {name: control.title for name, control in CONTROLS.items() if control.nu
 
 
 def place(gap: Estimate) -> str:
-    """Where a difference lies: ``above`` or ``below`` zero with its whole interval, ``level`` if not, ``unknown`` without an interval."""
+    """Where a difference lies: ``above`` or ``below`` zero with its whole interval, ``level`` if not, ``unknown``
+    without an interval."""
     if gap["ci95"] is None:
         return "unknown"
     low, high = gap["ci95"]

@@ -67,7 +67,8 @@ _MEASURED = (
 
 
 def results_table(runs: Sequence[Run]) -> Table:
-    """One row for each dataset, number of shots and metric: both forms with intervals, and the controls of the corrected one."""
+    """One row for each dataset, number of shots and metric: both forms with intervals, and the controls of the
+    corrected one."""
     controls = _controls(runs)
     rows = []
     for (dataset, shots), chosen in numbers.settings(runs).items():
@@ -171,7 +172,8 @@ write_report = Report(
 
 
 def overview(folder: Folder) -> list[Part]:
-    """Findings, tables and curves of a results folder, for a page that shows other things too. Raises as ``write_report``."""
+    """Findings, tables and curves of a results folder, for a page that shows other things too. Raises as
+    ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
     parts: list[Part] = [Points(headlines(runs)), accuracy_table(runs), results_table(runs), Paragraph(_INTERVALS)]
@@ -187,7 +189,7 @@ def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str,
         band = numbers.bands(runs, name, part, control)
         if band is not None:
             line = FINETUNED if control is None else CONTROLS[control]
-            lines[line.title] = Curve(*band, line.look)
+            lines[line.title] = Curve(band[0], band[1], band[2], line.look)
     return lines
 
 
@@ -256,7 +258,8 @@ def _attention(run: Run) -> list[Part]:
 
 
 def attention_panels(run: Run) -> dict[str, Panel]:
-    """{title: panel} of the attention that single examples give to each demonstration by layer, mean over heads, less an equal share."""
+    """{title: panel} of the attention that single examples give to each demonstration by layer, mean over heads, less
+    an equal share."""
     found = {}
     for example in run.get("attention", []):
         for setting in ("in_context", "finetuned"):
@@ -309,7 +312,8 @@ def _plain(value: Estimate) -> str:
 
 
 def published_quantity(runs: Sequence[Run], quantity: str) -> tuple[str, Estimate]:
-    """Title and our number for a row of the paper's tables, in the authors' form. ``quantity``: one of ``published.QUANTITIES``."""
+    """Title and our number for a row of the paper's tables, in the authors' form. ``quantity``: one of
+    ``published.QUANTITIES``."""
     if quantity in SETTINGS:
         return f"accuracy, {SETTINGS[quantity]}", numbers.accuracy(runs, quantity)
     if quantity == "rec2ftp":

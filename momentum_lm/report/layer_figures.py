@@ -19,7 +19,8 @@ _NEUTRAL = "#888888"  # as far from white as from black
 
 @dataclass(frozen=True)
 class Curve:
-    """One value a layer with the ends of its interval, (L,) each; NaN where there is none. ``look`` numbers colour, line and marker."""
+    """One value a layer with the ends of its interval, (L,) each; NaN where there is none. ``look`` numbers colour,
+    line and marker."""
 
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -28,7 +29,8 @@ class Curve:
 
 
 def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False, unit: str = "") -> Panel:
-    """A value over layers, numbered from 1: a line and a band for each name; zero is marked, or one on a ``log`` scale."""
+    """A value over layers, numbered from 1: a line and a band for each name; zero is marked, or one on a ``log``
+    scale."""
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="layer", ylabel=unit, yscale="log" if log else "linear")
@@ -81,10 +83,12 @@ def _limits(curves: Mapping[str, Curve]) -> tuple[float, float]:
 
 
 def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
-    """Which of zero-shot's errors finetuning (columns) and in-context learning (rows) put right: areas are numbers of examples.
+    """Which of zero-shot's errors finetuning (columns) and in-context learning (rows) put right: areas are numbers of
+    examples.
 
-    cells (2, 2, 2) counts examples by whether zero-shot, in context and finetuned are right. The height of the strong part of the
-    left column is Rec2FTP; were it as high as in the whole, dashed, finetuning's repairs would say nothing about ICL's.
+    cells (2, 2, 2) counts examples by whether zero-shot, in context and finetuned are right. The height of the strong
+    part of the left column is Rec2FTP; were it as high as in the whole, dashed, finetuning's repairs would say nothing
+    about ICL's.
     """
     wrong = np.asarray(cells, dtype=np.float64)[0]  # [icl, ft]
     columns = (("finetuning repairs", wrong[:, 1], COLOURS[0]), ("finetuning does not", wrong[:, 0], COLOURS[1]))
@@ -128,7 +132,8 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
 
 
 def heads_panel(values: ArrayLike, title: str = "", xlabel: str = "head") -> Panel:
-    """values (L, H), a value for each layer and head: blue above zero, orange below, the stronger the farther; a cross for NaN."""
+    """values (L, H), a value for each layer and head: blue above zero, orange below, the stronger the farther; a cross
+    for NaN."""
     table = np.asarray(values, dtype=np.float64)
     finite = np.abs(table[np.isfinite(table)])
     limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
 from momentum_lm.files import NPZ_ERRORS, file_stem, read_arrays
+from momentum_lm.results.schema import PerplexityRun
 
 from . import skeleton
 from .figures import draw, perplexity_panel, to_svg
@@ -25,20 +26,19 @@ if TYPE_CHECKING:
     from .tensorboard import TrainingLog
 
 TASK = "lm_perplexity"
-Run = Mapping[str, Any]
 _PROTOCOL = (
     "The documents of a split, one after another, are cut into blocks of the context length; each block is scored without what came "
     "before it, and every token once. Intervals: 95%, bootstrap over documents."
 )
 
 
-def results_table(runs: Sequence[Run]) -> Table:
+def results_table(runs: Sequence[PerplexityRun]) -> Table:
     """One row for each finished run of a results file."""
     ordered = sorted(runs, key=lambda run: (run["split"], run["context_length"]))
     return Table.of([_cells(run) | _sizes(run) for run in ordered])
 
 
-def _cells(run: Run, **names: str) -> dict[str, str]:
+def _cells(run: PerplexityRun, **names: str) -> dict[str, str]:
     """A run's numbers by their headings."""
     return {
         "split": run["split"],
@@ -50,7 +50,7 @@ def _cells(run: Run, **names: str) -> dict[str, str]:
     }
 
 
-def _sizes(run: Run) -> dict[str, str]:
+def _sizes(run: PerplexityRun) -> dict[str, str]:
     return {"tokens": f"{run['num_tokens']:,}", "documents": f"{run['num_documents']:,}"}
 
 
@@ -133,7 +133,7 @@ class Comparison(skeleton.Comparison):
             self.differences[(*key, self.names[index])] = paired_bootstrap(nll, baseline, tokens, seed=self.seed)
 
 
-def document_sums(folder: Folder, run: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def document_sums(folder: Folder, run: PerplexityRun) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(nll, tokens) per document of one run of a results folder, empty documents left out. Raises UserError if the file
     is damaged."""
     path = Path(folder) / str(run["documents"])
@@ -162,7 +162,7 @@ def difference_cells(difference: PairedDifference | None) -> list[str]:
     return [f"{100 * (difference.ratio - 1):+.2f}%", f"{low} to {high}", f"{difference.p_value:.2g}"]
 
 
-def _series(runs: Sequence[Run]) -> dict[str, list[tuple[int, float]]]:
+def _series(runs: Sequence[PerplexityRun]) -> dict[str, list[tuple[int, float]]]:
     """{split: [(context length, perplexity), ...]}"""
     series: dict[str, list[tuple[int, float]]] = {}
     for run in runs:

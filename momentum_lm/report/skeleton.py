@@ -30,7 +30,8 @@ Sections = dict[str, Sequence[Part]]  # heading -> parts
 
 
 def read_runs(folders: Sequence[Folder], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """The results of all folders. Raises UserError unless they are of one task, one of ``tasks``, and hold finished runs."""
+    """The results of all folders. Raises UserError unless they are of one task, one of ``tasks``, and hold finished
+    runs."""
     found: list[dict[str, Any]] = []
     for folder in folders:
         results = read_results(folder)
@@ -72,9 +73,10 @@ def short_names(folders: Sequence[Folder]) -> list[str]:
 class Report:
     """The page, the pictures and the TensorBoard events of one results folder.
 
-    ``table``: the runs' table, also for the terminal. ``sections(folder, results, save)``: the page's own sections, between
-    the model's name and its configuration; ``save(name, figure)`` writes a figure as ``name.png``. ``log(log, results)``
-    writes events and returns the metrics of the HParams tab; with ``images`` the pictures are among the events.
+    ``table``: the runs' table, also for the terminal. ``sections(folder, results, save)``: the page's own sections,
+    between the model's name and its configuration; ``save(name, figure)`` writes a figure as ``name.png``. ``log(log,
+    results)`` writes events and returns the metrics of the HParams tab; with ``images`` the pictures are among the
+    events.
     """
 
     task: str

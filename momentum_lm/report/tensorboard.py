@@ -40,7 +40,8 @@ class TrainingLog:
             self._open().add_scalar(tag, float(value), step)
 
     def histogram(self, tag: str, tensor: Tensor, step: int) -> None:
-        """The distribution of the finite elements of a tensor of any shape and dtype; without any, nothing is written."""
+        """The distribution of the finite elements of a tensor of any shape and dtype; without any, nothing is
+        written."""
         values = tensor.detach().to("cpu", torch.float32).flatten()
         values = values[values.isfinite()]
         if values.numel():

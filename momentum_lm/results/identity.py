@@ -1,5 +1,5 @@
-"""What numbers depend on, as digests: two records with equal ones were measured on the same, and may go into one folder
-or be paired."""
+"""Digests of what results depend on: model, data, settings. Records with equal digests may share a folder or be
+paired."""
 
 from __future__ import annotations
 

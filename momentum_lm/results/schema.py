@@ -257,7 +257,8 @@ class JournalBatch(TypedDict):
 
 @dataclass(frozen=True)
 class Record:
-    """What a study records: the entries that tell a run from the others in a folder, and the types of runs and configuration."""
+    """What a study records: the entries that tell a run from the others in a folder, and the types of runs and
+    configuration."""
 
     key: tuple[str, ...]
     run: Any

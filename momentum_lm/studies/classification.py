@@ -1,8 +1,8 @@
-"""How well does a model classify what its prompt shows it how to? The protocol of the paper's Tables 1 and 7, with spread and intervals.
+"""In-context classification: the accuracy of a model whose prompt shows labelled examples (the paper's Tables 1 and 7).
 
-A *unit* is one dataset with one draw of demonstrations: number of shots, seed, order. Its queries are scored once, batch by batch, into a
-journal, and every calibration is computed from those scores; what is finished is never scored again. Zero shots leave nothing to draw:
-they are scored once and stand for every seed.
+A *unit* is one dataset with one draw of demonstrations: number of shots, seed, order. Its queries are scored once,
+batch by batch, into a journal, and every calibration is computed from those scores; what is finished is never scored
+again. Zero shots leave nothing to draw: they are scored once and stand for every seed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of a model.
+    """How prompts are made and scored.
 
     ``protocol`` ``paper``: demonstrations and evaluated examples are drawn as by the authors' code. ``score``: ``mean``
     or ``sum`` of a continuation's log-probabilities. ``limit``: at most so many evaluated examples; with
@@ -101,7 +101,7 @@ class Unit:
 
 
 class Questions:
-    """What is asked about one dataset: the evaluated examples, after each unit's demonstrations. ``queries``: the seed
+    """The queries of one dataset: the evaluated examples, after each unit's demonstrations. ``queries``: the seed
     of their sample. ``calibrated``: with inputs without content after the examples.
 
     Raises UserError, naming the dataset, where the data does not allow what the settings ask.
@@ -154,7 +154,8 @@ class Questions:
             return demonstrations, CHOICE.requests(self.lm, form, demonstrations, [*self.examples, *self.content_free])
 
     def check(self, form: PromptFormat, unit: Unit) -> None:
-        """Raises UserError for demonstrations that cannot be drawn and queries that do not fit: before anything is scored."""
+        """Raises UserError for demonstrations that cannot be drawn and queries that do not fit: before anything is
+        scored."""
         self.draw(unit)
         if len(form.bos) + self.longest > self.lm.max_positions:
             self.prompts(form, dataclasses.replace(unit, shots=0))  # raises, naming the example
@@ -236,7 +237,8 @@ def evaluate(
     show_progress: bool = True,
     timeout: float = TIMEOUT,
 ) -> bool:
-    """Scores every unit that ``folder`` does not hold yet; writes results.json, predictions.jsonl and samples.json there.
+    """Scores every unit that ``folder`` does not hold yet; writes results.json, predictions.jsonl and samples.json
+    there.
 
     Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
     UserError for prompts that do not fit, results of other settings in ``folder``, processes with other models, data or

@@ -16,7 +16,8 @@ Cell = tuple[str, int, str]  # dataset, shots, calibration
 
 
 def cells(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
-    """The runs of each dataset, number of shots and calibration: datasets and calibrations in the order of their first runs."""
+    """The runs of each dataset, number of shots and calibration: datasets and calibrations in the order of their first
+    runs."""
     datasets, names = (list(dict.fromkeys(run[key] for run in runs)) for key in ("dataset", "calibration"))
     grouped: dict[Cell, list[Run]] = {}
     for run in sorted(runs, key=lambda r: (datasets.index(r["dataset"]), r["shots"], names.index(r["calibration"]), r["seed"], r["order"])):
@@ -33,7 +34,8 @@ def by_seed(runs: Sequence[Run]) -> dict[int, float]:
 
 
 def summarise_cell(runs: Sequence[Run]) -> dict[str, Any]:
-    """``mean``, ``ci95`` and what it is ``over`` (``seeds`` or ``examples``), ``num_seeds``, ``sd``, ``min``, ``max`` of one cell.
+    """``mean``, ``ci95`` and what it is ``over`` (``seeds`` or ``examples``), ``num_seeds``, ``sd``, ``min``, ``max``
+    of one cell.
 
     The interval is Student's over seeds, cut to [0, 1]. It is Wilson's over examples for a single seed, without
     demonstrations (unless each seed has other queries), and where all seeds agree: their interval would have no width,
@@ -59,7 +61,8 @@ def summarise_cell(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """The ``summary`` of results.json: {dataset: {shots: :func:`summarise_cell` of the first calibration, its name, and all of them}}."""
+    """The ``summary`` of results.json: {dataset: {shots: :func:`summarise_cell` of the first calibration, its name, and
+    all of them}}."""
     found: dict[str, Any] = {}
     for (dataset, shots, calibration), chosen in cells(runs).items():
         entry = found.setdefault(dataset, {}).setdefault(str(shots), {"calibration": calibration, "by_calibration": {}})

@@ -1,4 +1,5 @@
-"""The finetuned models of a unit: the one that is compared with ICL, and those that its similarities are compared with."""
+"""The finetuned models of a unit: the one that is compared with ICL, and those that its similarities are compared
+with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which learning rate to finetune with: the one whose model classifies best."""
+"""Selection of the finetuning learning rate: by zero-shot accuracy of the finetuned model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """A learning rate; ``selected_on``: ``given``, ``train`` (held out) or ``evaluation``; ``grid``: what each rate scored."""
+    """A learning rate; ``selected_on``: ``given``, ``train`` (held out) or ``evaluation``; ``grid``: what each rate
+    scored."""
 
     rate: float
     selected_on: str
@@ -43,8 +44,9 @@ def choose(
     processes: Processes,
     name: str,
 ) -> Choice:
-    """The rate with the highest zero-shot accuracy on ``examples`` after finetuning; of equals the one with the lower loss of the right
-    choices, then the smaller one. A rate that diverges is logged and passed over. Raises UserError where all of them do."""
+    """The rate with the highest zero-shot accuracy on ``examples`` after finetuning; of equals the one with the lower
+    loss of the right choices, then the smaller one. A rate that diverges is logged and passed over. Raises UserError
+    where all of them do."""
     if len(rates) == 1:
         return Choice(rates[0], "given", [])
     if not examples:

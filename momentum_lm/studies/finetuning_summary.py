@@ -69,7 +69,8 @@ def over_layers(run: Run, metric: str, part: str = "corrected", control: str | N
 
 
 def bands(runs: Sequence[Run], metric: str, part: str, control: str | None = None) -> NDArray[np.float64] | None:
-    """Mean, low and high by layer, (3, L): Student's interval over seeds; for one seed its own over examples, if recorded."""
+    """Mean, low and high by layer, (3, L): Student's interval over seeds; for one seed its own over examples, if
+    recorded."""
     found = [(run, row) for run in runs if (row := layers(run, metric, part, control)) is not None]
     rows = [row for _, row in found]
     if not rows or all(np.isnan(row).all() for row in rows):
@@ -84,10 +85,11 @@ def bands(runs: Sequence[Run], metric: str, part: str, control: str | None = Non
 
 
 def estimate(values: Sequence[float | None], over_examples: Sequence[float] | None = None, share: bool = False) -> Estimate:
-    """``mean``, ``ci95`` and what it is ``over``, ``sd``, ``min``, ``max`` and ``num``, the number of seeds that have a value.
+    """``mean``, ``ci95`` and what it is ``over``, ``sd``, ``min``, ``max`` and ``num``, the number of seeds that have a
+    value.
 
-    The interval is Student's over seeds, cut to [0, 1] for a ``share``. For one seed, and where all agree, which does not remove all
-    doubt, it is ``over_examples``, if given. What is not known is null.
+    The interval is Student's over seeds, cut to [0, 1] for a ``share``. For one seed, and where all agree, which does
+    not remove all doubt, it is ``over_examples``, if given. What is not known is null.
     """
     known = [value for value in values if value is not None]
     found: Estimate = {"mean": None, "ci95": None, "over": None, "sd": None, "min": None, "max": None, "num": len(known)}
@@ -106,8 +108,8 @@ def estimate(values: Sequence[float | None], over_examples: Sequence[float] | No
 
 
 def metric(runs: Sequence[Run], name: str, part: str = "corrected", control: str | None = None) -> Estimate:
-    """:func:`estimate` of the mean over layers. For one seed the interval is the mean of the layers' own over examples, which is no
-    narrower than that of their mean."""
+    """:func:`estimate` of the mean over layers. For one seed the interval is the mean of the layers' own over examples,
+    which is no narrower than that of their mean."""
     band = bands(runs, name, part, control) if len(runs) == 1 else None
     known = None if band is None else band[1:][:, ~np.isnan(band[1:]).any(axis=0)]
     ends = None if known is None or known.size == 0 else known.mean(axis=1).tolist()
@@ -115,7 +117,8 @@ def metric(runs: Sequence[Run], name: str, part: str = "corrected", control: str
 
 
 def difference(runs: Sequence[Run], name: str, control: str) -> Estimate:
-    """Corrected metric minus a control, paired by seed. For one seed the control counts as known: its own doubt is left out."""
+    """Corrected metric minus a control, paired by seed. For one seed the control counts as known: its own doubt is left
+    out."""
     pairs = [(over_layers(run, name), over_layers(run, name, control=control)) for run in runs]
     gaps = [None if a is None or b is None else a - b for a, b in pairs]
     ends, level = (metric(runs, name)["ci95"], pairs[0][1]) if len(runs) == 1 else (None, None)
@@ -123,19 +126,22 @@ def difference(runs: Sequence[Run], name: str, control: str) -> Estimate:
 
 
 def accuracy(runs: Sequence[Run], setting: str) -> Estimate:
-    """:func:`estimate` of a setting's accuracy; where seeds agree, as they do zero-shot, Wilson's interval over examples."""
+    """:func:`estimate` of a setting's accuracy; where seeds agree, as they do zero-shot, Wilson's interval over
+    examples."""
     values = [run["accuracy"][setting] for run in runs]
     interval = wilson_interval(round(values[0] * runs[0]["num_examples"]), runs[0]["num_examples"])
     return estimate(values, [interval.low, interval.high], share=True)
 
 
 def rec2ftp(runs: Sequence[Run]) -> Estimate:
-    """Of what finetuning puts right under all seeds together, the share that ICL puts right; each seed counts by how much that is."""
+    """Of what finetuning puts right under all seeds together, the share that ICL puts right; each seed counts by how
+    much that is."""
     return _share(*_repairs(runs)[:2])
 
 
 def chance(runs: Sequence[Run]) -> Estimate:
-    """Of all zero-shot errors under all seeds together, the share that ICL puts right: what Rec2FTP would be by chance."""
+    """Of all zero-shot errors under all seeds together, the share that ICL puts right: what Rec2FTP would be by
+    chance."""
     return _share(*_repairs(runs)[2:])
 
 
@@ -153,7 +159,8 @@ def above_chance(runs: Sequence[Run]) -> Estimate:
 
 
 def _repairs(runs: Sequence[Run]) -> list[NDArray[np.int64]]:
-    """By seed: repaired by ICL of what finetuning repairs, what that is, repaired by ICL of all zero-shot errors, and these."""
+    """By seed: repaired by ICL of what finetuning repairs, what that is, repaired by ICL of all zero-shot errors, and
+    these."""
     wrong = np.stack([_cells(run)[0] for run in runs])  # (n, ICL, FT)
     return [wrong[:, 1, 1], wrong[:, :, 1].sum(1), wrong[:, 1].sum(1), wrong.sum((1, 2))]
 
@@ -182,9 +189,9 @@ def _cells(run: Run) -> NDArray[np.int64]:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """The ``summary`` of results.json: {dataset: {shots: {"num_seeds", "num_examples", "accuracy", "rec2ftp", "rec2ftp_chance",
-    "rec2ftp_above_chance", "paper", "corrected", "baselines", "differences"}}}, of :func:`estimate`; ``differences`` are corrected minus
-    control, by metric and control."""
+    """The ``summary`` of results.json: {dataset: {shots: {"num_seeds", "num_examples", "accuracy", "rec2ftp",
+    "rec2ftp_chance", "rec2ftp_above_chance", "paper", "corrected", "baselines", "differences"}}}, of :func:`estimate`;
+    ``differences`` are corrected minus control, by metric and control."""
     found: dict[str, Any] = {}
     for (dataset, shots), chosen in settings(runs).items():
         names = {part: list(dict.fromkeys(name for run in chosen for name in run[part])) for part in PARTS}

@@ -1,4 +1,5 @@
-"""Flags that studies share, and what they mean: data, prompts and speed of in-context learning, and lists of numbers."""
+"""Flags that studies share, and what they mean: data, prompts and speed of in-context learning, and lists of
+numbers."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
-    """What the flags of :func:`add_question_arguments` ask. Raises UserError naming the flag, or the data set that there is not."""
+    """What the flags of :func:`add_question_arguments` ask. Raises UserError naming the flag, or the data set that
+    there is not."""
     from momentum_lm.icl.datasets.definitions import check_names, load_spec
 
     from .classification import Settings

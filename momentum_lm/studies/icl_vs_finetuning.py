@@ -1,7 +1,9 @@
-"""Does a model learn in context as if it were finetuned? The comparison of arXiv 2212.10559, section 4, in the authors' form and corrected.
+"""In-context learning against finetuning: the comparison of arXiv 2212.10559, section 4, in the authors' form and
+corrected.
 
-A *unit* is one dataset with one draw of demonstrations. Each of its batches of queries is asked zero-shot, in context and of every
-finetuned model in turn; metrics are computed there and then, and nothing larger than a number per example, layer and head is kept.
+A *unit* is one dataset with one draw of demonstrations. Each batch of its queries goes through the model zero-shot and
+in context, and through every finetuned model in turn; metrics are computed there and then, and nothing larger than a
+number per example, layer and head is kept.
 """
 
 from __future__ import annotations
@@ -54,9 +56,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of a model. ``rates``: one learning rate, or a grid to choose from, on ``held_out`` training examples or, by
-    ``questions.protocol`` ``paper``, on the evaluated ones. ``loss``: ``sequence`` or ``label``. ``parameters``: as of ``finetuned``.
-    ``controls``: ``all_parameters`` is another; random updates are always among the results."""
+    """How prompts are made and the model is finetuned. ``rates``: one learning rate, or a grid to choose from, on
+    ``held_out`` training examples or, by ``questions.protocol`` ``paper``, on the evaluated ones. ``loss``:
+    ``sequence`` or ``label``. ``parameters``: as of ``finetuned``. ``controls``: ``all_parameters`` is another; random
+    updates are always among the results."""
 
     questions: classification.Settings = field(default_factory=classification.Settings)
     rates: tuple[float, ...] = GRID
@@ -135,7 +138,7 @@ def analyse(
 
 
 class _Study:
-    """One unit: its demonstrations, its prompts in both settings, and what models make of them."""
+    """One unit: its demonstrations, its prompts in both settings, and the measurements of models on them."""
 
     def __init__(
         self,
@@ -175,7 +178,7 @@ class _Study:
         return identity.digest([self.in_context.sha256(), self.zero_shot.sha256(), learned])
 
     def about(self, rate: Choice) -> dict[str, Any]:
-        """What a record says of this unit beside what was found."""
+        """What a record says of this unit beside its measurements."""
         pairs = zip(self.demonstrations, self._shuffled(), strict=True)
         return {
             "labels_changed_by_shuffling": sum(one.gold != other.gold for one, other in pairs),
@@ -352,8 +355,8 @@ def _key_heads(seen: Seen) -> int:
 
 
 def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:
-    """The demonstrations with their labels dealt out anew, of which some may fall to where they were; where each has its own choices, one
-    of the wrong ones instead."""
+    """The demonstrations with their labels dealt out anew, of which some may fall to where they were; where each has
+    its own choices, one of the wrong ones instead."""
     draw = np.random.default_rng([seed, 1])
     if fixed:
         gold = [example.gold for example in demonstrations]

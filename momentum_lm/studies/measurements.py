@@ -21,7 +21,8 @@ PARTS = ("paper", "corrected", "heads")  # metrics by layer in the authors' form
 
 
 class Measurements:
-    """Scores in the three settings and metrics by example; ``broken``: the finetuned model gives no finite probabilities."""
+    """Scores in the three settings and metrics by example; ``broken``: the finetuned model gives no finite
+    probabilities."""
 
     def __init__(self, examples: int) -> None:
         self.metrics = {part: PerExample(examples) for part in PARTS}
@@ -87,8 +88,9 @@ class Measurements:
 
 
 def record(main: Measurements, baselines: Mapping[str, Measurements | None], examples: Sequence[Example], score: str) -> dict[str, Any]:
-    """One entry of ``runs``, without what names it. A baseline that diverged is null. ``attention``: the shares of attention that a few
-    examples give to each demonstration, (L, M), in context and by finetuning, as means over heads."""
+    """One entry of ``runs``, without what names it. A baseline that diverged is null. ``attention``: the shares of
+    attention that a few examples give to each demonstration, (L, M), in context and by finetuning, as means over
+    heads."""
     result = {"num_examples": len(examples), **main.report(examples, score)}
     result["attention"] = [
         {"index": examples[i].index, "in_context": _rounded(shares[0]), "finetuned": _rounded(shares[1])}

@@ -1,4 +1,4 @@
-"""How well does a model predict text, at several context lengths? The protocol of the paper's Table 6.
+"""Perplexity of a model on binarised text at several context lengths: the protocol of the paper's Table 6.
 
 The documents of a split make one stream of tokens, cut into blocks of L tokens that do not overlap; each block is
 scored without what came before it, except that its first input is the token before the block, or the end-of-sentence
@@ -263,7 +263,8 @@ def _documents(split: Split, context_length: int) -> str:
 
 
 def _text_bytes(folder: Path, split: str, tokens: int) -> int | None:
-    """Bytes of the split's text by ``prepare.json``; None without one, or where it speaks of other data or not of this split."""
+    """Bytes of the split's text by ``prepare.json``; None without one, or where it speaks of other data or not of this
+    split."""
     path = folder / "prepare.json"
     if not path.exists():
         return None

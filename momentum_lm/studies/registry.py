@@ -20,9 +20,9 @@ class Study:
 
     ``text`` and ``example`` are for ``fairseq-eval --help``. ``flags``: a module with ``add_arguments(parser)`` and
     ``run(args, command)``, which measures and returns whether this process is the one that writes. ``summary``: makes
-    the ``summary`` of results.json of the runs; empty for none. ``report``: writes page, pictures and TensorBoard events
-    beside results.json and returns the table. ``comparison``: a :class:`momentum_lm.report.skeleton.Comparison`; with
-    ``between`` it compares settings of one folder too.
+    the ``summary`` of results.json of the runs; empty for none. ``report``: writes page, pictures and TensorBoard
+    events beside results.json and returns the table. ``comparison``: a :class:`momentum_lm.report.skeleton.Comparison`;
+    with ``between`` it compares settings of one folder too.
     """
 
     name: str
@@ -39,7 +39,8 @@ class Study:
         resolve_name(self.flags).add_arguments(parser)
 
     def run(self, args: argparse.Namespace, command: str) -> bool:
-        """Measures what the flags say; whether this process is the one that writes. Raises UserError for impossible ones."""
+        """Measures what the flags say; whether this process is the one that writes. Raises UserError for impossible
+        ones."""
         return bool(resolve_name(self.flags).run(args, command))
 
     def summarise(self, runs: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The metrics of ICL against finetuning for batches of examples, from what :mod:`.traces` saw of them in the three settings."""
+"""Metrics of ICL against finetuning for a batch of examples, from the traces of three settings (:mod:`.traces`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Rows:
     begin: int  # tokens before the query in ``zero_shot``: BOS
 
     def query(self, position: int) -> tuple[slice, slice]:
-        """Columns of the query's own tokens in both prompts: those with which both end, up to the position that is looked at."""
+        """Columns of the query's own tokens in both prompts: those with which both end, up to the position that is
+        looked at."""
         zero, context = self.zero_shot, self.in_context
         if position == PREDICTING:
             zero, context = zero[: self.zero_shot_start], context[: self.in_context_start]
@@ -42,7 +43,8 @@ class Rows:
 
     @property
     def own(self) -> tuple[int, int]:
-        """First column, and the one after the last, of the query's tokens in the zero-shot prompt without its choice."""
+        """First column, and the one after the last, of the query's tokens in the zero-shot prompt without its
+        choice."""
         return self.begin, self.zero_shot_start
 
 
@@ -82,9 +84,9 @@ def measure(
 ) -> dict[int, Floats]:
     """Adds the metrics of a batch to ``into["paper"]``, ``into["corrected"]`` (L,) and ``into["heads"]`` (L, H).
 
-    ``update``: what :meth:`Learned.update` says of the model. With its ``own_controls`` also random updates, similarities
-    before finetuning and the relaxation, which are the same for every finetuned model. Then returns {example: shares of
-    attention (2, L, M) that ICL and FT give to the M demonstrations} of the first examples.
+    ``update``: what :meth:`Learned.update` says of the model. With its ``own_controls`` also random updates,
+    similarities before finetuning and the relaxation, which are the same for every finetuned model. Then returns
+    {example: shares of attention (2, L, M) that ICL and FT give to the M demonstrations} of the first examples.
     """
     shares: dict[int, Floats] = {}
     baselines = model.control.own_controls
@@ -165,7 +167,8 @@ def _maps(
 
 
 def _products(ft: Seen, model: FinetunedModel) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """The finetuned model's attention to training tokens, (N, L, n) as in the authors' code and (N, L, H, n) with one factor D^-0.5."""
+    """The finetuned model's attention to training tokens, (N, L, n) as in the authors' code and (N, L, H, n) with one
+    factor D^-0.5."""
     if model.queries is None:
         return None
     heads = ft.logits[0].shape[2]

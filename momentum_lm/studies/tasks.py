@@ -1,4 +1,5 @@
-"""Kinds of in-context tasks: what a model is asked about an example, what counts as its answer, and the numbers made of the answers."""
+"""Kinds of in-context tasks: what a model is asked about an example, what counts as its answer, and the numbers made of
+the answers."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from momentum_lm.lm.protocol import LanguageModel
 
 
 class TaskKind:
-    """One kind of task. ``metric``: the entry of a run that summaries, intervals, figures and comparisons are about, and
-    ``title`` its column; ``others``: entries with columns of their own. All are shares, shown in percent."""
+    """One kind of task. ``metric``: the entry of a run that summaries, intervals, figures and comparisons are about,
+    and ``title`` its column; ``others``: entries with columns of their own. All are shares, shown in percent."""
 
     metric: str
     title: str
@@ -26,7 +27,8 @@ class TaskKind:
     def requests(
         self, lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], examples: Sequence[Example]
     ) -> Prompts:
-        """What the model is asked about each example after the demonstrations. Raises UserError for what does not fit."""
+        """What the model is asked about each example after the demonstrations. Raises UserError for what does not
+        fit."""
         raise NotImplementedError
 
     def answers(self, outputs: Any) -> Any:
@@ -47,7 +49,8 @@ class TaskKind:
 
 
 class Choice(TaskKind):
-    """The answer is the choice with the highest score: ``outputs`` are scores (n, C), NaN where an example has fewer."""
+    """The answer is the choice with the highest score: ``outputs`` are scores (n, C), NaN where an example has
+    fewer."""
 
     metric, title = "accuracy", "accuracy %"
     others: Mapping[str, str] = {"macro_f1": "macro-F1 %"}

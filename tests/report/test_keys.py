@@ -1,4 +1,5 @@
-"""The chosen results of these tests have the keys and types of what studies write (tests/fixtures, and test_written_before.py)."""
+"""The chosen results of these tests have the keys and types of what studies write (tests/fixtures, and
+test_written_before.py)."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Results folders of an older version (tests/fixtures/results): read, compared, continued, and equal to what is measured now.
+"""Results folders of an older version (tests/fixtures/results): read, compared, continued, and equal to what is
+measured now.
 
 The fixtures are what ``measure`` wrote into them before the studies had a registry.
 """
@@ -66,7 +67,8 @@ def there(home, monkeypatch):
 
 
 def close(old, new, where=""):
-    """Numbers to rounding, everything else exactly; keys may have come. What depends on the clock or the versions is left out."""
+    """Numbers to rounding, everything else exactly; keys may have come. What depends on the clock or the versions is
+    left out."""
     if isinstance(old, dict):
         for name in old.keys() - {"seconds", "versions", "command", "digest"}:
             close(old[name], new[name], f"{where}.{name}")

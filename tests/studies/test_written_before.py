@@ -19,7 +19,7 @@ from momentum_lm.text.indexed import IndexedDatasetWriter
 TESTS = Path(__file__).parent.parent
 GOLDEN, BEFORE = TESTS / "golden", TESTS / "fixtures" / "results"
 MODEL = ["--path", "model.pt", "--model-overrides", "{'decoder_attention_heads': 4}"]
-PROMPTS = ["--datasets", "mr", "--data-dir", str(GOLDEN), "--limit", "6"]
+PROMPTS = ["--datasets", "mr", "--data-dir", "golden", "--limit", "6"]
 COMMANDS = {
     "lm_perplexity": ["data", *MODEL, "--context-lengths", "16,32"],
     "icl_classification": [
@@ -38,6 +38,7 @@ def prepare(folder):
         shutil.copy(GOLDEN / name, folder)
     for name in ("encoder.json", "vocab.bpe"):
         (folder / name).write_bytes(gzip.decompress((GOLDEN / f"{name}.gz").read_bytes()))
+    shutil.copytree(GOLDEN / "mr", folder / "golden" / "mr")
     (folder / "data").mkdir()
     shutil.copy(GOLDEN / "dict.txt", folder / "data")
     size = len((GOLDEN / "dict.txt").read_text().splitlines()) + 4

@@ -68,7 +68,9 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
     lengths.
     """
     first, second = _pair(a, b)
-    only_a, only_b = (int(np.count_nonzero(x.astype(bool) & ~y.astype(bool))) for x, y in ((first, second), (second, first)))
+    only_a, only_b = (
+        int(np.count_nonzero(x.astype(bool) & ~y.astype(bool))) for x, y in ((first, second), (second, first))
+    )
     total = only_a + only_b
     tail, term = 0, 1  # whole numbers: sum of binomial coefficients, no rounding before the last division
     for k in range(min(only_a, only_b) + 1):
@@ -114,7 +116,9 @@ def compare_accuracy(
     """
     first, second = (np.atleast_2d(np.asarray(x, dtype=bool)) for x in (a, b))
     if first.shape != second.shape or first.ndim != 2 or len(first) != len(seeds) or first.size == 0:
-        raise ValueError(f"need two arrays (runs, examples) and a seed for each run, got {first.shape}, {second.shape}, {len(seeds)}")
+        raise ValueError(
+            f"need two arrays (runs, examples) and a seed for each run, got {first.shape}, {second.shape}, {len(seeds)}"
+        )
     there = np.ones(first.shape, dtype=bool) if evaluated is None else np.asarray(evaluated, dtype=bool)
     if there.shape != first.shape or not (there.any(axis=0).all() and there.any(axis=1).all()):
         raise ValueError(f"evaluated must be {first.shape}, and have every run and every example, got {there.shape}")
@@ -144,5 +148,7 @@ def compare_accuracy(
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     one, other = (np.asarray(x).astype(np.int64) for x in (first, second))
     if one.ndim != 1 or one.shape != other.shape or one.size == 0:
-        raise ValueError(f"need one entry an example and at least one example, got shapes {one.shape} and {other.shape}")
+        raise ValueError(
+            f"need one entry an example and at least one example, got shapes {one.shape} and {other.shape}"
+        )
     return one, other

@@ -68,7 +68,9 @@ def rec2ftp(
     """
     z, i, f = (np.asarray(x).astype(bool).astype(np.int64) for x in (zero_shot_correct, icl_correct, ft_correct))
     if z.ndim != 1 or z.size == 0 or not z.shape == i.shape == f.shape:
-        raise ValueError(f"need one entry an example and at least one example, got shapes {z.shape}, {i.shape} and {f.shape}")
+        raise ValueError(
+            f"need one entry an example and at least one example, got shapes {z.shape}, {i.shape} and {f.shape}"
+        )
     cells = np.bincount(4 * z + 2 * i + f, minlength=8).reshape(2, 2, 2)
     wrong, repaired_by_icl = int(cells[0].sum()), int(cells[0, 1].sum())
     recoverable, recovered = int(cells[0, :, 1].sum()), int(cells[0, 1, 1])
@@ -149,7 +151,12 @@ def simam(m_icl: ArrayLike, m_other: ArrayLike, mask: ArrayLike | None = None) -
 
 
 def simam_delta(
-    m_icl: ArrayLike, m_ft: ArrayLike, m_zs: ArrayLike, mask: ArrayLike | None = None, centred: bool = False, noise: float = 0.0
+    m_icl: ArrayLike,
+    m_ft: ArrayLike,
+    m_zs: ArrayLike,
+    mask: ArrayLike | None = None,
+    centred: bool = False,
+    noise: float = 0.0,
 ) -> Floats:
     """SimAM of what changes, cos(m_ICL - m_ZSL, m_FT - m_ZSL), by Deutch et al. (arXiv:2311.07772). Shapes as in
     :func:`simam`.
@@ -167,7 +174,9 @@ def simam_delta(
 
 def _masked(m: ArrayLike, mask: ArrayLike | None) -> Floats:
     values = np.asarray(m, dtype=np.float64)
-    return values if mask is None else np.where(_per_head(mask), values, 0.0)  # not a product: padding may hold infinities
+    return (
+        values if mask is None else np.where(_per_head(mask), values, 0.0)
+    )  # not a product: padding may hold infinities
 
 
 def _centre(values: Floats, mask: ArrayLike | None) -> Floats:
@@ -220,7 +229,12 @@ def query_products(train_queries: ArrayLike, test_query: ArrayLike, heads: int |
 
 
 def training_attention(
-    icl: ArrayLike, ft: ArrayLike, lengths: Sequence[int], corrected: bool, k_tokens: int = TOP_TOKENS, k_examples: int = TOP_EXAMPLES
+    icl: ArrayLike,
+    ft: ArrayLike,
+    lengths: Sequence[int],
+    corrected: bool,
+    k_tokens: int = TOP_TOKENS,
+    k_examples: int = TOP_EXAMPLES,
 ) -> TrainingAttention:
     """Kendall's tau-b and recall@k between ICL's and FT's attention to the demonstrations' tokens.
 
@@ -239,7 +253,9 @@ def training_attention(
     first, second = np.asarray(icl, dtype=np.float64), np.asarray(ft, dtype=np.float64)
     n, m = first.shape[-1], len(lengths)
     if sum(lengths) != n or second.shape[-1] != n or min(lengths, default=0) < 1:
-        raise ValueError(f"demonstrations of {list(lengths)} tokens do not make up maps of {n} and {second.shape[-1]} tokens")
+        raise ValueError(
+            f"demonstrations of {list(lengths)} tokens do not make up maps of {n} and {second.shape[-1]} tokens"
+        )
     pool = example_scores if corrected else example_sums
     if not corrected:
         first, second = softmax(first), softmax(second)
@@ -250,7 +266,9 @@ def training_attention(
     return TrainingAttention(kendall_tau(first, second), recall, kendall_tau(*by_example), recall_example)
 
 
-def random_training_attention(icl: ArrayLike, lengths: Sequence[int], key: int | Sequence[int], corrected: bool) -> TrainingAttention:
+def random_training_attention(
+    icl: ArrayLike, lengths: Sequence[int], key: int | Sequence[int], corrected: bool
+) -> TrainingAttention:
     """:func:`training_attention` of ICL, logits of the same shapes as there, and random weights in FT's place.
 
     ``key`` seeds them, see :func:`random_simaou`.

@@ -129,7 +129,9 @@ def spread_over_seeds(curves: ArrayLike, confidence: float = 0.95) -> Bands:
     squares, _ = column_means((rows - mean) ** 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         sd = np.where(size > 1, np.sqrt(squares * size / (size - 1)), np.nan)
-        quantiles = np.array([t_quantile(0.5 + confidence / 2, int(s) - 1) if s > 1 else np.nan for s in np.ravel(size)])
+        quantiles = np.array(
+            [t_quantile(0.5 + confidence / 2, int(s) - 1) if s > 1 else np.nan for s in np.ravel(size)]
+        )
         half = quantiles.reshape(np.shape(size)) * sd / np.sqrt(size)
     return Bands(mean, mean - half, mean + half, size)
 

@@ -60,7 +60,9 @@ def paired_bootstrap(
     """
     first, second, weight = (_vector(x, name) for x, name in ((a, "a"), (b, "b"), (weights, "weights")))
     if not first.size == second.size == weight.size:
-        raise ValueError(f"a, b and weights must have one entry a document, got {first.size}, {second.size}, {weight.size}")
+        raise ValueError(
+            f"a, b and weights must have one entry a document, got {first.size}, {second.size}, {weight.size}"
+        )
     if first.size < 2:
         raise ValueError("a bootstrap over documents needs at least two of them")
     if not (weight > 0).all():
@@ -94,7 +96,11 @@ def bootstrap_difference(
 
 
 def bootstrap_mean_ci(
-    values: ArrayLike, n_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95, weights: ArrayLike | None = None
+    values: ArrayLike,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    weights: ArrayLike | None = None,
 ) -> Interval:
     """Percentile bootstrap interval of mean(values), or of sum(values) / sum(weights) when weights are given.
 
@@ -182,7 +188,11 @@ def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: f
 
 
 def ratio_difference_interval(
-    numerators: ArrayLike, denominators: ArrayLike, other_numerators: ArrayLike, other_denominators: ArrayLike, confidence: float = 0.95
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    other_numerators: ArrayLike,
+    other_denominators: ArrayLike,
+    confidence: float = 0.95,
 ) -> Interval:
     """Student's interval for the difference of two such ratios of the same runs, whose ups and downs they share. All
     (n,)."""

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--fresh-queries", action="store_true",
-        help="with --limit: another sample for each seed; the spread over seeds is then over demonstrations and queries",
+        help="with --limit: another sample for each seed; the spread over seeds is then over demonstrations "
+        "and queries",
     )  # fmt: skip
     add_output_arguments(parser)
 
@@ -46,7 +47,12 @@ def run(args: argparse.Namespace, command: str) -> bool:
         raise UserError(f"--orders {args.orders}: must be at least 1")
     if args.fresh_queries and (args.limit is None or args.protocol == "paper"):
         raise UserError("--fresh-queries: samples of their own for each seed need a --limit, and --protocol default")
-    own = {"score": args.score, "calibrations": calibrations, "orders": args.orders, "fresh_queries": args.fresh_queries}
+    own = {
+        "score": args.score,
+        "calibrations": calibrations,
+        "orders": args.orders,
+        "fresh_queries": args.fresh_queries,
+    }
     settings = dataclasses.replace(flags.settings_from(args), **own)
     lm = load_model(args)
     keep_memory()

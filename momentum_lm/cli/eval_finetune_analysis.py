@@ -65,7 +65,9 @@ def run(args: argparse.Namespace, command: str) -> bool:
         raise UserError(f"--lr-examples {args.lr_examples}: must be at least 1")
     names: Sequence[str] = ()
     if args.controls != "none":
-        names = controls.DEFAULT if args.controls is None else flags.choices(args.controls, "--controls", controls.CHOICES)
+        names = (
+            controls.DEFAULT if args.controls is None else flags.choices(args.controls, "--controls", controls.CHOICES)
+        )
     settings = study.Settings(
         questions=dataclasses.replace(flags.settings_from(args), score=args.score),
         rates=study.GRID if args.finetune_lr == "auto" else rates(args.finetune_lr),

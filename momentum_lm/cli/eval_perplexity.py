@@ -16,9 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("data", metavar="DATA", help="folder from `momentum-lm prepare` or `fairseq-preprocess`")
     group.add_argument("--split", default="valid", help="split, or several with commas between (default: %(default)s)")
     group.add_argument(
-        "--context-lengths", default="256,512,1024", metavar="N,N,...", help="tokens that are seen at once (default: %(default)s)"
+        "--context-lengths",
+        default="256,512,1024",
+        metavar="N,N,...",
+        help="tokens that are seen at once (default: %(default)s)",
     )
-    group.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per forward pass (default: %(default)s)")
+    group.add_argument(
+        "--batch-tokens", type=int, default=16384, metavar="N", help="tokens per forward pass (default: %(default)s)"
+    )
     group.add_argument(
         "--packed-documents", default="auto", choices=["auto", "yes", "no"],
         help="no document of a block sees another; auto: as the model was trained (default: %(default)s)",

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chooser.add_argument("--task")
     task = chooser.parse_known_args(argv)[0].task
     examples = "\n".join(
-        f"  fairseq-eval --task {name} {study.example}" for name, study in STUDIES.items() if name == task or task not in STUDIES
+        f"  fairseq-eval --task {name} {study.example}"
+        for name, study in STUDIES.items()
+        if name == task or task not in STUDIES
     )
     more = "" if task in STUDIES else "`fairseq-eval --task TASK --help` shows the task's own flags. "
     parser = Parser(

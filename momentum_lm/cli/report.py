@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a --results-dir of fairseq-eval")
     parser.add_argument(
-        "--between", metavar="NAME=A,B,...", help="compare settings within one RUN of icl_classification: calibration or shots"
+        "--between",
+        metavar="NAME=A,B,...",
+        help="compare settings within one RUN of icl_classification: calibration or shots",
     )
     parser.add_argument("--output", metavar="FILE", help="also write an HTML page")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")

@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 
 TASK = "icl_classification"
 INTERVALS = (
-    "Accuracy is the mean over seeds, the orders of one seed's demonstrations averaged first. Its 95% interval is Student's over seeds: "
+    "Accuracy is the mean over seeds, the orders of one seed's demonstrations averaged first. Its 95% interval is "
+    "Student's over seeds: "
     "what other demonstrations would give on these examples (with --fresh-queries: on others). Where nothing is drawn "
     "(0 shots), "
     "where there is one seed, and where all seeds agree, it is Wilson's over examples: what other examples would give."
 )
 _BASELINES = (
-    "The baseline is the accuracy of always giving the most frequent label of the evaluated examples, or of guessing where every example "
-    "has its own choices. A setting beats it if its whole interval lies above. Macro-F1 is averaged over the classes that occur."
+    "The baseline is the accuracy of always giving the most frequent label of the evaluated examples, or of guessing "
+    "where every example "
+    "has its own choices. A setting beats it if its whole interval lies above. Macro-F1 is averaged over the classes "
+    "that occur."
 )
 
 
@@ -79,7 +82,8 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
         if cell["ci95"][0] <= level:
             what = "the majority class" if name == "majority" else "chance"
             sentences.append(
-                f"{dataset}, {shots} shots, calibration {calibration}: {percent(cell['mean'])}% ({interval_text(cell['ci95'])}) does not "
+                f"{dataset}, {shots} shots, calibration {calibration}: {percent(cell['mean'])}% "
+                f"({interval_text(cell['ci95'])}) does not "
                 f"beat {what} ({percent(level)}%)."
             )
     few: dict[tuple[str, int], list[int]] = {}
@@ -153,7 +157,9 @@ def points(runs: Sequence[Run]) -> dict[str, list[AccuracyPoint]]:
     for (_, shots, calibration), chosen in cells(runs).items():
         cell = summarise_cell(chosen)
         dots = tuple(by_seed(chosen).values()) if cell["sd"] is not None else ()
-        lines.setdefault(calibration, []).append(AccuracyPoint(shots, cell["mean"], cell["ci95"][0], cell["ci95"][1], dots))
+        lines.setdefault(calibration, []).append(
+            AccuracyPoint(shots, cell["mean"], cell["ci95"][0], cell["ci95"][1], dots)
+        )
     return lines
 
 
@@ -200,9 +206,12 @@ def _confusions(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[str, 
     panels = {}
     for name in dict.fromkeys((first, best)):
         counts = np.sum([run["confusion"] for run in groups[name]], axis=0).tolist()
-        caption = f"Predictions for each gold class of {runs[0]['dataset']}, in percent of its examples; {most} shots, calibration {name}"
+        caption = f"Predictions for each gold class of {runs[0]['dataset']}, in percent of its examples; "
+        caption += f"{most} shots, calibration {name}"
         caption += f", {len(groups[name])} runs together." if len(groups[name]) > 1 else "."
-        panels[caption] = confusion_panel(counts, [label.strip() for label in labels], f"{runs[0]['dataset']}, {most} shots, {name}")
+        panels[caption] = confusion_panel(
+            counts, [label.strip() for label in labels], f"{runs[0]['dataset']}, {most} shots, {name}"
+        )
     return panels
 
 

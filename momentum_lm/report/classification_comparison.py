@@ -25,8 +25,10 @@ from .tables import Table
 
 VARIABLES = ("shots", "calibration")
 _READING = (
-    "{intervals} Differences are in percentage points from {first}, over the same examples, paired by seed and order of demonstrations. "
-    "The interval over examples (cluster bootstrap: an example is drawn with all its runs) says what other examples would give with these "
+    "{intervals} Differences are in percentage points from {first}, over the same examples, paired by seed and order "
+    "of demonstrations. "
+    "The interval over examples (cluster bootstrap: an example is drawn with all its runs) says what other examples "
+    "would give with these "
     "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on "
     "these examples (with --fresh-queries: on others). "
     "p: exact McNemar test where there is one pair of runs, else of the bootstrap, and then at least 0.0002."
@@ -167,7 +169,8 @@ class ClassificationComparison(Comparison):
                     self._note_other_texts(setting, side, pairs)
         if not self.pairs:
             raise UserError(
-                f"{' and '.join(side.name for side in self.sides)} have no dataset, shots, calibration, seed and order in common"
+                f"{' and '.join(side.name for side in self.sides)} have no dataset, shots, calibration, seed and order "
+                "in common"
             )
         wanted: dict[int, list[Run]] = {}
         for (_, number), pairs in self.pairs.items():
@@ -234,14 +237,16 @@ class ClassificationComparison(Comparison):
         if only.size:
             owner = names[0] if only[0] in one.index else names[1]
             raise UserError(
-                f"{dataset}: {names[0]} evaluated {one.index.size:,} examples and {names[1]} {two.index.size:,}, and example {only[0]} is "
+                f"{dataset}: {names[0]} evaluated {one.index.size:,} examples and {names[1]} {two.index.size:,}, and "
+                f"example {only[0]} is "
                 f"only in {owner}; evaluate both on the same examples (--limit, --protocol)"
             )
         differing = np.flatnonzero(one.gold != two.gold)
         if differing.size:
             at = differing[0]
             raise UserError(
-                f"{dataset}: the gold labels of {differing.size:,} examples differ, first that of example {one.index[at]} "
+                f"{dataset}: the gold labels of {differing.size:,} examples differ, first that of example "
+                f"{one.index[at]} "
                 f"({one.gold[at]} in {names[0]}, {two.gold[at]} in {names[1]}); evaluate both on the same data"
             )
 

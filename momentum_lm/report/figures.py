@@ -88,7 +88,9 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
                 **line_style(index),
             )
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(sorted({length for points in series.values() for length, _ in points})))
+        axes.xaxis.set_major_locator(
+            FixedLocator(sorted({length for points in series.values() for length, _ in points}))
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.ticklabel_format(axis="y", useOffset=False)
@@ -139,7 +141,10 @@ class AccuracyPoint:
 
 
 def accuracy_panel(
-    lines: Mapping[str, Sequence[AccuracyPoint]], title: str = "", level: tuple[str, float] | None = None, what: str | None = None
+    lines: Mapping[str, Sequence[AccuracyPoint]],
+    title: str = "",
+    level: tuple[str, float] | None = None,
+    what: str | None = None,
 ) -> Panel:
     """Accuracy in percent over shots: for each name a line, bars for its interval and faint dots for the seeds; one or
     two lines have bands between their bars, more would blur each other.
@@ -199,11 +204,15 @@ def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], titl
         size = 10 if len(labels) <= 6 else 9 if len(labels) <= 10 else 8
         for row, column in np.ndindex(*table.shape):
             share = shares[row, column]
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=COLOURS[0], alpha=0.7 * share, linewidth=0))
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=COLOURS[0], alpha=0.7 * share, linewidth=0)
+            )
             if share >= 0.005:
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=size)
         names = [shown(label, 18) for label in labels]
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) * len(names) > 30 else {}
+        turned = (
+            {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) * len(names) > 30 else {}
+        )
         axes.set_xticks(range(len(names)), names, fontsize=size, **turned)
         rows = [f"{name} ({total:,.0f})" for name, total in zip(names, totals, strict=True)]
         axes.set_yticks(range(len(names)), rows, fontsize=size)

@@ -17,9 +17,12 @@ from .skeleton import Comparison, Folder, Sections, differ
 from .tables import Table
 
 _READING = (
-    "Numbers are means over layers, then over seeds, with Student's 95% intervals over seeds; for one seed, and where all seeds agree, "
-    "over examples. Metrics are in the corrected form unless the heading says otherwise. Differences are paired by seed where both "
-    "results have the same demonstrations and examples under it; one whose interval leaves out 0 would be rare if there were none."
+    "Numbers are means over layers, then over seeds, with Student's 95% intervals over seeds; for one seed, and where "
+    "all seeds agree, "
+    "over examples. Metrics are in the corrected form unless the heading says otherwise. Differences are paired by "
+    "seed where both "
+    "results have the same demonstrations and examples under it; one whose interval leaves out 0 would be rare if "
+    "there were none."
 )
 
 _THE_SAME = ("demonstrations", "num_examples")  # what two runs of a seed must have in common to be a pair
@@ -99,7 +102,9 @@ class FinetuningComparison(Comparison):
                 lines[title] = Curve(band[0], band[1], band[2], look)
         if not lines:
             return None
-        return Picture(to_svg(draw(metric_panel(name, lines), size=(4.6, 3.9))), f"{METRICS[name]}, corrected, by layer.")
+        return Picture(
+            to_svg(draw(metric_panel(name, lines), size=(4.6, 3.9))), f"{METRICS[name]}, corrected, by layer."
+        )
 
     def _notes(self) -> list[str]:
         """Settings that not every folder has, and those of other seeds or numbers of examples."""

@@ -43,7 +43,12 @@ def headlines(runs: Sequence[Run]) -> list[str]:
     return sentences
 
 
-_SIDES = {"above": "above", "level": "not distinguishable from", "below": "below", "unknown": "without an interval beside"}
+_SIDES = {
+    "above": "above",
+    "level": "not distinguishable from",
+    "below": "below",
+    "unknown": "without an interval beside",
+}
 
 
 def _sides(beside: Mapping[str, Sequence[str]]) -> str:

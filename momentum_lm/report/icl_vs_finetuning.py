@@ -37,31 +37,47 @@ HEADS = ("simam_delta_centred", "simam_delta", "kendall", "dw_similarity")
 _HEADS_ARE = {"dw_similarity": "key/value head"}
 _OF_RUN = [name for name, control in CONTROLS.items() if control.of_run]  # of which a metric has one
 _INTERVALS = (
-    "Numbers are means over layers, then over seeds, which draw the demonstrations. Their 95% intervals are Student's over seeds: what "
-    "other demonstrations would give on these examples. For one seed, and where all seeds agree, they are over examples: Wilson's for "
+    "Numbers are means over layers, then over seeds, which draw the demonstrations. Their 95% intervals are Student's "
+    "over seeds: what "
+    "other demonstrations would give on these examples. For one seed, and where all seeds agree, they are over "
+    "examples: Wilson's for "
     "shares, bootstrap for the rest."
 )
 _MEASURED = (
-    "ZSL is the model asked without demonstrations, ICL with them in the prompt, FT without them after it was finetuned on them: as the "
-    "configuration says, by default key and value projections by plain SGD, one demonstration a step, in order, once. The weights are "
+    "ZSL is the model asked without demonstrations, ICL with them in the prompt, FT without them after it was "
+    "finetuned on them: as the "
+    "configuration says, by default key and value projections by plain SGD, one demonstration a step, in order, once. "
+    "The weights are "
     "restored afterwards.",
-    "The authors' form follows the code of arXiv 2212.10559: it looks at the first token of the first choice, normalises attention "
-    "outputs first (which makes unrelated updates look alike), and compares attention summed over heads. The corrected form looks at the "
-    "token that predicts the choice, compares updates as they are, ranks attention head by head, and takes chance out of recall.",
-    "Rec2FTP: of the errors that FT repairs, the share that ICL repairs too. Chance: the share of all zero-shot errors that ICL repairs, "
-    "which is what Rec2FTP would be if the two had nothing to do with each other. Both are of all seeds' examples together.",
-    "SimAOU: cosine of what ICL and what FT change in a layer's attention output. SimAM: cosine of attention logits over the query's own "
-    "tokens; SimAM-delta: of what ICL and FT change in them (Deutch et al., arXiv 2311.07772); centred: without each row's mean, on which "
+    "The authors' form follows the code of arXiv 2212.10559: it looks at the first token of the first choice, "
+    "normalises attention "
+    "outputs first (which makes unrelated updates look alike), and compares attention summed over heads. The corrected "
+    "form looks at the "
+    "token that predicts the choice, compares updates as they are, ranks attention head by head, and takes chance out "
+    "of recall.",
+    "Rec2FTP: of the errors that FT repairs, the share that ICL repairs too. Chance: the share of all zero-shot errors "
+    "that ICL repairs, "
+    "which is what Rec2FTP would be if the two had nothing to do with each other. Both are of all seeds' examples "
+    "together.",
+    "SimAOU: cosine of what ICL and what FT change in a layer's attention output. SimAM: cosine of attention logits "
+    "over the query's own "
+    "tokens; SimAM-delta: of what ICL and FT change in them (Deutch et al., arXiv 2311.07772); centred: without each "
+    "row's mean, on which "
     "no attention depends.",
-    "Kendall and recall: agreement of ICL's attention to the demonstrations' tokens with the inner products of FT's training queries and "
+    "Kendall and recall: agreement of ICL's attention to the demonstrations' tokens with the inner products of FT's "
+    "training queries and "
     "the test query. Recall, corrected, is 0 by chance and 1 at best.",
-    "cos(dW_ICL, dW_FT): of the two implicit updates of relaxed linear attention (no softmax), per head. Relaxed vs softmax: cosine, and "
+    "cos(dW_ICL, dW_FT): of the two implicit updates of relaxed linear attention (no softmax), per head. Relaxed vs "
+    "softmax: cosine, and "
     "ratio of lengths, of what a head puts out in context without and with softmax.",
-    "Controls. Random: a random zero-mean update, a random order of tokens, or keys dealt out anew among tokens (in the authors' form "
-    "updates and weights are from 0 to 1). Before finetuning: the model as it was, in FT's place. Untrained: the same architecture with "
+    "Controls. Random: a random zero-mean update, a random order of tokens, or keys dealt out anew among tokens (in "
+    "the authors' form "
+    "updates and weights are from 0 to 1). Before finetuning: the model as it was, in FT's place. Untrained: the same "
+    "architecture with "
     "fresh weights. Shuffled labels: finetuned on demonstrations whose labels were dealt out anew: "
     "some fall to where they were, of two balanced labels about half. LCGD: finetuned with a loss for every "
-    "layer that stays in the layer. All parameters: all are finetuned. Only what exceeds the first four speaks for ICL as finetuning; "
+    "layer that stays in the layer. All parameters: all are finetuned. Only what exceeds the first four speaks for ICL "
+    "as finetuning; "
     "the last two are other ways of learning.",
 )
 
@@ -137,7 +153,8 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
             save(name, figure)
         sections[f"{dataset}, {shots} shots"] = _section(chosen)
     if (beside := paper_table(runs)) is not None:
-        note = f"Source: {SOURCE}: models of 1.3B and 2.7B parameters, one seed a cell, seed and learning rate chosen on these examples."
+        note = f"Source: {SOURCE}: models of 1.3B and 2.7B parameters, one seed a cell, seed and learning "
+        note += "rate chosen on these examples."
         sections["Beside the paper"] = [Folded("The paper's numbers", [beside, Paragraph(note)])]
     sections["How it was measured"] = [Points(_MEASURED)]
     sections["Every run"] = [Folded(f"{len(runs)} runs", [_runs_table(runs)])]
@@ -161,7 +178,9 @@ def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
                             log.scalars({tag: value}, layer)
                     if control is None:
                         final[tag] = numbers.metric(chosen, name, part)["mean"]
-        values = {name: numbers.accuracy(chosen, name)["mean"] for name in SETTINGS} | {"rec2ftp": numbers.rec2ftp(chosen)["mean"]}
+        values = {name: numbers.accuracy(chosen, name)["mean"] for name in SETTINGS} | {
+            "rec2ftp": numbers.rec2ftp(chosen)["mean"]
+        }
         final |= {f"{stem}/{name}": value for name, value in values.items() if value is not None}
     return final
 
@@ -178,7 +197,9 @@ def overview(folder: Folder) -> list[Part]:
     runs = results["runs"]
     parts: list[Part] = [Points(headlines(runs)), accuracy_table(runs), results_table(runs), Paragraph(_INTERVALS)]
     for chosen in numbers.settings(runs).values():
-        parts.append(Gallery([_layer_picture(panel, METRICS[name], "corrected") for name, panel in panels(chosen).items()]))
+        parts.append(
+            Gallery([_layer_picture(panel, METRICS[name], "corrected") for name, panel in panels(chosen).items()])
+        )
     return parts
 
 
@@ -211,8 +232,14 @@ def _pictures(runs: Sequence[Run], stem: str) -> dict[str, Figure]:
         f"heads-{stem}": (_head_panels(runs), (4.2, 3.6), 3),
         f"attention-{stem}": (attention_panels(runs[0]), (4.2, 3.6), 2),
     }
-    figures = {name: draw(*found.values(), size=size, columns=columns) for name, (found, size, columns) in drawn.items() if found}
-    return figures | {f"overlap-{stem}": draw(overlap_panel(numbers.cells(runs), f"Zero-shot's errors, {stem}"), size=(5.4, 4.4))}
+    figures = {
+        name: draw(*found.values(), size=size, columns=columns)
+        for name, (found, size, columns) in drawn.items()
+        if found
+    }
+    return figures | {
+        f"overlap-{stem}": draw(overlap_panel(numbers.cells(runs), f"Zero-shot's errors, {stem}"), size=(5.4, 4.4))
+    }
 
 
 def _section(runs: Sequence[Run]) -> list[Part]:
@@ -223,7 +250,8 @@ def _section(runs: Sequence[Run]) -> list[Part]:
     together = f" {len(runs)} seeds together." if len(runs) > 1 else ""
     overlap = Picture(
         to_svg(draw(overlap_panel(counts), size=(5.4, 4.4))),
-        "Zero-shot's errors: by column whether finetuning repairs them, in strong colour what ICL repairs; areas are numbers of "
+        "Zero-shot's errors: by column whether finetuning repairs them, in strong colour what ICL repairs; areas are "
+        "numbers of "
         f"examples. The height of the strong blue is Rec2FTP. {spoiled}{together}",
     )
     parts: list[Part] = [
@@ -237,7 +265,10 @@ def _section(runs: Sequence[Run]) -> list[Part]:
     if paper:
         parts.append(Folded("By layer in the authors' form", [Gallery(paper)]))
     heads = [
-        Picture(to_svg(draw(panel, size=(4.2, 3.6))), f"{METRICS[name]}, corrected; blue positive, orange negative, × undefined.")
+        Picture(
+            to_svg(draw(panel, size=(4.2, 3.6))),
+            f"{METRICS[name]}, corrected; blue positive, orange negative, × undefined.",
+        )
         for name, panel in _head_panels(runs).items()
     ]
     if heads:
@@ -254,7 +285,12 @@ def _attention(run: Run) -> list[Part]:
     if not pictures:
         return []
     labels = ", ".join(f"{number} {label}" for number, label in enumerate(run.get("demonstration_labels", ()), 1))
-    return [Folded("Attention of single examples to the demonstrations", [Gallery(pictures), Paragraph(f"Demonstrations: {labels}.")])]
+    return [
+        Folded(
+            "Attention of single examples to the demonstrations",
+            [Gallery(pictures), Paragraph(f"Demonstrations: {labels}.")],
+        )
+    ]
 
 
 def attention_panels(run: Run) -> dict[str, Panel]:
@@ -275,17 +311,32 @@ def _layer_picture(panel: Panel, title: str, form: str) -> Picture:
 
 def _head_panels(runs: Sequence[Run]) -> dict[str, Panel]:
     tables = {name: numbers.mean_heads(runs, name) for name in HEADS}
-    return {name: heads_panel(table, METRICS[name], _HEADS_ARE.get(name, "head")) for name, table in tables.items() if table is not None}
+    return {
+        name: heads_panel(table, METRICS[name], _HEADS_ARE.get(name, "head"))
+        for name, table in tables.items()
+        if table is not None
+    }
 
 
 def _controls(runs: Sequence[Run]) -> list[str]:
     """The controls that any metric of the runs has."""
-    return [control for control in CONTROLS if any(numbers.bands(runs, name, "corrected", control) is not None for name in METRICS)]
+    return [
+        control
+        for control in CONTROLS
+        if any(numbers.bands(runs, name, "corrected", control) is not None for name in METRICS)
+    ]
 
 
 def _metric_headings(controls: Sequence[str]) -> list[str]:
     rest = [CONTROLS[control].title for control in controls if control not in _OF_RUN]
-    return ["metric", "authors' form", "its control", "corrected", *["its control"] * (len(rest) < len(controls)), *rest]
+    return [
+        "metric",
+        "authors' form",
+        "its control",
+        "corrected",
+        *["its control"] * (len(rest) < len(controls)),
+        *rest,
+    ]
 
 
 def _metric_rows(runs: Sequence[Run], controls: Sequence[str]) -> list[list[str]]:
@@ -319,7 +370,9 @@ def published_quantity(runs: Sequence[Run], quantity: str) -> tuple[str, Estimat
     if quantity == "rec2ftp":
         return "Rec2FTP", numbers.rec2ftp(runs)
     name, _, control = quantity.partition("_")
-    return METRICS[name] + (f", {CONTROLS[control].title}" if control else ""), numbers.metric(runs, name, "paper", control or None)
+    return METRICS[name] + (f", {CONTROLS[control].title}" if control else ""), numbers.metric(
+        runs, name, "paper", control or None
+    )
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:

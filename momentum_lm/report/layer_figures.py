@@ -40,7 +40,9 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
             layers = np.arange(1, len(curve.mean) + 1)
             style, first = line_style(curve.look), number == 0
             style |= {"linewidth": 2.0 if first else 1.2, "zorder": 4 if first else 3}
-            axes.fill_between(layers, curve.low, curve.high, color=style["color"], alpha=0.22 if first else 0.09, linewidth=0)
+            axes.fill_between(
+                layers, curve.low, curve.high, color=style["color"], alpha=0.22 if first else 0.09, linewidth=0
+            )
             axes.plot(
                 layers,
                 curve.mean,
@@ -113,7 +115,9 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
                 height = share / count if count else 0.0
                 axes.add_patch(Rectangle((left, bottom), width, height, facecolor=colour, alpha=alpha, linewidth=0))
                 if height > 0.06 and width > 0.05:
-                    axes.text(left + width / 2, bottom + height / 2, f"{share:,.0f}", ha="center", va="center", fontsize=11)
+                    axes.text(
+                        left + width / 2, bottom + height / 2, f"{share:,.0f}", ha="center", va="center", fontsize=11
+                    )
                 bottom += height
             text = f"{name}\n{count:,.0f} of {total:,.0f}"
             if count:
@@ -125,7 +129,13 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
             label.set_ha("left" if place < 0.14 else "right" if place > 0.86 else "center")
         axes.tick_params(axis="x", length=0)
         chance = wrong[1].sum() / total
-        axes.axhline(chance, color=_NEUTRAL, linewidth=1.4, linestyle=(0, (4, 3)), label=f"of all errors: {100 * chance:.1f}% (chance)")
+        axes.axhline(
+            chance,
+            color=_NEUTRAL,
+            linewidth=1.4,
+            linestyle=(0, (4, 3)),
+            label=f"of all errors: {100 * chance:.1f}% (chance)",
+        )
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), fontsize=8.5)
 
     return panel

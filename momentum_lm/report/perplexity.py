@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 TASK = "lm_perplexity"
 _PROTOCOL = (
-    "The documents of a split, one after another, are cut into blocks of the context length; each block is scored without what came "
+    "The documents of a split, one after another, are cut into blocks of the context length; each block is scored "
+    "without what came "
     "before it, and every token once. Intervals: 95%, bootstrap over documents."
 )
 

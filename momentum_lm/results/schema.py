@@ -107,7 +107,7 @@ class Data(TypedDict):
 
 
 class Config(TypedDict):
-    """What a task was asked to do. The entries of a task are compared, and otherwise only shown."""
+    """Settings of a study. Its own entries are compared, and otherwise only shown."""
 
     data: NotRequired[Data]
     dtype: NotRequired[Text]

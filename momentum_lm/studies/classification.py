@@ -68,7 +68,9 @@ class Settings:
 
     def form(self, lm: LanguageModel) -> PromptFormat:
         """How prompts are put together for a model."""
-        return PromptFormat(lm.bos if self.bos is None else self.bos, lm.separator if self.separator is None else self.separator)
+        return PromptFormat(
+            lm.bos if self.bos is None else self.bos, lm.separator if self.separator is None else self.separator
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class Questions:
     Raises UserError, naming the dataset, where the data does not allow what the settings ask.
     """
 
-    def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings, queries: int = 1, calibrated: bool = True) -> None:
+    def __init__(
+        self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings, queries: int = 1, calibrated: bool = True
+    ) -> None:
         self.lm, self.spec, self.train, self.settings = lm, dataset.spec, dataset.train, settings
         with self._named():
             self.separation = separation(dataset, settings, queries)
@@ -173,7 +177,9 @@ class Questions:
         premise = self.spec.domain_premise
         if not premise and not form.bos:  # something must come before the first token: what comes before any text
             premise = form.separator if isinstance(form.separator, str) else self.lm.decode(form.separator)
-        return CHOICE.requests(self.lm, form, [], [Example(e.index, (premise,), e.continuations, e.gold) for e in examples])
+        return CHOICE.requests(
+            self.lm, form, [], [Example(e.index, (premise,), e.continuations, e.gold) for e in examples]
+        )
 
     def allows(self, name: str) -> bool:
         """Whether a calibration means anything here."""
@@ -182,28 +188,37 @@ class Questions:
         return name == "none" or self.spec.labels is not None
 
     def warn(self) -> None:
-        """Logs what is to be told of the data, a line each."""
+        """Logs the notes on the data, a line each."""
         texts = [*self.examples, *self.train]
         special = special_notes(self.lm, self.settings.form(self.lm), self.spec.templates[self.spec.template], texts)
         for note in [*self.notes, *special]:
             _log.warning("%s: %s", self.spec.name, note)
 
     def warn_of_scores(self) -> None:
-        """Logs what is to be told of labels and calibrations."""
+        """Logs labels that begin alike, and calibrations that are left out."""
         name = self.spec.name
         for one, other in self.colliding():
             _log.warning(
-                "%s: the labels %r and %r begin with the same token; the tokens after it decide between them", name, one, other
+                "%s: the labels %r and %r begin with the same token; the tokens after it decide between them",
+                name,
+                one,
+                other,
             )
         for left_out in (c for c in self.settings.calibrations if not self.allows(c)):
-            reason = "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
+            reason = (
+                "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
+            )
             _log.warning("%s: no calibration %s, because %s", name, left_out, reason)
 
     def colliding(self) -> list[tuple[str, str]]:
         """Pairs of label words whose first tokens are the same."""
         labels = self.examples[0].continuations if self.spec.labels else ()
         first = [tokens[:1] for tokens in self.lm.encode(list(labels))]
-        return [(labels[i].strip(), labels[j].strip()) for i, j in itertools.combinations(range(len(labels)), 2) if first[i] == first[j]]
+        return [
+            (labels[i].strip(), labels[j].strip())
+            for i, j in itertools.combinations(range(len(labels)), 2)
+            if first[i] == first[j]
+        ]
 
 
 def separation(dataset: LabelledDataset, settings: Settings, queries: int = 1) -> Separation:

@@ -20,7 +20,10 @@ def cells(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
     runs."""
     datasets, names = (list(dict.fromkeys(run[key] for run in runs)) for key in ("dataset", "calibration"))
     grouped: dict[Cell, list[Run]] = {}
-    for run in sorted(runs, key=lambda r: (datasets.index(r["dataset"]), r["shots"], names.index(r["calibration"]), r["seed"], r["order"])):
+    for run in sorted(
+        runs,
+        key=lambda r: (datasets.index(r["dataset"]), r["shots"], names.index(r["calibration"]), r["seed"], r["order"]),
+    ):
         grouped.setdefault((run["dataset"], run["shots"], run["calibration"]), []).append(run)
     return grouped
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from momentum_lm.errors import UserError
 from momentum_lm.icl import scoring
 from momentum_lm.icl.datasets.loading import Example
-from momentum_lm.icl.finetuning import Diverged, Lesson
+from momentum_lm.icl.finetuning import Diverged
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build
 from momentum_lm.results.processes import Processes
 
@@ -34,30 +34,30 @@ class Choice:
 def choose(
     lm: TracedModel,
     form: PromptFormat,
-    lessons: Sequence[Lesson],
     examples: Sequence[Example],
     selected_on: str,
     rates: Sequence[float],
-    parameters: str,
+    finetune: Callable[[float], Learned],
     score: str,
     batch_tokens: int | None,
     processes: Processes,
     name: str,
 ) -> Choice:
-    """The rate with the highest zero-shot accuracy on ``examples`` after finetuning; of equals the one with the lower
+    """The rate with the highest zero-shot accuracy on ``examples`` after ``finetune(rate)``; of equals the one with the lower
     loss of the right choices, then the smaller one. A rate that diverges is logged and passed over. Raises UserError
     where all of them do."""
     if len(rates) == 1:
         return Choice(rates[0], "given", [])
     if not examples:
-        raise UserError(f"{name}: no training examples are left to choose a learning rate on; give one with --finetune-lr")
+        raise UserError(
+            f"{name}: no training examples are left to choose a learning rate on; give one with --finetune-lr"
+        )
     prompts = build(lm, form, [], examples)
     gold = np.array([example.gold for example in examples])
     grid: list[dict[str, Any]] = []
     for rate in rates:
         try:
-            learned = Learned(lm, lessons, rate, parameters)
-            with learned.applied():
+            with finetune(rate).applied():
                 table = _scores(lm, prompts, score, batch_tokens, processes)
             if table is None:
                 raise Diverged("the finetuned model gives probabilities of 0 or NaN")
@@ -89,5 +89,7 @@ def _scores(lm: TracedModel, prompts: Prompts, score: str, batch_tokens: int | N
     parts = processes.gather(sums)
     table = None
     if processes.first and all(part is not None for part in parts):
-        table = scoring.collect(prompts, {query: values for part in parts for query, values in part.items()}).values(score)
+        table = scoring.collect(prompts, {query: values for part in parts for query, values in part.items()}).values(
+            score
+        )
     return processes.from_first(table)

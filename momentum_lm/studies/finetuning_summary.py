@@ -84,7 +84,9 @@ def bands(runs: Sequence[Run], metric: str, part: str, control: str | None = Non
     return np.stack([rows[0], *low_high])
 
 
-def estimate(values: Sequence[float | None], over_examples: Sequence[float] | None = None, share: bool = False) -> Estimate:
+def estimate(
+    values: Sequence[float | None], over_examples: Sequence[float] | None = None, share: bool = False
+) -> Estimate:
     """``mean``, ``ci95`` and what it is ``over``, ``sd``, ``min``, ``max`` and ``num``, the number of seeds that have a
     value.
 
@@ -92,7 +94,15 @@ def estimate(values: Sequence[float | None], over_examples: Sequence[float] | No
     not remove all doubt, it is ``over_examples``, if given. What is not known is null.
     """
     known = [value for value in values if value is not None]
-    found: Estimate = {"mean": None, "ci95": None, "over": None, "sd": None, "min": None, "max": None, "num": len(known)}
+    found: Estimate = {
+        "mean": None,
+        "ci95": None,
+        "over": None,
+        "sd": None,
+        "min": None,
+        "max": None,
+        "num": len(known),
+    }
     if not known:
         return found
     found |= {"mean": float(np.mean(known)), "min": min(known), "max": max(known)}
@@ -202,10 +212,12 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         entry |= {"rec2ftp_chance": chance(chosen), "rec2ftp_above_chance": above_chance(chosen)}
         entry |= {part: {name: metric(chosen, name, part) for name in names[part]} for part in PARTS}
         entry["baselines"] = {
-            control: {n: e for n in names["corrected"] if (e := metric(chosen, n, control=control))["num"]} for control in controls
+            control: {n: e for n in names["corrected"] if (e := metric(chosen, n, control=control))["num"]}
+            for control in controls
         }
         entry["differences"] = {
-            name: {control: gap for control in CONTROLS if (gap := difference(chosen, name, control))["num"]} for name in METRICS
+            name: {control: gap for control in CONTROLS if (gap := difference(chosen, name, control))["num"]}
+            for name in METRICS
         }
         found.setdefault(dataset, {})[str(shots)] = entry
     return found

@@ -21,7 +21,7 @@ _MOST = 2**53  # what every reader of JSON takes, and results.schema
 
 
 def add_question_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say what a model is asked, with which demonstrations."""
+    """Flags of the data sets and of the prompts made of them."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--datasets",
@@ -127,7 +127,7 @@ def process_timeout(args: argparse.Namespace) -> float:
 
 
 def load_datasets(args: argparse.Namespace, lm: LanguageModel) -> list[LabelledDataset]:
-    """The data that the flags name, its texts shortened where asked."""
+    """The data sets of ``--datasets``, their texts shortened to ``--max-field-tokens``."""
     from momentum_lm.icl.datasets.loading import load_dataset
 
     return [

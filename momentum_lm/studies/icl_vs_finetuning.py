@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -97,15 +98,22 @@ def analyse(
         todo: list[Unit] | None = None
         if processes.first:
             stack.enter_context(results_lock(folder))
-            results = Results(folder, TASK, lm.describe(), _config(lm, datasets, settings, form, command), KEY, force, summary)
+            results = Results(
+                folder, TASK, lm.describe(), _config(lm, datasets, settings, form, command), KEY, force, summary
+            )
             predictions = Predictions(results, len(SETTINGS))
-            todo = [unit for unit in classification.units(list(loaded), prompt_settings) if _key(unit) not in predictions.runs]
+            todo = [
+                unit
+                for unit in classification.units(list(loaded), prompt_settings)
+                if _key(unit) not in predictions.runs
+            ]
             for unit in todo if settings.save_traces and not force else ():
                 check_ours(_traces(folder, unit), ARRAYS)
             if not todo and show_progress:
                 say_finished(folder)
         todo = processes.from_first(todo) or []
-        questions = {name: Questions(lm, loaded[name], prompt_settings, calibrated=False) for name in {u.dataset: 0 for u in todo}}
+        names = dict.fromkeys(unit.dataset for unit in todo)
+        questions = {name: Questions(lm, loaded[name], prompt_settings, calibrated=False) for name in names}
         for dataset_questions in questions.values() if processes.first else ():
             dataset_questions.warn()
 
@@ -127,9 +135,9 @@ def analyse(
                     save_traces(_traces(folder, unit), main, study.digest())
                 run = study.about(rate) | {"seconds": round(time.perf_counter() - began, 3)}
                 run |= record(main, measured, study.examples, score)
-                names = dict(zip(KEY, _key(unit), strict=True))
-                predictions.add(_key(unit), (names | line for line in main.lines(study.examples, score)))
-                results.add(names | run)
+                named = dict(zip(KEY, _key(unit), strict=True))
+                predictions.add(_key(unit), (named | line for line in main.lines(study.examples, score)))
+                results.add(named | run)
 
         for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
             analyse_one(unit)
@@ -155,7 +163,8 @@ class _Study:
         self.demonstrations, self.in_context = questions.prompts(form, unit)
         if not self.demonstrations:
             raise UserError(
-                f"{unit.dataset}: no demonstration fits beside the longest query in the {lm.max_positions} tokens of {lm.name}; "
+                f"{unit.dataset}: no demonstration fits beside the longest query in the {lm.max_positions} tokens of "
+                f"{lm.name}; "
                 "shorten texts with --max-field-tokens"
             )
         self.zero_shot = unshared(questions.prompts(form, dataclasses.replace(unit, shots=0))[1])
@@ -205,9 +214,9 @@ class _Study:
             order = np.random.default_rng([self.unit.seed, 2]).permutation(len(train))
             rest = [train[i] for i in order if i not in hidden and example_identity(train[i]) not in shown]
             examples, source = rest[: settings.held_out], "train"
-        budget = prompt_settings.batch_tokens
-        arguments = (settings.rates, settings.parameters, prompt_settings.score, budget, self.processes, self.unit.draw)
-        return choose(self.lm, self.form, self.lessons, examples, source, *arguments)
+        finetune = functools.partial(Learned, self.lm, self.lessons, parameters=settings.parameters)
+        scoring_settings = (prompt_settings.score, prompt_settings.batch_tokens, self.processes, self.unit.draw)
+        return choose(self.lm, self.form, examples, source, settings.rates, finetune, *scoring_settings)
 
     def measure(self, lm: TracedModel, rate: float, models: Mapping[str, Control]) -> dict[str, Measurements | None]:
         """Finetunes ``models`` of ``lm`` and measures each: in rank 0 by their names; None for one that gives no finite
@@ -380,7 +389,9 @@ def _traces(folder: str | os.PathLike[str], unit: Unit) -> Path:
 def save_traces(path: Path, measured: Measurements, fingerprint: str = "") -> None:
     """Attention outputs (n, 3 settings, L, 2 positions, C) in half precision, and every metric by example."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{part}/{name}": values for part, kept in measured.metrics.items() for name, values in kept.arrays.items()}
+    arrays = {
+        f"{part}/{name}": values for part, kept in measured.metrics.items() for name, values in kept.arrays.items()
+    }
     outputs = np.stack([measured.outputs[i] for i in sorted(measured.outputs)])
     with atomic_write(path, "wb") as file:  # the fingerprint first: it is the mark that the file is ours
         np.savez_compressed(file, fingerprint=np.array(fingerprint), outputs=outputs, **arrays)  # type: ignore[arg-type]

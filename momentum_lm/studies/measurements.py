@@ -17,7 +17,11 @@ from momentum_lm.icl.scoring import Scores
 from .tasks import CHOICE
 
 SETTINGS = ("zero_shot", "in_context", "finetuned")
-PARTS = ("paper", "corrected", "heads")  # metrics by layer in the authors' form, corrected, and the latter's by layer and head
+PARTS = (
+    "paper",
+    "corrected",
+    "heads",
+)  # metrics by layer in the authors' form, corrected, and the latter's by layer and head
 
 
 class Measurements:
@@ -65,29 +69,40 @@ class Measurements:
         recall = metrics.rec2ftp(*(right[setting] for setting in SETTINGS))
         result: dict[str, Any] = {
             "accuracy": {setting: float(values.mean()) for setting, values in right.items()},
-            "accuracy_ci95": {setting: _ends(wilson_interval(int(values.sum()), len(gold))) for setting, values in right.items()},
+            "accuracy_ci95": {
+                setting: _ends(wilson_interval(int(values.sum()), len(gold))) for setting, values in right.items()
+            },
             "rec2ftp": recall.value,
             "rec2ftp_ci95": _ends(recall.wilson),
             "rec2ftp_bootstrap_ci95": _ends(recall.bootstrap),
             "rec2ftp_chance": recall.chance,
-            "rec2ftp_counts": {"recovered": recall.recovered, "recoverable": recall.recoverable, "cells": recall.cells.tolist()},
+            "rec2ftp_counts": {
+                "recovered": recall.recovered,
+                "recoverable": recall.recoverable,
+                "cells": recall.cells.tolist(),
+            },
             "finetune_losses": self.losses,
         }
         if recall.value is None:
-            result["note"] = "finetuning put nothing right that was wrong zero-shot, so there is nothing for Rec2FTP to recover"
+            result["note"] = (
+                "finetuning put nothing right that was wrong zero-shot, so there is nothing for Rec2FTP to recover"
+            )
         for part in ("paper", "corrected"):
             kept = self.metrics[part]
             bands = {name: kept.bands(name) for name in kept}
             result[part] = {name: nullable(band.estimate) for name, band in bands.items()}
             result[f"{part}_ci95"] = {
-                name: [nullable(np.array(ends)) for ends in zip(band.low, band.high, strict=True)] for name, band in bands.items()
+                name: [nullable(np.array(ends)) for ends in zip(band.low, band.high, strict=True)]
+                for name, band in bands.items()
             }
         heads = self.metrics["heads"]
         result["heads"] = {name: nullable(heads.mean(name)) for name in heads}
         return result
 
 
-def record(main: Measurements, baselines: Mapping[str, Measurements | None], examples: Sequence[Example], score: str) -> dict[str, Any]:
+def record(
+    main: Measurements, baselines: Mapping[str, Measurements | None], examples: Sequence[Example], score: str
+) -> dict[str, Any]:
     """One entry of ``runs``, without what names it. A baseline that diverged is null. ``attention``: the shares of
     attention that a few examples give to each demonstration, (L, M), in context and by finetuning, as means over
     heads."""
@@ -96,7 +111,9 @@ def record(main: Measurements, baselines: Mapping[str, Measurements | None], exa
         {"index": examples[i].index, "in_context": _rounded(shares[0]), "finetuned": _rounded(shares[1])}
         for i, shares in sorted(main.shares.items())
     ]
-    result["baselines"] = {name: None if measured is None else measured.report(examples, score) for name, measured in baselines.items()}
+    result["baselines"] = {
+        name: None if measured is None else measured.report(examples, score) for name, measured in baselines.items()
+    }
     return result
 
 

@@ -82,7 +82,7 @@ def _check_dictionary(lm: PerplexityModel, dictionary: Dictionary, path: Path) -
     """Raises UserError where the data's dictionary has other symbols than the model's: beside the checkpoint, or else
     that of the data that the checkpoint says it was trained on, where it still is."""
     if getattr(lm, "dictionary", None) is not None:
-        return  # the checkpoint itself says its symbols, and was asked
+        return  # the checkpoint has its own symbols, compared above
     named = getattr(lm, "trained_on", None)
     places = [Path(lm.name).parent / "dict.txt", *([Path(named) / "dict.txt"] if named else [])]
     own = next((place for place in places if place.is_file()), None)
@@ -111,12 +111,15 @@ def batches(
         targets, owners = tokens[offset : offset + last - first], owners[offset : offset + last - first]
         inputs = np.concatenate([[tokens[offset - 1] if offset else EOS], targets[:-1]])
         blocks = np.arange(first, last, context_length)
-        begins = starts[np.searchsorted(starts, blocks, "right") - 1] == blocks  # documents that begin where a block does
+        begins = (
+            starts[np.searchsorted(starts, blocks, "right") - 1] == blocks
+        )  # documents that begin where a block does
         inputs[blocks[begins] - first] = EOS
         count = len(blocks)
         pad = (0, count * context_length - len(targets))
         yield tuple(  # type: ignore[misc]
-            np.pad(x, pad, constant_values=fill).reshape(count, context_length) for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1))
+            np.pad(x, pad, constant_values=fill).reshape(count, context_length)
+            for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1))
         )
 
 
@@ -141,11 +144,15 @@ def score_documents(
         real = documents >= 0
         low, high = int(targets[real].min()), int(targets[real].max())
         if high >= lm.vocab_size or low < 0 or (targets[real] == PAD).any():
-            what = "padding" if high < lm.vocab_size else f"token {high}, beyond the model's vocabulary of {lm.vocab_size}"
+            what = (
+                "padding" if high < lm.vocab_size else f"token {high}, beyond the model's vocabulary of {lm.vocab_size}"
+            )
             raise UserError(f"{dataset.prefix}.bin holds {what}; make the data anew with the model's dictionary")
         losses = lm.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets), packed_documents).double().numpy()
         if not losses.max() < _WORST:  # NaN too
-            raise UserError(f"{lm.name} gives probabilities of 0 or NaN at context length {context_length}: its weights are broken")
+            raise UserError(
+                f"{lm.name} gives probabilities of 0 or NaN at context length {context_length}: its weights are broken"
+            )
         begun = documents[real].min()  # successive documents: only their totals are touched, however many there are
         sums = np.bincount(documents[real] - begun, weights=losses[real])
         totals[begun : begun + len(sums)] += sums
@@ -154,7 +161,8 @@ def score_documents(
             progress.update(int(real.sum()))
     if scored == 0 or scored != dataset.num_tokens:
         raise UserError(
-            f"{dataset.prefix}.bin: {scored} of {dataset.num_tokens} tokens were scored; the file changed meanwhile, or is empty"
+            f"{dataset.prefix}.bin: {scored} of {dataset.num_tokens} tokens were scored; the file changed meanwhile, "
+            "or is empty"
         )
     return totals
 
@@ -220,7 +228,9 @@ def evaluate(
         return results
 
 
-def _todo(results: Results, splits: Sequence[Split], lengths: Sequence[int], force: bool) -> Iterator[tuple[Split, int]]:
+def _todo(
+    results: Results, splits: Sequence[Split], lengths: Sequence[int], force: bool
+) -> Iterator[tuple[Split, int]]:
     """What ``results`` lack. Raises UserError for results of other data, and files in the way that are not ours."""
     for split in splits:
         for length in dict.fromkeys(lengths):

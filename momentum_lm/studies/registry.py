@@ -60,7 +60,8 @@ _STUDIES = (
     Study(
         "lm_perplexity",
         "perplexity on binarised text at several context lengths",
-        "data/reviews --path checkpoints/checkpoint_best.pt \\\n      --context-lengths 256,512,1024 --results-dir results/perplexity",
+        "data/reviews --path checkpoints/checkpoint_best.pt \\\n      --context-lengths 256,512,1024 --results-dir "
+        "results/perplexity",
         flags="momentum_lm.cli.eval_perplexity",
         report="momentum_lm.report.perplexity:write_report",
         comparison="momentum_lm.report.perplexity:Comparison",
@@ -68,7 +69,8 @@ _STUDIES = (
     Study(
         "icl_classification",
         "in-context classification of labelled data",
-        "--hf-model gpt2 --datasets mr,trec --shots 0,4,16 \\\n      --seeds 1,2,3 --calibration none,batch --results-dir results/icl",
+        "--hf-model gpt2 --datasets mr,trec --shots 0,4,16 \\\n      --seeds 1,2,3 --calibration none,batch "
+        "--results-dir results/icl",
         flags="momentum_lm.cli.eval_classification",
         report="momentum_lm.report.classification:write_report",
         comparison="momentum_lm.report.classification_comparison:ClassificationComparison",
@@ -78,7 +80,8 @@ _STUDIES = (
     Study(
         "icl_finetune_analysis",
         "whether in-context learning does what finetuning does",
-        "--hf-model gpt2 --datasets mr --shots 16 --seeds 1,2,3 \\\n      --sampling balanced --results-dir results/analysis",
+        "--hf-model gpt2 --datasets mr --shots 16 --seeds 1,2,3 \\\n      --sampling balanced --results-dir "
+        "results/analysis",
         flags="momentum_lm.cli.eval_finetune_analysis",
         report="momentum_lm.report.icl_vs_finetuning:write_report",
         comparison="momentum_lm.report.finetuning_comparison:FinetuningComparison",

@@ -59,10 +59,15 @@ class FinetunedModel:
         self.queries: Floats | None = None
         if aligned is not None and learned.queries:
             first = learned.queries[0][0]
-            self.queries = np.empty((len(learned.queries[0]), sum(aligned.lengths), first.shape[-1]), dtype=to_numpy(first[:0]).dtype)
+            self.queries = np.empty(
+                (len(learned.queries[0]), sum(aligned.lengths), first.shape[-1]), dtype=to_numpy(first[:0]).dtype
+            )
             place = 0
             for span in aligned.kept:
-                lesson, end = learned.queries.pop(0), place + span.stop - span.start  # popped: they are as large as what is made of them
+                lesson, end = (
+                    learned.queries.pop(0),
+                    place + span.stop - span.start,
+                )  # popped: they are as large as what is made of them
                 for layer, queries in enumerate(lesson):
                     self.queries[layer, place:end] = to_numpy(queries[begin + span.start : begin + span.stop])
                 place = end

@@ -25,7 +25,12 @@ def test_classification(write_results):
     chosen, real = read_results(folder), read_results(written)
     assert unknown(chosen["runs"][-1], real["runs"][-1]) == set()
     assert unknown(chosen["config"] | {"datasets": 0}, real["config"] | {"datasets": 0}) == set()
-    assert unknown(chosen["summary"]["mr"]["4"]["by_calibration"]["none"], real["summary"]["mr"]["2"]["by_calibration"]["none"]) == set()
+    assert (
+        unknown(
+            chosen["summary"]["mr"]["4"]["by_calibration"]["none"], real["summary"]["mr"]["2"]["by_calibration"]["none"]
+        )
+        == set()
+    )
     lines = [json.loads((place / "predictions.jsonl").read_text().splitlines()[-1]) for place in (folder, written)]
     assert lines[0].keys() == lines[1].keys()
 

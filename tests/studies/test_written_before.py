@@ -87,7 +87,9 @@ def test_what_is_measured_now_is_what_was_measured(task, home, capsys):
     old, new = (read_results(home / name) for name in (task, f"{task}-now"))
     close(old, new)
     if task != "lm_perplexity":
-        lines = [[json.loads(line) for line in (home / name / "predictions.jsonl").open()] for name in (task, f"{task}-now")]
+        lines = [
+            [json.loads(line) for line in (home / name / "predictions.jsonl").open()] for name in (task, f"{task}-now")
+        ]
         close(*lines)
     assert report.main([task, f"{task}-now", "--output", "compare.html"]) == 0
     assert f"vs {task}" in capsys.readouterr().out or task == "icl_finetune_analysis"
@@ -112,7 +114,9 @@ def test_an_older_journal_is_continued(home, capsys):
     (out / "scores" / "mr-2shot-seed1-order0.npz").unlink()
     kept = {path.name: path.read_bytes() for path in (out / "scores").glob("*.npz")}
     measure("icl_classification", out)
-    assert all((out / "scores" / name).read_bytes() == content for name, content in kept.items())  # none was scored again
+    assert all(
+        (out / "scores" / name).read_bytes() == content for name, content in kept.items()
+    )  # none was scored again
     assert not list((out / "scores").glob("*.jsonl"))
     close(read_results(BEFORE / "icl_classification"), read_results(out))
     assert capsys.readouterr().out

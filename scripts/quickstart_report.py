@@ -20,6 +20,7 @@ from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture
 from momentum_lm.report.perplexity import difference_cells, document_sums
 from momentum_lm.report.tables import Table
 from momentum_lm.results.records import read_results
+from momentum_lm.studies import classification_summary
 from momentum_lm.text.dictionary import Dictionary
 from momentum_lm.text.indexed import IndexedDataset
 
@@ -104,11 +105,11 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
 def _in_context(output: Path) -> Chapter:
     folder = output / "icl"
     runs = read_results(folder)["runs"]
-    level = classification.baseline(runs)
+    level = classification_summary.baseline(runs)
     settings = []
-    for (_, shots, calibration), chosen in classification.cells(runs).items():
+    for (_, shots, calibration), chosen in classification_summary.cells(runs).items():
         if calibration == runs[0]["calibration"]:
-            cell = classification.summarise_cell(chosen)
+            cell = classification_summary.summarise_cell(chosen)
             settings.append(f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} shots")
     finding = (
         f"SmolLM2-135M on sentences of film reviews (MR): {', '.join(settings)}; always the same answer is right in "

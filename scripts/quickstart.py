@@ -21,10 +21,11 @@ from typing import Any
 
 from jobs import Job, JobError, last_bar, log_lines, open_config, perplexity_command, run_jobs, saving, tool, train, train_command
 
-from momentum_lm.cli.options import Parser, choices
+from momentum_lm.cli.options import Parser
 from momentum_lm.cpu import bf16_instructions, usable_cpus
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.files import write_json
+from momentum_lm.studies.flags import choices
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap, 
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
-from momentum_lm.report.finetuning_summary import headlines, verdict
+from momentum_lm.report.finetuning_verdicts import headlines, verdict
 from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture, Points, write_page
 from momentum_lm.report.perplexity import difference_cells, document_sums
 from momentum_lm.report.tables import Table
 from momentum_lm.results.records import read_results
+from momentum_lm.studies import classification_summary
 from momentum_lm.text.dictionary import Dictionary
 from momentum_lm.text.indexed import IndexedDataset
 
@@ -104,11 +105,11 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
 def _in_context(output: Path) -> Chapter:
     folder = output / "icl"
     runs = read_results(folder)["runs"]
-    level = classification.baseline(runs)
+    level = classification_summary.baseline(runs)
     settings = []
-    for (_, shots, calibration), chosen in classification.cells(runs).items():
+    for (_, shots, calibration), chosen in classification_summary.cells(runs).items():
         if calibration == runs[0]["calibration"]:
-            cell = classification.summarise_cell(chosen)
+            cell = classification_summary.summarise_cell(chosen)
             settings.append(f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} shots")
     finding = (
         f"SmolLM2-135M on sentences of film reviews (MR): {', '.join(settings)}; always the same answer is right in "

@@ -462,7 +462,7 @@ def _perplexity(folder: Path) -> None:
 
 
 def _classification(folder: Path) -> None:
-    from momentum_lm.report.classification import summary
+    from momentum_lm.studies.classification_summary import summary
 
     runs, lines = [], []
     for dataset, shots, seed in [(d, n, s) for d in ("mr", "piqa") for n in (0, 4) for s in (1, 2)]:
@@ -489,7 +489,7 @@ def _classification(folder: Path) -> None:
 
 
 def _analysis(folder: Path) -> None:
-    from momentum_lm.report.finetuning_summary import summary
+    from momentum_lm.studies.finetuning_summary import summary
 
     spec = importlib.util.spec_from_file_location("report_conftest", Path(__file__).parent / "report" / "conftest.py")
     assert spec and spec.loader
@@ -520,21 +520,23 @@ def _twice(make: Callable[[Path], object]) -> Callable[[Path], object]:
 def _report(folder: Path) -> None:
     """Tables and sometimes the page of one folder, and what ``momentum-lm report`` makes of two."""
     from momentum_lm.cli.report import main
-    from momentum_lm.report import classification, finetuning_summary, icl_vs_finetuning, perplexity
+    from momentum_lm.report import classification, finetuning_verdicts, icl_vs_finetuning, perplexity
     from momentum_lm.results.records import read_results
+    from momentum_lm.studies import finetuning_summary
+    from momentum_lm.studies.registry import STUDIES
 
     results, pages = read_results(folder / "a"), zlib.crc32((folder / "a" / "results.json").read_bytes()) % 20 == 0
     runs, task = results["runs"], results["task"]
     if runs and task == "icl_classification":
-        json.dumps(classification.summary(runs)), classification.verdicts(runs)
+        json.dumps(STUDIES[task].summarise(runs)), classification.verdicts(runs)
         if pages:
             classification.write_report(folder / "a")
     elif runs and task == "icl_finetune_analysis":
-        json.dumps(finetuning_summary.summary(runs)), finetuning_summary.headlines(runs)
+        json.dumps(STUDIES[task].summarise(runs)), finetuning_verdicts.headlines(runs)
         icl_vs_finetuning.results_table(runs), icl_vs_finetuning.accuracy_table(runs)
         for chosen in finetuning_summary.settings(runs).values():  # drawing them all would take half a minute
             icl_vs_finetuning.panels(chosen), icl_vs_finetuning.attention_panels(chosen[0])
-            icl_vs_finetuning.verdict(chosen), finetuning_summary.mean_heads(chosen, "kendall")
+            finetuning_verdicts.verdict(chosen), finetuning_summary.mean_heads(chosen, "kendall")
     elif task == "lm_perplexity":
         perplexity.results_table(runs).text()
         if pages:

@@ -19,10 +19,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from momentum_lm.analysis.statistics import t_interval
-from momentum_lm.cli.options import Parser, choices, integers
+from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.files import file_sha256, write_json
 from momentum_lm.results.records import read_results
+from momentum_lm.studies.flags import choices, integers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from jobs import Job, JobError, open_config, perplexity_command, run_jobs, saving, train, train_command

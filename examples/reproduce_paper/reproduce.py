@@ -15,17 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from momentum_lm.cli.options import Parser, choices
+from momentum_lm.cli.options import Parser
 from momentum_lm.cpu import usable_cpus
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.files import write_json
 from momentum_lm.report import published
-from momentum_lm.report.classification import cells, summarise_cell
-from momentum_lm.report.finetuning_summary import number, settings
+from momentum_lm.report.finetuning_verdicts import number
 from momentum_lm.report.html import Code, Folded, Paragraph, Part, write_page
 from momentum_lm.report.icl_vs_finetuning import published_quantity
 from momentum_lm.report.tables import Table
 from momentum_lm.results.records import read_results
+from momentum_lm.studies.classification_summary import cells, summarise_cell
+from momentum_lm.studies.finetuning_summary import settings
+from momentum_lm.studies.flags import choices
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from jobs import Job, JobError, last_bar, open_config, run_jobs, tool

@@ -12,7 +12,8 @@ from .statistics import Interval, bootstrap_difference, t_interval
 
 
 def accuracy(gold: ArrayLike, predicted: ArrayLike) -> float:
-    """Share of examples whose predicted class, (n,), is the gold one, (n,). Raises ValueError for none, or unequal lengths."""
+    """Share of examples whose predicted class, (n,), is the gold one, (n,). Raises ValueError for none, or unequal
+    lengths."""
     true, guess = _pair(gold, predicted)
     return float((true == guess).mean())
 
@@ -20,8 +21,8 @@ def accuracy(gold: ArrayLike, predicted: ArrayLike) -> float:
 def macro_f1(gold: ArrayLike, predicted: ArrayLike) -> float:
     """Mean, over the classes that occur in ``gold`` (n,), of F1 = 2 TP / (2 TP + FP + FN).
 
-    A class that no example has, but that is predicted, is not averaged in as a zero (scikit-learn's default does that): its false
-    alarms already count as misses of the others. Raises ValueError for no examples, or unequal lengths.
+    A class that no example has, but that is predicted, is not averaged in as a zero (scikit-learn's default does that):
+    its false alarms already count as misses of the others. Raises ValueError for no examples, or unequal lengths.
     """
     true, guess = _pair(gold, predicted)
     scores = []
@@ -43,14 +44,16 @@ def confusion_matrix(gold: ArrayLike, predicted: ArrayLike, num_classes: int) ->
 
 
 def majority_rate(gold: ArrayLike) -> float:
-    """Accuracy of always giving the class that is the most frequent in ``gold`` (n,). Raises ValueError for no examples."""
+    """Accuracy of always giving the class that is the most frequent in ``gold`` (n,). Raises ValueError for no
+    examples."""
     true, _ = _pair(gold, gold)
     return float(np.unique(true, return_counts=True)[1].max() / true.size)
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Examples that one classifier alone gets right, and the exact two-sided p of such a split if both were equally good."""
+    """Examples that one classifier alone gets right, and the exact two-sided p of such a split if both were equally
+    good."""
 
     only_a: int
     only_b: int
@@ -58,12 +61,16 @@ class McNemar:
 
 
 def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
-    """McNemar's test in its exact, binomial form: given ``only_a + only_b`` disagreements, each falls to either side with 1/2.
+    """McNemar's test in its exact, binomial form: given ``only_a + only_b`` disagreements, each falls to either side
+    with 1/2.
 
-    a, b (n,) bool: whether each classifier is right about each example. Raises ValueError for no examples, or unequal lengths.
+    a, b (n,) bool: whether each classifier is right about each example. Raises ValueError for no examples, or unequal
+    lengths.
     """
     first, second = _pair(a, b)
-    only_a, only_b = (int(np.count_nonzero(x.astype(bool) & ~y.astype(bool))) for x, y in ((first, second), (second, first)))
+    only_a, only_b = (
+        int(np.count_nonzero(x.astype(bool) & ~y.astype(bool))) for x, y in ((first, second), (second, first))
+    )
     total = only_a + only_b
     tail, term = 0, 1  # whole numbers: sum of binomial coefficients, no rounding before the last division
     for k in range(min(only_a, only_b) + 1):
@@ -74,11 +81,12 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
 
 @dataclass(frozen=True)
 class AccuracyDifference:
-    """How much more accurate ``a`` is than ``b``, as a fraction, over the same examples and the same draws of demonstrations.
+    """How much more accurate ``a`` is than ``b``, as a fraction, over the same examples and the same draws of
+    demonstrations.
 
-    ``over_examples`` speaks of new examples for these draws, ``over_seeds`` of new draws for these examples (None for a single seed).
-    ``p_value`` is two-sided: McNemar's where there is one pair of runs, else the bootstrap's over examples. ``tests`` has McNemar's
-    test for every pair of runs.
+    ``over_examples`` speaks of new examples for these draws, ``over_seeds`` of new draws for these examples (None for a
+    single seed). ``p_value`` is two-sided: McNemar's where there is one pair of runs, else the bootstrap's over
+    examples. ``tests`` has McNemar's test for every pair of runs.
     """
 
     difference: float
@@ -99,16 +107,18 @@ def compare_accuracy(
 ) -> AccuracyDifference:
     """Paired comparison of two classifiers in r pairs of runs.
 
-    a, b (r, n) bool: whether each is right about each of the n examples in each run; ``seeds`` (r,) names each pair's draw of
-    demonstrations. Runs of one seed (orders of the same demonstrations) are averaged first, then seeds. ``over_examples`` is a cluster
-    bootstrap: examples are resampled, each with all of its runs, since its answers depend on each other (None for one example).
-    ``over_seeds`` is Student's interval of the seeds' paired differences. ``evaluated`` (r, n) bool: which examples
-    each pair of runs was evaluated on, where that is not all of them; examples, not places in a run, are resampled then
-    too. Raises ValueError for shapes that do not fit.
+    a, b (r, n) bool: whether each is right about each of the n examples in each run; ``seeds`` (r,) names each pair's
+    draw of demonstrations. Runs of one seed (orders of the same demonstrations) are averaged first, then seeds.
+    ``over_examples`` is a cluster bootstrap: examples are resampled, each with all of its runs, since its answers
+    depend on each other (None for one example). ``over_seeds`` is Student's interval of the seeds' paired differences.
+    ``evaluated`` (r, n) bool: which examples each pair of runs was evaluated on, where that is not all of them;
+    examples, not places in a run, are resampled then too. Raises ValueError for shapes that do not fit.
     """
     first, second = (np.atleast_2d(np.asarray(x, dtype=bool)) for x in (a, b))
     if first.shape != second.shape or first.ndim != 2 or len(first) != len(seeds) or first.size == 0:
-        raise ValueError(f"need two arrays (runs, examples) and a seed for each run, got {first.shape}, {second.shape}, {len(seeds)}")
+        raise ValueError(
+            f"need two arrays (runs, examples) and a seed for each run, got {first.shape}, {second.shape}, {len(seeds)}"
+        )
     there = np.ones(first.shape, dtype=bool) if evaluated is None else np.asarray(evaluated, dtype=bool)
     if there.shape != first.shape or not (there.any(axis=0).all() and there.any(axis=1).all()):
         raise ValueError(f"evaluated must be {first.shape}, and have every run and every example, got {there.shape}")
@@ -138,5 +148,7 @@ def compare_accuracy(
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     one, other = (np.asarray(x).astype(np.int64) for x in (first, second))
     if one.ndim != 1 or one.shape != other.shape or one.size == 0:
-        raise ValueError(f"need one entry an example and at least one example, got shapes {one.shape} and {other.shape}")
+        raise ValueError(
+            f"need one entry an example and at least one example, got shapes {one.shape} and {other.shape}"
+        )
     return one, other

@@ -59,7 +59,9 @@ def finetuning_update(w_v: Tensor, w_k: Tensor, delta_v: Tensor, delta_k: Tensor
     return zero_shot_weight(w_v + delta_v, w_k + delta_k, context) - zero_shot_weight(w_v, w_k, context)
 
 
-def finetuned_attention(w_v: Tensor, w_k: Tensor, delta_v: Tensor, delta_k: Tensor, context: Tensor, query: Tensor) -> Tensor:
+def finetuned_attention(
+    w_v: Tensor, w_k: Tensor, delta_v: Tensor, delta_k: Tensor, context: Tensor, query: Tensor
+) -> Tensor:
     """Relaxed attention of the finetuned head over the query's own tokens, Eq. 13: equals (W_ZSL + dW_FT) q.
 
     Shapes as in :func:`finetuning_update`; query (d',) or (d', q).
@@ -79,7 +81,9 @@ def error_signals(loss: Callable[[Tensor], Tensor], outputs: Tensor, lr: float) 
     return -lr * gradient
 
 
-def sgd_step_as_attention(weight: Tensor, inputs: Tensor, loss: Callable[[Tensor], Tensor], lr: float, query: Tensor) -> Tensor:
+def sgd_step_as_attention(
+    weight: Tensor, inputs: Tensor, loss: Callable[[Tensor], Tensor], lr: float, query: Tensor
+) -> Tensor:
     """One SGD step on a linear layer, applied to ``query`` without ever changing the weight (section 2.2, Eqs. 1-3).
 
     F(x) = (W0 + dW) x = W0 x + LinearAttn(E, X', x): training inputs are the keys, their error signals the values.
@@ -105,7 +109,9 @@ def exponential_average(history: Sequence[Tensor] | Tensor, eta: float) -> Tenso
     return torch.tensordot(eta**lags, stacked, dims=1)
 
 
-def momentum_sgd(parameter: Tensor, gradient: Callable[[Tensor], Tensor], lr: float, eta: float, steps: int) -> tuple[Tensor, Tensor]:
+def momentum_sgd(
+    parameter: Tensor, gradient: Callable[[Tensor], Tensor], lr: float, eta: float, steps: int
+) -> tuple[Tensor, Tensor]:
     """``steps`` updates Theta_t = Theta_{t-1} - lr * sum_{i=1}^{t-1} eta^(t-i) grad f(Theta_i) by the recurrence
     (section 5).
 

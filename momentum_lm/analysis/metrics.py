@@ -1,12 +1,14 @@
-"""How alike in-context learning (ICL) and finetuning (FT) change a model: the metrics of "Why Can GPT Learn In-Context?" (Dai et al.,
-2023, arXiv:2212.10559), as the authors' code computes them and corrected. NumPy only; everything is computed in float64.
+"""How alike in-context learning (ICL) and finetuning (FT) change a model: the metrics of "Why Can GPT Learn
+In-Context?" (Dai et al., 2023, arXiv:2212.10559), as the authors' code computes them and corrected. NumPy only;
+everything is computed in float64.
 
-Settings: ZSL is the model as it is, given the query alone; ICL the model as it is, given demonstrations and the query; FT the model
-finetuned on the demonstrations, given the query alone. ``paper`` forms follow the authors' published analysis code, including what it
-does with zero vectors (a cosine of 0); ``corrected`` forms answer NaN where a quantity is not defined, which means leave out.
+Settings: ZSL is the model as it is, given the query alone; ICL the model as it is, given demonstrations and the query;
+FT the model finetuned on the demonstrations, given the query alone. ``paper`` forms follow the authors' published
+analysis code, including what it does with zero vectors (a cosine of 0); ``corrected`` forms answer NaN where a quantity
+is not defined, which means leave out.
 
-Shapes: L layers, H heads, N tokens, C model width, D head width; "..." is anything in front, usually (L,). Attention logits are the
-scores q k / sqrt(D) before softmax of one query row, never a T x T matrix.
+Shapes: L layers, H heads, N tokens, C model width, D head width; "..." is anything in front, usually (L,). Attention
+logits are the scores q k / sqrt(D) before softmax of one query row, never a T x T matrix.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .ranks import chance_recall, kendall_tau, recall_at_k
-from .statistics import Interval, wilson_interval
+from .statistics import Interval, bootstrap_ratios, percentiles, wilson_interval
 
 Floats = NDArray[np.float64]
 
@@ -31,13 +33,15 @@ TOP_TOKENS, TOP_EXAMPLES = 100, 5  # k of the authors' recall@k
 
 @dataclass(frozen=True)
 class Rec2FTP:
-    """Recall to finetuning's predictions, section 4.3: of the examples that FT puts right, the share that ICL puts right too.
+    """Recall to finetuning's predictions, section 4.3: of the examples that FT puts right, the share that ICL puts
+    right too.
 
-    An example is put right when ZSL is wrong about it and the setting is not. ``value`` = ``recovered`` / ``recoverable``, None when FT
-    puts nothing right (the authors' code divides by zero). ``bootstrap`` is the percentile interval over all examples, which is empty
-    when ICL recovers everything or nothing; ``wilson`` is Wilson's interval given ``recoverable``, which is not. ``chance`` is the share
-    of ZSL's errors that ICL puts right: what Rec2FTP is expected to be if FT's repairs said nothing about ICL's. ``cells[z, i, f]``
-    counts examples by whether ZSL, ICL and FT are right about them.
+    An example is put right when ZSL is wrong about it and the setting is not. ``value`` = ``recovered`` /
+    ``recoverable``, None when FT puts nothing right (the authors' code divides by zero). ``bootstrap`` is the
+    percentile interval over all examples, which is empty when ICL recovers everything or nothing; ``wilson`` is
+    Wilson's interval given ``recoverable``, which is not. ``chance`` is the share of ZSL's errors that ICL puts right:
+    what Rec2FTP is expected to be if FT's repairs said nothing about ICL's. ``cells[z, i, f]`` counts examples by
+    whether ZSL, ICL and FT are right about them.
     """
 
     value: float | None
@@ -59,11 +63,14 @@ def rec2ftp(
 ) -> Rec2FTP:
     """:class:`Rec2FTP` from whether each setting is right about each of n examples: three (n,) bool.
 
-    Resamples in which FT puts nothing right have no value and are left out. Raises ValueError for no examples, or unequal lengths.
+    Resamples in which FT puts nothing right have no value and are left out. Raises ValueError for no examples, or
+    unequal lengths.
     """
     z, i, f = (np.asarray(x).astype(bool).astype(np.int64) for x in (zero_shot_correct, icl_correct, ft_correct))
     if z.ndim != 1 or z.size == 0 or not z.shape == i.shape == f.shape:
-        raise ValueError(f"need one entry an example and at least one example, got shapes {z.shape}, {i.shape} and {f.shape}")
+        raise ValueError(
+            f"need one entry an example and at least one example, got shapes {z.shape}, {i.shape} and {f.shape}"
+        )
     cells = np.bincount(4 * z + 2 * i + f, minlength=8).reshape(2, 2, 2)
     wrong, repaired_by_icl = int(cells[0].sum()), int(cells[0, 1].sum())
     recoverable, recovered = int(cells[0, :, 1].sum()), int(cells[0, 1, 1])
@@ -71,12 +78,10 @@ def rec2ftp(
     if recoverable == 0:
         return Rec2FTP(None, 0, 0, None, None, chance, cells)
     kinds = np.array([recovered, recoverable - recovered, z.size - recoverable])
-    draws = np.random.default_rng(seed).multinomial(z.size, kinds / z.size, size=n_resamples)  # a resample, as its counts
-    base = draws[:, 0] + draws[:, 1]
-    low, high = np.quantile(draws[base > 0, 0] / base[base > 0], [(1 - confidence) / 2, (1 + confidence) / 2])
-    value = recovered / recoverable
-    bootstrap = Interval(value, float(low), float(high), z.size)
-    return Rec2FTP(value, recovered, recoverable, bootstrap, wilson_interval(recovered, recoverable, confidence), chance, cells)
+    draws = bootstrap_ratios(np.array([1.0, 0.0, 0.0]), np.array([1.0, 1.0, 0.0]), n_resamples, seed, kinds)
+    value, (low, high) = recovered / recoverable, percentiles(draws[~np.isnan(draws)], confidence)
+    bootstrap, wilson = Interval(value, low, high, z.size), wilson_interval(recovered, recoverable, confidence)
+    return Rec2FTP(value, recovered, recoverable, bootstrap, wilson, chance, cells)
 
 
 # ---- attention outputs
@@ -90,19 +95,21 @@ def cosine(a: ArrayLike, b: ArrayLike) -> Floats:
 
 
 def paper_cosine(a: ArrayLike, b: ArrayLike) -> Floats:
-    """The authors' cosine: 1e-20 is added to the product of the norms, so that it is 0 where a or b is zero. Shapes as :func:`cosine`."""
+    """The authors' cosine: 1e-20 is added to the product of the norms, so that it is 0 where a or b is zero. Shapes as
+    :func:`cosine`."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return np.asarray((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1) + _EPSILON))
 
 
 def simaou(h_icl: ArrayLike, h_ft: ArrayLike, h_zs: ArrayLike, normalize: bool) -> Floats:
-    """SimAOU, the similarity of attention output updates, section 4.4: cos(h_ICL - h_ZSL, h_FT - h_ZSL), (..., C) each -> (...).
+    """SimAOU, the similarity of attention output updates, section 4.4: cos(h_ICL - h_ZSL, h_FT - h_ZSL), (..., C) each
+    -> (...).
 
-    h is a layer's attention output after the output projection and its bias, before dropout and residual, at one position.
-    ``normalize=True`` is the paper's form: every h is divided by its length before the differences are taken, and a zero update has
-    similarity 0. Deutch et al. (arXiv:2311.07772) show what that does: where both settings add to h unrelated noise of three times its
-    squared length, it gives 1/4 and not 0, since dividing by the length takes the same part of h out of both. ``False`` is the corrected
-    form: differences of h itself, NaN for a zero update.
+    h is a layer's attention output after the output projection and its bias, before dropout and residual, at one
+    position. ``normalize=True`` is the paper's form: every h is divided by its length before the differences are taken,
+    and a zero update has similarity 0. Deutch et al. (arXiv:2311.07772) show what that does: where both settings add to
+    h unrelated noise of three times its squared length, it gives 1/4 and not 0, since dividing by the length takes the
+    same part of h out of both. ``False`` is the corrected form: differences of h itself, NaN for a zero update.
     """
     icl, ft = (_updates(h, h_zs, normalize) for h in (h_icl, h_ft))
     return paper_cosine(icl, ft) if normalize else cosine(icl, ft)
@@ -111,10 +118,10 @@ def simaou(h_icl: ArrayLike, h_ft: ArrayLike, h_zs: ArrayLike, normalize: bool) 
 def random_simaou(h_icl: ArrayLike, h_zs: ArrayLike, key: int | Sequence[int], normalize: bool) -> Floats:
     """SimAOU of ICL and a random update that takes the place of h_FT - h_ZSL: (..., C) -> (...).
 
-    ``normalize=True`` as in the authors' code: the update is uniform on [0, 1), which is not centred, so the baseline is near zero only
-    where ICL's update happens to have entries of mean zero. ``False``: standard normal; mean 0 and standard deviation near 1 / sqrt(C).
-    The authors' draw is unseeded. ``key`` seeds this one; (seed, number of the example) makes it independent of how examples are shared
-    out.
+    ``normalize=True`` as in the authors' code: the update is uniform on [0, 1), which is not centred, so the baseline
+    is near zero only where ICL's update happens to have entries of mean zero. ``False``: standard normal; mean 0 and
+    standard deviation near 1 / sqrt(C). The authors' draw is unseeded. ``key`` seeds this one; (seed, number of the
+    example) makes it independent of how examples are shared out.
     """
     icl = _updates(h_icl, h_zs, normalize)
     rng = np.random.default_rng(key)
@@ -132,25 +139,33 @@ def _updates(h: ArrayLike, h_zs: ArrayLike, normalize: bool) -> Floats:
 
 
 def simam(m_icl: ArrayLike, m_other: ArrayLike, mask: ArrayLike | None = None) -> Floats:
-    """SimAM, the similarity of attention maps, section 4.5: cos(m_ICL, m_FT), or cos(m_ICL, m_ZSL) for "before finetuning".
+    """SimAM, the similarity of attention maps, section 4.5: cos(m_ICL, m_FT), or cos(m_ICL, m_ZSL) for "before
+    finetuning".
 
-    m (..., H, N): each head's logits of one query row over the query's own tokens, BOS and demonstrations left out -> (..., H).
-    The authors average over heads, then examples, then layers. ``mask`` (..., N), True at tokens, sets padding to zero, which changes no
-    cosine (the authors pad to the longest query of the set). A row of zeros has similarity 0, as in the authors' code.
+    m (..., H, N): each head's logits of one query row over the query's own tokens, BOS and demonstrations left out ->
+    (..., H). The authors average over heads, then examples, then layers. ``mask`` (..., N), True at tokens, sets
+    padding to zero, which changes no cosine (the authors pad to the longest query of the set). A row of zeros has
+    similarity 0, as in the authors' code.
     """
     return paper_cosine(_masked(m_icl, mask), _masked(m_other, mask))
 
 
 def simam_delta(
-    m_icl: ArrayLike, m_ft: ArrayLike, m_zs: ArrayLike, mask: ArrayLike | None = None, centred: bool = False, noise: float = 0.0
+    m_icl: ArrayLike,
+    m_ft: ArrayLike,
+    m_zs: ArrayLike,
+    mask: ArrayLike | None = None,
+    centred: bool = False,
+    noise: float = 0.0,
 ) -> Floats:
-    """SimAM of what changes, cos(m_ICL - m_ZSL, m_FT - m_ZSL), by Deutch et al. (arXiv:2311.07772). Shapes as in :func:`simam`.
+    """SimAM of what changes, cos(m_ICL - m_ZSL, m_FT - m_ZSL), by Deutch et al. (arXiv:2311.07772). Shapes as in
+    :func:`simam`.
 
-    SimAM itself is high for any two settings whose maps are mostly the model's own. ``centred`` takes each map's mean over the tokens out
-    first: a constant added to all logits of a row changes no attention among them (a key bias does just that), yet it does change the
-    cosine of raw logits. NaN where an update is zero, or ICL's no longer than ``noise`` times the ZSL map: with relative positions
-    (rotary) the first layer's ICL map is its ZSL map, but for rounding, which in fp32 is about 2e-5 of it after 2,000 tokens (``noise``
-    of 1e-4 then fits).
+    SimAM itself is high for any two settings whose maps are mostly the model's own. ``centred`` takes each map's mean
+    over the tokens out first: a constant added to all logits of a row changes no attention among them (a key bias does
+    just that), yet it does change the cosine of raw logits. NaN where an update is zero, or ICL's no longer than
+    ``noise`` times the ZSL map: with relative positions (rotary) the first layer's ICL map is its ZSL map, but for
+    rounding, which in fp32 is about 2e-5 of it after 2,000 tokens (``noise`` of 1e-4 then fits).
     """
     icl, ft, zs = (_centre(_masked(m, mask), mask) if centred else _masked(m, mask) for m in (m_icl, m_ft, m_zs))
     small = np.linalg.norm(icl - zs, axis=-1) <= noise * np.linalg.norm(_masked(m_zs, mask), axis=-1)
@@ -159,7 +174,9 @@ def simam_delta(
 
 def _masked(m: ArrayLike, mask: ArrayLike | None) -> Floats:
     values = np.asarray(m, dtype=np.float64)
-    return values if mask is None else np.where(_per_head(mask), values, 0.0)  # not a product: padding may hold infinities
+    return (
+        values if mask is None else np.where(_per_head(mask), values, 0.0)
+    )  # not a product: padding may hold infinities
 
 
 def _centre(values: Floats, mask: ArrayLike | None) -> Floats:
@@ -177,7 +194,8 @@ def _per_head(mask: ArrayLike) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class TrainingAttention:
-    """How ICL's and FT's attention to the demonstrations agree, section 4.6; each (...). NaN where nothing can be ranked.
+    """How ICL's and FT's attention to the demonstrations agree, section 4.6; each (...). NaN where nothing can be
+    ranked.
 
     ``kendall`` and ``recall`` rank tokens, ``kendall_example`` and ``recall_example`` whole demonstrations.
     """
@@ -191,11 +209,12 @@ class TrainingAttention:
 def query_products(train_queries: ArrayLike, test_query: ArrayLike, heads: int | None = None) -> Floats:
     """What section 4.6 takes as FT's attention to training tokens: inner products q'_n q of attention queries.
 
-    train_queries (L, N, C): Q', the queries of the training tokens while they were trained on (each demonstration's just before the step
-    on it), BOS left out; test_query (..., L, C): q, that of the test example under the finetuned model. C is all heads together.
-    Returns (..., L, N), summed over heads as in the paper, or (..., L, H, N) with ``heads``. The authors record queries scaled by
-    D^-0.5, so their products hold that factor twice: for numbers like theirs scale both, for attention logits one. Ranks of tokens do not
-    care. A layer at a time is brought to float64, never (examples, L, N, C); pass many test queries at once to do so once.
+    train_queries (L, N, C): Q', the queries of the training tokens while they were trained on (each demonstration's
+    just before the step on it), BOS left out; test_query (..., L, C): q, that of the test example under the finetuned
+    model. C is all heads together. Returns (..., L, N), summed over heads as in the paper, or (..., L, H, N) with
+    ``heads``. The authors record queries scaled by D^-0.5, so their products hold that factor twice: for numbers like
+    theirs scale both, for attention logits one. Ranks of tokens do not care. A layer at a time is brought to float64,
+    never (examples, L, N, C); pass many test queries at once to do so once.
     """
     test = np.asarray(test_query, dtype=np.float64)
     products = []
@@ -210,7 +229,12 @@ def query_products(train_queries: ArrayLike, test_query: ArrayLike, heads: int |
 
 
 def training_attention(
-    icl: ArrayLike, ft: ArrayLike, lengths: Sequence[int], corrected: bool, k_tokens: int = TOP_TOKENS, k_examples: int = TOP_EXAMPLES
+    icl: ArrayLike,
+    ft: ArrayLike,
+    lengths: Sequence[int],
+    corrected: bool,
+    k_tokens: int = TOP_TOKENS,
+    k_examples: int = TOP_EXAMPLES,
 ) -> TrainingAttention:
     """Kendall's tau-b and recall@k between ICL's and FT's attention to the demonstrations' tokens.
 
@@ -218,17 +242,20 @@ def training_attention(
     which come last; all NaN where it sees none; ft (..., N): :func:`query_products` for the same tokens. ``lengths``
     gives each demonstration's number of tokens, sum N; BOS and separators are left out by the caller. Returns (...).
 
-    ``corrected=False``, the authors' code: icl and ft are sums over heads; weights are their softmax over the N tokens, which may
-    underflow to ties; a demonstration's weight is the sum of its tokens'. ``True``: for maps of single heads, (..., H, N), to be averaged
-    over heads afterwards. Tokens are ranked by the logits themselves, so nothing underflows; a demonstration's weight is the mean of its
-    tokens', since sums let long demonstrations come first on both sides; recall is corrected for chance, (recall - k/N) / (1 - k/N), and
-    NaN where k >= N leaves nothing to miss. Recall is of FT's top k by ICL's, and k is at most N. Raises ValueError unless ``lengths`` are
-    positive and add up to N.
+    ``corrected=False``, the authors' code: icl and ft are sums over heads; weights are their softmax over the N tokens,
+    which may underflow to ties; a demonstration's weight is the sum of its tokens'. ``True``: for maps of single heads,
+    (..., H, N), to be averaged over heads afterwards. Tokens are ranked by the logits themselves, so nothing
+    underflows; a demonstration's weight is the mean of its tokens', since sums let long demonstrations come first on
+    both sides; recall is corrected for chance, (recall - k/N) / (1 - k/N), and NaN where k >= N leaves nothing to miss.
+    Recall is of FT's top k by ICL's, and k is at most N. Raises ValueError unless ``lengths`` are positive and add up
+    to N.
     """
     first, second = np.asarray(icl, dtype=np.float64), np.asarray(ft, dtype=np.float64)
     n, m = first.shape[-1], len(lengths)
     if sum(lengths) != n or second.shape[-1] != n or min(lengths, default=0) < 1:
-        raise ValueError(f"demonstrations of {list(lengths)} tokens do not make up maps of {n} and {second.shape[-1]} tokens")
+        raise ValueError(
+            f"demonstrations of {list(lengths)} tokens do not make up maps of {n} and {second.shape[-1]} tokens"
+        )
     pool = example_scores if corrected else example_sums
     if not corrected:
         first, second = softmax(first), softmax(second)
@@ -239,13 +266,16 @@ def training_attention(
     return TrainingAttention(kendall_tau(first, second), recall, kendall_tau(*by_example), recall_example)
 
 
-def random_training_attention(icl: ArrayLike, lengths: Sequence[int], key: int | Sequence[int], corrected: bool) -> TrainingAttention:
+def random_training_attention(
+    icl: ArrayLike, lengths: Sequence[int], key: int | Sequence[int], corrected: bool
+) -> TrainingAttention:
     """:func:`training_attention` of ICL, logits of the same shapes as there, and random weights in FT's place.
 
     ``key`` seeds them, see :func:`random_simaou`.
 
-    The authors draw weights from U[0, 1), for demonstrations anew, and k indices with replacement for recall; a recall of k weights at
-    random has the same mean, k / N. ``corrected`` draws normal logits for the tokens and pools those into demonstrations as usual.
+    The authors draw weights from U[0, 1), for demonstrations anew, and k indices with replacement for recall; a recall
+    of k weights at random has the same mean, k / N. ``corrected`` draws normal logits for the tokens and pools those
+    into demonstrations as usual.
     """
     logits = np.asarray(icl, dtype=np.float64)
     rng = np.random.default_rng(key)
@@ -296,100 +326,3 @@ def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:
 def _above_chance(recall: Floats, n: int, k: int) -> Floats:
     chance = chance_recall(n, k)
     return np.full(recall.shape, np.nan) if chance == 1 else (recall - chance) / (1 - chance)
-
-
-# ---- the weights of relaxed linear attention
-
-
-def head_matrices(values: ArrayLike, keys: ArrayLike) -> Floats:
-    """sum_i v_i k_i^T per head: values (..., N, Dv), keys (..., N, Dk) -> (..., Dv, Dk).
-
-    Over the demonstrations' tokens this is dW_ICL of section 3.1, what they add to the map that relaxed linear attention (no softmax, no
-    1/sqrt(D)) applies to a query. It is additive over tokens and does not depend on their order. Keys with rotary positions make it depend
-    on where the demonstrations stand and turn it against the zero-shot frame; pass keys as the projection gives them. Zero for N = 0.
-    """
-    v, k = np.asarray(values, dtype=np.float64), np.asarray(keys, dtype=np.float64)
-    return np.asarray(v.swapaxes(-1, -2) @ k)
-
-
-def project_heads(inputs: ArrayLike, weight: ArrayLike, bias: ArrayLike | None, heads: int) -> Floats:
-    """Keys or values of a layer from its inputs: inputs (N, C), weight (H * D, C), bias (H * D,) or None -> (H, N, D)."""
-    x = np.asarray(inputs, dtype=np.float64) @ np.asarray(weight, dtype=np.float64).T
-    if bias is not None:
-        x = x + np.asarray(bias, dtype=np.float64)
-    return x.reshape(len(x), heads, -1).transpose(1, 0, 2)
-
-
-@dataclass(frozen=True)
-class Projections:
-    """A layer's value and key projections: weights (H * D, C), biases (H * D,) or None, for ``heads`` key/value heads."""
-
-    w_v: ArrayLike
-    w_k: ArrayLike
-    b_v: ArrayLike | None
-    b_k: ArrayLike | None
-    heads: int
-
-    def matrices(self, inputs: ArrayLike) -> Floats:
-        """W_V X X^T W_K^T per head, with biases where there are any: inputs X^T (N, C) -> (H, D, D)."""
-        values = project_heads(inputs, self.w_v, self.b_v, self.heads)
-        return head_matrices(values, project_heads(inputs, self.w_k, self.b_k, self.heads))
-
-
-def finetuning_matrices(inputs: ArrayLike, before: Projections, after: Projections) -> Floats:
-    """dW_FT per head, Eq. 13: (W_V + dW_V) X X^T (W_K + dW_K)^T - W_V X X^T W_K^T. inputs X^T (N, C) -> (H, D, D).
-
-    X are one layer's inputs (what its key and value projections see) for the query's tokens in ZSL; they are the same before and after,
-    so this is the part of finetuning that happens in this layer. Float64 matters: the difference is small beside its terms.
-    """
-    return after.matrices(inputs) - before.matrices(inputs)
-
-
-def weight_similarity(a: ArrayLike, b: ArrayLike) -> Floats:
-    """Cosine of matrices in the Frobenius inner product, (..., D, D) -> (...): cos(dW_ICL, dW_FT), per head. NaN for a zero matrix.
-
-    Not in the paper, which claims that ICL's and FT's implicit updates are alike and compares only what they do to one query. Reading: 1 if
-    FT changes the linear map that a head applies to queries just as the demonstrations would, up to scale; about 0, with standard deviation
-    1/D, for unrelated matrices without structure. Limits: it speaks of the relaxation, not of softmax attention (see
-    :func:`relaxation_distance`); inputs of deeper layers are held at ZSL, while both ICL and FT move them; values and keys have large
-    means, whose product alone makes unrelated updates look alike, so compare with dW_ICL of keys shuffled among tokens, and with an
-    untrained model. With grouped heads, it is per key/value head.
-    """
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    return cosine(x.reshape(*x.shape[:-2], -1), y.reshape(*y.shape[:-2], -1))
-
-
-# ---- how far the relaxation is from the model
-
-
-def softmax_heads(logits: ArrayLike, values: ArrayLike) -> Floats:
-    """Softmax attention of one query row: logits (..., H, N), values (..., Hkv, N, D), Hkv dividing H -> (..., H, D)."""
-    return _attend(softmax(logits), values)
-
-
-def relaxed_heads(logits: ArrayLike, values: ArrayLike, scaling: float) -> Floats:
-    """Relaxed linear attention of one query row, section 3.1: sum_n v_n (k_n q), without softmax and without 1/sqrt(D).
-
-    Shapes as in :func:`softmax_heads`. ``scaling`` is the factor that the logits hold, D^-0.5 in most models; it is divided out. Heads
-    joined and projected as the model does give relaxed attention outputs, for :func:`simaou` under the relaxation.
-    """
-    return _attend(np.asarray(logits, dtype=np.float64) / scaling, values)
-
-
-def relaxation_distance(logits: ArrayLike, values: ArrayLike, scaling: float) -> tuple[Floats, Floats]:
-    """Cosine, and ratio of lengths, of relaxed to softmax attention per head, (..., H) each; NaN where softmax attention is zero.
-
-    Arguments as in :func:`relaxed_heads`. The best rescaling of the relaxed output leaves a relative error of sqrt(1 - cosine^2).
-    """
-    exact, relaxed = softmax_heads(logits, values), relaxed_heads(logits, values, scaling)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.linalg.norm(relaxed, axis=-1) / np.linalg.norm(exact, axis=-1)
-    return cosine(relaxed, exact), np.where(np.isfinite(ratio), ratio, np.nan)
-
-
-def _attend(weights: Floats, values: ArrayLike) -> Floats:
-    v = np.asarray(values, dtype=np.float64)
-    groups, (heads, n) = v.shape[-3], weights.shape[-2:]
-    grouped = weights.reshape(*weights.shape[:-2], groups, heads // groups, n)
-    out = grouped @ v  # (..., Hkv, H / Hkv, D)
-    return np.asarray(out.reshape(*out.shape[:-3], heads, v.shape[-1]))

@@ -1,4 +1,5 @@
-"""Values of metrics that are kept for every example, so that their means get intervals over examples and spread over seeds. NumPy only."""
+"""Values of metrics that are kept for every example, so that their means get intervals over examples and spread over
+seeds. NumPy only."""
 
 from __future__ import annotations
 
@@ -9,16 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .statistics import t_quantile
+from .statistics import bootstrap_ratios, t_quantile
 
 Floats = NDArray[np.float64]
 
-_CELLS = 4_000_000  # resampled indices held at once: 32 MB
-
-
 @dataclass(frozen=True)
 class Bands:
-    """Means with their intervals, entry by entry (for a metric: by layer, or by layer and head). NaN where nothing is known.
+    """Means with their intervals, entry by entry (for a metric: by layer, or by layer and head). NaN where nothing is
+    known.
 
     ``size`` is the number of independent units behind each entry: examples with a value, or seeds.
     """
@@ -29,22 +28,12 @@ class Bands:
     size: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How a metric varies over seeds, entry by entry: Student's interval of the mean, standard deviation, least and greatest value."""
-
-    bands: Bands
-    sd: Floats
-    least: Floats
-    greatest: Floats
-
-
 class PerExample:
     """Metrics of n examples as they stream in, in any order and from any process, at four bytes a value.
 
-    Every metric is an array of one fixed shape per example, (layers,) or (layers, heads), kept in float32: 24 layers of 2,000 examples
-    are 190 kB. NaN, or an example that was never added, stands for "not defined" and is left out of means (the authors' NumPy means
-    would be NaN altogether).
+    Every metric is an array of one fixed shape per example, (layers,) or (layers, heads), kept in float32: 24 layers of
+    2,000 examples are 190 kB. NaN, or an example that was never added, stands for "not defined" and is left out of
+    means (the authors' NumPy means would be NaN altogether).
     """
 
     def __init__(self, examples: int) -> None:
@@ -52,7 +41,8 @@ class PerExample:
         self._values: dict[str, NDArray[np.float32]] = {}
 
     def add(self, example: int, values: Mapping[str, ArrayLike]) -> None:
-        """Keeps the values, name -> array, of the example at 0 <= ``example`` < n. Raises ValueError for another shape than before."""
+        """Keeps the values, name -> array, of the example at 0 <= ``example`` < n. Raises ValueError for another shape
+        than before."""
         if not 0 <= example < self.examples:
             raise ValueError(f"example {example} is not within 0..{self.examples - 1}")
         for name, value in values.items():
@@ -61,8 +51,8 @@ class PerExample:
             rows[example] = array
 
     def merge(self, arrays: Mapping[str, ArrayLike]) -> None:
-        """Takes over what :attr:`arrays` of another process, or of an earlier run, holds; rows (n, ...) that are NaN there stay as they
-        are here. Raises ValueError for another number of examples."""
+        """Takes over what :attr:`arrays` of another process, or of an earlier run, holds; rows (n, ...) that are NaN
+        there stay as they are here. Raises ValueError for another number of examples."""
         for name, value in arrays.items():
             array = np.asarray(value, dtype=np.float32)
             if len(array) != self.examples:
@@ -89,16 +79,6 @@ class PerExample:
         """:meth:`mean` with bootstrap intervals over examples, see :func:`bootstrap_columns`."""
         return bootstrap_columns(self._values[name], n_resamples, seed, confidence)
 
-    def overall(self, name: str, n_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95) -> Bands:
-        """One number for the metric, with entries of shape (): each example's mean over layers (and heads), then over examples.
-
-        Without undefined values that is the authors' mean over examples, then layers. The interval respects that one example's layers
-        depend on each other.
-        """
-        rows = self._values[name].reshape(self.examples, -1).astype(np.float64)
-        per_example, _ = column_means(rows.T)
-        return bootstrap_columns(per_example, n_resamples, seed, confidence)
-
     def _rows(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         if name not in self._values:
             self._values[name] = np.full((self.examples, *shape), np.nan, dtype=np.float32)
@@ -109,7 +89,8 @@ class PerExample:
 
 
 def column_means(values: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
-    """Means over the first axis, NaN left out, and how many values each is of: (n, ...) -> (...), (...). NaN for none."""
+    """Means over the first axis, NaN left out, and how many values each is of: (n, ...) -> (...), (...). NaN for
+    none."""
     rows = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(rows)
     size = known.sum(axis=0)
@@ -121,18 +102,16 @@ def bootstrap_columns(values: ArrayLike, n_resamples: int = 10_000, seed: int = 
     """Percentile bootstrap intervals of means over examples, for all columns of (n, ...) together.
 
     Examples are resampled whole, so all columns share each resample; for a column without NaN the interval is that of
-    ``statistics.bootstrap_mean_ci`` with the same seed. NaN values are left out, as are resamples that hold nothing else for a column.
-    A column of fewer than two values gets NaN as its ends. Entries of the result have shape (...).
+    ``statistics.bootstrap_mean_ci`` with the same seed. NaN values are left out, as are resamples that hold nothing
+    else for a column. A column of fewer than two values gets NaN as its ends. Entries of the result have shape (...).
     """
     rows = np.asarray(values, dtype=np.float64)
     estimate, size = column_means(rows)
     n, flat = len(rows), rows.reshape(len(rows), -1)
     known = ~np.isnan(flat)
-    filled, whole = np.where(known, flat, 0.0), bool(known.all())
-    draws = np.full((n_resamples, flat.shape[1]), np.nan)
-    for start, counts in _resample_counts(n, n_resamples, seed):
-        with np.errstate(invalid="ignore"):
-            draws[start : start + len(counts)] = counts @ filled / (n if whole else counts @ known.astype(np.float64))
+    whole = bool(known.all())
+    below = np.ones((n, 1)) if whole else known.astype(np.float64)
+    draws = bootstrap_ratios(np.where(known, flat, 0.0), below, n_resamples, seed)
     ends = np.full((2, flat.shape[1]), np.nan)
     enough = size.reshape(-1) > 1
     quantile: Any = np.quantile if whole else np.nanquantile
@@ -142,20 +121,19 @@ def bootstrap_columns(values: ArrayLike, n_resamples: int = 10_000, seed: int = 
     return Bands(estimate, low, high, size)
 
 
-def spread_over_seeds(curves: ArrayLike, confidence: float = 0.95) -> Spread:
-    """What a metric's means under s seeds, (s, ...), say together. NaN is left out; sd and interval are NaN for fewer than two seeds."""
+def spread_over_seeds(curves: ArrayLike, confidence: float = 0.95) -> Bands:
+    """Means over s seeds, (s, ...), with Student's intervals; NaN is left out, and an interval of fewer than two seeds
+    is NaN."""
     rows = np.asarray(curves, dtype=np.float64)
     mean, size = column_means(rows)
     squares, _ = column_means((rows - mean) ** 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         sd = np.where(size > 1, np.sqrt(squares * size / (size - 1)), np.nan)
-        quantiles = np.array([t_quantile(0.5 + confidence / 2, int(s) - 1) if s > 1 else np.nan for s in np.ravel(size)])
+        quantiles = np.array(
+            [t_quantile(0.5 + confidence / 2, int(s) - 1) if s > 1 else np.nan for s in np.ravel(size)]
+        )
         half = quantiles.reshape(np.shape(size)) * sd / np.sqrt(size)
-    known = ~np.isnan(rows)
-    least, greatest = (
-        np.where(size > 0, pick(np.where(known, rows, fill), axis=0), np.nan) for pick, fill in ((np.min, np.inf), (np.max, -np.inf))
-    )
-    return Spread(Bands(mean, mean - half, mean + half, size), sd, least, greatest)
+    return Bands(mean, mean - half, mean + half, size)
 
 
 def nullable(values: ArrayLike) -> Any:
@@ -164,13 +142,3 @@ def nullable(values: ArrayLike) -> Any:
     boxed = array.astype(object)
     boxed[np.isnan(array)] = None
     return boxed.tolist()
-
-
-def _resample_counts(n: int, n_resamples: int, seed: int) -> Iterator[tuple[int, Floats]]:
-    """How often each of n examples is in each resample: (first resample, (resamples, n)), a bounded number at a time."""
-    rng = np.random.default_rng(seed)
-    step = max(1, _CELLS // max(n, 1))
-    for start in range(0, n_resamples if n else 0, step):
-        rows = rng.integers(n, size=(min(step, n_resamples - start), n))
-        offsets = n * np.arange(len(rows))[:, None]
-        yield start, np.bincount((rows + offsets).ravel(), minlength=rows.size).reshape(rows.shape).astype(np.float64)

@@ -12,11 +12,13 @@ _DIRECT = 10  # bits: up to 1,024 entries all pairs are compared
 
 
 def kendall_tau(a: ArrayLike, b: ArrayLike) -> Floats:
-    """Kendall's tau-b along the last axis: (concordant - discordant pairs) / sqrt(pairs not tied in a * pairs not tied in b).
+    """Kendall's tau-b along the last axis: (concordant - discordant pairs) / sqrt(pairs not tied in a * pairs not tied
+    in b).
 
-    a, b (..., n), broadcast against each other -> (...). This is what ``scipy.stats.kendalltau`` calls its statistic, and without ties
-    it is the paper's (Pc - Pd) / (n (n - 1) / 2), section 4.6. Pairs are counted in whole numbers, in O(n log n). NaN where nothing can
-    be ranked: fewer than two entries, all entries of a or b equal, or a NaN among them. Raises ValueError for unequal n.
+    a, b (..., n), broadcast against each other -> (...). This is what ``scipy.stats.kendalltau`` calls its statistic,
+    and without ties it is the paper's (Pc - Pd) / (n (n - 1) / 2), section 4.6. Pairs are counted in whole numbers, in
+    O(n log n). NaN where nothing can be ranked: fewer than two entries, all entries of a or b equal, or a NaN among
+    them. Raises ValueError for unequal n.
     """
     first, second = _paired(a, b)
     shape, n = first.shape[:-1], first.shape[-1]
@@ -81,7 +83,8 @@ def _tau_rows(x: Floats, y: Floats) -> Floats:
 
 
 def _ranks(x: Floats, y: Floats) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Ranks in y of entries in the order of x, (rows, n), and which rows have neither ties nor NaN: those of the others mean nothing."""
+    """Ranks in y of entries in the order of x, (rows, n), and which rows have neither ties nor NaN: those of the others
+    mean nothing."""
     order = np.argsort(x, axis=1)
     x, y = (np.take_along_axis(v, order, axis=1) for v in (x, y))
     order = np.argsort(y, axis=1)
@@ -130,10 +133,10 @@ def _tied_pairs(new: NDArray[np.bool_]) -> NDArray[np.int64]:
 def _inversions(rank: NDArray[np.int32]) -> NDArray[np.int64]:
     """Pairs i < j with rank_i > rank_j in rows (rows, n) that are permutations of 0..n-1.
 
-    Radix sort from the highest bit: two ranks that agree above a bit and differ in it are an inversion if the one with the bit stands
-    first, so each bit's inversions are how far its zeros have to move to the front of their group. Rows are filled up to a power of two
-    with larger ranks at their end, which adds none; then every group holds as many zeros as ones. In groups that are small enough pairs
-    are compared one by one, which is several times as fast.
+    Radix sort from the highest bit: two ranks that agree above a bit and differ in it are an inversion if the one with
+    the bit stands first, so each bit's inversions are how far its zeros have to move to the front of their group. Rows
+    are filled up to a power of two with larger ranks at their end, which adds none; then every group holds as many
+    zeros as ones. In groups that are small enough pairs are compared one by one, which is several times as fast.
     """
     rows, n = rank.shape
     bits = (n - 1).bit_length()
@@ -155,7 +158,8 @@ def _inversions(rank: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def _compare_pairs(rank: NDArray[np.int32]) -> NDArray[np.int64]:
-    """:func:`_inversions` in O(n^2), entries side by side: of 16-bit numbers, counted in 8 bits, a processor compares many at once."""
+    """:func:`_inversions` in O(n^2), entries side by side: of 16-bit numbers, counted in 8 bits, a processor compares
+    many at once."""
     line = np.ascontiguousarray(rank.T, dtype=np.int16)  # (n, rows): every distance is one stretch of memory
     total = np.zeros(line.shape[1], dtype=np.int64)
     smaller = np.empty(line.shape, dtype=bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -61,43 +60,47 @@ def paired_bootstrap(
     """
     first, second, weight = (_vector(x, name) for x, name in ((a, "a"), (b, "b"), (weights, "weights")))
     if not first.size == second.size == weight.size:
-        raise ValueError(f"a, b and weights must have one entry a document, got {first.size}, {second.size}, {weight.size}")
+        raise ValueError(
+            f"a, b and weights must have one entry a document, got {first.size}, {second.size}, {weight.size}"
+        )
     if first.size < 2:
         raise ValueError("a bootstrap over documents needs at least two of them")
     if not (weight > 0).all():
         raise ValueError("weights must be positive")
     gap = first - second
     estimate = float(gap.sum() / weight.sum())
-    draws = np.concatenate([gap[rows].sum(axis=1) / weight[rows].sum(axis=1) for rows in _resamples(gap.size, n_resamples, seed)])
-    low, high = _percentiles(draws, confidence)
-    return PairedDifference(estimate, low, high, math.exp(estimate), math.exp(low), math.exp(high), _two_sided(draws), gap.size)
+    draws = bootstrap_ratios(gap, weight, n_resamples, seed)
+    low, high = percentiles(draws, confidence)
+    ratio, ratio_low, ratio_high = map(math.exp, (estimate, low, high))
+    return PairedDifference(estimate, low, high, ratio, ratio_low, ratio_high, _two_sided(draws), gap.size)
 
 
 def bootstrap_difference(
     differences: ArrayLike, n_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
 ) -> tuple[Interval, float]:
-    """Percentile bootstrap interval of the mean of paired differences, and its two-sided p, at least 2 / (resamples + 1).
+    """Percentile bootstrap interval of the mean of paired differences, and its two-sided p, at least 2 / (resamples +
+    1).
 
-    differences (n,), one for each unit. Made for few distinct values, as between right and wrong answers: a resample is drawn as
-    their counts, which costs as much for a million units as for ten. Raises ValueError for fewer than two units.
+    differences (n,), one for each unit. Made for few distinct values, as between right and wrong answers: a resample is
+    drawn as their counts, which costs as much for a million units as for ten. Raises ValueError for fewer than two
+    units.
     """
     gap = _vector(differences, "differences")
     if gap.size < 2:
         raise ValueError("a bootstrap needs at least two units")
     values, counts = np.unique(gap, return_counts=True)
-    rng, step = np.random.default_rng(seed), max(1, _CELLS // values.size)
-    parts = [
-        rng.multinomial(gap.size, counts / gap.size, size=min(step, n_resamples - start)) @ values / gap.size
-        for start in range(0, n_resamples, step)
-    ]
-    draws = np.concatenate(parts)
+    draws = bootstrap_ratios(values, np.ones_like(values), n_resamples, seed, counts)
     draws[np.abs(draws) < 1e-12] = 0.0  # thirds do not add up to nothing exactly
-    low, high = _percentiles(draws, confidence)
+    low, high = percentiles(draws, confidence)
     return Interval(float(gap.mean()), low, high, gap.size), _two_sided(draws)
 
 
 def bootstrap_mean_ci(
-    values: ArrayLike, n_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95, weights: ArrayLike | None = None
+    values: ArrayLike,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    weights: ArrayLike | None = None,
 ) -> Interval:
     """Percentile bootstrap interval of mean(values), or of sum(values) / sum(weights) when weights are given.
 
@@ -107,9 +110,40 @@ def bootstrap_mean_ci(
     weight = np.ones_like(sample) if weights is None else _vector(weights, "weights")
     if sample.size < 2 or weight.size != sample.size:
         raise ValueError(f"need at least two values and as many weights, got {sample.size} and {weight.size}")
-    draws = np.concatenate([sample[rows].sum(axis=1) / weight[rows].sum(axis=1) for rows in _resamples(sample.size, n_resamples, seed)])
-    low, high = _percentiles(draws, confidence)
+    low, high = percentiles(bootstrap_ratios(sample, weight, n_resamples, seed), confidence)
     return Interval(float(sample.sum() / weight.sum()), low, high, sample.size)
+
+
+def bootstrap_ratios(
+    above: NDArray[Any], below: NDArray[Any], n_resamples: int, seed: int, kinds: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """sum(above) / sum(below) in each of ``n_resamples`` resamples of n units, NaN for 0 / 0: (n,) or (n, c) ->
+    (n_resamples, ...).
+
+    With ``kinds`` (k,), how many units of each of k kinds there are, ``above`` and ``below`` are (k,), one entry for a
+    unit of each kind: a resample then costs as much for a million units as for ten. Memory is bounded.
+    """
+    rng, n = np.random.default_rng(seed), len(above) if kinds is None else int(kinds.sum())
+    draws = np.empty((n_resamples, *above.shape[1:]))
+    step = max(1, _CELLS // max(len(above), 1))
+    for start in range(0, n_resamples if n else 0, step):
+        some = min(step, n_resamples - start)
+        if kinds is None:
+            rows = rng.integers(n, size=(some, n)) + n * np.arange(some)[:, None]
+            counts = np.bincount(rows.ravel(), minlength=rows.size).reshape(some, n).astype(np.float64)
+        else:
+            counts = rng.multinomial(n, kinds / n, size=some).astype(np.float64)
+        # of one column row by row: BLAS would round by how many resamples go through it at once
+        sums = [counts @ x if x.ndim > 1 else (counts * x).sum(axis=1) for x in (above, below)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            draws[start : start + some] = sums[0] / sums[1]
+    return draws if n else np.full_like(draws, np.nan)
+
+
+def percentiles(draws: NDArray[np.float64], confidence: float = 0.95) -> tuple[float, float]:
+    """Ends of the percentile interval of resamples, (r,)."""
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
@@ -144,18 +178,24 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
 
 def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Student's interval for sum(numerators) / sum(denominators) over a few independent runs, in each of which both may vary: of the
-    ratio's linearisation (Cochran, Sampling Techniques, chapter 6).
+    """Student's interval for sum(numerators) / sum(denominators) over a few independent runs, in each of which both may
+    vary: of the ratio's linearisation (Cochran, Sampling Techniques, chapter 6).
 
-    numerators, denominators (n,). Raises ValueError for n < 2, unequal lengths, negative denominators or none that is positive.
+    numerators, denominators (n,). Raises ValueError for n < 2, unequal lengths, negative denominators or none that is
+    positive.
     """
     return t_interval(_linearised(numerators, denominators), confidence)
 
 
 def ratio_difference_interval(
-    numerators: ArrayLike, denominators: ArrayLike, other_numerators: ArrayLike, other_denominators: ArrayLike, confidence: float = 0.95
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    other_numerators: ArrayLike,
+    other_denominators: ArrayLike,
+    confidence: float = 0.95,
 ) -> Interval:
-    """Student's interval for the difference of two such ratios of the same runs, whose ups and downs they share. All (n,)."""
+    """Student's interval for the difference of two such ratios of the same runs, whose ups and downs they share. All
+    (n,)."""
     first, second = _linearised(numerators, denominators), _linearised(other_numerators, other_denominators)
     return t_interval(first - second, confidence)
 
@@ -206,20 +246,7 @@ def _vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
     return array
 
 
-def _resamples(size: int, count: int, seed: int) -> Iterator[NDArray[Any]]:
-    """Row indices (rows, size) of ``count`` resamples in all, a bounded number at a time."""
-    rng = np.random.default_rng(seed)
-    step = max(1, _CELLS // size)
-    for start in range(0, count, step):
-        yield rng.integers(size, size=(min(step, count - start), size))
-
-
 def _two_sided(draws: NDArray[np.float64]) -> float:
     """The smallest 1 - confidence at which the percentile interval of the draws leaves out zero."""
     tail = int(min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0)))
     return min(1.0, 2 * (tail + 1) / (draws.size + 1))
-
-
-def _percentiles(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
-import shlex
-import sys
+from collections.abc import Sequence
 
 from momentum_lm.errors import UserError
+from momentum_lm.studies import controls, flags
 
-from .eval_classification import (
-    add_question_arguments,
-    add_speed_arguments,
-    load_datasets,
-    process_timeout,
-    settings_from,
-)
-from .options import add_model_arguments, add_output_arguments, choices, load_model
+from .options import add_model_arguments, add_output_arguments, load_model
 
-CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd", "all_parameters")
 LARGE = 1_000_000_000  # parameters from which on a second, untrained, model is only loaded if asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this task."""
     add_model_arguments(parser, huggingface=True)
-    add_question_arguments(parser)
-    add_speed_arguments(parser)
+    flags.add_question_arguments(parser)
+    flags.add_speed_arguments(parser)
     parser.set_defaults(shots="16")
     group = parser.add_argument_group("finetuning")
     group.add_argument(
@@ -51,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--controls", metavar="C,C,...",
-        help=f"what the similarities are to be compared with: none, or some of {', '.join(CONTROLS)} (default: all but the last, and "
-        "without untrained from a billion parameters on)",
+        help=f"what the similarities are to be compared with: none, or some of {', '.join(controls.CHOICES)} "
+        "(default: all but the last, and without untrained from a billion parameters on)",
     )  # fmt: skip
     group.add_argument(
         "--score", default="mean", choices=["mean", "sum"], help="of a label's log-probabilities (default: %(default)s)"
@@ -63,48 +56,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Analyses, writes the report, prints its table."""
-    import dataclasses
-
+def run(args: argparse.Namespace, command: str) -> bool:
+    """Analyses; whether this is the process that writes."""
     from momentum_lm.cpu import map_large_tensors, return_memory
-    from momentum_lm.report.icl_vs_finetuning import write_report
     from momentum_lm.studies import icl_vs_finetuning as study
 
     if args.lr_examples < 1:
         raise UserError(f"--lr-examples {args.lr_examples}: must be at least 1")
-    names = (
-        None
-        if args.controls is None
-        else ()
-        if args.controls == "none"
-        else choices(args.controls, "--controls", CONTROLS)
-    )
+    names: Sequence[str] = ()
+    if args.controls != "none":
+        names = (
+            controls.DEFAULT if args.controls is None else flags.choices(args.controls, "--controls", controls.CHOICES)
+        )
     settings = study.Settings(
-        questions=dataclasses.replace(settings_from(args), score=args.score),
+        questions=dataclasses.replace(flags.settings_from(args), score=args.score),
         rates=study.GRID if args.finetune_lr == "auto" else rates(args.finetune_lr),
         held_out=args.lr_examples,
         loss=args.finetune_loss,
         parameters=args.finetune_parameters,
         save_traces=args.save_traces,
     )
-    timeout = process_timeout(args)
+    timeout = flags.process_timeout(args)
     map_large_tensors()  # finetuned and untrained weights come and go
     lm = load_model(args)
-    if names is None:
-        large = sum(parameter.numel() for parameter in lm.model.parameters()) >= LARGE
-        names = [name for name in study.DEFAULT_CONTROLS if not (large and name == "untrained")]
+    if args.controls is None and sum(parameter.numel() for parameter in lm.model.parameters()) >= LARGE:
+        names = [name for name in names if name != "untrained"]
     settings = dataclasses.replace(settings, controls=tuple(names))
-    command = shlex.join(["fairseq-eval", *sys.argv[1:]])
-    writes = study.analyse(
-        lm, load_datasets(args, lm), settings, args.results_dir, command, args.force, timeout=timeout
-    )
+    datasets = flags.load_datasets(args, lm)
+    writes = study.analyse(lm, datasets, settings, args.results_dir, command, args.force, timeout=timeout)
     del lm
     return_memory()  # what the figures need comes in its place
-    if writes:
-        print(write_report(args.results_dir, replace=args.force).text())
-        print(f"\n{args.results_dir}/report.html")
-    return 0
+    return writes
 
 
 def rates(text: str) -> tuple[float, ...]:

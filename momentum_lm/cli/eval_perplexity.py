@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from momentum_lm.errors import UserError
+from momentum_lm.studies.flags import check_seed, integers
 
-from .options import add_model_arguments, add_output_arguments, check_seed, integers, load_native_model
+from .options import add_model_arguments, add_output_arguments, load_native_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("data", metavar="DATA", help="folder from `momentum-lm prepare` or `fairseq-preprocess`")
     group.add_argument("--split", default="valid", help="split, or several with commas between (default: %(default)s)")
     group.add_argument(
-        "--context-lengths", default="256,512,1024", metavar="N,N,...", help="tokens that are seen at once (default: %(default)s)"
+        "--context-lengths",
+        default="256,512,1024",
+        metavar="N,N,...",
+        help="tokens that are seen at once (default: %(default)s)",
     )
-    group.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens per forward pass (default: %(default)s)")
+    group.add_argument(
+        "--batch-tokens", type=int, default=16384, metavar="N", help="tokens per forward pass (default: %(default)s)"
+    )
     group.add_argument(
         "--packed-documents", default="auto", choices=["auto", "yes", "no"],
         help="no document of a block sees another; auto: as the model was trained (default: %(default)s)",
@@ -27,9 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Evaluates, writes the report, prints its table."""
-    from momentum_lm.report.perplexity import write_report
+def run(args: argparse.Namespace, command: str) -> bool:
+    """Evaluates; whether this is the process that writes."""
     from momentum_lm.studies import perplexity
 
     lengths = integers(args.context_lengths, "--context-lengths", 1, "256,512")
@@ -38,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
     check_seed(args.seed)
     lm = load_native_model(args)
     packed = lm.packed_documents if args.packed_documents == "auto" else args.packed_documents == "yes"
-    results = perplexity.evaluate(
-        lm, args.data, args.results_dir, lengths, args.split.split(","), args.batch_tokens, packed, args.seed, args.force
+    splits = args.split.split(",")
+    perplexity.evaluate(
+        lm, args.data, args.results_dir, lengths, splits, args.batch_tokens, packed, args.seed, args.force
     )
-    print(write_report(results.folder, replace=args.force).text())
-    print(f"\n{results.folder / 'report.html'}")
-    return 0
+    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from momentum_lm.errors import UserError, flags
@@ -117,35 +116,3 @@ def device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-_MOST = 2**53  # what every reader of JSON takes, and results.schema
-
-
-def integers(text: str, flag: str, least: int = 0, example: str = "0,4,16") -> list[int]:
-    """``256,512`` -> [256, 512]. Raises UserError naming the flag for anything else, or a number below ``least``."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < least or max(values) > _MOST:
-        upward = "on" if not values or max(values) <= _MOST else f"to {_MOST:,}"
-        what = f"whole numbers from {least} {upward} with commas between"
-        raise UserError(f"{flag} {text}: give {what}, such as {example}")
-    return values
-
-
-def check_seed(seed: int) -> int:
-    """``--seed``. Raises UserError for one that NumPy does not take."""
-    if seed < 0:
-        raise UserError(f"--seed {seed}: must not be negative")
-    return seed
-
-
-def choices(text: str, flag: str, known: Sequence[str]) -> list[str]:
-    """``a,b`` -> ["a", "b"]. Raises UserError naming the flag for a name that is not known."""
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            raise UserError(f"{flag} {name}: choose from {', '.join(known)}")
-    return names

@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 
 from momentum_lm.errors import UserError, main_guard
+from momentum_lm.studies.flags import check_seed
+from momentum_lm.studies.registry import STUDIES
 
-from .options import Parser, check_seed
+from .options import Parser
 
 _EPILOG = """examples:
   momentum-lm report results/vanilla results/momentum --output compare.html
@@ -28,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a --results-dir of fairseq-eval")
     parser.add_argument(
-        "--between", metavar="NAME=A,B,...", help="compare settings within one RUN of icl_classification: calibration or shots"
+        "--between",
+        metavar="NAME=A,B,...",
+        help="compare settings within one RUN of icl_classification: calibration or shots",
     )
     parser.add_argument("--output", metavar="FILE", help="also write an HTML page")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -36,33 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_seed(args.seed)
 
-    from momentum_lm.report import classification, icl_vs_finetuning, perplexity
-    from momentum_lm.report.classification_comparison import ClassificationComparison, parse_between
-    from momentum_lm.report.common import read_runs
-    from momentum_lm.report.finetuning_comparison import FinetuningComparison
+    from momentum_lm.report.skeleton import read_runs
     from momentum_lm.report.tables import printable
 
-    task = read_runs(args.runs, [perplexity.TASK, classification.TASK, icl_vs_finetuning.TASK])[0]["task"]
-    comparison: perplexity.Comparison | ClassificationComparison | FinetuningComparison
-    notes: Sequence[str] = ()
-    if task == classification.TASK:
-        between = None if args.between is None else parse_between(args.between)
-        comparison = ClassificationComparison(args.runs, between=between, seed=args.seed)
-        notes = comparison.notes
-    elif args.between is not None:
-        raise UserError(f"--between is for results of {classification.TASK}, and {args.runs[0]} holds those of {task}")
-    elif task == icl_vs_finetuning.TASK:
-        comparison = FinetuningComparison(args.runs)
-        notes = comparison.notes
-    else:
-        comparison = perplexity.Comparison(args.runs, seed=args.seed)
-        notes = comparison.notes
-    table = comparison.table()
-    print(table.markdown() if args.markdown else table.text())
-    differences = comparison.differences() if isinstance(comparison, FinetuningComparison) else None
-    if differences is not None:
-        print(f"\n{differences.markdown() if args.markdown else differences.text()}")
-    for note in notes:
+    study = STUDIES[read_runs(args.runs, list(STUDIES))[0]["task"]]
+    if args.between is not None and not study.between:
+        fitting = " or ".join(name for name, other in STUDIES.items() if other.between)
+        raise UserError(f"--between is for results of {fitting}, and {args.runs[0]} holds those of {study.name}")
+    varied = {"between": args.between} if study.between else {}
+    comparison = study.compare(args.runs, seed=args.seed, **varied)
+    print("\n\n".join(table.markdown() if args.markdown else table.text() for table in comparison.tables()))
+    for note in comparison.notes:
         print(f"\n{printable(note)}")
     if args.output:
         comparison.write_page(args.output)

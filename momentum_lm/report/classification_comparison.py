@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,120 +14,126 @@ from momentum_lm.analysis.classification import AccuracyDifference, compare_accu
 from momentum_lm.analysis.statistics import Interval
 from momentum_lm.errors import UserError, arg
 from momentum_lm.results.predictions import Answers, read_answers, run_key
+from momentum_lm.studies.classification_summary import Run, baseline, cells, summarise_cell
+from momentum_lm.studies.tasks import CHOICE
 
-from .classification import INTERVALS, TASK, Run, baseline, cells, interval_text, percent, points, results_table, summarise_cell
-from .common import Folder, read_runs, short_names
+from .classification import INTERVALS, TASK, interval_text, percent, points, results_table
 from .figures import accuracy_panel, draw, to_svg
-from .html import Code, Folded, Paragraph, Part, Picture, Points, write_page
+from .html import Folded, Picture
+from .skeleton import Comparison, Folder, Sections, differ
 from .tables import Table
 
 VARIABLES = ("shots", "calibration")
 _READING = (
-    "{intervals} Differences are in percentage points from {first}, over the same examples, paired by seed and order of demonstrations. "
-    "The interval over examples (cluster bootstrap: an example is drawn with all its runs) says what other examples would give with these "
+    "{intervals} Differences are in percentage points from {first}, over the same examples, paired by seed and order "
+    "of demonstrations. "
+    "The interval over examples (cluster bootstrap: an example is drawn with all its runs) says what other examples "
+    "would give with these "
     "demonstrations; the one over seeds (Student's, of the seeds' differences) what other demonstrations would give on "
     "these examples (with --fresh-queries: on others). "
     "p: exact McNemar test where there is one pair of runs, else of the bootstrap, and then at least 0.0002."
 )
 
-Place = tuple[Any, ...]  # of a row: dataset, shots and calibration, but for what the sides differ in
+Setting = tuple[Any, ...]  # of a row: dataset, shots and calibration, but for what the sides differ in
 
 
 @dataclass(frozen=True)
 class Side:
-    """What stands beside others: a name, its folder, its runs by place, seed and order, and whether each seed has
+    """What stands beside others: a name, its folder, its runs by setting, seed and order, and whether each seed has
     queries of its own.
     """
 
     name: str
     folder: Path
-    runs: dict[Place, dict[tuple[int, int], Run]]
+    runs: dict[Setting, dict[tuple[int, int], Run]]
     fresh: bool
 
-    def of_draw(self, place: Place, draw: tuple[int, int]) -> Run | None:
+    def of_draw(self, setting: Setting, draw: tuple[int, int]) -> Run | None:
         """The run of a seed and order; without demonstrations there is one for all orders, and mostly for all seeds."""
-        runs = self.runs[place]
+        runs = self.runs[setting]
         one = next(iter(runs.values()))
         if one["shots"]:
             return runs.get(draw)
         return runs.get((draw[0], 0)) if self.fresh else one
 
 
-class ClassificationComparison:
+class ClassificationComparison(Comparison):
     """Accuracies of two or more sides; differences are from the first.
 
-    The sides are ``folders``, or with ``between``, such as ``("calibration", ["none", "batch"])`` or ``("shots", [4, 16])``, settings
-    within the one folder named. Raises UserError for folders of other tasks, for settings that a folder does not hold, for sides
-    without a run in common, and for sides that evaluated different examples or differ in their gold labels.
+    The sides are ``folders``, or with ``between``, such as ``("calibration", ["none", "batch"])`` or its text on a
+    command line, ``"shots=4,16"``, settings within the one folder named. Raises UserError as its base, for settings
+    that a folder does not hold, for sides without a run in common, and for sides that evaluated different examples or
+    differ in their gold labels.
     """
+
+    task, title = TASK, "In-context classification, side by side"
 
     def __init__(
         self,
         folders: Sequence[Folder],
         names: Sequence[str] | None = None,
-        between: tuple[str, Sequence[Any]] | None = None,
         seed: int = 0,
+        between: str | tuple[str, Sequence[Any]] | None = None,
     ) -> None:
-        self.results = read_runs(folders, [TASK])
-        self.seed = seed
+        super().__init__(folders, names, seed)
+        between = parse_between(between) if isinstance(between, str) else between
         self.varied = between[0] if between else None
-        self.notes: list[str] = []
-        paths = [Path(folder) for folder in folders]
-        if between is None:
-            named = list(names) if names else short_names(folders)
-            self.sides = [
-                Side(n, p, self._places(r["runs"]), _fresh(r))
-                for n, p, r in zip(named, paths, self.results, strict=True)
-            ]
+        if between is not None:
+            self.sides = list(self._settings(*between))
+            self.names = [str(self.folders[0])]
         else:
-            self.sides = list(self._settings(paths, *between))
-        self.differences: dict[tuple[Place, int], AccuracyDifference] = {}  # by place and number of the side
-        self.pairs: dict[tuple[Place, int], list[tuple[Run, Run]]] = {}
+            named = zip(self.names, self.folders, self.results, strict=True)
+            self.sides = [Side(n, p, self._settings_of(r["runs"]), _fresh(r)) for n, p, r in named]
+        self.differences: dict[tuple[Setting, int], AccuracyDifference] = {}  # by setting and number of the side
+        self.pairs: dict[tuple[Setting, int], list[tuple[Run, Run]]] = {}
         if len(self.sides) > 1:
             self._compare()
 
     def table(self) -> Table:
-        """A row for each place and side; that of :func:`results_table` for a single side."""
+        """A row for each setting and side; that of :func:`results_table` for a single side."""
         if len(self.sides) == 1:
             return results_table(self.results[0]["runs"])
         rows = []
-        for place in self._all_places():
+        for setting in self._all_settings():
             for number, side in enumerate(self.sides):
-                if place not in side.runs:
-                    continue
-                runs = list(side.runs[place].values())
-                cell = summarise_cell(runs)
-                left = [*map(str, place), side.name, percent(cell["mean"]), interval_text(cell["ci95"])]
-                rows.append(left + _difference_cells(self.differences.get((place, number))))
-        headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [self.varied or "results"]
-        headings += [
-            "accuracy %",
-            "95% interval",
-            f"vs {self.sides[0].name}",
-            "95% over examples",
-            "p over examples",
-            "95% over seeds",
-        ]
-        return Table(headings, rows)
+                if setting in side.runs:
+                    cell = summarise_cell(list(side.runs[setting].values()))
+                    row = self._names(setting, side) | {CHOICE.title: percent(cell["mean"])}
+                    row["95% interval"] = interval_text(cell["ci95"])
+                    rows.append(row | self._difference(self.differences.get((setting, number))))
+        return Table.of(rows)
 
-    def write_page(self, path: str | os.PathLike[str]) -> None:
-        """One HTML page: the table, how to read it, figures, every pair of runs, and in what the sides' configurations differ."""
-        reading = [_READING.format(intervals=INTERVALS, first=self.sides[0].name)] if len(self.sides) > 1 else []
-        top: list[Part] = [self.table(), *map(Paragraph, reading)]
-        sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
-        for dataset in dict.fromkeys(place[0] for place in self._all_places() if self.varied != "shots"):
-            sections[dataset] = list(self._figures(dataset))
+    def _names(self, setting: Setting, side: Side) -> dict[str, str]:
+        """The first cells of a row."""
+        varied = [name for name in ("dataset", *VARIABLES) if name != self.varied]
+        return dict(zip(varied, map(str, setting), strict=True)) | {self.varied or "results": side.name}
+
+    def _difference(self, difference: AccuracyDifference | None) -> dict[str, str]:
+        first = f"vs {self.sides[0].name}"
+        if difference is None:
+            return dict.fromkeys((first, "95% over examples", "p over examples", "95% over seeds"), "")
+        return {
+            first: f"{100 * difference.difference:+.1f}",
+            "95% over examples": _points_text(difference.over_examples),
+            "p over examples": f"{difference.p_value:.2g}",
+            "95% over seeds": _points_text(difference.over_seeds),
+        }
+
+    def reading(self) -> str:
+        return _READING.format(intervals=INTERVALS, first=self.sides[0].name) if len(self.sides) > 1 else ""
+
+    def sections(self) -> Sections:
+        datasets = dict.fromkeys(setting[0] for setting in self._all_settings() if self.varied != "shots")
+        found: Sections = {dataset: list(self._figures(dataset)) for dataset in datasets}
         if self.pairs:
-            sections["Every pair of runs"] = [
-                Folded(f"{sum(map(len, self.pairs.values()))} pairs", [self._pairs_table()])
-            ]
-        sections["What was measured"] = [Code(self._origins())]
-        write_page(path, "In-context classification, side by side", sections)
+            total = sum(map(len, self.pairs.values()))
+            found["Every pair of runs"] = [Folded(f"{total} pairs", [self._pairs_table()])]
+        return found
 
-    def _settings(self, folders: Sequence[Path], variable: str, values: Sequence[Any]) -> Iterator[Side]:
+    def _settings(self, variable: str, values: Sequence[Any]) -> Iterator[Side]:
         if variable not in VARIABLES:
             raise UserError(arg(between=variable), f": choose one of {' or '.join(VARIABLES)}")
-        if len(folders) != 1:
+        if len(self.folders) != 1:
             raise UserError(arg("between"), " compares settings within one results folder; name one")
         if len(values) < 2 or len(set(values)) < len(values):
             raise UserError(arg(between=variable), f"={','.join(map(str, values))}: name two or more different values")
@@ -139,64 +143,65 @@ class ClassificationComparison:
             if value not in there:
                 raise UserError(
                     arg(between=variable),
-                    f": {folders[0]} has no runs with {value}, only with {', '.join(map(str, there))}",
+                    f": {self.folders[0]} has no runs with {value}, only with {', '.join(map(str, there))}",
                 )
             chosen = [run for run in runs if run[variable] == value]
-            yield Side(str(value), folders[0], self._places(chosen), _fresh(self.results[0]))
+            yield Side(str(value), self.folders[0], self._settings_of(chosen), _fresh(self.results[0]))
 
-    def _places(self, runs: Sequence[Run]) -> dict[Place, dict[tuple[int, int], Run]]:
+    def _settings_of(self, runs: Sequence[Run]) -> dict[Setting, dict[tuple[int, int], Run]]:
         names = [name for name in ("dataset", *VARIABLES) if name != self.varied]
-        found: dict[Place, dict[tuple[int, int], Run]] = {}
+        found: dict[Setting, dict[tuple[int, int], Run]] = {}
         for chosen in cells(runs).values():
-            place = tuple(chosen[0][name] for name in names)
-            found[place] = {(run["seed"], run["order"]): run for run in chosen}
+            setting = tuple(chosen[0][name] for name in names)
+            found[setting] = {(run["seed"], run["order"]): run for run in chosen}
         return found
 
-    def _all_places(self) -> list[Place]:
+    def _all_settings(self) -> list[Setting]:
         """Rows of all sides, in the order of the first that has them."""
-        return list(dict.fromkeys(place for side in self.sides for place in side.runs))
+        return list(dict.fromkeys(setting for side in self.sides for setting in side.runs))
 
     def _compare(self) -> None:
-        for place in self._all_places():
+        for setting in self._all_settings():
             for number, side in enumerate(self.sides[1:], 1):
-                pairs = self._pair(place, side)
+                pairs = self._pair(setting, side)
                 if pairs:
-                    self.pairs[place, number] = pairs
-                    self._note_other_texts(place, side, pairs)
+                    self.pairs[setting, number] = pairs
+                    self._note_other_texts(setting, side, pairs)
         if not self.pairs:
             raise UserError(
-                f"{' and '.join(side.name for side in self.sides)} have no dataset, shots, calibration, seed and order in common"
+                f"{' and '.join(side.name for side in self.sides)} have no dataset, shots, calibration, seed and order "
+                "in common"
             )
         wanted: dict[int, list[Run]] = {}
         for (_, number), pairs in self.pairs.items():
             wanted.setdefault(0, []).extend(first for first, _ in pairs)
             wanted.setdefault(number, []).extend(other for _, other in pairs)
         answers = {number: read_answers(self.sides[number].folder, runs) for number, runs in wanted.items()}
-        for (place, number), pairs in self.pairs.items():
+        for (setting, number), pairs in self.pairs.items():
             first = [answers[0][run_key(run)] for run, _ in pairs]
             other = [answers[number][run_key(run)] for _, run in pairs]
             for (run, _), one, two in zip(pairs, first, other, strict=True):
                 self._check_examples(run["dataset"], self.sides[number], one, two)
             evaluated, right = _aligned(first, other)
             seeds = [_draw(*pair)[0] for pair in pairs]
-            self.differences[place, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed,
+            self.differences[setting, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed,
                 evaluated=evaluated)
 
-    def _pair(self, place: Place, side: Side) -> list[tuple[Run, Run]]:
+    def _pair(self, setting: Setting, side: Side) -> list[tuple[Run, Run]]:
         """Runs that belong together: of the same draw. Without demonstrations all runs are the same one, which goes
         with any draw of the other side, unless each seed has queries of its own.
         """
-        first, other = self.sides[0].runs.get(place, {}), side.runs.get(place, {})
+        first, other = self.sides[0].runs.get(setting, {}), side.runs.get(setting, {})
         if not first or not other:
             return []
         zero, also = (next(iter(runs.values()))["shots"] == 0 for runs in (first, other))
         alike = zero and also and not self.sides[0].fresh and not side.fresh
         draws = list(other if zero and not also else first)[: 1 if alike else None]
-        both = ((self.sides[0].of_draw(place, draw), side.of_draw(place, draw)) for draw in draws)
+        both = ((self.sides[0].of_draw(setting, draw), side.of_draw(setting, draw)) for draw in draws)
         pairs = [(one, two) for one, two in both if one is not None and two is not None]
         if alike or zero != also:
             return pairs
-        where = _where(place)
+        where = _where(setting)
         alone = len(first) + len(other) - 2 * len(pairs)
         if alone:
             self.notes.append(
@@ -211,14 +216,14 @@ class ClassificationComparison:
             )
         return pairs
 
-    def _note_other_texts(self, place: Place, side: Side, pairs: Sequence[tuple[Run, Run]]) -> None:
+    def _note_other_texts(self, setting: Setting, side: Side, pairs: Sequence[tuple[Run, Run]]) -> None:
         """Pairs are of the same examples by number and label; says where the digests of their texts differ, or are not
         there."""
         names = f"{self.sides[0].name} and {side.name}"
         other = sum(differ(a, b, "examples_sha256") for a, b in pairs)
         if other:
             self.notes.append(
-                f"{_where(place)}: {names} were evaluated on the same examples with other texts in {other} of "
+                f"{_where(setting)}: {names} were evaluated on the same examples with other texts in {other} of "
                 f"{len(pairs)} pairs (another template, other data, or other --max-field-tokens)."
             )
         if any("examples_sha256" not in run for pair in pairs for run in pair):
@@ -240,7 +245,8 @@ class ClassificationComparison:
         if differing.size:
             at = differing[0]
             raise UserError(
-                f"{dataset}: the gold labels of {differing.size:,} examples differ, first that of example {one.index[at]} "
+                f"{dataset}: the gold labels of {differing.size:,} examples differ, first that of example "
+                f"{one.index[at]} "
                 f"({one.gold[at]} in {names[0]}, {two.gold[at]} in {names[1]}); evaluate both on the same data"
             )
 
@@ -249,7 +255,7 @@ class ClassificationComparison:
         pictures: dict[str, dict[str, Any]] = {}
         level = None
         for side in self.sides:
-            runs = [run for place, chosen in side.runs.items() if place[0] == dataset for run in chosen.values()]
+            runs = [run for setting, chosen in side.runs.items() if setting[0] == dataset for run in chosen.values()]
             level = level or (baseline(runs) if runs else None)
             for calibration, line in points(runs).items():
                 title = dataset if self.varied else f"{dataset}, calibration {calibration}"
@@ -260,36 +266,15 @@ class ClassificationComparison:
 
     def _pairs_table(self) -> Table:
         first = self.sides[0].name
-        rows = []
-        for (place, number), pairs in self.pairs.items():
-            for pair, test in zip(pairs, self.differences[place, number].tests, strict=True):
-                seed, order = _draw(*pair)
-                accuracies = [percent(run["accuracy"]) for run in pair]
-                numbers = [str(test.only_b), str(test.only_a), f"{test.p_value:.2g}"]
-                rows.append([*map(str, place), self.sides[number].name, str(seed), str(order), *accuracies, *numbers])
-        headings = [name for name in ("dataset", *VARIABLES) if name != self.varied] + [
-            self.varied or "results",
-            "seed",
-            "order",
-        ]
-        headings += [f"{first} %", "this %", f"only {first} right", "only this right", "McNemar p"]
-        return Table(headings, rows)
-
-    def _origins(self) -> str:
-        """Each side's model, and the entries of the configurations that are not the same in all."""
-        if self.varied:
-            return f"{self.sides[0].folder}: {self.results[0]['model']['path']}"
-        configs = [
-            {k: v for k, v in results["config"].items() if k not in ("datasets", "command")} for results in self.results
-        ]
-        differing = [
-            key for key in dict.fromkeys(key for config in configs for key in config) if _values(configs, key) > 1
-        ]
-        lines = []
-        for side, results, config in zip(self.sides, self.results, configs, strict=True):
-            lines.append(f"{side.name}: {results['model']['path']}")
-            lines += [f"  {key}: {json.dumps(config.get(key), ensure_ascii=False)}" for key in differing]
-        return "\n".join(lines)
+        rows, names = [], dict[str, str]()
+        for (setting, number), pairs in self.pairs.items():
+            names = self._names(setting, self.sides[number])
+            for pair, test in zip(pairs, self.differences[setting, number].tests, strict=True):
+                accuracies = [percent(run[CHOICE.metric]) for run in pair]
+                tests = [str(test.only_b), str(test.only_a), f"{test.p_value:.2g}"]
+                rows.append([*names.values(), *map(str, _draw(*pair)), *accuracies, *tests])
+        right = [f"only {first} right", "only this right", "McNemar p"]
+        return Table([*names, "seed", "order", f"{first} %", "this %", *right], rows)
 
 
 def parse_between(text: str) -> tuple[str, list[Any]]:
@@ -304,16 +289,11 @@ def parse_between(text: str) -> tuple[str, list[Any]]:
     return variable, [int(value) for value in values.split(",")]
 
 
-def differ(one: Run, other: Run, name: str) -> bool:
-    """Whether both runs have an entry, and not the same one."""
-    return name in one and name in other and one[name] != other[name]
+def _where(setting: Setting) -> str:
+    return ", ".join(f"{value} shots" if isinstance(value, int) else value for value in setting)
 
 
-def _where(place: Place) -> str:
-    return ", ".join(f"{value} shots" if isinstance(value, int) else value for value in place)
-
-
-def _fresh(results: Mapping[str, Any]) -> bool:
+def _fresh(results: dict[str, Any]) -> bool:
     return bool(results["config"].get("fresh_queries"))
 
 
@@ -337,16 +317,5 @@ def _draw(first: Run, other: Run) -> tuple[int, int]:
     return run["seed"], run["order"]
 
 
-def _difference_cells(difference: AccuracyDifference | None) -> list[str]:
-    if difference is None:
-        return [""] * 4
-    over_examples, over_seeds = (_points_text(i) for i in (difference.over_examples, difference.over_seeds))
-    return [f"{100 * difference.difference:+.1f}", over_examples, f"{difference.p_value:.2g}", over_seeds]
-
-
 def _points_text(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
-
-
-def _values(configs: Sequence[Mapping[str, Any]], key: str) -> int:
-    return len({json.dumps(config.get(key)) for config in configs})

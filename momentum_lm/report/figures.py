@@ -72,7 +72,8 @@ def draw(*panels: Panel, size: tuple[float, float] = (6.4, 4.0), columns: int | 
 
 
 def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: str = "valid") -> Panel:
-    """Perplexity over context length, in tokens: ``series`` maps a model's name to its (context length, perplexity) points."""
+    """Perplexity over context length, in tokens: ``series`` maps a model's name to its (context length, perplexity)
+    points."""
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="context length (tokens)", ylabel=f"perplexity per token ({shown(split, 24)}), lower is better")
@@ -87,7 +88,9 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
                 **line_style(index),
             )
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(sorted({length for points in series.values() for length, _ in points})))
+        axes.xaxis.set_major_locator(
+            FixedLocator(sorted({length for points in series.values() for length, _ in points}))
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.ticklabel_format(axis="y", useOffset=False)
@@ -98,8 +101,8 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
 def loss_panel(curves: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float] | None = None) -> Panel:
     """Training loss in nats per token over tokens seen: one curve a name.
 
-    A name's text up to the first `` seed`` picks its look: repetitions of one model look the same and share one legend entry.
-    ``levels`` are horizontal lines to compare with, such as the unigram model's loss.
+    A name's text up to the first `` seed`` picks its look: repetitions of one model look the same and share one legend
+    entry. ``levels`` are horizontal lines to compare with, such as the unigram model's loss.
     """
 
     def panel(axes: Any) -> None:
@@ -138,10 +141,13 @@ class AccuracyPoint:
 
 
 def accuracy_panel(
-    lines: Mapping[str, Sequence[AccuracyPoint]], title: str = "", level: tuple[str, float] | None = None, what: str | None = None
+    lines: Mapping[str, Sequence[AccuracyPoint]],
+    title: str = "",
+    level: tuple[str, float] | None = None,
+    what: str | None = None,
 ) -> Panel:
-    """Accuracy in percent over shots: for each name a line, bars for its interval and faint dots for the seeds; one or two lines
-    have bands between their bars, more would blur each other.
+    """Accuracy in percent over shots: for each name a line, bars for its interval and faint dots for the seeds; one or
+    two lines have bands between their bars, more would blur each other.
 
     ``level``: name and height of what needs no model, dashed. ``what`` the names are, above them. Shots are spaced by
     log(1 + shots), which has a place for 0.
@@ -187,7 +193,8 @@ def accuracy_panel(
 def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], title: str = "") -> Panel:
     """A confusion matrix, gold class by row: in each cell the percentage of its row, unless 0, which is also its shade.
 
-    counts (C, C) with as many labels. The shade is never so dark that the page's text colour, dark or light, is hard to read on it.
+    counts (C, C) with as many labels. The shade is never so dark that the page's text colour, dark or light, is hard to
+    read on it.
     """
 
     def panel(axes: Any) -> None:
@@ -197,11 +204,15 @@ def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], titl
         size = 10 if len(labels) <= 6 else 9 if len(labels) <= 10 else 8
         for row, column in np.ndindex(*table.shape):
             share = shares[row, column]
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=COLOURS[0], alpha=0.7 * share, linewidth=0))
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=COLOURS[0], alpha=0.7 * share, linewidth=0)
+            )
             if share >= 0.005:
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=size)
         names = [shown(label, 18) for label in labels]
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) * len(names) > 30 else {}
+        turned = (
+            {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) * len(names) > 30 else {}
+        )
         axes.set_xticks(range(len(names)), names, fontsize=size, **turned)
         rows = [f"{name} ({total:,.0f})" for name, total in zip(names, totals, strict=True)]
         axes.set_yticks(range(len(names)), rows, fontsize=size)
@@ -231,8 +242,8 @@ def read_png(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
 
 
 def to_svg(figure: Figure) -> str:
-    """An ``<svg>`` element for an HTML page: transparent, its text in the page's colour, as wide as the figure is or the page
-    lets it be."""
+    """An ``<svg>`` element for an HTML page: transparent, its text in the page's colour, as wide as the figure is or
+    the page lets it be."""
     with matplotlib.rc_context(_STYLE):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

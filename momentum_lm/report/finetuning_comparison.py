@@ -3,113 +3,120 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 
-from .classification_comparison import differ
-from .common import Folder, read_runs, short_names
+from momentum_lm.studies import finetuning_summary as numbers
+from momentum_lm.studies.finetuning_summary import EVIDENCE, METRICS, SETTINGS, Run
+
 from .figures import draw, to_svg
-from .finetuning_summary import (
-    EVIDENCE,
-    METRICS,
-    SETTINGS,
-    TASK,
-    Run,
-    accuracy,
-    bands,
-    estimate,
-    metric,
-    number,
-    over_layers,
-    rec2ftp,
-    settings,
-    signed,
-)
-from .html import Code, Gallery, Paragraph, Part, Picture, Points, write_page
-from .icl_vs_finetuning import metric_panel
+from .finetuning_verdicts import number, signed
+from .html import Gallery, Picture
+from .icl_vs_finetuning import TASK, accuracies, metric_panel
 from .layer_figures import Curve
+from .skeleton import Comparison, Folder, Sections, differ
 from .tables import Table
 
 _READING = (
-    "Numbers are means over layers, then over seeds, with Student's 95% intervals over seeds; for one seed, and where all seeds agree, "
-    "over examples. Metrics are in the corrected form unless the heading says otherwise. Differences are paired by seed where both "
-    "results have the same demonstrations and examples under it; one whose interval leaves out 0 would be rare if there were none."
+    "Numbers are means over layers, then over seeds, with Student's 95% intervals over seeds; for one seed, and where "
+    "all seeds agree, "
+    "over examples. Metrics are in the corrected form unless the heading says otherwise. Differences are paired by "
+    "seed where both "
+    "results have the same demonstrations and examples under it; one whose interval leaves out 0 would be rare if "
+    "there were none."
 )
 
 _THE_SAME = ("demonstrations", "num_examples")  # what two runs of a seed must have in common to be a pair
 
 
-class FinetuningComparison:
-    """The summaries of ``folders`` beside each other. ``notes`` say where they are not of the same settings.
+class FinetuningComparison(Comparison):
+    """The summaries of ``folders`` beside each other. Raises UserError as its base."""
 
-    Raises UserError for folders of other tasks, or a folder that is named twice.
-    """
+    task, title = TASK, "In-context learning against finetuning, side by side"
 
-    def __init__(self, folders: Sequence[Folder], names: Sequence[str] | None = None) -> None:
-        self.results = read_runs(folders, [TASK])
-        self.names = list(names) if names else short_names(folders)
-        self.sides = [settings(results["runs"]) for results in self.results]
-        self.places = list(dict.fromkeys(place for side in self.sides for place in side))
+    def __init__(self, folders: Sequence[Folder], names: Sequence[str] | None = None, seed: int = 0) -> None:
+        super().__init__(folders, names, seed)
+        self.sides = [numbers.settings(results["runs"]) for results in self.results]
+        self.settings = list(dict.fromkeys(setting for side in self.sides for setting in side))
         self.notes = list(self._notes())
 
     def table(self) -> Table:
         """A row for each dataset, number of shots and folder."""
-        rows = []
-        for dataset, shots in self.places:
-            for name, side in zip(self.names, self.sides, strict=True):
-                if (dataset, shots) in side:
-                    rows.append([dataset, str(shots), name, *_cells(side[dataset, shots])])
-        headings = ["dataset", "shots", "results", "seeds", "examples", *SETTINGS.values(), "Rec2FTP", "SimAOU, authors' form"]
-        return Table([*headings, *(METRICS[name] for name in EVIDENCE)], rows)
+        return Table.of(
+            [
+                {
+                    "dataset": dataset,
+                    "shots": str(shots),
+                    "results": name,
+                    "seeds": str(len(runs)),
+                    "examples": f"{runs[0]['num_examples']:,}",
+                    **accuracies(runs),
+                    "Rec2FTP": number(numbers.rec2ftp(runs), percent=True) or "nothing to recover",
+                    "SimAOU, authors' form": number(numbers.metric(runs, "simaou", "paper")),
+                    **{METRICS[metric]: number(numbers.metric(runs, metric)) for metric in EVIDENCE},
+                }
+                for dataset, shots in self.settings
+                for name, side in zip(self.names, self.sides, strict=True)
+                if (runs := side.get((dataset, shots)))
+            ]
+        )
 
     def differences(self) -> Table | None:
         """Each folder minus the first, paired by seed, with Student's 95% intervals; None where no two runs pair."""
         rows = []
-        for dataset, shots in self.places:
+        for dataset, shots in self.settings:
             first = {run["seed"]: run for run in self.sides[0].get((dataset, shots), [])}
             for name, side in zip(self.names[1:], self.sides[1:], strict=True):
                 pairs = [(first[run["seed"]], run) for run in side.get((dataset, shots), []) if run["seed"] in first]
                 pairs = [pair for pair in pairs if _alike(*pair)]
-                if pairs:
-                    gaps = [[b["accuracy"][key] - a["accuracy"][key] for a, b in pairs] for key in SETTINGS]
-                    cells = [signed(estimate(gap), percent=True) for gap in gaps]
-                    cells += [signed(estimate([_gap(a, b, key) for a, b in pairs])) for key in EVIDENCE]
-                    rows.append([dataset, str(shots), f"{name} minus {self.names[0]}", str(len(pairs)), *cells])
-        headings = ["dataset", "shots", "difference", "seeds", *SETTINGS.values(), *(METRICS[name] for name in EVIDENCE)]
-        return Table(headings, rows) if rows else None
+                if not pairs:
+                    continue
+                row = {"dataset": dataset, "shots": str(shots), "difference": f"{name} minus {self.names[0]}"}
+                row["seeds"] = str(len(pairs))
+                for key, title in SETTINGS.items():
+                    gaps = [b["accuracy"][key] - a["accuracy"][key] for a, b in pairs]
+                    row[title] = signed(numbers.estimate(gaps), percent=True)
+                for key in EVIDENCE:
+                    row[METRICS[key]] = signed(numbers.estimate([_gap(a, b, key) for a, b in pairs]))
+                rows.append(row)
+        return Table.of(rows) if rows else None
 
-    def write_page(self, path: str | os.PathLike[str]) -> None:
-        """One HTML page: the table, how to read it, corrected metrics by layer with a line a folder, and what was measured."""
+    def tables(self) -> list[Table]:
         differences = self.differences()
-        top: list[Part] = [self.table(), *([differences] if differences else []), Paragraph(_READING)]
-        sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
-        for dataset, shots in self.places:
+        return [self.table(), *([differences] if differences else [])]
+
+    def reading(self) -> str:
+        return _READING
+
+    def sections(self) -> Sections:
+        found: Sections = {}
+        for dataset, shots in self.settings:
             pictures = [self._picture(dataset, shots, name) for name in EVIDENCE]
-            sections[f"{dataset}, {shots} shots"] = [Gallery([picture for picture in pictures if picture])]
-        sections["What was measured"] = [Code(self._origins())]
-        write_page(path, "In-context learning against finetuning, side by side", sections)
+            found[f"{dataset}, {shots} shots"] = [Gallery([picture for picture in pictures if picture])]
+        return found
 
     def _picture(self, dataset: str, shots: int, name: str) -> Picture | None:
         lines = {}
         for look, (title, side) in enumerate(zip(self.names, self.sides, strict=True)):
-            band = bands(side[dataset, shots], name, "corrected") if (dataset, shots) in side else None
+            band = numbers.bands(side[dataset, shots], name, "corrected") if (dataset, shots) in side else None
             if band is not None:
                 lines[title] = Curve(band[0], band[1], band[2], look)
         if not lines:
             return None
-        return Picture(to_svg(draw(metric_panel(name, lines), size=(4.6, 3.9))), f"{METRICS[name]}, corrected, by layer.")
+        return Picture(
+            to_svg(draw(metric_panel(name, lines), size=(4.6, 3.9))), f"{METRICS[name]}, corrected, by layer."
+        )
 
     def _notes(self) -> list[str]:
         """Settings that not every folder has, and those of other seeds or numbers of examples."""
         notes = []
-        for place in self.places:
-            where = f"{place[0]}, {place[1]} shots"
-            found = {name: side[place] for name, side in zip(self.names, self.sides, strict=True) if place in side}
+        for setting in self.settings:
+            where = f"{setting[0]}, {setting[1]} shots"
+            found = {name: side[setting] for name, side in zip(self.names, self.sides, strict=True) if setting in side}
             missing = [name for name in self.names if name not in found]
             if missing:
                 notes.append(f"{where}: not in {' and '.join(missing)}.")
             for name, runs in found.items():
-                first = {run["seed"]: run for run in self.sides[0].get(place, [])}
+                first = {run["seed"]: run for run in self.sides[0].get(setting, [])}
                 other = sum(run["seed"] in first and not _alike(first[run["seed"]], run) for run in runs)
                 if other:
                     notes.append(
@@ -119,17 +126,6 @@ class FinetuningComparison:
             if len({tuple((run["seed"], run["num_examples"]) for run in runs) for runs in found.values()}) > 1:
                 notes.append(f"{where}: not all of the same seeds and numbers of examples.")
         return notes
-
-    def _origins(self) -> str:
-        """Each side's model, and the entries of the configurations that are not the same in all."""
-        configs = [{k: v for k, v in results["config"].items() if k not in ("datasets", "command")} for results in self.results]
-        keys = dict.fromkeys(key for config in configs for key in config)
-        differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
-        lines = []
-        for name, results, config in zip(self.names, self.results, configs, strict=True):
-            lines.append(f"{name}: {results['model']['path']}")
-            lines += [f"  {key}: {json.dumps(config.get(key), ensure_ascii=False)}" for key in differing]
-        return "\n".join(lines)
 
 
 def _alike(first: Run, second: Run) -> bool:
@@ -141,16 +137,5 @@ def _alike(first: Run, second: Run) -> bool:
 
 def _gap(first: Run, second: Run, name: str) -> float | None:
     """What a corrected metric is higher in the second run; None where one has no value."""
-    a, b = over_layers(first, name), over_layers(second, name)
+    a, b = numbers.over_layers(first, name), numbers.over_layers(second, name)
     return None if a is None or b is None else b - a
-
-
-def _cells(runs: Sequence[Run]) -> list[str]:
-    return [
-        str(len(runs)),
-        f"{runs[0]['num_examples']:,}",
-        *(number(accuracy(runs, setting), percent=True) for setting in SETTINGS),
-        number(rec2ftp(runs), percent=True) or "nothing to recover",
-        number(metric(runs, "simaou", "paper")),
-        *(number(metric(runs, name)) for name in EVIDENCE),
-    ]

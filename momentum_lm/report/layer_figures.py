@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +19,8 @@ _NEUTRAL = "#888888"  # as far from white as from black
 
 @dataclass(frozen=True)
 class Curve:
-    """One value a layer with the ends of its interval, (L,) each; NaN where there is none. ``look`` numbers colour, line and marker."""
+    """One value a layer with the ends of its interval, (L,) each; NaN where there is none. ``look`` numbers colour,
+    line and marker."""
 
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -27,7 +29,8 @@ class Curve:
 
 
 def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False, unit: str = "") -> Panel:
-    """A value over layers, numbered from 1: a line and a band for each name; zero is marked, or one on a ``log`` scale."""
+    """A value over layers, numbered from 1: a line and a band for each name; zero is marked, or one on a ``log``
+    scale."""
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="layer", ylabel=unit, yscale="log" if log else "linear")
@@ -37,7 +40,9 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
             layers = np.arange(1, len(curve.mean) + 1)
             style, first = line_style(curve.look), number == 0
             style |= {"linewidth": 2.0 if first else 1.2, "zorder": 4 if first else 3}
-            axes.fill_between(layers, curve.low, curve.high, color=style["color"], alpha=0.22 if first else 0.09, linewidth=0)
+            axes.fill_between(
+                layers, curve.low, curve.high, color=style["color"], alpha=0.22 if first else 0.09, linewidth=0
+            )
             axes.plot(
                 layers,
                 curve.mean,
@@ -80,10 +85,12 @@ def _limits(curves: Mapping[str, Curve]) -> tuple[float, float]:
 
 
 def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
-    """Which of zero-shot's errors finetuning (columns) and in-context learning (rows) put right: areas are numbers of examples.
+    """Which of zero-shot's errors finetuning (columns) and in-context learning (rows) put right: areas are numbers of
+    examples.
 
-    cells (2, 2, 2) counts examples by whether zero-shot, in context and finetuned are right. The height of the strong part of the
-    left column is Rec2FTP; were it as high as in the whole, dashed, finetuning's repairs would say nothing about ICL's.
+    cells (2, 2, 2) counts examples by whether zero-shot, in context and finetuned are right. The height of the strong
+    part of the left column is Rec2FTP; were it as high as in the whole, dashed, finetuning's repairs would say nothing
+    about ICL's.
     """
     wrong = np.asarray(cells, dtype=np.float64)[0]  # [icl, ft]
     columns = (("finetuning repairs", wrong[:, 1], COLOURS[0]), ("finetuning does not", wrong[:, 0], COLOURS[1]))
@@ -108,7 +115,9 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
                 height = share / count if count else 0.0
                 axes.add_patch(Rectangle((left, bottom), width, height, facecolor=colour, alpha=alpha, linewidth=0))
                 if height > 0.06 and width > 0.05:
-                    axes.text(left + width / 2, bottom + height / 2, f"{share:,.0f}", ha="center", va="center", fontsize=11)
+                    axes.text(
+                        left + width / 2, bottom + height / 2, f"{share:,.0f}", ha="center", va="center", fontsize=11
+                    )
                 bottom += height
             text = f"{name}\n{count:,.0f} of {total:,.0f}"
             if count:
@@ -120,47 +129,51 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
             label.set_ha("left" if place < 0.14 else "right" if place > 0.86 else "center")
         axes.tick_params(axis="x", length=0)
         chance = wrong[1].sum() / total
-        axes.axhline(chance, color=_NEUTRAL, linewidth=1.4, linestyle=(0, (4, 3)), label=f"of all errors: {100 * chance:.1f}% (chance)")
+        axes.axhline(
+            chance,
+            color=_NEUTRAL,
+            linewidth=1.4,
+            linestyle=(0, (4, 3)),
+            label=f"of all errors: {100 * chance:.1f}% (chance)",
+        )
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), fontsize=8.5)
 
     return panel
 
 
 def heads_panel(values: ArrayLike, title: str = "", xlabel: str = "head") -> Panel:
-    """values (L, H), a value for each layer and head: blue above zero, orange below, the stronger the farther; a cross for NaN."""
+    """values (L, H), a value for each layer and head: blue above zero, orange below, the stronger the farther; a cross
+    for NaN."""
     table = np.asarray(values, dtype=np.float64)
     finite = np.abs(table[np.isfinite(table)])
     limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    layers, heads = table.shape
 
-    def squares(axes: Any, rows: NDArray[np.float64], boxes: Sequence[tuple[float, float, float, float]]) -> None:
-        for sign, colour in ((1, COLOURS[0]), (-1, COLOURS[1])):
-            for value, (x, y, width, height) in zip(rows.ravel(), boxes, strict=True):
-                if np.isfinite(value) and sign * value > 0:
-                    alpha = 0.05 + 0.85 * abs(value) / limit
-                    axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, alpha=min(1.0, alpha), linewidth=0))
+    def shades(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(m, n) -> (m, n, 4), red, green, blue and opacity."""
+        known = np.isfinite(values) & (values != 0)
+        opacity = np.where(known, np.minimum(1.0, 0.05 + 0.85 * np.abs(values) / limit), 0.0)
+        colours = np.where((values > 0)[..., None], to_rgb(COLOURS[0]), to_rgb(COLOURS[1]))
+        return np.concatenate([colours, opacity[..., None]], axis=-1)
 
     def panel(axes: Any) -> None:
-        layers, heads = table.shape
         axes.set_title(shown(title), fontsize=10.5, loc="left")
-        axes.grid(False)
-        squares(axes, table, [(h + 0.5, layer + 0.5, 1, 1) for layer in range(layers) for h in range(heads)])
-        lost = [(h + 1, layer + 1) for layer, h in np.argwhere(~np.isfinite(table))]
-        if lost:
-            axes.scatter(*zip(*lost, strict=True), marker="x", s=9, color=_NEUTRAL, linewidth=0.7)
+        axes.pcolormesh(np.arange(heads + 1) + 0.5, np.arange(layers + 1) + 0.5, shades(table))
+        lost = np.argwhere(~np.isfinite(table)) + 1
+        if lost.size:
+            axes.scatter(lost[:, 1], lost[:, 0], marker="x", s=9, color=_NEUTRAL, linewidth=0.7)
         axes.set(xlim=(0.5, heads + 0.5), ylim=(0.5, layers + 0.5), xlabel=xlabel, ylabel="layer")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.spines[:].set_visible(True)
-        axes.spines[:].set_color(_NEUTRAL)
         scale = axes.inset_axes((1.03, 0.0, 0.045, 1.0))
-        steps = np.linspace(-limit, limit, 33)
-        height = 2 * limit / 33
-        squares(scale, steps, [(0.0, value - height / 2, 1.0, height) for value in steps])
-        scale.set(xlim=(0, 1), ylim=(-limit - height / 2, limit + height / 2), xticks=[])
+        edges = np.linspace(-limit, limit, 34) * 34 / 33
+        scale.pcolormesh([0, 1], edges, shades((edges[1:] + edges[:-1])[:, None] / 2))
+        scale.set(xlim=(0, 1), ylim=(edges[0], edges[-1]), xticks=[])
         scale.yaxis.tick_right()
         scale.set_yticks([-limit, 0, limit], [f"−{limit:.2g}", "0", f"+{limit:.2g}"])
-        scale.grid(False)
-        scale.spines[:].set_visible(True)
-        scale.spines[:].set_color(_NEUTRAL)
+        for each in (axes, scale):
+            each.grid(False)
+            each.spines[:].set_visible(True)
+            each.spines[:].set_color(_NEUTRAL)
 
     return panel

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,102 +12,104 @@ from numpy.typing import NDArray
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
 from momentum_lm.files import NPZ_ERRORS, file_stem, read_arrays
+from momentum_lm.results.schema import PerplexityRun
 
-from .common import read_runs, replace_events, short_names
-from .figures import draw, perplexity_panel, save_png, to_svg
-from .html import Code, Paragraph, Part, Picture, Points, write_page
+from . import skeleton
+from .figures import draw, perplexity_panel, to_svg
+from .html import Paragraph, Picture
+from .skeleton import Folder, Report, Sections
 from .tables import Table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .tensorboard import TrainingLog
 
 TASK = "lm_perplexity"
 _PROTOCOL = (
-    "The documents of a split, one after another, are cut into blocks of the context length; each block is scored without what came "
+    "The documents of a split, one after another, are cut into blocks of the context length; each block is scored "
+    "without what came "
     "before it, and every token once. Intervals: 95%, bootstrap over documents."
 )
 
 
-def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+def results_table(runs: Sequence[PerplexityRun]) -> Table:
     """One row for each finished run of a results file."""
-    rows = [
-        [
-            run["split"],
-            str(run["context_length"]),
-            f"{run['perplexity']:.2f}",
-            _interval(run["ci95"]),
-            "" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}",
-            f"{run['num_tokens']:,}",
-            f"{run['num_documents']:,}",
-        ]
-        for run in sorted(runs, key=lambda run: (run["split"], run["context_length"]))
-    ]
-    return Table(["split", "context", "perplexity", "95% interval", "bits/byte", "tokens", "documents"], rows)
+    ordered = sorted(runs, key=lambda run: (run["split"], run["context_length"]))
+    return Table.of([_cells(run) | _sizes(run) for run in ordered])
 
 
-def write_report(folder: str | os.PathLike[str], replace: bool = False) -> Table:
-    """Writes ``report.html``, ``perplexity-<split>.png`` and TensorBoard events beside a ``results.json``; returns its
-    table. Raises UserError for results of other tasks or without a finished run, and for files of these names that are
-    not ours, unless ``replace``."""
-    folder = Path(folder)
-    (results,) = read_runs([folder], [TASK])
-    table = results_table(results["runs"])
-    sections: dict[str, Sequence[Part]] = {"": [Paragraph(f"Model: {results['model']['path']}"), table, Paragraph(_PROTOCOL)]}
+def _cells(run: PerplexityRun, **names: str) -> dict[str, str]:
+    """A run's numbers by their headings."""
+    return {
+        "split": run["split"],
+        "context": str(run["context_length"]),
+        **names,
+        "perplexity": f"{run['perplexity']:.2f}",
+        "95% interval": "" if run["ci95"] is None else f"{run['ci95'][0]:.2f} to {run['ci95'][1]:.2f}",
+        "bits/byte": "" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}",
+    }
+
+
+def _sizes(run: PerplexityRun) -> dict[str, str]:
+    return {"tokens": f"{run['num_tokens']:,}", "documents": f"{run['num_documents']:,}"}
+
+
+def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
+    sections: Sections = {"": [results_table(results["runs"]), Paragraph(_PROTOCOL)]}
     for split, points in _series(results["runs"]).items():
         figure = draw(perplexity_panel({Path(results["model"]["path"]).name: points}, split))
-        save_png(figure, folder / f"perplexity-{file_stem(split)}.png", replace)
-        sections[f"Perplexity on {split}"] = [Picture(to_svg(figure), f"Perplexity on {split} at each context length.")]
-    details = {name: results[name] for name in ("model", "config")}
-    sections["What was measured"] = [Code(json.dumps(details, indent=1, ensure_ascii=False))]
-    write_page(folder / "report.html", "Perplexity", sections, replace)
-    _write_events(folder, results)
-    return table
+        save(f"perplexity-{file_stem(split)}", figure)
+        sections[f"Perplexity on {split}"] = [_picture(figure, split)]
+    return sections
 
 
-class Comparison:
-    """Several results folders side by side; differences are from the first.
+def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
+    """Perplexity over context length."""
+    for run in sorted(results["runs"], key=lambda run: run["context_length"]):
+        log.scalars({f"{run['split']}/perplexity": run["perplexity"]}, run["context_length"])
+        if run["bits_per_byte"] is not None:
+            log.scalars({f"{run['split']}/bits_per_byte": run["bits_per_byte"]}, run["context_length"])
+    return {f"{run['split']}/perplexity_at_{run['context_length']}": run["perplexity"] for run in results["runs"]}
+
+
+write_report = Report(TASK, "Perplexity", results_table, _sections, _log).write
+
+
+class Comparison(skeleton.Comparison):
+    """Perplexities of several results folders.
 
     A difference comes with its paired bootstrap over documents where both runs scored the same data; where they did
-    not, it has none, and perplexities over different tokens must not be compared at all. Raises UserError for folders
-    of other tasks, and for those without a finished run.
+    not, it has none, and perplexities over different tokens must not be compared at all. Raises UserError as its base.
     """
 
-    def __init__(self, folders: Sequence[str | os.PathLike[str]], names: Sequence[str] | None = None, seed: int = 0) -> None:
-        self.folders = [Path(folder) for folder in folders]
-        self.results = read_runs(self.folders, [TASK])
-        self.names = list(names) if names else short_names(self.folders)
-        self.seed = seed
+    task, title = TASK, "Perplexity, side by side"
+
+    def __init__(self, folders: Sequence[Folder], names: Sequence[str] | None = None, seed: int = 0) -> None:
+        super().__init__(folders, names, seed)
         self.differences: dict[tuple[str, int, str], PairedDifference] = {}  # by split, context length and name
-        self.notes: list[str] = []
         for index in range(1, len(self.folders)):
             self._compare(index)
 
     def table(self) -> Table:
         """A row for each split, context length and model."""
-        rows = []
-        keys = sorted({(run["split"], run["context_length"]) for results in self.results for run in results["runs"]})
-        for split, length in keys:
-            for name, results in zip(self.names, self.results, strict=True):
-                run = next((r for r in results["runs"] if (r["split"], r["context_length"]) == (split, length)), None)
-                if run is None:
-                    continue
-                byte = "" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}"
-                cells = [split, str(length), name, f"{run['perplexity']:.2f}", _interval(run["ci95"]), byte]
-                rows.append(cells + difference_cells(self.differences.get((split, length, name))))
-        headings = ["split", "context", "model", "perplexity", "95% interval", "bits/byte", f"vs {self.names[0]}", "95% interval", "p"]
-        return Table(headings, rows)
+        runs = [(name, run) for name, results in zip(self.names, self.results, strict=True) for run in results["runs"]]
+        runs.sort(key=lambda pair: (pair[1]["split"], pair[1]["context_length"]))
+        cells = [_cells(run, model=name) for name, run in runs]
+        differences = [self.differences.get((run["split"], run["context_length"], name)) for name, run in runs]
+        rows = [[*row.values(), *difference_cells(gap)] for row, gap in zip(cells, differences, strict=True)]
+        return Table([*cells[0], f"vs {self.names[0]}", "95% interval", "p"], rows)
 
-    def write_page(self, path: str | os.PathLike[str]) -> None:
-        """One HTML page with the table and a figure for each split."""
-        top: list[Part] = [self.table(), Paragraph(_PROTOCOL + f" Differences are from {self.names[0]}.")]
-        sections: dict[str, Sequence[Part]] = {"": top + ([Points(self.notes)] if self.notes else [])}
-        for split in sorted({run["split"] for results in self.results for run in results["runs"]}):
-            series = {n: s[split] for n, r in zip(self.names, self.results, strict=True) if split in (s := _series(r["runs"]))}
-            sections[f"Perplexity on {split}"] = [
-                Picture(to_svg(draw(perplexity_panel(series, split))), f"Perplexity on {split} at each context length.")
-            ]
-        sections["Models"] = [Code("\n".join(f"{n}: {r['model']['path']}" for n, r in zip(self.names, self.results, strict=True)))]
-        write_page(path, "Perplexity, side by side", sections)
+    def reading(self) -> str:
+        return _PROTOCOL + f" Differences are from {self.names[0]}."
+
+    def sections(self) -> Sections:
+        series = {name: _series(results["runs"]) for name, results in zip(self.names, self.results, strict=True)}
+        found: Sections = {}
+        for split in sorted({split for lines in series.values() for split in lines}):
+            panel = perplexity_panel({name: lines[split] for name, lines in series.items() if split in lines}, split)
+            found[f"Perplexity on {split}"] = [_picture(draw(panel), split)]
+        return found
 
     def _compare(self, index: int) -> None:
         for run in self.results[index]["runs"]:
@@ -134,7 +134,7 @@ class Comparison:
             self.differences[(*key, self.names[index])] = paired_bootstrap(nll, baseline, tokens, seed=self.seed)
 
 
-def document_sums(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def document_sums(folder: Folder, run: PerplexityRun) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(nll, tokens) per document of one run of a results folder, empty documents left out. Raises UserError if the file
     is damaged."""
     path = Path(folder) / str(run["documents"])
@@ -163,11 +163,7 @@ def difference_cells(difference: PairedDifference | None) -> list[str]:
     return [f"{100 * (difference.ratio - 1):+.2f}%", f"{low} to {high}", f"{difference.p_value:.2g}"]
 
 
-def _interval(ci95: Sequence[float] | None) -> str:
-    return "" if ci95 is None else f"{ci95[0]:.2f} to {ci95[1]:.2f}"
-
-
-def _series(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def _series(runs: Sequence[PerplexityRun]) -> dict[str, list[tuple[int, float]]]:
     """{split: [(context length, perplexity), ...]}"""
     series: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
@@ -175,22 +171,5 @@ def _series(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
     return series
 
 
-def _write_events(folder: Path, results: Mapping[str, Any]) -> None:
-    """TensorBoard events of all runs: perplexity over context length."""
-
-    def write(log: TrainingLog) -> None:
-        for run in sorted(results["runs"], key=lambda run: run["context_length"]):
-            log.scalars({f"{run['split']}/perplexity": run["perplexity"]}, run["context_length"])
-            if run["bits_per_byte"] is not None:
-                log.scalars({f"{run['split']}/bits_per_byte": run["bits_per_byte"]}, run["context_length"])
-        log.hparams_with_metrics({f"{r['split']}/perplexity_at_{r['context_length']}": r["perplexity"] for r in results["runs"]}, 0)
-
-    replace_events(
-        folder,
-        {
-            "model": results["model"]["path"],
-            "dtype": results["config"].get("dtype"),
-            **results["model"].get("architecture", {}),
-        },
-        write,
-    )
+def _picture(figure: Figure, split: str) -> Picture:
+    return Picture(to_svg(figure), f"Perplexity on {split} at each context length.")

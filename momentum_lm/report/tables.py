@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -27,6 +27,11 @@ class Table:
         for i in range(len(self.columns)):
             cells = [row[i] for row in self.rows if row[i]]
             self._right.append(bool(cells) and all(c[0].isdigit() or c[0] in "-+−±" for c in cells))
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, str]]) -> Table:
+        """A table of at least one row, each {heading: cell}."""
+        return cls(list(rows[0]), [list(row.values()) for row in rows])
 
     def text(self) -> str:
         """Aligned plain text; the caption, if any, above it."""

@@ -28,7 +28,9 @@ class TrainingLog:
         """``hparams``: numbers, booleans and strings; None is left out and anything else written as its text.
         ``suffix``: of the event file's name."""
         self._writer: SummaryWriter | None = SummaryWriter(os.fspath(logdir), flush_secs=30, filename_suffix=suffix)
-        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hparams.items() if v is not None}
+        plain = {
+            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hparams.items() if v is not None
+        }
         # The first summary, the experiment's columns, is left out: without it TensorBoard collects the columns of all runs itself.
         _, session_start, self._session_end = hparams_summaries(plain, {})
         self._add(session_start)
@@ -40,7 +42,8 @@ class TrainingLog:
             self._open().add_scalar(tag, float(value), step)
 
     def histogram(self, tag: str, tensor: Tensor, step: int) -> None:
-        """The distribution of the finite elements of a tensor of any shape and dtype; without any, nothing is written."""
+        """The distribution of the finite elements of a tensor of any shape and dtype; without any, nothing is
+        written."""
         values = tensor.detach().to("cpu", torch.float32).flatten()
         values = values[values.isfinite()]
         if values.numel():
@@ -74,7 +77,9 @@ class TrainingLog:
     def __enter__(self) -> TrainingLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _add(self, summary: Any) -> None:

@@ -1,5 +1,5 @@
-"""What numbers depend on, as digests: two records with equal ones were measured on the same, and may go into one folder
-or be paired."""
+"""Digests of what results depend on: model, data, settings. Records with equal digests may share a folder or be
+paired."""
 
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ def versions() -> dict[str, str]:
 
 
 def examples_sha256(examples: Iterable[Example]) -> str:
-    """Of examples as texts: what is asked about which row, with which answers, of which one is right. No tokenizer has
-    a part in it."""
+    """Digest of examples as texts: row, inputs, choices and the right one. It does not depend on a tokenizer."""
     found = hashlib.sha256()
     for example in examples:
         # ascii: what repr escapes depends on the characters that this Python knows
@@ -60,8 +59,7 @@ def examples_sha256(examples: Iterable[Example]) -> str:
 
 
 def dataset_sha256(data: LabelledDataset) -> str:
-    """Of a data set as it was read: its examples, and all of its YAML file but where it lies and what it says about
-    itself."""
+    """Digest of a data set as it was read: its examples and its YAML file, without its path and description."""
     names = [field.name for field in dataclasses.fields(data.spec)]
     about = {
         name: getattr(data.spec, name)

@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 class Journal:
     """The scores of one unit under ``folder``: ``<name>.npz`` once it is finished, until then ``<name>.<rank>.jsonl``.
 
-    ``fingerprint`` tells what was asked of which model: what was written under another one is of no use and is
+    ``fingerprint`` identifies model and prompts: what was written under another one is of no use and is
     overwritten. A line that was cut short by a kill is left out, and so is what follows it. Files of these names that
     are not ours are neither read nor removed; where one is in the way, :meth:`begin` raises UserError, unless
     ``force``.

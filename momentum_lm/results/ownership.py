@@ -1,5 +1,4 @@
-"""Which files of a results folder are ours. Files of the same names that are not are left alone: nothing of others is
-overwritten."""
+"""Marks of the files that this package writes into a results folder, so that no other file is overwritten."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from momentum_lm.errors import UserError
 
 from .records import PREDICTIONS, prediction, prediction_lines
+from .schema import RECORDS
 
-KEY = ("dataset", "seed", "shots", "order", "calibration")
+KEY = RECORDS["icl_classification"].key
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any
                 wrong = f"no {next(name for name in KEY if name not in entry)}"
             if wrong:
                 if not line.endswith(b"\n"):
-                    break  # an evaluation that goes on, or was interrupted, in a run that is not asked for
+                    break  # an evaluation that goes on, or was interrupted, in a run that is not wanted
                 raise UserError(f"{path}, line {number} is damaged ({wrong}); run the evaluation again")
             columns = found.get(run_key(entry))
             if columns is not None:

@@ -134,7 +134,7 @@ class Processes:
     def _wait(self, key: str) -> None:
         began = time.monotonic()
         seen = {rank: (0, began) for rank in range(self.world) if rank != self.rank}
-        pause, told = 0.001, False
+        pause, announced = 0.001, False
         while True:
             seen = {rank: signs for rank, signs in seen.items() if not self._store.check([f"{key}/{rank}"])}
             if not seen:
@@ -149,8 +149,8 @@ class Processes:
                     f"{_numbered(lost)} of {self.world} has not come within {self.timeout:g} s, or hangs; look at "
                     "its output, or give it more time with ", arg("timeout"),
                 )
-            if not told and now - began > min(_PATIENCE, self.timeout / 2):
-                told = True
+            if not announced and now - began > min(_PATIENCE, self.timeout / 2):
+                announced = True
                 print(
                     f"process {self.rank} waits for {_numbered(list(seen))}, at most {self.timeout:g} s without a "
                     f"sign of it",

@@ -107,7 +107,7 @@ class Data(TypedDict):
 
 
 class Config(TypedDict):
-    """What a task was asked to do. The entries of a task are compared, and otherwise only shown."""
+    """Settings of a study. Its own entries are compared, and otherwise only shown."""
 
     data: NotRequired[Data]
     dtype: NotRequired[Text]
@@ -255,15 +255,22 @@ class JournalBatch(TypedDict):
     sums: dict[str, list[Real]]
 
 
-RUNS: dict[str, Any] = {
-    "lm_perplexity": PerplexityRun,
-    "icl_classification": ClassificationRun,
-    "icl_finetune_analysis": AnalysisRun,
-}
-CONFIGS: dict[str, Any] = {
-    "lm_perplexity": Config,
-    "icl_classification": ClassificationConfig,
-    "icl_finetune_analysis": AnalysisConfig,
+@dataclass(frozen=True)
+class Record:
+    """What a study records: the entries that tell a run from the others in a folder, and the types of runs and
+    configuration."""
+
+    key: tuple[str, ...]
+    run: Any
+    config: Any
+
+
+RECORDS = {
+    "lm_perplexity": Record(("split", "context_length"), PerplexityRun, Config),
+    "icl_classification": Record(
+        ("dataset", "seed", "shots", "order", "calibration"), ClassificationRun, ClassificationConfig
+    ),
+    "icl_finetune_analysis": Record(("dataset", "seed", "shots"), AnalysisRun, AnalysisConfig),
 }
 
 
@@ -274,11 +281,11 @@ def results_problem(data: dict[str, Any]) -> str:
         if found := problem(data[name], expected, name):
             return found
     task = data["task"]
-    if task not in RUNS or not data["runs"]:  # nothing of it is used
+    if task not in RECORDS or not data["runs"]:  # nothing of it is used
         return ""
     runs = [(run, f"run {number}") for number, run in enumerate(data["runs"])]
-    checks = [(run, RUNS[task], "", of) for run, of in runs]
-    checks += [(data["model"], Model, "model", ""), (data["config"], CONFIGS[task], "config", "")]
+    checks = [(run, RECORDS[task].run, "", of) for run, of in runs]
+    checks += [(data["model"], Model, "model", ""), (data["config"], RECORDS[task].config, "config", "")]
     found = next((text for check in checks if (text := problem(*check))), "")
     found = found or next((text for run, of in runs if (text := _within(task, data, run, of))), "")
     return found or (_depths(data["runs"]) if task == "icl_finetune_analysis" else "")

@@ -1,2 +1,1 @@
-"""One file per question asked of a model: each takes a language model and data and streams records to a results
-folder."""
+"""The studies: each measures a language model on data and writes a results folder; ``registry`` lists them."""

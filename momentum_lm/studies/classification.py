@@ -1,8 +1,8 @@
-"""How well does a model classify what its prompt shows it how to? The protocol of the paper's Tables 1 and 7, with spread and intervals.
+"""In-context classification: the accuracy of a model whose prompt shows labelled examples (the paper's Tables 1 and 7).
 
-A *unit* is one dataset with one draw of demonstrations: number of shots, seed, order. Its queries are scored once, batch by batch, into a
-journal, and every calibration is computed from those scores; what is finished is never scored again. Zero shots leave nothing to draw:
-they are scored once and stand for every seed.
+A *unit* is one dataset with one draw of demonstrations: number of shots, seed, order. Its queries are scored once,
+batch by batch, into a journal, and every calibration is computed from those scores; what is finished is never scored
+again. Zero shots leave nothing to draw: they are scored once and stand for every seed.
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from momentum_lm.analysis.classification import accuracy, confusion_matrix, macro_f1, majority_rate
-from momentum_lm.analysis.statistics import wilson_interval
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_stem
 from momentum_lm.icl import calibration, engine
 from momentum_lm.icl.datasets.loading import Example, LabelledDataset, by_name
 from momentum_lm.icl.demonstrations import Separation, evaluation_subset, select, separate
 from momentum_lm.icl.engine import Scores
-from momentum_lm.icl.prompts import PromptFormat, Prompts, build, fit, longest_query, special_notes
+from momentum_lm.icl.prompts import PromptFormat, Prompts, fit, longest_query, special_notes
 from momentum_lm.lm.protocol import LanguageModel
-from momentum_lm.report.classification import TASK, summary
 from momentum_lm.results import identity
 from momentum_lm.results.journal import Journal
+from momentum_lm.results.predictions import KEY
 from momentum_lm.results.processes import TIMEOUT, Processes
 from momentum_lm.results.records import Predictions, Results, Samples, results_lock, say_finished
 
-KEY = ("dataset", "seed", "shots", "order", "calibration")
+from .classification_summary import summary
+from .tasks import CHOICE
+
+TASK = "icl_classification"
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three inputs of Zhao et al., arXiv 2102.09690
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of a model.
+    """How prompts are made and scored.
 
     ``protocol`` ``paper``: demonstrations and evaluated examples are drawn as by the authors' code. ``score``: ``mean``
     or ``sum`` of a continuation's log-probabilities. ``limit``: at most so many evaluated examples; with
@@ -69,7 +68,9 @@ class Settings:
 
     def form(self, lm: LanguageModel) -> PromptFormat:
         """How prompts are put together for a model."""
-        return PromptFormat(lm.bos if self.bos is None else self.bos, lm.separator if self.separator is None else self.separator)
+        return PromptFormat(
+            lm.bos if self.bos is None else self.bos, lm.separator if self.separator is None else self.separator
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Unit:
         return self._name(f"{self.shots}shot" + (f"-seed{self.seed}-order{self.order}" if self.shots else ""))
 
     @property
+    def draw(self) -> str:
+        """The name of its demonstrations, in any order."""
+        return self._name(f"{self.shots}shot-seed{self.seed}")
+
+    @property
     def domain(self) -> str:
         """The stem of the files of its queries' continuations after no query (:meth:`Questions.domain_prompts`)."""
         return self._name("domain")
@@ -97,13 +103,15 @@ class Unit:
 
 
 class Questions:
-    """What is asked about one dataset: the evaluated examples, after each unit's demonstrations. ``queries``: the seed
-    of their sample.
+    """The queries of one dataset: the evaluated examples, after each unit's demonstrations. ``queries``: the seed
+    of their sample. ``calibrated``: with inputs without content after the examples.
 
     Raises UserError, naming the dataset, where the data does not allow what the settings ask.
     """
 
-    def __init__(self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings, queries: int = 1) -> None:
+    def __init__(
+        self, lm: LanguageModel, dataset: LabelledDataset, settings: Settings, queries: int = 1, calibrated: bool = True
+    ) -> None:
         self.lm, self.spec, self.train, self.settings = lm, dataset.spec, dataset.train, settings
         with self._named():
             self.separation = separation(dataset, settings, queries)
@@ -111,7 +119,7 @@ class Questions:
         self.partial = any(len(example.inputs) > 1 for example in self.examples)
         self._drawn: dict[Unit, list[Example]] = {}
         self.content_free = []
-        if self.spec.labels:
+        if self.spec.labels and calibrated:
             inputs = map(self.spec.content_free, CONTENT_FREE)
             self.content_free = [Example(-1, (text,), self.examples[0].continuations, 0) for text in inputs]
 
@@ -147,10 +155,11 @@ class Questions:
         drawn = self.draw(unit)
         with self._named():
             demonstrations = fit(self.lm, form, drawn, self.longest)
-            return demonstrations, build(self.lm, form, demonstrations, [*self.examples, *self.content_free])
+            return demonstrations, CHOICE.requests(self.lm, form, demonstrations, [*self.examples, *self.content_free])
 
     def check(self, form: PromptFormat, unit: Unit) -> None:
-        """Raises UserError for demonstrations that cannot be drawn and queries that do not fit: before anything is scored."""
+        """Raises UserError for demonstrations that cannot be drawn and queries that do not fit: before anything is
+        scored."""
         self.draw(unit)
         if len(form.bos) + self.longest > self.lm.max_positions:
             self.prompts(form, dataclasses.replace(unit, shots=0))  # raises, naming the example
@@ -168,7 +177,9 @@ class Questions:
         premise = self.spec.domain_premise
         if not premise and not form.bos:  # something must come before the first token: what comes before any text
             premise = form.separator if isinstance(form.separator, str) else self.lm.decode(form.separator)
-        return build(self.lm, form, [], [Example(e.index, (premise,), e.continuations, e.gold) for e in examples])
+        return CHOICE.requests(
+            self.lm, form, [], [Example(e.index, (premise,), e.continuations, e.gold) for e in examples]
+        )
 
     def allows(self, name: str) -> bool:
         """Whether a calibration means anything here."""
@@ -176,11 +187,38 @@ class Questions:
             return not self.partial
         return name == "none" or self.spec.labels is not None
 
+    def warn(self) -> None:
+        """Logs the notes on the data, a line each."""
+        texts = [*self.examples, *self.train]
+        special = special_notes(self.lm, self.settings.form(self.lm), self.spec.templates[self.spec.template], texts)
+        for note in [*self.notes, *special]:
+            _log.warning("%s: %s", self.spec.name, note)
+
+    def warn_of_scores(self) -> None:
+        """Logs labels that begin alike, and calibrations that are left out."""
+        name = self.spec.name
+        for one, other in self.colliding():
+            _log.warning(
+                "%s: the labels %r and %r begin with the same token; the tokens after it decide between them",
+                name,
+                one,
+                other,
+            )
+        for left_out in (c for c in self.settings.calibrations if not self.allows(c)):
+            reason = (
+                "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
+            )
+            _log.warning("%s: no calibration %s, because %s", name, left_out, reason)
+
     def colliding(self) -> list[tuple[str, str]]:
         """Pairs of label words whose first tokens are the same."""
         labels = self.examples[0].continuations if self.spec.labels else ()
         first = [tokens[:1] for tokens in self.lm.encode(list(labels))]
-        return [(labels[i].strip(), labels[j].strip()) for i, j in itertools.combinations(range(len(labels)), 2) if first[i] == first[j]]
+        return [
+            (labels[i].strip(), labels[j].strip())
+            for i, j in itertools.combinations(range(len(labels)), 2)
+            if first[i] == first[j]
+        ]
 
 
 def separation(dataset: LabelledDataset, settings: Settings, queries: int = 1) -> Separation:
@@ -214,7 +252,8 @@ def evaluate(
     show_progress: bool = True,
     timeout: float = TIMEOUT,
 ) -> bool:
-    """Scores every unit that ``folder`` does not hold yet; writes results.json, predictions.jsonl and samples.json there.
+    """Scores every unit that ``folder`` does not hold yet; writes results.json, predictions.jsonl and samples.json
+    there.
 
     Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
     UserError for prompts that do not fit, results of other settings in ``folder``, processes with other models, data or
@@ -241,7 +280,8 @@ def evaluate(
             processes.alive()
         if processes.first and todo:
             for key in {unit.dataset: (unit.dataset, unit.queries) for unit in todo}.values():
-                _warn(questions[key], settings)
+                questions[key].warn()
+                questions[key].warn_of_scores()
         total = sum(questions[unit.dataset, unit.queries].size for unit in todo)
         with tqdm(total=total, unit="query", disable=not (todo and show_progress and processes.first)) as bar:
             scorer = _Scorer(lm, settings, os.path.join(folder, "scores"), processes, bar, force)
@@ -352,21 +392,11 @@ class _Recorder:
                 key[-1], values[:count], values[count:] if dataset_questions.spec.labels else None, prior
             )
             names = dict(zip(KEY, key, strict=True))
-            setting = "in_context" if unit.shots else "zero_shot"
-            predicted = np.nanargmax(calibrated, axis=1)
-            lines = (
-                {
-                    **names,
-                    "setting": setting,
-                    "index": e.index,
-                    "gold": e.gold,
-                    "pred": int(p),
-                    "scores": [x for x in row if x == x],
-                }  # no NaN
-                for e, p, row in zip(dataset_questions.examples, predicted, calibrated.tolist(), strict=True)
-            )
-            self.predictions.add(key, lines)
-            self.results.add({**names, **measure(dataset_questions, predicted), **shared})
+            about = names | {"setting": "in_context" if unit.shots else "zero_shot"}
+            lines = CHOICE.predictions(dataset_questions.examples, calibrated)
+            self.predictions.add(key, (about | line for line in lines))
+            measured = CHOICE.measure(dataset_questions.spec, dataset_questions.examples, CHOICE.answers(calibrated))
+            self.results.add({**names, **measured, **shared})
 
     def _keys(self, unit: Unit) -> list[tuple[Any, ...]]:
         """The runs that a unit gives: one for each calibration, and without demonstrations for each seed."""
@@ -384,23 +414,6 @@ class _Recorder:
         text = self.questions[unit.dataset, unit.queries].lm.decode(request.context)
         sample = {"dataset": unit.dataset, "shots": unit.shots, "seed": unit.seed, "prompt": text}
         self.samples.add({**sample, "continuations": list(example.continuations), "gold": example.gold})
-
-
-def measure(dataset_questions: Questions, predicted: NDArray[np.int64]) -> dict[str, Any]:
-    """predicted (n,) choices -> accuracy with Wilson's interval over examples, macro-F1, confusion counts, and what needs no model to
-    reach."""
-    gold = np.array([example.gold for example in dataset_questions.examples])
-    right = int((gold == predicted).sum())
-    interval = wilson_interval(right, len(gold))
-    result = {"num_examples": len(gold), "accuracy": accuracy(gold, predicted), "ci95": [interval.low, interval.high]}
-    if dataset_questions.spec.labels is None:
-        chance = float(np.mean([1 / len(example.continuations) for example in dataset_questions.examples]))
-        return result | {"macro_f1": None, "confusion": None, "majority": None, "chance": chance}
-    return result | {
-        "macro_f1": macro_f1(gold, predicted),
-        "confusion": confusion_matrix(gold, predicted, len(dataset_questions.spec.labels)).tolist(),
-        "majority": majority_rate(gold),
-    }
 
 
 def _fingerprint(lm: LanguageModel, prompts: Prompts) -> str:
@@ -424,24 +437,6 @@ def _warn_fit(unit: Unit, fitted: int, lm: LanguageModel) -> None:
     _log.warning(
         "%s: only %d of %d demonstrations fit in the model's %d tokens", unit.name, fitted, unit.shots, lm.max_positions
     )
-
-
-def _warn(dataset_questions: Questions, settings: Settings) -> None:
-    lm, spec = dataset_questions.lm, dataset_questions.spec
-    name, texts = spec.name, [*dataset_questions.examples, *dataset_questions.train]
-    special = special_notes(lm, settings.form(lm), spec.templates[spec.template], texts)
-    for note in [*dataset_questions.notes, *special]:
-        _log.warning("%s: %s", name, note)
-    for one, other in dataset_questions.colliding():
-        _log.warning(
-            "%s: the labels %r and %r begin with the same token; the tokens after it decide between them",
-            name,
-            one,
-            other,
-        )
-    for left_out in (c for c in settings.calibrations if not dataset_questions.allows(c)):
-        reason = "every choice has its own input" if left_out == "domain_pmi" else "every example has its own choices"
-        _log.warning("%s: no calibration %s, because %s", name, left_out, reason)
 
 
 def configuration(

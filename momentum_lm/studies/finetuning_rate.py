@@ -1,9 +1,9 @@
-"""Which learning rate to finetune with: the one whose model classifies best."""
+"""Selection of the finetuning learning rate: by zero-shot accuracy of the finetuned model."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from momentum_lm.errors import UserError, arg
 from momentum_lm.icl import engine
 from momentum_lm.icl.datasets.loading import Example
-from momentum_lm.icl.finetuning import Diverged, Lesson
+from momentum_lm.icl.finetuning import Diverged
 from momentum_lm.icl.prompts import PromptFormat, Prompts, build
 from momentum_lm.results.processes import Processes
 
@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """A learning rate; ``selected_on``: ``given``, ``train`` (held out) or ``evaluation``; ``grid``: what each rate scored."""
+    """A learning rate; ``selected_on``: ``given``, ``train`` (held out) or ``evaluation``; ``grid``: what each rate
+    scored."""
 
     rate: float
     selected_on: str
@@ -33,18 +34,18 @@ class Choice:
 def choose(
     lm: TracedModel,
     form: PromptFormat,
-    lessons: Sequence[Lesson],
     examples: Sequence[Example],
     selected_on: str,
     rates: Sequence[float],
-    parameters: str,
+    finetune: Callable[[float], Learned],
     score: str,
     batch_tokens: int | None,
     processes: Processes,
     name: str,
 ) -> Choice:
-    """The rate with the highest zero-shot accuracy on ``examples`` after finetuning; of equals the one with the lower loss of the right
-    choices, then the smaller one. A rate that diverges is logged and passed over. Raises UserError where all of them do."""
+    """The rate with the highest zero-shot accuracy on ``examples`` after ``finetune(rate)``; of equals the one with the lower
+    loss of the right choices, then the smaller one. A rate that diverges is logged and passed over. Raises UserError
+    where all of them do."""
     if len(rates) == 1:
         return Choice(rates[0], "given", [])
     if not examples:
@@ -56,8 +57,7 @@ def choose(
     grid: list[dict[str, Any]] = []
     for rate in rates:
         try:
-            learned = Learned(lm, lessons, rate, parameters)
-            with learned.applied():
+            with finetune(rate).applied():
                 table = _scores(lm, prompts, score, batch_tokens, processes)
             if table is None:
                 raise Diverged("the finetuned model gives probabilities of 0 or NaN")

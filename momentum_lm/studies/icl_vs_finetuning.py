@@ -1,17 +1,20 @@
-"""Does a model learn in context as if it were finetuned? The comparison of arXiv 2212.10559, section 4, in the authors' form and corrected.
+"""In-context learning against finetuning: the comparison of arXiv 2212.10559, section 4, in the authors' form and
+corrected.
 
-A *unit* is one dataset with one draw of demonstrations. Each of its batches of queries is asked zero-shot, in context and of every
-finetuned model in turn; metrics are computed there and then, and nothing larger than a number per example, layer and head is kept.
+A *unit* is one dataset with one draw of demonstrations. Each batch of its queries goes through the model zero-shot and
+in context, and through every finetuned model in turn; metrics are computed there and then, and nothing larger than a
+number per example, layer and head is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import dataclasses
+import functools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,39 +24,34 @@ from tqdm import tqdm
 
 from momentum_lm.cpu import return_memory
 from momentum_lm.errors import UserError, arg
-from momentum_lm.files import atomic_write, file_stem
+from momentum_lm.files import atomic_write
 from momentum_lm.icl import engine
 from momentum_lm.icl.datasets.loading import Example, LabelledDataset, by_name
 from momentum_lm.icl.demonstrations import identity as example_identity
-from momentum_lm.icl.demonstrations import select
 from momentum_lm.icl.engine import common_length, halving
 from momentum_lm.icl.finetuning import Diverged, Lesson
-from momentum_lm.icl.prompts import (
-    PromptFormat,
-    build,
-    demonstration_text,
-    fit,
-    longest_query,
-    special_notes,
-)
+from momentum_lm.icl.prompts import PromptFormat, demonstration_text
 from momentum_lm.lm.anatomy import anatomy
 from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.lm.scoring import broken_weights
-from momentum_lm.report.finetuning_summary import TASK, summary
 from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours
 from momentum_lm.results.processes import TIMEOUT, Processes
 from momentum_lm.results.records import Predictions, Results, results_lock, say_finished
+from momentum_lm.results.schema import RECORDS
 
-from . import classification
-from .findings import SETTINGS, Findings, record
+from . import classification, controls
+from .classification import Questions, Unit
+from .controls import CONTROLS, Control
 from .finetuning_rate import Choice, choose
-from .similarity import Rows, Student, measure
+from .finetuning_summary import summary
+from .measurements import SETTINGS, Measurements, record
+from .similarity import FinetunedModel, Rows, measure
 from .traces import Learned, Seen, TracedModel, align, demonstration_matrices, trace_queries
 from .untrained import untrained
 
-KEY = ("dataset", "seed", "shots")
-DEFAULT_CONTROLS = ("untrained", "random", "shuffled_labels", "lcgd")
+TASK = "icl_finetune_analysis"
+KEY = RECORDS[TASK].key
 GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 TRACE_BYTES = 64 << 20  # that a batch's traces may take
 _log = logging.getLogger(__name__)
@@ -61,31 +59,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of a model. ``rates``: one learning rate, or a grid to choose from, on ``held_out`` training examples or, by
-    ``questions.protocol`` ``paper``, on the evaluated ones. ``loss``: ``sequence`` or ``label``. ``parameters``: as of ``finetuned``.
-    ``controls``: ``all_parameters`` is another; random updates are always among the results."""
+    """How prompts are made and the model is finetuned. ``rates``: one learning rate, or a grid to choose from, on
+    ``held_out`` training examples or, by ``questions.protocol`` ``paper``, on the evaluated ones. ``loss``:
+    ``sequence`` or ``label``. ``parameters``: as of ``finetuned``. ``controls``: ``all_parameters`` is another; random
+    updates are always among the results."""
 
     questions: classification.Settings = field(default_factory=classification.Settings)
     rates: tuple[float, ...] = GRID
     held_out: int = 100
     loss: str = "sequence"
     parameters: str = "kv"
-    controls: tuple[str, ...] = DEFAULT_CONTROLS
+    controls: tuple[str, ...] = controls.DEFAULT
     save_traces: bool = False
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One draw of demonstrations for one dataset."""
-
-    dataset: str
-    seed: int
-    shots: int
-
-    @property
-    def name(self) -> str:
-        """Also the stem of its files."""
-        return f"{file_stem(self.dataset)}-{self.shots}shot-seed{self.seed}"
 
 
 def analyse(
@@ -109,51 +94,52 @@ def analyse(
     if 0 in prompt_settings.shots:
         raise UserError(arg(shots=0), ": without demonstrations there is nothing to compare; give numbers from 1 on")
     form, loaded = prompt_settings.form(lm), by_name(datasets)
+    score = prompt_settings.score
     with Processes(timeout) as processes, contextlib.ExitStack() as stack:
         classification.agree(processes, lm, datasets, settings)
-        draws = list(itertools.product(datasets, prompt_settings.shots, prompt_settings.seeds))
-        units = [Unit(data.spec.name, seed, shots) for data, shots, seed in draws]
         todo: list[Unit] | None = None
         if processes.first:
             stack.enter_context(results_lock(folder))
-            results = Results(folder, TASK, lm.describe(), _config(lm, datasets, settings, form, command), KEY, force, summary)
+            results = Results(
+                folder, TASK, lm.describe(), _config(lm, datasets, settings, form, command), KEY, force, summary
+            )
             predictions = Predictions(results, len(SETTINGS))
-            todo = [unit for unit in dict.fromkeys(units) if (unit.dataset, unit.seed, unit.shots) not in predictions.runs]
+            todo = [
+                unit
+                for unit in classification.units(list(loaded), prompt_settings)
+                if _key(unit) not in predictions.runs
+            ]
             for unit in todo if settings.save_traces and not force else ():
                 check_ours(_traces(folder, unit), ARRAYS)
             if not todo and show_progress:
                 say_finished(folder)
         todo = processes.from_first(todo) or []
-        if processes.first and todo:
-            for name in dict.fromkeys(unit.dataset for unit in todo):
-                data, separation = loaded[name], classification.separation(loaded[name], prompt_settings)
-                template = data.spec.templates[data.spec.template]
-                special = special_notes(lm, form, template, [*separation.evaluated, *data.train])
-                for note in [*data.notes, *separation.notes(), *special]:
-                    _log.warning("%s: %s", name, note)
+        names = dict.fromkeys(unit.dataset for unit in todo)
+        questions = {name: Questions(lm, loaded[name], prompt_settings, calibrated=False) for name in names}
+        for dataset_questions in questions.values() if processes.first else ():
+            dataset_questions.warn()
 
         def analyse_one(unit: Unit) -> None:  # a function, so that nothing of one unit is held beside the next
             began = time.perf_counter()
-            study = _Study(lm, loaded[unit.dataset], settings, form, unit, processes)
+            study = _Study(lm, questions[unit.dataset], settings, form, unit, processes)
             rate = study.rate()
-            findings = study.findings(lm, rate.rate, True)
+            measured = study.measure(lm, rate.rate, controls.beside(settings.controls))
             return_memory()
-            baselines = {name: found for name, found in findings.items() if name != "finetuned"}
             if "untrained" in settings.controls:  # made anew each time: beside it only the model itself is held
-                baselines["untrained"] = study.findings(untrained(lm), rate.rate, False).get("finetuned")
+                found = study.measure(untrained(lm), rate.rate, {"untrained": CONTROLS["untrained"]})
+                measured["untrained"] = found.get("untrained")
                 return_memory()
             lm.check_unchanged()  # finetuning gives the model its own weights back, the pages of its file among them
             if processes.first:
-                main = findings["finetuned"]
+                main = measured.pop("finetuned")
                 assert main is not None
-                run = record(main, baselines, study.examples, prompt_settings.score)
                 if settings.save_traces:
                     save_traces(_traces(folder, unit), main, study.digest())
-                about = study.about(rate) | {"seconds": round(time.perf_counter() - began, 3)}
-                key = dict(zip(KEY, (unit.dataset, unit.seed, unit.shots), strict=True))
-                predictions.add(tuple(key.values()),
-                    ({**key, **line} for line in main.lines(study.examples, prompt_settings.score)))
-                results.add({**key, **about, **run})
+                run = study.about(rate) | {"seconds": round(time.perf_counter() - began, 3)}
+                run |= record(main, measured, study.examples, score)
+                named = dict(zip(KEY, _key(unit), strict=True))
+                predictions.add(_key(unit), (named | line for line in main.lines(study.examples, score)))
+                results.add(named | run)
 
         for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
             analyse_one(unit)
@@ -162,52 +148,31 @@ def analyse(
 
 
 class _Study:
-    """One unit: its demonstrations, its prompts in both settings, and what models make of them."""
+    """One unit: its demonstrations, its prompts in both settings, and the measurements of models on them."""
 
     def __init__(
         self,
         lm: TracedModel,
-        data: LabelledDataset,
+        questions: Questions,
         settings: Settings,
         form: PromptFormat,
         unit: Unit,
         processes: Processes,
     ) -> None:
-        self.lm, self.data, self.settings, self.form, self.unit, self.processes = (
-            lm,
-            data,
-            settings,
-            form,
-            unit,
-            processes,
-        )
-        prompt_settings = settings.questions
-        paper = prompt_settings.protocol == "paper"
-        labels = len(data.spec.labels) if data.spec.labels else None
-        try:
-            self.separation = classification.separation(data, prompt_settings)
-            self.examples, hidden = self.separation.evaluated, self.separation.hidden
-            drawn = select(
-                data.train,
-                unit.shots,
-                unit.seed,
-                "random" if paper else prompt_settings.sampling,
-                labels,
-                hidden=hidden,
+        self.lm, self.questions, self.settings = lm, questions, settings
+        self.form, self.unit, self.processes = form, unit, processes
+        self.examples = questions.examples
+        self.demonstrations, self.in_context = questions.prompts(form, unit)
+        if not self.demonstrations:
+            raise UserError(
+                f"{unit.dataset}: no demonstration fits beside the longest query in the {lm.max_positions} tokens of "
+                f"{lm.name}; "
+                "shorten texts with --max-field-tokens"
             )
-            self.demonstrations = fit(lm, form, drawn, longest_query(lm, self.examples))
-            if not self.demonstrations:
-                raise UserError(
-                    f"no demonstration fits beside the longest query in the {lm.max_positions} tokens of {lm.name}; "
-                    "shorten texts with ", arg("shorten"),
-                )
-            self.in_context = build(lm, form, self.demonstrations, self.examples)
-            self.zero_shot = build(lm, form, [], self.examples)
-        except UserError as error:
-            raise UserError(f"{unit.dataset}: ", error) from error
+        self.zero_shot = questions.prompts(form, dataclasses.replace(unit, shots=0))[1]
         if len(self.demonstrations) < unit.shots and processes.first:
             _log.warning(
-                "%s: only %d demonstrations fit; finetuning learns these too", unit.name, len(self.demonstrations)
+                "%s: only %d demonstrations fit; finetuning learns these too", unit.draw, len(self.demonstrations)
             )
         self.tokens = lm.encode([demonstration_text(example) for example in self.demonstrations])
         self.lessons = self._lessons(self.demonstrations)
@@ -215,7 +180,7 @@ class _Study:
         if self.aligned is None and processes.first:
             _log.warning(
                 "%s: the demonstrations have other tokens in the prompt than alone; no attention to them is compared",
-                unit.name,
+                unit.draw,
             )
 
     def digest(self) -> str:
@@ -224,7 +189,7 @@ class _Study:
         return identity.digest([self.in_context.sha256(), self.zero_shot.sha256(whole=True), learned])
 
     def about(self, rate: Choice) -> dict[str, Any]:
-        """What a record says of this unit beside what was found."""
+        """What a record says of this unit beside its measurements."""
         pairs = zip(self.demonstrations, self._shuffled(), strict=True)
         return {
             "labels_changed_by_shuffling": sum(one.gold != other.gold for one, other in pairs),
@@ -232,7 +197,7 @@ class _Study:
             "prompts_sha256": self.digest(),
             "examples_sha256": identity.examples_sha256(self.examples),
             "demonstrations_sha256": identity.examples_sha256(self.demonstrations),
-            "overlap": self.separation.counts(),
+            "overlap": self.questions.separation.counts(),
             "demonstrations": [example.index for example in self.demonstrations],
             "demonstration_labels": [example.continuations[example.gold].strip() for example in self.demonstrations],
             "finetune_lr": rate.rate,
@@ -246,88 +211,78 @@ class _Study:
         if prompt_settings.protocol == "paper":
             examples, source = self.examples, "evaluation"
         else:
+            train, hidden = self.questions.train, self.questions.separation.hidden
             shown = {example_identity(example) for example in self.demonstrations}
-            order = np.random.default_rng([self.unit.seed, 2]).permutation(len(self.data.train))
-            free = (self.data.train[i] for i in order if i not in self.separation.hidden)
-            rest = [example for example in free if example_identity(example) not in shown]
+            order = np.random.default_rng([self.unit.seed, 2]).permutation(len(train))
+            rest = [train[i] for i in order if i not in hidden and example_identity(train[i]) not in shown]
             examples, source = rest[: settings.held_out], "train"
-        budget = prompt_settings.batch_tokens
-        arguments = (settings.rates, settings.parameters, prompt_settings.score, budget, self.processes, self.unit.name)
-        return choose(self.lm, self.form, self.lessons, examples, source, *arguments)
+        finetune = functools.partial(Learned, self.lm, self.lessons, parameters=settings.parameters)
+        scoring_settings = (prompt_settings.score, prompt_settings.batch_tokens, self.processes, self.unit.draw)
+        return choose(self.lm, self.form, examples, source, settings.rates, finetune, *scoring_settings)
 
-    def findings(self, lm: TracedModel, rate: float, controls: bool) -> dict[str, Findings | None]:
-        """By the finetuned models' names: ``finetuned`` and, with ``controls``, those; None for one that diverges.
+    def measure(self, lm: TracedModel, rate: float, models: Mapping[str, Control]) -> dict[str, Measurements | None]:
+        """Finetunes ``models`` of ``lm`` and measures each: in rank 0 by their names; None for one that gives no finite
+        probabilities, and without those that diverge.
 
-        Raises UserError where ``finetuned`` itself diverges and ``controls`` are asked for, that is for the model under study.
+        Raises UserError where a model that is required diverges.
         """
         processes = self.processes
-        students = self._students(lm, rate, controls)
-        if "finetuned" not in students:
+        finetuned = self._finetuned(lm, rate, models)
+        if not finetuned:
             return {}
         return_memory()
-        look = _Look(self, lm, students, self.settings.save_traces and controls)
+        passes = _Passes(self, lm, finetuned)
         batches = self._batches()
         for number in range(processes.rank, len(batches), processes.world):
-            halving(look, batches[number])
+            halving(passes, batches[number])
             self.processes.alive()
             return_memory(collect=False)  # or what one batch leaves in the heap adds to the next one's
-        return self._merged(lm, look.found, rate, students, controls)
-
-    def _merged(
-        self, lm: LanguageModel, found: dict[str, Findings], rate: float, students: dict[str, Student], controls: bool
-    ) -> dict[str, Findings | None]:
-        result: dict[str, Findings | None] = {}
-        for name, part in found.items():
-            others = self.processes.gather(part)
-            if not self.processes.first:
-                continue
-            whole = Findings.join(others, students[name].learned.losses)
-            for setting in ("zero_shot", "in_context"):
-                if not whole.finite(setting):
-                    raise broken_weights(lm)
-            for setting, prompts in (
-                ("zero_shot", self.zero_shot),
-                ("in_context", self.in_context),
-                ("finetuned", self.zero_shot),
-            ):
-                whole.scores[setting] = engine.collect(prompts.queries, whole.sums[setting])
-            if whole.broken and name == "finetuned" and controls:
-                raise UserError(
-                    f"{self.unit.name}: the finetuned model is broken at learning rate {rate:g}; try a smaller ",
-                    arg("rates"),
-                )
-            result[name] = None if whole.broken else whole
+        result: dict[str, Measurements | None] = {}
+        for name, part in passes.measured.items():
+            others = processes.gather(part)
+            if processes.first:
+                whole = self._joined(lm, others, finetuned[name].learned.losses)
+                if whole.broken and models[name].required:
+                    raise UserError(
+                        f"{self.unit.draw}: the finetuned model is broken at learning rate {rate:g}; try a smaller ",
+                        arg("rates"),
+                    )
+                result[name] = None if whole.broken else whole
         return result
 
-    def _students(self, lm: TracedModel, rate: float, controls: bool) -> dict[str, Student]:
-        chosen, students = self.settings.parameters, {}
-        wanted: list[tuple[str, Sequence[Lesson], str, bool]] = [("finetuned", self.lessons, chosen, False)]
-        if controls:
-            shuffled = self._lessons(self._shuffled())
-            known = {
-                "shuffled_labels": (shuffled, chosen, False),
-                "lcgd": (self.lessons, chosen, True),
-                "all_parameters": (self.lessons, "all", False),
-            }
-            wanted += [(name, *what) for name, what in known.items() if name in self.settings.controls]
-        for name, lessons, parameters, layerwise in wanted:
+    def _joined(self, lm: LanguageModel, parts: Sequence[Measurements], losses: list[float]) -> Measurements:
+        """What all processes measured of one model. Raises UserError where the model itself is broken."""
+        whole = Measurements.join(parts, losses)
+        for setting in ("zero_shot", "in_context"):
+            if not whole.finite(setting):
+                raise broken_weights(lm)
+        for setting in SETTINGS:
+            prompts = self.in_context if setting == "in_context" else self.zero_shot
+            whole.scores[setting] = engine.collect(prompts.queries, whole.sums[setting])
+        return whole
+
+    def _finetuned(self, lm: TracedModel, rate: float, models: Mapping[str, Control]) -> dict[str, FinetunedModel]:
+        found = {}
+        for name, control in models.items():
+            lessons = self._lessons(self._shuffled()) if control.shuffled else self.lessons
             same = [len(lesson.tokens) for lesson in lessons] == [len(lesson.tokens) for lesson in self.lessons]
+            parameters, aligned = control.parameters or self.settings.parameters, self.aligned if same else None
             try:
-                learned = Learned(
-                    lm, lessons, rate, parameters, layerwise, keep_queries=same and self.aligned is not None
-                )
+                learned = Learned(lm, lessons, rate, parameters, control.layerwise, keep_queries=aligned is not None)
             except Diverged as error:
-                if name == "finetuned" and controls:
-                    raise UserError(f"{self.unit.name}: {error}; try a smaller ", arg("rates")) from error
+                if control.required:
+                    raise UserError(f"{self.unit.draw}: {error}; try a smaller ", arg("rates")) from error
                 if self.processes.first:
-                    _log.warning("%s: %s diverges (%s); going on without it", self.unit.name, name, error)
+                    _log.warning("%s: %s diverges (%s); going on without it", self.unit.draw, name, error)
+                if control.own_controls:
+                    return {}
                 continue
             self.processes.alive()
-            students[name] = Student(name, learned, self.aligned if same else None, len(self.form.bos))
-        return students
+            found[name] = FinetunedModel(control, learned, aligned, len(self.form.bos))
+        return found
 
     def _shuffled(self) -> list[Example]:
-        return shuffled(self.demonstrations, self.data.spec.labels is not None, self.unit.seed)
+        return shuffled(self.demonstrations, self.questions.spec.labels is not None, self.unit.seed)
 
     def _lessons(self, demonstrations: Sequence[Example]) -> list[Lesson]:
         bos = list(self.form.bos)
@@ -361,13 +316,13 @@ class _Study:
         return Rows(zero.tokens, context.tokens, *starts, len(self.form.bos))
 
 
-class _Look:
-    """Asks a model and its students about batches of examples, and keeps what the metrics make of it in ``found``. To look again at an
-    example changes nothing."""
+class _Passes:
+    """The forward passes of one batch of examples through a model and its finetuned versions, and what the metrics make
+    of them in ``measured``. To repeat a batch changes nothing."""
 
-    def __init__(self, study: _Study, lm: TracedModel, students: dict[str, Student], keep_outputs: bool) -> None:
-        self.study, self.lm, self.students, self.keep_outputs = study, lm, students, keep_outputs
-        self.found = {name: Findings(len(study.examples)) for name in students}
+    def __init__(self, study: _Study, lm: TracedModel, finetuned: dict[str, FinetunedModel]) -> None:
+        self.study, self.lm, self.finetuned = study, lm, finetuned
+        self.measured = {name: Measurements(len(study.examples)) for name in finetuned}
         shared = study.in_context.queries[0][0].context[: study.in_context.shared]
         self.prefix = lm.start(shared) if shared else None
         self.matrices: tuple[Any, Any] | None = None
@@ -382,26 +337,24 @@ class _Look:
             heads = _key_heads(zero_shot)
             self.matrices = demonstration_matrices(lm, study.whole(0)[:end], len(study.form.bos), heads, [seed, 3])
         rows = [study.rows(query) for query in batch]
-        for name, student in self.students.items():
-            main, into = name == "finetuned", self.found[name]
-            with student.learned.applied():
-                ft = trace_queries(lm, zero_queries, relax=main)
+        for name, model in self.finetuned.items():
+            into = self.measured[name]
+            with model.learned.applied():
+                ft = trace_queries(lm, zero_queries, relax=model.control.own_controls)
             into.sums["zero_shot"] |= zero_shot.sums
             into.sums["in_context"] |= icl.sums
             into.sums["finetuned"] |= ft.sums
             if not all(np.isfinite(list(ft.sums[query])).all() for query in batch):
                 into.broken = True
                 continue
+            update = model.learned.update(lm.model)
             with np.errstate(over="ignore", invalid="ignore"):
                 into.shares |= measure(
-                    zero_shot, icl, ft, batch, rows, study.aligned, student, student.learned.update(lm.model), self.matrices, seed, main,
-                    into.metrics,
-                )  # fmt: skip
-            if main and self.keep_outputs:
-                for query, *outputs in zip(
-                    batch, *(np.moveaxis(s.outputs, 1, 0) for s in (zero_shot, icl, ft)), strict=True
-                ):
-                    into.outputs[query] = np.stack(outputs).astype(np.float16)
+                    zero_shot, icl, ft, batch, rows, study.aligned, model, update, self.matrices, seed, into.metrics
+                )
+            if model.control.required and study.settings.save_traces:
+                outputs = np.stack([np.moveaxis(seen.outputs, 1, 0) for seen in (zero_shot, icl, ft)], axis=1)
+                into.outputs |= zip(batch, outputs.astype(np.float16), strict=True)
 
 
 def _key_heads(seen: Seen) -> int:
@@ -411,8 +364,8 @@ def _key_heads(seen: Seen) -> int:
 
 
 def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[Example]:
-    """The demonstrations with their labels dealt out anew, of which some may fall to where they were; where each has its own choices, one
-    of the wrong ones instead."""
+    """The demonstrations with their labels dealt out anew, of which some may fall to where they were; where each has
+    its own choices, one of the wrong ones instead."""
     draw = np.random.default_rng([seed, 1])
     if fixed:
         gold = [example.gold for example in demonstrations]
@@ -425,23 +378,23 @@ def shuffled(demonstrations: Sequence[Example], fixed: bool, seed: int) -> list[
     return [Example(e.index, e.inputs, e.continuations, label) for e, label in zip(demonstrations, labels, strict=True)]
 
 
+def _key(unit: Unit) -> tuple[Any, ...]:
+    return unit.dataset, unit.seed, unit.shots
+
+
 def _traces(folder: str | os.PathLike[str], unit: Unit) -> Path:
-    return Path(folder) / "traces" / f"{unit.name}.npz"
+    return Path(folder) / "traces" / f"{unit.draw}.npz"
 
 
-def save_traces(path: Path, findings: Findings, fingerprint: str = "") -> None:
+def save_traces(path: Path, measured: Measurements, fingerprint: str = "") -> None:
     """Attention outputs (n, 3 settings, L, 2 positions, C) in half precision, and every metric by example."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {
-        f"{part}/{name}": values for part, kept in findings.metrics.items() for name, values in kept.arrays.items()
+    arrays = {
+        f"{part}/{name}": values for part, kept in measured.metrics.items() for name, values in kept.arrays.items()
     }
-    with atomic_write(path, "wb") as file:
-        np.savez_compressed(
-            file,
-            fingerprint=np.array(fingerprint),
-            outputs=np.stack([findings.outputs[i] for i in sorted(findings.outputs)]),
-            **arrays,
-        )
+    outputs = np.stack([measured.outputs[i] for i in sorted(measured.outputs)])
+    with atomic_write(path, "wb") as file:  # the fingerprint first: it is the mark that the file is ours
+        np.savez_compressed(file, fingerprint=np.array(fingerprint), outputs=outputs, **arrays)  # type: ignore[arg-type]
 
 
 def _config(

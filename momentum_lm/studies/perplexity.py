@@ -1,4 +1,4 @@
-"""How well does a model predict text, at several context lengths? The protocol of the paper's Table 6.
+"""Perplexity of a model on binarised text at several context lengths: the protocol of the paper's Table 6.
 
 The documents of a split make one stream of tokens, cut into blocks of L tokens that do not overlap; each block is
 scored without what came before it, except that its first input is the token before the block, or the end-of-sentence
@@ -26,14 +26,15 @@ from momentum_lm.analysis.statistics import bootstrap_mean_ci
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
-from momentum_lm.report.perplexity import TASK
 from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours
 from momentum_lm.results.records import Results, results_lock, say_finished
+from momentum_lm.results.schema import RECORDS
 from momentum_lm.text.dictionary import EOS, PAD, Dictionary, check_symbols
 from momentum_lm.text.indexed import IndexedDataset
 from momentum_lm.untrusted import parse_json
 
+TASK = "lm_perplexity"
 _RESAMPLES = 2000
 _WORST = 700.0  # nats for one token: beyond, its perplexity is no longer a number
 _log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def _check_dictionary(lm: PerplexityModel, dictionary: Dictionary, path: Path) -
     """Raises UserError where the data's dictionary has other symbols than the model's: beside the checkpoint, or else
     that of the data that the checkpoint says it was trained on, where it still is."""
     if getattr(lm, "dictionary", None) is not None:
-        return  # the checkpoint itself says its symbols, and was asked
+        return  # the checkpoint has its own symbols, compared above
     named = getattr(lm, "trained_on", None)
     places = [Path(lm.name).parent / "dict.txt", *([Path(named) / "dict.txt"] if named else [])]
     own = next((place for place in places if place.is_file()), None)
@@ -110,12 +111,15 @@ def batches(
         targets, owners = tokens[offset : offset + last - first], owners[offset : offset + last - first]
         inputs = np.concatenate([[tokens[offset - 1] if offset else EOS], targets[:-1]])
         blocks = np.arange(first, last, context_length)
-        begins = starts[np.searchsorted(starts, blocks, "right") - 1] == blocks  # documents that begin where a block does
+        begins = (
+            starts[np.searchsorted(starts, blocks, "right") - 1] == blocks
+        )  # documents that begin where a block does
         inputs[blocks[begins] - first] = EOS
         count = len(blocks)
         pad = (0, count * context_length - len(targets))
         yield tuple(  # type: ignore[misc]
-            np.pad(x, pad, constant_values=fill).reshape(count, context_length) for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1))
+            np.pad(x, pad, constant_values=fill).reshape(count, context_length)
+            for x, fill in ((inputs, PAD), (targets, PAD), (owners, -1))
         )
 
 
@@ -140,11 +144,15 @@ def score_documents(
         real = documents >= 0
         low, high = int(targets[real].min()), int(targets[real].max())
         if high >= lm.vocab_size or low < 0 or (targets[real] == PAD).any():
-            what = "padding" if high < lm.vocab_size else f"token {high}, beyond the model's vocabulary of {lm.vocab_size}"
+            what = (
+                "padding" if high < lm.vocab_size else f"token {high}, beyond the model's vocabulary of {lm.vocab_size}"
+            )
             raise UserError(f"{dataset.prefix}.bin holds {what}; make the data anew with the model's dictionary")
         losses = lm.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets), packed_documents).double().numpy()
         if not losses.max() < _WORST:  # NaN too
-            raise UserError(f"{lm.name} gives probabilities of 0 or NaN at context length {context_length}: its weights are broken")
+            raise UserError(
+                f"{lm.name} gives probabilities of 0 or NaN at context length {context_length}: its weights are broken"
+            )
         begun = documents[real].min()  # successive documents: only their totals are touched, however many there are
         sums = np.bincount(documents[real] - begun, weights=losses[real])
         totals[begun : begun + len(sums)] += sums
@@ -153,7 +161,8 @@ def score_documents(
             progress.update(int(real.sum()))
     if scored == 0 or scored != dataset.num_tokens:
         raise UserError(
-            f"{dataset.prefix}.bin: {scored} of {dataset.num_tokens} tokens were scored; the file changed meanwhile, or is empty"
+            f"{dataset.prefix}.bin: {scored} of {dataset.num_tokens} tokens were scored; the file changed meanwhile, "
+            "or is empty"
         )
     return totals
 
@@ -184,39 +193,47 @@ def evaluate(
     ``Results`` do, and where the model's or the data's files change meanwhile.
     """
     with results_lock(folder):
-        return _evaluate(
-            lm, data, folder, context_lengths, splits, batch_tokens, packed_documents, seed, force, show_progress
-        )
+        for length in context_lengths:
+            check_context_length(lm, length)
+        opened = [load_split(data, name, lm) for name in dict.fromkeys(splits)]
+        config = {
+            "data": {"path": str(data), "dictionary_sha256": opened[0].dictionary_sha256},
+            "dtype": identity.dtype(lm),
+            "device": lm.device.type,
+            "revision": identity.REVISION,
+            "versions": identity.versions(),
+            "packed_documents": packed_documents,
+            "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
+        }
+        results = Results(folder, TASK, lm.describe(), config, RECORDS[TASK].key, force)
+        todo = list(_todo(results, opened, context_lengths, force))
+        if not todo and show_progress:
+            say_finished(folder)
+        total = sum(split.dataset.num_tokens for split, _ in todo)
+        with tqdm(total=total, unit="tok", unit_scale=True, disable=not (todo and show_progress)) as bar:
+            for split, length in todo:
+                bar.set_description(f"{split.name}, context {length}")
+                start = time.perf_counter()
+                nll = score_documents(lm, split.dataset, length, batch_tokens, packed_documents, bar)
+                lm.check_unchanged()
+                split.files.check()
+                seconds = round(time.perf_counter() - start, 3)
+                run = _record(split, length, nll, seed) | {"device": str(lm.device), "seconds": seconds}
+                target = results.folder / run["documents"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                tokens = np.asarray(split.dataset.sizes, dtype=np.int64)
+                with atomic_write(target, "wb") as file:  # the fingerprint first: it is the mark that the file is ours
+                    np.savez_compressed(file, fingerprint=np.array(split.sha256), nll=nll, tokens=tokens)
+                results.add(run)
+        return results
 
 
-def _evaluate(
-    lm: PerplexityModel,
-    data: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
-    context_lengths: Sequence[int],
-    splits: Sequence[str],
-    batch_tokens: int,
-    packed_documents: bool,
-    seed: int,
-    force: bool,
-    show_progress: bool,
-) -> Results:
-    for length in context_lengths:
-        check_context_length(lm, length)
-    opened = [load_split(data, name, lm) for name in dict.fromkeys(splits)]
-    config = {
-        "data": {"path": str(data), "dictionary_sha256": opened[0].dictionary_sha256},
-        "dtype": identity.dtype(lm),
-        "device": lm.device.type,
-        "revision": identity.REVISION,
-        "versions": identity.versions(),
-        "packed_documents": packed_documents,
-        "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
-    }
-    results = Results(folder, TASK, lm.describe(), config, ("split", "context_length"), force)
-    todo = []
-    for split in opened:
-        for length in dict.fromkeys(context_lengths):
+def _todo(
+    results: Results, splits: Sequence[Split], lengths: Sequence[int], force: bool
+) -> Iterator[tuple[Split, int]]:
+    """What ``results`` lack. Raises UserError for results of other data, and files in the way that are not ours."""
+    for split in splits:
+        for length in dict.fromkeys(lengths):
             old = results.find(split=split.name, context_length=length)
             if old is not None and old["data_sha256"] != split.sha256:
                 raise UserError(
@@ -224,30 +241,9 @@ def _evaluate(
                     "another ", arg("folder"), ", or add ", arg(force=True), " to replace it",
                 )
             if old is None or not (results.folder / old["documents"]).exists():
-                todo.append((split, length))
                 if not force:
                     check_ours(results.folder / _documents(split, length), ARRAYS)
-    if not todo and show_progress:
-        say_finished(folder)
-    with tqdm(
-        total=sum(split.dataset.num_tokens for split, _ in todo), unit="tok", unit_scale=True, disable=not (todo and show_progress)
-    ) as bar:
-        for split, length in todo:
-            bar.set_description(f"{split.name}, context {length}")
-            start = time.perf_counter()
-            nll = score_documents(lm, split.dataset, length, batch_tokens, packed_documents, bar)
-            lm.check_unchanged()
-            split.files.check()
-            run = _record(split, length, nll, seed) | {"device": str(lm.device), "seconds": round(time.perf_counter() - start, 3)}
-            target = results.folder / run["documents"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(target, "wb") as file:
-                fingerprint = np.array(split.sha256)  # first: it is the mark that the file is ours
-                np.savez_compressed(
-                    file, fingerprint=fingerprint, nll=nll, tokens=np.asarray(split.dataset.sizes, dtype=np.int64)
-                )
-            results.add(run)
-    return results
+                yield split, length
 
 
 def _record(split: Split, context_length: int, nll: NDArray[np.float64], seed: int) -> dict[str, Any]:
@@ -277,7 +273,8 @@ def _documents(split: Split, context_length: int) -> str:
 
 
 def _text_bytes(folder: Path, split: str, tokens: int) -> int | None:
-    """Bytes of the split's text by ``prepare.json``; None without one, or where it speaks of other data or not of this split."""
+    """Bytes of the split's text by ``prepare.json``; None without one, or where it speaks of other data or not of this
+    split."""
     path = folder / "prepare.json"
     if not path.exists():
         return None

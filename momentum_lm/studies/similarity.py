@@ -1,4 +1,4 @@
-"""The metrics of ICL against finetuning for batches of examples, from what :mod:`.traces` saw of them in the three settings."""
+"""Metrics of ICL against finetuning for a batch of examples, from the traces of three settings (:mod:`.traces`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from momentum_lm.analysis import metrics
 from momentum_lm.analysis.per_example import PerExample
 
+from .controls import Control
 from .traces import PAPER, PREDICTING, Aligned, Floats, Learned, Seen, common_suffix, finetuning_similarity, to_numpy
 
 KENDALL_EXAMPLES = 100  # the authors rank attention for no more examples
 SHOWN_EXAMPLES = 3  # of which attention to each demonstration is kept, to be drawn
 NOISE = 1e-4  # of simam_delta: with rotary positions the first layer's maps differ by rounding alone
-POSITIONS = {"paper": PAPER, "corrected": PREDICTING}
 Values = dict[str, Any]
 
 
@@ -33,7 +33,8 @@ class Rows:
     begin: int  # tokens before the query in ``zero_shot``: BOS
 
     def query(self, position: int) -> tuple[slice, slice]:
-        """Columns of the query's own tokens in both prompts: those with which both end, up to the position that is looked at."""
+        """Columns of the query's own tokens in both prompts: those with which both end, up to the position that is
+        looked at."""
         zero, context = self.zero_shot, self.in_context
         if position == PREDICTING:
             zero, context = zero[: self.zero_shot_start], context[: self.in_context_start]
@@ -42,25 +43,31 @@ class Rows:
 
     @property
     def own(self) -> tuple[int, int]:
-        """First column, and the one after the last, of the query's tokens in the zero-shot prompt without its choice."""
+        """First column, and the one after the last, of the query's tokens in the zero-shot prompt without its
+        choice."""
         return self.begin, self.zero_shot_start
 
 
-class Student:
+class FinetunedModel:
     """A finetuned model as the metrics need it, and its queries while it was trained, in order of the prompt's tokens.
 
     queries: (L, N, H * D) scaled, None where the lessons are not what the prompt shows.
     """
 
-    def __init__(self, name: str, learned: Learned, aligned: Aligned | None, begin: int) -> None:
-        self.name, self.learned = name, learned
+    def __init__(self, control: Control, learned: Learned, aligned: Aligned | None, begin: int) -> None:
+        self.control, self.learned = control, learned
         self.queries: Floats | None = None
         if aligned is not None and learned.queries:
             first = learned.queries[0][0]
-            self.queries = np.empty((len(learned.queries[0]), sum(aligned.lengths), first.shape[-1]), dtype=to_numpy(first[:0]).dtype)
+            self.queries = np.empty(
+                (len(learned.queries[0]), sum(aligned.lengths), first.shape[-1]), dtype=to_numpy(first[:0]).dtype
+            )
             place = 0
             for span in aligned.kept:
-                lesson, end = learned.queries.pop(0), place + span.stop - span.start  # popped: they are as large as what is made of them
+                lesson, end = (
+                    learned.queries.pop(0),
+                    place + span.stop - span.start,
+                )  # popped: they are as large as what is made of them
                 for layer, queries in enumerate(lesson):
                     self.queries[layer, place:end] = to_numpy(queries[begin + span.start : begin + span.stop])
                 place = end
@@ -74,21 +81,21 @@ def measure(
     batch: Sequence[int],
     rows: Sequence[Rows],
     aligned: Aligned | None,
-    student: Student,
+    model: FinetunedModel,
     update: Sequence[tuple[torch.Tensor, ...]],
     matrices: tuple[Floats, Floats] | None,
     seed: int,
-    baselines: bool,
     into: dict[str, PerExample],
 ) -> dict[int, Floats]:
     """Adds the metrics of a batch to ``into["paper"]``, ``into["corrected"]`` (L,) and ``into["heads"]`` (L, H).
 
-    ``update``: what :meth:`Learned.update` says of the student. ``baselines``: random updates, similarities before finetuning and the
-    relaxation, which are the same for every finetuned model. Then returns {example: shares of attention (2, L, M) that ICL and FT give to
-    the M demonstrations} of the first examples.
+    ``update``: what :meth:`Learned.update` says of the model. With its ``own_controls`` also random updates,
+    similarities before finetuning and the relaxation, which are the same for every finetuned model. Then returns
+    {example: shares of attention (2, L, M) that ICL and FT give to the M demonstrations} of the first examples.
     """
     shares: dict[int, Floats] = {}
-    products = _products(ft, student)
+    baselines = model.control.own_controls
+    products = _products(ft, model)
     spans = [row.own for row in rows]
     weights: dict[str, Floats] = {}
     if matrices is not None and update and zero_shot.trace.keys:
@@ -96,8 +103,8 @@ def measure(
         weights["dw_similarity_random"] = finetuning_similarity(zero_shot.trace, update, matrices[1], spans)
     for i, (example, row) in enumerate(zip(batch, rows, strict=True)):
         key = [seed, example]
-        paper = _paper(zero_shot, icl, ft, i, row, key, baselines)
-        corrected, heads = _corrected(zero_shot, icl, ft, i, row, key, baselines)
+        paper, _ = _similarities(zero_shot, icl, ft, i, row, key, baselines, paper=True)
+        corrected, heads = _similarities(zero_shot, icl, ft, i, row, key, baselines, paper=False)
         if aligned is not None and products is not None:
             if example < KENDALL_EXAMPLES:
                 context = np.stack([layer[i, PAPER][:, aligned.context].sum(0) for layer in icl.logits])
@@ -132,35 +139,23 @@ def _shares(logits: NDArray[Any], lengths: Sequence[int]) -> Floats:
     return metrics.example_sums(weights, lengths).mean(-2).astype(np.float32)
 
 
-def _paper(zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool) -> Values:
-    h_zs, h_icl, h_ft = (seen.outputs[:, i, PAPER] for seen in (zero_shot, icl, ft))
-    (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, PAPER)
-    found: Values = {
-        "simaou": metrics.simaou(h_icl, h_ft, h_zs, normalize=True),
-        "simam": metrics.simam(m_icl, m_ft, seen).mean(-1),
-    }
-    if baselines:
-        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=True)
-        found["simam_before"] = metrics.simam(m_icl, m_zs, seen).mean(-1)
-    return found
-
-
-def _corrected(
-    zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool
+def _similarities(
+    zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool, paper: bool
 ) -> tuple[Values, Values]:
-    h_zs, h_icl, h_ft = (seen.outputs[:, i, PREDICTING] for seen in (zero_shot, icl, ft))
-    (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, PREDICTING)
-    heads: Values = {
-        "simam": metrics.simam(m_icl, m_ft, seen),
-        "simam_delta": metrics.simam_delta(m_icl, m_ft, m_zs, seen, noise=NOISE),
-        "simam_delta_centred": metrics.simam_delta(m_icl, m_ft, m_zs, seen, centred=True, noise=NOISE),
-    }
+    """Of attention outputs and of attention to the query's own tokens: by layer, and the latter by layer and head."""
+    position = PAPER if paper else PREDICTING
+    h_zs, h_icl, h_ft = (seen.outputs[:, i, position] for seen in (zero_shot, icl, ft))
+    (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, position)
+    heads: Values = {"simam": metrics.simam(m_icl, m_ft, seen)}
+    if not paper:
+        heads["simam_delta"] = metrics.simam_delta(m_icl, m_ft, m_zs, seen, noise=NOISE)
+        heads["simam_delta_centred"] = metrics.simam_delta(m_icl, m_ft, m_zs, seen, centred=True, noise=NOISE)
     if baselines:
         heads["simam_before"] = metrics.simam(m_icl, m_zs, seen)
     found: Values = {name: _mean(value) for name, value in heads.items()}
-    found["simaou"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False)
+    found["simaou"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=paper)
     if baselines:
-        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=False)
+        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=paper)
     return found, heads
 
 
@@ -176,15 +171,16 @@ def _maps(
     return maps, ~hidden if hidden.any() else None
 
 
-def _products(ft: Seen, student: Student) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """The finetuned model's attention to training tokens, (N, L, n) as in the authors' code and (N, L, H, n) with one factor D^-0.5."""
-    if student.queries is None:
+def _products(ft: Seen, model: FinetunedModel) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """The finetuned model's attention to training tokens, (N, L, n) as in the authors' code and (N, L, H, n) with one
+    factor D^-0.5."""
+    if model.queries is None:
         return None
     heads = ft.logits[0].shape[2]
     scale = (ft.queries.shape[-1] // heads) ** 0.5
     tests = [ft.queries[:, :, position].transpose(1, 0, 2) for position in (PAPER, PREDICTING)]
-    return metrics.query_products(student.queries, tests[0]), metrics.query_products(
-        student.queries, tests[1] * scale, heads
+    return metrics.query_products(model.queries, tests[0]), metrics.query_products(
+        model.queries, tests[1] * scale, heads
     )
 
 

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import relaxed_attention
 import torch
 
 from momentum_lm.analysis import dual_form
@@ -288,41 +289,41 @@ def as_columns(array):
 
 def test_matrices_are_those_of_the_dual_form(rng):
     heads, width, model = 3, 4, 6
-    before, after = (mt.Projections(*rng.normal(size=(2, heads * width, model)), None, None, heads) for _ in range(2))
+    before, after = (relaxed_attention.Projections(*rng.normal(size=(2, heads * width, model)), None, None, heads) for _ in range(2))
     demos, query = rng.normal(size=(11, model)), rng.normal(size=(5, model))
-    icl, ft = before.matrices(demos), mt.finetuning_matrices(query, before, after)
+    icl, ft = before.matrices(demos), relaxed_attention.finetuning_matrices(query, before, after)
     for head in range(heads):
         rows = slice(head * width, (head + 1) * width)
         w_v, w_k, new_v, new_k = (torch.from_numpy(w[rows]) for w in (before.w_v, before.w_k, after.w_v, after.w_k))
         np.testing.assert_allclose(icl[head], dual_form.icl_update(w_v, w_k, as_columns(demos)).numpy(), **EXACT)
         expected = dual_form.finetuning_update(w_v, w_k, new_v - w_v, new_k - w_k, as_columns(query))
         np.testing.assert_allclose(ft[head], expected.numpy(), **EXACT)
-    assert not mt.finetuning_matrices(query, before, before).any()
+    assert not relaxed_attention.finetuning_matrices(query, before, before).any()
 
 
 def test_biases_are_a_constant_input(rng):
     w_v, w_k, b_v, b_k, x = (rng.normal(size=s) for s in ((8, 6), (8, 6), 8, 8, (5, 6)))
     joined = [np.concatenate([w, b[:, None]], axis=1) for w, b in ((w_v, b_v), (w_k, b_k))]
-    expected = mt.Projections(*joined, None, None, 2).matrices(np.concatenate([x, np.ones((5, 1))], axis=1))
-    np.testing.assert_allclose(mt.Projections(w_v, w_k, b_v, b_k, 2).matrices(x), expected, **EXACT)
+    expected = relaxed_attention.Projections(*joined, None, None, 2).matrices(np.concatenate([x, np.ones((5, 1))], axis=1))
+    np.testing.assert_allclose(relaxed_attention.Projections(w_v, w_k, b_v, b_k, 2).matrices(x), expected, **EXACT)
 
 
 def test_icl_matrices_are_sums_without_order(rng):
     values, keys = rng.normal(size=(2, 3, 9, 4))
     literal = sum(values[:, n, :, None] * keys[:, n, None, :] for n in range(9))
     shuffled = rng.permutation(9)
-    np.testing.assert_allclose(mt.head_matrices(values, keys), literal, **EXACT)
-    np.testing.assert_allclose(mt.head_matrices(values[:, shuffled], keys[:, shuffled]), literal, **EXACT)
-    assert not mt.head_matrices(values[:, :0], keys[:, :0]).any()
+    np.testing.assert_allclose(relaxed_attention.head_matrices(values, keys), literal, **EXACT)
+    np.testing.assert_allclose(relaxed_attention.head_matrices(values[:, shuffled], keys[:, shuffled]), literal, **EXACT)
+    assert not relaxed_attention.head_matrices(values[:, :0], keys[:, :0]).any()
 
 
 def test_weight_similarity(rng):
     a, b = rng.normal(size=(2, 3, 4, 5))
     expected = [slow_cosine(x.ravel(), y.ravel()) for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(mt.weight_similarity(a, b), expected, **EXACT)
-    np.testing.assert_allclose(mt.weight_similarity(a, -2 * a), -1)
-    assert np.isnan(mt.weight_similarity(a, np.zeros_like(a))).all()
-    many = mt.weight_similarity(*rng.normal(size=(2, 500, 16, 16)))
+    np.testing.assert_allclose(relaxed_attention.weight_similarity(a, b), expected, **EXACT)
+    np.testing.assert_allclose(relaxed_attention.weight_similarity(a, -2 * a), -1)
+    assert np.isnan(relaxed_attention.weight_similarity(a, np.zeros_like(a))).all()
+    many = relaxed_attention.weight_similarity(*rng.normal(size=(2, 500, 16, 16)))
     assert many.mean() == pytest.approx(0, abs=0.01) and many.std() == pytest.approx(1 / 16, rel=0.15)
 
 
@@ -337,29 +338,29 @@ def test_relaxed_and_softmax_heads(rng):
     query, keys, values = rng.normal(size=(4, 3)), rng.normal(size=(2, 6, 3)), rng.normal(size=(2, 6, 5))  # two query heads a key head
     scaling = 3**-0.5
     logits = np.array([scaling * keys[h // 2] @ query[h] for h in range(4)])
-    softmaxed, relaxed = mt.softmax_heads(logits, values), mt.relaxed_heads(logits, values, scaling)
-    cosines, ratios = mt.relaxation_distance(logits, values, scaling)
+    softmaxed, relaxed = relaxed_attention.softmax_heads(logits, values), relaxed_attention.relaxed_heads(logits, values, scaling)
+    cosines, ratios = relaxed_attention.relaxation_distance(logits, values, scaling)
     for h in range(4):
         exact = slow_attention(slow_softmax(logits[h]), values[h // 2])
-        linear = mt.head_matrices(values[h // 2], keys[h // 2]) @ query[h]  # W q of the relaxed form
+        linear = relaxed_attention.head_matrices(values[h // 2], keys[h // 2]) @ query[h]  # W q of the relaxed form
         np.testing.assert_allclose(softmaxed[h], exact, **EXACT)
         np.testing.assert_allclose(relaxed[h], linear, **EXACT)
         assert cosines[h] == pytest.approx(slow_cosine(linear, exact))
         assert ratios[h] == pytest.approx(np.linalg.norm(linear) / np.linalg.norm(exact))
-    stacked = mt.relaxed_heads(np.stack([logits, 2 * logits]), np.stack([values, values]), scaling)
+    stacked = relaxed_attention.relaxed_heads(np.stack([logits, 2 * logits]), np.stack([values, values]), scaling)
     np.testing.assert_allclose(stacked, np.stack([relaxed, 2 * relaxed]), **EXACT)
 
 
 def test_relaxation_of_degenerate_rows(rng):
     values = rng.normal(size=(2, 4, 3))
-    cosines, ratios = mt.relaxation_distance(np.full((2, 4), 0.7), values, 1.0)  # constant: the same direction
+    cosines, ratios = relaxed_attention.relaxation_distance(np.full((2, 4), 0.7), values, 1.0)  # constant: the same direction
     np.testing.assert_allclose(cosines, 1)
     np.testing.assert_allclose(ratios, 0.7 * 4)
-    cosines, ratios = mt.relaxation_distance(np.zeros((2, 4)), values, 1.0)
+    cosines, ratios = relaxed_attention.relaxation_distance(np.zeros((2, 4)), values, 1.0)
     assert np.isnan(cosines).all() and not ratios.any()
-    cosines, ratios = mt.relaxation_distance(np.ones((2, 4)), np.zeros((2, 4, 3)), 1.0)
+    cosines, ratios = relaxed_attention.relaxation_distance(np.ones((2, 4)), np.zeros((2, 4, 3)), 1.0)
     assert np.isnan(cosines).all() and np.isnan(ratios).all()
-    np.testing.assert_allclose(mt.softmax_heads(rng.normal(size=(2, 1)), values[:, :1]), values[:, 0])  # a single token
+    np.testing.assert_allclose(relaxed_attention.softmax_heads(rng.normal(size=(2, 1)), values[:, :1]), values[:, 0])  # a single token
 
 
 def test_what_attention_does_not_see_is_not_ranked():

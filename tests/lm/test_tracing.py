@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import relaxed_attention
 import torch
 
-from momentum_lm.analysis import metrics
 from momentum_lm.errors import UserError
 from momentum_lm.lm.anatomy import key_value_weights
 from momentum_lm.lm.attention_interface import attention_modules
@@ -58,7 +58,7 @@ def test_native(make_lm, changes, prefix):
 @pytest.mark.parametrize("kind", ["none", "ema"])
 @pytest.mark.parametrize("prefix", [0, 6])
 def test_relaxed_attention(make_lm, kind, prefix):
-    """Against the functions of ``analysis.metrics``; momentum stays what it is."""
+    """Against the float64 functions of ``relaxed_attention``; momentum stays what it is."""
     lm = make_lm(momentum_kind=kind)
     before = TOKENS[:1, :prefix]
     cache = lm.start(before[0].tolist()).rows(3, frozen=True) if prefix else None
@@ -73,8 +73,8 @@ def test_relaxed_attention(make_lm, kind, prefix):
         for row, position in enumerate(POSITIONS.tolist()):
             end = prefix + position + 1
             logits = trace.logits[i][row, 0, :, :end].numpy()
-            exact = metrics.softmax_heads(logits, values[row, :, :end])
-            relaxed = metrics.relaxed_heads(logits, values[row, :, :end], 8**-0.5)
+            exact = relaxed_attention.softmax_heads(logits, values[row, :, :end])
+            relaxed = relaxed_attention.relaxed_heads(logits, values[row, :, :end], 8**-0.5)
             np.testing.assert_allclose(trace.heads[i][row, 0], exact, atol=1e-3, rtol=1e-3)
             np.testing.assert_allclose(trace.relaxed[i][row, 0], relaxed, atol=1e-2, rtol=1e-3)
             change = torch.from_numpy(relaxed - exact).float().flatten() @ layer.self_attn.out_proj.weight.T
@@ -188,7 +188,7 @@ def test_queries_and_keys_are_those_before_rotation():
         close(module.o_proj(trace.heads[i].flatten(2)), trace.outputs[i], atol=1e-5, rtol=1e-4)
         for row, position in enumerate(POSITIONS.tolist()):
             values = trace.values[i][row, : position + 1].unflatten(-1, (2, 8)).transpose(0, 1).numpy()
-            relaxed = metrics.relaxed_heads(trace.logits[i][row, 0, :, : position + 1].numpy(), values, 8**-0.5)
+            relaxed = relaxed_attention.relaxed_heads(trace.logits[i][row, 0, :, : position + 1].numpy(), values, 8**-0.5)
             np.testing.assert_allclose(trace.relaxed[i][row, 0], relaxed, atol=1e-5, rtol=1e-3)
 
 

@@ -1,15 +1,16 @@
-"""Folders of in-context classification as the study leaves them, their numbers from the same functions."""
+"""Results folders of chosen numbers, measured by the studies' own functions; ``test_keys.py`` compares their keys with the studies'."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from momentum_lm.analysis.classification import accuracy, confusion_matrix, macro_f1, majority_rate
 from momentum_lm.analysis.metrics import rec2ftp
-from momentum_lm.analysis.statistics import wilson_interval
-from momentum_lm.report import finetuning_summary
-from momentum_lm.report.classification import summary
+from momentum_lm.icl.datasets.loading import Example
+from momentum_lm.studies import finetuning_summary
+from momentum_lm.studies.classification_summary import summary
+from momentum_lm.studies.tasks import CHOICE
 
 LABELS = {"mr": ["Negative", "Positive"], "trec": ["Entity", "Person", "Number"], "piqa": None}
 
@@ -41,23 +42,17 @@ def write_results(tmp_path):
         for dataset in datasets:
             labels = LABELS[dataset]
             truth = np.random.default_rng(len(dataset)).integers(0, len(labels or "ab"), examples) if gold is None else np.array(gold)
+            queries = [Example(i, ("x",), ("a", "b"), int(g)) for i, g in enumerate(truth)]
             for count in shots:
                 for seed, order, calibration in [(s, o, c) for s in seeds for o in range(orders if count else 1) for c in calibrations]:
                     if labels is None and calibration == "batch":
                         continue
                     predicted = answers(truth, seed, count, order, calibration)
-                    interval = wilson_interval(int((truth == predicted).sum()), len(truth))
                     key = {"dataset": dataset, "seed": seed, "shots": count, "order": order, "calibration": calibration}
                     few = min(count, fitted)
-                    run = key | {"num_examples": len(truth), "accuracy": accuracy(truth, predicted), "ci95": [interval.low, interval.high],
-                                 "shots_fitted": few, "demonstrations": list(range(seed, seed + few)), "prefix_tokens": 30 * few,
-                                 "seconds": 1.5, "examples_sha256": dataset,
-                                 "demonstrations_sha256": f"{seed} {few}"}  # fmt: skip
-                    if labels is None:
-                        run |= {"macro_f1": None, "confusion": None, "majority": None, "chance": 0.5}
-                    else:
-                        counts = confusion_matrix(truth, predicted, len(labels)).tolist()
-                        run |= {"macro_f1": macro_f1(truth, predicted), "confusion": counts, "majority": majority_rate(truth)}
+                    run = key | CHOICE.measure(SimpleNamespace(labels=labels), queries, predicted)
+                    run |= {"shots_fitted": few, "demonstrations": list(range(seed, seed + few)), "prefix_tokens": 30 * few,
+                            "seconds": 1.5, "examples_sha256": dataset, "demonstrations_sha256": f"{seed} {few}"}  # fmt: skip
                     runs.append(run)
                     setting = "in_context" if count else "zero_shot"
                     lines += [

@@ -13,6 +13,7 @@ from momentum_lm.analysis.statistics import t_interval, wilson_interval
 from momentum_lm.errors import UserError
 from momentum_lm.report import classification as c
 from momentum_lm.results.records import read_results
+from momentum_lm.studies import classification_summary as numbers
 
 
 def run(accuracy, seed=1, shots=4, order=0, calibration="none", dataset="mr", n=100, **more):
@@ -27,16 +28,16 @@ def test_other_queries_for_each_seed_are_draws_too():
         run(x, seed, shots=0, n=10, confusion=confusion, examples_sha256=str(seed))
         for seed, (x, confusion) in enumerate(zip((0.5, 0.7), confusions, strict=True))
     ]
-    cell = c.summarise_cell(runs)
+    cell = numbers.summarise_cell(runs)
     assert (cell["over"], cell["mean"], cell["sd"]) == ("seeds", pytest.approx(0.6), pytest.approx(0.1 * np.sqrt(2)))
-    assert c.baseline(runs) == ("majority", 12 / 20)
+    assert numbers.baseline(runs) == ("majority", 12 / 20)
     same = [r | {"examples_sha256": "a", "accuracy": 0.5} for r in runs]
-    assert c.summarise_cell(same)["over"] == "examples"
+    assert numbers.summarise_cell(same)["over"] == "examples"
 
 
 def test_summary_averages_orders_then_seeds():
     runs = [run(0.6), run(0.8, order=1), run(0.9, seed=2), run(0.3, calibration="batch"), run(0.3, seed=2, calibration="batch")]
-    entry = c.summary(runs)["mr"]["4"]
+    entry = numbers.summary(runs)["mr"]["4"]
     assert entry["calibration"] == "none" and entry["num_seeds"] == 2 and entry["over"] == "seeds"
     assert (entry["mean"], entry["min"], entry["max"]) == pytest.approx((0.8, 0.7, 0.9))  # (0.7 + 0.9) / 2, not 2.3 / 3
     assert entry["sd"] == pytest.approx(0.2 / np.sqrt(2))
@@ -45,18 +46,18 @@ def test_summary_averages_orders_then_seeds():
     batch = entry["by_calibration"]["batch"]
     wilson = wilson_interval(30, 100)
     assert batch["over"] == "examples" and batch["ci95"] == [wilson.low, wilson.high]  # seeds that agree do not remove all doubt
-    assert json.loads(json.dumps(c.summary(runs))) == c.summary(runs)
+    assert json.loads(json.dumps(numbers.summary(runs))) == numbers.summary(runs)
 
 
 def test_summary_intervals():
-    three = c.summarise_cell([run(a, seed=s) for s, a in enumerate((0.70, 0.72, 0.74))])
+    three = numbers.summarise_cell([run(a, seed=s) for s, a in enumerate((0.70, 0.72, 0.74))])
     expected = t_interval([0.70, 0.72, 0.74])
     assert three["ci95"] == pytest.approx([expected.low, expected.high]) and three["over"] == "seeds"
     wilson = wilson_interval(61, 100)
     for runs in ([run(0.61)], [run(0.61, seed=s, shots=0) for s in (1, 2, 3)], [run(0.6, order=0), run(0.62, order=1)]):
-        cell = c.summarise_cell(runs)
+        cell = numbers.summarise_cell(runs)
         assert cell["ci95"] == [wilson.low, wilson.high] and cell["over"] == "examples" and cell["sd"] is None
-    assert c.summarise_cell([run(0.61, seed=s, shots=0) for s in (1, 2, 3)])["num_seeds"] == 3
+    assert numbers.summarise_cell([run(0.61, seed=s, shots=0) for s in (1, 2, 3)])["num_seeds"] == 3
 
 
 def test_table_lets_the_interval_decide():

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from momentum_lm.errors import UserError
-from momentum_lm.report import finetuning_summary as f
+from momentum_lm.report import finetuning_verdicts as v
 from momentum_lm.report.finetuning_comparison import FinetuningComparison
+from momentum_lm.studies import finetuning_summary as f
 
 
 def test_side_by_side(write_analysis, analysed, tmp_path):
@@ -20,10 +21,10 @@ def test_side_by_side(write_analysis, analysed, tmp_path):
                                                                                 ("trec", "small", "1")]  # fmt: skip
     for row, runs in zip(rows, (ours[:2], theirs, ours[2:]), strict=True):
         for name in f.EVIDENCE:
-            assert row[f.METRICS[name]] == f.number(f.metric(runs, name))
-        assert row["SimAOU, authors' form"] == f.number(f.metric(runs, "simaou", "paper"))
-        assert row["in context"] == f.number(f.accuracy(runs, "in_context"), percent=True)
-        assert row["Rec2FTP"] == f.number(f.rec2ftp(runs), percent=True)
+            assert row[f.METRICS[name]] == v.number(f.metric(runs, name))
+        assert row["SimAOU, authors' form"] == v.number(f.metric(runs, "simaou", "paper"))
+        assert row["in context"] == v.number(f.accuracy(runs, "in_context"), percent=True)
+        assert row["Rec2FTP"] == v.number(f.rec2ftp(runs), percent=True)
     assert comparison.notes == ["trec, 4 shots: not in large."]
     page = tmp_path / "compare.html"
     comparison.write_page(page)
@@ -55,9 +56,9 @@ def test_differences_are_paired_by_seed_where_the_demonstrations_are_the_same(wr
     (row,) = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert (row["difference"], row["seeds"]) == ("large minus small", "2")
     gaps = [f.over_layers(b, "kendall") - f.over_layers(a, "kendall") for a, b in zip(ours[:2], theirs[:2], strict=True)]
-    assert row["Kendall, tokens"] == f.signed(f.estimate(gaps))
+    assert row["Kendall, tokens"] == v.signed(f.estimate(gaps))
     gaps = [b["accuracy"]["finetuned"] - a["accuracy"]["finetuned"] for a, b in zip(ours[:2], theirs[:2], strict=True)]
-    assert row["finetuned"] == f.signed(f.estimate(gaps), percent=True)
+    assert row["finetuned"] == v.signed(f.estimate(gaps), percent=True)
 
     other = [{**run, "demonstrations": [7, 8, 9, 10]} for run in theirs]
     assert FinetuningComparison([write_analysis(ours, "first"), write_analysis(other, "second")]).differences() is None

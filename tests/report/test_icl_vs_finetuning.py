@@ -12,11 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from momentum_lm.analysis.statistics import ratio_difference_interval, ratio_interval, t_interval, wilson_interval
 from momentum_lm.errors import UserError
-from momentum_lm.report import finetuning_summary as f
+from momentum_lm.report import finetuning_verdicts as v
 from momentum_lm.report import icl_vs_finetuning as r
 from momentum_lm.report import published as p
 from momentum_lm.report.figures import draw, read_png, save_png, to_svg
 from momentum_lm.report.layer_figures import heads_panel, overlap_panel
+from momentum_lm.studies import finetuning_summary as f
 
 
 def by_name(table, column):
@@ -60,14 +61,14 @@ def test_differences_are_paired_by_seed():
     runs = [run((0.2 + x, 0.2 + x), seed=s, random=(x, x + 0.01 * s)) for s, x in enumerate((0.0, 0.3, 0.6))]
     gap = f.difference(runs, "simaou", "random")  # seeds differ by far more than the metric from its control
     expected = t_interval([0.2, 0.195, 0.19])
-    assert gap["ci95"] == pytest.approx([expected.low, expected.high]) and f.place(gap) == "above"
-    assert f.place(f.difference(runs, "simaou", "untrained")) == "level"
+    assert gap["ci95"] == pytest.approx([expected.low, expected.high]) and v.place(gap) == "above"
+    assert v.place(f.difference(runs, "simaou", "untrained")) == "level"
     assert f.difference(runs, "simaou", "lcgd")["num"] == 0  # it diverged
 
 
 @pytest.mark.parametrize(("ends", "side"), [([0.01, 0.2], "above"), ([-0.2, -0.01], "below"), ([-0.1, 0.1], "level"), (None, "unknown")])
 def test_place(ends, side):
-    assert f.place({"ci95": ends}) == side
+    assert v.place({"ci95": ends}) == side
 
 
 def test_summary():
@@ -100,17 +101,17 @@ def test_rec2ftp_is_of_all_seeds_together():
 
 
 def test_verdicts_follow_the_intervals():
-    clear = " ".join(f.verdict([run()]))
+    clear = " ".join(v.verdict([run()]))
     assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
     assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 80.0% (49.0 to 94.3)." in clear
     assert "72.0% (52.4 to 85.7) of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
     assert "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), untrained (0.100)." in clear
-    low = " ".join(f.verdict([run((0.0, 0.1), rec2ftp_counts={"cells": [[[50, 0], [0, 20]], [[0, 0], [0, 0]]]})]))
+    low = " ".join(v.verdict([run((0.0, 0.1), rec2ftp_counts={"cells": [[[50, 0], [0, 20]], [[0, 0], [0, 0]]]})]))
     assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
-    assert "nothing for Rec2FTP to recover" in " ".join(f.verdict([run(**NOTHING)]))
-    (predictions, simaou) = f.headlines([run(), run((0.0, 0.1), dataset="trec")])
+    assert "nothing for Rec2FTP to recover" in " ".join(v.verdict([run(**NOTHING)]))
+    (predictions, simaou) = v.headlines([run(), run((0.0, 0.1), dataset="trec")])
     assert "in none of 2 settings" in predictions
-    (alone, only) = f.headlines([run((0.0, 0.1))])
+    (alone, only) = v.headlines([run((0.0, 0.1))])
     assert "of 1" not in alone + only and only.endswith("not distinguishable from random, untrained.")
     assert "0.050 to 0.200" in simaou and "above random in 1 of 2 settings, untrained in 1 of 2 settings" in simaou
 
@@ -124,7 +125,7 @@ def test_a_control_of_one_seed_has_its_own_interval():
 
 
 def test_no_minus_before_zero():
-    assert f.three(-0.0001) == "0.000" and f.three(-0.0006) == "-0.001" and f.three(26993.4) == "26,993"
+    assert v.three(-0.0001) == "0.000" and v.three(-0.0006) == "-0.001" and v.three(26993.4) == "26,993"
 
 
 @pytest.mark.parametrize(
@@ -145,9 +146,9 @@ def test_tables(analysed):
     table = r.results_table(runs)
     assert len(table.rows) == 24 and [row[0] for row in table.rows] == ["sst2"] * 12 + ["trec"] * 12
     row = by_name(table, "metric")["SimAOU"]  # trec's, the last
-    assert row["corrected"] == f.number(f.metric(runs[3:], "simaou"))
-    assert row["authors' form"] == f.number(f.metric(runs[3:], "simaou", "paper"))
-    assert row["untrained"] == f.three(f.metric(runs[3:], "simaou", control="untrained")["mean"])
+    assert row["corrected"] == v.number(f.metric(runs[3:], "simaou"))
+    assert row["authors' form"] == v.number(f.metric(runs[3:], "simaou", "paper"))
+    assert row["untrained"] == v.three(f.metric(runs[3:], "simaou", control="untrained")["mean"])
     assert list(table.columns).count("its control") == 2 and "before" in by_name(table, "metric")["SimAM"]["its control"]
     gaps = by_name(r.difference_table(runs[:3]), "corrected, minus")["SimAOU"]
     gap = f.difference(runs[:3], "simaou", "shuffled_labels")
@@ -159,7 +160,7 @@ def test_tables(analysed):
     assert {row["dataset"] for row in beside.values()} == {"sst2"}
     assert (beside["SimAOU"]["paper, 1.3B"], beside["SimAOU"]["paper, 2.7B"]) == ("0.110", "0.195")
     assert beside["accuracy, in context"]["paper, 2.7B"] == "95.0%" and beside["SimAM, before finetuning"]["paper, 1.3B"] == "0.555"
-    assert beside["Kendall, tokens, random"]["here, authors' form"] == f.number(f.metric(runs[:3], "kendall", "paper", "random"))
+    assert beside["Kendall, tokens, random"]["here, authors' form"] == v.number(f.metric(runs[:3], "kendall", "paper", "random"))
     assert r.paper_table(runs[3:]) is None
 
 
@@ -177,12 +178,12 @@ def test_report(write_analysis, analysed):
     page = (folder / "report.html").read_text()
     headings = re.findall("<h2>(.*?)</h2>", page)
     assert headings == ["What this says", "Predictions", "sst2, 4 shots", "trec, 4 shots", "Beside the paper", "How it was measured",
-                        "Every run", "Configuration", "How to run it again"]  # fmt: skip
+                        "Every run", "What was measured", "How to run it again"]  # fmt: skip
     # per setting: 12 panels corrected, 6 in the authors' form, 3 of heads, 1 of predictions, 2 for each of 2 examples
     assert page.count("<svg") == 2 * (12 + 6 + 3 + 1 + 4)
     assert "Example 17, in context" in page and "Demonstrations: 1 bad, 2 good, 3 bad, 4 good." in page
     for text in ("models/analysis", "3 runs</summary>", "fairseq-eval --task y", "arXiv 2212.10559 v3", "shuffled labels", "LCGD",
-                 "2 seeds together", "finetuning repairs", *f.verdict(runs[2:])[:1]):  # fmt: skip
+                 "2 seeds together", "finetuning repairs", *v.verdict(runs[2:])[:1]):  # fmt: skip
         assert text in page, text
     assert not re.findall(r"(?:src|href)=[\"'](?!#)", page)
 

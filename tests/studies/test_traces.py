@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from relaxed_attention import Projections, finetuning_matrices, head_matrices, weight_similarity
 
-from momentum_lm.analysis.metrics import Projections, finetuning_matrices, head_matrices, weight_similarity
 from momentum_lm.icl.engine import Batch, log_probs, score_batches
 from momentum_lm.icl.finetuning import Lesson
 from momentum_lm.icl.prompts import PromptFormat, build

@@ -18,12 +18,12 @@ from fairseq.data import Dictionary, FairseqDataset
 from fairseq.tasks import FairseqTask, register_task
 from torch import Tensor
 
-from momentum_lm.cli.eval_classification import add_question_arguments, load_datasets, settings_from
 from momentum_lm.errors import UserError
 from momentum_lm.fairseq_plugin.training import load_task_state
 from momentum_lm.icl.datasets.loading import by_name
 from momentum_lm.icl.engine import Query, extent
 from momentum_lm.lm.scoring import distinct_positions, target_log_probs
+from momentum_lm.studies.flags import add_question_arguments, load_datasets, settings_from
 from momentum_lm.text.dictionary import BOS, EOS
 from momentum_lm.text.tokenizer import Tokenizer, load_tokenizer
 

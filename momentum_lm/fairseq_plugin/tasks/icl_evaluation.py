@@ -14,8 +14,6 @@ import torch
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 
-from momentum_lm.cli.eval_classification import shortener
-from momentum_lm.cli.options import integers
 from momentum_lm.errors import UserError, flags, named
 from momentum_lm.icl import engine
 from momentum_lm.icl.datasets.loading import Example, by_name, load_dataset
@@ -24,6 +22,7 @@ from momentum_lm.lm.anatomy import is_ours
 from momentum_lm.lm.cpu_fast import limit_onednn_caches
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.studies.classification import Questions, Settings, units
+from momentum_lm.studies.flags import integers, shortener
 from momentum_lm.text.dictionary import BOS, EOS
 from momentum_lm.text.tokenizer import has_tokenizer
 

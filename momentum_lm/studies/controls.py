@@ -1,0 +1,48 @@
+"""The finetuned models of a unit: the one that is compared with ICL, and those that its similarities are compared
+with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a similarity of ICL and finetuning is compared with, or the finetuned model itself.
+
+    ``null``: it cannot learn what the demonstrations teach, so that only what exceeds it speaks for ICL as finetuning;
+    the others are other ways of learning. ``of_run``: a metric of the run itself (``simaou_random``), not a model; the
+    models for which these are measured have ``own_controls``. How a model is finetuned: on demonstrations with
+    ``shuffled`` labels, by ``layerwise`` losses, other ``parameters`` than the study's. ``required``: it must not
+    diverge. ``look`` numbers its line in figures.
+    """
+
+    title: str
+    null: bool = False
+    of_run: bool = False
+    own_controls: bool = False
+    shuffled: bool = False
+    layerwise: bool = False
+    parameters: str | None = None
+    required: bool = False
+    look: int = 1
+
+
+FINETUNED = Control("ICL and FT", own_controls=True, required=True, look=0)
+CONTROLS = {
+    "random": Control("random", null=True, of_run=True, look=1),
+    "before": Control("before finetuning", null=True, of_run=True, look=1),  # of metrics without a random update
+    "untrained": Control("untrained", null=True, own_controls=True, look=2),  # finetuned alike, beside none
+    "shuffled_labels": Control("shuffled labels", null=True, shuffled=True, look=3),
+    "lcgd": Control("LCGD", layerwise=True, look=4),
+    "all_parameters": Control("all parameters", parameters="all", look=5),
+}
+DEFAULT = ("untrained", "random", "shuffled_labels", "lcgd")
+CHOICES = (*DEFAULT, "all_parameters")  # of --controls; random updates are always among the results
+
+
+def beside(names: Collection[str]) -> dict[str, Control]:
+    """The finetuned models that are measured together, by name: the one itself and the controls asked for."""
+    chosen = {n: c for n, c in CONTROLS.items() if n in names and not (c.of_run or c.own_controls)}
+    return {"finetuned": FINETUNED, **chosen}

@@ -140,7 +140,3 @@ def test_one_clear_line(case, data, trained, texts, run_cli, flags, tmp_path):
     # crash.pt: what fairseq itself saves when a training step raises
     left = {p.name for p in out.iterdir()} - {"results.json"}
     assert left <= ({"crash.pt"} if case in ("criterion for other models", "data cut short") else set()), left
-
-
-def test_there_are_enough_cases():
-    assert len(CASES) >= 25

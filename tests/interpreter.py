@@ -15,7 +15,7 @@ import sys
 # Variables that nothing reads while it is imported, and beginnings of names of such variables.
 HARMLESS = {"PATH", "COLUMNS", "PWD", "OLDPWD", "TMPDIR", "HOME", "SHLVL", "_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
 HARMLESS |= {"GPUS", "RESTARTS", "NODES", "HEAD", "RECIPE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
-PREFIXES = ("PYTEST_", "TORCHELASTIC_", "MASTER_", "TORCH_DISABLE_SHARE_RDZV", "TORCH_NCCL_ASYNC")
+PREFIXES = ("PYTEST_", "PIP_", "TORCHELASTIC_", "MASTER_", "TORCH_DISABLE_SHARE_RDZV", "TORCH_NCCL_ASYNC")
 MODULES = ("momentum_lm.", "torch.distributed.run")  # what is forked of ``python -m``
 # Not fairseq_cli: its modules configure logging when they are imported, each in its own way.
 IMPORTED = """fairseq.trainer fairseq.sequence_generator fairseq.dataclass.initialize momentum_lm.cli.main transformers.models.auto
@@ -216,7 +216,7 @@ def script(command, environment, cwd, programs):
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     if environment.get("PATH", "").startswith(f"{programs}:"):  # then what it finds beside its interpreter is forked too
         sys.executable = f"{programs}/python"
     words = command[1:] if python else command

@@ -45,9 +45,9 @@ ELSEWHERE = {
     "bash scripts/quickstart.sh": "tests/test_quickstart.py",
     "bash scripts/test.sh": "scripts/test.sh",
     "pip install": "tests/test_install.py",
-    "python scripts/fetch_datasets.py": "tests/text/test_packaged_datasets.py",
+    "python scripts/fetch_datasets.py": "tests/scripts/test_packaged_datasets.py",
     "python scripts/fetch_model.py": "tests/lm/test_smollm2.py",
-    "python scripts/fetch_corpus.py": "tests/text/test_packages.py",
+    "python scripts/fetch_corpus.py": "tests/scripts/test_packages.py",
     "NODES=2": "tests/commands/test_nodes.py",
     "RECIPE=": "tests/commands/test_nodes.py",
 }

@@ -13,8 +13,8 @@ from momentum_lm.icl.demonstrations import evaluation_subset, select
 from momentum_lm.icl.prompts import PromptFormat, build, demonstration_text
 from momentum_lm.icl.scoring import collect, plan, score
 from momentum_lm.lm.huggingface import load_huggingface
-from momentum_lm.text.packaged_datasets import fetch_dataset
-from momentum_lm.text.packages import fetch_model
+from packaged_datasets import fetch_dataset
+from packages import fetch_model
 
 pytestmark = pytest.mark.slow
 

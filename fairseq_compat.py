@@ -627,10 +627,7 @@ def _user_errors(module: ModuleType) -> None:
         while reason is not None and not getattr(reason, "user_error", False):
             reason = reason.__context__ if type(reason) is Exception else None
         if reason is not None:
-            line = " ".join(str(reason).split())
-            print(
-                "error: " + "".join(c if c >= " " and not "\x7f" <= c < "\xa0" else "?" for c in line), file=sys.stderr
-            )
+            print(f"error: {reason.line()}", file=sys.stderr)  # type: ignore[attr-defined]
         else:
             stock(kind, error, trace)
 

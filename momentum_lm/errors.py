@@ -1,19 +1,112 @@
-"""Errors that are the user's to fix, and how command-line programs show them."""
+"""Errors that are the user's to fix, naming what the user gave, and how command-line programs show them.
+
+Code that reports a problem with an argument names it by its name in Python::
+
+    raise UserError(arg(dim=190), " is not a multiple of ", arg(heads=3))
+
+From Python ``str(error)`` is ``dim=190 is not a multiple of heads=3``. A front end says what its user typed instead::
+
+    with named(flags(dim="--decoder-embed-dim", heads="--decoder-attention-heads")):
+        config = DecoderConfig(...)  # --decoder-embed-dim 190 is not a multiple of --decoder-attention-heads 3
+
+The innermost ``named`` wins. What no ``named`` has named when the error ends a command is a flag of the same name:
+``arg(results_dir="out")`` is ``--results-dir out``, and ``arg(force=True)``, as in "or add --force", is ``--force``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+_NO_VALUE: Any = object()
+_LONGEST = 80  # characters of a value
+
+
+class Argument(NamedTuple):
+    """An argument of a function, or a field of a configuration, in an error message: by name, or with its value."""
+
+    name: str
+    value: Any = _NO_VALUE
+
+    @property
+    def has_value(self) -> bool:
+        return self.value is not _NO_VALUE
+
+
+Names = Callable[[Argument], "Argument | str"]  # what a front end calls an argument
+
+
+def arg(name: str | None = None, /, **given: Any) -> Argument:
+    """``arg("dim")`` names an argument, ``arg(dim=190)`` names it with its value."""
+    if (name is None) != (len(given) == 1):
+        raise TypeError('give one argument: arg("dim") or arg(dim=190)')
+    return Argument(name) if name is not None else Argument(*given.popitem())
+
+
+def in_python(argument: Argument) -> str:
+    """``dim=190``, or ``dim`` where there is no value."""
+    return f"{argument.name}={_short(repr(argument.value), argument.value)}" if argument.has_value else argument.name
+
+
+def flags(**own: str) -> Names:
+    """Names of a command line: ``--dim 190``, or with ``dim="--decoder-embed-dim"`` what that says."""
+
+    def name_of(argument: Argument) -> str:
+        flag = own.get(argument.name) or f"--{argument.name.replace('_', '-')}"
+        return flag if argument.value is True or not argument.has_value else f"{flag} {as_word(argument.value)}"
+
+    return name_of
+
+
+def as_word(value: Any) -> str:
+    """A value as somebody types it on a command line: lists with commas between, and quotes where it has a space."""
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return _short(text if text and not any(c.isspace() for c in text) else f'"{text}"', value)
+
+
+def _short(text: str, value: Any) -> str:
+    whole = len(text) <= _LONGEST or isinstance(value, os.PathLike)
+    return text if whole else f"{text[: _LONGEST - 1]}…"
 
 
 class UserError(ValueError):
-    """A problem with the input. The message is one line: what is wrong, in which file or flag, and the remedy."""
+    """A problem with the input, in one line: what is wrong, in which file or argument, and the remedy.
+
+    It is made of texts, arguments (see :func:`arg`) and other such errors, one after the other.
+    """
 
     user_error = True  # main_guard, and in fairseq's own commands fairseq_compat, look for this
+
+    def __init__(self, *parts: str | Argument | UserError) -> None:
+        texts = (part.args if isinstance(part, UserError) else (part,) for part in parts)
+        super().__init__(*(text for group in texts for text in group))
+
+    def __str__(self) -> str:
+        return "".join(part if isinstance(part, str) else in_python(part) for part in self.args)
+
+    def rename(self, names: Names) -> None:
+        """Names the arguments that no front end has named yet."""
+        self.args = tuple(part if isinstance(part, str) else names(part) for part in self.args)
+
+    def line(self) -> str:
+        """The message of a command, which calls the arguments that nobody has named flags."""
+        self.rename(flags())
+        return one_line(str(self))
+
+
+@contextlib.contextmanager
+def named(names: Names) -> Iterator[None]:
+    """Within it a UserError calls arguments what ``names`` says."""
+    try:
+        yield
+    except UserError as error:
+        error.rename(names)
+        raise
 
 
 class CheckpointError(UserError):
@@ -37,10 +130,8 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
             status = main(argv, **kwargs) or 0
             sys.stdout.flush()
             return status
-        except ValueError as error:
-            if not getattr(error, "user_error", False):  # as UserError has
-                raise
-            return _fail(str(error))
+        except UserError as error:
+            return _fail(error.line())
         except BrokenPipeError:  # whoever read the output has seen enough, such as head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
             return 141

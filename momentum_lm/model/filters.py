@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from momentum_lm import ops
 
+from .marks import no_weight_decay
 from .precision import Float32
 
 # Tensors of a checkpoint that only tell those who have nothing else what the flags were. A model goes by its flags.
@@ -106,6 +107,7 @@ class MomentumMultiEMA(_Momentum):
         self.delta = nn.Parameter(torch.randn(dim, self.ORDER) * 0.2)
         self.gamma = nn.Parameter(torch.randn(dim, self.ORDER))
         self.gate = nn.Parameter(torch.zeros(dim)) if gate else None
+        no_weight_decay(self, "delta", "gamma")
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""What must not lose precision where a model is in half precision."""
+"""fp32 islands in half-precision models, and what autocast does."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .marks import keep_fp32
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that flags have
 
 
 class Float32(nn.Module):
-    """A module whose parameters and buffers stay in fp32 through ``.half()`` and ``.bfloat16()``: bf16 rounds a decay of 0.999 to 1."""
+    """A module whose parameters and buffers stay in fp32, also through ``.half()`` and ``.bfloat16()``: bf16 rounds a
+    decay of 0.999 to 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        keep_fp32(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -103,6 +103,10 @@ class Trainer(FairseqTrainer):
         return super().model
 
     def _build_optimizer(self) -> None:
+        if getattr(self.cfg.optimizer, "_name", None) == "fused_adamw":
+            from .optim.fused_adamw import mark_parameters
+
+            mark_parameters(self.model)
         super()._build_optimizer()
         if self.is_fsdp and type(self._optimizer).__name__ != "FusedAdamW":
             raise UserError("--ddp-backend fully_sharded works with --optimizer fused_adamw")

@@ -9,10 +9,10 @@ import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
-from torch import Tensor
+from torch import Tensor, nn
 
 from momentum_lm.errors import UserError
-from momentum_lm.model import MomentumMultiEMA
+from momentum_lm.model.marks import decayed
 
 
 @dataclass
@@ -29,12 +29,19 @@ class FusedAdamWConfig(FairseqDataclass):
     lr: List[float] = II("optimization.lr")
 
 
-def _is_matrix(parameter: Tensor) -> bool:
-    """Whether it is one that maps vectors to vectors: not the (C, 8) decays and weights of multi_ema.
+_LEFT_ALONE = "no_weight_decay"
 
-    The shape alone tells: --fp16 and --bf16 give the optimizer copies without names or attributes.
-    """
-    return parameter.dim() >= 2 and parameter.shape[-1] != MomentumMultiEMA.ORDER
+
+def mark_parameters(model: nn.Module) -> None:
+    """Tells this optimizer which of the model's parameters weight decay leaves alone (:func:`momentum_lm.model.marks.decayed`)."""
+    applies = decayed(model)
+    for name, parameter in model.named_parameters():
+        if not applies[name]:
+            parameter.param_group = _LEFT_ALONE  # type: ignore[attr-defined]  # which fairseq's fp32 copies of parameters keep
+
+
+def _is_decayed(parameter: Tensor) -> bool:
+    return parameter.dim() >= 2 and getattr(parameter, "param_group", None) != _LEFT_ALONE
 
 
 def _is_divided(tensor: Any) -> bool:
@@ -44,15 +51,17 @@ def _is_divided(tensor: Any) -> bool:
 
 @register_optimizer("fused_adamw", dataclass=FusedAdamWConfig)
 class FusedAdamW(FairseqOptimizer):
-    """AdamW (arXiv 1711.05101). Weight decay applies to matrices (see _is_matrix). Raises UserError for impossible flags."""
+    """AdamW (arXiv 1711.05101). Weight decay applies to what has two dimensions or more and is not marked (see
+    :func:`mark_parameters`). Raises UserError for impossible flags.
+    """
 
     def __init__(self, cfg: Any, params: Iterable[Any]) -> None:
         super().__init__(cfg)
         params = list(params)
-        matrices = [p for p in params if _is_matrix(p)]
         if cfg.weight_decay and all(p.dim() < 2 for p in params):
             raise UserError("--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike")
-        groups = [{"params": matrices}, {"params": [p for p in params if not _is_matrix(p)], "weight_decay": 0.0}]
+        rest = {"params": [p for p in params if not _is_decayed(p)], "weight_decay": 0.0}
+        groups = [{"params": [p for p in params if _is_decayed(p)]}, rest]
         groups = [group for group in groups if group["params"]]
         if cfg.adam_backend == "apex":
             try:
@@ -86,7 +95,7 @@ class FusedAdamW(FairseqOptimizer):
         super().load_state_dict(state_dict, overrides)
         if decay is not None:
             for group in self.param_groups:
-                if _is_matrix(group["params"][0]):
+                if _is_decayed(group["params"][0]):
                     group["weight_decay"] = decay
 
     @property

@@ -10,7 +10,7 @@ from momentum_lm.model import Decoder, DecoderConfig
 
 momentum_lm.register()
 
-from momentum_lm.fairseq_plugin.optim import FusedAdamW  # noqa: E402
+from momentum_lm.fairseq_plugin.optim.fused_adamw import FusedAdamW, mark_parameters  # noqa: E402
 
 
 def config(**changes):
@@ -67,12 +67,15 @@ def test_weight_decay_is_for_matrices_alone():
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_weight_decay_leaves_momentum_alone(copied):
-    """Also in fp32 copies of half-precision parameters, which keep no name and no attribute."""
+    """Also in fp32 copies of half-precision parameters, which keep no name."""
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(50, 16, 32, 1, 2, momentum_kind="multi_ema", momentum_gate="zero"))
+    model = Decoder(DecoderConfig(50, 8, 16, 1, 2, momentum_kind="multi_ema", momentum_gate="zero"))  # its matrices have 8 columns too
+    if copied:
+        model.bfloat16()
+    mark_parameters(model)
     params = list(model.parameters())
     if copied:
-        params = FP16Optimizer.build_fp32_params(config(), [p.detach().bfloat16() for p in params], flatten=False)
+        params = FP16Optimizer.build_fp32_params(config(), params, flatten=False)
     before = [p.detach().clone() for p in params]
     optimizer = FusedAdamW(config(weight_decay=0.5), params)
     for p in params:

@@ -19,7 +19,7 @@ PREFIXES = ("PYTEST_", "PIP_", "TORCHELASTIC_", "MASTER_", "TORCH_DISABLE_SHARE_
 MODULES = ("momentum_lm.", "torch.distributed.run")  # what is forked of ``python -m``
 # Not fairseq_cli: its modules configure logging when they are imported, each in its own way.
 IMPORTED = """fairseq.trainer fairseq.sequence_generator fairseq.dataclass.initialize momentum_lm.cli.main transformers.models.auto
-torch.utils.tensorboard torch.distributed.run matplotlib.figure""".split()
+torch.utils.tensorboard torch.distributed.run torch._dynamo matplotlib.figure pyarrow.parquet datasets sentencepiece""".split()
 CLIENT = """#!{python} -IS
 import sys
 sys.path.insert(0, {folder!r})
@@ -156,6 +156,7 @@ def serve(address):
 
     for name in IMPORTED:
         __import__(name)
+    warm_up()
     # One of fairseq's tasks configures logging when it is imported, to no effect where a command has done so before.
     logging.basicConfig(level=logging.WARNING, handlers=[], force=True)
     gc.collect()
@@ -177,6 +178,19 @@ def serve(address):
                 answer(connection, f"{os.path.dirname(address)}/bin")
                 os._exit(0)
             connection.close()
+
+
+def warm_up():
+    """What hydra and inspect keep from their first use on, which fairseq's commands wait for."""
+    import inspect
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
+    values = ["1", "-1", "1e-3", "0.5", "null", "true", "'(0.9, 0.98)'", "'/b-c/d_e.f'", "[1,0.5]", "['b,c','d']", "'b c:d'", "b_c", "''"]
+    OverridesParser.create().parse_overrides([f"task.a_b={value}" for value in values])
+    inspect.stack()
 
 
 def answer(connection, programs):

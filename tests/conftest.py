@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in what the tests start
 
+import gc
 import random
 import shutil
 import signal
@@ -22,6 +23,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_finish():
+    """Garbage is not looked for among a million objects of imported modules, which stay: each configuration of hydra's makes much of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def clean_environment(**variables):

@@ -31,6 +31,8 @@ interpreter.stand_in({address!r}, {program!r})
 def forkable(command, environment, server):
     """Whether a child of the ``server`` (its environment) does the same as a fresh process: a script of this Python, and no variable
     that matters at import."""
+    if any("user" in flag and value.rstrip("/").endswith("momentum_lm") for flag, value in zip(command, command[1:], strict=False)):
+        return False  # --user-dir: another copy of what is imported here
     changed = {name for name, _ in set(environment.items()) ^ set(server.items())} - HARMLESS
     if any(not name.startswith(PREFIXES) for name in changed):
         return False
@@ -210,14 +212,19 @@ def answer(connection, programs):
         leave(script(**request, programs=programs))
     for descriptor in descriptors:
         os.close(descriptor)
-    connection.sendall(f"{child}\n".encode())
+    tell(connection, child)
     ended = os.pidfd_open(child)
     ready, _, _ = select.select([ended, connection], [], [])
     if ended not in ready:  # whoever asked is gone: killed, perhaps
         os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if ended in ready:
-        connection.sendall(f"{status}\n".encode())
+    tell(connection, os.waitpid(child, 0)[1])
+
+
+def tell(connection, number):
+    import contextlib
+
+    with contextlib.suppress(OSError):  # whoever asked is gone
+        connection.sendall(f"{number}\n".encode())
 
 
 def script(command, environment, cwd, programs):

@@ -7,6 +7,7 @@ environment, folder, streams, exit status and exit handlers.
 """
 
 import array
+import itertools
 import json
 import os
 import socket
@@ -31,7 +32,7 @@ interpreter.stand_in({address!r}, {program!r})
 def forkable(command, environment, server):
     """Whether a child of the ``server`` (its environment) does the same as a fresh process: a script of this Python, and no variable
     that matters at import."""
-    if any("user" in flag and value.rstrip("/").endswith("momentum_lm") for flag, value in zip(command, command[1:], strict=False)):
+    if any("user" in flag and value.rstrip("/").endswith("momentum_lm") for flag, value in itertools.pairwise(command)):
         return False  # --user-dir: another copy of what is imported here
     changed = {name for name, _ in set(environment.items()) ^ set(server.items())} - HARMLESS
     if any(not name.startswith(PREFIXES) for name in changed):

@@ -16,7 +16,9 @@ import torch
 from omegaconf import OmegaConf
 
 import fairseq_compat
-from fairseq_compat import CheckpointError, load_checkpoint
+from momentum_lm.errors import CheckpointError
+from momentum_lm.formats.checkpoint import load_checkpoint
+from momentum_lm.untrusted import plain_value
 
 ROOT = Path(__file__).parent.parent
 
@@ -369,7 +371,7 @@ def test_a_task_for_any_checkpoint_replaces_the_checkpoints_own(trained, fairseq
     ours = {"task": "icl_classification", "criterion": "icl_classification", "icl_shots": "4"}
     assert load(**ours) == ("icl_classification", "new", True, "icl_classification")
     assert load() == ("language_modeling", "new", True, "cross_entropy")
-    if "cfg" in fairseq_compat.load_checkpoint(trained):
+    if "cfg" in load_checkpoint(trained):
         other = {"task": "momentum_language_modeling", "criterion": "chunked_cross_entropy"}
         assert load(**other)[0] == "language_modeling"  # a task that trains stays what it was
         monkeypatch.setattr(checkpoint_utils, "overwrite_args_by_name", checkpoint_utils.overwrite_args_by_name.__wrapped__)
@@ -557,11 +559,11 @@ def test_options_that_fairseq_itself_evaluates_mean_what_they_meant(fairseq):
     # a line of fairseq's CodeDataset
     units = str({"audio": "a.wav", "hubert_km100": " ".join(map(str, range(100))) * 100})
     for text in [*lists, units, "(0.9, 0.98)", "1e-3,2", "-1", "None", "True", "{'a': [1]}", " 3"]:
-        assert fairseq_compat._plain_value(text) == eval(text)
+        assert plain_value(text) == eval(text)
     from fairseq import utils
     from fairseq.models import fconv
 
-    assert fconv.eval is utils.eval is fairseq_compat._plain_value
+    assert fconv.eval is utils.eval is plain_value
     assert utils.eval_bool("True") is True and utils.eval_bool(True, default="stock") == "stock"
 
 

@@ -78,7 +78,7 @@ class FullySharded(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Every process must call it: the parts are gathered, unless ``use_sharded_state``."""
         return self._collected(self.module.state_dict())
 
@@ -110,7 +110,7 @@ class FullySharded(nn.Module):
         def whole(value: Tensor) -> Tensor:
             if not isinstance(value, DTensor):
                 return value
-            gathered = value.detach().full_tensor()
+            gathered: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
             return gathered.cpu() if first else gathered.new_empty(0)
 
         state = _map_tensors(state, whole)

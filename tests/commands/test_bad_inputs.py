@@ -8,9 +8,8 @@ import shutil
 import pytest
 import torch
 
-import momentum_lm.cli.evaluate
-import momentum_lm.cli.main
-from momentum_lm import cli
+from momentum_lm.cli import evaluate as fairseq_eval
+from momentum_lm.cli import main as momentum_lm
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,7 @@ CASES = {
 PROGRESS = re.compile(r"|training SentencePiece: .*|(valid, context 16: +)? *0%\|.*tok/s\]")
 
 
-MAINS = {"fairseq-eval": cli.evaluate.main, "momentum-lm": cli.main.main}
+MAINS = {"fairseq-eval": fairseq_eval.main, "momentum-lm": momentum_lm.main}
 PROCESSES = ("empty source", "evaluation of NaN weights", "unknown command")  # the rest of these commands' cases call their mains
 
 

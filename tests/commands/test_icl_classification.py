@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fairseq_compat
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 SHAPE = "--decoder-layers 2 --decoder-embed-dim 48 --decoder-ffn-embed-dim 96 --decoder-attention-heads 2".split()
 ARCHITECTURES = {
@@ -242,7 +242,7 @@ def test_evaluation_in_training_is_fairseq_evals_and_changes_nothing(train, corp
     losses = [[(line["num_updates"], line["loss"], line["gnorm"]) for line in json_lines(run)] for run in (plain, done)]
     assert losses[0] == losses[1] and len(losses[0]) == 20
     assert max(line["epoch"] for line in json_lines(done)) > 1  # the order of the data has been drawn again
-    before, after = (fairseq_compat.load_checkpoint(tmp_path / name / "checkpoint_last.pt") for name in ("plain", "run"))
+    before, after = (load_checkpoint(tmp_path / name / "checkpoint_last.pt") for name in ("plain", "run"))
     assert all(torch.equal(before["model"][key], after["model"][key]) for key in before["model"])
 
     assert not json_lines(plain, "icl")

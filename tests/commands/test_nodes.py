@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fairseq_compat
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 TRAIN = Path(__file__).parent.parent.parent / "examples" / "pretraining" / "train.sh"
 
@@ -91,7 +91,7 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
     assert began["again"] - began["killed"] < 90  # the other node's worker ended too, and both came back
     one = run_cli(["/bin/bash", TRAIN, data, tmp_path / "one", *small(40), "--update-freq", "2"], env={"GPUS": 1}, warm=True)
     assert one.returncode == 0, one.stderr[-3000:]
-    a, b = (fairseq_compat.load_checkpoint(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4 and all(torch.isfinite(v).all() for v in b.values())
 
 

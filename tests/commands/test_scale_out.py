@@ -9,15 +9,15 @@ import sys
 import pytest
 import torch
 
-import fairseq_compat
 from momentum_lm.fairseq_plugin.sharding import join_shards
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned", "--disable-validation"]
 BACKENDS = {"ddp": ["--ddp-backend", "pytorch_ddp"], "sharded": ["--ddp-backend", "fully_sharded"]}
 
 
 def state(path):
-    return fairseq_compat.load_checkpoint(path)
+    return load_checkpoint(path)
 
 
 def difference(a, b):

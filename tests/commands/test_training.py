@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 
-import fairseq_compat
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned"]
 
 
 def weights(path):
-    return fairseq_compat.load_checkpoint(path)["model"]
+    return load_checkpoint(path)["model"]
 
 
 def curve(folder):

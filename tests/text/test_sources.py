@@ -260,7 +260,8 @@ BAD = {
     "long line": ("t.txt", f"a\n{long}".encode(), {"document": "line"}, r"t\.txt:2: a line of more than 8 MiB"),
     "long block": ("t.txt", ("x" * 79 + "\n") * 110_000, {"document": "blank-line"}, r"t\.txt:\d+: more than 8 MiB without a blank"),
     "long csv field": ("t.csv", f"text\n{long}", {}, r"t\.csv:2: a line of more than 8 MiB"),
-    "long quoted csv": ("t.csv", 'text\n"' + ("x" * 99 + "\n") * 90_000 + '"', {}, r"t\.csv:\d+: not proper CSV \(field larger than field limit"),
+    "long quoted csv": ("t.csv", 'text\n"' + ("x" * 99 + "\n") * 90_000 + '"', {},
+                        r"t\.csv:\d+: not proper CSV \(field larger than field limit"),
     "long record": ("t.parquet", as_parquet([long]), {}, r"t\.parquet: row 1: a document of 8\.0 MiB; the most is 8 MiB"),
 }  # fmt: skip
 

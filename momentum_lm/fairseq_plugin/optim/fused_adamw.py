@@ -60,8 +60,8 @@ class FusedAdamW(FairseqOptimizer):
         params = list(params)
         if cfg.weight_decay and all(p.dim() < 2 for p in params):
             raise UserError("--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike")
-        rest = {"params": [p for p in params if not _is_decayed(p)], "weight_decay": 0.0}
-        groups = [{"params": [p for p in params if _is_decayed(p)]}, rest]
+        rest: dict[str, Any] = {"params": [p for p in params if not _is_decayed(p)], "weight_decay": 0.0}
+        groups: list[dict[str, Any]] = [{"params": [p for p in params if _is_decayed(p)]}, rest]
         groups = [group for group in groups if group["params"]]
         if cfg.adam_backend == "apex":
             try:

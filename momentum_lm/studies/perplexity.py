@@ -28,7 +28,7 @@ from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
 from momentum_lm.report.perplexity import TASK
 from momentum_lm.results import identity
-from momentum_lm.results.ownership import ARRAYS, check_ours
+from momentum_lm.results.ownership import ARRAYS, check_ours, check_pictures
 from momentum_lm.results.records import Results, results_lock, say_finished
 from momentum_lm.text.dictionary import EOS, PAD, Dictionary, check_symbols
 from momentum_lm.text.indexed import IndexedDataset
@@ -214,6 +214,8 @@ def _evaluate(
         "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
     }
     results = Results(folder, TASK, lm.describe(), config, ("split", "context_length"), force)
+    if not force:
+        check_pictures(results.folder, splits)
     todo = []
     for split in opened:
         for length in dict.fromkeys(context_lengths):

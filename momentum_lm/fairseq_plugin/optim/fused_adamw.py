@@ -44,6 +44,15 @@ def _is_decayed(parameter: Tensor) -> bool:
     return parameter.dim() >= 2 and getattr(parameter, "param_group", None) != _LEFT_ALONE
 
 
+def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
+    """In place; in one kernel where torch has it, which it calls private."""
+    if hasattr(torch, "_foreach_mul_"):
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.mul_(factor)
+
+
 def _is_divided(tensor: Any) -> bool:
     """Whether it is a DTensor. To import that class would take every fairseq command half a second."""
     return hasattr(tensor, "to_local")
@@ -115,7 +124,7 @@ class FusedAdamW(FairseqOptimizer):
     def multiply_grads(self, c: float | Tensor) -> None:
         grads = self._grads()
         if grads:
-            torch._foreach_mul_(grads, c.to(grads[0]) if isinstance(c, Tensor) else c)
+            _multiply(grads, c.to(grads[0]) if isinstance(c, Tensor) else c)
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Norm of all gradients, computed without a loop; scales them if it exceeds ``max_norm`` > 0."""
@@ -126,7 +135,7 @@ class FusedAdamW(FairseqOptimizer):
         if aggregate_norm_fn is not None:
             norm = aggregate_norm_fn(norm)
         if max_norm > 0:
-            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            _multiply(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _grads(self) -> list[Tensor]:

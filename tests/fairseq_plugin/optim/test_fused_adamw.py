@@ -49,7 +49,10 @@ def make(kind, **changes):
     return optimizer
 
 
-def test_follows_fairseqs_adam():
+@pytest.mark.parametrize("foreach", [True, False])
+def test_follows_fairseqs_adam(foreach, monkeypatch):
+    if not foreach:  # a torch that has it no more
+        monkeypatch.delattr(torch, "_foreach_mul_")
     # fairseq adds epsilon before the bias correction of the second moment, torch after it: compare without epsilon
     ours, stock = make(FusedAdamW, adam_eps=1e-15), make(FairseqAdam, adam_eps=1e-15)
     for _ in range(10):

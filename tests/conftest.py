@@ -85,7 +85,8 @@ def run_cli(cli_command, interpreter, tmp_path_factory):
     """run_cli([program, *args], env={...}, **subprocess.run's) -> CompletedProcess with text; ``cli_command`` says which.
 
     It runs in an empty folder unless ``cwd`` is given, forked from ``interpreter`` where that makes no difference (``forked`` says
-    whether), else and with ``fresh=True`` in a process from scratch. With ``warm=True`` what it starts is forked too.
+    whether), else and with ``fresh=True`` in a process from scratch. With ``warm=True`` what it starts is forked too, and so is
+    ``python -c``, where no import is looked at.
     """
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
@@ -93,7 +94,7 @@ def run_cli(cli_command, interpreter, tmp_path_factory):
         command, environment = cli_command(args, env)
         if warm:
             environment["PATH"] = f"{interpreter().bin}:{environment['PATH']}"
-        forked = not fresh and kwargs.keys() <= {"cwd", "timeout", "input"} and interpreter().runs(command, environment)
+        forked = not fresh and kwargs.keys() <= {"cwd", "timeout", "input"} and interpreter().runs(command, environment, code=warm)
         if forked:
             where, limit = kwargs.get("cwd", elsewhere), kwargs.get("timeout", 600)
             done = interpreter().run(command, environment, where, limit, kwargs.get("input", ""))

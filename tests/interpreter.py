@@ -14,8 +14,8 @@ import socket
 import sys
 
 # Variables that nothing reads while it is imported, and beginnings of names of such variables.
-HARMLESS = {"PATH", "COLUMNS", "PWD", "OLDPWD", "TMPDIR", "HOME", "SHLVL", "_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
-HARMLESS |= {"GPUS", "RESTARTS", "NODES", "HEAD", "RECIPE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
+HARMLESS = set("PATH COLUMNS PWD OLDPWD TMPDIR HOME SHLVL _ CUDA_VISIBLE_DEVICES GPUS RESTARTS NODES HEAD RECIPE".split())
+HARMLESS |= {f"{kind}{name}" for kind in ("", "LOCAL_", "ROLE_", "GROUP_") for name in ("RANK", "WORLD_SIZE", "NAME")}
 PREFIXES = ("PYTEST_", "PIP_", "TORCHELASTIC_", "MASTER_", "TORCH_DISABLE_SHARE_RDZV", "TORCH_NCCL_ASYNC")
 MODULES = ("momentum_lm.", "torch.distributed.run")  # what is forked of ``python -m``
 # Not fairseq_cli: its modules configure logging when they are imported, each in its own way.
@@ -29,15 +29,17 @@ interpreter.stand_in({address!r}, {program!r})
 """
 
 
-def forkable(command, environment, server):
+def forkable(command, environment, server, code=False):
     """Whether a child of the ``server`` (its environment) does the same as a fresh process: a script of this Python, and no variable
-    that matters at import."""
+    that matters at import. ``code``: ``python -c`` is such a script; often it is there to see what an import does."""
     if any("user" in flag and value.rstrip("/").endswith("momentum_lm") for flag, value in itertools.pairwise(command)):
         return False  # --user-dir: another copy of what is imported here
     changed = {name for name, _ in set(environment.items()) ^ set(server.items())} - HARMLESS
     if any(not name.startswith(PREFIXES) for name in changed):
         return False
     if is_python(command[0]):
+        if command[1:2] == ["-c"]:
+            return code
         return len(command) > 1 and (command[1].endswith(".py") or (command[1] == "-m" and command[2].startswith(MODULES)))
     with open(command[0], "rb") as file:
         first = file.readline(1000)
@@ -118,9 +120,9 @@ class Interpreter:
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert self.process.stdout.readline() == b"ready\n"
 
-    def runs(self, command, environment):
-        """Whether ``run`` does the same as subprocess.run."""
-        return forkable(command, environment, self.environment)
+    def runs(self, command, environment, code=False):
+        """Whether ``run`` does the same as subprocess.run (see :func:`forkable`)."""
+        return forkable(command, environment, self.environment, code)
 
     def run(self, command, environment, cwd, timeout, text=""):
         """subprocess.CompletedProcess with text; ``text`` is the standard input."""
@@ -249,7 +251,11 @@ def script(command, environment, cwd, programs):
     sys.path[0] = os.path.dirname(os.path.abspath(program)) if module is None else cwd
     sys.modules.pop("interpreter", None)
     try:
-        if module is None:
+        if program == "-c":
+            sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+            sys.modules["__main__"] = type(sys)("__main__")
+            exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
+        elif module is None:
             runpy.run_path(program, run_name="__main__")
         else:
             sys.modules.pop(module, None)

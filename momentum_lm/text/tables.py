@@ -150,7 +150,7 @@ def _columns(names: list[str], needed: Needed, where: str) -> list[tuple[str, in
 
 
 def parquet_rows(path: Path, needed: Needed, progress: Callable[[float], None] = lambda share: None) -> Rows:
-    """Rows as of :func:`read_rows`; ``progress`` gets the share of them that has been read."""
+    """Rows as of :func:`read_rows`, which raises the same; ``progress`` gets the share of them that has been read."""
     import pyarrow
     import pyarrow.parquet
 

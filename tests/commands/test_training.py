@@ -124,7 +124,7 @@ def test_fp16_lowers_its_loss_scale_until_it_fits_and_keeps_decays_in_fp32(data,
     assert {v.dtype for k, v in kept.items() if k.endswith("momentum.decay_logit")} == {torch.float32}
 
 
-def test_packed_documents_change_the_loss_and_nothing_else(data, run_cli, tmp_path, flags, losses):
+def test_packed_documents_change_the_loss(data, run_cli, tmp_path, flags, losses):
     loose, packed = (
         run_cli(flags(data, tmp_path / str(i), *MODEL, *more, task="ours", updates=3))
         for i, more in enumerate(([], ["--packed-documents"]))

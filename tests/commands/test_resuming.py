@@ -149,18 +149,17 @@ def drawn(monkeypatch):
 @pytest.mark.parametrize(
     "then",
     [
-        ["--batch-size", "8"],
-        ["--batch-size", "3", "--update-freq", "4"],
-        ["--max-tokens", "1024"],
-        ["--update-freq", "3"],
-        ["--seed", "9"],
+        "--batch-size 3 --update-freq 4",
+        "--max-tokens 1024",
+        "--seed 9",
+        pytest.param("--batch-size 8", marks=pytest.mark.nightly),
+        pytest.param("--update-freq 3", marks=pytest.mark.nightly),
     ],
-    ids=" ".join,
 )
 def test_other_batches_go_on_at_the_same_sample(then, data, train_here, monkeypatch, tmp_path):
     from momentum_lm.text.indexed import IndexedDataset
 
-    ids = drawn(monkeypatch)
+    ids, then = drawn(monkeypatch), then.split()
     words = [*OURS, "--max-epoch", "1", "--batch-size", "16", "--update-freq", "2"]
     train_here(tmp_path, *words, updates=5)
     assert 130 < len(ids) <= 160

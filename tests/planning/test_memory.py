@@ -77,10 +77,12 @@ def test_memory_is_that_of_a_real_training_process(shape, batch, length, bf16, m
 
 
 @pytest.mark.parametrize(
-    "accumulate,bf16",
-    [(False, False), (True, True), *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in ((False, True), (True, False)))],
+    "checkpoint,accumulate,bf16",
+    [
+        pytest.param(*ways, marks=() if len(set(ways)) == 1 else pytest.mark.nightly)
+        for ways in itertools.product([False, True], repeat=3)
+    ],
 )
-@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize(
     "kind", [{}, {"momentum_kind": "ema"}, {"momentum_kind": "multi_ema", "position": "rotary"}, {"tie_embeddings": False, "layers": 1}]
 )

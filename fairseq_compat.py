@@ -27,104 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def __getattr__(name: str) -> Any:
-    """``load_checkpoint``, ``CheckpointError`` and ``TornCheckpoint``: momentum_lm's, which is installed with this
-    module, at first use.
-    """
-    if name == "load_checkpoint":
-        from momentum_lm.formats.checkpoint import load_checkpoint
-
-        return load_checkpoint
-    if name in ("CheckpointError", "TornCheckpoint"):
-        from momentum_lm import errors
-
-        return getattr(errors, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _trusted() -> bool:
-    return os.environ.get("FAIRSEQ_TRUST_CHECKPOINT", "") not in ("", "0")
-
-
-def _plain_value(text: str) -> Any:
-    """What fairseq's modules get for ``eval``, to which they give options, a checkpoint's too: it takes literals and
-    their sums and products ("[(512, 3)] * 4") and runs no code. Raises CheckpointError for anything else, and for
-    what is longer than any option, unless checkpoints are trusted.
-    """
-    import ast
-    import operator
-
-    from momentum_lm.errors import CheckpointError
-
-    if not isinstance(text, str):
-        raise TypeError(f"eval() takes a string, not a {type(text).__name__}")  # which fairseq's eval_bool relies on
-    if _trusted():
-        return eval(text)
-    operators: dict[Any, Callable[[Any, Any], Any]] = {ast.Add: operator.add, ast.Mult: operator.mul}
-    longest = 100_000
-
-    def length(part: Any) -> int:
-        return len(part) if hasattr(part, "__len__") else 0
-
-    def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.BinOp) and type(node.op) in operators:
-            left, right = value(node.left), value(node.right)
-            sizes = length(left), length(right)
-            times = (
-                max((n for n in (left, right) if isinstance(n, int)), default=1) if isinstance(node.op, ast.Mult) else 1
-            )
-            if sum(sizes) * times > longest:
-                raise ValueError("too long")
-            return operators[type(node.op)](left, right)
-        return ast.literal_eval(node)
-
-    try:
-        if len(text) > 10 * longest:  # fairseq reads lines of some data sets so, of thousands of units each
-            raise ValueError("too long")
-        return value(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-        raise CheckpointError(
-            f"{text[:200]!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can "
-            "run code. If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
-        ) from error
-
-
-def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """``path`` is the old file until the new one is whole on disk. A leftover ``.tmp`` is never read, nor written into."""
-    temporary = path + ".tmp"
-    if os.path.lexists(temporary):
-        os.unlink(temporary)  # it may be another name of a checkpoint
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _rename(temporary, path)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        # On a full disk torch's writer says "unexpected pos" while it handles the OSError that tells why.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if isinstance(reason, OSError):
-            from momentum_lm.errors import CheckpointError
-
-            message = f"cannot write checkpoint {path}: {reason}; what was there before is untouched"
-            raise CheckpointError(message) from error
-        raise
-
-
-def _rename(temporary: str, path: str) -> None:
-    """In one step, and so that a power cut does not undo it."""
-    os.replace(temporary, path)
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    except OSError:
-        pass  # some network file systems cannot
-    finally:
-        os.close(directory)
-
-
 # Patches. Each takes the fairseq module that it fixes, just after that module has run.
 
 
@@ -153,6 +55,8 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
+    from momentum_lm.untrusted import trusted
+
     # Of the call that is under way: how it reads, whether a checkpoint of the trainer, and what will be made of its
     # options.
     mmap, whole = False, False
@@ -163,7 +67,7 @@ def _checkpoint_loading(module: ModuleType) -> None:
         from momentum_lm.formats.options import check_state
 
         state = load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
-        if whole and not _trusted():
+        if whole and not trusted():
             check_state(state, file.name)
         return state
 
@@ -173,15 +77,16 @@ def _checkpoint_loading(module: ModuleType) -> None:
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
         nonlocal mmap, whole
         from momentum_lm.errors import CheckpointError, UserError
+        from momentum_lm.fairseq_plugin.components import check_components
         from momentum_lm.formats.native import check_fairseq_model
 
         mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
         whole = True
         try:
             state: dict[str, Any] = stock_to_cpu(path, arg_overrides, load_on_all_ranks)
-            if not _trusted():
+            if not trusted():
                 check_fairseq_model(state)
-                _check_components(state.get("cfg"), building)
+                check_components(state.get("cfg"), building)
         except CheckpointError:
             raise
         except UserError as error:
@@ -222,53 +127,11 @@ def _checkpoint_loading(module: ModuleType) -> None:
     module.load_model_ensemble_and_task = load_model_ensemble_and_task  # type: ignore[attr-defined]
 
 
-def _check_components(cfg: Any, sections: tuple[str, ...]) -> None:
-    """Whether fairseq knows the task and the model of a checkpoint, and they these options; else it fails deep inside
-    of its registries.
-
-    Raises momentum_lm's UserError.
-    """
-    import argparse
-    import copy
-
-    from fairseq import models, tasks
-    from fairseq.dataclass.utils import merge_with_parent
-
-    from momentum_lm.errors import UserError
-
-    registries = {
-        "task": ("task", tasks.TASK_REGISTRY, tasks.TASK_DATACLASS_REGISTRY),
-        "model": ("arch", {**models.ARCH_MODEL_REGISTRY, **models.MODEL_REGISTRY}, models.MODEL_DATACLASS_REGISTRY),
-    }
-    for section in sections:
-        old_name, known, dataclasses = registries[section]
-        options = cfg.get(section) if cfg is not None else None
-        if options is None or not hasattr(options, "__contains__"):
-            raise UserError(f"it has no options of its {section}")
-        name = getattr(options, old_name, None) if section == "task" else None
-        name = name if isinstance(name, str) else getattr(options, "_name", None) or getattr(options, old_name, None)
-        if (
-            name is None
-            and section == "model"
-            and len(vars(options) if isinstance(options, argparse.Namespace) else options) == 1
-        ):
-            continue  # options in a folder of the model's name, which fairseq looks up itself
-        if not isinstance(name, str):
-            raise UserError(f"it does not name its {section}")
-        if name not in known:
-            raise UserError(f"its {section} {name[:80]!r} is not known here; if a plugin has it, add --user-dir")
-        if name in dataclasses and not isinstance(options, argparse.Namespace):
-            try:
-                merge_with_parent(dataclasses[name](), copy.deepcopy(options), section == "model")
-            except Exception as error:  # omegaconf's, of many kinds
-                raise UserError(
-                    f"its {section} {name} has an option that it does not take: {' '.join(str(error).split())[:200]}"
-                ) from error
-
-
 def _checkpoint_writing(module: ModuleType) -> None:
     """fairseq copies checkpoints in place, and retries a failed write where it stopped: both can leave torn files."""
     import functools
+
+    from momentum_lm.files import rename_durably, replace_file
 
     manager, stock_save, stock_copy = module.PathManager, module.torch_persistent_save, module.PathManager.copy
     remote = manager.path_requires_pathmanager
@@ -278,7 +141,7 @@ def _checkpoint_writing(module: ModuleType) -> None:
         if remote(filename):
             return stock_save(obj, filename, async_write)
         # An asynchronous write could not be renamed into place when it ends, so it is done here and now.
-        return _write_atomically(filename, lambda file: module.torch.save(obj, file))
+        return replace_file(filename, lambda file: module.torch.save(obj, file))
 
     @functools.wraps(stock_copy)
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
@@ -293,7 +156,7 @@ def _checkpoint_writing(module: ModuleType) -> None:
 
         def write() -> None:
             with open(src_path, "rb") as source:
-                _write_atomically(dst_path, lambda file: shutil.copyfileobj(source, file, 1 << 24))
+                replace_file(dst_path, lambda file: shutil.copyfileobj(source, file, 1 << 24))
 
         # What damages a file damages it under each of its names, and a run whose last checkpoint is torn goes on from
         # another one: so the last one is a file of its own, where the disk has room for it.
@@ -308,7 +171,7 @@ def _checkpoint_writing(module: ModuleType) -> None:
             if os.path.lexists(dst_path + ".tmp"):
                 os.unlink(dst_path + ".tmp")
             os.link(src_path, dst_path + ".tmp")
-            _rename(dst_path + ".tmp", dst_path)
+            rename_durably(dst_path + ".tmp", dst_path)
         except OSError:  # a file system without links
             if no_room:
                 raise no_room from None
@@ -462,12 +325,17 @@ def _encoder_mask_type(module: ModuleType) -> None:
 
 
 def _ddp_on_cpu(module: ModuleType) -> None:
-    """DistributedDataParallel rejects ``device_ids`` for a model on the CPU."""
+    """DistributedDataParallel rejects ``device_ids`` for a model on the CPU, and newer ones have another name for an argument."""
+    import inspect
+
     stock = module.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(stock).parameters
 
     def ddp(module: Any, **kwargs: Any) -> Any:
         if next(module.parameters()).device.type == "cpu":
             kwargs.update(device_ids=None, output_device=None)
+        if renamed:
+            kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers")
         return stock(module=module, **kwargs)
 
     module.DistributedDataParallel = ddp  # type: ignore[attr-defined]
@@ -713,7 +581,9 @@ def _as_fairseq_needs(execute: Callable[[ModuleType], None]) -> Callable[[Module
 
         stock = dataclasses.dataclass
         dataclasses.dataclass = _hashable_dataclasses(stock)
-        vars(module)["eval"] = _plain_value  # the name that the module's functions find
+        from momentum_lm.untrusted import plain_value
+
+        vars(module)["eval"] = plain_value  # the name that the module's functions find
         try:
             execute(module)
         finally:

@@ -15,11 +15,11 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from momentum_lm.errors import Argument, UserError
+from momentum_lm.errors import Argument, CheckpointError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +78,44 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
+
+
+def replace_file(path: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a checkpoint, which may fill the disk: ``path`` is the old file until the new one is whole on disk.
+
+    The temporary file is ``path.tmp``, of which a killed process leaves one and not many; it is never read, nor written into. Raises
+    CheckpointError where it cannot be written.
+    """
+    temporary = path + ".tmp"
+    if os.path.lexists(temporary):
+        os.unlink(temporary)  # it may be another name of a checkpoint
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        rename_durably(temporary, path)
+    except BaseException as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        # On a full disk torch's writer says "unexpected pos" while it handles the OSError that tells why.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
+            message = f"cannot write checkpoint {path}: {reason}; what was there before is untouched"
+            raise CheckpointError(message) from error
+        raise
+
+
+def rename_durably(temporary: str, path: str) -> None:
+    """In one step, and so that a power cut does not undo it."""
+    os.replace(temporary, path)
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    except OSError:
+        pass  # some network file systems cannot
+    finally:
+        os.close(directory)
 
 
 @contextlib.contextmanager

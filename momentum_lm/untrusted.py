@@ -3,16 +3,19 @@ UserErrors."""
 
 from __future__ import annotations
 
+import ast
 import codecs
 import json
+import operator
 import os
 import reprlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import CheckpointError, UserError
 from momentum_lm.files import JSON_BYTES, check_readable, read_bytes
 
 YAML_BYTES = 1 << 18  # PyYAML reads about this much in a second
@@ -277,3 +280,46 @@ class _YamlReader:
         if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very long ones
             value = None
         return Plain(node.value, value)
+
+
+def trusted() -> bool:
+    """Whether the user has said, by FAIRSEQ_TRUST_CHECKPOINT or --trust-checkpoint, that checkpoints may run code."""
+    return os.environ.get("FAIRSEQ_TRUST_CHECKPOINT", "") not in ("", "0")
+
+
+def plain_value(text: str) -> Any:
+    """``eval`` for options, which may be a checkpoint's: of literals and their sums and products ("[(512, 3)] * 4"), without running code.
+
+    Raises CheckpointError for anything else, and for what is longer than any option, unless checkpoints are trusted.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"eval() takes a string, not a {type(text).__name__}")  # which fairseq's eval_bool relies on
+    if trusted():
+        return eval(text)
+    operators: dict[Any, Callable[[Any, Any], Any]] = {ast.Add: operator.add, ast.Mult: operator.mul}
+    longest = 100_000
+
+    def length(part: Any) -> int:
+        return len(part) if hasattr(part, "__len__") else 0
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.BinOp) and type(node.op) in operators:
+            left, right = value(node.left), value(node.right)
+            sizes = length(left), length(right)
+            times = (
+                max((n for n in (left, right) if isinstance(n, int)), default=1) if isinstance(node.op, ast.Mult) else 1
+            )
+            if sum(sizes) * times > longest:
+                raise ValueError("too long")
+            return operators[type(node.op)](left, right)
+        return ast.literal_eval(node)
+
+    try:
+        if len(text) > 10 * longest:  # fairseq reads lines of some data sets so, of thousands of units each
+            raise ValueError("too long")
+        return value(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise CheckpointError(
+            f"{text[:200]!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can "
+            "run code. If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
+        ) from error

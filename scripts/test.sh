@@ -27,4 +27,5 @@ python -c 'import lm_eval, pytablewriter, dominate' 2>/dev/null || python -m pip
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 mypy
-exec python -m pytest -n "${JOBS:-2}" --dist loadfile "$@"
+# In the order of the files: the longest ones are not at the end. By the number of tests they would be.
+exec python -m pytest -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder "$@"

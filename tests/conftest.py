@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in what the tests start
 
+import gc
 import random
 import shutil
 import signal
@@ -24,6 +25,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_finish():
+    """Garbage is not looked for among a million objects of imported modules, which stay: each configuration of hydra's makes much of it."""
+    gc.collect()
+    gc.freeze()
+
+
 def clean_environment(**variables):
     """This process's environment without what would change Python's or the hook's behaviour, plus ``variables``."""
     kept = {
@@ -35,32 +42,13 @@ def clean_environment(**variables):
 
 
 @pytest.fixture(scope="session")
-def cli_command():
-    """cli_command([program, *args], env) -> (command, environment) for subprocess.
-
-    ``program`` is a script of this interpreter's environment, or "python", or a path.
-    """
-
-    def build(args, env=None):
-        program, *rest = map(str, args)
-        if program == "python":
-            found = sys.executable
-        else:
-            found = program if "/" in program else shutil.which(program, path=sysconfig.get_path("scripts"))
-            assert found, f"{program} is not installed beside {sys.executable}: run bash scripts/test.sh"
-        return [found, *rest], clean_environment(**(env or {}))
-
-    return build
-
-
-@pytest.fixture(scope="session")
 def interpreter():
-    """The interpreter of ``run_cli``; it starts at the first command."""
+    """``interpreter()`` is that of ``run_cli``; it starts at the first command."""
     started = []
 
     def get():
         if not started:
-            started.append(Interpreter(clean_environment()))
+            started.append(Interpreter(clean_environment(), sysconfig.get_path("scripts")))
         return started[0]
 
     yield get
@@ -69,19 +57,47 @@ def interpreter():
 
 
 @pytest.fixture(scope="session")
+def cli_command(interpreter):
+    """cli_command([program, *args], env) -> (command, environment) for subprocess.
+
+    ``program`` is a script of this interpreter's environment, or "python", or a path. With ``warm=True`` a script is the one in
+    ``interpreter().bin``, and so are those that it starts by name: forked from the interpreter.
+    """
+
+    def build(args, env=None, warm=False):
+        program, *rest = map(str, args)
+        environment = clean_environment(**(env or {}))
+        if warm:
+            environment["PATH"] = f"{interpreter().bin}:{environment['PATH']}"
+            return [program if "/" in program else f"{interpreter().bin}/{program}", *rest], environment
+        if program == "python":
+            found = sys.executable
+        else:
+            found = program if "/" in program else shutil.which(program, path=sysconfig.get_path("scripts"))
+            assert found, f"{program} is not installed beside {sys.executable}: run bash scripts/test.sh"
+        return [found, *rest], environment
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def run_cli(cli_command, interpreter, tmp_path_factory):
     """run_cli([program, *args], env={...}, **subprocess.run's) -> CompletedProcess with text; ``cli_command`` says which.
 
     It runs in an empty folder unless ``cwd`` is given, forked from ``interpreter`` where that makes no difference (``forked`` says
-    whether), else and with ``fresh=True`` in a process from scratch.
+    whether), else and with ``fresh=True`` in a process from scratch. With ``warm=True`` what it starts is forked too, and so is
+    ``python -c``, where no import is looked at.
     """
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
-    def run(args, env=None, fresh=False, **kwargs):
+    def run(args, env=None, fresh=False, warm=False, **kwargs):
         command, environment = cli_command(args, env)
-        forked = not fresh and kwargs.keys() <= {"cwd", "timeout"} and interpreter().runs(command, environment)
+        if warm:
+            environment["PATH"] = f"{interpreter().bin}:{environment['PATH']}"
+        forked = not fresh and kwargs.keys() <= {"cwd", "timeout", "input"} and interpreter().runs(command, environment, code=warm)
         if forked:
-            done = interpreter().run(command, environment, kwargs.get("cwd", elsewhere), kwargs.get("timeout", 600))
+            where, limit = kwargs.get("cwd", elsewhere), kwargs.get("timeout", 600)
+            done = interpreter().run(command, environment, where, limit, kwargs.get("input", ""))
         else:
             settings = {"cwd": elsewhere, "capture_output": True, "text": True, "timeout": 600, "check": False, **kwargs}
             done = subprocess.run(command, env=environment, **settings)

@@ -4,11 +4,8 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[1] / "momentum_lm"
-ROOMS = ("ops", "modules", "lm", "icl", "analysis", "studies", "report", "planning", "convert", "data", "formats",
-    "harness")
+ROOMS = ("ops", "model", "text", "formats", "lm", "icl", "analysis", "studies", "report", "planning", "harness")
 ARRAYS = re.compile(r"\b(Tensor|NDArray|ArrayLike|Floats)\b")
 SHAPE = re.compile(r"\([\w'*./ +-]+(, ?(\.\.\.|[\w'*./ +-]+))*,?\)|shape|as in :|[Aa]s :|Same function")
 FILES = sorted(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))
@@ -47,20 +44,22 @@ def overrides(name, node):
     return "." in name and (node.name in ("forward", "html") or any(text.endswith(("property", "setter")) for text in named))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_docstrings(path):
+def problems(path):
     tree = ast.parse(path.read_text("utf-8"))
-    missing = []
     if ast.get_docstring(tree) is None and path.name != "__init__.py":
-        missing.append("the module has none")
+        yield "the module has none"
     for name, node in public(tree):
         text = ast.get_docstring(node) or ""
         if not text and not overrides(name, node) and not ("." in name and inherits(tree, name)):
-            missing.append(f"{name} has none")
+            yield f"{name} has none"
         if not text or isinstance(node, ast.ClassDef):
             continue
         if takes_arrays(node) and not SHAPE.search(text):
-            missing.append(f"{name} takes or gives arrays and says no shape")
+            yield f"{name} takes or gives arrays and says no shape"
         if raises(node) and not re.search(r"[Rr]aise|refuse", text):
-            missing.append(f"{name} raises and does not say so")
-    assert not missing, "\n".join([str(path), *missing])
+            yield f"{name} raises and does not say so"
+
+
+def test_docstrings():
+    found = [f"{path.relative_to(PACKAGE)}: {problem}" for path in FILES for problem in problems(path)]
+    assert len(FILES) > 80 and not found, "\n".join(found)

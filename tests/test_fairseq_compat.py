@@ -16,7 +16,9 @@ import torch
 from omegaconf import OmegaConf
 
 import fairseq_compat
-from fairseq_compat import CheckpointError, load_checkpoint
+from momentum_lm.errors import CheckpointError
+from momentum_lm.formats.checkpoint import load_checkpoint
+from momentum_lm.untrusted import plain_value
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,9 +226,9 @@ sys.exit(rank == 0 and os.wait()[1] != 0)
 
 
 def test_broadcast_of_a_resumed_configuration(run_cli, tmp_path):
-    result = run_cli(["python", "-c", BROADCAST, tmp_path / "a", "with"])
+    result = run_cli(["python", "-c", BROADCAST, tmp_path / "a", "with"], warm=True)
     assert result.returncode == 0 and "received 0.5 [1.0, 1.0]" in result.stdout, result.stderr
-    without = run_cli(["python", "-c", BROADCAST, tmp_path / "b", "without"])
+    without = run_cli(["python", "-c", BROADCAST, tmp_path / "b", "without"], warm=True)
     assert without.returncode and "omegaconf" in without.stderr and "received" not in without.stdout
 
 
@@ -258,10 +260,10 @@ def test_processes_of_a_command_import_nothing_from_the_current_folder(fairseq, 
 
 
 def test_gathering_without_a_gpu(run_cli, tmp_path):
-    result = run_cli(["python", "-c", GATHER, tmp_path / "a", "with"], env={"CUDA_VISIBLE_DEVICES": ""})
+    result = run_cli(["python", "-c", GATHER, tmp_path / "a", "with"], warm=True, env={"CUDA_VISIBLE_DEVICES": ""})
     parts = [[{"ncorrect": 0, "loss": 0.5}], [{"ncorrect": 1, "loss": 0.5}] * 2]
     assert result.returncode == 0 and result.stdout.count(f"gathered {parts}") == 2, result.stderr
-    without = run_cli(["python", "-c", GATHER, tmp_path / "b", "without"], env={"CUDA_VISIBLE_DEVICES": ""})
+    without = run_cli(["python", "-c", GATHER, tmp_path / "b", "without"], warm=True, env={"CUDA_VISIBLE_DEVICES": ""})
     assert without.returncode and "gathered" not in without.stdout and re.search("cuda|CUDA|type torch", without.stderr)
 
 
@@ -369,7 +371,7 @@ def test_a_task_for_any_checkpoint_replaces_the_checkpoints_own(trained, fairseq
     ours = {"task": "icl_classification", "criterion": "icl_classification", "icl_shots": "4"}
     assert load(**ours) == ("icl_classification", "new", True, "icl_classification")
     assert load() == ("language_modeling", "new", True, "cross_entropy")
-    if "cfg" in fairseq_compat.load_checkpoint(trained):
+    if "cfg" in load_checkpoint(trained):
         other = {"task": "momentum_language_modeling", "criterion": "chunked_cross_entropy"}
         assert load(**other)[0] == "language_modeling"  # a task that trains stays what it was
         monkeypatch.setattr(checkpoint_utils, "overwrite_args_by_name", checkpoint_utils.overwrite_args_by_name.__wrapped__)
@@ -557,11 +559,11 @@ def test_options_that_fairseq_itself_evaluates_mean_what_they_meant(fairseq):
     # a line of fairseq's CodeDataset
     units = str({"audio": "a.wav", "hubert_km100": " ".join(map(str, range(100))) * 100})
     for text in [*lists, units, "(0.9, 0.98)", "1e-3,2", "-1", "None", "True", "{'a': [1]}", " 3"]:
-        assert fairseq_compat._plain_value(text) == eval(text)
+        assert plain_value(text) == eval(text)
     from fairseq import utils
     from fairseq.models import fconv
 
-    assert fconv.eval is utils.eval is fairseq_compat._plain_value
+    assert fconv.eval is utils.eval is plain_value
     assert utils.eval_bool("True") is True and utils.eval_bool(True, default="stock") == "stock"
 
 
@@ -661,12 +663,12 @@ print(os.path.samefile("new.pt", "checkpoint_last.pt"), sorted(os.listdir()))
 
 
 def test_the_last_checkpoint_is_another_name_where_the_disk_has_no_room_for_a_file(run_cli, tmp_path):
-    result = run_cli(["python", "-c", NO_ROOM], cwd=tmp_path)
+    result = run_cli(["python", "-c", NO_ROOM], warm=True, cwd=tmp_path)
     assert result.stdout == "True ['checkpoint_last.pt', 'new.pt']\n", result.stderr
 
 
 def test_full_disk_is_an_error_and_leaves_the_old_checkpoint(run_cli, tmp_path):
-    result = run_cli(["python", "-c", NO_LINK + FULL_DISK, "ours"], cwd=tmp_path)
+    result = run_cli(["python", "-c", NO_LINK + FULL_DISK, "ours"], warm=True, cwd=tmp_path)
     lines = result.stdout.splitlines()
     assert len(lines) == 2, result.stderr
     assert lines[0].startswith("0 True cannot write checkpoint new.pt: [Errno 27] File too large")
@@ -675,7 +677,7 @@ def test_full_disk_is_an_error_and_leaves_the_old_checkpoint(run_cli, tmp_path):
     assert load_checkpoint(tmp_path / "new.pt")["model"].numel() == 100_000
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "new.pt"]
 
-    run_cli(["python", "-c", NO_LINK + FULL_DISK, "stock"], cwd=tmp_path)
+    run_cli(["python", "-c", NO_LINK + FULL_DISK, "stock"], warm=True, cwd=tmp_path)
     assert (tmp_path / "last.pt").read_bytes()[:11] != b"the old one"
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "last.pt")
@@ -706,7 +708,7 @@ def test_killed_while_copying_the_last_checkpoint(run_cli, tmp_path):
     torch.save({"update": torch.ones(1)}, tmp_path / "new.pt")
     for kind in ("ours", "stock"):
         torch.save({"update": torch.zeros(1)}, tmp_path / "checkpoint_last.pt")
-        result = run_cli(["python", "-c", NO_LINK + KILLED, kind], cwd=tmp_path)
+        result = run_cli(["python", "-c", NO_LINK + KILLED, kind], warm=True, cwd=tmp_path)
         assert result.returncode == -9, result.stderr
         if kind == "ours":
             assert load_checkpoint(tmp_path / "checkpoint_last.pt")["update"].tolist() == [0]

@@ -1,6 +1,7 @@
 """Commands forked from a warm interpreter do what fresh processes do."""
 
 import re
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -11,8 +12,6 @@ import pytest
 @pytest.mark.parametrize(
     "command",
     [
-        ["momentum-lm", "--version"],
-        ["momentum-lm", "report", "nowhere"],
         ["fairseq-train", "--help"],
         ["fairseq-train", "nowhere", "--task", "language_modeling", "--arch", "momentum_lm_tiny", "--cpu"],
         ["fairseq-eval", "--task", "nothing"],
@@ -28,21 +27,25 @@ def test_equals_a_fresh_process(command, run_cli):
         assert ours == "".join(line for line in theirs.splitlines(keepends=True) if line not in noise)
 
 
+@pytest.fixture
+def script(tmp_path, cli_command):
+    """script(text) -> the path of a program of this interpreter's environment."""
 
-def script(folder, cli_command, text):
-    """A program of this interpreter's environment."""
-    shebang = Path(cli_command(["momentum-lm"])[0][0]).read_text().splitlines(keepends=True)[0]
-    path = folder / "program"
-    path.write_text(shebang + text)
-    path.chmod(0o755)
-    return path
+    def write(text):
+        shebang = Path(cli_command(["momentum-lm"])[0][0]).read_text().splitlines(keepends=True)[0]
+        path = tmp_path / "program.py"
+        path.write_text(shebang + text)
+        path.chmod(0o755)
+        return path
+
+    return write
 
 
 PROGRAM = """
 import atexit, os, sys, threading, torch
 atexit.register(print, "last")
 threading.Timer(0.1, print, ["thread"]).start()
-print(sys.argv[1:], os.getcwd(), os.environ["COLUMNS"], sys.path[0], __name__, __file__)
+print(sys.argv[1:], sys.stdin.read(), os.getcwd(), os.environ["COLUMNS"], sys.path[0], __name__, __file__)
 print(len(list(os.scandir("/proc/self/fd"))), file=sys.stderr)
 torch.ones(300, 300).requires_grad_().mm(torch.ones(300, 300)).sum().backward()
 """
@@ -55,26 +58,28 @@ ENDS = {
 }
 
 
-def test_a_program_sees_what_it_would_see(tmp_path, cli_command, run_cli):
-    path = script(tmp_path, cli_command, PROGRAM)
-    forked, fresh = (run_cli([path, "a", "b c"], env={"COLUMNS": 77}, cwd=tmp_path, fresh=fresh) for fresh in (False, True))
+def test_a_program_sees_what_it_would_see(tmp_path, script, run_cli):
+    path = script(PROGRAM)
+    forked, fresh = (
+        run_cli([path, "a", "b c"], env={"COLUMNS": 77}, cwd=tmp_path, fresh=fresh, input="in") for fresh in (False, True)
+    )
     assert forked.forked
-    assert forked.stdout == fresh.stdout == f"['a', 'b c'] {tmp_path} 77 {tmp_path} __main__ {path}\nthread\nlast\n"
+    assert forked.stdout == fresh.stdout == f"['a', 'b c'] in {tmp_path} 77 {tmp_path} __main__ {path}\nthread\nlast\n"
 
 
 @pytest.mark.parametrize("text", ENDS)
-def test_the_exit_status(text, tmp_path, cli_command, run_cli):
-    path = script(tmp_path, cli_command, text)
+def test_the_exit_status(text, script, run_cli):
+    path = script(text)
     forked, fresh = run_cli([path]), run_cli([path], fresh=True)
     assert forked.returncode == fresh.returncode == ENDS[text]
     assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
 
 
-def test_a_time_limit_and_two_at_once(tmp_path, cli_command, run_cli):
-    path = script(tmp_path, cli_command, "import time; time.sleep(60)")
+def test_a_time_limit_and_two_at_once(script, run_cli):
+    path = script("import time; time.sleep(60)")
     with pytest.raises(subprocess.TimeoutExpired):
         run_cli([path], timeout=0.5)
-    quick = script(tmp_path, cli_command, "import time; time.sleep(0.3); print(1)")
+    quick = script("import time; time.sleep(0.3); print(1)")
     results = []
     threads = [threading.Thread(target=lambda: results.append(run_cli([quick]).stdout)) for _ in range(3)]
     for thread in threads:
@@ -82,6 +87,32 @@ def test_a_time_limit_and_two_at_once(tmp_path, cli_command, run_cli):
     for thread in threads:
         thread.join()
     assert results == ["1\n"] * 3
+
+
+def test_python_runs_scripts_and_modules(tmp_path, run_cli):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    words = ["python", path, "a"], ["python", "-m", "momentum_lm.cli.main", "--version"]
+    for command in words:
+        forked, fresh = (run_cli(command, env={"COLUMNS": 77}, cwd=tmp_path, fresh=fresh) for fresh in (False, True))
+        assert (forked.forked, forked.returncode, forked.stdout) == (True, 0, fresh.stdout)
+        assert not forked.stderr or forked.stderr.splitlines()[-1] == fresh.stderr.splitlines()[-1]
+
+
+def test_shells_find_the_forking_programs(tmp_path, cli_command, script):
+    """Their streams, exit status and signals are the child's; so is the end of one that is killed."""
+    path = script("import os, sys, time; print(flush=True); os.kill(os.getpid(), int(sys.argv[1])); time.sleep(60)")
+    command, environment = cli_command(["/bin/sh", "-c", "momentum-lm --version | cat; momentum-lm report nowhere"], warm=True)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("momentum-lm") and done.stderr.startswith("error: cannot read nowhere") and done.returncode == 2
+    command, environment = cli_command(["python", path, "15"], warm=True)
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == -15
+    command, environment = cli_command(["python", path, "0"], warm=True)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        process.send_signal(number)
+        assert process.communicate(timeout=30)[0] == b"" and process.returncode == -number
 
 
 def test_variables_that_matter_at_import_need_a_fresh_process(run_cli):

@@ -57,9 +57,7 @@ def check_python() -> Iterator[Check]:
     if sys.version_info < (3, 11):  # noqa: UP036  (a checkout on PYTHONPATH: no pip has refused it)
         yield Check("problem", "python", version, "use Python 3.11 or later")
     elif sys.version_info >= (3, 15):
-        yield Check(
-            "warn", "python", f"{version} is newer than what was tested", "use Python 3.11 to 3.14 if something fails"
-        )
+        yield Check("warn", "python", f"{version} is newer than what was tested", "use Python 3.11 to 3.14 if something fails")
     else:
         yield Check("ok", "python", f"{version} ({sys.executable})")
 
@@ -109,35 +107,23 @@ def check_fairseq() -> Iterator[Check]:
         run = subprocess.run([sys.executable, "-c", _PROBE], cwd=elsewhere, capture_output=True, text=True, check=False)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        yield Check(
-            "problem",
-            "fairseq",
-            f"cannot be imported: {reason}",
-            _INSTALL_FAIRSEQ.replace("install", "install --force-reinstall"),
-        )
+        remedy = _INSTALL_FAIRSEQ.replace("install", "install --force-reinstall")
+        yield Check("problem", "fairseq", f"cannot be imported: {reason}", remedy)
         return
     found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     yield Check("ok", "fairseq", f"{version}, imports")
     if found["hook"]:
         yield Check("ok", "fairseq hook", "active in every Python of this environment")
     elif os.environ.get("FAIRSEQ_COMPAT") != "0":
-        yield Check(
-            "problem",
-            "fairseq hook",
-            "fairseq_compat.pth is not read at start-up (PYTHONPATH and pip --target do not read .pth files)",
-            f"`pip install .` in the checkout, so that it is in {sysconfig.get_path('purelib')}; or without installing, "
-            "run `python -m fairseq_compat fairseq-train ...`",
-        )
+        detail = "fairseq_compat.pth is not read at start-up (PYTHONPATH and pip --target do not read .pth files)"
+        remedy = f"`pip install .` in the checkout, so that it is in {sysconfig.get_path('purelib')}; or without installing, run "
+        yield Check("problem", "fairseq hook", detail, remedy + "`python -m fairseq_compat fairseq-train ...`")
     missing = [f"{kind} {name}" for kind, names in _REGISTERED.items() for name in names if name not in found[kind]]
     if missing:
         warnings = [line for line in run.stderr.splitlines() if line.startswith("warning: fairseq plugin")]
         detail = "; ".join([f"not registered: {', '.join(missing)}", *warnings])
-        yield Check(
-            "problem",
-            "plugin",
-            detail,
-            "pip install . in the checkout, or add --user-dir momentum_lm to fairseq's commands",
-        )
+        remedy = "pip install . in the checkout, or add --user-dir momentum_lm to fairseq's commands"
+        yield Check("problem", "plugin", detail, remedy)
     else:
         yield Check("ok", "plugin", "archs, task, criterion and optimizer are known to fairseq without --user-dir")
 
@@ -164,9 +150,7 @@ def check_torch() -> Iterator[Check]:
             remedy = "install a CUDA build of torch (pytorch.org/get-started), and check that nvidia-smi works"
             yield Check("warn", "device cuda", "a driver is installed, but torch sees no GPU", remedy)
         found = ", ".join(bf16_instructions())
-        bf16 = (
-            f"bf16 in hardware ({found}): train with --autocast bf16" if found else "no bf16 in hardware: train in fp32"
-        )
+        bf16 = f"bf16 in hardware ({found}): train with --autocast bf16" if found else "no bf16 in hardware: train in fp32"
         yield Check("ok", "device cpu", f"{usable_cpus()} cores, {bf16}")
 
 
@@ -174,9 +158,7 @@ def check_apex() -> Iterator[Check]:
     if importlib.util.find_spec("apex") is None:
         yield Check("ok", "apex", "not installed (optional; torch's own fused kernels are used)")
     elif importlib.util.find_spec("amp_C") is None:
-        detail = (
-            "this `apex` is not NVIDIA's, or was built without its CUDA kernels; PyPI's apex is an unrelated package"
-        )
+        detail = "this `apex` is not NVIDIA's, or was built without its CUDA kernels; PyPI's apex is an unrelated package"
         yield Check("warn", "apex", detail, "pip uninstall apex")
     else:
         yield Check("ok", "apex", "NVIDIA's, with CUDA kernels")
@@ -197,9 +179,7 @@ def check_triton() -> Iterator[Check]:
 def _version(module: str) -> str:
     """Of the distribution that a module comes from: triton is also published as pytorch-triton, tensorboard as tb-nightly."""
     names = importlib.metadata.packages_distributions().get(module, [])
-    return (
-        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(names)) or "of unknown version"
-    )
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(names)) or "of unknown version"
 
 
 def check_tensorboard() -> Iterator[Check]:
@@ -276,9 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"ok": not problems, "checks": [result._asdict() for result in found]}, indent=1))
     else:
-        print(
-            f"\n{problems} problem{'s' * (problems != 1)}" if problems else "\neverything that training needs is there"
-        )
+        print(f"\n{problems} problem{'s' * (problems != 1)}" if problems else "\neverything that training needs is there")
     return 1 if problems else 0
 
 

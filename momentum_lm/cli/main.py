@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from momentum_lm import __version__
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.system import isolated_children
 
-_COMMANDS = {
+COMMANDS = {  # each is momentum_lm/cli/NAME.py
     "prepare": "turn text into the binarised data that fairseq-train reads",
     "convert": "models between Hugging Face and fairseq, and checkpoints in parts into whole ones",
     "plan": "memory, time and command of a training run, before it starts",
@@ -22,13 +21,8 @@ _COMMANDS = {
 }
 
 
-def commands() -> dict[str, str]:
-    """Name and one line of help of each command that this version has."""
-    return {name: text for name, text in _COMMANDS.items() if importlib.util.find_spec(f"momentum_lm.cli.{name}")}
-
-
 def usage() -> str:
-    lines = [f"  {name:9} {text}" for name, text in commands().items()]
+    lines = [f"  {name:9} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: momentum-lm COMMAND [ARGUMENTS]",
@@ -51,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"momentum-lm {__version__}")
         return 0
-    if argv[0] not in commands():
+    if argv[0] not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(argv[0], commands(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands())}"
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         raise UserError(f"momentum-lm has no command {argv[0]!r}; {hint}")
     with isolated_children():  # from Python 3.14 on, a progress bar starts a process that looks after its lock
         result: int | None = importlib.import_module(f"momentum_lm.cli.{argv[0]}").main(argv[1:])

@@ -24,9 +24,9 @@ Exact duplicates are dropped; a document's split follows from its content and --
 --workers. Interrupted, even by kill -9, the same command goes on. Nothing in --output changes before the new data is complete.
 
 memory: under 400 MB with 2 workers, however much text there is: 2 MiB of text per worker under way in processes of 60 to 100 MB each, and
-before that 25 times --sample-mb while SentencePiece trains. Beside that 48 bytes for every distinct document, to know
-it again, the window of a .zst file (8 MiB by default, at most 128), and while a document of 8 MiB, the longest allowed,
-is tokenised, 350 MB for it.
+before that 25 times --sample-mb while SentencePiece trains. Beside that about 110 bytes for every distinct document, to
+know it again, the window of a .zst file (8 MiB by default, at most 128), and while a document of 8 MiB, the longest
+allowed, is tokenised, 350 MB for it.
 """
 
 

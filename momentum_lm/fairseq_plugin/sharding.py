@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from momentum_lm.errors import UserError
-from momentum_lm.model.precision import Float32
+from momentum_lm.model.marks import keeps_fp32
 
 
 class FullySharded(nn.Module):
@@ -44,11 +44,11 @@ class FullySharded(nn.Module):
         self.group = group
         mesh = DeviceMesh.from_group(group, device.type)
         whole = {name: value.detach() for name, value in _entries(model)} if group.rank() == 0 else {}
-        # Embeddings, norms and decays stay as they are, as in autocast, and no block's input is cast: that would take the residual stream
-        # down to bf16.
+        # Embeddings and what is marked to stay in fp32 (norms, decays) are left as they are, as in autocast, and no block's input is
+        # cast: that would take the residual stream down to bf16.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for block in [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]:
-            kept = [m for m in block.modules() if isinstance(m, (nn.LayerNorm, Float32)) and any(True for _ in m.parameters())]
+            kept = [m for m in block.modules() if keeps_fp32(m) and any(True for _ in m.parameters())]
             if dtype is not None and kept:
                 fully_shard(kept, mesh=mesh, reshard_after_forward=reshard_after_forward)
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
@@ -77,7 +77,7 @@ class FullySharded(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Every process must call it: the parts are gathered, unless ``use_sharded_state``."""
         return self._collected(self.module.state_dict())
 
@@ -109,7 +109,7 @@ class FullySharded(nn.Module):
         def whole(value: Tensor) -> Tensor:
             if not isinstance(value, DTensor):
                 return value
-            gathered = value.detach().full_tensor()
+            gathered: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
             return gathered.cpu() if first else gathered.new_empty(0)
 
         state = _map_tensors(state, whole)

@@ -1,5 +1,6 @@
 """fairseq's trainer, with what long runs on many machines need: FSDP2, and an answer to bad batches, torn checkpoints and preemption."""
 
+import functools
 import json
 import logging
 import math
@@ -18,11 +19,10 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer as FairseqTrainer
 from torch import Tensor
 
-import fairseq_compat
-from fairseq_compat import CheckpointError
 from momentum_lm.cpu import keep_memory
-from momentum_lm.errors import UserError
+from momentum_lm.errors import CheckpointError, TornCheckpoint, UserError
 from momentum_lm.fairseq_plugin import lock
+from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.text.dictionary import DIGEST, check_symbols, symbols_digest
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,14 @@ class Trainer(FairseqTrainer):
             # each reads what it needs of the file itself, instead of the first sending all of it to all
             cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         if not cfg.checkpoint.no_save:
-            self._from_first(lambda: os.path.isdir(cfg.checkpoint.save_dir) and lock.hold(cfg.checkpoint.save_dir))
+            self._from_first(self._hold_save_dir)
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
+
+    def _hold_save_dir(self) -> None:
+        if os.path.isdir(self.cfg.checkpoint.save_dir):
+            lock.hold(self.cfg.checkpoint.save_dir)
 
     # Fully sharded
 
@@ -87,7 +91,7 @@ class Trainer(FairseqTrainer):
 
     @property
     def model(self) -> Any:
-        if self._wrapped_model is None and self.is_fsdp:
+        if self._wrapped_model is None and self.is_fsdp:  # type: ignore[has-type]
             from .sharding import FullySharded
 
             options = self.cfg.distributed_training
@@ -103,6 +107,10 @@ class Trainer(FairseqTrainer):
         return super().model
 
     def _build_optimizer(self) -> None:
+        if getattr(self.cfg.optimizer, "_name", None) == "fused_adamw":
+            from .optim.fused_adamw import mark_parameters
+
+            mark_parameters(self.model)
         super()._build_optimizer()
         if self.is_fsdp and type(self._optimizer).__name__ != "FusedAdamW":
             raise UserError("--ddp-backend fully_sharded works with --optimizer fused_adamw")
@@ -329,7 +337,7 @@ class Trainer(FairseqTrainer):
         torn: list[str] = []
         for name in self._last_and_then_others(folder, kept, wanted):
             path = os.path.join(folder, name + (wanted and f"-shard{self.data_parallel_rank}") + ".pt")
-            updates = self._from_all(lambda path=path: self._updates_in(path), everywhere=bool(wanted))
+            updates = self._from_all(functools.partial(self._updates_in, path), everywhere=bool(wanted))
             if updates[0] is not None and len(set(updates)) == 1:
                 if torn or name != "checkpoint_last":
                     logger.warning(
@@ -358,8 +366,8 @@ class Trainer(FairseqTrainer):
     def _updates_in(self, path: str) -> int | None:
         """After how many updates the checkpoint was saved; None if it is torn or missing."""
         try:
-            state = fairseq_compat.load_checkpoint(path, mmap=True)
-        except fairseq_compat.TornCheckpoint:
+            state = load_checkpoint(path, mmap=True)
+        except TornCheckpoint:
             return None
         world = (state.get("fsdp_metadata") or {}).get("world_size", 0)
         if "-shard" in path and world != self.data_parallel_world_size:
@@ -409,7 +417,7 @@ def by_updates(folder: str, names: list[str], suffix: str = "") -> list[str]:
         if match := re.fullmatch(r"checkpoint_\d+_(\d+)", name):
             return int(match[1])
         try:
-            found = _updates_of(fairseq_compat.load_checkpoint(os.path.join(folder, f"{name}{suffix}.pt"), mmap=True))
+            found = _updates_of(load_checkpoint(os.path.join(folder, f"{name}{suffix}.pt"), mmap=True))
         except CheckpointError:
             found = None
         return math.inf if found is None else found
@@ -429,7 +437,7 @@ def _about(path: str) -> dict[str, Any]:
     """What a checkpoint says of its dictionary, and of the options that its batches were made with: ours say it better
     themselves.
     """
-    state = fairseq_compat.load_checkpoint(path, mmap=True)
+    state = load_checkpoint(path, mmap=True)
     task_state, found = state.get("task_state"), {}
     if isinstance(task_state, Mapping):
         found["dictionary"] = task_state.get(DIGEST)

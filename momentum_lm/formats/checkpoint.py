@@ -21,6 +21,7 @@ from torch import Tensor
 
 from momentum_lm.errors import CheckpointError, TornCheckpoint, arg
 from momentum_lm.files import open_ordinary
+from momentum_lm.untrusted import trusted
 
 from .pickles import Malformed, Reader, Refused, Storage
 
@@ -36,11 +37,6 @@ _LOCATOR = struct.Struct("<4s4xQ4x")
 _END64 = struct.Struct("<4s36xQQ")
 _DAMAGED = "its archive is cut short or damaged"
 _ALIGNMENT = 16  # bytes: mapped numbers that do not start at such a place are copied
-
-
-def trusted() -> bool:
-    """Whether the user has said, by FAIRSEQ_TRUST_CHECKPOINT or --trust-checkpoint, that checkpoints may run code."""
-    return os.environ.get("FAIRSEQ_TRUST_CHECKPOINT", "") not in ("", "0")
 
 
 def load_checkpoint(path: str | os.PathLike[str], trust: bool = False, mmap: bool = False) -> dict[str, Any]:

@@ -202,7 +202,7 @@ class MomentumLM(LM):
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for number, answer in score(self.lm, requests, self._rows):
-                answers[number] = tuple(answer)
+                answers[number] = (answer[0], answer[1])
                 if names is not None:
                     self.cache_hook.add_partial("loglikelihood", names[number], tuple(answer))
                 bar.update()

@@ -246,10 +246,8 @@ def plan(
         return []
     limit = budget if callable(budget) else lambda *unused: budget
     extents = [extent(query) for query in queries]
-    if worth is None:
-        groups = [(shared_length(queries) if share else 0, list(range(len(queries))))]
-    else:
-        groups = list(_groups(queries, worth))
+    alike = [(shared_length(queries) if share else 0, list(range(len(queries))))]
+    groups = alike if worth is None else list(_groups(queries, worth))
     planned = []
     for shared, group in groups:
         sizes = [(extents[query][0], extents[query][1] - shared) for query in group]

@@ -18,6 +18,7 @@ from torch import Tensor
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, file_sha256
 from momentum_lm.text.hub import hub_answers
+from momentum_lm.text.tokenizer import prefix_of
 
 from .anatomy import context_length
 from .attention_interface import added_momentum
@@ -105,9 +106,7 @@ class HuggingFaceLM:
     @cached_property
     def bos(self) -> tuple[int, ...]:
         """What the tokenizer itself puts before a text."""
-        plain, special = self.tokenizer("a", add_special_tokens=False).input_ids, self.tokenizer("a").input_ids
-        before = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
-        return tuple(special[:before])
+        return tuple(prefix_of(self.tokenizer("a", add_special_tokens=False).input_ids, self.tokenizer("a").input_ids))
 
     def _may_share_prefixes(self) -> bool:
         """Whether keys and values are all that the model remembers, as far as its configuration tells."""

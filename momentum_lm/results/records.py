@@ -25,7 +25,7 @@ from momentum_lm.files import (
 from momentum_lm.untrusted import parse_json, read_json
 
 from .identity import FOR_THE_READER, compared, digest
-from .ownership import PAGE, check_ours
+from .ownership import PAGE, check_ours, check_pictures
 from .schema import Prediction, Sample, problem, results_problem
 
 RESULTS = "results.json"
@@ -86,6 +86,7 @@ class Results:
             check_folder(self.folder / name)
         if not force:
             check_ours(self.folder / PAGE_NAME, PAGE)
+            check_pictures(self.folder, self.data["config"].get("datasets", ()))
             if (self.folder / RESULTS).exists():
                 self._go_on(read_results(self.folder))
         check_writable(self.folder, "folder")

@@ -83,11 +83,12 @@ def _scores(lm: TracedModel, prompts: Prompts, score: str, batch_tokens: int | N
     """(n, C) scores in every process; None where the model is broken."""
     budget = batch_tokens or engine.query_budget(lm, prompts.queries)
     batches = engine.plan(prompts.queries, processes.from_first(budget))
-    sums: dict[int, list[float]] | None = {}
+    found: dict[int, list[float]] = {}
+    sums: dict[int, list[float]] | None = found
     try:
         numbers = range(processes.rank, len(batches), processes.world)
         for _, answers in engine.score_batches(lm, prompts.queries, batches, numbers=numbers):
-            sums |= engine.log_probs(answers)
+            found |= engine.log_probs(answers)
             processes.alive()
     except UserError:  # the one thing that it complains of: the other processes must hear of it too
         sums = None

@@ -303,7 +303,7 @@ class _Study:
         most = engine.query_budget(self.lm, self.in_context.queries)
         budget = prompt_settings.batch_tokens or min(most, max(1, TRACE_BYTES // row) * longest)
         planned = engine.plan(self.zero_shot.queries, self.processes.from_first(budget), share=False)
-        return [batch.queries for batch in planned]
+        return [list(batch.queries) for batch in planned]
 
     def whole(self, query: int) -> list[int]:
         """An example's prompt in context, with its first choice."""

@@ -27,7 +27,7 @@ from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
 from momentum_lm.results import identity
-from momentum_lm.results.ownership import ARRAYS, check_ours
+from momentum_lm.results.ownership import ARRAYS, check_ours, check_pictures
 from momentum_lm.results.records import Results, results_lock, say_finished
 from momentum_lm.results.schema import RECORDS
 from momentum_lm.text.dictionary import EOS, PAD, Dictionary, check_symbols
@@ -206,6 +206,8 @@ def evaluate(
             "bootstrap": {"seed": seed, "resamples": _RESAMPLES},
         }
         results = Results(folder, TASK, lm.describe(), config, RECORDS[TASK].key, force)
+        if not force:
+            check_pictures(results.folder, splits)
         todo = list(_todo(results, opened, context_lengths, force))
         if not todo and show_progress:
             say_finished(folder)

@@ -6,7 +6,7 @@ on in ``OUTPUT/.prepare``, where a saved state says how far the files there are 
 
 Memory does not grow with the text: 2 MiB of it per worker is under way (or one document, of at most 8 MiB, which takes 350 MB while it is
 tokenised), in processes of 60 to 100 MB each. Before that, the tokenizer's sample takes 25 times its size while SentencePiece trains.
-What does grow is 24 to 48 bytes for every distinct document, to know it again. With 2 workers and 200 MB of text: under 400 MB in all.
+What does grow is about 110 bytes for every distinct document, to know it again. With 2 workers and 200 MB of text: under 400 MB in all.
 """
 
 from __future__ import annotations

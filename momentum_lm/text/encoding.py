@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from momentum_lm.errors import arg
 from momentum_lm.system import isolated_children
 from momentum_lm.text.indexed import token_dtype
-from momentum_lm.text.selection import DigestSet, digest_of
+from momentum_lm.text.selection import digest_of
 from momentum_lm.text.sources import REMARKS, Interrupted, Source
 from momentum_lm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,7 +33,7 @@ class DocumentStream:
 
     def __init__(self, sources: Sequence[Source], seed: int, limit: int | None = None) -> None:
         self._sources, self._seed, self._limit = sources, seed, limit
-        self._seen = DigestSet()
+        self._seen: set[bytes] = set()
         self._chain = hashlib.blake2b(digest_size=16)
         self._before = 0
         self._remarks = dict.fromkeys(REMARKS, 0)  # of the sources before
@@ -52,10 +52,11 @@ class DocumentStream:
                     continue
                 digest = digest_of(document, self._seed)
                 self._chain.update(digest)
-                if self._seen.add(digest):
-                    yield digest, document
-                else:
+                if digest in self._seen:
                     self.duplicates += 1
+                else:
+                    self._seen.add(digest)
+                    yield digest, document
             self._before += source.size or 0
             self._remarks = self._all_remarks()
             self._source = None

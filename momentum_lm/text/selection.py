@@ -23,51 +23,6 @@ def digest_of(document: bytes, seed: int) -> bytes:
     return hashlib.blake2b(document, digest_size=2 * _HALF, key=str(seed).encode()).digest()
 
 
-class DigestSet:
-    """16-byte digests in one flat open-addressing table: 24 to 48 bytes for each (half as much again while it grows), where a Python
-    set takes about 110. All-zero digests are taken to be present: one document in 2^128."""
-
-    def __init__(self) -> None:
-        self._slots = 1 << 12
-        self._table = bytearray(16 * self._slots)
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def add(self, digest: bytes) -> bool:
-        """True if ``digest`` was not there before."""
-        if 3 * self._count > 2 * self._slots:
-            self._grow()
-        position = self._find(digest)
-        if position < 0:
-            return False
-        self._table[position : position + 16] = digest
-        self._count += 1
-        return True
-
-    def _find(self, digest: bytes) -> int:
-        """The free position for ``digest``, or -1 if it is in the table."""
-        mask, table = 16 * self._slots - 1, self._table
-        position = int.from_bytes(digest[:8], "little") * 16 & mask
-        while (held := table[position : position + 16]) != _FREE:
-            if held == digest:
-                return -1
-            position = (position + 16) & mask
-        return -1 if digest == _FREE else position
-
-    def _grow(self) -> None:
-        old, self._slots = self._table, 2 * self._slots
-        self._table = bytearray(16 * self._slots)
-        for start in range(0, len(old), 16):
-            if (digest := bytes(old[start : start + 16])) != _FREE:
-                position = self._find(digest)
-                self._table[position : position + 16] = digest
-
-
-_FREE = bytes(16)
-
-
 def share(text: str, name: str) -> Fraction | int:
     """``0.01`` is a fraction of the documents, ``500`` a number of them. Raises UserError naming argument ``name``."""
     if re.fullmatch(r"\d+", text):

@@ -1,13 +1,11 @@
 """Where documents come from: text files and folders, CSV, JSON Lines, parquet, compressed ones, and data sets of the Hugging Face hub.
 
-A source yields documents as UTF-8 bytes, one at a time and always in the same order. No reader holds more than one
-document of at most MAX_DOCUMENT bytes and a read buffer (CSV: a row of twice that; parquet: one column chunk's page and
-8 rows). Problems are UserErrors that name file and line or byte.
+A source yields documents as UTF-8 bytes, one at a time and always in the same order. No reader holds more than one document
+of at most MAX_DOCUMENT bytes and what :mod:`momentum_lm.text.tables` says. Problems are UserErrors that name file and line or byte.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
 import itertools
 import logging
@@ -15,23 +13,22 @@ import os
 import re
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import check_readable
 from momentum_lm.text.compression import MAX_WINDOW, WindowError, ZstdError, open_decompressed
-from momentum_lm.untrusted import Record, check_marks, legible, parse_json
+from momentum_lm.text.lines import MAX_LINE, decode, lines_of, refuse_nuls
+from momentum_lm.text.tables import Rows, parquet_rows, text_rows
+from momentum_lm.untrusted import Record, legible
 
-MAX_DOCUMENT = 8 << 20  # bytes; a document is held and tokenised whole
+MAX_DOCUMENT = MAX_LINE  # bytes; a document is held and tokenised whole
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _COMPRESSED = (".gz", ".zst")
-DOCUMENTS = ("file", "line", "blank-line", "record")
 REMARKS = ("nulls", "quoted")
-_PARQUET_ROWS = 8  # that are held at once, of up to MAX_DOCUMENT bytes each
-_PARQUET_CHUNK, _PARQUET_RATIO = 64 << 20, 200  # more of a column in a row group is refused if it is packed that well
 
 
 class Interrupted(UserError):
@@ -47,7 +44,9 @@ class Source:
     """
 
     name: str
+    column: str
     size: int | None = None
+    tabs = False  # whether it is a .tsv file
 
     def __init__(self) -> None:
         self.remarks = dict.fromkeys(REMARKS, 0)
@@ -59,6 +58,17 @@ class Source:
     def position(self) -> int:
         """Bytes of the input read so far, for the progress bar; 0 where that is not known."""
         return 0
+
+    def _texts(self, rows: Rows) -> Iterator[bytes]:
+        """What the rows have in the column; rows without are counted."""
+        for where, row in rows:
+            value = _look_up(row, self.column, where)
+            if value is None:
+                self.remarks["nulls"] += 1
+            else:
+                text = _text(value, where, self.column)
+                self.remarks["quoted"] += self.tabs and b'""' in text and len(text) > 3 and text[:1] == text[-1:] == b'"'
+                yield text
 
     def as_of(self) -> str:
         """Size and times of the file: while they are the same, so is the content, but not the other way round."""
@@ -112,6 +122,7 @@ class FileSource(Source):
         self.status = _status_of_file(path)
         self.size: int = self.status.st_size
         self.suffix = (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix.lower()
+        self.tabs = self.suffix == ".tsv"
         is_table = self.suffix in TABLE_SUFFIXES
         self.document = document or ("record" if is_table else "file")
         if is_table != (self.document == "record"):
@@ -133,18 +144,15 @@ class FileSource(Source):
     def documents(self) -> Iterator[bytes]:
         self.remarks = dict.fromkeys(REMARKS, 0)
         if self.suffix == ".parquet":
-            yield from self._parquet()
+            yield from self._texts(parquet_rows(self.path, self._needed, self._progress))
+            self._done = self.size
             return
         with open(self.path, "rb") as raw:
             self._raw = raw
             try:
                 file = open_decompressed(raw, self.path.suffix)
-                if self.suffix == ".csv":
-                    yield from _read_csv(file, self.name, self.column)
-                elif self.suffix == ".tsv":
-                    yield from _read_tsv(file, self.name, self.column, self.remarks)
-                elif self.suffix in TABLE_SUFFIXES:
-                    yield from _read_json_lines(file, self.name, self.column, self.remarks)
+                if self.suffix in TABLE_SUFFIXES:
+                    yield from self._texts(text_rows(file, self.name, self.suffix, self._needed))
                 elif self.document == "file":
                     yield from _read_whole(file, self.name)
                 else:
@@ -165,41 +173,15 @@ class FileSource(Source):
             finally:
                 self._raw, self._done = None, self.size
 
-    def _parquet(self) -> Iterator[bytes]:
-        import pyarrow
-        import pyarrow.parquet
+    def _needed(self, names: Collection[str]) -> list[str]:
+        """Which of a header's columns holds the texts. Raises UserError where it is not there."""
+        column = self.column if self.column in names else self.column.split(".")[0]
+        if column not in names:
+            raise _no_column(self.name, self.column, list(names))
+        return [column]
 
-        damaged = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError)  # what pyarrow raises
-        try:
-            raw = pyarrow.OSFile(os.fsencode(self.path))  # bytes: a path need not be UTF-8
-            file = pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-            schema = file.schema_arrow
-            total = max(1, file.metadata.num_rows)
-        except damaged as error:
-            raise UserError(f"{self.name} is cut short or not a parquet file; fetch it again") from error
-        rows = 0
-        with file:
-            root, is_text = _parquet_column(schema, self.column, self.name)
-            _refuse_parquet_bomb(file.metadata, root, self.name)
-            try:
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[root]):
-                    batch.validate(full=True)  # that the text is UTF-8
-                    values = batch.column(batch.schema.names.index(root))
-                    found: Iterable[Any] = _text_values(values) if is_text else values.to_pylist()
-                    for row, value in enumerate(found, start=rows + 1):
-                        where = f"{self.name}: row {row}"
-                        text = value if is_text else _look_up({root: value}, self.column, where)
-                        if text is None:
-                            self.remarks["nulls"] += 1
-                        else:
-                            yield _checked(text, where) if is_text else _text(text, where, self.column)
-                    rows += batch.num_rows
-                    self._done = self.size * rows // total
-            except UserError:
-                raise
-            except damaged as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise UserError(f"{self.name} is damaged after row {rows} ({reason}); fetch it again") from error
+    def _progress(self, share: float) -> None:
+        self._done = int(self.size * share)
 
 
 class HubSource(Source):
@@ -227,16 +209,15 @@ class HubSource(Source):
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it tells of every retry
         self.remarks = dict.fromkeys(REMARKS, 0)
         number = 0
+
+        def rows() -> Rows:
+            nonlocal number
+            for row in datasets.load_dataset(self.path, self.config, split=self.split, streaming=True):
+                number += 1
+                yield f"{self.name}: record {number}", row
+
         try:
-            for number, row in enumerate(
-                datasets.load_dataset(self.path, self.config, split=self.split, streaming=True), start=1
-            ):
-                where = f"{self.name}: record {number}"
-                value = _look_up(row, self.column, where)
-                if value is None:
-                    self.remarks["nulls"] += 1
-                else:
-                    yield _text(value, where, self.column)
+            yield from self._texts(rows())
         except UserError:
             raise
         except Exception as error:  # whatever datasets, huggingface_hub and the network library under them raise
@@ -332,12 +313,12 @@ def _read_whole(file: BinaryIO, name: str) -> Iterator[bytes]:
             f"{name} is a document of more than {MAX_DOCUMENT >> 20} MiB; say how its documents are separated: ",
             arg(document="line"), " or ", arg(document="blank-line"),
         )
-    _decode(text, name, 0)
+    decode(text, name, 0)
     yield text.removeprefix(b"\xef\xbb\xbf")
 
 
 def _read_text(file: BinaryIO, name: str, blank_lines: bool) -> Iterator[bytes]:
-    lines = (line.encode() for line in _lines(file, name))
+    lines = (line.encode() for line in lines_of(file, name))
     if not blank_lines:
         yield from (line.rstrip(b"\r\n") for line in lines)
         return
@@ -355,36 +336,6 @@ def _read_text(file: BinaryIO, name: str, blank_lines: bool) -> Iterator[bytes]:
         elif block:
             yield b"".join(block).rstrip(b"\r\n")
             block, size = [], 0
-
-
-def _read_json_lines(file: BinaryIO, name: str, column: str, remarks: dict[str, int]) -> Iterator[bytes]:
-    for number, line in enumerate(_lines(file, name), start=1):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            record = parse_json(line)
-        except ValueError as error:
-            hint = (
-                "; this is one JSON array: make it JSON Lines, as with `jq -c '.[]'`"
-                if number == 1 and line[0] == "["
-                else ""
-            )
-            raise UserError(f"{where}: not a JSON record ({error}){hint}; fix or remove the line") from error
-        if not isinstance(record, dict):
-            hint = (
-                "make the array JSON Lines, as with `jq -c '.[]'`"
-                if isinstance(record, list)
-                else "fix or remove the line"
-            )
-            raise UserError(
-                f"{where}: expected a JSON object with the column {column!r}, got {type(record).__name__}; {hint}"
-            )
-        value = _look_up(record, column, where)
-        if value is None:
-            remarks["nulls"] += 1
-        else:
-            yield _text(value, where, column)
 
 
 def _look_up(record: dict[str, Any], column: str, where: str) -> Any:
@@ -407,161 +358,6 @@ def _look_up(record: dict[str, Any], column: str, where: str) -> Any:
     return value
 
 
-def _read_csv(file: BinaryIO, name: str, column: str) -> Iterator[bytes]:
-    size = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal size
-        for line in _lines(file, name):
-            size += len(line)
-            if size > 2 * MAX_DOCUMENT:
-                most = f"{2 * MAX_DOCUMENT >> 20} MiB"
-                raise UserError(f"{name}:{rows.line_num}: a row of more than {most}; look for an unclosed quote")
-            yield line
-
-    previous = csv.field_size_limit(MAX_DOCUMENT)
-    rows = csv.reader(lines(), strict=True)
-    try:
-        header = next(rows, [])
-        index = _index_of(column, header, name)
-        for row in rows:
-            size = 0
-            if len(row) == len(header):
-                yield _checked(row[index].encode(), f"{name}:{rows.line_num}")
-            elif row:
-                raise UserError(
-                    f"{name}:{rows.line_num}: {len(row)} columns, the header has {len(header)}; fix or remove the "
-                    "line (a text with commas stands in quotation marks)"
-                )
-    except csv.Error as error:
-        if "new-line character" in str(error):
-            problem = "a carriage return inside of a line"
-            raise UserError(f"{name}:{rows.line_num}: {problem}; fix it, or quote the text") from error
-        raise UserError(f"{name}:{rows.line_num}: not proper CSV ({error}); look for an unclosed quote") from error
-    finally:
-        csv.field_size_limit(previous)
-
-
-def _read_tsv(file: BinaryIO, name: str, column: str, remarks: dict[str, int]) -> Iterator[bytes]:
-    """Tabs separate and line ends end; nothing else has a meaning, quotation marks neither."""
-    lines = (line.rstrip("\r\n") for line in _lines(file, name))
-    header = next(lines, "").split("\t")
-    index = _index_of(column, header, name)
-    for number, line in enumerate(lines, start=2):
-        row = line.split("\t")
-        if len(row) == len(header) and line:
-            text = row[index]
-            remarks["quoted"] += '""' in text and len(text) > 3 and text[0] == text[-1] == '"'
-            yield _checked(text.encode(), f"{name}:{number}")
-        elif line:
-            raise UserError(
-                f"{name}:{number}: {len(row)} columns, the header has {len(header)}; fix or remove the line (in .tsv "
-                "files quotation marks are ordinary and join no lines)"
-            )
-
-
-def _index_of(column: str, header: list[str], name: str) -> int:
-    if column not in header:
-        raise _no_column(name, column, [cell for cell in header if cell])
-    if header.count(column) > 1:
-        raise _repeated(f"{name}:1", column, header.count(column))
-    return header.index(column)
-
-
-def _parquet_column(schema: Any, column: str, name: str) -> tuple[str, bool]:
-    """The column that has to be read for ``column``, and whether it is the text itself, or holds it somewhere inside.
-    """
-    import pyarrow
-
-    names = schema.names
-    root = column if column in names else column.split(".")[0]
-    if root not in names:
-        raise _no_column(name, column, names)
-    if names.count(root) > 1:
-        raise _repeated(name, root, names.count(root))
-    kind = schema.field(root).type
-    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # pandas' categories
-    types = pyarrow.types
-    is_text = types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)
-    if is_text and root != column:
-        raise _no_column(name, column, names)
-    if not is_text and root == column:
-        raise UserError(f"{name}: column {column!r} holds {kind}, not text; name another with ", arg("column"))
-    return root, is_text
-
-
-def _refuse_parquet_bomb(metadata: Any, root: str, name: str) -> None:
-    """Pages are decompressed whole, and next to nothing may hold a gigabyte. Raises UserError for what is packed that
-    well.
-    """
-    for group in range(metadata.num_row_groups):
-        chunks = (metadata.row_group(group).column(i) for i in range(metadata.row_group(group).num_columns))
-        for chunk in (c for c in chunks if c.path_in_schema == root or c.path_in_schema.startswith(f"{root}.")):
-            packed, whole = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
-            if whole > _PARQUET_CHUNK and whole > _PARQUET_RATIO * packed:
-                raise UserError(
-                    f"{name}: {packed:,} bytes of row group {group + 1} hold {whole >> 20:,} MiB of {root!r}, which "
-                    "would be in memory at once; write the file again with less in a row group, or as .jsonl.zst"
-                )
-
-
-def _text_values(array: Any) -> Iterable[bytes | None]:
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    array = array.cast(pyarrow.large_binary())
-    # long ones one by one
-    return (value.as_py() for value in array) if array.nbytes > MAX_DOCUMENT else array.to_pylist()
-
-
-def _lines(file: BinaryIO, name: str) -> Iterator[str]:
-    """Lines with their endings, without a byte order mark."""
-    offset = 0
-    for number in itertools.count(1):
-        line = file.readline(MAX_DOCUMENT + 1)
-        if not line:
-            return
-        if number == 1 and not line.endswith(b"\n") and b"\r" in line.rstrip(b"\r"):
-            raise UserError(
-                f"{name}: its lines end in carriage returns alone, as on old Macs; convert the file first, as with "
-                "`tr '\\r' '\\n'`"
-            )
-        if len(line) > MAX_DOCUMENT:
-            raise UserError(f"{name}:{number}: a line of more than {MAX_DOCUMENT >> 20} MiB; break it up")
-        text = _decode(line, name, offset)
-        yield text.removeprefix("\ufeff") if not offset else text
-        offset += len(line)
-
-
-def _decode(text: bytes, name: str, offset: int) -> str:
-    try:
-        decoded = text.decode()
-    except UnicodeDecodeError as error:
-        if not offset:
-            check_marks(text, name)
-        raise UserError(
-            f"{name}: byte {offset + error.start} is not UTF-8 (0x{text[error.start]:02x}); convert the file first, as with "
-            "`iconv -f latin1 -t utf-8`"
-        ) from error
-    _refuse_nuls(text, f"{name}: byte {offset}", offset)
-    return decoded
-
-
-def _refuse_nuls(text: bytes, where: str, offset: int = 0) -> None:
-    """UTF-16 without a byte order mark is valid UTF-8, with a NUL beside every letter. A stray NUL is let through."""
-    nuls = text.count(0)
-    if nuls < 8 or 8 * nuls < len(text):
-        return
-    first_is_nul = text[offset % 2 :: 2].count(0) > nuls / 2  # counted in the file, whose letters are two bytes each
-    encoding = "utf-32" if 5 * nuls > 3 * len(text) else "utf-16"
-    encoding += "be" if first_is_nul else "le"
-    raise UserError(
-        f"{where}: {nuls:,} of {len(text):,} bytes are NUL: this is no text, or it is {encoding.upper()} without a "
-        f"byte order mark; then convert it first, as with `iconv -f {encoding} -t utf-8`"
-    )
-
-
 def _text(value: object, where: str, column: str) -> bytes:
     if not isinstance(value, str):
         raise UserError(
@@ -581,13 +377,8 @@ def _checked(text: bytes, where: str) -> bytes:
             f"{where}: a document of {len(text) / 2**20:.1f} MiB; the most is {MAX_DOCUMENT >> 20} MiB: split or "
             "remove it"
         )
-    _refuse_nuls(text, where)
+    refuse_nuls(text, where)
     return text
-
-
-def _repeated(where: str, column: str, count: int) -> UserError:
-    problem = f"{where}: {count} columns are called {column!r}"
-    return UserError(f"{problem}; rename all but one, or name another with ", arg("column"))
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> UserError:

@@ -313,8 +313,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def prefix(self) -> list[int]:
         """Dictionary ids of what the tokenizer itself puts before a text."""
         plain, special = (self._model.encode("a", add_special_tokens=added).ids for added in (False, True))
-        before = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
-        return self._to_dictionary[special[:before]].tolist()
+        return self._to_dictionary[prefix_of(plain, special)].tolist()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -328,6 +327,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _decode(self, own_ids: list[int]) -> str:
         return self._model.decode(own_ids, skip_special_tokens=False)
+
+
+def prefix_of(plain: list[int], special: list[int]) -> list[int]:
+    """What a tokenizer puts before a text, whose ids are ``special`` with it and ``plain`` without."""
+    before = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+    return special[:before]
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "analysis.py"
 
 
+@pytest.mark.nightly
 def test_both_find_the_same(model_and_data, tmp_path):
     flags = ["--shots", "4", "--examples", "6", "--learning-rate", "0.5", "--threads", "1", "--json", tmp_path / "out.json"]
     paths = ["--model", model_and_data / "model", "--data-dir", model_and_data]

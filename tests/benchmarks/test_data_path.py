@@ -12,6 +12,7 @@ pytest.importorskip("fairseq")
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "data_path.py"
 
 
+@pytest.mark.nightly
 def test_both_tasks_give_the_same_batches(tmp_path):
     flags = ["--tokens", "3e5", "--documents", "400", "--length", "64", "--vocab", "500", "--workers", "0", "--seconds", "0.1"]
     command = [sys.executable, SCRIPT, *flags, "--json", tmp_path / "out.json", "--consumed"]

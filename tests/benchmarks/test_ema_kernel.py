@@ -29,12 +29,14 @@ for index, (values, addend, grad) in enumerate(sets):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.nightly
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.nightly
 def test_it_times_the_ema(run_cli):
     pytest.importorskip("triton")
     done = run_cli(["python", "-c", CALLS, SCRIPT], env={"TRITON_INTERPRET": 1})

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "icl_eval.py"
 
 
+@pytest.mark.nightly
 def test_ours_and_plain_transformers_agree(model_and_data, tmp_path):
     flags = ["--shots", "4", "--examples", "6", "--plain-examples", "3", "--repeats", "1", "--threads", "1"]
     paths = ["--model", model_and_data / "model", "--data-dir", model_and_data, "--json", tmp_path / "out.json"]

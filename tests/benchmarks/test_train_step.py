@@ -13,6 +13,7 @@ pytest.importorskip("fairseq")
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "train_step.py"
 
 
+@pytest.mark.nightly
 def test_every_variant_is_measured(tmp_path):
     flags = ["--shape", "tiny", "--length", "16", "--batch", "2", "--vocab", "99", "--rounds", "1", "--steps", "1", "--pairs", "2"]
     command = [sys.executable, SCRIPT, *flags, "--threads", "1", "--json", tmp_path / "out.json"]

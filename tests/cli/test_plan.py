@@ -8,11 +8,11 @@ import pytest
 
 from momentum_lm.cli.plan import main, number
 
-SMALL = "--arch momentum_lm_125m --gpu h100 --tokens 2.5B --context 1024 --checkpoint-activations".split()
-LARGE = "--arch momentum_lm_6_7b --gpus 16 --gpu a100-40gb --tokens 300B --strategy fsdp --checkpoint-activations".split()
+SMALL = "--arch momentum_lm_125m --gpu h100 --tokens 2.5B --context 256 --checkpoint-activations".split()
+LARGE = "--arch momentum_lm_6_7b --gpus 16 --gpu a100-40gb --tokens 300B --context 256 --strategy fsdp --checkpoint-activations".split()
 
 
-@pytest.mark.parametrize("argv", [SMALL, LARGE])
+@pytest.mark.parametrize("argv", [SMALL, pytest.param(LARGE, marks=pytest.mark.nightly)])
 def test_tables_and_json_say_the_same(argv, capsys):
     assert main([*argv, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
@@ -64,13 +64,14 @@ def test_the_command_is_one_that_fairseq_takes(argv, launch, capsys):
 
 
 def test_it_needs_no_fairseq(run_cli):
-    code = f"import sys; from momentum_lm.cli.plan import main; main({SMALL!r}); print('fairseq' in sys.modules)"
+    argv = [*SMALL, "--arch", "momentum_lm_tiny", "--context", "64"]
+    code = f"import sys; from momentum_lm.cli.plan import main; main({argv!r}); print('fairseq' in sys.modules)"
     result = run_cli(["python", "-c", code], env={"FAIRSEQ_COMPAT": "0"})
     assert result.stdout.endswith("False\n"), result.stderr
 
 
 def test_nothing_fits(capsys):
-    argv = "--arch gpt_lm_13b --gpu l40s --gpus 2 --tokens 1B".split()
+    argv = "--arch gpt_lm_13b --gpu l40s --gpus 2 --tokens 1B --context 256".split()
     assert main(argv) == 1
     text = capsys.readouterr().out
     said, hints = text.split("nothing fits in 45 of 48 GB. What would:\n")

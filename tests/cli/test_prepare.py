@@ -31,8 +31,7 @@ def prepare(run_cli, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cwd")
 
     def run(*args, **kwargs):
-        environment = {"PYTHONPATH": ROOT} | kwargs.pop("env", {})
-        return run_cli(["python", "-m", "momentum_lm.cli.prepare", *args], env=environment, **{"cwd": folder} | kwargs)
+        return run_cli(["momentum-lm", "prepare", *args], **{"cwd": folder} | kwargs)
 
     run.program = run_cli
     return run

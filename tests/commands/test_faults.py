@@ -7,13 +7,13 @@ import subprocess
 import pytest
 import torch
 
-import fairseq_compat
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned", "--disable-validation", "--clip-norm", "1.0"]
 
 
 def state(path):
-    return fairseq_compat.load_checkpoint(path)
+    return load_checkpoint(path)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +79,7 @@ def lines(output, letter):
 
 
 def start(run_cli, command, place, *words):
-    path = sysconfig.get_path("scripts") + ":/usr/bin:/bin"
-    return run_cli(["/bin/bash", "-c", " ".join([command, *words, "--cpu"])], cwd=place, env={"PATH": path})
+    return run_cli(["/bin/bash", "-c", " ".join([command, *words, "--cpu"])], cwd=place, warm=True)
 
 
 def run(*args):

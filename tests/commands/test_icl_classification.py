@@ -9,14 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import fairseq_compat
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 SHAPE = "--decoder-layers 2 --decoder-embed-dim 48 --decoder-ffn-embed-dim 96 --decoder-attention-heads 2".split()
 ARCHITECTURES = {
@@ -27,7 +26,7 @@ GOOD, BAD, PEOPLE, PLACES = "fine lovely great".split(), "dull poor bad".split()
 NOUNS, ADVERBS = "film plot cast song end".split(), "very quite so".split()
 TASK = ["--task", "icl_classification"]
 VALIDATE = [*TASK, "--criterion", "icl_classification", "--cpu", "--num-workers", "0", "--log-format", "json"]
-TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --no-python --nproc_per_node".split()]
+TORCHRUN = "torchrun --standalone --no-python --nproc_per_node".split()
 
 
 def rows(split, count):
@@ -95,7 +94,7 @@ def checkpoint(request, train, run_cli, tmp_path_factory):
     """Of our own and of fairseq's architecture, trained for a moment with the stock task."""
     folder = tmp_path_factory.mktemp(request.param)
     stock = ["--task", "language_modeling", "--criterion", "cross_entropy", *ARCHITECTURES[request.param]]
-    words = train(folder, "--max-update", "150")
+    words = train(folder, "--max-update", "60", "--lr", "0.02")
     start = words.index("--task")
     done = run_cli([*words[:2], *stock, *words[words.index("--optimizer") :]])
     assert start == 2 and done.returncode == 0, done.stderr[-3000:]
@@ -149,13 +148,11 @@ def test_stock_validate_gives_the_same_accuracy(checkpoint, corpus, questions, r
     assert max(expected.values()) > 0.6 and len(set(expected.values())) > 3
 
 
-def test_validate_in_two_processes(hasty, corpus, questions, run_cli, cli_command, json_lines):
+def test_validate_in_two_processes(hasty, corpus, questions, run_cli, json_lines):
     """The batches are dealt out, the last one to the first process alone; the sums are those of one process."""
     words = ["--datasets", "mr", "--limit", "45", "--batch-size", "10", "--shots", "2", "--seeds", "1", "--distributed-backend", "gloo"]
     words = validate(hasty, corpus, questions, *words)
-    command, environment = cli_command(words)
-    one = run_cli(words)
-    two = subprocess.run([*TORCHRUN, "2", *command], env=environment, capture_output=True, text=True, timeout=300)
+    one, two = run_cli(words), run_cli([*TORCHRUN, "2", *words], warm=True, timeout=300)
     assert one.returncode == two.returncode == 0, one.stderr[-2000:] + two.stderr[-3000:]
     (expected,), found = json_lines(one, "valid"), json_lines(two, "valid")
     assert expected["valid_num_examples"] == "45" and 0 < float(expected["valid_accuracy"]) < 1
@@ -198,8 +195,9 @@ def test_any_number_of_processes_before_and_after_a_kill(hasty, corpus, question
     assert expected.count(b"\n") == 2 * 2 * 6 * 2 * 70
 
     def start(folder, processes):
-        command, environment = cli_command(evaluate(folder, hasty, corpus, questions, *asked))
-        launch = [*TORCHRUN, str(processes), *command]
+        command = evaluate(folder, hasty, corpus, questions, *asked)
+        # killed with nothing between them and the test, and started again with
+        launch, environment = cli_command([*TORCHRUN, processes, *cli_command(command)[0]], warm=processes == 3)
         return subprocess.Popen(launch, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     killed = start(tmp_path / "killed", 2)
@@ -235,21 +233,21 @@ def in_training(questions, *more):
 
 
 def test_evaluation_in_training_is_fairseq_evals_and_changes_nothing(train, corpus, questions, run_cli, json_lines, tmp_path):
-    short = ["--dropout", "0.1", "--max-update", "120", "--log-interval", "2"]
-    interval = ["--icl-eval-interval", "60"]
+    short = ["--dropout", "0.1", "--max-update", "40", "--log-interval", "2", "--lr", "0.02"]
+    interval = ["--icl-eval-interval", "20"]
     plain = run_cli(train(tmp_path / "plain", *short))
     done = run_cli(train(tmp_path / "run", *short, *in_training(questions, *interval), "--tensorboard-logdir", tmp_path / "tb"))
     assert plain.returncode == done.returncode == 0, done.stderr[-3000:]
 
     losses = [[(line["num_updates"], line["loss"], line["gnorm"]) for line in json_lines(run)] for run in (plain, done)]
-    assert losses[0] == losses[1] and len(losses[0]) == 60
+    assert losses[0] == losses[1] and len(losses[0]) == 20
     assert max(line["epoch"] for line in json_lines(done)) > 1  # the order of the data has been drawn again
-    before, after = (fairseq_compat.load_checkpoint(tmp_path / name / "checkpoint_last.pt") for name in ("plain", "run"))
+    before, after = (load_checkpoint(tmp_path / name / "checkpoint_last.pt") for name in ("plain", "run"))
     assert all(torch.equal(before["model"][key], after["model"][key]) for key in before["model"])
 
     assert not json_lines(plain, "icl")
     lines = json_lines(done, "icl")
-    assert [line["num_updates"] for line in lines] == ["60", "120"]
+    assert [line["num_updates"] for line in lines] == ["20", "40"]
     names = [f"icl_{name}_{shots}shot" for name in ("mr", "trec") for shots in (0, 3)]
     assert lines[1].keys() == {"num_updates", *names, *(f"{name}_n" for name in names)}
     assert [lines[1][f"{name}_n"] for name in names] == ["40", "80", "40", "80"]
@@ -260,13 +258,13 @@ def test_evaluation_in_training_is_fairseq_evals_and_changes_nothing(train, corp
     expected = accuracies(tmp_path / "results")
     for run in ("icl", "model"):
         curve = curves(tmp_path / "tb" / run)
-        assert all(list(curve[name]) == [60, 120] for name in names)
+        assert all(list(curve[name]) == [20, 40] for name in names)
         for (name, shots), accuracy in expected.items():
-            assert curve[f"icl_{name}_{shots}shot"][120] == pytest.approx(accuracy, abs=1e-6)
+            assert curve[f"icl_{name}_{shots}shot"][40] == pytest.approx(accuracy, abs=1e-6)
     assert max(expected.values()) > 0.6 and len(set(expected.values())) > 2
 
 
-def test_evaluation_in_training_on_two_processes_and_after_a_restart(train, questions, run_cli, cli_command, json_lines, tmp_path):
+def test_evaluation_in_training_on_two_processes_and_after_a_restart(train, questions, run_cli, json_lines, tmp_path):
     """With a learning rate of 0 the model stays the same: so do its accuracies, whatever is trained by how many processes."""
     words = [*in_training(questions), "--lr", "0", "--dropout", "0.1", "--batch-size", "2"]
     one = run_cli(train(tmp_path / "one", *words, "--max-update", "6"))
@@ -278,8 +276,8 @@ def test_evaluation_in_training_on_two_processes_and_after_a_restart(train, ques
     again = run_cli(train(tmp_path / "one", *words, "--max-update", "9"))
     assert again.returncode == 0, again.stderr[-3000:]
     assert json_lines(again, "icl") == [first | {"num_updates": "8"}]
-    command, environment = cli_command(train(tmp_path / "two", *words, "--max-update", "9", "--distributed-backend", "gloo"))
-    two = subprocess.run([*TORCHRUN, "2", *command], env=environment, capture_output=True, text=True, timeout=300)
+    command = train(tmp_path / "two", *words, "--max-update", "9", "--distributed-backend", "gloo")
+    two = run_cli([*TORCHRUN, "2", *command], warm=True, timeout=300)
     assert two.returncode == 0, two.stderr[-3000:]
     assert json_lines(two, "icl") == [first | {"num_updates": "8"}]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fairseq_compat
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 TRAIN = Path(__file__).parent.parent.parent / "examples" / "pretraining" / "train.sh"
 
@@ -89,10 +89,9 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
     processes[0].wait(timeout=120)
     assert [process.returncode for process in processes] == [0, 0], "".join(outputs)[-4000:]
     assert began["again"] - began["killed"] < 90  # the other node's worker ended too, and both came back
-    command = ["/bin/bash", TRAIN, data, tmp_path / "one", *small(40), "--update-freq", "2"]
-    one = run_cli(command, env={"GPUS": 1, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"})
+    one = run_cli(["/bin/bash", TRAIN, data, tmp_path / "one", *small(40), "--update-freq", "2"], env={"GPUS": 1}, warm=True)
     assert one.returncode == 0, one.stderr[-3000:]
-    a, b = (fairseq_compat.load_checkpoint(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4 and all(torch.isfinite(v).all() for v in b.values())
 
 
@@ -109,22 +108,22 @@ def test_preflight_passes_where_all_reach_all(start):
 
 
 def test_preflight_names_the_node_that_does_not_come(start):
-    for said, code in check(start, [0, 2], "--timeout", "8"):
+    for said, code in check(start, [0, 2], "--timeout", "6"):
         assert code == 2 and "error: node 1 did not come to 10.77.0.1:29511" in said, said
 
 
 def test_preflight_names_the_link_that_is_cut(nodes, start):
     ip("-n", nodes[2][0], "route", "add", "unreachable", "10.77.0.2/32")
     try:
-        for said, code in check(start, [0, 1, 2], "--timeout", "15"):
+        for said, code in check(start, [0, 1, 2], "--timeout", "8"):
             assert code == 2 and re.search(r"error: .*node 2 \(\S+\) cannot connect to node 1 \(\S+\) at 10\.77\.0\.2", said), said
     finally:
         ip("-n", nodes[2][0], "route", "del", "unreachable", "10.77.0.2/32")
 
 
 def test_preflight_without_a_head_says_where_it_looked(start):
-    ((said, code),) = check(start, [1], "--timeout", "5")
-    assert code == 2 and said.startswith("error: node 1 (") and "cannot reach node 0 at 10.77.0.1:29511 within 5 s" in said, said
+    ((said, code),) = check(start, [1], "--timeout", "2")
+    assert code == 2 and said.startswith("error: node 1 (") and "cannot reach node 0 at 10.77.0.1:29511 within 2 s" in said, said
 
 
 @pytest.mark.parametrize(

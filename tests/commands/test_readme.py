@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import socket
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -46,9 +45,9 @@ ELSEWHERE = {
     "bash scripts/quickstart.sh": "tests/test_quickstart.py",
     "bash scripts/test.sh": "scripts/test.sh",
     "pip install": "tests/test_install.py",
-    "python scripts/fetch_datasets.py": "tests/text/test_packaged_datasets.py",
+    "python scripts/fetch_datasets.py": "tests/scripts/test_packaged_datasets.py",
     "python scripts/fetch_model.py": "tests/lm/test_smollm2.py",
-    "python scripts/fetch_corpus.py": "tests/text/test_packages.py",
+    "python scripts/fetch_corpus.py": "tests/scripts/test_packages.py",
     "NODES=2": "tests/commands/test_nodes.py",
     "RECIPE=": "tests/commands/test_nodes.py",
 }
@@ -152,18 +151,26 @@ def _small_huggingface_models(llama, gpt2):
         model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("path", [README, *EXAMPLES], ids=lambda path: "README" if path == README else path.parent.name)
+def name(path):
+    return "README" if path == README else path.parent.name
+
+
+# minutes together, of commands that other tests run and look at
+NIGHTLY = ("pretraining", "icl_vs_finetuning", "momentum_vs_vanilla", "reproduce_paper")
+MARKED = [pytest.param(path, marks=pytest.mark.nightly if name(path) in NIGHTLY else ()) for path in (README, *EXAMPLES)]
+
+
+@pytest.mark.parametrize("path", MARKED, ids=name)
 def test_the_commands_run_in_order(path, workplace, run_cli):
     ran = []
     for line in commands(path):
         if not FULL and begins(line, ELSEWHERE):
             continue
-        found = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        variables = {"PATH": found, "GPUS": "2" if "sharded" in line else "1", "RESTARTS": "0", "HEAD": f"localhost:{port}"}
-        result = run_cli(["/bin/bash", "-c", smaller(line, path)], cwd=workplace, env=variables)
+        variables = {"GPUS": "2" if "sharded" in line else "1", "RESTARTS": "0", "HEAD": f"localhost:{port}"}
+        result = run_cli(["/bin/bash", "-c", smaller(line, path)], cwd=workplace, env=variables, warm=True)
         assert result.returncode == 0, f"{line}: {result.stderr[-3000:]}"
         ran.append(line)
     if path == README:
@@ -188,10 +195,10 @@ def test_python_blocks_run(block):
         assert torch.isfinite(names["logits"]).all()
 
 
-@pytest.mark.parametrize("path", [README, *EXAMPLES], ids=lambda path: "README" if path == README else path.parent.name)
+@pytest.mark.parametrize("path", [README, *EXAMPLES], ids=name)
 def test_every_file_that_a_readme_names_is_there(path):
     paths = re.findall(r"(?:\]\(|`)((?:examples|scripts|benchmarks|momentum_lm|tests)/[\w./-]+)", path.read_text("utf-8"))
-    for name in paths:
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"`\.\./([\w-]+)`", path.read_text("utf-8")):
-        assert (path.parent.parent / name).is_dir(), name
+    for file in paths:
+        assert (ROOT / file).exists(), file
+    for folder in re.findall(r"`\.\./([\w-]+)`", path.read_text("utf-8")):
+        assert (path.parent.parent / folder).is_dir(), folder

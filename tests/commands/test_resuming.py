@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-import fairseq_compat
-from momentum_lm.errors import UserError
+from momentum_lm.errors import CheckpointError, UserError
 from momentum_lm.fairseq_plugin.lock import NAME
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 OURS = ["--arch", "momentum_lm_tiny", "--disable-validation"]
 STOCK = ["--arch", "transformer_lm", "--disable-validation"]
@@ -31,7 +31,7 @@ def files(folder):
 
 
 def updates(path):
-    return fairseq_compat.load_checkpoint(path)["optimizer_history"][-1]["num_updates"]
+    return load_checkpoint(path)["optimizer_history"][-1]["num_updates"]
 
 
 def trained(log):
@@ -149,25 +149,24 @@ def drawn(monkeypatch):
 @pytest.mark.parametrize(
     "then",
     [
-        ["--batch-size", "8"],
-        ["--batch-size", "3", "--update-freq", "4"],
-        ["--max-tokens", "1024"],
-        ["--update-freq", "3"],
-        ["--seed", "9"],
+        "--batch-size 3 --update-freq 4",
+        "--max-tokens 1024",
+        "--seed 9",
+        pytest.param("--batch-size 8", marks=pytest.mark.nightly),
+        pytest.param("--update-freq 3", marks=pytest.mark.nightly),
     ],
-    ids=" ".join,
 )
 def test_other_batches_go_on_at_the_same_sample(then, data, train_here, monkeypatch, tmp_path):
     from momentum_lm.text.indexed import IndexedDataset
 
-    ids = drawn(monkeypatch)
+    ids, then = drawn(monkeypatch), then.split()
     words = [*OURS, "--max-epoch", "1", "--batch-size", "16", "--update-freq", "2"]
     train_here(tmp_path, *words, updates=5)
     assert 130 < len(ids) <= 160
     train_here(tmp_path, *words, *then, updates=7)
     train_here(tmp_path, *words, "--batch-size", "5", updates=9)
     train_here(tmp_path, *words, *then, updates=10**6)
-    state = fairseq_compat.load_checkpoint(tmp_path / "checkpoint_last.pt")["extra_state"]["train_iterator"]
+    state = load_checkpoint(tmp_path / "checkpoint_last.pt")["extra_state"]["train_iterator"]
     blocks = -(-IndexedDataset(data / "train").num_tokens // 32)
     assert state["epoch"] == 2 and sorted(ids) == list(range(blocks)) and blocks > 500  # each once, none left out
 
@@ -180,7 +179,7 @@ def test_checkpoints_that_do_not_say_their_batches_are_understood_by_their_optio
     task = "stock" if kind == "stock task" else "ours"
     train_here(tmp_path, *OURS, "--batch-size", "16", task=task, updates=5)
     path = tmp_path / "checkpoint_last.pt"
-    state = fairseq_compat.load_checkpoint(path)
+    state = load_checkpoint(path)
     state["extra_state"]["train_iterator"].pop("batching", None)
     torch.save(state, path)
     reset = ["--reset-optimizer", "--reset-lr-scheduler"] if task == "stock" else []  # another criterion
@@ -210,10 +209,10 @@ def test_an_epoch_of_other_samples_is_refused_unless_begun_anew(first, then, sai
 
 def test_a_restore_file_that_is_not_there(train_here, log, tmp_path):
     with pytest.raises(
-        fairseq_compat.CheckpointError, match=r"--restore-file .*typo/checkpoint_last\.pt does not exist"
+        CheckpointError, match=r"--restore-file .*typo/checkpoint_last\.pt does not exist"
     ):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo/checkpoint_last.pt")
-    with pytest.raises(fairseq_compat.CheckpointError, match=r"--restore-file .*typo\.pt does not exist"):
+    with pytest.raises(CheckpointError, match=r"--restore-file .*typo\.pt does not exist"):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo.pt")
     # the run's own, before its first start
     train_here(tmp_path, *OURS, "--restore-file", tmp_path / "checkpoint_last.pt", updates=1)
@@ -307,7 +306,7 @@ def test_fairseqs_own_models_resume_as_without_us(train_here, log, tmp_path):
     train_here(tmp_path, *words, "checkpoint_last.pt", task="stock", updates=1)
     assert trained(log) == [1]
     assert not (tmp_path / NAME).exists()
-    state = fairseq_compat.load_checkpoint(tmp_path / "checkpoint_last.pt")
+    state = load_checkpoint(tmp_path / "checkpoint_last.pt")
     assert state["task_state"] == {} and not {"skipped", "early_stop"} & state["extra_state"].keys()
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-import fairseq_compat
+from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.formats.shards import join_shards
 
 MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned", "--disable-validation"]
@@ -17,7 +17,7 @@ BACKENDS = {"ddp": ["--ddp-backend", "pytorch_ddp"], "sharded": ["--ddp-backend"
 
 
 def state(path):
-    return fairseq_compat.load_checkpoint(path)
+    return load_checkpoint(path)
 
 
 def difference(a, b):
@@ -42,11 +42,12 @@ def curve(folder):
 
 @pytest.fixture(scope="module")
 def launch(cli_command):
-    """launch(processes, command, *torchrun's flags) -> the started torchrun, its output in one pipe."""
+    """launch(processes, command, *torchrun's flags) -> the started torchrun, its output in one pipe; with ``fresh=True`` none of its
+    processes is forked from the interpreter that has imported torch."""
 
-    def start(processes, command, *words):
+    def start(processes, command, *words, fresh=False):
         # without it torch 2.13's torchrun starts workers again on the store in which the dead ones' addresses still are
-        command, environment = cli_command(command, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1})
+        command, environment = cli_command(command, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}, warm=not fresh)
         agent = [sys.executable, *"-m torch.distributed.run --standalone --no-python".split(), "--nproc_per_node", str(processes), *words]
         return subprocess.Popen([*agent, *command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -97,9 +98,10 @@ def straight(command, run_cli, tmp_path_factory):
 def test_a_killed_worker_costs_a_restart_and_nothing_else(backend, processes, command, launch, finish, straight, tmp_path):
     """torchrun starts all workers again, they go on from the last checkpoint, and the curve is that of one process to 1e-4."""
     words = [*BACKENDS[backend], "--save-interval-updates", "10", "--keep-interval-updates", "1"]
+    restarts = ["--max-restarts", "2", "--monitor-interval", "0.1"]
     for attempt in range(3):  # on a busy machine the kill may come when all is over
         folder = tmp_path / str(attempt)
-        process = launch(processes, command(folder, *words), "--max-restarts", "2", "--monitor-interval", "0.1")
+        process = launch(processes, command(folder, *words), *restarts, fresh=backend == "ddp")
         output, killed = "", False
         for line in process.stdout:
             output += line
@@ -164,7 +166,7 @@ def test_parts_join_to_the_whole_and_either_goes_on(command, launch, finish, str
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_process_saves_and_ends_all(number, command, launch, finish, tmp_path):
-    process = launch(2, command(tmp_path, *BACKENDS["ddp"], updates=100000))
+    process = launch(2, command(tmp_path, *BACKENDS["ddp"], updates=100000), fresh=number == signal.SIGTERM)
     for line in process.stdout:
         if '"num_updates": "5"' in line:
             os.kill(workers_of(process)[1], number)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-import fairseq_compat
+from momentum_lm.formats.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module", params=["stock", "ours"])
@@ -30,7 +30,7 @@ def checkpoint(kind, data, run_cli, tmp_path_factory, flags, json_lines):
 
 
 def test_train_and_checkpoint(checkpoint, task):
-    state = fairseq_compat.load_checkpoint(checkpoint)
+    state = load_checkpoint(checkpoint)
     assert state["cfg"]["task"]["_name"] == task
     assert state["cfg"]["model"]["_name"] == "momentum_lm_tiny" and state["cfg"]["model"]["momentum_eta"] > 0
     assert all(torch.isfinite(v).all() for v in state["model"].values())
@@ -176,7 +176,7 @@ def test_hydra_train(task, data, run_cli, tmp_path):
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    state = fairseq_compat.load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")
+    state = load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")
     assert state["cfg"]["model"]["momentum_eta"] == 0.3 and state["optimizer_history"][-1]["num_updates"] == 3
 
 

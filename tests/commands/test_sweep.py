@@ -14,7 +14,7 @@ TWO_UPDATES = ["--tokens", "4096", "--splits", "valid", "--context-lengths", "16
 def swept(data, run_cli, tmp_path_factory):
     """The output folder of a sweep over one variant, trained and no more."""
     output = tmp_path_factory.mktemp("sweep") / "out"
-    done = run_cli(["python", SCRIPT, data, "--output", output, "--variants", "vanilla", "--train-only", *TWO_UPDATES])
+    done = run_cli(["python", SCRIPT, data, "--output", output, "--variants", "vanilla", "--train-only", *TWO_UPDATES], warm=True)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -41,7 +41,7 @@ def test_other_settings_are_refused_and_nothing_changes(swept, data, run_cli, tm
         data, change = tmp_path / "data", []
     before = stamps(swept)
     words = ["python", SCRIPT, data, "--output", swept, "--variants", "vanilla", *TWO_UPDATES, *change]
-    failed = run_cli(words)
+    failed = run_cli(words, warm=True)
     assert failed.returncode == 2
     (line,) = failed.stderr.splitlines()
     assert line.startswith(f"error: {swept / '4.1e+03' / 'config.json'} is of a sweep with {difference}")
@@ -53,7 +53,7 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "dict.txt").unlink()
     words = ["python", SCRIPT, tmp_path / "data", "--output", tmp_path / "out", "--jobs", "1", *TWO_UPDATES]
-    failed = run_cli(words)
+    failed = run_cli(words, warm=True)
     assert failed.returncode == 1
     assert "error: train (" in failed.stderr and "dict.txt" in failed.stderr and "Traceback" not in failed.stderr
     assert [path.parts[-3] for path in tmp_path.glob("out/*/*/seed1/train.log")] == ["vanilla"]
@@ -70,7 +70,7 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
     ],
 )
 def test_bad_flags_are_one_line(data, run_cli, tmp_path, words, message):
-    failed = run_cli(["python", SCRIPT, data, "--output", tmp_path / "out", *words])
+    failed = run_cli(["python", SCRIPT, data, "--output", tmp_path / "out", *words], warm=True)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1) and failed.stderr.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
 
@@ -81,7 +81,7 @@ def test_what_is_trained_is_kept_and_compared(swept, data, run_cli):
     checkpoint = swept / "4.1e+03" / "vanilla" / "seed1" / "checkpoint_last.pt"
     trained = checkpoint.stat().st_mtime_ns
     for _ in range(2):
-        done = run_cli(words)
+        done = run_cli(words, warm=True)
         assert done.returncode == 0, done.stderr
         assert checkpoint.stat().st_mtime_ns == trained
         results = json.loads((swept / "results_4.1e+03.json").read_text())

@@ -50,6 +50,7 @@ with open("/proc/self/status") as file:  # this program's own peak: ru_maxrss is
 print(peak - before)
 """
 SMALL = {"vocab_size": 4096, "dim": 256, "ffn_dim": 1024, "layers": 4, "heads": 4}
+WIDER = {**SMALL, "dim": 512, "ffn_dim": 2048, "heads": 8}
 MOMENTUM = {**SMALL, "momentum_kind": "ema"}
 CHECKPOINTED = {**MOMENTUM, "layers": 6, "checkpoint_activations": True}
 
@@ -58,12 +59,12 @@ CHECKPOINTED = {**MOMENTUM, "layers": 6, "checkpoint_activations": True}
     ("shape", "batch", "length", "bf16", "micro_batches"),
     [
         pytest.param(SMALL, 8, 512, False, 1, id="vanilla"),
-        pytest.param(MOMENTUM, 8, 512, True, 1, id="momentum-bf16"),
-        pytest.param({**SMALL, "dim": 512, "ffn_dim": 2048, "heads": 8}, 4, 512, True, 2, id="wider-accumulated", marks=pytest.mark.slow),
-        pytest.param({**MOMENTUM, "momentum_learned": True}, 8, 512, False, 1, id="learned", marks=pytest.mark.slow),
-        pytest.param({**SMALL, "momentum_kind": "multi_ema"}, 8, 512, False, 1, id="multi_ema", marks=pytest.mark.slow),
-        pytest.param(CHECKPOINTED, 16, 512, False, 1, id="checkpointed", marks=pytest.mark.slow),
-        pytest.param(CHECKPOINTED, 32, 512, True, 1, id="checkpointed-bf16", marks=pytest.mark.slow),
+        pytest.param(MOMENTUM, 8, 512, True, 1, id="momentum-bf16", marks=pytest.mark.nightly),
+        pytest.param(WIDER, 4, 512, True, 2, id="wider-accumulated", marks=pytest.mark.nightly),
+        pytest.param({**MOMENTUM, "momentum_learned": True}, 8, 512, False, 1, id="learned", marks=pytest.mark.nightly),
+        pytest.param({**SMALL, "momentum_kind": "multi_ema"}, 8, 512, False, 1, id="multi_ema", marks=pytest.mark.nightly),
+        pytest.param(CHECKPOINTED, 16, 512, False, 1, id="checkpointed", marks=pytest.mark.nightly),
+        pytest.param(CHECKPOINTED, 32, 512, True, 1, id="checkpointed-bf16", marks=pytest.mark.nightly),
     ],
 )
 def test_memory_is_that_of_a_real_training_process(shape, batch, length, bf16, micro_batches, run_cli):
@@ -75,9 +76,13 @@ def test_memory_is_that_of_a_real_training_process(shape, batch, length, bf16, m
     assert planned == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    "checkpoint,accumulate,bf16",
+    [
+        pytest.param(*ways, marks=() if len(set(ways)) == 1 else pytest.mark.nightly)
+        for ways in itertools.product([False, True], repeat=3)
+    ],
+)
 @pytest.mark.parametrize(
     "kind", [{}, {"momentum_kind": "ema"}, {"momentum_kind": "multi_ema", "position": "rotary"}, {"tie_embeddings": False, "layers": 1}]
 )

@@ -36,6 +36,7 @@ def test_batches_and_time_of_a_medium_model(medium):
     assert medium.options[2].compute_seconds == pytest.approx(4 / 3 * chosen.compute_seconds)
 
 
+@pytest.mark.nightly
 def test_the_largest_micro_batch_is_the_largest():
     small = job("gpt_lm_350m", "l40s", 1)
     [plain, checkpointed] = make_plan(small).options
@@ -77,6 +78,7 @@ def test_cost_of_momentum(medium):
     assert make_plan(replace(small, config=replace(small.config, momentum_kind="none"))).momentum is None
 
 
+@pytest.mark.nightly
 def test_a_micro_batch_too_small_gives_way_to_checkpointing():
     plan = make_plan(job("gpt_lm_6_7b", "a100-40gb", 64))
     plain, chosen = plan.options[1], plan.chosen
@@ -84,6 +86,7 @@ def test_a_micro_batch_too_small_gives_way_to_checkpointing():
     assert (chosen.strategy, chosen.checkpointing) == ("fsdp", True) and chosen.micro_batch * 2048 >= ENOUGH_TOKENS
 
 
+@pytest.mark.nightly
 def test_where_nothing_fits_the_hints_do():
     plan = make_plan(job("gpt_lm_6_7b", "l40s", 2))
     assert plan.chosen is None and plan.updates == plan.tokens_per_second == 0
@@ -93,6 +96,7 @@ def test_where_nothing_fits_the_hints_do():
     assert make_plan(job("gpt_lm_6_7b", "l40s", hints[0]["gpus"] - 1)).chosen is None
 
 
+@pytest.mark.nightly
 def test_a_micro_batch_that_was_asked_for_and_does_not_fit():
     asked = job("gpt_lm_1_3b", "a100-40gb", 1, micro_batch=64, checkpointing=True)
     plan = make_plan(asked)

@@ -104,3 +104,16 @@ def test_sha256(tmp_path):
     (tmp_path / "b").write_bytes(b"c")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's example, "abc"
     assert file_sha256(tmp_path / "a", tmp_path / "b") == expected
+
+
+@pytest.mark.parametrize("name", ["accuracy-sst2.png", "layers-paper-sst2-4shot.png"])
+def test_a_picture_of_others_is_refused_before_anything_is_measured(tmp_path, name):
+    config = CONFIG | {"datasets": {"sst2": {}}}
+    (tmp_path / "accuracy-mine.png").write_bytes(b"\x89PNG of another data set")
+    open_results(tmp_path, config=config)
+    (tmp_path / name).write_bytes(b"\x89PNG of somebody")
+    with pytest.raises(UserError, match=rf"{name} is there and was not written by fairseq-eval"):
+        open_results(tmp_path, config=config)
+    open_results(tmp_path, config=config, force=True)
+    (tmp_path / name).write_bytes(b"\x89PNG tEXt momentum_lm")
+    open_results(tmp_path, config=config)

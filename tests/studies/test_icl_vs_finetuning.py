@@ -293,7 +293,7 @@ def test_two_processes(golden_model, run_cli, tmp_path):
     """Under torchrun examples are shared out; the numbers are those of one process."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = run_cli(["torchrun", "--nproc-per-node", "2", script, golden_model, GOLDEN, tmp_path / "two"])
+    done = run_cli(["torchrun", "--nproc-per-node", "2", script, golden_model, GOLDEN, tmp_path / "two"], warm=True)
     assert done.returncode == 0, done.stderr
     lm = load_native(golden_model, {"decoder_attention_heads": 4})
     asked = classification.Settings(shots=(3,), seeds=(1,), limit=12, batch_tokens=200)

@@ -1,13 +1,12 @@
 """Duplicates, splits and samples are decided by content and seed, whatever the order."""
 
 import random
-import tracemalloc
 from fractions import Fraction
 
 import pytest
 
 from momentum_lm.errors import UserError
-from momentum_lm.text.selection import SPLITS, DigestSet, Sample, SplitSurvey, digest_of, share
+from momentum_lm.text.selection import SPLITS, Sample, SplitSurvey, digest_of, share
 
 DOCUMENTS = [f"document {i}".encode() for i in range(5000)]
 
@@ -26,30 +25,6 @@ def splits(valid, test, documents=DOCUMENTS, seed=1, order=None):
         survey.add(digest)
     splitter = survey.splitter()
     return [SPLITS[splitter.split(digest)] for digest in digests(documents, seed)]
-
-
-def test_digest_set_is_a_set():
-    rng = random.Random(0)
-    some = [rng.randbytes(16) for _ in range(20000)] + [bytes(15) + b"\1", b"\1" + bytes(15), b"\xff" * 16]
-    ours, theirs = DigestSet(), set()
-    for digest in rng.choices(some, k=50000):
-        assert ours.add(digest) == (digest not in theirs)
-        theirs.add(digest)
-    assert len(ours) == len(theirs)
-
-
-def test_digest_set_takes_the_memory_it_says():
-    rng = random.Random(0)
-    tracemalloc.start()
-    try:
-        ours = DigestSet()
-        for _ in range(20_000):
-            ours.add(rng.randbytes(16))
-        held, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert 16 <= held / len(ours) <= 48
-    assert peak / len(ours) <= 72
 
 
 def test_fractions_are_kept_to():

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import sentencepiece
+from packages import fetch_package_file
 
 from momentum_lm.errors import UserError
 from momentum_lm.text.dictionary import Dictionary
-from momentum_lm.text.packages import fetch_package_file
 from momentum_lm.text.tokenizer import GPT2Tokenizer, SentencePieceTokenizer, load_tokenizer
 from momentum_lm.text.vocabulary import train_sentencepiece
 

@@ -42,7 +42,7 @@ def _stock_options() -> list[_Field]:
     for f in dataclasses.fields(TransformerLanguageModelConfig):
         if f.name in decoder_options.TRANSLATED:
             text = f"as of stock transformer_lm: {f.metadata['help']}"
-            fields.append(_option(f.name, Optional[f.type], None, text))  # type: ignore[name-defined]
+            fields.append(_option(f.name, Optional[f.type], None, text))
         elif f.name in decoder_options.REFUSED or f.name in decoder_options.WITHOUT_EFFECT:
             fields.append(_option(f.name, f.type, f.default, argparse.SUPPRESS))
     return fields
@@ -131,7 +131,7 @@ class MomentumLanguageModel(FairseqLanguageModel):
                 "--output-dictionary-size: --arch gpt_lm_* and momentum_lm_* predict all "
                 f"{len(task.source_dictionary)} entries of the dictionary, not the first ones alone; leave it out"
             )
-        options = OmegaConf.to_container(cfg, enum_to_str=True, resolve=True) if OmegaConf.is_config(cfg) else vars(cfg)
+        options: Any = OmegaConf.to_container(cfg, enum_to_str=True, resolve=True) if OmegaConf.is_config(cfg) else vars(cfg)
         symbols = (len(dictionary), dictionary.pad(), dictionary.eos())
         try:
             config = decoder_options.from_fairseq(options, *symbols, names=flags())
@@ -143,7 +143,7 @@ class MomentumLanguageModel(FairseqLanguageModel):
             decoder.compile_blocks()
         return cls(decoder)
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: dict[str, Any], strict: bool = True, **kwargs: Any
     ) -> Any:
         """As fairseq's. Raises DoesNotFit, one line, for tensors that are not this model's by name or shape."""

@@ -9,10 +9,10 @@ import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
-from torch import Tensor
+from torch import Tensor, nn
 
 from momentum_lm.errors import UserError
-from momentum_lm.model import MomentumMultiEMA
+from momentum_lm.model.marks import decayed
 
 
 @dataclass
@@ -29,12 +29,28 @@ class FusedAdamWConfig(FairseqDataclass):
     lr: List[float] = II("optimization.lr")
 
 
-def _is_matrix(parameter: Tensor) -> bool:
-    """Whether it is one that maps vectors to vectors: not the (C, 8) decays and weights of multi_ema.
+_LEFT_ALONE = "no_weight_decay"
 
-    The shape alone tells: --fp16 and --bf16 give the optimizer copies without names or attributes.
-    """
-    return parameter.dim() >= 2 and parameter.shape[-1] != MomentumMultiEMA.ORDER
+
+def mark_parameters(model: nn.Module) -> None:
+    """Tells this optimizer which of the model's parameters weight decay leaves alone (:func:`momentum_lm.model.marks.decayed`)."""
+    applies = decayed(model)
+    for name, parameter in model.named_parameters():
+        if not applies[name]:
+            parameter.param_group = _LEFT_ALONE  # type: ignore[attr-defined]  # which fairseq's fp32 copies of parameters keep
+
+
+def _is_decayed(parameter: Tensor) -> bool:
+    return parameter.dim() >= 2 and getattr(parameter, "param_group", None) != _LEFT_ALONE
+
+
+def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
+    """In place; in one kernel where torch has it, which it calls private."""
+    if hasattr(torch, "_foreach_mul_"):
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.mul_(factor)
 
 
 def _is_divided(tensor: Any) -> bool:
@@ -44,15 +60,17 @@ def _is_divided(tensor: Any) -> bool:
 
 @register_optimizer("fused_adamw", dataclass=FusedAdamWConfig)
 class FusedAdamW(FairseqOptimizer):
-    """AdamW (arXiv 1711.05101). Weight decay applies to matrices (see _is_matrix). Raises UserError for impossible flags."""
+    """AdamW (arXiv 1711.05101). Weight decay applies to what has two dimensions or more and is not marked (see
+    :func:`mark_parameters`). Raises UserError for impossible flags.
+    """
 
     def __init__(self, cfg: Any, params: Iterable[Any]) -> None:
         super().__init__(cfg)
         params = list(params)
-        matrices = [p for p in params if _is_matrix(p)]
         if cfg.weight_decay and all(p.dim() < 2 for p in params):
             raise UserError("--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike")
-        groups = [{"params": matrices}, {"params": [p for p in params if not _is_matrix(p)], "weight_decay": 0.0}]
+        rest: dict[str, Any] = {"params": [p for p in params if not _is_decayed(p)], "weight_decay": 0.0}
+        groups: list[dict[str, Any]] = [{"params": [p for p in params if _is_decayed(p)]}, rest]
         groups = [group for group in groups if group["params"]]
         if cfg.adam_backend == "apex":
             try:
@@ -86,7 +104,7 @@ class FusedAdamW(FairseqOptimizer):
         super().load_state_dict(state_dict, overrides)
         if decay is not None:
             for group in self.param_groups:
-                if _is_matrix(group["params"][0]):
+                if _is_decayed(group["params"][0]):
                     group["weight_decay"] = decay
 
     @property
@@ -106,7 +124,7 @@ class FusedAdamW(FairseqOptimizer):
     def multiply_grads(self, c: float | Tensor) -> None:
         grads = self._grads()
         if grads:
-            torch._foreach_mul_(grads, c.to(grads[0]) if isinstance(c, Tensor) else c)
+            _multiply(grads, c.to(grads[0]) if isinstance(c, Tensor) else c)
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Norm of all gradients, computed without a loop; scales them if it exceeds ``max_norm`` > 0."""
@@ -117,7 +135,7 @@ class FusedAdamW(FairseqOptimizer):
         if aggregate_norm_fn is not None:
             norm = aggregate_norm_fn(norm)
         if max_norm > 0:
-            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            _multiply(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _grads(self) -> list[Tensor]:

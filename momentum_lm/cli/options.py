@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAMES = flags(
     folder="--results-dir", timeout="--process-timeout", seed="--seeds", splits="--split", shorten="--max-field-tokens",
     rates="--finetune-lr", parameters="--finetune-parameters", overrides="--model-overrides", trust="--trust-checkpoint",
-    name="--hf-model", gguf_file="--hf-gguf-file", eta="--hf-momentum-eta",
+    trust_remote_code="--trust-checkpoint", name="--hf-model", gguf_file="--hf-gguf-file", eta="--hf-momentum-eta",
 )  # fmt: skip
 
 

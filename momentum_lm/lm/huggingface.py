@@ -523,7 +523,7 @@ def load_huggingface(
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                arg(name=name), " brings code of its own: add ", arg(trust=True), " if you trust it",
+                arg(name=name), " brings code of its own: add ", arg(trust_remote_code=True), " if you trust it",
             ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(arg(name=name), f" does not load: {reason}") from error

@@ -364,17 +364,7 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         total = past_key_values.layers[0].max_cache_len if fixed else past + length
         columns = torch.arange(length, device=x.device) + past
 
-        given = attention_mask  # as it is to be seen by the attention
-        visible = None  # (B or 1, total): what is no padding
-        if attention_mask is not None and attention_mask.dim() == 2:
-            missing = total - attention_mask.shape[1]
-            if missing and not (fixed and missing > 0):
-                raise ValueError(
-                    f"attention_mask has {attention_mask.shape[1]} columns for {past} tokens seen and {length} new ones"
-                )
-            visible = given = F.pad(attention_mask.bool(), (0, missing)) if missing else attention_mask.bool()
-        elif attention_mask is None and fixed:
-            visible = torch.arange(total, device=x.device)[None] < past + length
+        given, visible = _visible(attention_mask, past, length, total, fixed, x.device)
         documents = None
         if position_ids is None:
             count = columns[None] + 1 if visible is None else visible.cumsum(1)[:, columns]
@@ -382,16 +372,10 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         elif length > 1 and not fixed and past == 0 and (given is None or given.dim() == 2):
             documents = _documents(position_ids.expand(x.shape[0], -1), given)
 
-        x = x * math.sqrt(config.hidden_size) if config.scale_embeddings else x
-        rows = position_ids + config.padding_idx + 1
-        if config.position == "learned":
-            if not fixed and past + length > config.max_position_embeddings:
-                most = config.max_position_embeddings
-                raise ValueError(f"{past + length} tokens exceed the {most} learned positions of the model")
-            x = x + self.embed_positions(rows)
-        elif config.position == "sinusoidal":
-            x = x + sinusoids(rows, config.hidden_size).to(x.dtype)
-        x = F.dropout(x, config.dropout, self.training)
+        if config.position == "learned" and not fixed and past + length > config.max_position_embeddings:
+            most = config.max_position_embeddings
+            raise ValueError(f"{past + length} tokens exceed the {most} learned positions of the model")
+        x = self._at_positions(x, position_ids)
         rotation = None
         if config.position == "rotary":
             rotation = rotations(position_ids, config.hidden_size // config.num_attention_heads)
@@ -429,6 +413,37 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
             hidden_states=(*hidden[:-1], x) if keep_hidden else None,
             attentions=tuple(attentions) if keep_attentions else None,
         )
+
+    def _at_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """Embeddings (B, T, C) of tokens at positions (B or 1, T), scaled, with what the positions add to them."""
+        config = self.config
+        x = x * math.sqrt(config.hidden_size) if config.scale_embeddings else x
+        rows = position_ids + config.padding_idx + 1
+        if config.position == "learned":
+            x = x + self.embed_positions(rows)
+        elif config.position == "sinusoidal":
+            x = x + sinusoids(rows, config.hidden_size).to(x.dtype)
+        return F.dropout(x, config.dropout, self.training)
+
+
+def _visible(
+    attention_mask: Tensor | None, past: Any, length: int, total: Any, fixed: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask that attention is to see, and what is no padding, (B or 1, total), None where there is none.
+
+    Raises ValueError for a mask (B, T) of another width than ``total``.
+    """
+    if attention_mask is not None and attention_mask.dim() == 2:
+        missing = total - attention_mask.shape[1]
+        if missing and not (fixed and missing > 0):
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {past} tokens seen and {length} new ones"
+            )
+        visible = F.pad(attention_mask.bool(), (0, missing)) if missing else attention_mask.bool()
+        return visible, visible
+    if attention_mask is None and fixed:
+        return None, torch.arange(total, device=device)[None] < past + length
+    return attention_mask, None
 
 
 class MomentumLMForCausalLM(MomentumLMPreTrainedModel, GenerationMixin):

@@ -372,7 +372,7 @@ def test_loads_where_neither_momentum_lm_nor_fairseq_is(make_lm, tmp_path):
     lm = make_lm(**MOMENTA["ema_gated"], max_positions=64)
     (tmp_path / "exported").mkdir()
     write_model(lm, tmp_path / "exported", None, lambda count: None)
-    with pytest.raises(UserError, match="exported brings code of its own: add trust=True"):
+    with pytest.raises(UserError, match="exported' brings code of its own: add trust_remote_code=True"):
         load_huggingface(str(tmp_path / "exported"))
     tokens = random_tokens(2, 9)
     torch.save(tokens, tmp_path / "tokens.pt")

@@ -38,10 +38,21 @@ def target_log_probs(
         own = ((which >= start) & (which < start + step)).nonzero()[:, 0]
         index, wanted = (which[own] - start).to(logits.device), targets[own].to(logits.device)
         log_p[own] = F.log_softmax(logits.float(), -1)[index, wanted].cpu()
-        if never is not None:
-            logits = logits.index_fill(1, torch.tensor([never], device=logits.device), -torch.inf)
-        likeliest[own] = (logits.argmax(1)[index] == wanted).cpu()
+        likeliest[own] = _are_likeliest(logits, index, wanted, never).cpu()
     return log_p, likeliest
+
+
+def _are_likeliest(logits: Tensor, index: Tensor, wanted: Tensor, never: int | None) -> Tensor:
+    """Whether ``wanted[n]`` is the first of the largest of ``logits[index[n]]``, ``never`` left out: (N,) bool. The
+    costly argmax sees only the few rows in which the largest logit does not rule it out."""
+    largest = logits.amax(1)
+    possible = (logits[index, wanted] == largest[index]) | (False if never is None else (logits[:, never] == largest)[index])
+    rows = logits[index[possible]]
+    if never is not None:
+        rows[:, never] = -torch.inf
+    found = possible.clone()
+    found[possible] = rows.argmax(1) == wanted[possible]
+    return found
 
 
 def broken_weights(lm: LanguageModel, where: str = "") -> UserError:

@@ -95,8 +95,8 @@ def cosine(a: ArrayLike, b: ArrayLike) -> Floats:
 
 
 def paper_cosine(a: ArrayLike, b: ArrayLike) -> Floats:
-    """The authors' cosine: 1e-20 is added to the product of the norms, so that it is 0 where a or b is zero. Shapes as
-    :func:`cosine`."""
+    """The authors' cosine, (..., n) and (..., n) -> (...): 1e-20 is added to the product of the norms, so that it is 0
+    where a or b is zero."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return np.asarray((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1) + _EPSILON))
 

@@ -71,7 +71,8 @@ class Choice(TaskKind):
         ]
 
     def measure(self, spec: DatasetSpec, examples: Sequence[Example], answers: NDArray[np.int64]) -> dict[str, Any]:
-        """Accuracy with Wilson's interval, macro-F1, confusion counts, and what needs no model to reach."""
+        """answers (n,) -> accuracy with Wilson's interval, macro-F1, confusion counts, and what needs no model to
+        reach."""
         gold = np.array([example.gold for example in examples])
         interval = wilson_interval(int((gold == answers).sum()), len(gold))
         low_high = [interval.low, interval.high]

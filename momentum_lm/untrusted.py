@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from momentum_lm.errors import CheckpointError, UserError
+from momentum_lm.errors import CheckpointError, UserError, arg
 from momentum_lm.files import JSON_BYTES, check_readable, read_bytes
 
 YAML_BYTES = 1 << 18  # PyYAML reads about this much in a second
@@ -321,5 +321,5 @@ def plain_value(text: str) -> Any:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise CheckpointError(
             f"{text[:200]!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can "
-            "run code. If you trust where it comes from, add --trust-checkpoint or set FAIRSEQ_TRUST_CHECKPOINT=1"
+            "run code. If you trust where it comes from, add ", arg(trust=True), " or set FAIRSEQ_TRUST_CHECKPOINT=1",
         ) from error

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.text.dictionary import BOS, EOS
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.bos in FAIRSEQ_BOS and args.path is None:
         raise UserError(
-            f"--bos {args.bos} is for fairseq checkpoints; --hf-model begins a prompt as its tokenizer does, or with "
-            "--bos no"
+            arg(bos=args.bos), " is for fairseq checkpoints; ", arg("name"),
+            " begins a prompt as its tokenizer does, or with ", arg("bos"), " no",
         )
     names = dict.fromkeys(args.datasets.split(","))
     check_names([load_spec(name, _template(args)) for name in names])  # now, not after a large model was read
@@ -122,7 +122,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
 def process_timeout(args: argparse.Namespace) -> float:
     """``--process-timeout`` in seconds. Raises UserError for what is no time."""
     if not 0 < args.process_timeout < 1e8:
-        raise UserError(f"--process-timeout {args.process_timeout:g}: must be a positive number of seconds")
+        raise UserError(arg(timeout=args.process_timeout), ": must be a positive number of seconds")
     return float(args.process_timeout)
 
 

@@ -172,7 +172,8 @@ class Rows:
         values, greedy = iter(found[0].double().tolist()), iter(found[1].tolist())
         answers: list[dict[int, Answer]] = [{} for _ in self.queries]
         for query, number, count in self._owners:
-            answers[query][number] = Answer(sum(itertools.islice(values, count)), all(list(itertools.islice(greedy, count))))
+            total, written = sum(itertools.islice(values, count)), list(itertools.islice(greedy, count))
+            answers[query][number] = Answer(total, all(written))
         return [[own[number] for number in range(len(own))] for own in answers]
 
 
@@ -246,9 +247,8 @@ def plan(
         return []
     limit = budget if callable(budget) else lambda *unused: budget
     extents = [extent(query) for query in queries]
-    if worth is None:
-        groups = [(shared_length(queries) if share else 0, list(range(len(queries))))]
-    else:
+    groups = [(shared_length(queries) if share else 0, list(range(len(queries))))]
+    if worth is not None:
         groups = list(_groups(queries, worth))
     planned = []
     for shared, group in groups:

@@ -48,7 +48,7 @@ from . import classification
 from .findings import SETTINGS, Findings, record
 from .finetuning_rate import Choice, choose
 from .similarity import Rows, Student, measure
-from .traces import Learned, Seen, TracedModel, align, trace_queries, demonstration_matrices
+from .traces import Learned, Seen, TracedModel, align, demonstration_matrices, trace_queries
 from .untrained import untrained
 
 KEY = ("dataset", "seed", "shots")

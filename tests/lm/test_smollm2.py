@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from momentum_lm.icl.datasets.loading import load_dataset
 from momentum_lm.icl.demonstrations import evaluation_subset, select
-from momentum_lm.icl.engine import collect, log_probs, plan, score_batches
+from momentum_lm.icl.engine import collect, plan, score_batches
 from momentum_lm.icl.prompts import PromptFormat, build, demonstration_text
 from momentum_lm.lm.huggingface import load_huggingface
 from momentum_lm.text.packaged_datasets import fetch_dataset

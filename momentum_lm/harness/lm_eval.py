@@ -202,9 +202,9 @@ class MomentumLM(LM):
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for number, answer in score(self.lm, requests, self._rows):
-                answers[number] = (answer[0], answer[1])
+                answers[number] = answer.log_prob, answer.greedy
                 if names is not None:
-                    self.cache_hook.add_partial("loglikelihood", names[number], tuple(answer))
+                    self.cache_hook.add_partial("loglikelihood", names[number], answers[number])
                 bar.update()
         return [answers[number] for number in range(len(requests))]
 

@@ -1,7 +1,7 @@
 """Scores continuations and generates text: finds what prompts have in common, lays out rows, and runs them in batches.
 
-A *request* is a context and the continuation whose log-probability is wanted. Requests whose scores are wanted together,
-such as the choices of one example, make a *query*. What the prompts of many queries begin with goes through the model
+A *request* is a context and the continuation whose log-probability is wanted. Requests whose scores are wanted
+together, such as the choices of one example, make a *query*. What the prompts of many queries begin with goes through the model
 once, and each row then costs only its own tokens; requests of which one begins another share a row, so labels of one
 token each cost one row a query. Batches hold queries of similar length, at most so many tokens with padding, and are
 numbered: the same queries and budget give the same batches, so that work can be shared and resumed by number.
@@ -112,7 +112,7 @@ def score_batches(
     padding_side: str = "right",
     numbers: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, dict[int, list[Answer]]]]:
-    """(number of a batch, {query: answer to each of its requests}) for the batches with these ``numbers``, or all of them.
+    """(number of a batch, {query: answers to its requests}) for the batches with these ``numbers``, or for all.
 
     Raises UserError where the model gives NaN or a probability of zero.
     """
@@ -138,13 +138,15 @@ def _answer_some(
 
 
 class Rows:
-    """What a batch of queries puts into a model after the first ``shared`` tokens of all prompts: tokens (B, T), padding
-    (B, T) bool, and target n (``targets[n]``) after column ``positions[n]`` of row ``rows[n]``.
+    """What a batch of queries puts into a model after the first ``shared`` tokens of all prompts: tokens (B, T),
+    padding (B, T) bool, and target n (``targets[n]``) after column ``positions[n]`` of row ``rows[n]``.
 
     ``whole_first``: the first rows are the first requests of the queries, in their order, whole.
     """
 
-    def __init__(self, queries: Sequence[Query], shared: int = 0, side: str = "right", whole_first: bool = False) -> None:
+    def __init__(
+        self, queries: Sequence[Query], shared: int = 0, side: str = "right", whole_first: bool = False
+    ) -> None:
         self.queries = queries
         placed = [(i, *row) for i, query in enumerate(queries) for row in _rows(query, whole_first)]
         if whole_first:
@@ -172,7 +174,8 @@ class Rows:
         values, greedy = iter(found[0].double().tolist()), iter(found[1].tolist())
         answers: list[dict[int, Answer]] = [{} for _ in self.queries]
         for query, number, count in self._owners:
-            answers[query][number] = Answer(sum(itertools.islice(values, count)), all(list(itertools.islice(greedy, count))))
+            total, written = sum(itertools.islice(values, count)), list(itertools.islice(greedy, count))
+            answers[query][number] = Answer(total, all(written))
         return [[own[number] for number in range(len(own))] for own in answers]
 
 
@@ -215,8 +218,8 @@ def extent(query: Query) -> tuple[int, int]:
 
 
 def token_budget(lm: LanguageModel, shared: int, longest: int) -> int:
-    """How many tokens a batch of rows, of which the longest has ``longest`` after ``shared``, may hold: on a GPU a share
-    of the free memory, on a CPU a fixed amount."""
+    """How many tokens a batch of rows, of which the longest has ``longest`` after ``shared``, may hold: on a GPU a
+    share of the free memory, on a CPU a fixed amount."""
     row = lm.row_bytes(shared, longest)
     if lm.device.type == "cuda":
         return max(1, int(GPU_SHARE * torch.cuda.mem_get_info(lm.device)[0]) // row) * longest
@@ -239,15 +242,16 @@ def plan(
     """Batches of queries, longest first, of at most ``most_rows`` rows and ``budget`` tokens with padding (but at least
     one query); ``budget`` may be a function of the shared tokens and the longest row after them.
 
-    What all prompts begin with is read once, unless not ``share``; with ``worth`` any beginning that some have in common,
-    where that saves so many tokens. The same queries and arguments give the same batches.
+    What all prompts begin with is read once, unless not ``share``; with ``worth`` any beginning that some have in
+    common, where that saves so many tokens. The same queries and arguments give the same batches.
     """
     if not queries:
         return []
     limit = budget if callable(budget) else lambda *unused: budget
     extents = [extent(query) for query in queries]
-    alike = [(shared_length(queries) if share else 0, list(range(len(queries))))]
-    groups = alike if worth is None else list(_groups(queries, worth))
+    groups = [(shared_length(queries) if share else 0, list(range(len(queries))))]
+    if worth is not None:
+        groups = list(_groups(queries, worth))
     planned = []
     for shared, group in groups:
         sizes = [(extents[query][0], extents[query][1] - shared) for query in group]
@@ -320,7 +324,9 @@ def _groups(queries: Sequence[Query], worth: int) -> Iterator[tuple[int, list[in
     """(tokens that all prompts begin with, queries). A beginning is run by itself where that saves ``worth`` tokens: it
     costs a pass, and its queries then make batches of their own."""
     heads = [queries[i][0].context[: shared_length([query])] for i, query in enumerate(queries)]
-    order = sorted(range(len(queries)), key=heads.__getitem__)  # those with the longest beginning in common are neighbours
+    order = sorted(
+        range(len(queries)), key=heads.__getitem__
+    )  # those with the longest beginning in common are neighbours
     runs: list[tuple[int, int, int]] = []  # (tokens in common, first place in the order, place after the last)
     for i, query in enumerate(order):
         common = common_length(heads[order[i - 1]], heads[query]) if i else 0
@@ -353,8 +359,9 @@ def generate(
     """(number of a context, what follows it), batch by batch: at most ``most`` tokens, up to one that ends a text
     (``lm.ends``), which is left out.
 
-    ``contexts``: token ids, at least one each; beginnings in common are read once. ``choose`` maps logits (N, V) to tokens
-    (N,). ``stop`` says, after each token, whether a continuation ends with it. Raises UserError where the model gives NaN.
+    ``contexts``: token ids, at least one each; beginnings in common are read once. ``choose`` maps logits (N, V) to
+    tokens (N,). ``stop`` says, after each token, whether a continuation ends with it. Raises UserError where the model
+    gives NaN.
     """
     if not contexts:
         return
@@ -363,7 +370,9 @@ def generate(
     rows = min(most_rows, row_budget(lm, longest + most))
     for batch in plan(queries, rows * longest, rows, worth=token_budget(lm, 0, longest)):
         first = queries[batch.queries[0]][0].context[: batch.shared]
-        run = functools.partial(_generate, lm, queries, batch.shared, lm.start(first) if first else None, most, stop, choose)
+        run = functools.partial(
+            _generate, lm, queries, batch.shared, lm.start(first) if first else None, most, stop, choose
+        )
         yield from zip(batch.queries, itertools.chain(*halving(run, batch.queries)), strict=True)
 
 

@@ -117,8 +117,8 @@ class LanguageModel(Protocol):
     def step(self, tokens: Tensor, padding: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Logits (B, V) of what follows each row, -inf for tokens that no text holds, and the state after the tokens.
 
-        tokens (B, T) int64 go on from ``state``, which has B rows and is used up; padding (B, T) True at padding, all of
-        it on the left, and none where the rows have been begun.
+        tokens (B, T) int64 go on from ``state``, which has B rows and is used up; padding (B, T) True at padding, all
+        of it on the left, and none where the rows have been begun.
         """
         ...
 

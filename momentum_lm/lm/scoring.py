@@ -29,7 +29,7 @@ def target_log_probs(
     """log p of each target (N,) fp32, and whether it is the likeliest token (N,) bool; both on the CPU.
 
     ``logits_of`` maps a slice of the M positions of :func:`distinct_positions` to their logits (m, V); ``which`` (N,)
-    are the targets' positions among them, and ``vocab`` is V. ``never`` is a token that does not count as the likeliest.
+    are the targets' positions among them, and ``vocab`` is V. ``never`` is a token that is never the likeliest.
     """
     count, step = int(which.max()) + 1 if len(which) else 0, max(1, LOGITS_AT_ONCE // vocab)
     log_p, likeliest = torch.empty(len(targets)), torch.empty(len(targets), dtype=torch.bool)
@@ -46,7 +46,9 @@ def _are_likeliest(logits: Tensor, index: Tensor, wanted: Tensor, never: int | N
     """Whether ``wanted[n]`` is the first of the largest of ``logits[index[n]]``, ``never`` left out: (N,) bool. The
     costly argmax sees only the few rows in which the largest logit does not rule it out."""
     largest = logits.amax(1)
-    possible = (logits[index, wanted] == largest[index]) | (False if never is None else (logits[:, never] == largest)[index])
+    possible = (logits[index, wanted] == largest[index]) | (
+        False if never is None else (logits[:, never] == largest)[index]
+    )
     rows = logits[index[possible]]
     if never is not None:
         rows[:, never] = -torch.inf

@@ -26,6 +26,7 @@ from momentum_lm.analysis.statistics import bootstrap_mean_ci
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
+from momentum_lm.lm.scoring import broken_weights
 from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours, check_pictures
 from momentum_lm.results.records import Results, results_lock, say_finished
@@ -150,9 +151,7 @@ def score_documents(
             raise UserError(f"{dataset.prefix}.bin holds {what}; make the data anew with the model's dictionary")
         losses = lm.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets), packed_documents).double().numpy()
         if not losses.max() < _WORST:  # NaN too
-            raise UserError(
-                f"{lm.name} gives probabilities of 0 or NaN at context length {context_length}: its weights are broken"
-            )
+            raise broken_weights(lm, f" at context length {context_length}")
         begun = documents[real].min()  # successive documents: only their totals are touched, however many there are
         sums = np.bincount(documents[real] - begun, weights=losses[real])
         totals[begun : begun + len(sums)] += sums

@@ -55,15 +55,13 @@ def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
     import functools
 
-    from momentum_lm.untrusted import trusted
-
     # Of the call that is under way: how it reads, whether a checkpoint of the trainer, and what will be made of its
     # options.
     mmap, whole = False, False
     building: tuple[str, ...] = ()
 
     def load(file: IO[bytes], map_location: Any = None) -> dict[str, Any]:
-        from momentum_lm.formats.checkpoint import load_checkpoint
+        from momentum_lm.formats.checkpoint import load_checkpoint, trusted
         from momentum_lm.formats.options import check_state
 
         state = load_checkpoint(file.name, mmap=mmap)  # fairseq only ever maps to the CPU here
@@ -78,6 +76,7 @@ def _checkpoint_loading(module: ModuleType) -> None:
         nonlocal mmap, whole
         from momentum_lm.errors import CheckpointError, UserError
         from momentum_lm.fairseq_plugin.components import check_components
+        from momentum_lm.formats.checkpoint import trusted
         from momentum_lm.formats.native import check_fairseq_model
 
         mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
@@ -131,13 +130,13 @@ def _checkpoint_writing(module: ModuleType) -> None:
     """fairseq copies checkpoints in place, and retries a failed write where it stopped: both can leave torn files."""
     import functools
 
-    from momentum_lm.files import rename_durably, replace_file
-
     manager, stock_save, stock_copy = module.PathManager, module.torch_persistent_save, module.PathManager.copy
     remote = manager.path_requires_pathmanager
 
     @functools.wraps(stock_save)
     def save(obj: Any, filename: str, async_write: bool = False) -> None:
+        from momentum_lm.files import replace_file
+
         if remote(filename):
             return stock_save(obj, filename, async_write)
         # An asynchronous write could not be renamed into place when it ends, so it is done here and now.
@@ -148,6 +147,7 @@ def _checkpoint_writing(module: ModuleType) -> None:
         import shutil
 
         from momentum_lm.errors import CheckpointError
+        from momentum_lm.files import rename_durably, replace_file
 
         if remote(src_path) or remote(dst_path):
             return stock_copy(src_path, dst_path, overwrite)
@@ -571,6 +571,13 @@ def _hashable_dataclasses(stock: Any) -> Any:
     return dataclass
 
 
+def _plain_value(text: str) -> Any:
+    """What fairseq's modules get for ``eval``. (momentum_lm is imported when it is needed: --user-dir may name another copy.)"""
+    from momentum_lm.untrusted import plain_value
+
+    return plain_value(text)
+
+
 def _as_fairseq_needs(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
     """``execute``, a loader's, with what fairseq's modules need while they run."""
 
@@ -581,9 +588,7 @@ def _as_fairseq_needs(execute: Callable[[ModuleType], None]) -> Callable[[Module
 
         stock = dataclasses.dataclass
         dataclasses.dataclass = _hashable_dataclasses(stock)
-        from momentum_lm.untrusted import plain_value
-
-        vars(module)["eval"] = plain_value  # the name that the module's functions find
+        vars(module)["eval"] = _plain_value  # the name that the module's functions find
         try:
             execute(module)
         finally:

@@ -563,7 +563,7 @@ def test_options_that_fairseq_itself_evaluates_mean_what_they_meant(fairseq):
     from fairseq import utils
     from fairseq.models import fconv
 
-    assert fconv.eval is utils.eval is plain_value
+    assert fconv.eval is utils.eval is fairseq_compat._plain_value
     assert utils.eval_bool("True") is True and utils.eval_bool(True, default="stock") == "stock"
 
 

@@ -108,14 +108,14 @@ def test_preflight_passes_where_all_reach_all(start):
 
 
 def test_preflight_names_the_node_that_does_not_come(start):
-    for said, code in check(start, [0, 2], "--timeout", "6"):
+    for said, code in check(start, [0, 2], "--timeout", "8"):
         assert code == 2 and "error: node 1 did not come to 10.77.0.1:29511" in said, said
 
 
 def test_preflight_names_the_link_that_is_cut(nodes, start):
     ip("-n", nodes[2][0], "route", "add", "unreachable", "10.77.0.2/32")
     try:
-        for said, code in check(start, [0, 1, 2], "--timeout", "8"):
+        for said, code in check(start, [0, 1, 2], "--timeout", "15"):
             assert code == 2 and re.search(r"error: .*node 2 \(\S+\) cannot connect to node 1 \(\S+\) at 10\.77\.0\.2", said), said
     finally:
         ip("-n", nodes[2][0], "route", "del", "unreachable", "10.77.0.2/32")

@@ -1,16 +1,18 @@
 """Runs unmodified PyPI ``fairseq==0.12.2`` on Python 3.11-3.14, torch >= 2.6 and NumPy 2, and loads fairseq plugins.
 
 Importing this module installs an import hook and nothing more: neither torch nor fairseq is imported until the program
-imports fairseq. ``fairseq_compat.pth`` imports it at interpreter start-up, so that ``fairseq-train`` and the others just work;
-where no ``.pth`` file is read (PYTHONPATH, ``pip --target``), run ``python -m fairseq_compat fairseq-train ...``.
+imports fairseq. ``fairseq_compat.pth`` imports it at interpreter start-up, so that ``fairseq-train`` and the others
+just work; where no ``.pth`` file is read (PYTHONPATH, ``pip --target``), run ``python -m fairseq_compat fairseq-train
+...``.
 
-Environment:
-  FAIRSEQ_COMPAT=0             install no hook
-  FAIRSEQ_TRUST_CHECKPOINT=1   load checkpoints that hold arbitrary Python objects or expressions (this can run code they name)
+Environment: FAIRSEQ_COMPAT=0             install no hook FAIRSEQ_TRUST_CHECKPOINT=1   load checkpoints that hold
+  arbitrary Python objects or expressions (this can run code they name)
 
-A plugin is an entry point in the group ``fairseq.plugins``: a function without arguments that registers models, tasks, etc.
+A plugin is an entry point in the group ``fairseq.plugins``: a function without arguments that registers models, tasks,
+etc.
 
-The hook also tells lm-evaluation-harness, where that is imported, of ``--model momentum_lm``, whose errors are one line there too.
+The hook also tells lm-evaluation-harness, where that is imported, of ``--model momentum_lm``, whose errors are one line
+there too.
 """
 
 from __future__ import annotations
@@ -235,10 +237,12 @@ def _dictionary_errors(module: ModuleType) -> None:
 
 
 def _chosen_task(module: ModuleType) -> None:
-    """``--task`` and ``--criterion`` of fairseq-validate change nothing where a checkpoint keeps its options in ``cfg``.
+    """``--task`` and ``--criterion`` of fairseq-validate change nothing where a checkpoint keeps its options in
+    ``cfg``.
 
-    (They do where it keeps them in ``args``, fairseq's older form.) Here they do for tasks with ``for_any_checkpoint = True``: the others
-    keep what the checkpoint was trained with. Options of the checkpoint's task stay, for the new task to read.
+    (They do where it keeps them in ``args``, fairseq's older form.) Here they do for tasks with ``for_any_checkpoint =
+    True``: the others keep what the checkpoint was trained with. Options of the checkpoint's task stay, for the new
+    task to read.
     """
     import functools
     from argparse import Namespace
@@ -279,7 +283,9 @@ def _gathering_on_cpu(module: ModuleType) -> None:
 
 
 def _broadcast(module: ModuleType) -> None:
-    """On resuming, rank 0 sends the checkpoint's configuration (omegaconf objects) to the others: no file, and the same job."""
+    """On resuming, rank 0 sends the checkpoint's configuration (omegaconf objects) to the others: no file, and the same
+    job.
+    """
     import functools
 
     load = functools.partial(module.torch.load, weights_only=False)
@@ -325,7 +331,9 @@ def _encoder_mask_type(module: ModuleType) -> None:
 
 
 def _ddp_on_cpu(module: ModuleType) -> None:
-    """DistributedDataParallel rejects ``device_ids`` for a model on the CPU, and newer ones have another name for an argument."""
+    """DistributedDataParallel rejects ``device_ids`` for a model on the CPU, and newer ones have another name for an
+    argument.
+    """
     import inspect
 
     stock = module.DistributedDataParallel
@@ -417,7 +425,9 @@ def _bleu_in_python(module: ModuleType) -> None:
 
 
 def _options(module: ModuleType) -> None:
-    """``--bf16`` turns on ``--tpu`` (fairseq issue 4696); every command takes ``--trust-checkpoint``, and reports an error in one line."""
+    """``--bf16`` turns on ``--tpu`` (fairseq issue 4696); every command takes ``--trust-checkpoint``, and reports an
+    error in one line.
+    """
     import argparse
     import functools
 
@@ -487,7 +497,9 @@ def _quiet(module: ModuleType) -> None:
 
 
 def _user_errors(module: ModuleType) -> None:
-    """An uncaught exception with ``user_error`` is shown as one line, also where fairseq's trainer hid it behind a bare Exception."""
+    """An uncaught exception with ``user_error`` is shown as one line, also where fairseq's trainer hid it behind a bare
+    Exception.
+    """
     stock = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -503,7 +515,9 @@ def _user_errors(module: ModuleType) -> None:
 
 
 def _plugins(module: ModuleType) -> None:
-    """Lets every installed plugin register itself, except one that the command names with --user-dir: that copy is wanted."""
+    """Lets every installed plugin register itself, except one that the command names with --user-dir: that copy is
+    wanted.
+    """
     import itertools
     from importlib.metadata import entry_points
 
@@ -525,7 +539,9 @@ def _plugins(module: ModuleType) -> None:
 
 
 def _harness(module: ModuleType) -> None:
-    """lm-evaluation-harness looks for no plugins. Ours is added to its models by name; it is imported when it is asked for."""
+    """lm-evaluation-harness looks for no plugins. Ours is added to its models by name; it is imported when it is asked
+    for.
+    """
     from importlib.util import find_spec
 
     models = getattr(sys.modules.get("lm_eval.api.registry"), "model_registry", None)  # older versions have none
@@ -572,7 +588,9 @@ def _hashable_dataclasses(stock: Any) -> Any:
 
 
 def _plain_value(text: str) -> Any:
-    """What fairseq's modules get for ``eval``. (momentum_lm is imported when it is needed: --user-dir may name another copy.)"""
+    """What fairseq's modules get for ``eval``. (momentum_lm is imported when it is needed: --user-dir may name another
+    copy.)
+    """
     from momentum_lm.untrusted import plain_value
 
     return plain_value(text)
@@ -625,7 +643,9 @@ class _NumpyForms:
 
 
 class _Finder:
-    """Finds fairseq's modules, and others that have a patch, as usual, and adds to their execution what is needed before and after it."""
+    """Finds fairseq's modules, and others that have a patch, as usual, and adds to their execution what is needed
+    before and after it.
+    """
 
     fairseq_compat = True
 

@@ -1,4 +1,6 @@
-"""Metadata and installation. The one unusual thing: fairseq_compat.pth goes into site-packages, so that fairseq imports."""
+"""Metadata and installation. The one unusual thing: fairseq_compat.pth goes into site-packages, so that fairseq
+imports.
+"""
 
 import re
 from pathlib import Path
@@ -9,7 +11,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "momentum_lm/__init__.py").read_text("utf-8"), re.MULTILINE)
 README = ROOT / "README.md"
 TRANSFORMERS = ["transformers>=4.56", "gguf", "accelerate"]  # other people's models
-TRITON = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"  # torch for CUDA brings its own, torch for CPUs none
+# torch for CUDA brings its own, torch for CPUs none
+TRITON = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
 
 class WithData(Distribution):
@@ -29,15 +32,18 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # One folder on sys.path, also when editable: setuptools' import hook for editable packages would slow every Python start.
+    # One folder on sys.path, also when editable: setuptools' import hook for editable packages would slow every Python
+    # start.
     package_dir={"": "."},
     packages=find_packages(include=["momentum_lm", "momentum_lm.*"]),
     py_modules=["fairseq_compat"],
     package_data={"momentum_lm": ["py.typed", "**/*.yaml", "**/*.html", "**/*.md"]},
-    # Relative to a wheel's data/ folder, this is its purelib/ folder: installers put the file into site-packages, list it in
+    # Relative to a wheel's data/ folder, this is its purelib/ folder: installers put the file into site-packages, list
+    # it in
     # RECORD (so that uninstalling removes it), and do so for editable installations too.
     data_files=[("../purelib", ["fairseq_compat.pth"])],
-    # fairseq==0.12.2 is not here, on purpose: its own metadata asks for omegaconf<2.1 and hydra-core<1.1, which contradict what
+    # fairseq==0.12.2 is not here, on purpose: its own metadata asks for omegaconf<2.1 and hydra-core<1.1, which
+    # contradict what
     # it needs on a modern Python, so pip would refuse the pair. `READTHEDOCS=1 pip install --no-deps fairseq==0.12.2`
     # installs it, and compiles nothing.
     install_requires=[

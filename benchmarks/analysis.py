@@ -1,11 +1,13 @@
-"""ICL against finetuning, side by side: ours, and the procedure of the paper's authors on the same model, prompts and learning rate.
+"""ICL against finetuning, side by side: ours, and the procedure of the paper's authors on the same model, prompts and
+learning rate.
 
     python benchmarks/analysis.py --model DIR --data-dir DIR [--gguf-file FILE] [--json OUT.json]
 
-The authors run a model once per setting, one whole prompt at a time with each of its labels, write what they look at as JSON lines of
-floats, and read these for the metrics. That is done here with plain transformers and no code of ours but for the prompts' token ids,
-and kindly: no subprocess per stage, no model loaded again, and no array of all examples' products of queries, for which their code takes
-tens of gigabytes. Loading the model is timed for neither. Ours also computes the corrected forms, which the other does not.
+The authors run a model once per setting, one whole prompt at a time with each of its labels, write what they look at as
+JSON lines of floats, and read these for the metrics. That is done here with plain transformers and no code of ours but
+for the prompts' token ids, and kindly: no subprocess per stage, no model loaded again, and no array of all examples'
+products of queries, for which their code takes tens of gigabytes. Loading the model is timed for neither. Ours also
+computes the corrected forms, which the other does not.
 
 The status is 1 where predictions differ, or a metric of a layer by more than 1e-3.
 """
@@ -36,7 +38,11 @@ def load(args: argparse.Namespace):
 
     lm = load_huggingface(args.model, args.gguf_file)
     asked = classification.Settings(shots=(args.shots,), seeds=(args.seed,), protocol="paper", limit=args.examples)
-    return lm, load_dataset(args.dataset, args.data_dir, args.template), Settings(asked, rates=(args.learning_rate,), controls=())
+    return (
+        lm,
+        load_dataset(args.dataset, args.data_dir, args.template),
+        Settings(asked, rates=(args.learning_rate,), controls=()),
+    )
 
 
 def ours(args: argparse.Namespace, asked: str) -> dict:
@@ -75,7 +81,10 @@ def prompts(args: argparse.Namespace) -> dict:
     examples = evaluation_subset(data.evaluation, args.examples, protocol_paper=True)
     demonstrations = select(data.train, args.shots, args.seed, "random", data.spec.num_choices)
     built = {"in_context": build(lm, form, demonstrations, examples), "zero_shot": build(lm, form, [], examples)}
-    asked = {name: [[[list(r.tokens), len(r.context)] for r in query] for query in found.queries] for name, found in built.items()}
+    asked = {
+        name: [[[list(r.tokens), len(r.context)] for r in query] for query in found.queries]
+        for name, found in built.items()
+    }
     lessons = lm.encode([demonstration_text(example) for example in demonstrations])
     aligned = align(asked["in_context"][0][0][0], lessons, len(form.bos))
     if aligned is None:
@@ -102,7 +111,9 @@ def authors(args: argparse.Namespace, asked_file: str) -> dict:
 
     AttentionInterface.register("one_row", attention)
     given = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="one_row", **given).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, attn_implementation="one_row", **given
+    ).eval()
     model.requires_grad_(False)
     layers = [module for name, module in model.named_modules() if name.endswith("self_attn")]
     heads = model.config.num_attention_heads
@@ -123,7 +134,9 @@ def authors(args: argparse.Namespace, asked_file: str) -> dict:
             for tokens, start in query:
                 with torch.inference_mode():
                     log_probs = forward(tokens).log_softmax(-1)
-                scores.append(float(torch.stack([log_probs[i - 1, tokens[i]] for i in range(start, len(tokens))]).mean()))
+                scores.append(
+                    float(torch.stack([log_probs[i - 1, tokens[i]] for i in range(start, len(tokens))]).mean())
+                )
                 if not kept:
                     own = len(asked["zero_shot"][number][0][0]) - begin
                     maps = torch.stack(seen["maps"])
@@ -185,7 +198,9 @@ def analysis(files: dict[str, Path], asked: dict, begin: int) -> dict:
         e = np.exp(x - x.max())
         return e / e.sum()
 
-    training = [np.array(line)[:, begin + a : begin + b] for line, (a, b) in zip(lines("training"), asked["kept"], strict=True)]
+    training = [
+        np.array(line)[:, begin + a : begin + b] for line, (a, b) in zip(lines("training"), asked["kept"], strict=True)
+    ]
     queries, starts = np.concatenate(training, axis=1), np.cumsum([0, *(b - a for a, b in asked["kept"])])[:-1]
     rows: dict[str, list] = {name: [] for name in METRICS}
     predictions: dict[str, list[int]] = {"zero_shot": [], "in_context": [], "finetuned": []}
@@ -205,7 +220,9 @@ def analysis(files: dict[str, Path], asked: dict, begin: int) -> dict:
                 a, b = softmax(context[layer]), softmax(queries[layer] @ query[layer])
                 both = [(a, b, 100), (np.add.reduceat(a, starts), np.add.reduceat(b, starts), 5)]
                 tau = [kendall(x, y) for x, y, _ in both]
-                ranked.append(tau + [len(set(np.argsort(-x)[:k]) & set(np.argsort(-y)[:k])) / min(k, len(x)) for x, y, k in both])
+                ranked.append(
+                    tau + [len(set(np.argsort(-x)[:k]) & set(np.argsort(-y)[:k])) / min(k, len(x)) for x, y, k in both]
+                )
             for name, values in zip(METRICS[3:], np.array(ranked).T, strict=True):
                 rows[name].append(values)
     gold = np.array(asked["gold"])
@@ -220,7 +237,10 @@ def run(part: str, file: str) -> dict:
     """A part in a process of its own; its peak memory beside its answer."""
     print(f"{part} ... (load average {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
     output = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--part", part, "--asked", file], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, *sys.argv[1:], "--part", part, "--asked", file],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return json.loads(output.stdout.splitlines()[-1])
 
@@ -242,7 +262,11 @@ def compare(mine: dict, theirs: dict) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or name of a causal model of transformers that has q_proj, k_proj, v_proj")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="folder or name of a causal model of transformers that has q_proj, k_proj, v_proj",
+    )
     parser.add_argument("--gguf-file", help="its file in that folder")
     parser.add_argument("--data-dir", required=True, help="with NAME/train.jsonl and NAME/validation.jsonl")
     parser.add_argument("--dataset", default="mr")
@@ -281,12 +305,17 @@ def main() -> int:
     print(f"{'':24}{'seconds':>10}{'s/example':>12}{'on disk, MB':>14}{'peak memory, MB':>18}")
     for name, row, time_ in (("ours", mine, seconds), ("the authors' procedure", theirs, theirs["seconds"])):
         print(f"{name:24}{time_:10.1f}{time_ / args.examples:12.3f}{row['bytes'] / 1e6:14.3f}{row['peak_mb']:18.0f}")
-    print(f"ratio: time {theirs['seconds'] / seconds:.1f}x (ours {mine['seconds']:.1f} s before, {again['seconds']:.1f} s after), ", end="")
+    print(
+        f"ratio: time {theirs['seconds'] / seconds:.1f}x (ours {mine['seconds']:.1f} s before, {again['seconds']:.1f} s after), ",
+        end="",
+    )
     print(f"disk {theirs['bytes'] / mine['bytes']:.0f}x")
     gaps = {name: np.abs(np.array(mine["metrics"][name]) - np.array(theirs["metrics"][name])).max() for name in METRICS}
     print("largest difference of a layer: " + ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items()))
     if args.json:
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), "ours": mine, "again": again, "authors": theirs}, indent=1))
+        Path(args.json).write_text(
+            json.dumps({"arguments": vars(args), "ours": mine, "again": again, "authors": theirs}, indent=1)
+        )
     failures = compare(mine, theirs)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

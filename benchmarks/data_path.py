@@ -1,12 +1,14 @@
 """Reading training data, side by side: our task and stock fairseq's, on the same synthetic token files.
 
-    python benchmarks/data_path.py [--tokens 50e6] [--documents 20000,400000] [--length 1024] [--batch 16] [--json OUT.json]
+    python benchmarks/data_path.py [--tokens 50e6] [--documents 20000,400000] [--length 1024] [--batch 16] [--json
+    OUT.json]
 
-Each variant runs in a process of its own and does what fairseq-train does until the first batch of a run that goes on at 10% and at 90%
-of an epoch; then it reads batches: in this process, with --workers to help (the files being in memory), and from the disk, where the
-first start finds the files too. The ratios are between numbers of one run. Peak memory is what the process holds in its first start beyond
-its imports and the mapped files. The status is 1 where batches differ, or where ours come
-at less than 5 times --consumed tokens per second (default: 600,000, what a 125M model would take on one H200 at half of its peak).
+Each variant runs in a process of its own and does what fairseq-train does until the first batch of a run that goes on
+at 10% and at 90% of an epoch; then it reads batches: in this process, with --workers to help (the files being in
+memory), and from the disk, where the first start finds the files too. The ratios are between numbers of one run. Peak
+memory is what the process holds in its first start beyond its imports and the mapped files. The status is 1 where
+batches differ, or where ours come at less than 5 times --consumed tokens per second (default: 600,000, what a 125M
+model would take on one H200 at half of its peak).
 """
 
 import argparse
@@ -91,7 +93,9 @@ def measure(task_name: str, folder: str, args: argparse.Namespace) -> dict:
         )
         times.append(time.perf_counter())
         if at:
-            epoch.load_state_dict({"epoch": 1, "iterations_in_epoch": int(at * len(epoch)), "version": 2, "shuffle": True})
+            epoch.load_state_dict(
+                {"epoch": 1, "iterations_in_epoch": int(at * len(epoch)), "version": 2, "shuffle": True}
+            )
         iterator = epoch.next_epoch_itr()
         first = next(iterator)
         times.append(time.perf_counter())
@@ -172,9 +176,17 @@ def anonymous(pid: int) -> float:
 
 def compare(stock: dict, ours: dict, args: argparse.Namespace) -> tuple[str, list[str]]:
     """A table, and what is not as it should be."""
-    rows = [(f"{key}, ms", *(1000 * r[key]["whole"] for r in (stock, ours))) for key in stock if key.startswith("start")]
-    rows += [(f"  {stage}, ms", *(1000 * r["start at 90%"][stage] for r in (stock, ours))) for stage in ("load", "batches", "first")]
-    rows += [("read by the first start, MB", *(r["read"] / 1e6 for r in (stock, ours))), ("peak memory, MiB", stock["peak"], ours["peak"])]
+    rows = [
+        (f"{key}, ms", *(1000 * r[key]["whole"] for r in (stock, ours))) for key in stock if key.startswith("start")
+    ]
+    rows += [
+        (f"  {stage}, ms", *(1000 * r["start at 90%"][stage] for r in (stock, ours)))
+        for stage in ("load", "batches", "first")
+    ]
+    rows += [
+        ("read by the first start, MB", *(r["read"] / 1e6 for r in (stock, ours))),
+        ("peak memory, MiB", stock["peak"], ours["peak"]),
+    ]
     speeds = [key for key in stock if key.startswith("tokens/s")]
     rows += [(f"million {key}", *(r[key] / 1e6 for r in (stock, ours))) for key in speeds]
     lines = [f"{'':36}{'stock':>12}{'ours':>12}{'ours/stock':>12}"]
@@ -190,9 +202,13 @@ def compare(stock: dict, ours: dict, args: argparse.Namespace) -> tuple[str, lis
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=50e6)
-    parser.add_argument("--documents", default="20000,400000", help="a corpus of --tokens for each of these numbers of documents")
     parser.add_argument(
-        "--sparse", action="store_true", help="token files of zeros, which take no room on the disk: for billions of tokens"
+        "--documents", default="20000,400000", help="a corpus of --tokens for each of these numbers of documents"
+    )
+    parser.add_argument(
+        "--sparse",
+        action="store_true",
+        help="token files of zeros, which take no room on the disk: for billions of tokens",
     )
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=16)
@@ -216,7 +232,9 @@ def main() -> int:
             make(folder, documents, args)
             found = results[documents] = {name: run(task, folder, args) for name, task in TASKS.items()}
         table, wrong = compare(found["stock"], found["ours"], args)
-        print(f"{documents:,} documents, {args.tokens:,.0f} tokens, {args.batch} x {args.length}, --sample-break-mode {args.break_mode}")
+        print(
+            f"{documents:,} documents, {args.tokens:,.0f} tokens, {args.batch} x {args.length}, --sample-break-mode {args.break_mode}"
+        )
         print(table, end="\n\n", flush=True)
         failures += wrong
     if args.json:

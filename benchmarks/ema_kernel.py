@@ -2,9 +2,9 @@
 
     python benchmarks/ema_kernel.py [--json OUT.json] [--tune]
 
-Calls are captured in a CUDA graph, so that Python's time to launch them does not count, over inputs and outputs that together are
-several times a GPU's cache. A copy is ``torch.clone`` of half the bytes that the kernel has to read and write. ``--tune`` also
-tries other launch parameters for the first shape.
+Calls are captured in a CUDA graph, so that Python's time to launch them does not count, over inputs and outputs that
+together are several times a GPU's cache. A copy is ``torch.clone`` of half the bytes that the kernel has to read and
+write. ``--tune`` also tries other launch parameters for the first shape.
 """
 
 import argparse
@@ -57,10 +57,13 @@ def milliseconds(calls, repeats=20):
 
 
 def make_sets(shape, device, count=SETS):
-    """(values, addend, gradient of the output) as attention has them, heads side by side in memory, and the heads' decays."""
+    """(values, addend, gradient of the output) as attention has them, heads side by side in memory, and the heads'
+    decays.
+    """
     batch, heads, length, dim, dtype = shape
     tensors = [
-        tuple(torch.randn(batch, length, heads, dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)) for _ in range(count)
+        tuple(torch.randn(batch, length, heads, dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
+        for _ in range(count)
     ]
     return tensors, torch.linspace(0.9, 0.999, heads, device=device).log()
 
@@ -73,11 +76,23 @@ def kernel_calls(sets, log_decay, ids):
     states = [kernels._forward(v, log_decay, None, ids, a, True)[2] for v, a, _ in sets]
     extra = states[0].nbytes
     return {
-        "forward": ([functools.partial(kernels._forward, v, log_decay, None, ids, a, False) for v, a, _ in sets], 3 * size),
-        "forward, learned": ([functools.partial(kernels._forward, v, log_decay, None, ids, a, True) for v, a, _ in sets], 3 * size + extra),
-        "backward": ([functools.partial(kernels._backward, g, log_decay, None, ids, None, None) for _, _, g in sets], 2 * size),
+        "forward": (
+            [functools.partial(kernels._forward, v, log_decay, None, ids, a, False) for v, a, _ in sets],
+            3 * size,
+        ),
+        "forward, learned": (
+            [functools.partial(kernels._forward, v, log_decay, None, ids, a, True) for v, a, _ in sets],
+            3 * size + extra,
+        ),
+        "backward": (
+            [functools.partial(kernels._backward, g, log_decay, None, ids, None, None) for _, _, g in sets],
+            2 * size,
+        ),
         "backward, learned": (
-            [functools.partial(kernels._backward, g, log_decay, None, ids, v, s) for (v, _, g), s in zip(sets, states, strict=True)],
+            [
+                functools.partial(kernels._backward, g, log_decay, None, ids, v, s)
+                for (v, _, g), s in zip(sets, states, strict=True)
+            ],
             3 * size + extra,
         ),
     }
@@ -108,7 +123,9 @@ def measure(shape, device, count=SETS):
             copied = torch.empty(count, moved // 2 // dtype.itemsize, device=device, dtype=dtype)
             kernel, copy = milliseconds(calls), milliseconds([row.clone for row in copied])
             yield name + suffix, {"ms": kernel, "gb_per_s": moved / kernel / 1e6, "of_copy": copy / kernel}
-    fused, plain = (milliseconds([functools.partial(both_ways, f, *s, log_decay) for s in sets[:4]]) for f in (ema, ema_chunked))
+    fused, plain = (
+        milliseconds([functools.partial(both_ways, f, *s, log_decay) for s in sets[:4]]) for f in (ema, ema_chunked)
+    )
     yield "both ways", {"ms": fused, "plain_ms": plain, "speedup": plain / fused}
 
 
@@ -122,7 +139,9 @@ def candidates():
 
 
 def tune(device, shape=SHAPES[0], count=SETS, tried=None):
-    """Yields (forward and backward milliseconds together, parameters or "chosen", each) of the shape under other launch parameters."""
+    """Yields (forward and backward milliseconds together, parameters or "chosen", each) of the shape under other launch
+    parameters.
+    """
     from momentum_lm.ops import triton as kernels
 
     sets, log_decay = make_sets(shape, device, count)
@@ -163,14 +182,20 @@ def main():
     first = next(iter(results.values()))
     for name in ("forward", "backward"):
         ratio = first[name]["of_copy"]
-        print(f"{name} of the first shape: {ratio:.2f} of the speed of copying, {'as' if ratio >= GOAL else 'NOT as'} wanted ({GOAL})")
+        print(
+            f"{name} of the first shape: {ratio:.2f} of the speed of copying, {'as' if ratio >= GOAL else 'NOT as'} wanted ({GOAL})"
+        )
     if args.tune:
         results["launch parameters"] = found = sorted(tune(device), key=lambda row: row[0])
         for total, parameters, times in found[:10]:
             print(f"{total:.4f} ms  {parameters}  " + "  ".join(f"{name} {time:.4f}" for name, time in times.items()))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "results": results}, file, indent=1)
+            json.dump(
+                {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "results": results},
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

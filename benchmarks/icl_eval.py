@@ -1,13 +1,17 @@
-"""Scoring labels in context, side by side: ours, full prompts one at a time with plain transformers, and lm-evaluation-harness.
+"""Scoring labels in context, side by side: ours, full prompts one at a time with plain transformers, and
+lm-evaluation-harness.
 
-    python benchmarks/icl_eval.py --model DIR --data-dir DIR [--gguf-file FILE] [--lm-eval-python VENV/bin/python] [--json OUT.json]
+    python benchmarks/icl_eval.py --model DIR --data-dir DIR [--gguf-file FILE] [--lm-eval-python VENV/bin/python]
+    [--json OUT.json]
 
-All score the same prompts with the same weights in fp32 on all cores, one after the other, each in a process of its own, ours first
-and last. Loading the model and a warm-up are not timed; making tokens of the prompts is. lm-evaluation-harness (`lm-eval`, its `hf`
-backend) is no dependency of this package: it may lie in another environment, whose Python is named. Of its batch sizes the one that is
-fastest on a few examples scores all of them. Where other work shares the machine, CPU time, summed over threads, is what to read.
+All score the same prompts with the same weights in fp32 on all cores, one after the other, each in a process of its
+own, ours first and last. Loading the model and a warm-up are not timed; making tokens of the prompts is.
+lm-evaluation-harness (`lm-eval`, its `hf` backend) is no dependency of this package: it may lie in another environment,
+whose Python is named. Of its batch sizes the one that is fastest on a few examples scores all of them. Where other work
+shares the machine, CPU time, summed over threads, is what to read.
 
-The status is 1 where accuracies differ, or a log-probability by more than 1e-3 (by more than 1e-4 from plain transformers').
+The status is 1 where accuracies differ, or a log-probability by more than 1e-3 (by more than 1e-4 from plain
+transformers').
 """
 
 import argparse
@@ -68,12 +72,19 @@ def ours(asked: dict, args: argparse.Namespace) -> dict:
         with Timer() as timer:
             scores = score(examples)
         timers.append(timer)
-    rows = [{"name": "ours", **{kind: [getattr(timer, kind) / len(examples) for timer in timers] for kind in ("wall", "cpu")}}]
+    rows = [
+        {
+            "name": "ours",
+            **{kind: [getattr(timer, kind) / len(examples) for timer in timers] for kind in ("wall", "cpu")},
+        }
+    ]
     return {"rows": rows, "scores": scores}
 
 
 def plain(asked: dict, args: argparse.Namespace) -> dict:
-    """With no code of ours: every prompt as a whole, alone, for each of its continuations. Independent of the tokens' reuse above."""
+    """With no code of ours: every prompt as a whole, alone, for each of its continuations. Independent of the tokens'
+    reuse above.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -143,19 +154,27 @@ def accuracy(scores: list[list[float]], examples: list[dict]) -> float:
 def compare(results: dict[str, dict], examples: list[dict]) -> tuple[str, list[str]]:
     """The table, and what differs too much; adds ``ratio`` and ``cpu_ratio``, to the medians of ours, to each row."""
     scored, first = results["ours"]["scores"], results["ours"]["rows"][0]
-    lines = [f"{'':42}{'s/example':>10}{'/ ours':>8}{'CPU s':>8}{'/ ours':>8}{'accuracy':>10}{'ours':>8}{'largest difference':>20}"]
+    lines = [
+        f"{'':42}{'s/example':>10}{'/ ours':>8}{'CPU s':>8}{'/ ours':>8}{'accuracy':>10}{'ours':>8}{'largest difference':>20}"
+    ]
     failures = []
     for part, result in results.items():
         count = len(result["scores"])  # the first ones of ours
         theirs, mine = accuracy(result["scores"], examples), accuracy(scored[:count], examples)
         pairs = [pair for x, y in zip(result["scores"], scored, strict=False) for pair in zip(x, y, strict=True)]
-        worst = max((abs(a - b) for a, b in pairs), key=lambda difference: (difference != difference, difference))  # NaN is the worst
+        worst = max(
+            (abs(a - b) for a, b in pairs), key=lambda difference: (difference != difference, difference)
+        )  # NaN is the worst
         for row in result["rows"]:
             wall, cpu = (statistics.median(row[kind]) for kind in ("wall", "cpu"))
-            row["ratio"], row["cpu_ratio"] = wall / statistics.median(first["wall"]), cpu / statistics.median(first["cpu"])
+            row["ratio"], row["cpu_ratio"] = (
+                wall / statistics.median(first["wall"]),
+                cpu / statistics.median(first["cpu"]),
+            )
             lines.append(
                 f"{row['name']:42}{wall:10.3f}{row['ratio']:7.1f}x{cpu:8.3f}{row['cpu_ratio']:7.1f}x"
-                f"{100 * theirs:9.1f}%{100 * mine:7.1f}%{worst:20.1e}" + (f"  (first {count})" if count < len(examples) else "")
+                f"{100 * theirs:9.1f}%{100 * mine:7.1f}%{worst:20.1e}"
+                + (f"  (first {count})" if count < len(examples) else "")
             )
         if theirs != mine:
             failures.append(f"{part}: the accuracies differ")
@@ -177,7 +196,9 @@ def questions_of(args: argparse.Namespace) -> dict:
         "examples": evaluation_subset(data.evaluation, args.examples),
     }
     if any(len(example.inputs) > 1 for example in drawn["examples"]):
-        raise SystemExit(f"--dataset {args.dataset}: its choices have inputs of their own; take one whose choices share theirs, such as mr")
+        raise SystemExit(
+            f"--dataset {args.dataset}: its choices have inputs of their own; take one whose choices share theirs, such as mr"
+        )
     return {name: [dataclasses.asdict(example) for example in examples] for name, examples in drawn.items()}
 
 
@@ -200,11 +221,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the demonstrations")
     parser.add_argument("--examples", type=int, default=100)
     parser.add_argument("--plain-examples", type=int, default=20, help="how many are scored one at a time")
-    parser.add_argument("--repeats", type=int, default=3, help="of ours, before the others and after; the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of ours, before the others and after; the median counts"
+    )
     parser.add_argument("--batch-tokens", type=int, help="of ours (default: by the memory there is)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--lm-eval-python", metavar="PYTHON", help="of an environment with lm-eval (default: it is left out)")
-    parser.add_argument("--batch-sizes", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8, 16], help="of lm-eval")
+    parser.add_argument(
+        "--lm-eval-python", metavar="PYTHON", help="of an environment with lm-eval (default: it is left out)"
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=[1, 2, 4, 8, 16],
+        help="of lm-eval",
+    )
     parser.add_argument("--search-examples", type=int, default=16, help="on which its best batch size is found")
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--part", choices=["ours", "plain", "lm_eval"], help=argparse.SUPPRESS)
@@ -234,7 +264,9 @@ def main() -> int:
     print(f"{args.dataset}, {args.shots} shots, {len(examples)} examples, fp32, {args.threads} threads")
     table, failures = compare(results, examples)
     print(table)
-    print(f"ours: median of {len(row['wall'])} runs, before and after the others, {min(row['wall']):.3f} to {max(row['wall']):.3f} s")
+    print(
+        f"ours: median of {len(row['wall'])} runs, before and after the others, {min(row['wall']):.3f} to {max(row['wall']):.3f} s"
+    )
     if args.lm_eval_python:
         tried = ", ".join(f"{size}: {seconds:.2f}" for size, seconds in results["lm_eval"]["batch_sizes"].items())
         print(f"lm-eval: s/example by batch size, on {min(args.search_examples, len(examples))} examples: {tried}")

@@ -1,4 +1,6 @@
-"""What train_step.py compares with: a GPT of the same shape as one would write it in plain torch, and its matrix products alone."""
+"""What train_step.py compares with: a GPT of the same shape as one would write it in plain torch, and its matrix
+products alone.
+"""
 
 from __future__ import annotations
 
@@ -49,17 +51,27 @@ class PlainGPT(nn.Module):
 
 
 class MatrixProducts:
-    """The products of a step's forward and backward pass, attention's two included, on random matrices; calling it computes them once."""
+    """The products of a step's forward and backward pass, attention's two included, on random matrices; calling it
+    computes them once.
+    """
 
-    def __init__(self, vocab: int, length: int, layers: int, dim: int, heads: int, batch: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, vocab: int, length: int, layers: int, dim: int, heads: int, batch: int, device: str, dtype: torch.dtype
+    ) -> None:
         rows = batch * length
         self.linear = []
         in_a_block = ((dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim))
         for inner, outer, times in [*((*shape, layers) for shape in in_a_block), (dim, vocab, 1)]:
-            x, w, g = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, inner), (outer, inner), (rows, outer)))
+            x, w, g = (
+                torch.randn(*shape, device=device, dtype=dtype)
+                for shape in ((rows, inner), (outer, inner), (rows, outer))
+            )
             self.linear.append((x, w, g, times))
         self.layers = layers
-        self.qkv = [torch.randn(batch, heads, length, dim // heads, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        self.qkv = [
+            torch.randn(batch, heads, length, dim // heads, device=device, dtype=dtype, requires_grad=True)
+            for _ in range(3)
+        ]
         self.upstream = torch.randn_like(self.qkv[0])
 
     def __call__(self) -> None:

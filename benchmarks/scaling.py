@@ -1,8 +1,10 @@
-"""How much longer a training step takes with more processes, each doing as much: the cost of communication, and of what they share.
+"""How much longer a training step takes with more processes, each doing as much: the cost of communication, and of what
+they share.
 
     python benchmarks/scaling.py [--processes 1,2] [--updates 40] [--rounds 2] [--backend pytorch_ddp]
 
-Runs examples/pretraining/train.sh on random tokens, one thread a process on a CPU, and prints the median step and its ratio to the first.
+Runs examples/pretraining/train.sh on random tokens, one thread a process on a CPU, and prints the median step and its
+ratio to the first.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def seconds_a_step(data: Path, save: Path, processes: int, args: argparse.Namesp
     environment = {**os.environ, "GPUS": str(processes), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"
     command = ["bash", str(TRAIN), str(data), str(save), *flags]
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    output = subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ).stdout
     lines = [json.loads(line.split(" | ")[-1]) for line in output.splitlines() if "| train_inner | {" in line]
     rates = [float(line["tokens_per_second"]) for line in lines if "tokens_per_second" in line]
     return [processes * 8 * 256 / rate for rate in rates[1:]]
@@ -65,7 +69,9 @@ def main() -> None:
     first = statistics.median(times[counts[0]])
     for n in counts:
         step = statistics.median(times[n])
-        print(f"{n} processes: {step:.3f} s a step ({min(times[n]):.3f}-{max(times[n]):.3f}), {step / first:.3f} of {counts[0]}'s")
+        print(
+            f"{n} processes: {step:.3f} s a step ({min(times[n]):.3f}-{max(times[n]):.3f}), {step / first:.3f} of {counts[0]}'s"
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Cost of a training step, side by side: ours with and without momentum, a plain torch GPT and stock fairseq of the same shape.
+"""Cost of a training step, side by side: ours with and without momentum, a plain torch GPT and stock fairseq of the
+same shape.
 
-    python benchmarks/train_step.py [--shape 125m] [--length 1024] [--batch 4] [--steps 2] [--json OUT.json]
-    python benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20     # bf16 autocast, compiled
+    python benchmarks/train_step.py [--shape 125m] [--length 1024] [--batch 4] [--steps 2] [--json OUT.json] python
+    benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20     # bf16 autocast,
+    compiled
 
-Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each ratio is
-between medians of one run. All but stock fairseq keep freed memory, as our trainer does. What momentum adds is less than a machine's
-speed drifts within a minute: one more process takes --pairs of steps with and without it, one right after the other, of one sequence
-each on a CPU, and the ratios of the pairs are averaged (geometrically, with a 95% interval that takes pairs as independent). CPU time,
-summed over threads, is what to read where other work shares the machine. A step is forward, backward, gradient norm and AdamW on random
-tokens; on a GPU stock fairseq runs with --fp16, the fastest that it has.
+Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each
+ratio is between medians of one run. All but stock fairseq keep freed memory, as our trainer does. What momentum adds is
+less than a machine's speed drifts within a minute: one more process takes --pairs of steps with and without it, one
+right after the other, of one sequence each on a CPU, and the ratios of the pairs are averaged (geometrically, with a
+95% interval that takes pairs as independent). CPU time, summed over threads, is what to read where other work shares
+the machine. A step is forward, backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with
+--fp16, the fastest that it has.
 """
 
 import argparse
@@ -36,7 +39,9 @@ STOCK, PLAIN, OURS, MOMENTUM, PRODUCTS = VARIANTS
 
 
 def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = ()) -> Callable[[int], None]:
-    """step(number) of one of fairseq's architectures, with fairseq's own task, criterion and optimizer; ``flags``: more for it."""
+    """step(number) of one of fairseq's architectures, with fairseq's own task, criterion and optimizer; ``flags``: more
+    for it.
+    """
     import torch
     from fairseq import criterions, optim, options, tasks, utils
     from fairseq.data import Dictionary
@@ -72,7 +77,9 @@ def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = 
     with tempfile.TemporaryDirectory() as folder:
         dictionary.save(f"{folder}/dict.txt")
         words[0] = folder
-        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), [str(w) for w in words]))
+        cfg = convert_namespace_to_omegaconf(
+            options.parse_args_and_arch(options.get_training_parser(), [str(w) for w in words])
+        )
         task = tasks.setup_task(cfg.task)
     torch.manual_seed(0)
     model = task.build_model(cfg.model).to(args.device)
@@ -179,7 +186,11 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
         keep_memory()
     step = {PLAIN: plain_step, PRODUCTS: products_step}.get(variant, lambda args: fairseq_step(variant, args))(args)
     times = columns([timed(step, number, args) for number in range(args.warm + args.steps)][args.warm :])
-    peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if args.device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
     return {**times, "peak_mib": peak}
 
 
@@ -224,7 +235,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=30, help="of steps with and without momentum")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--compile", default=True, action=argparse.BooleanOptionalAction, help="on a GPU; stock fairseq never")
+    parser.add_argument(
+        "--compile", default=True, action=argparse.BooleanOptionalAction, help="on a GPU; stock fairseq never"
+    )
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -248,7 +261,9 @@ def main() -> None:
     seconds = {v: statistics.median(s for r in rows for s in r["seconds"]) for v, rows in results.items()}
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
     where = f"{args.threads} threads, fp32" if args.device == "cpu" else "bf16 autocast" + ", compiled" * args.compile
-    print(f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, {where}, {args.rounds} x {args.steps} steps")
+    print(
+        f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, {where}, {args.rounds} x {args.steps} steps"
+    )
     for variant in VARIANTS:
         spread = [s for r in results[variant] for s in r["seconds"]]
         rate = args.batch * args.length / seconds[variant]
@@ -267,7 +282,9 @@ def main() -> None:
     for kind, key in (("step", "seconds"), ("CPU", "cpu_seconds")):
         name = f"{kind} time, momentum_lm / gpt_lm"
         ratios[name], low, high = ratio_of_pairs(pairs, key)
-        print(f"{name}: {ratios[name]:.3f} ({low:.3f} to {high:.3f}, {args.pairs} pairs of {pair_batch(args)} x {args.length} tokens)")
+        print(
+            f"{name}: {ratios[name]:.3f} ({low:.3f} to {high:.3f}, {args.pairs} pairs of {pair_batch(args)} x {args.length} tokens)"
+        )
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"arguments": vars(args), "results": results, "pairs": pairs, "ratios": ratios}, file, indent=1)

@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Hands the models, criterions, optimizers and tasks to fairseq. Harmless to call again: importing a module twice runs it once.
+    """Hands the models, criterions, optimizers and tasks to fairseq. Harmless to call again: importing a module twice
+    runs it once.
 
-    fairseq_compat calls it after fairseq's import (through the entry point ``fairseq.plugins``) and after ``--user-dir``.
+    fairseq_compat calls it after fairseq's import (through the entry point ``fairseq.plugins``) and after
+    ``--user-dir``.
     """
     import importlib
 

@@ -18,7 +18,9 @@ def usable_cpus() -> int:
 
 
 def bf16_instructions() -> list[str]:
-    """Names of the CPU's bf16 instructions, with which ``--autocast bf16`` is about twice as fast; none where Linux does not tell."""
+    """Names of the CPU's bf16 instructions, with which ``--autocast bf16`` is about twice as fast; none where Linux
+    does not tell.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -27,16 +29,19 @@ def bf16_instructions() -> list[str]:
 
 
 def map_large_tensors() -> None:
-    """For a program's main: from now on memory for tensors of 2 MiB and more goes back to the system when they are freed.
+    """For a program's main: from now on memory for tensors of 2 MiB and more goes back to the system when they are
+    freed.
 
-    The C library of Linux raises that limit to 32 MiB as a program goes on, and keeps what is below, for each thread by itself: weights
-    that come and go then leave holes into which others do not fit. All threads share one heap from now on.
+    The C library of Linux raises that limit to 32 MiB as a program goes on, and keeps what is below, for each thread by
+    itself: weights that come and go then leave holes into which others do not fit. All threads share one heap from now
+    on.
     """
     _set_malloc({_M_MMAP_THRESHOLD: 2 << 20, _M_ARENA_MAX: 1})
 
 
 def keep_memory() -> None:
-    """For a program that computes the same again and again: from now on memory of freed tensors below 32 MiB waits for the next ones.
+    """For a program that computes the same again and again: from now on memory of freed tensors below 32 MiB waits for
+    the next ones.
 
     Otherwise the C library of Linux gives most of it back, and the system clears every page anew.
     """
@@ -53,7 +58,8 @@ def _set_malloc(options: dict[int, int]) -> None:
 def return_memory(collect: bool = True) -> None:
     """Gives the system back what is no longer used of the memory that the C library of Linux keeps.
 
-    ``collect``: also of objects that refer to each other, which takes a quarter of a second beside a large library; without, some ms.
+    ``collect``: also of objects that refer to each other, which takes a quarter of a second beside a large library;
+    without, some ms.
     """
     if collect:
         gc.collect()

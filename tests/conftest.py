@@ -19,14 +19,18 @@ from interpreter import Interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job; the programs that tests interrupt would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell's background job; the programs that tests interrupt would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 
 
 def pytest_collection_finish():
-    """Garbage is not looked for among a million objects of imported modules, which stay: each configuration of hydra's makes much of it."""
+    """Garbage is not looked for among a million objects of imported modules, which stay: each configuration of hydra's
+    makes much of it.
+    """
     gc.collect()
     gc.freeze()
 
@@ -60,8 +64,8 @@ def interpreter():
 def cli_command(interpreter):
     """cli_command([program, *args], env) -> (command, environment) for subprocess.
 
-    ``program`` is a script of this interpreter's environment, or "python", or a path. With ``warm=True`` a script is the one in
-    ``interpreter().bin``, and so are those that it starts by name: forked from the interpreter.
+    ``program`` is a script of this interpreter's environment, or "python", or a path. With ``warm=True`` a script is
+    the one in ``interpreter().bin``, and so are those that it starts by name: forked from the interpreter.
     """
 
     def build(args, env=None, warm=False):
@@ -82,11 +86,12 @@ def cli_command(interpreter):
 
 @pytest.fixture(scope="session")
 def run_cli(cli_command, interpreter, tmp_path_factory):
-    """run_cli([program, *args], env={...}, **subprocess.run's) -> CompletedProcess with text; ``cli_command`` says which.
+    """run_cli([program, *args], env={...}, **subprocess.run's) -> CompletedProcess with text; ``cli_command`` says
+    which.
 
-    It runs in an empty folder unless ``cwd`` is given, forked from ``interpreter`` where that makes no difference (``forked`` says
-    whether), else and with ``fresh=True`` in a process from scratch. With ``warm=True`` what it starts is forked too, and so is
-    ``python -c``, where no import is looked at.
+    It runs in an empty folder unless ``cwd`` is given, forked from ``interpreter`` where that makes no difference
+    (``forked`` says whether), else and with ``fresh=True`` in a process from scratch. With ``warm=True`` what it starts
+    is forked too, and so is ``python -c``, where no import is looked at.
     """
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
@@ -94,12 +99,23 @@ def run_cli(cli_command, interpreter, tmp_path_factory):
         command, environment = cli_command(args, env)
         if warm:
             environment["PATH"] = f"{interpreter().bin}:{environment['PATH']}"
-        forked = not fresh and kwargs.keys() <= {"cwd", "timeout", "input"} and interpreter().runs(command, environment, code=warm)
+        forked = (
+            not fresh
+            and kwargs.keys() <= {"cwd", "timeout", "input"}
+            and interpreter().runs(command, environment, code=warm)
+        )
         if forked:
             where, limit = kwargs.get("cwd", elsewhere), kwargs.get("timeout", 600)
             done = interpreter().run(command, environment, where, limit, kwargs.get("input", ""))
         else:
-            settings = {"cwd": elsewhere, "capture_output": True, "text": True, "timeout": 600, "check": False, **kwargs}
+            settings = {
+                "cwd": elsewhere,
+                "capture_output": True,
+                "text": True,
+                "timeout": 600,
+                "check": False,
+                **kwargs,
+            }
             done = subprocess.run(command, env=environment, **settings)
         done.forked = forked
         return done
@@ -108,7 +124,9 @@ def run_cli(cli_command, interpreter, tmp_path_factory):
 
 
 class LargestTensor(TorchDispatchMode):
-    """``with LargestTensor() as largest: ...``; largest.size is the number of elements of the largest tensor made, backward pass too."""
+    """``with LargestTensor() as largest: ...``; largest.size is the number of elements of the largest tensor made,
+    backward pass too.
+    """
 
     size = 0
 
@@ -153,7 +171,15 @@ def make_lm(tokenizer_folder):
     from momentum_lm.model import Decoder, DecoderConfig
     from momentum_lm.text.tokenizer import load_tokenizer
 
-    shape = {"dim": 32, "ffn_dim": 48, "layers": 2, "heads": 4, "max_positions": 160, "momentum_kind": "ema", "momentum_eta": 0.7}
+    shape = {
+        "dim": 32,
+        "ffn_dim": 48,
+        "layers": 2,
+        "heads": 4,
+        "max_positions": 160,
+        "momentum_kind": "ema",
+        "momentum_eta": 0.7,
+    }
 
     def make(**changes):
         torch.manual_seed(0)
@@ -164,7 +190,10 @@ def make_lm(tokenizer_folder):
         flags = {"dim": "decoder_embed_dim", "ffn_dim": "decoder_ffn_embed_dim", "layers": "decoder_layers",
                  "heads": "decoder_attention_heads", "activation": "activation_fn"}  # fmt: skip
         options = {flags.get(name, name): value for name, value in vars(model.config).items()}
-        options |= {"untie_embeddings": not model.config.tie_embeddings, "no_scale_embedding": not model.config.scale_embeddings}
+        options |= {
+            "untie_embeddings": not model.config.tie_embeddings,
+            "no_scale_embedding": not model.config.scale_embeddings,
+        }
         tensors = {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()}
         torch.save({"model": tensors, "cfg": {"model": options | {"absent_tokens": ""}}}, path)
         return NativeLM(model, path)
@@ -191,5 +220,8 @@ def choices():
     """Each example with its own choices; the last like Winogrande: its own inputs, one continuation."""
     from momentum_lm.icl.datasets.loading import Example
 
-    own = [Example(i, (f"{text} is",), tuple(f" {other}" for other in TEXTS[i + 1 : i + 3 + i % 2]), 1) for i, text in enumerate(TEXTS[:5])]
+    own = [
+        Example(i, (f"{text} is",), tuple(f" {other}" for other in TEXTS[i + 1 : i + 3 + i % 2]), 1)
+        for i, text in enumerate(TEXTS[:5])
+    ]
     return [*own, Example(5, ("the film", "the plot"), (" is very long",) * 2, 0)]

@@ -1,9 +1,10 @@
-"""An interpreter that has imported torch and fairseq, and forks a child for each command: a start costs 0.1 s instead of 3.
+"""An interpreter that has imported torch and fairseq, and forks a child for each command: a start costs 0.1 s instead
+of 3.
 
-``Interpreter(environment)`` starts one. Its ``run`` is subprocess.run; its ``bin`` is a folder of programs for PATH, shells and
-subprocess.Popen: each hands its arguments and its standard streams to a child, passes signals on to it, ends with its exit status, and
-takes it along when it is killed. The child runs an installed script or ``python SCRIPT`` as Python would: its own arguments,
-environment, folder, streams, exit status and exit handlers.
+``Interpreter(environment)`` starts one. Its ``run`` is subprocess.run; its ``bin`` is a folder of programs for PATH,
+shells and subprocess.Popen: each hands its arguments and its standard streams to a child, passes signals on to it, ends
+with its exit status, and takes it along when it is killed. The child runs an installed script or ``python SCRIPT`` as
+Python would: its own arguments, environment, folder, streams, exit status and exit handlers.
 """
 
 import array
@@ -14,7 +15,9 @@ import socket
 import sys
 
 # Variables that nothing reads while it is imported, and beginnings of names of such variables.
-HARMLESS = set("PATH COLUMNS PWD OLDPWD TMPDIR HOME SHLVL _ CUDA_VISIBLE_DEVICES GPUS RESTARTS NODES HEAD RECIPE".split())
+HARMLESS = set(
+    "PATH COLUMNS PWD OLDPWD TMPDIR HOME SHLVL _ CUDA_VISIBLE_DEVICES GPUS RESTARTS NODES HEAD RECIPE".split()
+)
 HARMLESS |= {f"{kind}{name}" for kind in ("", "LOCAL_", "ROLE_", "GROUP_") for name in ("RANK", "WORLD_SIZE", "NAME")}
 PREFIXES = ("PYTEST_", "PIP_", "TORCHELASTIC_", "MASTER_", "TORCH_DISABLE_SHARE_RDZV", "TORCH_NCCL_ASYNC")
 MODULES = ("momentum_lm.", "torch.distributed.run")  # what is forked of ``python -m``
@@ -30,8 +33,10 @@ interpreter.stand_in({address!r}, {program!r})
 
 
 def forkable(command, environment, server, code=False):
-    """Whether a child of the ``server`` (its environment) does the same as a fresh process: a script of this Python, and no variable
-    that matters at import. ``code``: ``python -c`` is such a script; often it is there to see what an import does."""
+    """Whether a child of the ``server`` (its environment) does the same as a fresh process: a script of this Python,
+    and no variable that matters at import. ``code``: ``python -c`` is such a script; often it is there to see what an
+    import does.
+    """
     if any("user" in flag and value.rstrip("/").endswith("momentum_lm") for flag, value in itertools.pairwise(command)):
         return False  # --user-dir: another copy of what is imported here
     changed = {name for name, _ in set(environment.items()) ^ set(server.items())} - HARMLESS
@@ -40,7 +45,9 @@ def forkable(command, environment, server, code=False):
     if is_python(command[0]):
         if command[1:2] == ["-c"]:
             return code
-        return len(command) > 1 and (command[1].endswith(".py") or (command[1] == "-m" and command[2].startswith(MODULES)))
+        return len(command) > 1 and (
+            command[1].endswith(".py") or (command[1] == "-m" and command[2].startswith(MODULES))
+        )
     with open(command[0], "rb") as file:
         first = file.readline(1000)
     return first.startswith(b"#!" + os.path.dirname(sys.executable).encode() + b"/python") and b" " not in first
@@ -51,7 +58,9 @@ def is_python(path):
 
 
 class Request:
-    """A command that a child of the server at ``address`` runs with the three open files ``streams``; ``child`` is its process id."""
+    """A command that a child of the server at ``address`` runs with the three open files ``streams``; ``child`` is its
+    process id.
+    """
 
     def __init__(self, address, command, environment, cwd, streams):
         self.connection = socket.socket(socket.AF_UNIX)
@@ -93,7 +102,9 @@ def stand_in(address, program):
 
 
 class Interpreter:
-    """``Interpreter(environment, scripts)``: a server with that environment, and stand-ins in ``bin`` for the programs in ``scripts``."""
+    """``Interpreter(environment, scripts)``: a server with that environment, and stand-ins in ``bin`` for the programs
+    in ``scripts``.
+    """
 
     def __init__(self, environment, scripts):
         import subprocess
@@ -106,13 +117,23 @@ class Interpreter:
         Path(self.address + ".json").write_text(json.dumps(environment))
         self.bin = Path(self.folder.name, "bin")
         self.bin.mkdir()
-        names = ["fairseq-eval", "momentum-lm", "torchrun", "python", "lm_eval", *(p.name for p in Path(scripts).glob("fairseq-*"))]
+        names = [
+            "fairseq-eval",
+            "momentum-lm",
+            "torchrun",
+            "python",
+            "lm_eval",
+            *(p.name for p in Path(scripts).glob("fairseq-*")),
+        ]
         for program in (Path(scripts, name) for name in names):
             if program.exists():
                 path = self.bin / program.name
                 path.write_text(
                     CLIENT.format(
-                        python=sys.executable, folder=os.path.dirname(__file__), address=self.address, program=str(program)
+                        python=sys.executable,
+                        folder=os.path.dirname(__file__),
+                        address=self.address,
+                        program=str(program),
                     )
                 )
                 path.chmod(0o755)
@@ -193,7 +214,21 @@ def warm_up():
     from hydra.core.plugins import Plugins
 
     Plugins.instance()
-    values = ["1", "-1", "1e-3", "0.5", "null", "true", "'(0.9, 0.98)'", "'/b-c/d_e.f'", "[1,0.5]", "['b,c','d']", "'b c:d'", "b_c", "''"]
+    values = [
+        "1",
+        "-1",
+        "1e-3",
+        "0.5",
+        "null",
+        "true",
+        "'(0.9, 0.98)'",
+        "'/b-c/d_e.f'",
+        "[1,0.5]",
+        "['b,c','d']",
+        "'b c:d'",
+        "b_c",
+        "''",
+    ]
     OverridesParser.create().parse_overrides([f"task.a_b={value}" for value in values])
     inspect.stack()
 
@@ -241,7 +276,9 @@ def script(command, environment, cwd, programs):
     os.environ.update(environment)
     tempfile.tempdir = None
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    if environment.get("PATH", "").startswith(f"{programs}:"):  # then what it finds beside its interpreter is forked too
+    if environment.get("PATH", "").startswith(
+        f"{programs}:"
+    ):  # then what it finds beside its interpreter is forked too
         sys.executable = f"{programs}/python"
     words = command[1:] if python else command
     module = words[1] if words[0] == "-m" else None

@@ -1,4 +1,6 @@
-"""The house rules that a machine can check: who imports whom, and that the core stands without fairseq and transformers."""
+"""The house rules that a machine can check: who imports whom, and that the core stands without fairseq and
+transformers.
+"""
 
 import ast
 import importlib.util
@@ -12,7 +14,21 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "momentum_lm"
 # A room imports those before it. The last three import anything, and nothing imports them, each other included.
 ROOMS = (
-    *("errors", "files", "system", "untrusted", "cpu", "ops", "model", "text", "formats", "lm", "icl", "analysis", "results"),
+    *(
+        "errors",
+        "files",
+        "system",
+        "untrusted",
+        "cpu",
+        "ops",
+        "model",
+        "text",
+        "formats",
+        "lm",
+        "icl",
+        "analysis",
+        "results",
+    ),
     *("studies", "report", "planning", "fairseq_plugin", "harness", "cli"),
 )
 FRONT = ("fairseq_plugin", "harness", "cli")
@@ -21,7 +37,8 @@ CORE = [room for room in ROOMS if room not in FRONT and (PACKAGE / room).is_dir(
 NOT_YET = {
     ("fairseq_plugin", "cli"),
 }  # fmt: skip
-# As if they were not installed. (None in sys.modules is not that: `datasets` takes such an entry for an imported module.)
+# As if they were not installed. (None in sys.modules is not that: `datasets` takes such an entry for an imported
+# module.)
 BLOCK = """
 import sys
 class Block:
@@ -52,7 +69,9 @@ def imported_rooms(path):
 
 
 def test_every_room_is_listed():
-    assert {path.stem for path in PACKAGE.iterdir() if path.name[0] not in "_." and path.name != "py.typed"} == set(ROOMS)
+    assert {path.stem for path in PACKAGE.iterdir() if path.name[0] not in "_." and path.name != "py.typed"} == set(
+        ROOMS
+    )
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -60,7 +79,9 @@ def test_imports_point_one_way(room):
     above = set(ROOMS) - set(FRONT) if room in FRONT else set(ROOMS[: ROOMS.index(room)])
     files = (PACKAGE / room).rglob("*.py") if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
     for path in files:
-        extra = {other for other in imported_rooms(path) if (room, other) not in NOT_YET} - above - {room, "__version__"}
+        extra = (
+            {other for other in imported_rooms(path) if (room, other) not in NOT_YET} - above - {room, "__version__"}
+        )
         assert not extra, f"{path.relative_to(ROOT)} imports {', '.join(sorted(extra))}"
 
 

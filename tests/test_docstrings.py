@@ -24,7 +24,9 @@ def public(tree):
 
 def inherits(tree, name):
     """Whether the class of a method has a base, whose docstring stands for one that it lacks."""
-    return any(isinstance(node, ast.ClassDef) and node.name == name.partition(".")[0] and node.bases for node in tree.body)
+    return any(
+        isinstance(node, ast.ClassDef) and node.name == name.partition(".")[0] and node.bases for node in tree.body
+    )
 
 
 def takes_arrays(node):
@@ -34,14 +36,18 @@ def takes_arrays(node):
 
 def raises(node):
     """Whether the function itself raises an error that a caller should know of."""
-    raised = [ast.unparse(inner.exc) for inner in ast.walk(node) if isinstance(inner, ast.Raise) and inner.exc is not None]
+    raised = [
+        ast.unparse(inner.exc) for inner in ast.walk(node) if isinstance(inner, ast.Raise) and inner.exc is not None
+    ]
     return any(not re.match(r"(NotImplementedError|error\b)", error) for error in raised)
 
 
 def overrides(name, node):
     """A method that fills in what a base class documents."""
     named = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ())]
-    return "." in name and (node.name in ("forward", "html") or any(text.endswith(("property", "setter")) for text in named))
+    return "." in name and (
+        node.name in ("forward", "html") or any(text.endswith(("property", "setter")) for text in named)
+    )
 
 
 def problems(path):

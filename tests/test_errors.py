@@ -56,7 +56,9 @@ def test_values_as_they_are_typed():
         *(arg(shots=(0, 4)), " ", arg(gpus=1), " ", arg(separator="a b"), " ", arg(position="x" * 99), " "),
         *(arg(output=Path("y" * 99)), " ", arg(pad_to=""), " ", arg("tokenizer"), "\n\x1b"),
     )
-    words = f"--shots 0,4 --gpus 1 --separator \"a b\" --position {'x' * 79}… --output {'y' * 99} --pad-to \"\" --tokenizer ?"
+    words = (
+        f'--shots 0,4 --gpus 1 --separator "a b" --position {"x" * 79}… --output {"y" * 99} --pad-to "" --tokenizer ?'
+    )
     assert error.line() == words
     with pytest.raises(TypeError):
         arg("dim", heads=3)

@@ -48,7 +48,9 @@ def test_hook_imports_nothing_at_python_start(run_cli):
 
 
 def test_hook_is_installed_once(run_cli):
-    code = "import sys, fairseq_compat as f; f.install(); print(sum(type(x).__name__ == '_Finder' for x in sys.meta_path))"
+    code = (
+        "import sys, fairseq_compat as f; f.install(); print(sum(type(x).__name__ == '_Finder' for x in sys.meta_path))"
+    )
     assert run_cli(["python", "-c", code]).stdout == "1\n"
     assert run_cli(["python", "-c", code], env={"FAIRSEQ_COMPAT": "0"}).stdout == "0\n"
 
@@ -56,7 +58,9 @@ def test_hook_is_installed_once(run_cli):
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14", "3.15"])
 def test_hook_runs_on_each_python(version):
     program = shutil.which(f"python{version}")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fairseq_compat; print(type(sys.meta_path[0]).__name__)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fairseq_compat; print(type(sys.meta_path[0]).__name__)"
+    )
     if not program or subprocess.run([program, "-V"], capture_output=True).returncode:
         pytest.skip(f"no Python {version} here")
     result = subprocess.run([program, "-I", "-c", code], capture_output=True, text=True, check=False)
@@ -97,7 +101,9 @@ def buckets():
 
     data = [torch.full((n,), 4) for n in (3, 3, 5)]
     sizes = np.array([3, 3, 5])
-    return LanguagePairDataset(data, sizes, Dictionary(), data, sizes, Dictionary(), num_buckets=2).bucketed_num_tokens.tolist()
+    return LanguagePairDataset(
+        data, sizes, Dictionary(), data, sizes, Dictionary(), num_buckets=2
+    ).bucketed_num_tokens.tolist()
 
 
 def crf():
@@ -158,8 +164,11 @@ def test_fairseqs_own_transformers_go_through_torchscript(fairseq):
     dictionary = Dictionary()
     for symbol in "abcdefgh":
         dictionary.add_symbol(symbol)
-    sides = [f"{side}_{key}"
-        for side in ("encoder", "decoder") for key in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")]
+    sides = [
+        f"{side}_{key}"
+        for side in ("encoder", "decoder")
+        for key in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
+    ]
     shape = argparse.Namespace(**dict(zip(sides, [2, 16, 32, 2] * 2, strict=True)))
     base_architecture(shape)
     torch.manual_seed(0)
@@ -351,11 +360,22 @@ def test_stock_fairseq_loads_a_legacy_models_checkpoint(plain, fairseq, monkeypa
 def trained(request, tmp_path):
     """A checkpoint of language modelling, in the present form and in the older one."""
     options = {"data": "old", "tokens_per_sample": 32, "add_bos_token": True}
-    cfg = {"task": {**options, "_name": "language_modeling"}, "criterion": {"_name": "cross_entropy"}, "model": {"dropout": 0.1}}
-    old = {"task": "language_modeling", "criterion": "cross_entropy", "arch": "transformer_lm", "max_target_positions": 32}
+    cfg = {
+        "task": {**options, "_name": "language_modeling"},
+        "criterion": {"_name": "cross_entropy"},
+        "model": {"dropout": 0.1},
+    }
+    old = {
+        "task": "language_modeling",
+        "criterion": "cross_entropy",
+        "arch": "transformer_lm",
+        "max_target_positions": 32,
+    }
     state = {"cfg": cfg} if request.param == "cfg" else {"args": argparse.Namespace(**options, **old)}
     history = [{"num_updates": 0, "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}]
-    torch.save({"model": {}, "optimizer_history": history, "extra_state": {"epoch": 1}, **state}, tmp_path / "trained.pt")
+    torch.save(
+        {"model": {}, "optimizer_history": history, "extra_state": {"epoch": 1}, **state}, tmp_path / "trained.pt"
+    )
     return tmp_path / "trained.pt"
 
 
@@ -374,7 +394,9 @@ def test_a_task_for_any_checkpoint_replaces_the_checkpoints_own(trained, fairseq
     if "cfg" in load_checkpoint(trained):
         other = {"task": "momentum_language_modeling", "criterion": "chunked_cross_entropy"}
         assert load(**other)[0] == "language_modeling"  # a task that trains stays what it was
-        monkeypatch.setattr(checkpoint_utils, "overwrite_args_by_name", checkpoint_utils.overwrite_args_by_name.__wrapped__)
+        monkeypatch.setattr(
+            checkpoint_utils, "overwrite_args_by_name", checkpoint_utils.overwrite_args_by_name.__wrapped__
+        )
         assert load(**ours) == ("language_modeling", "new", True, "cross_entropy")
 
 
@@ -384,8 +406,11 @@ def test_options_that_name_others_are_read_as_stock_fairseq_reads_them(trained, 
     from fairseq import checkpoint_utils
 
     state = load_checkpoint(trained)
-    state["cfg"] |= {"common": {"seed": 5}, "optimization": {"lr": [0.1]},
-        "lr_scheduler": {"_name": "fixed", "lr": "${optimization.lr}"}}
+    state["cfg"] |= {
+        "common": {"seed": 5},
+        "optimization": {"lr": [0.1]},
+        "lr_scheduler": {"_name": "fixed", "lr": "${optimization.lr}"},
+    }
     state["cfg"]["task"]["seed"] = "${common.seed}"
     torch.save(state, trained)
     cfg = checkpoint_utils.load_checkpoint_to_cpu(str(trained))["cfg"]
@@ -436,8 +461,12 @@ def test_odd_checkpoints_are_one_line_in_fairseq_too(case, trained, fairseq):
 
     entries, message = ODD[case]
     state = load_checkpoint(trained)
-    torch.save({"model": {}, "cfg": {}} if entries is None else {**state, "args": None,
-        "cfg": {"task": {"_name": "language_modeling"}}, **entries}, trained)
+    torch.save(
+        {"model": {}, "cfg": {}}
+        if entries is None
+        else {**state, "args": None, "cfg": {"task": {"_name": "language_modeling"}}, **entries},
+        trained,
+    )
     if "ours with" in case and "layers" in case:
         torch.save({**load_checkpoint(trained), "model": {"decoder.embed_tokens.weight": torch.ones(9, 512)}}, trained)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -467,10 +496,19 @@ def test_what_fairseq_does_not_know_is_said_before_it_is_made(case, trained, fai
     from fairseq import checkpoint_utils
 
     sections, message = COMPONENTS[case]
-    good = {"task": {"_name": "language_modeling", "data": "nowhere"}, "model": {"_name": "gpt_lm_tiny"},
-        "criterion": {"_name": "cross_entropy"}}
-    torch.save({**load_checkpoint(trained), "args": None, "cfg": {k: v for k,
-        v in (good | sections).items() if v is not None}}, trained)
+    good = {
+        "task": {"_name": "language_modeling", "data": "nowhere"},
+        "model": {"_name": "gpt_lm_tiny"},
+        "criterion": {"_name": "cross_entropy"},
+    }
+    torch.save(
+        {
+            **load_checkpoint(trained),
+            "args": None,
+            "cfg": {k: v for k, v in (good | sections).items() if v is not None},
+        },
+        trained,
+    )
     with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint_utils.load_model_ensemble_and_task([str(trained)])
     assert "trained.pt" in str(caught.value) and "\n" not in str(caught.value)
@@ -548,7 +586,11 @@ def test_options_are_plain_values(text, fairseq, monkeypatch):
 
 def test_options_that_fairseq_itself_evaluates_mean_what_they_meant(fairseq):
     """Those of every architecture, among them sums of repeated lists."""
-    fields = [f for configuration in fairseq.models.MODEL_DATACLASS_REGISTRY.values() for f in dataclasses.fields(configuration)]
+    fields = [
+        f
+        for configuration in fairseq.models.MODEL_DATACLASS_REGISTRY.values()
+        for f in dataclasses.fields(configuration)
+    ]
     texts = {field.default for field in fields if isinstance(field.default, str)}
     for arch in ("fconv", "fconv_wmt_en_fr", "fconv_lm", "fconv_lm_dauphin_wikitext103", "fconv_self_att_wp"):
         args = argparse.Namespace()
@@ -606,7 +648,9 @@ def test_checkpoints_are_written_beside_and_renamed(fairseq, tmp_path, monkeypat
 
     events = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", os.path.realpath(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(("fsync", os.path.realpath(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", a, b)), replace(a, b)))
     names = ("checkpoint_1_2.pt", "checkpoint_best.pt", "checkpoint_last.pt")
     first, best, last = (str(tmp_path / name) for name in names)
@@ -620,7 +664,9 @@ def test_checkpoints_are_written_beside_and_renamed(fairseq, tmp_path, monkeypat
         expected += [("fsync", path + ".tmp")] * (path != best)
         expected += [("replace", path + ".tmp", path), ("fsync", str(tmp_path))]
     assert events == expected
-    checkpoint_utils.torch_persistent_save({"model": torch.zeros(2)}, first)  # and stays as it is when the first is written anew
+    checkpoint_utils.torch_persistent_save(
+        {"model": torch.zeros(2)}, first
+    )  # and stays as it is when the first is written anew
     assert load_checkpoint(best)["model"].tolist() == [1, 1] and load_checkpoint(first)["model"].tolist() == [0, 0]
     assert sorted(os.listdir(tmp_path)) == sorted(names)
 
@@ -721,9 +767,18 @@ def test_killed_while_copying_the_last_checkpoint(run_cli, tmp_path):
 def test_a_leftover_is_never_taken_for_a_checkpoint(fairseq, tmp_path):
     from fairseq import checkpoint_utils
 
-    for name in ("checkpoint1.pt", "checkpoint_1_20.pt", "checkpoint_1_30.pt.tmp", "checkpoint2.pt.tmp", "checkpoint_last.pt.tmp"):
+    for name in (
+        "checkpoint1.pt",
+        "checkpoint_1_20.pt",
+        "checkpoint_1_30.pt.tmp",
+        "checkpoint2.pt.tmp",
+        "checkpoint_last.pt.tmp",
+    ):
         (tmp_path / name).write_bytes(b"x")
-    for pattern, found in ((r"checkpoint(\d+)\.pt", "checkpoint1.pt"), (r"checkpoint_\d+_(\d+)\.pt", "checkpoint_1_20.pt")):
+    for pattern, found in (
+        (r"checkpoint(\d+)\.pt", "checkpoint1.pt"),
+        (r"checkpoint_\d+_(\d+)\.pt", "checkpoint_1_20.pt"),
+    ):
         assert checkpoint_utils.checkpoint_paths(str(tmp_path), pattern) == [str(tmp_path / found)]
     checkpoint_utils.torch_persistent_save({"model": 1}, str(tmp_path / "checkpoint_last.pt"))
     assert load_checkpoint(tmp_path / "checkpoint_last.pt") == {"model": 1}
@@ -744,8 +799,28 @@ def train(run_cli, tmp_path_factory):
 
     def run(*more, arch="transformer_lm", command=("fairseq-train",), **kwargs):
         shape = ["--decoder-layers", "1", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "16"]
-        settings = ["--optimizer", "adam", "--lr", "1e-3", "--tokens-per-sample", "16", "--max-tokens", "64", "--max-update", "1"]
-        fixed = [folder / "data", "--task", "language_modeling", "--arch", arch, *shape, "--decoder-attention-heads", "2"]
+        settings = [
+            "--optimizer",
+            "adam",
+            "--lr",
+            "1e-3",
+            "--tokens-per-sample",
+            "16",
+            "--max-tokens",
+            "64",
+            "--max-update",
+            "1",
+        ]
+        fixed = [
+            folder / "data",
+            "--task",
+            "language_modeling",
+            "--arch",
+            arch,
+            *shape,
+            "--decoder-attention-heads",
+            "2",
+        ]
         return run_cli([*command, *fixed, *settings, "--cpu", "--disable-validation", *more], **kwargs)
 
     run.data = folder / "data"
@@ -770,11 +845,15 @@ def test_options_in_a_checkpoint_run_no_code(train, run_cli, tmp_path):
     assert state["cfg"]["model"]["_name"] == "transformer_lm"
     code = f"__import__('os').system('touch {tmp_path}/OWNED')"
     for changes in ({"character_embeddings": True, "character_filters": code}, {"adaptive_softmax_cutoff": code}):
-        torch.save({**state, "cfg": {**state["cfg"], "model": state["cfg"]["model"] | changes}}, tmp_path / "hostile.pt")
+        torch.save(
+            {**state, "cfg": {**state["cfg"], "model": state["cfg"]["model"] | changes}}, tmp_path / "hostile.pt"
+        )
         words = ["fairseq-eval-lm", train.data, "--path", tmp_path / "hostile.pt", "--cpu", "--gen-subset", "valid"]
         refused = run_cli(words)
         assert refused.returncode == 1 and "Traceback" not in refused.stderr
-        assert refused.stderr.splitlines()[-1].startswith('error: "__import__') and "--trust-checkpoint" in refused.stderr
+        assert (
+            refused.stderr.splitlines()[-1].startswith('error: "__import__') and "--trust-checkpoint" in refused.stderr
+        )
         assert not (tmp_path / "OWNED").exists()
     run_cli([*words, "--trust-checkpoint"])
     assert (tmp_path / "OWNED").exists()
@@ -785,8 +864,10 @@ def test_a_state_of_training_that_does_not_fit_is_one_line(train, tmp_path):
     assert trained.returncode == 0, trained.stderr
     state = load_checkpoint(tmp_path / "out/checkpoint_last.pt")
     groups = [{**group, "params": group["params"][:1]} for group in state["last_optimizer_state"]["param_groups"]]
-    torch.save({**state, "last_optimizer_state": {**state["last_optimizer_state"], "param_groups": groups}},
-        tmp_path / "odd.pt")
+    torch.save(
+        {**state, "last_optimizer_state": {**state["last_optimizer_state"], "param_groups": groups}},
+        tmp_path / "odd.pt",
+    )
     refused = train("--restore-file", tmp_path / "odd.pt", "--save-dir", tmp_path / "again")
     last = refused.stderr.splitlines()[-1]
     expected = f"error: the state of training in {tmp_path}/odd.pt does not fit this run (ValueError: "

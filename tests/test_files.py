@@ -45,7 +45,11 @@ def test_an_oserror_is_one_line_with_the_file(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     again = "fix that and run the same command again"
-    for name, reason in (("nowhere/x", "No such file or directory"), ("folder", "Is a directory"), ("file/x", "Not a directory")):
+    for name, reason in (
+        ("nowhere/x", "No such file or directory"),
+        ("folder", "Is a directory"),
+        ("file/x", "Not a directory"),
+    ):
         path = tmp_path / name
         assert told(lambda path=path: write_json(path, {}), capsys) == f"error: {path}: {reason}; {again}"
         assert told(lambda path=path: path.write_text(""), capsys) == f"error: {path}: {reason}; {again}"
@@ -122,7 +126,9 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     other = "import sys, time; from momentum_lm.files import locked\nwith locked(sys.argv[1]): print('has it', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", other, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "has it\n"
-    refused = pytest.raises(UserError, match=rf"out is being written by process {process.pid}; wait until it ends, or end it")
+    refused = pytest.raises(
+        UserError, match=rf"out is being written by process {process.pid}; wait until it ends, or end it"
+    )
     with refused, locked(tmp_path / "out"):
         pass
     process.kill()  # as kill -9

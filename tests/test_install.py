@@ -20,7 +20,15 @@ HOOKED = "import sys; print('fairseq_compat' in sys.modules)"
 def source(tmp_path_factory):
     """A copy of what the package is built from, so that the build leaves nothing in the checkout."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "README.md", "fairseq_compat.py", "fairseq_compat.pth"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "LICENSE",
+        "README.md",
+        "fairseq_compat.py",
+        "fairseq_compat.pth",
+    ):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder)
     for name in ("momentum_lm", "scripts"):
@@ -68,7 +76,9 @@ def test_pip_installs_the_hook_and_removes_it(editable, environment, source):
     environment.install(*(["--editable"] if editable else []), source)
     assert "fairseq_compat.pth" in os.listdir(environment.site)
     assert environment.run("-c", HOOKED).stdout == "True\n"
-    code = "import fairseq.models as m, momentum_lm; print(momentum_lm.__file__, 'gpt_lm_tiny' in m.ARCH_MODEL_REGISTRY)"
+    code = (
+        "import fairseq.models as m, momentum_lm; print(momentum_lm.__file__, 'gpt_lm_tiny' in m.ARCH_MODEL_REGISTRY)"
+    )
     where = (source if editable else environment.site) / "momentum_lm"
     assert environment.run("-c", code).stdout == f"{where}/__init__.py True\n"
     for file in ("py.typed", "ops/README.md", "icl/datasets/mr.yaml"):
@@ -94,7 +104,10 @@ def test_doctor_sees_that_a_target_folder_has_no_hook(environment, source, tmp_p
     result = environment.run("-m", "momentum_lm.cli.main", "doctor", "--json", env=path)
     checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     assert result.returncode == 1 and checks["fairseq hook"]["status"] == "problem", result.stdout
-    assert "pip --target" in checks["fairseq hook"]["detail"] and "python -m fairseq_compat" in checks["fairseq hook"]["remedy"]
+    assert (
+        "pip --target" in checks["fairseq hook"]["detail"]
+        and "python -m fairseq_compat" in checks["fairseq hook"]["remedy"]
+    )
     assert checks["plugin"]["status"] == checks["fairseq"]["status"] == "ok"
 
 
@@ -143,14 +156,19 @@ def test_setup_survives_a_kill_and_a_race(source, tmp_path):
     command = ["bash", "-c", SETUP.format(folder=source)]
     environment = {**os.environ, "VENV": str(venv)}
     environment.pop("PYTHON", None)
-    first = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     while not list(venv.glob("lib/python*/site-packages/torch")):
         assert first.poll() is None
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert (venv / ".momentum_lm.unfinished").exists() and not (venv / ".momentum_lm").exists()
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert sorted("making the environment" in err for _, err in outputs) == [False, True]

@@ -23,7 +23,9 @@ def test_equals_a_fresh_process(command, run_cli):
     assert (forked.forked, fresh.forked, forked.returncode) == (True, False, fresh.returncode)
     for ours, theirs in ((forked.stdout, fresh.stdout), (forked.stderr, fresh.stderr)):
         ours, theirs = (re.sub(r"(?m)^\d{4}-.*? \|", "", text) for text in (ours, theirs))  # without the times of logs
-        noise = [line for line in theirs.splitlines(keepends=True) if "Please install tensorboardX" in line]  # said by an import
+        noise = [
+            line for line in theirs.splitlines(keepends=True) if "Please install tensorboardX" in line
+        ]  # said by an import
         assert ours == "".join(line for line in theirs.splitlines(keepends=True) if line not in noise)
 
 
@@ -61,7 +63,8 @@ ENDS = {
 def test_a_program_sees_what_it_would_see(tmp_path, script, run_cli):
     path = script(PROGRAM)
     forked, fresh = (
-        run_cli([path, "a", "b c"], env={"COLUMNS": 77}, cwd=tmp_path, fresh=fresh, input="in") for fresh in (False, True)
+        run_cli([path, "a", "b c"], env={"COLUMNS": 77}, cwd=tmp_path, fresh=fresh, input="in")
+        for fresh in (False, True)
     )
     assert forked.forked
     assert forked.stdout == fresh.stdout == f"['a', 'b c'] in {tmp_path} 77 {tmp_path} __main__ {path}\nthread\nlast\n"
@@ -102,9 +105,15 @@ def test_python_runs_scripts_and_modules(tmp_path, run_cli):
 def test_shells_find_the_forking_programs(tmp_path, cli_command, script):
     """Their streams, exit status and signals are the child's; so is the end of one that is killed."""
     path = script("import os, sys, time; print(flush=True); os.kill(os.getpid(), int(sys.argv[1])); time.sleep(60)")
-    command, environment = cli_command(["/bin/sh", "-c", "momentum-lm --version | cat; momentum-lm report nowhere"], warm=True)
+    command, environment = cli_command(
+        ["/bin/sh", "-c", "momentum-lm --version | cat; momentum-lm report nowhere"], warm=True
+    )
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("momentum-lm") and done.stderr.startswith("error: cannot read nowhere") and done.returncode == 2
+    assert (
+        done.stdout.startswith("momentum-lm")
+        and done.stderr.startswith("error: cannot read nowhere")
+        and done.returncode == 2
+    )
     command, environment = cli_command(["python", path, "15"], warm=True)
     assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == -15
     command, environment = cli_command(["python", path, "0"], warm=True)

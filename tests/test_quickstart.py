@@ -24,7 +24,20 @@ def corpus(tmp_path_factory):
 
 
 def arguments(corpus, output):
-    return ["python", SCRIPT, "--corpus", corpus, "--output", output, "--skip", "icl,finetuning", "--seconds", "1", "--vocab-size", "400"]
+    return [
+        "python",
+        SCRIPT,
+        "--corpus",
+        corpus,
+        "--output",
+        output,
+        "--skip",
+        "icl,finetuning",
+        "--seconds",
+        "1",
+        "--vocab-size",
+        "400",
+    ]
 
 
 @pytest.mark.slow
@@ -106,7 +119,10 @@ def test_a_pretrained_model_is_evaluated_and_every_number_can_be_traced(run_cli,
     assert f"{100 * zero['accuracy']:.1f}% (" in summary["in_context"]
     (analysed,) = json.loads((output / "finetuning/results.json").read_text())["runs"]
     assert f"{100 * analysed['accuracy']['finetuned']:.1f}%" in page
-    assert all((output / name / "report.html").exists() and f'href="{name}/report.html"' in page for name in ("icl", "finetuning"))
+    assert all(
+        (output / name / "report.html").exists() and f'href="{name}/report.html"' in page
+        for name in ("icl", "finetuning")
+    )
     stamp = (output / "finetuning/results.json").stat().st_mtime_ns
     assert run_cli(command, timeout=120).returncode == 0
     assert (output / "finetuning/results.json").stat().st_mtime_ns == stamp

@@ -41,8 +41,7 @@ def yaml(tmp_path):
 def test_texts_lists_and_mappings_and_what_else_a_scalar_is(yaml):
     found = yaml(
         '\ufefftext: a\nquoted: "1"\nlist: [x, {y: z}]\nnothing:\nno: Yes\nnumber: 0x10\n'
-        "float: 1.50\nday: 2024-99-99\nlong: "
-        + "9" * 5000
+        "float: 1.50\nday: 2024-99-99\nlong: " + "9" * 5000
     )
     assert found == {
         "text": "a", "quoted": "1", "list": ["x", {"y": "z"}], "nothing": None,

@@ -1,6 +1,8 @@
-"""From gradient descent on a linear layer to attention and to momentum attention: each identity of the paper, with numbers.
+"""From gradient descent on a linear layer to attention and to momentum attention: each identity of the paper, with
+numbers.
 
-Small random layers in float64, so an identity holds to rounding (about 1e-15) or not at all. Ends with status 1 if one does not.
+Small random layers in float64, so an identity holds to rounding (about 1e-15) or not at all. Ends with status 1 if one
+does not.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def draws(seed: int) -> Callable[..., Tensor]:
 
 
 def one_step(draw: Callable[..., Tensor]) -> Identity:
-    """Train a linear layer for one step, or leave it and attend to the training inputs: the answer to a new input is the same."""
+    """Train a linear layer for one step, or leave it and attend to the training inputs: the answer to a new input is
+    the same.
+    """
     weight, inputs, targets, query = draw(3, D), draw(D, DEMOS), draw(3, DEMOS), draw(D)
 
     def loss(outputs: Tensor) -> Tensor:
@@ -49,7 +53,9 @@ def one_step(draw: Callable[..., Tensor]) -> Identity:
 
 
 def one_example_at_a_time(draw: Callable[..., Tensor]) -> Identity:
-    """The paper's finetuning, a step an example: every example leaves one key (its input) and one value (its error signal then)."""
+    """The paper's finetuning, a step an example: every example leaves one key (its input) and one value (its error
+    signal then).
+    """
     weight, inputs, targets, query = draw(3, D), draw(D, DEMOS), draw(3, DEMOS), draw(D)
     trained, signals = weight, []
     for x, y in zip(inputs.T, targets.T, strict=True):
@@ -60,10 +66,17 @@ def one_example_at_a_time(draw: Callable[..., Tensor]) -> Identity:
 
 
 def in_context(draw: Callable[..., Tensor]) -> Identity:
-    """Attention without softmax is linear in the query; demonstrations add dW_ICL to the map that it applies without them."""
+    """Attention without softmax is linear in the query; demonstrations add dW_ICL to the map that it applies without
+    them.
+    """
     w_v, w_k, demos, context, query = draw(HEAD, D), draw(HEAD, D), draw(D, DEMOS), draw(D, CONTEXT), draw(HEAD)
     updated = (df.zero_shot_weight(w_v, w_k, context) + df.icl_update(w_v, w_k, demos)) @ query
-    return "section 3.1", "attention over [X'; X] = (W_ZSL + dW_ICL) q", df.relaxed_attention(w_v, w_k, demos, context, query), updated
+    return (
+        "section 3.1",
+        "attention over [X'; X] = (W_ZSL + dW_ICL) q",
+        df.relaxed_attention(w_v, w_k, demos, context, query),
+        updated,
+    )
 
 
 def finetuned(draw: Callable[..., Tensor]) -> Identity:
@@ -117,10 +130,23 @@ def momentum_attention(draw: Callable[..., Tensor]) -> Identity:
     eta, values = 0.7, draw(1, 1, DEMOS, HEAD)
     average, _ = ema(values, torch.tensor([eta], dtype=torch.float64).log())
     history = values[0, 0, :-1]
-    return "section 5", "MoAttn - Attn at token t = sum_{i<t} eta^(t-i) v_i", average[0, 0, -1], df.exponential_average(history, eta)
+    return (
+        "section 5",
+        "MoAttn - Attn at token t = sum_{i<t} eta^(t-i) v_i",
+        average[0, 0, -1],
+        df.exponential_average(history, eta),
+    )
 
 
-IDENTITIES = (one_step, one_example_at_a_time, in_context, finetuned, attention_that_descends, momentum, momentum_attention)
+IDENTITIES = (
+    one_step,
+    one_example_at_a_time,
+    in_context,
+    finetuned,
+    attention_that_descends,
+    momentum,
+    momentum_attention,
+)
 
 
 def learning_panel(seed: int) -> Panel:
@@ -147,7 +173,15 @@ def learning_panel(seed: int) -> Panel:
         axes.set(ylabel=f"squared error on new x (variance of y: {D})")
         for i, (name, errors) in enumerate(series.items()):
             style = line_style(i) if i < 2 else line_style(i) | {"linestyle": "none"}
-            axes.plot(counts, errors, label=name, marker=MARKERS[i] if i == 2 else None, markerfacecolor="none", markersize=8, **style)
+            axes.plot(
+                counts,
+                errors,
+                label=name,
+                marker=MARKERS[i] if i == 2 else None,
+                markerfacecolor="none",
+                markersize=8,
+                **style,
+            )
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
 
@@ -155,7 +189,9 @@ def learning_panel(seed: int) -> Panel:
 
 
 def softmax_panel(seed: int, runs: int = 200) -> Panel:
-    """Cosine of what demonstrations change in the head's output with softmax and in the relaxed form, over the size of the logits."""
+    """Cosine of what demonstrations change in the head's output with softmax and in the relaxed form, over the size of
+    the logits.
+    """
     scales = [0.1, 0.2, 0.5, 1, 2, 5, 10]
     centres, lows, highs = [], [], []
     for scale in scales:
@@ -163,11 +199,16 @@ def softmax_panel(seed: int, runs: int = 200) -> Panel:
         for run in range(runs):
             draw = draws(1000 * seed + run)
             demos, context, query = draw(D, DEMOS), draw(D, CONTEXT), draw(HEAD)
-            w_v, w_k = draw(HEAD, D), draw(HEAD, D) * scale / math.sqrt(HEAD * D)  # logits k.q have this standard deviation
+            w_v, w_k = (
+                draw(HEAD, D),
+                draw(HEAD, D) * scale / math.sqrt(HEAD * D),
+            )  # logits k.q have this standard deviation
             tokens = torch.cat([demos, context], 1)
             with_demos = (w_v @ tokens) @ ((w_k @ tokens).T @ query).softmax(0)
             without = (w_v @ context) @ ((w_k @ context).T @ query).softmax(0)
-            cosines.append(float(torch.cosine_similarity(with_demos - without, df.icl_update(w_v, w_k, demos) @ query, dim=0)))
+            cosines.append(
+                float(torch.cosine_similarity(with_demos - without, df.icl_update(w_v, w_k, demos) @ query, dim=0))
+            )
         interval = t_interval(cosines)
         centres.append(interval.estimate)
         lows.append(interval.low)
@@ -193,7 +234,9 @@ def lag_panel(etas: Sequence[float] = (0.3, 0.5, 0.9)) -> Panel:
     def panel(axes: Any) -> None:
         axes.set(xlabel="tokens back", ylabel="weight of the value", title="What momentum adds")
         for i, eta in enumerate(etas):
-            axes.plot(range(17), weights[i].tolist(), label=f"eta {eta}", marker=MARKERS[i], markersize=4, **line_style(i))
+            axes.plot(
+                range(17), weights[i].tolist(), label=f"eta {eta}", marker=MARKERS[i], markersize=4, **line_style(i)
+            )
 
     return panel
 

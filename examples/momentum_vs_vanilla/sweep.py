@@ -1,10 +1,12 @@
-"""Which momentum, if any, lowers perplexity? Trains every variant on equal tokens with stock ``fairseq-train`` and compares.
+"""Which momentum, if any, lowers perplexity? Trains every variant on equal tokens with stock ``fairseq-train`` and
+compares.
 
     python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --splits valid
     python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --seeds 1,2,3 --variants vanilla,ema_0.3
 
-DATA comes from ``momentum-lm prepare``. Variants and seeds may be added by later calls: what is finished is not run again, and what was
-interrupted goes on; another --lr, --autocast or DATA needs another --output. Selection uses the ``valid`` split; quote the ``test`` split.
+DATA comes from ``momentum-lm prepare``. Variants and seeds may be added by later calls: what is finished is not run
+again, and what was interrupted goes on; another --lr, --autocast or DATA needs another --output. Selection uses the
+``valid`` split; quote the ``test`` split.
 """
 
 import argparse
@@ -33,7 +35,10 @@ VARIANTS: dict[str, list[str]] = {
     "vanilla": ["--arch", "gpt_lm_tiny"],
     **{f"ema_{eta}": ["--arch", "momentum_lm_tiny", "--momentum-eta", str(eta)] for eta in ETAS},
     "ema_learned": ["--arch", "momentum_lm_tiny", "--momentum-eta", "0.5", "--momentum-learned"],
-    **{f"ema_{eta}_normalized": ["--arch", "momentum_lm_tiny", "--momentum-eta", str(eta), "--momentum-normalize"] for eta in (0.7, 0.9)},
+    **{
+        f"ema_{eta}_normalized": ["--arch", "momentum_lm_tiny", "--momentum-eta", str(eta), "--momentum-normalize"]
+        for eta in (0.7, 0.9)
+    },
     "ema_0.5_gated": ["--arch", "momentum_lm_tiny", "--momentum-eta", "0.5", "--momentum-gate", "zero"],
     "multi_ema": ["--arch", "momentum_lm_tiny", "--momentum-kind", "multi_ema"],
 }
@@ -122,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(rows: list[dict], names: list[str], split: str, length: int) -> str:
-    """Markdown: perplexity (geometric mean over seeds) and its ratio to vanilla's, with Student's interval over paired seeds."""
+    """Markdown: perplexity (geometric mean over seeds) and its ratio to vanilla's, with Student's interval over paired
+    seeds.
+    """
     logs: dict[str, dict[int, float]] = {name: {} for name in names}
     for row in rows:
         if (row["split"], row["context_length"]) == (split, length):
@@ -130,7 +137,9 @@ def table(rows: list[dict], names: list[str], split: str, length: int) -> str:
     lines = ["| variant | seeds | perplexity | against vanilla | 95% interval |", "|---|---|---|---|---|"]
     for name in names:
         mean = math.exp(statistics.mean(logs[name].values()))
-        differences = [value - logs["vanilla"][seed] for seed, value in logs[name].items() if seed in logs.get("vanilla", {})]
+        differences = [
+            value - logs["vanilla"][seed] for seed, value in logs[name].items() if seed in logs.get("vanilla", {})
+        ]
         ratio = interval = ""
         if differences and name != "vanilla":
             ratio = f"{math.exp(statistics.mean(differences)) - 1:+.1%}"

@@ -1,10 +1,11 @@
-"""Every table of "Why Can GPT Learn In-Context?" (arXiv 2212.10559), with the paper's models, seeds and learning rates, beside its numbers.
+"""Every table of "Why Can GPT Learn In-Context?" (arXiv 2212.10559), with the paper's models, seeds and learning rates,
+beside its numbers.
 
     python examples/reproduce_paper/reproduce.py --models models                      # Tables 1 to 5
     python examples/reproduce_paper/reproduce.py --vanilla A.pt --momentum B.pt --text data/bin     # Tables 6 and 7
 
-Run it again after an interruption: what is finished is kept. Ends with comparison.json, report.html, and how many of the published
-numbers lie in our 95% intervals over examples.
+Run it again after an interruption: what is finished is kept. Ends with comparison.json, report.html, and how many of
+the published numbers lie in our 95% intervals over examples.
 """
 
 from __future__ import annotations
@@ -49,8 +50,28 @@ def analysis(args: argparse.Namespace, model: str, dataset: str) -> Job:
     """Tables 1 to 5 of one model and data set: zero-shot, in context, finetuned."""
     seed, rate = published.seed_and_rate(model, dataset)
     folder = args.output / FOLDERS[model] / dataset
-    words = ["--task", "icl_finetune_analysis", "--path", args.models / FOLDERS[model], "--datasets", dataset, "--protocol", "paper"]
-    words += ["--shots", published.SHOTS[dataset], "--seeds", seed, "--finetune-lr", rate, "--controls", "random", "--results-dir", folder]
+    words = [
+        "--task",
+        "icl_finetune_analysis",
+        "--path",
+        args.models / FOLDERS[model],
+        "--datasets",
+        dataset,
+        "--protocol",
+        "paper",
+    ]
+    words += [
+        "--shots",
+        published.SHOTS[dataset],
+        "--seeds",
+        seed,
+        "--finetune-lr",
+        rate,
+        "--controls",
+        "random",
+        "--results-dir",
+        folder,
+    ]
     return Job("evaluate", [tool("fairseq-eval"), *map(str, words), *shared_flags(args)], folder, usable_cpus())
 
 
@@ -60,13 +81,43 @@ def momentum_jobs(args: argparse.Namespace) -> dict[str, Job]:
     for name in ("vanilla", "momentum"):
         path = getattr(args, name)
         folder = args.output / name
-        words: list[Any] = ["--task", "icl_classification", "--path", path, "--datasets", ",".join(args.momentum_datasets), "--shots", 32]
+        words: list[Any] = [
+            "--task",
+            "icl_classification",
+            "--path",
+            path,
+            "--datasets",
+            ",".join(args.momentum_datasets),
+            "--shots",
+            32,
+        ]
         words += ["--seeds", "1,2,3", "--results-dir", folder / "icl"]
-        jobs[f"{name} icl"] = Job("evaluate", [tool("fairseq-eval"), *map(str, words), *shared_flags(args)], folder / "icl", usable_cpus())
+        jobs[f"{name} icl"] = Job(
+            "evaluate", [tool("fairseq-eval"), *map(str, words), *shared_flags(args)], folder / "icl", usable_cpus()
+        )
         if args.text:
-            words = ["--task", "lm_perplexity", args.text, "--path", path, "--split", "valid", "--results-dir", folder / "perplexity"]
-            words += ["--context-lengths", ",".join(map(str, args.lengths)), "--device", args.device, "--dtype", args.dtype]
-            jobs[f"{name} perplexity"] = Job("evaluate", [tool("fairseq-eval"), *map(str, words)], folder / "perplexity", usable_cpus())
+            words = [
+                "--task",
+                "lm_perplexity",
+                args.text,
+                "--path",
+                path,
+                "--split",
+                "valid",
+                "--results-dir",
+                folder / "perplexity",
+            ]
+            words += [
+                "--context-lengths",
+                ",".join(map(str, args.lengths)),
+                "--device",
+                args.device,
+                "--dtype",
+                args.dtype,
+            ]
+            jobs[f"{name} perplexity"] = Job(
+                "evaluate", [tool("fairseq-eval"), *map(str, words)], folder / "perplexity", usable_cpus()
+            )
     return jobs
 
 
@@ -93,7 +144,9 @@ def analysis_rows(args: argparse.Namespace, model: str, dataset: str) -> list[Ro
                     "quantity": title,
                     "ours": number(ours, percent) or "undefined",
                     "paper": text,
-                    "inside": None if ours["ci95"] is None else ours["ci95"][0] - LIKE_IT <= paper <= ours["ci95"][1] + LIKE_IT,
+                    "inside": None
+                    if ours["ci95"] is None
+                    else ours["ci95"][0] - LIKE_IT <= paper <= ours["ci95"][1] + LIKE_IT,
                     "mean": ours["mean"],
                     "ci95": ours["ci95"],
                     "published": paper,
@@ -104,7 +157,9 @@ def analysis_rows(args: argparse.Namespace, model: str, dataset: str) -> list[Ro
 
 
 def momentum_rows(args: argparse.Namespace) -> list[Row]:
-    """Momentum minus vanilla, ours and the paper's: other text and other tokens, so that only the differences can be compared."""
+    """Momentum minus vanilla, ours and the paper's: other text and other tokens, so that only the differences can be
+    compared.
+    """
     rows = []
     if args.text:
         found = {name: read_results(args.output / name / "perplexity")["runs"] for name in ("vanilla", "momentum")}
@@ -147,7 +202,10 @@ def report(args: argparse.Namespace, rows: Sequence[Row], pairs: Sequence[Row], 
         texts += [table.text(), sentence]
         parts["Tables 1 to 5"] = [Paragraph(sentence), table]
     if pairs:
-        table = Table(["", "vanilla", "momentum", "difference", "the paper's difference"], [[p["quantity"], *p["texts"]] for p in pairs])
+        table = Table(
+            ["", "vanilla", "momentum", "difference", "the paper's difference"],
+            [[p["quantity"], *p["texts"]] for p in pairs],
+        )
         note = "Another text, other tokens and another tokenizer than the paper's, which names no corpus: only the signs can be compared."
         texts += [table.text(), note]
         parts["Tables 6 and 7"] = [table, Paragraph(note)]
@@ -167,7 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--momentum", metavar="CKPT", help="a momentum_lm model, trained on the same tokens")
     parser.add_argument("--text", type=Path, metavar="DATA", help="binarised text for Table 6, with a valid split")
     parser.add_argument("--lengths", default="256,512,1024", help="context lengths of Table 6 (default: %(default)s)")
-    parser.add_argument("--momentum-datasets", default=",".join(published.MOMENTUM_ICL), help="of Table 7 (default: %(default)s)")
+    parser.add_argument(
+        "--momentum-datasets", default=",".join(published.MOMENTUM_ICL), help="of Table 7 (default: %(default)s)"
+    )
     parser.add_argument("--data-dir", type=Path, help="labelled data, as for fairseq-eval (default: the hub)")
     parser.add_argument("--limit", type=int, help="evaluate at most so many examples a data set")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -186,9 +246,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = [size for size in sizes if not (args.models / FOLDERS[size]).is_dir()]
         if missing:
             lines = "\n".join(download_lines(args.models, size) for size in missing)
-            raise UserError(f"{args.models} lacks {', '.join(FOLDERS[size] for size in missing)}; this fetches what is missing:\n{lines}")
+            raise UserError(
+                f"{args.models} lacks {', '.join(FOLDERS[size] for size in missing)}; this fetches what is missing:\n{lines}"
+            )
     names = ("models", "data_dir", "limit", "dtype", "vanilla", "momentum", "text")
-    open_config(args.output, {name: None if (v := getattr(args, name)) is None else str(v) for name in names}, "a reproduction")
+    open_config(
+        args.output, {name: None if (v := getattr(args, name)) is None else str(v) for name in names}, "a reproduction"
+    )
     wanted = [(size, dataset) for size in sizes for dataset in datasets] if args.models is not None else []
     jobs = {f"{size} {dataset}": analysis(args, size, dataset) for size, dataset in wanted}
     jobs |= momentum_jobs(args) if args.vanilla else {}
@@ -201,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     rows = [row for size, dataset in wanted for row in analysis_rows(args, size, dataset)]
     pairs = momentum_rows(args) if args.vanilla else []
-    print(f"\n{report(args, rows, pairs, [' '.join(job.command) for job in jobs.values()])}\n\n{args.output}/report.html")
+    print(
+        f"\n{report(args, rows, pairs, [' '.join(job.command) for job in jobs.values()])}\n\n{args.output}/report.html"
+    )
     return 0
 
 

@@ -14,6 +14,7 @@ from .statistics import bootstrap_ratios, t_quantile
 
 Floats = NDArray[np.float64]
 
+
 @dataclass(frozen=True)
 class Bands:
     """Means with their intervals, entry by entry (for a metric: by layer, or by layer and head). NaN where nothing is

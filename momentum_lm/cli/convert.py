@@ -51,10 +51,18 @@ def parser() -> argparse.ArgumentParser:
     add("output", metavar="OUTPUT", help="the folder to make (of a checkpoint in parts: the file)")
     add("--force", action="store_true", help="replace OUTPUT if it is there and holds nothing but a conversion's files")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)")
-    add("--tokenizer", metavar="DIR", help="tokenizer of a fairseq checkpoint (default: beside it, or in the data that it was trained on)")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="tokenizer of a fairseq checkpoint (default: beside it, or in the data that it was trained on)",
+    )
     add("--model-overrides", default="{}", metavar="DICT",
         help="options that a fairseq checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': 8}\"")  # fmt: skip
-    add("--trust-checkpoint", action="store_true", help="load a file that holds more than plain data; such a file can run code")
+    add(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load a file that holds more than plain data; such a file can run code",
+    )
     return result
 
 
@@ -78,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with named(NAMES):
             _to_huggingface(args, output)
     else:
-        raise UserError(f"{args.source} is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint (no .pt file)")
+        raise UserError(
+            f"{args.source} is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint (no .pt file)"
+        )
     return 0
 
 
@@ -92,11 +102,15 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
         found = look(source, folder, args.trust_checkpoint)
         with _bar(found.tensors.values()) as progress:
             write_checkpoint(found, folder, _dtype(args), progress)
-    print(f"{args.output}: {found.family.architecture} of {sum(lazy.numel for lazy in found.tensors.values()):,} parameters")
+    print(
+        f"{args.output}: {found.family.architecture} of {sum(lazy.numel for lazy in found.tensors.values()):,} parameters"
+    )
     if not found.tokenizer:
         print(f"note: {args.source} has no tokenizer; dict.txt has its ids in decimal")
     if found.decoder.absent_tokens:
-        print(f"note: entries of dict.txt that are not in its vocabulary and are never predicted: {len(found.decoder.absent_tokens)}")
+        print(
+            f"note: entries of dict.txt that are not in its vocabulary and are never predicted: {len(found.decoder.absent_tokens)}"
+        )
     print(f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
           f"--finetune-from-model {args.output}/model.pt {shlex.join(training_words(found.decoder))}")  # fmt: skip
 
@@ -124,7 +138,9 @@ def _bar(tensors: Iterable[Lazy]) -> Iterator[Callable[[int], object]]:
 
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines, and none of a small model
     total = sum(lazy.nbytes for lazy in tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", file=sys.stderr, mininterval=pace, delay=pace / 2) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="weights", file=sys.stderr, mininterval=pace, delay=pace / 2
+    ) as bar:
         yield bar.update
 
 

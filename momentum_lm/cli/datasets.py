@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--template", metavar="TEMPLATE", help="show this variant only (default: each)")
     parser.add_argument("--shots", type=int, default=2, metavar="N", help="demonstrations (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="draws them, and the query (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="draws them, and the query (default: %(default)s)"
+    )
     parser.add_argument("--sampling", default="random", choices=["random", "balanced"], help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if args.shots < 0:
@@ -43,7 +45,11 @@ def _table() -> str:
         classes = str(len(spec.labels)) if spec.labels else "choices"
         hub = spec.hub.id + (f" {spec.hub.subset}" if spec.hub.subset else "") if spec.hub else ""
         rows.append([spec.name, spec.task, classes, hub, spec.licence])
-    lines = [Table(["name", "task", "classes", "hub", "licence"], rows).text(), "", "`momentum-lm datasets NAME` shows a prompt."]
+    lines = [
+        Table(["name", "task", "classes", "hub", "licence"], rows).text(),
+        "",
+        "`momentum-lm datasets NAME` shows a prompt.",
+    ]
     return "\n".join(lines)
 
 
@@ -73,7 +79,11 @@ def _sample(args: argparse.Namespace) -> str:
         inputs = query.inputs if len(query.inputs) == 1 else (query.inputs[query.gold],)
         prompt = SEPARATOR.join(["".join(example.pair(example.gold)) for example in shown] + list(inputs))
         choices = query.continuations if len(query.inputs) == 1 else query.inputs
-        sizes = ", ".join(f"{len(examples):,} to {verb}" for examples, verb in ((data.train, "show"), (data.evaluation, "ask")) if examples)
+        sizes = ", ".join(
+            f"{len(examples):,} to {verb}"
+            for examples, verb in ((data.train, "show"), (data.evaluation, "ask"))
+            if examples
+        )
         lines += ["", f"--- template {template} ({sizes}; row {query.index} is asked)", prompt, "---"]
         lines += [f"{'*' if i == query.gold else ' '} {choice!r}" for i, choice in enumerate(choices)]
         if len(query.inputs) > 1:

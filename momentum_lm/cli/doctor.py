@@ -29,7 +29,8 @@ _REGISTERED = {
     "criterion": ["chunked_cross_entropy"],
     "optimizer": ["fused_adamw"],
 }
-# What a fairseq-* command finds: a fresh interpreter, which reads .pth files, away from any checkout. The hook is imported by hand
+# What a fairseq-* command finds: a fresh interpreter, which reads .pth files, away from any checkout. The hook is
+# imported by hand
 # only after it was looked for, so that its absence does not hide everything else.
 _PROBE = """
 import json, sys
@@ -57,13 +58,17 @@ def check_python() -> Iterator[Check]:
     if sys.version_info < (3, 11):  # noqa: UP036  (a checkout on PYTHONPATH: no pip has refused it)
         yield Check("problem", "python", version, "use Python 3.11 or later")
     elif sys.version_info >= (3, 15):
-        yield Check("warn", "python", f"{version} is newer than what was tested", "use Python 3.11 to 3.14 if something fails")
+        yield Check(
+            "warn", "python", f"{version} is newer than what was tested", "use Python 3.11 to 3.14 if something fails"
+        )
     else:
         yield Check("ok", "python", f"{version} ({sys.executable})")
 
 
 def check_requirements() -> Iterator[Check]:
-    """The installed versions against what setup.py asks for: `pip check` cannot tell, for fairseq's own pins always fail it."""
+    """The installed versions against what setup.py asks for: `pip check` cannot tell, for fairseq's own pins always
+    fail it.
+    """
     try:
         lines = importlib.metadata.requires("momentum_lm") or []
     except importlib.metadata.PackageNotFoundError:
@@ -150,7 +155,9 @@ def check_torch() -> Iterator[Check]:
             remedy = "install a CUDA build of torch (pytorch.org/get-started), and check that nvidia-smi works"
             yield Check("warn", "device cuda", "a driver is installed, but torch sees no GPU", remedy)
         found = ", ".join(bf16_instructions())
-        bf16 = f"bf16 in hardware ({found}): train with --autocast bf16" if found else "no bf16 in hardware: train in fp32"
+        bf16 = (
+            f"bf16 in hardware ({found}): train with --autocast bf16" if found else "no bf16 in hardware: train in fp32"
+        )
         yield Check("ok", "device cpu", f"{usable_cpus()} cores, {bf16}")
 
 
@@ -158,7 +165,9 @@ def check_apex() -> Iterator[Check]:
     if importlib.util.find_spec("apex") is None:
         yield Check("ok", "apex", "not installed (optional; torch's own fused kernels are used)")
     elif importlib.util.find_spec("amp_C") is None:
-        detail = "this `apex` is not NVIDIA's, or was built without its CUDA kernels; PyPI's apex is an unrelated package"
+        detail = (
+            "this `apex` is not NVIDIA's, or was built without its CUDA kernels; PyPI's apex is an unrelated package"
+        )
         yield Check("warn", "apex", detail, "pip uninstall apex")
     else:
         yield Check("ok", "apex", "NVIDIA's, with CUDA kernels")
@@ -177,9 +186,13 @@ def check_triton() -> Iterator[Check]:
 
 
 def _version(module: str) -> str:
-    """Of the distribution that a module comes from: triton is also published as pytorch-triton, tensorboard as tb-nightly."""
+    """Of the distribution that a module comes from: triton is also published as pytorch-triton, tensorboard as
+    tb-nightly.
+    """
     names = importlib.metadata.packages_distributions().get(module, [])
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(names)) or "of unknown version"
+    return (
+        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(names)) or "of unknown version"
+    )
 
 
 def check_tensorboard() -> Iterator[Check]:
@@ -256,7 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"ok": not problems, "checks": [result._asdict() for result in found]}, indent=1))
     else:
-        print(f"\n{problems} problem{'s' * (problems != 1)}" if problems else "\neverything that training needs is there")
+        print(
+            f"\n{problems} problem{'s' * (problems != 1)}" if problems else "\neverything that training needs is there"
+        )
     return 1 if problems else 0
 
 

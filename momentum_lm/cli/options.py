@@ -24,7 +24,9 @@ NAMES = flags(
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads flags, which must be written out. Raises UserError where they are wrong, for ``main_guard`` to show in one line."""
+    """Reads flags, which must be written out. Raises UserError where they are wrong, for ``main_guard`` to show in one
+    line.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
@@ -39,39 +41,64 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True) if huggingface else group
     which.add_argument(
-        "--path", required=not huggingface, metavar="CKPT", help="checkpoint file, or a folder with one (model.pt, checkpoint_best.pt, ...)"
+        "--path",
+        required=not huggingface,
+        metavar="CKPT",
+        help="checkpoint file, or a folder with one (model.pt, checkpoint_best.pt, ...)",
     )
     if huggingface:
-        which.add_argument("--hf-model", metavar="NAME", help="a causal model of Hugging Face: name on the hub, or folder")
+        which.add_argument(
+            "--hf-model", metavar="NAME", help="a causal model of Hugging Face: name on the hub, or folder"
+        )
         group.add_argument("--hf-gguf-file", metavar="FILE", help="the GGUF file of --hf-model to load")
         group.add_argument(
-            "--hf-momentum-eta", type=float, metavar="ETA", help="adds momentum of this decay to the attention of --hf-model"
+            "--hf-momentum-eta",
+            type=float,
+            metavar="ETA",
+            help="adds momentum of this decay to the attention of --hf-model",
         )
         group.add_argument(
-            "--tokenizer", metavar="DIR", help="tokenizer of --path (default: beside the checkpoint, or in the data that it was trained on)"
+            "--tokenizer",
+            metavar="DIR",
+            help="tokenizer of --path (default: beside the checkpoint, or in the data that it was trained on)",
         )
     group.add_argument(
         "--model-overrides", default="{}", metavar="DICT",
         help="options that the checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': 8}\" (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--trust-checkpoint", action="store_true", help="load a checkpoint that holds more than plain data; such a file can run code"
+        "--trust-checkpoint",
+        action="store_true",
+        help="load a checkpoint that holds more than plain data; such a file can run code",
     )
     where = group.add_mutually_exclusive_group()
     where.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one (default: %(default)s)"
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda"],
+        help="auto: cuda if there is one (default: %(default)s)",
     )
     where.add_argument("--cpu", action="store_const", dest="device", const="cpu", default="auto", help="--device cpu")
     group.add_argument(
-        "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of weights and computation (default: %(default)s)"
+        "--dtype",
+        default="fp32",
+        choices=["fp32", "bf16", "fp16"],
+        help="of weights and computation (default: %(default)s)",
     )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Flags that say where results go, in a group to which a task may add."""
     group = parser.add_argument_group("results")
-    group.add_argument("--results-dir", required=True, metavar="OUT", help="gets results.json, figures, report.html and TensorBoard events")
-    group.add_argument("--force", action="store_true", help="replace results of another model or configuration in --results-dir")
+    group.add_argument(
+        "--results-dir",
+        required=True,
+        metavar="OUT",
+        help="gets results.json, figures, report.html and TensorBoard events",
+    )
+    group.add_argument(
+        "--force", action="store_true", help="replace results of another model or configuration in --results-dir"
+    )
     return group
 
 
@@ -80,7 +107,9 @@ def load_native_model(args: argparse.Namespace) -> NativeLM:
     from momentum_lm.lm.native import load_native
 
     tokenizer = getattr(args, "tokenizer", None)
-    return load_native(args.path, args.model_overrides, args.trust_checkpoint, device(args.device), _dtype(args), tokenizer)
+    return load_native(
+        args.path, args.model_overrides, args.trust_checkpoint, device(args.device), _dtype(args), tokenizer
+    )
 
 
 def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
@@ -88,7 +117,9 @@ def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
     eta = args.hf_momentum_eta
     if args.path is not None:
         if eta is not None:
-            raise UserError("--hf-momentum-eta is for --hf-model; a checkpoint has the momentum that it was trained with")
+            raise UserError(
+                "--hf-momentum-eta is for --hf-model; a checkpoint has the momentum that it was trained with"
+            )
         return load_native_model(args)
     from momentum_lm.lm.huggingface import load_huggingface
     from momentum_lm.lm.momentum_attention import add_momentum, check_eta
@@ -108,7 +139,9 @@ def _dtype(args: argparse.Namespace) -> torch.dtype:
 
 
 def device(name: str) -> torch.device:
-    """The device that ``--device`` means; under torchrun each process has its own GPU. Raises UserError for a GPU that is not there."""
+    """The device that ``--device`` means; under torchrun each process has its own GPU. Raises UserError for a GPU that
+    is not there.
+    """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

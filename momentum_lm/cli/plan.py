@@ -38,14 +38,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = result.add_argument_group("model")
-    model.add_argument("--arch", required=True, metavar="ARCH", help="momentum_lm_1_3b, gpt_lm_350m, ...: as for fairseq-train")
+    model.add_argument(
+        "--arch", required=True, metavar="ARCH", help="momentum_lm_1_3b, gpt_lm_350m, ...: as for fairseq-train"
+    )
     model.add_argument("--vocab-size", type=int, default=51200, metavar="N", help="(default: %(default)s)")
-    model.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a sample (default: %(default)s)")
+    model.add_argument(
+        "--context", type=int, default=2048, metavar="N", help="tokens of a sample (default: %(default)s)"
+    )
     for name, (_, kind, entry) in _model_options().items():
         how: dict[str, Any] = {"action": "store_true"} if kind is bool else {"metavar": "X"}
         model.add_argument(f"--{name.replace('_', '-')}", **how, default=None, help=entry.help)
     machine = result.add_argument_group("machines")
-    machine.add_argument("--gpu", required=True, metavar="GPU", help="h200, h100, a100-80gb, ...; a name that is not known lists all")
+    machine.add_argument(
+        "--gpu", required=True, metavar="GPU", help="h200, h100, a100-80gb, ...; a name that is not known lists all"
+    )
     machine.add_argument("--gpus", type=int, default=1, metavar="N", help="in all (default: %(default)s)")
     machine.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")
     machine.add_argument(
@@ -54,18 +60,29 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run = result.add_argument_group("training")
     run.add_argument("--tokens", required=True, metavar="N", help="to train on, in all, such as 300B")
-    run.add_argument("--batch-tokens", default="512K", metavar="N", help="of an update, all GPUs together (default: %(default)s)")
-    run.add_argument("--batch-size", type=int, metavar="N", help="samples of a GPU's micro-batch (default: as many as fit)")
     run.add_argument(
-        "--precision", default="bf16", choices=["bf16", "fp32"], help="bf16: autocast over fp32 weights (default: %(default)s)"
+        "--batch-tokens", default="512K", metavar="N", help="of an update, all GPUs together (default: %(default)s)"
+    )
+    run.add_argument(
+        "--batch-size", type=int, metavar="N", help="samples of a GPU's micro-batch (default: as many as fit)"
+    )
+    run.add_argument(
+        "--precision",
+        default="bf16",
+        choices=["bf16", "fp32"],
+        help="bf16: autocast over fp32 weights (default: %(default)s)",
     )
     run.add_argument(
         "--strategy", default="auto", choices=["auto", "ddp", "fsdp"],
         help="auto: the fastest that fits (default: %(default)s)",
     )  # fmt: skip
-    run.add_argument("--checkpoint-activations", action="store_true", help="consider nothing else (default: where it is needed)")
+    run.add_argument(
+        "--checkpoint-activations", action="store_true", help="consider nothing else (default: where it is needed)"
+    )
     run.add_argument("--compile", action="store_true", help="compile each block: memory is then less than stated")
-    run.add_argument("--mfu", type=float, default=0.45, metavar="SHARE", help="assumed share of the peak (default: %(default)s)")
+    run.add_argument(
+        "--mfu", type=float, default=0.45, metavar="SHARE", help="assumed share of the peak (default: %(default)s)"
+    )
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return result
 
@@ -97,7 +114,9 @@ def _job(args: argparse.Namespace) -> Job:
     from momentum_lm.planning.plan import Job
 
     if args.vocab_size < 5:
-        raise UserError(arg(vocab_size=args.vocab_size), ": a fairseq dictionary has four special entries, so at least 5")
+        raise UserError(
+            arg(vocab_size=args.vocab_size), ": a fairseq dictionary has four special entries, so at least 5"
+        )
     plain = to_fairseq(DecoderConfig(vocab_size=args.vocab_size, **architecture(args.arch)))
     given = {name: getattr(args, name) for name in _model_options() if getattr(args, name) is not None}
     given["max_target_positions"] = args.context
@@ -154,12 +173,23 @@ def _command(plan: Plan, args: argparse.Namespace) -> str:
     model = training_words(job.config, args.arch)
     for flag, on in (("--checkpoint-activations", option.checkpointing), ("--compile", args.compile)):
         model += [flag] if on else []
-    backend = {"ddp": ["--ddp-backend", "pytorch_ddp"], "fsdp": ["--ddp-backend", "fully_sharded"]}.get(option.strategy, [])
+    backend = {"ddp": ["--ddp-backend", "pytorch_ddp"], "fsdp": ["--ddp-backend", "fully_sharded"]}.get(
+        option.strategy, []
+    )
     updates = plan.updates
     words = [
         *[*launch, "fairseq-train", "data", "--task", "momentum_language_modeling"],
         *["--autocast", "bf16" if job.bf16 else "none", *model],
-        *["--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw", "--weight-decay", 0.1, "--clip-norm", 2.0],
+        *[
+            "--criterion",
+            "chunked_cross_entropy",
+            "--optimizer",
+            "fused_adamw",
+            "--weight-decay",
+            0.1,
+            "--clip-norm",
+            2.0,
+        ],
         *["--lr", _RATES[args.arch.split("lm_")[1]], "--lr-scheduler", "polynomial_decay"],
         *["--warmup-updates", max(1, updates // 100), "--total-num-update", updates, "--max-update", updates],
         *["--tokens-per-sample", job.length, "--batch-size", option.micro_batch, "--update-freq", option.update_freq],
@@ -197,7 +227,9 @@ def _text(plan: Plan, args: argparse.Namespace, command: str | None) -> str:
         f"time            {_days(plan.days)}: {plan.updates:,} updates of {chosen.step_seconds:.3g} s",
     ]
     if job.gpus > 1:
-        hidden = f"{chosen.exposed_seconds:.3g} s of it not hidden" if chosen.exposed_seconds else "hidden behind computing"
+        hidden = (
+            f"{chosen.exposed_seconds:.3g} s of it not hidden" if chosen.exposed_seconds else "hidden behind computing"
+        )
         sent = f"{chosen.communication_bytes / 1e9:,.3g} GB sent by each GPU"
         lines.append(f"communication   {sent}, {chosen.communication_seconds:.3g} s an update, {hidden}")
     if plan.momentum is not None:
@@ -253,7 +285,9 @@ def _assumptions(plan: Plan, usable: str) -> list[str]:
         lines.append(f"assumed: {inside}{between}, one direction, at the full rate of the data sheets")
     if plan.momentum is not None:
         how = "in a fused kernel" if plan.momentum.kernel else "by torch's operations one by one (no kernel for it)"
-        lines.append(f"assumed: momentum {how}, at the data sheet's memory bandwidth of {job.hardware.bandwidth / 1e12:.3g} TB/s")
+        lines.append(
+            f"assumed: momentum {how}, at the data sheet's memory bandwidth of {job.hardware.bandwidth / 1e12:.3g} TB/s"
+        )
     return lines
 
 

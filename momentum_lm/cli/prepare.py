@@ -51,11 +51,28 @@ def parser() -> argparse.ArgumentParser:
     tokenizer = result.add_mutually_exclusive_group()
     vocab_help = "train a SentencePiece model: entries of the dictionary, specials included (default: 8192)"
     tokenizer.add_argument("--vocab-size", type=int, default=8192, metavar="N", help=vocab_help)
-    tokenizer.add_argument("--sentencepiece", metavar="FILE", help="use this SentencePiece model, and a dict.txt beside it")
-    tokenizer.add_argument("--gpt2-bpe", metavar="DIR", help="use GPT-2's encoder.json and vocab.bpe, and a dict.txt beside them")
-    tokenizer.add_argument("--hf-tokenizer", metavar="FILE", help="use a tokenizer.json (needs: pip install tokenizers)")
-    add("--sample-mb", type=int, default=10, metavar="N", help="text that SentencePiece trains on, about 1 s per MB (default: 10)")
-    add("--valid", default="0.01", metavar="SHARE", help="fraction of the documents, or their number; 0 for none (default: 0.01)")
+    tokenizer.add_argument(
+        "--sentencepiece", metavar="FILE", help="use this SentencePiece model, and a dict.txt beside it"
+    )
+    tokenizer.add_argument(
+        "--gpt2-bpe", metavar="DIR", help="use GPT-2's encoder.json and vocab.bpe, and a dict.txt beside them"
+    )
+    tokenizer.add_argument(
+        "--hf-tokenizer", metavar="FILE", help="use a tokenizer.json (needs: pip install tokenizers)"
+    )
+    add(
+        "--sample-mb",
+        type=int,
+        default=10,
+        metavar="N",
+        help="text that SentencePiece trains on, about 1 s per MB (default: 10)",
+    )
+    add(
+        "--valid",
+        default="0.01",
+        metavar="SHARE",
+        help="fraction of the documents, or their number; 0 for none (default: 0.01)",
+    )
     add("--test", default="0.01", metavar="SHARE", help="likewise (default: 0.01)")
     add("--seed", type=int, default=1, metavar="N", help="of the splits and the sample (default: 1)")
     add("--max-documents", type=int, metavar="N", help="stop after this many distinct documents")
@@ -97,7 +114,9 @@ def summary(result: dict[str, Any], output: str) -> str:
         lines.append(f"{name:8}{split['documents']:>14,}{split['tokens']:>16,}{split['bytes']:>18,}{ratio:>13.2f}")
     if unknown := sum(split["unknown"] for split in splits.values()):
         share = unknown / sum(split["tokens"] for split in splits.values())
-        lines.append(f"warning: {unknown:,} tokens ({share:.2%}) are <unk>: the tokenizer lacks characters of this text")
+        lines.append(
+            f"warning: {unknown:,} tokens ({share:.2%}) are <unk>: the tokenizer lacks characters of this text"
+        )
     if result.get("nulls"):
         lines.append(f"note: {result['nulls']:,} rows have no text (null) and are left out")
     if result.get("quoted"):

@@ -13,8 +13,8 @@ from momentum_lm.errors import UserError
 
 
 def check_components(cfg: Any, sections: tuple[str, ...]) -> None:
-    """Raises UserError where fairseq does not know the task or the model of a checkpoint, or they not its options: it would fail deep
-    inside of its registries.
+    """Raises UserError where fairseq does not know the task or the model of a checkpoint, or they not its options: it
+    would fail deep inside of its registries.
 
     sections: "task" and "model", or the one of them that is going to be built.
     """

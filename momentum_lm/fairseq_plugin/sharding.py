@@ -1,7 +1,9 @@
-"""``--ddp-backend fully_sharded``: weights, gradients and optimizer state divided among the processes, with torch's FSDP2.
+"""``--ddp-backend fully_sharded``: weights, gradients and optimizer state divided among the processes, with torch's
+FSDP2.
 
-Each parameter is cut along its first dimension into equal parts (the last ones may be smaller, or empty), one for each process. A
-sharded checkpoint (--use-sharded-state) holds one process's parts; parts of all processes, concatenated, are the ordinary checkpoint.
+Each parameter is cut along its first dimension into equal parts (the last ones may be smaller, or empty), one for each
+process. A sharded checkpoint (--use-sharded-state) holds one process's parts; parts of all processes, concatenated, are
+the ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from momentum_lm.model.marks import keeps_fp32
 
 
 class FullySharded(nn.Module):
-    """A model divided among the processes of ``group``, as fairseq's trainer expects one; forwards everything else to the model.
+    """A model divided among the processes of ``group``, as fairseq's trainer expects one; forwards everything else to
+    the model.
 
-    The first process's weights are everyone's; models of the others may lie on the device ``meta``, as shapes without weights.
-    Blocks (what the model keeps in ``nn.ModuleList``) are gathered one at a time, forward and backward. ``dtype``: the blocks' matrices are
-    gathered in it (the parts and the sums of gradients stay fp32); None: as they are. ``use_sharded_state``: its state dict is this
-    process's part; otherwise the whole, on the CPU of the first process, and empty elsewhere.
+    The first process's weights are everyone's; models of the others may lie on the device ``meta``, as shapes without
+    weights. Blocks (what the model keeps in ``nn.ModuleList``) are gathered one at a time, forward and backward.
+    ``dtype``: the blocks' matrices are gathered in it (the parts and the sums of gradients stay fp32); None: as they
+    are. ``use_sharded_state``: its state dict is this process's part; otherwise the whole, on the CPU of the first
+    process, and empty elsewhere.
     """
 
     def __init__(
@@ -44,7 +48,8 @@ class FullySharded(nn.Module):
         self.group = group
         mesh = DeviceMesh.from_group(group, device.type)
         whole = {name: value.detach() for name, value in _entries(model)} if group.rank() == 0 else {}
-        # Embeddings and what is marked to stay in fp32 (norms, decays) are left as they are, as in autocast, and no block's input is
+        # Embeddings and what is marked to stay in fp32 (norms, decays) are left as they are, as in autocast, and no
+        # block's input is
         # cast: that would take the residual stream down to bf16.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for block in [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]:
@@ -53,7 +58,9 @@ class FullySharded(nn.Module):
                 fully_shard(kept, mesh=mesh, reshard_after_forward=reshard_after_forward)
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         fully_shard(model, mesh=mesh)
-        self.module = model.to_empty(device=device) if any(value.is_meta for _, value in _entries(model)) else model.to(device)
+        self.module = (
+            model.to_empty(device=device) if any(value.is_meta for _, value in _entries(model)) else model.to(device)
+        )
         self._take_from_first(whole, device)
 
     @torch.no_grad()
@@ -61,7 +68,11 @@ class FullySharded(nn.Module):
         """Sends the first process's ``whole`` entries to all, one at a time; each keeps its part."""
         first = dist.get_global_rank(self.group, 0)
         for name, own in _entries(self.module):
-            value = whole.pop(name).to(device).contiguous() if whole else torch.empty(own.shape, dtype=own.dtype, device=device)
+            value = (
+                whole.pop(name).to(device).contiguous()
+                if whole
+                else torch.empty(own.shape, dtype=own.dtype, device=device)
+            )
             dist.broadcast(value, first, group=self.group)
             if isinstance(own, DTensor):
                 own.to_local().copy_(_part(value, own))
@@ -82,9 +93,15 @@ class FullySharded(nn.Module):
         return self._collected(self.module.state_dict())
 
     def local_metadata_dict(self) -> dict[str, Any]:
-        """What joining needs to know: which process's parts these are, of how many, and the names of the entries that are divided."""
+        """What joining needs to know: which process's parts these are, of how many, and the names of the entries that
+        are divided.
+        """
         divided = [name for name, value in self.module.state_dict().items() if isinstance(value, DTensor)]
-        return {"rank": self.group.rank(), "world_size": self.group.size(), "divided": divided if self.use_sharded_state else []}
+        return {
+            "rank": self.group.rank(),
+            "world_size": self.group.size(),
+            "divided": divided if self.use_sharded_state else [],
+        }
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True, model_cfg: Any = None) -> Any:  # type: ignore[override]
         """``state``: whole or this process's part, entry by entry."""
@@ -117,7 +134,8 @@ class FullySharded(nn.Module):
 
 
 def part_like(value: Any, own: Any) -> Any:
-    """``value``, a whole tensor or this process's part, as a part of the divided tensor ``own``; as it is if ``own`` is not divided.
+    """``value``, a whole tensor or this process's part, as a part of the divided tensor ``own``; as it is if ``own`` is
+    not divided.
 
     Raises UserError if it is neither.
     """
@@ -126,10 +144,14 @@ def part_like(value: Any, own: Any) -> Any:
     local = own.to_local()
     if value.shape != local.shape:
         if value.shape != own.shape:
-            raise UserError(f"an entry of the checkpoint has shape {tuple(value.shape)}, where {tuple(own.shape)} is needed")
+            raise UserError(
+                f"an entry of the checkpoint has shape {tuple(value.shape)}, where {tuple(own.shape)} is needed"
+            )
         value = _part(value, own)
     value = value.to(local.device, copy=True)
-    return DTensor.from_local(value, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride())
+    return DTensor.from_local(
+        value, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
 
 
 def _part(whole: Tensor, own: DTensor) -> Tensor:

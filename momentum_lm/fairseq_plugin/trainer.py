@@ -1,4 +1,6 @@
-"""fairseq's trainer, with what long runs on many machines need: FSDP2, and an answer to bad batches, torn checkpoints and preemption."""
+"""fairseq's trainer, with what long runs on many machines need: FSDP2, and an answer to bad batches, torn checkpoints
+and preemption.
+"""
 
 import functools
 import json
@@ -40,8 +42,9 @@ class Trainer(FairseqTrainer):
     """Everything that fairseq's does, and:
 
     - ``--ddp-backend fully_sharded`` through :class:`~momentum_lm.fairseq_plugin.sharding.FullySharded`;
-    - a batch whose gradient is not finite is left out and written down in ``SAVE_DIR/bad_batches.jsonl``, and the learning rate halved
-      for a while; after ``SKIPS_IN_A_ROW`` of them the run ends (with --fp16 and --amp the loss scale is lowered instead, as in fairseq);
+    - a batch whose gradient is not finite is left out and written down in ``SAVE_DIR/bad_batches.jsonl``, and the
+      learning rate halved for a while; after ``SKIPS_IN_A_ROW`` of them the run ends (with --fp16 and --amp the loss
+      scale is lowered instead, as in fairseq);
     - SIGTERM or SIGUSR1 ends the run after the current update, with a checkpoint; a second one at once;
     - where the run's last checkpoint is torn or missing, the one of the most updates is taken of those that are whole;
     - a run that is over trains no more, and leaves its checkpoints as they are;
@@ -144,7 +147,8 @@ class Trainer(FairseqTrainer):
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         try:
-            # alone, fairseq leaves out a batch that does not fit; of several processes one would leave the others waiting
+            # alone, fairseq leaves out a batch that does not fit; of several processes one would leave the others
+            # waiting
             output = super().train_step(samples, raise_oom or self.data_parallel_world_size > 1)
         except _BadBatch as error:
             self.zero_grad()
@@ -168,12 +172,18 @@ class Trainer(FairseqTrainer):
         os.makedirs(self.cfg.checkpoint.save_dir, exist_ok=True)  # only the first process's machine has it for sure
         path = os.path.join(self.cfg.checkpoint.save_dir, "bad_batches.jsonl")
         record = {"update": self.get_num_updates(), "process": self.data_parallel_rank, "ids": ids}
-        with open(path, "a", encoding="utf-8") as file:  # one short line, appended: processes of one machine do not mix theirs
+        with open(
+            path, "a", encoding="utf-8"
+        ) as file:  # one short line, appended: processes of one machine do not mix theirs
             file.write(json.dumps(record) + "\n")
         self.lr_step_update()
-        what = f"the gradient at update {record['update']} is not finite (NaN or infinity); samples are listed in {path}"
+        what = (
+            f"the gradient at update {record['update']} is not finite (NaN or infinity); samples are listed in {path}"
+        )
         if skipped["in_a_row"] >= SKIPS_IN_A_ROW:
-            raise UserError(f"{what}; {SKIPS_IN_A_ROW} batches in a row: stopped. Lower --lr, raise --warmup-updates, or look at the data")
+            raise UserError(
+                f"{what}; {SKIPS_IN_A_ROW} batches in a row: stopped. Lower --lr, raise --warmup-updates, or look at the data"
+            )
         logger.warning(f"{what}; batch left out, learning rate halved to {self.get_lr():.3g} for {RECOVERY} updates")
 
     def _after_good_batch(self) -> None:
@@ -204,7 +214,9 @@ class Trainer(FairseqTrainer):
 
     def _aggregate_logging_outputs(self, logging_outputs: list[Any], *sums: Any, ignore: bool = False) -> Any:
         """fairseq's sum over processes, once in an update; here it also tells all of them whether one got a signal."""
-        outputs, (*totals, signalled) = super()._aggregate_logging_outputs(logging_outputs, *sums, float(self.signalled), ignore=ignore)
+        outputs, (*totals, signalled) = super()._aggregate_logging_outputs(
+            logging_outputs, *sums, float(self.signalled), ignore=ignore
+        )
         self.stopping = bool(signalled > 0)
         return outputs, totals
 
@@ -320,7 +332,9 @@ class Trainer(FairseqTrainer):
         return iterator
 
     def _newest_whole(self, folder: str) -> str:
-        """Of the checkpoints in ``folder`` the newest that every process can read; if there is none at all, the last one's path."""
+        """Of the checkpoints in ``folder`` the newest that every process can read; if there is none at all, the last
+        one's path.
+        """
         divided = self.is_fsdp and self.cfg.distributed_training.use_sharded_state
         names = self._from_first(lambda: saved_checkpoints(folder))
         suffixes = {suffix for _, suffix in names}
@@ -494,7 +508,8 @@ def _check_sharded_options(cfg: Any) -> None:
         "--zero-sharding": options.zero_sharding != "none",
         "--store-ema": cfg.ema.store_ema,
         "--use-bmuf": cfg.optimization.use_bmuf,
-        "--no-last-checkpoints": cfg.checkpoint.no_last_checkpoints,  # with nothing to write the first process would not gather
+        # with nothing to write the first process would not gather
+        "--no-last-checkpoints": cfg.checkpoint.no_last_checkpoints,
     }
     for flag, given in unsupported.items():
         if given:

@@ -1,4 +1,6 @@
-"""What fairseq's trainer lacks for long runs on many machines. :func:`install` gives ``fairseq-train`` the trainer of this package."""
+"""What fairseq's trainer lacks for long runs on many machines. :func:`install` gives ``fairseq-train`` the trainer of
+this package.
+"""
 
 import contextlib
 import contextvars
@@ -55,8 +57,9 @@ def _build_to_divide(config: Any) -> Iterator[None]:
 
 
 def building_place() -> contextlib.AbstractContextManager[Any]:
-    """Where a model is built: a fully sharded one in the first process alone, which sends the others their parts. They build its shape
-    only (on the device ``meta``), so that eight processes of a machine do not hold eight models of 13B."""
+    """Where a model is built: a fully sharded one in the first process alone, which sends the others their parts. They
+    build its shape only (on the device ``meta``), so that eight processes of a machine do not hold eight models of 13B.
+    """
     import torch
     import torch.distributed as dist
 

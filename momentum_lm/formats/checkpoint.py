@@ -103,7 +103,8 @@ def _load_safely(path: str, descriptor: int, size: int, mmap: bool) -> Any:
             raise CheckpointError(f"checkpoint {path} holds {refused.name}, which nothing here can use") from refused
         raise CheckpointError(
             f"checkpoint {path} holds {refused.name}, which is not on the list of types known to be safe: loading it "
-            "can run code. ", *_TRUST,
+            "can run code. ",
+            *_TRUST,
         ) from refused
     except Malformed as error:
         raise _torn(path, str(error)) from error

@@ -124,8 +124,7 @@ def nearest(config: DecoderConfig) -> str:
     kinds = {choices["momentum_kind"]: family for family, choices in FAMILIES.items()}
     exact = [name for name, size in SIZES.items() if size[:3] == (config.layers, config.dim, config.heads)]
     distance = {
-        name: abs(math.log(size.layers * size.dim**2 / (config.layers * config.dim**2)))
-        for name, size in SIZES.items()
+        name: abs(math.log(size.layers * size.dim**2 / (config.layers * config.dim**2))) for name, size in SIZES.items()
     }
     size = exact[0] if exact else min(SIZES, key=distance.__getitem__)
     return f"{kinds.get(config.momentum_kind, 'momentum_lm')}_{size}"

@@ -1,4 +1,6 @@
-"""The families of Hugging Face models that are this package's decoder under other names: one description each, for both directions."""
+"""The families of Hugging Face models that are this package's decoder under other names: one description each, for both
+directions.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,13 @@ _OFFSET = 2  # rows of a learned position table that no token has: fairseq count
 class Family:
     """What ``config.json`` and the tensors of one ``model_type`` say.
 
-    names: patterns of our tensors' names and what stands for them there, the first that fits. Several of ours under one name there are
-        parts of one tensor, along its first dimension.
+    names: patterns of our tensors' names and what stands for them there, the first that fits. Several of ours under one
+        name there are parts of one tensor, along its first dimension.
     fields: DecoderConfig's fields by their name in config.json. constants: what they are in every model of the family.
-    needs: what config.json must say, or not mention, and why another value will not do. defaults: what it means where it says nothing.
-    transposed: names there of matrices that are stored the other way round. ignored: names of tensors that say nothing.
-    base: the prefix that a file lacks if it was saved without the output projection.
-    position_rows: rows of a learned position table there that no token has. fairseq_ids: token ids are those of a fairseq dictionary.
+    needs: what config.json must say, or not mention, and why another value will not do. defaults: what it means where
+    it says nothing. transposed: names there of matrices that are stored the other way round. ignored: names of tensors
+    that say nothing. base: the prefix that a file lacks if it was saved without the output projection. position_rows:
+    rows of a learned position table there that no token has. fairseq_ids: token ids are those of a fairseq dictionary.
     earlier: what entries of config.json were called in files of earlier versions.
     """
 
@@ -62,7 +64,9 @@ class Family:
         return next(re.sub(f"^{ours}", theirs, name, count=1) for ours, theirs in self.names if re.match(ours, name))
 
     def decoder_config(self, config: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
-        """What a config.json means. Raises UserError naming the entry that is missing, no number, or not to be represented."""
+        """What a config.json means. Raises UserError naming the entry that is missing, no number, or not to be
+        represented.
+        """
         for name, (value, reason) in self.needs.items():
             found = config.get(name, value)
             if found != value:
@@ -89,7 +93,9 @@ class Family:
         return argument if theirs is None else f"{theirs} {_shown(argument.value)}" if argument.has_value else theirs
 
     def config(self, decoder: DecoderConfig, vocab_size: int) -> dict[str, Any]:
-        """The config.json of a decoder that the family represents, apart from its dtype and its token ids (but those in ``needs``)."""
+        """The config.json of a decoder that the family represents, apart from its dtype and its token ids (but those in
+        ``needs``).
+        """
         values = dataclasses.asdict(decoder) | {"vocab_size": vocab_size}
         if self is not MOMENTUM:
             values["activation"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == decoder.activation)
@@ -97,16 +103,31 @@ class Family:
         needed = {name: value for name, (value, _) in self.needs.items()}
         if self is MOMENTUM:
             needed = {"pad_token_id": decoder.padding_idx, "eos_token_id": decoder.eos_idx}
-        return {"model_type": self.model_type, "architectures": [self.architecture], "vocab_size": vocab_size, **needed, **named}
+        return {
+            "model_type": self.model_type,
+            "architectures": [self.architecture],
+            "vocab_size": vocab_size,
+            **needed,
+            **named,
+        }
 
     def represents(self, decoder: DecoderConfig) -> bool:
         """Whether a model of the family computes what ``decoder`` does, its absent tokens apart."""
-        plain = {"momentum_kind": "none", **{name: value for name, value in self.constants.items() if name != "position"}}
+        plain = {
+            "momentum_kind": "none",
+            **{name: value for name, value in self.constants.items() if name != "position"},
+        }
         same = all(getattr(decoder, name) == value for name, value in plain.items())
-        return same and decoder.position == self.constants.get("position") and (decoder.padding_idx, decoder.eos_idx) == (1, 2)
+        return (
+            same
+            and decoder.position == self.constants.get("position")
+            and (decoder.padding_idx, decoder.eos_idx) == (1, 2)
+        )
 
     def to_theirs(self, ours: Mapping[str, Lazy], tied: bool, order: Tensor | None = None) -> dict[str, Lazy]:
-        """Our tensors under their names and in their shapes. ``order`` (their vocabulary): the id here of each id there; None: the same."""
+        """Our tensors under their names and in their shapes. ``order`` (their vocabulary): the id here of each id
+        there; None: the same.
+        """
         groups: dict[str, list[Lazy]] = {}
         for name, lazy in ours.items():
             if tied and name == "output_projection.weight":
@@ -119,11 +140,16 @@ class Family:
         joined = {name: concatenated(parts) for name, parts in groups.items()}
         return {name: lazy.transposed() if re.search(self.transposed, name) else lazy for name, lazy in joined.items()}
 
-    def to_ours(self, theirs: Mapping[str, Lazy], decoder: DecoderConfig, order: Tensor | None = None) -> dict[str, Lazy]:
-        """Their tensors as ours, where :meth:`check` has nothing to say. ``order`` (our vocabulary): the id there of each id here, negative
-        where it has none; None: the same."""
+    def to_ours(
+        self, theirs: Mapping[str, Lazy], decoder: DecoderConfig, order: Tensor | None = None
+    ) -> dict[str, Lazy]:
+        """Their tensors as ours, where :meth:`check` has nothing to say. ``order`` (our vocabulary): the id there of
+        each id here, negative where it has none; None: the same.
+        """
         names = {name: self.theirs(name) for name in expected(decoder)}
-        groups = {name: [ours for ours, other in names.items() if other == name] for name in dict.fromkeys(names.values())}
+        groups = {
+            name: [ours for ours, other in names.items() if other == name] for name in dict.fromkeys(names.values())
+        }
         result: dict[str, Lazy] = {}
         for name, group in groups.items():
             if name == "lm_head.weight" and decoder.tie_embeddings:
@@ -138,12 +164,15 @@ class Family:
         if "embed_positions.weight" in result and self.position_rows < _OFFSET:
             table = result["embed_positions.weight"]
             shape = (table.shape[0] + _OFFSET, *table.shape[1:])
-            result["embed_positions.weight"] = table.map(shape, lambda rows: torch.cat([rows.new_zeros(_OFFSET, rows.shape[1]), rows]))
+            result["embed_positions.weight"] = table.map(
+                shape, lambda rows: torch.cat([rows.new_zeros(_OFFSET, rows.shape[1]), rows])
+            )
         return {name: result[name] for name in names}
 
     def check(self, theirs: Mapping[str, Lazy], decoder: DecoderConfig, vocab_size: int) -> None:
-        """Raises UserError unless the tensors are those of the configuration: one missing, one too many, or one of another shape
-        or not of fp64, fp32, fp16 or bf16."""
+        """Raises UserError unless the tensors are those of the configuration: one missing, one too many, or one of
+        another shape or not of fp64, fp32, fp16 or bf16.
+        """
         if decoder.layers > len(theirs):  # each has more than one
             problem = f"there are {len(theirs)} of them, for {decoder.layers} layers"
             raise UserError(f"its tensors do not fit its config.json: {problem}")
@@ -151,12 +180,17 @@ class Family:
         wanted = self.to_theirs(expected(own), decoder.tie_embeddings)
         missing, unknown = sorted(wanted.keys() - theirs.keys()), sorted(theirs.keys() - wanted.keys())
         if missing or unknown:
-            lack, extra = (f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) for names in (missing, unknown))
+            lack, extra = (
+                f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)
+                for names in (missing, unknown)
+            )
             parts = [f"lack {lack}"] * bool(missing) + [f"have {extra}, which the model does not"] * bool(unknown)
             raise UserError(f"its tensors do not fit its config.json: they {' and '.join(parts)}")
         for name, lazy in wanted.items():
             if theirs[name].shape != lazy.shape:
-                raise UserError(f"its tensors do not fit its config.json: {name} is {theirs[name].shape}, and by config.json {lazy.shape}")
+                raise UserError(
+                    f"its tensors do not fit its config.json: {name} is {theirs[name].shape}, and by config.json {lazy.shape}"
+                )
             if theirs[name].dtype not in FLOATS:
                 raise UserError(f"{name} is in {theirs[name].dtype}: give the model before it was quantised")
 
@@ -218,7 +252,11 @@ XGLM = Family(
 OPT = Family(
     "opt",
     "OPTForCausalLM",
-    names=((r"output_projection\.", "lm_head."), (r"layer_norm\.", "model.decoder.final_layer_norm."), ("", "model.decoder.")),
+    names=(
+        (r"output_projection\.", "lm_head."),
+        (r"layer_norm\.", "model.decoder.final_layer_norm."),
+        ("", "model.decoder."),
+    ),
     fields={
         "dim": "hidden_size",
         "ffn_dim": "ffn_dim",
@@ -231,7 +269,10 @@ OPT = Family(
     },
     constants={"position": "learned", "scale_embeddings": False},
     needs={
-        "do_layer_norm_before": (True, "the model normalises after each block, as OPT-350m does; the decoder normalises before"),
+        "do_layer_norm_before": (
+            True,
+            "the model normalises after each block, as OPT-350m does; the decoder normalises before",
+        ),
         "_remove_final_layer_norm": (False, "the decoder has a norm after its last block"),
         "enable_bias": (True, "the decoder's projections have biases"),
         "layer_norm_elementwise_affine": (True, "the decoder's norms have weights"),
@@ -290,7 +331,9 @@ FAMILIES = {family.model_type: family for family in (XGLM, OPT, GPT2, MOMENTUM)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises UserError for a model that the decoder cannot be, saying why and what to use instead."""
+    """The family of a config.json. Raises UserError for a model that the decoder cannot be, saying why and what to use
+    instead.
+    """
     kind = config.get("model_type")
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else kind

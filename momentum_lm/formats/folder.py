@@ -23,9 +23,9 @@ _OURS = re.compile(
 def whole_folder(output: Path, force: bool) -> Iterator[Path]:
     """A folder beside ``output`` to write into; on success it takes the place of ``output``, on error it is removed.
 
-    However the process ends, ``output`` is the old folder or the new one, or it is away for a moment between two renamings; then the
-    next call puts the old one back. Raises UserError if ``output`` is there without ``force`` (with it, if it holds anything that a
-    conversion does not write), or if another process is writing it.
+    However the process ends, ``output`` is the old folder or the new one, or it is away for a moment between two
+    renamings; then the next call puts the old one back. Raises UserError if ``output`` is there without ``force`` (with
+    it, if it holds anything that a conversion does not write), or if another process is writing it.
     """
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} does not exist; make that folder first, or choose another OUTPUT")
@@ -39,7 +39,10 @@ def whole_folder(output: Path, force: bool) -> Iterator[Path]:
             if old.exists() and not output.exists():  # a process was killed between the two renamings below
                 os.rename(old, output)
             _check(output, force)
-            for path in (old, *(path for path in partial.iterdir() if path.name != ".lock")):  # of one that was killed elsewhere
+            for path in (
+                old,
+                *(path for path in partial.iterdir() if path.name != ".lock"),
+            ):  # of one that was killed elsewhere
                 _remove(path)
             yield partial
             (partial / ".lock").unlink()
@@ -61,7 +64,9 @@ def _check(output: Path, force: bool) -> None:
     if not os.path.lexists(output):
         return
     if not output.is_dir() or output.is_symlink():
-        raise UserError(f"{output} is {'a link' if output.is_symlink() else 'not a folder'}; OUTPUT is the folder to make")
+        raise UserError(
+            f"{output} is {'a link' if output.is_symlink() else 'not a folder'}; OUTPUT is the folder to make"
+        )
     foreign = _foreign(output)
     if foreign:
         raise UserError(f"{output} holds {foreign[0]}, which a conversion does not write; choose another OUTPUT")

@@ -57,7 +57,9 @@ def find_model(name: str) -> Path:
     if folder.exists():
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".pt"):
-        raise UserError(f"{name} does not exist; give a checkpoint, a folder, or the name of a model of the Hugging Face hub")
+        raise UserError(
+            f"{name} does not exist; give a checkpoint, a folder, or the name of a model of the Hugging Face hub"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -76,9 +78,11 @@ def find_model(name: str) -> Path:
 
 
 def look(folder: Path, output: Path, trust: bool = False) -> Source:
-    """What is in a folder with a ``config.json``; its tokenizer's files go to ``output``. ``trust`` lets a ``pytorch_model.bin`` run code.
+    """What is in a folder with a ``config.json``; its tokenizer's files go to ``output``. ``trust`` lets a
+    ``pytorch_model.bin`` run code.
 
-    Raises UserError for a model that the decoder cannot be, for tensors that do not fit, and for what is torn or missing.
+    Raises UserError for a model that the decoder cannot be, for tensors that do not fit, and for what is torn or
+    missing.
     """
     config = _read_json(folder / "config.json")
     try:
@@ -117,7 +121,9 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
     return Source(folder, family, decoder, tensors, dictionary, order, tokenizer is not None, add_bos)
 
 
-def write_checkpoint(source: Source, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]) -> None:
+def write_checkpoint(
+    source: Source, folder: Path, dtype: torch.dtype | None, progress: Callable[[int], object]
+) -> None:
     """Writes ``model.pt`` and ``dict.txt`` into a folder. ``dtype`` None: as they are."""
     tensors = source.family.to_ours(source.tensors, source.decoder, source.order)
     weights: dict[str, Any] = {}
@@ -133,7 +139,12 @@ def write_checkpoint(source: Source, folder: Path, dtype: torch.dtype | None, pr
 
 def checkpoint(decoder: DecoderConfig, add_bos: bool) -> dict[str, Any]:
     """All that a fairseq checkpoint holds beside the weights: options, and that it was trained for no updates."""
-    history = {"criterion_name": "ChunkedCrossEntropy", "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}, "num_updates": 0}
+    history = {
+        "criterion_name": "ChunkedCrossEntropy",
+        "optimizer_name": "FairseqAdam",
+        "lr_scheduler_state": {},
+        "num_updates": 0,
+    }
     return {
         "args": None,
         "cfg": {
@@ -170,7 +181,9 @@ def _tensors(folder: Path, family: Family, trust: bool) -> dict[str, Lazy]:
             if not isinstance(weight_map, dict) or not all(
                 isinstance(name, str) and Path(name).name == name for name in weight_map.values()
             ):
-                raise UserError(f"{listed} is not the index of a model in parts: it has no weight_map of files beside it")
+                raise UserError(
+                    f"{listed} is not the index of a model in parts: it has no weight_map of files beside it"
+                )
             files = sorted(set(weight_map.values()))
         else:
             continue

@@ -1,7 +1,7 @@
 """Tensors that are read when they are needed, and the two files that hold them: torch's checkpoint and safetensors.
 
-torch and safetensors write what lies in memory. A conversion changes every tensor of a model that may be larger than memory, so here
-each one is read, changed, written and forgotten.
+torch and safetensors write what lies in memory. A conversion changes every tensor of a model that may be larger than
+memory, so here each one is read, changed, written and forgotten.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def concatenated(parts: Sequence[Lazy]) -> Lazy:
 
 
 def write_torch(path: Path, tree: Mapping[str, Any], progress: Callable[[int], object] = lambda nbytes: None) -> None:
-    """Writes what ``torch.save`` would, each :class:`Lazy` in ``tree`` as a tensor; one that stands in two places is stored once.
+    """Writes what ``torch.save`` would, each :class:`Lazy` in ``tree`` as a tensor; one that stands in two places is
+    stored once.
 
     ``progress`` is told of the bytes as they are written.
     """

@@ -379,7 +379,7 @@ def _parse_overrides(overrides: Mapping[str, Any] | str | None, options: Mapping
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise UserError(
             arg(overrides=overrides),
-            ' is not a Python dict of option names, such as "{\'decoder_attention_heads\': 8}"',
+            " is not a Python dict of option names, such as \"{'decoder_attention_heads': 8}\"",
         )
     known = {*options, *table()}
     for key in value:

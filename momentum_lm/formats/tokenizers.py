@@ -19,10 +19,11 @@ _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # one of whic
 
 
 def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTokenizer | None:
-    """Writes the tokenizer of a Hugging Face model as ``tokenizer.json`` and ``tokenizer_config.json``; None if the model has none.
+    """Writes the tokenizer of a Hugging Face model as ``tokenizer.json`` and ``tokenizer_config.json``; None if the
+    model has none.
 
-    ``eos``: the id that ends a text by the model's configuration, for a tokenizer that does not say it. transformers builds some
-    tokenizers by its own rules and not as their tokenizer.json says, so what it built is what is written.
+    ``eos``: the id that ends a text by the model's configuration, for a tokenizer that does not say it. transformers
+    builds some tokenizers by its own rules and not as their tokenizer.json says, so what it built is what is written.
     Raises UserError if transformers does not load it, or runs it in Python.
     """
     if not any(any(source.glob(pattern)) for pattern in _FILES):
@@ -30,7 +31,9 @@ def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTo
     try:
         import transformers
     except ImportError as error:
-        raise UserError("tokenizers of Hugging Face need transformers: pip install 'momentum_lm[transformers]'") from error
+        raise UserError(
+            "tokenizers of Hugging Face need transformers: pip install 'momentum_lm[transformers]'"
+        ) from error
     own = source / "tokenizer.json"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -61,12 +64,14 @@ def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTo
     return HuggingFaceTokenizer(folder)
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int, bos: int, order: Sequence[int] | None = None) -> str | None:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, max_positions: int, bos: int, order: Sequence[int] | None = None
+) -> str | None:
     """Writes Hugging Face's files of one of our tokenizers, with the dictionary's ids.
 
-    ``bos``: what a text begins with. ``order``: the dictionary's id of each of a tokenizer.json's own, which stay; None: they do not.
-    Beside them go ``dict.txt`` and the tokenizer's own files where it has others, so that the way back gives what there was. Returns
-    what the files do not do exactly, in one line, if anything.
+    ``bos``: what a text begins with. ``order``: the dictionary's id of each of a tokenizer.json's own, which stay;
+    None: they do not. Beside them go ``dict.txt`` and the tokenizer's own files where it has others, so that the way
+    back gives what there was. Returns what the files do not do exactly, in one line, if anything.
     """
     limit = {"model_max_length": max_positions}
     names = {role: SPECIALS[special] for role, special in NAMES.items()} | {"bos_token": SPECIALS[bos]}
@@ -77,7 +82,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int, bos:
                 shutil.copyfile(path, folder / name)
             if len(tokenizer.files) == 1:
                 if order is not None:
-                    names = {role: tokenizer.token(order.index(i)) for role, i in (("bos_token", bos), ("eos_token", EOS))}
+                    names = {
+                        role: tokenizer.token(order.index(i)) for role, i in (("bos_token", bos), ("eos_token", EOS))
+                    }
                 _write_settings(folder, names, False, limit)
         else:
             content, tokens = _in_dictionary_order(tokenizer, bos)
@@ -119,7 +126,11 @@ def special_tokens(tokenizer: Tokenizer, order: Sequence[int] | None = None) -> 
 
 def _write_settings(folder: Path, names: dict[str, str], split: bool, more: dict[str, Any]) -> None:
     """``tokenizer_config.json``. ``split``: the names of special tokens are ordinary text, as the tokenizer had it."""
-    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": split, "clean_up_tokenization_spaces": False}
+    fixed = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "split_special_tokens": split,
+        "clean_up_tokenization_spaces": False,
+    }
     write_json(folder / "tokenizer_config.json", {**fixed, **names, **more})
 
 
@@ -133,13 +144,22 @@ def _template(names: Sequence[str], bos: int) -> dict[str, Any]:
     first = {"SpecialToken": {"id": names[bos], "type_id": 0}}
     a, b = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
     token = {"id": names[bos], "ids": [bos], "tokens": [names[bos]]}
-    return {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, first, b], "special_tokens": {names[bos]: token}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, a],
+        "pair": [first, a, first, b],
+        "special_tokens": {names[bos]: token},
+    }
 
 
 def _gpt2(tokenizer: GPT2Tokenizer) -> dict[str, Any] | None:
     ids = tokenizer.own_to_dictionary
     vocabulary = {token: ids[i] for i, token in enumerate(tokenizer.tokens)}
-    others = {symbol: i for i, symbol in enumerate(tokenizer.dictionary.symbols) if i < len(SPECIALS) or not symbol.isdecimal()}
+    others = {
+        symbol: i
+        for i, symbol in enumerate(tokenizer.dictionary.symbols)
+        if i < len(SPECIALS) or not symbol.isdecimal()
+    }
     if vocabulary.keys() & others.keys():
         return None
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -148,10 +168,12 @@ def _gpt2(tokenizer: GPT2Tokenizer) -> dict[str, Any] | None:
 
 
 def _unigram(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Pieces with their scores, with spaces for SentencePiece's signs for them: a sign in the text is then a character like others.
+    """Pieces with their scores, with spaces for SentencePiece's signs for them: a sign in the text is then a character
+    like others.
 
-    What SentencePiece never finds in a text, bytes and specials, gets a score worse than that of any other way to write its name, and the
-    names' characters that no piece has are split off beforehand: each would be bytes anyway. None if that is not all there is to it.
+    What SentencePiece never finds in a text, bytes and specials, gets a score worse than that of any other way to write
+    its name, and the names' characters that no piece has are split off beforehand: each would be bytes anyway. None if
+    that is not all there is to it.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -181,7 +203,8 @@ def _unigram(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 
 def _in_dictionary_order(tokenizer: HuggingFaceTokenizer, bos: int) -> tuple[dict[str, Any], list[str]]:
-    """Its tokenizer.json with the dictionary's ids and a token for each special that it had none for, and what the specials are called.
+    """Its tokenizer.json with the dictionary's ids and a token for each special that it had none for, and what the
+    specials are called.
 
     Raises UserError if the dictionary lacks tokens, or the tokenizer's kind has no place for an order.
     """
@@ -190,7 +213,9 @@ def _in_dictionary_order(tokenizer: HuggingFaceTokenizer, bos: int) -> tuple[dic
     model, symbols = content["model"], tokenizer.dictionary.symbols
     vocabulary = model.get("vocab")
     if len(set(ids)) < len(ids) or not isinstance(vocabulary, (dict, list)):
-        raise UserError(f"{path} cannot be given the ids of dict.txt, which does not have a symbol for each of its tokens")
+        raise UserError(
+            f"{path} cannot be given the ids of dict.txt, which does not have a symbol for each of its tokens"
+        )
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
     own = vocabulary if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
     tokens = {ids[i]: token for token, i in {**own, **added}.items()}

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on our checkpoints: ``lm_eval --model momentum_lm --model_args path=CKPT --tasks ...``.
 
-``fairseq_compat`` tells the harness of this class. Where no ``.pth`` file is read (PYTHONPATH, ``pip --target``), import this module.
+``fairseq_compat`` tells the harness of this class. Where no ``.pth`` file is read (PYTHONPATH, ``pip --target``),
+import this module.
 """
 
 from __future__ import annotations
@@ -53,16 +54,14 @@ class MomentumLM(LM):
     ``momentum-lm convert`` makes of the checkpoint sees the same ids. A text with ``<pad>`` is refused: padding is no
     token to the model. ``fairseq-eval``, whose texts are data, reads all such names as ordinary text.
 
-    Arguments, those of ``--model_args``:
-        path: checkpoint file, or a folder with one; or a loaded ``NativeLM``, to which ``tokenizer`` to ``trust_checkpoint`` do not apply.
-        tokenizer: its folder or file; None: beside the checkpoint, or in the data that it was trained on.
-        dtype: ``fp32``, ``bf16`` or ``fp16``.
-        device: as torch names it; None: a GPU if there is one.
-        model_overrides: options that the checkpoint lacks, ``{"decoder_attention_heads": 8}``.
-        trust_checkpoint: load one that holds more than plain data.
-        max_length: use no more of the model's context than so many tokens.
-        max_gen_toks: tokens to generate where a task does not say.
-        batch_size: rows in a batch, at most (memory may ask for fewer); ``auto``: what memory allows, and at most ``max_batch_size``.
+    Arguments, those of ``--model_args``: path: checkpoint file, or a folder with one; or a loaded ``NativeLM``, to
+        which ``tokenizer`` to ``trust_checkpoint`` do not apply. tokenizer: its folder or file; None: beside the
+        checkpoint, or in the data that it was trained on. dtype: ``fp32``, ``bf16`` or ``fp16``. device: as torch names
+        it; None: a GPU if there is one. model_overrides: options that the checkpoint lacks,
+        ``{"decoder_attention_heads": 8}``. trust_checkpoint: load one that holds more than plain data. max_length: use
+        no more of the model's context than so many tokens. max_gen_toks: tokens to generate where a task does not say.
+        batch_size: rows in a batch, at most (memory may ask for fewer); ``auto``: what memory allows, and at most
+        ``max_batch_size``.
 
     Raises UserError for arguments that cannot be, and in one of several processes.
     """
@@ -85,21 +84,33 @@ class MomentumLM(LM):
         for name in unknown:
             known = [name for name in inspect.signature(MomentumLM).parameters if name != "unknown"]
             near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"--model_args {name}: " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"))
+            raise UserError(
+                f"--model_args {name}: " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}")
+            )
         world = os.environ.get("WORLD_SIZE", "1")
         if world not in ("", "0", "1"):
-            raise UserError(f"momentum_lm runs in one process, and this is one of {world} (WORLD_SIZE): start lm_eval by itself")
+            raise UserError(
+                f"momentum_lm runs in one process, and this is one of {world} (WORLD_SIZE): start lm_eval by itself"
+            )
         if path is None:
             raise UserError("--model_args lacks path=CKPT: a checkpoint file, or a folder with one")
-        self.lm = path if isinstance(path, NativeLM) else _load(path, tokenizer, dtype, device, model_overrides, trust_checkpoint)
+        self.lm = (
+            path
+            if isinstance(path, NativeLM)
+            else _load(path, tokenizer, dtype, device, model_overrides, trust_checkpoint)
+        )
         self._device = self.lm.device
         self.max_length = _number("max_length", max_length, self.lm.max_positions)
         if self.max_length > self.lm.max_positions:
-            raise UserError(f"--model_args max_length={max_length}: {self.lm.name} takes {self.lm.max_positions} tokens; give no more")
+            raise UserError(
+                f"--model_args max_length={max_length}: {self.lm.name} takes {self.lm.max_positions} tokens; give no more"
+            )
         self.max_gen_toks = _number("max_gen_toks", max_gen_toks, 256)
         self._special = names_of_tokens(self.lm)
         auto = str(batch_size).partition(":")[0] == "auto"
-        self._rows = _number("max_batch_size", max_batch_size, None) if auto else _number("batch_size", batch_size, None)
+        self._rows = (
+            _number("max_batch_size", max_batch_size, None) if auto else _number("batch_size", batch_size, None)
+        )
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> MomentumLM:
@@ -107,9 +118,12 @@ class MomentumLM(LM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> MomentumLM:
-        """From ``--model_args``, which win over the command's ``--device`` and ``--batch_size``: it has values for these whether given or
-        not, ``cuda:0`` too where there is none."""
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> MomentumLM:
+        """From ``--model_args``, which win over the command's ``--device`` and ``--batch_size``: it has values for
+        these whether given or not, ``cuda:0`` too where there is none.
+        """
         command = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if str(command.get("device", "")).startswith("cuda") and not torch.cuda.is_available():
             del command["device"]
@@ -123,7 +137,9 @@ class MomentumLM(LM):
     def chat_template(self, chat_template: bool | str = False) -> str:
         """None of ours has one. Raises UserError where one is asked for."""
         if chat_template:
-            raise UserError(f"{self.lm.name} was trained on plain text and has no chat template: leave out --apply_chat_template")
+            raise UserError(
+                f"{self.lm.name} was trained on plain text and has no chat template: leave out --apply_chat_template"
+            )
         return ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -168,8 +184,9 @@ class MomentumLM(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, without what it ends at.
 
-        Arguments of a task are those of the harness's own models: ``until`` and ``max_gen_toks`` (or its other names), and ``do_sample``
-        with ``temperature``, ``top_k`` and ``top_p``. Raises UserError for others, and where no room is left for a context.
+        Arguments of a task are those of the harness's own models: ``until`` and ``max_gen_toks`` (or its other names),
+        and ``do_sample`` with ``temperature``, ``top_k`` and ``top_p``. Raises UserError for others, and where no room
+        is left for a context.
         """
         texts: dict[int, str] = {}
         kinds: dict[str, list[int]] = {}
@@ -191,14 +208,19 @@ class MomentumLM(LM):
                 f"max_gen_toks={ending.most} leaves no room for a prompt in the {self.max_length} tokens that {self.lm.name} takes: "
                 f"add --gen_kwargs max_gen_toks=N, such as {self.max_length // 2}"
             )
-        whole = {number: self._begun(tokens) for number, tokens in zip(contexts, self._encode(list(contexts.values())), strict=True)}
+        whole = {
+            number: self._begun(tokens)
+            for number, tokens in zip(contexts, self._encode(list(contexts.values())), strict=True)
+        }
         self._warn([len(tokens) for tokens in whole.values()], room)
         kept = {number: tokens[-room:] for number, tokens in whole.items()}
         numbers, rows = list(kept), self._rows or MOST_GENERATED
         generated = generate(self.lm, list(kept.values()), ending.most, ending.finished, ending.choose, rows)
         yield from ((numbers[i], ending.text(tokens)) for i, tokens in generated)
 
-    def _score(self, requests: Sequence[Request], disable_tqdm: bool, names: Sequence[Any] | None = None) -> list[tuple[float, bool]]:
+    def _score(
+        self, requests: Sequence[Request], disable_tqdm: bool, names: Sequence[Any] | None = None
+    ) -> list[tuple[float, bool]]:
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for number, answer in score(self.lm, requests, self._rows):
@@ -263,7 +285,8 @@ class _Ending:
         self._lm = lm
         self.most: int = given.pop("max_gen_toks")
         self._until = [text for text in given.pop("until") if text]
-        # A stop that has just been completed is in the last tokens: each but the special ones, which have no text, is a byte or more.
+        # A stop that has just been completed is in the last tokens: each but the special ones, which have no text, is a
+        # byte or more.
         self._tail = 8 + max((len(text.encode()) for text in self._until), default=0)
         temperature = given.pop("temperature", 1.0)
         drawn = given.pop("do_sample") and temperature > 0

@@ -1,7 +1,9 @@
-"""Scores freed of what a prompt prefers whatever it is asked. NumPy, float64, no model: everything is computed from scores.
+"""Scores freed of what a prompt prefers whatever it is asked. NumPy, float64, no model: everything is computed from
+scores.
 
-``scores`` (n, C) are log-probabilities of the choices, summed or averaged over their tokens. Examples with fewer choices than others
-have NaN at the end of their rows; NaN stays NaN. The prediction is the largest score that is not NaN, the lowest index among equals.
+``scores`` (n, C) are log-probabilities of the choices, summed or averaged over their tokens. Examples with fewer
+choices than others have NaN at the end of their rows; NaN stays NaN. The prediction is the largest score that is not
+NaN, the lowest index among equals.
 """
 
 from __future__ import annotations
@@ -12,16 +14,19 @@ from numpy.typing import ArrayLike, NDArray
 CALIBRATIONS = ("none", "contextual", "domain_pmi", "batch")
 
 
-def apply(name: str, scores: ArrayLike, content_free: ArrayLike | None = None, domain: ArrayLike | None = None) -> NDArray[np.float64]:
+def apply(
+    name: str, scores: ArrayLike, content_free: ArrayLike | None = None, domain: ArrayLike | None = None
+) -> NDArray[np.float64]:
     """(n, C) calibrated scores, by one of :data:`CALIBRATIONS`.
 
-    ``none``: the scores. ``contextual`` (Zhao et al. 2021, arXiv:2102.09690): minus the log of the labels' mean probability after the
-    inputs without content, ``content_free`` (m, C). ``domain_pmi`` (Holtzman et al. 2021, arXiv:2104.08315): minus ``domain``, the
-    choices' scores after the domain's premise alone: (n, C), or (C,) or (1, C) where all examples have the same labels. ``batch`` (Zhou
-    et al. 2024, arXiv:2309.17249): log-probabilities of the labels minus the log of their mean probability over all n queries.
+    ``none``: the scores. ``contextual`` (Zhao et al. 2021, arXiv:2102.09690): minus the log of the labels' mean
+    probability after the inputs without content, ``content_free`` (m, C). ``domain_pmi`` (Holtzman et al. 2021,
+    arXiv:2104.08315): minus ``domain``, the choices' scores after the domain's premise alone: (n, C), or (C,) or (1, C)
+    where all examples have the same labels. ``batch`` (Zhou et al. 2024, arXiv:2309.17249): log-probabilities of the
+    labels minus the log of their mean probability over all n queries.
 
-    Raises ValueError for an unknown name, for what a method needs and has not got, for arrays that do not fit, and for ``contextual``
-    and ``batch`` where examples have different numbers of choices: they need one list of labels.
+    Raises ValueError for an unknown name, for what a method needs and has not got, for arrays that do not fit, and for
+    ``contextual`` and ``batch`` where examples have different numbers of choices: they need one list of labels.
     """
     table = _table(scores, "scores")
     if name == "none":

@@ -1,4 +1,6 @@
-"""Which examples are shown as demonstrations, in which order, and which are evaluated: the same for the same seed, anywhere."""
+"""Which examples are shown as demonstrations, in which order, and which are evaluated: the same for the same seed,
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,14 @@ def select(
     """``shots`` examples of ``train``, drawn with ``seed``, without those whose places in ``train`` are ``hidden``
     (:func:`separate`).
 
-    random: the first of a permutation by NumPy's PCG64, which are those of ``datasets.Dataset.shuffle(seed)`` that the authors of
-    arXiv 2212.10559 take; more shots keep the fewer ones in front. balanced: as many of each label as of any other, but for one more of
-    some, which the seed chooses; more shots keep the fewer ones too, in a new order. ``num_labels``: how many labels there are; default:
-    those that occur. ``order`` 0 leaves the order as drawn, another number permutes it, by (seed, order).
+    random: the first of a permutation by NumPy's PCG64, which are those of ``datasets.Dataset.shuffle(seed)`` that the
+    authors of arXiv 2212.10559 take; more shots keep the fewer ones in front. balanced: as many of each label as of any
+    other, but for one more of some, which the seed chooses; more shots keep the fewer ones too, in a new order.
+    ``num_labels``: how many labels there are; default: those that occur. ``order`` 0 leaves the order as drawn, another
+    number permutes it, by (seed, order).
 
-    Raises UserError for more shots than examples, a negative seed and, if balanced, a label without an example. Warns of labels that
-    are not shown because there are fewer shots.
+    Raises UserError for more shots than examples, a negative seed and, if balanced, a label without an example. Warns
+    of labels that are not shown because there are fewer shots.
     """
     not_evaluated: list[str | Argument] = [
         " that are not evaluated too; use a smaller ", arg("limit"), ", or another training split",
@@ -53,7 +56,9 @@ def select(
         return []
     generator = np.random.default_rng(seed)
     permutation = [i for i in generator.permutation(len(train)).tolist() if i not in hidden]
-    drawn = _balanced(train, permutation, shots, num_labels, generator) if sampling == "balanced" else permutation[:shots]
+    drawn = (
+        _balanced(train, permutation, shots, num_labels, generator) if sampling == "balanced" else permutation[:shots]
+    )
     if order:
         drawn = [drawn[i] for i in np.random.default_rng([seed, order]).permutation(shots)]
     return [train[i] for i in drawn]
@@ -62,7 +67,8 @@ def select(
 def evaluation_subset(examples: Sequence[T], limit: int | None, seed: int = 1, protocol_paper: bool = False) -> list[T]:
     """The examples that are evaluated: all, or a sample of ``limit`` of them in the order of the file.
 
-    ``protocol_paper``: as the authors do, the first 2000 (or ``limit``, if that is less) after a shuffle with ``seed``, in this order.
+    ``protocol_paper``: as the authors do, the first 2000 (or ``limit``, if that is less) after a shuffle with ``seed``,
+    in this order.
     """
     permutation = np.random.default_rng(seed).permutation(len(examples))
     if protocol_paper:
@@ -146,7 +152,8 @@ def separate(
     rest = [example for example in evaluated if identity(example) not in shown]
     if not rest:
         raise UserError(
-            "the training split has every evaluated example, and ", arg(shots=shots),
+            "the training split has every evaluated example, and ",
+            arg(shots=shots),
             " leaves none to evaluate; use fewer, or another training split",
         )
     return Separation(rest, frozenset(i for i, key in hidden.items() if key not in shown), len(evaluated) - len(rest))
@@ -170,7 +177,11 @@ def _in_turn(labels: dict[Identity, int]) -> Iterator[Identity]:
 
 
 def _balanced(
-    train: Sequence[Example], permutation: Sequence[int], shots: int, num_labels: int | None, generator: np.random.Generator
+    train: Sequence[Example],
+    permutation: Sequence[int],
+    shots: int,
+    num_labels: int | None,
+    generator: np.random.Generator,
 ) -> list[int]:
     """Takes one example of each label in turn, until there are enough; a label that has no more is passed over."""
     waiting: dict[int, list[int]] = defaultdict(list)
@@ -187,7 +198,8 @@ def _balanced(
         raise UserError(
             arg(sampling="balanced"),
             f": the training split has no {what} of {len(missing)} of {len(labels)} labels "
-            f"({', '.join(words)}{', ...' * (len(missing) > 10)}); use ", arg(sampling="random"),
+            f"({', '.join(words)}{', ...' * (len(missing) > 10)}); use ",
+            arg(sampling="random"),
             ", or another training split",
         )
     if shots < len(labels):

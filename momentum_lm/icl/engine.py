@@ -1,10 +1,10 @@
 """Scores continuations and generates text: finds what prompts have in common, lays out rows, and runs them in batches.
 
 A *request* is a context and the continuation whose log-probability is wanted. Requests whose scores are wanted
-together, such as the choices of one example, make a *query*. What the prompts of many queries begin with goes through the model
-once, and each row then costs only its own tokens; requests of which one begins another share a row, so labels of one
-token each cost one row a query. Batches hold queries of similar length, at most so many tokens with padding, and are
-numbered: the same queries and budget give the same batches, so that work can be shared and resumed by number.
+together, such as the choices of one example, make a *query*. What the prompts of many queries begin with goes through
+the model once, and each row then costs only its own tokens; requests of which one begins another share a row, so labels
+of one token each cost one row a query. Batches hold queries of similar length, at most so many tokens with padding, and
+are numbered: the same queries and budget give the same batches, so that work can be shared and resumed by number.
 """
 
 from __future__ import annotations

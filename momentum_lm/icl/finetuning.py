@@ -145,7 +145,8 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
         ]
         if not chosen:
             raise UserError(
-                arg(parameters=parameters), f": no parameter has such a name; names are like {next(iter(named))}",
+                arg(parameters=parameters),
+                f": no parameter has such a name; names are like {next(iter(named))}",
             )
         return chosen
     parts = [part for layer in anatomy(model).layers for part in (layer.key, layer.value) if part is not None]
@@ -158,7 +159,9 @@ def _choose(model: Any, parameters: str) -> list[tuple[nn.Parameter, Tensor | No
         looked_for = ", ".join(name for form in OTHERS[:2] for name in (form.key, form.value))
         raise UserError(
             f"{type(model).__name__} has no key and value projections under the names {looked_for}; give a regular "
-            "expression for them with ", arg("parameters"), f" (names are like {next(iter(named))})",
+            "expression for them with ",
+            arg("parameters"),
+            f" (names are like {next(iter(named))})",
         )
     return found
 
@@ -232,5 +235,6 @@ def _skipped(tuples: dict[nn.Module, bool], states: Tensor) -> Iterator[None]:
 def _not_layerwise(model: Any) -> UserError:
     return UserError(
         f"{type(model).__name__} cannot be finetuned layer by layer: its blocks' outputs are not what its "
-        "predictions are made of; leave lcgd out of ", arg("controls"),
+        "predictions are made of; leave lcgd out of ",
+        arg("controls"),
     )

@@ -88,7 +88,8 @@ def demonstration_text(example: Example) -> str:
 def fit(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], longest_query: int) -> list[Example]:
     """The first demonstrations that leave room for the longest query in the model's context.
 
-    The authors' rule: another one is added while context + demonstration + longest query, in tokens, stay below the model's maximum.
+    The authors' rule: another one is added while context + demonstration + longest query, in tokens, stay below the
+    model's maximum.
     """
     size = len(form.bos)
     separator = len(form.separator) if isinstance(form.separator, tuple) else len(lm.encode([form.separator])[0])
@@ -108,13 +109,15 @@ def longest_query(lm: LanguageModel, examples: Sequence[Example]) -> int:
     return longest
 
 
-def build(lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], examples: Sequence[Example]) -> Prompts:
+def build(
+    lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], examples: Sequence[Example]
+) -> Prompts:
     """The prompts for ``examples`` after ``demonstrations``, which should fit (see :func:`fit`).
 
     Text between special tokens is encoded as a whole, as it would be in training: so the ids are those of the full text
-    whatever the tokenizer does at its seams. A continuation's tokens are those in which a prompt with it differs from the
-    prompt without. Where a tokenizer joins the end of an input and the beginning of one continuation into a token, all
-    continuations of that input are scored from the same token on, so that what is compared are probabilities of
+    whatever the tokenizer does at its seams. A continuation's tokens are those in which a prompt with it differs from
+    the prompt without. Where a tokenizer joins the end of an input and the beginning of one continuation into a token,
+    all continuations of that input are scored from the same token on, so that what is compared are probabilities of
     alternatives. Raises UserError naming the example whose prompt is longer than the model's context or has no token to
     predict from.
     """
@@ -168,7 +171,9 @@ def _check(lm: LanguageModel, example: Example, length: int, start: int) -> None
     if start == 0:
         raise UserError(
             f"{where} has no token before its continuation; give the template some text there, or (fairseq "
-            "checkpoints) begin prompts with ", arg("bos"), " '</s>'",
+            "checkpoints) begin prompts with ",
+            arg("bos"),
+            " '</s>'",
         )
     if start == length:
         raise UserError(f"{where} has a continuation without tokens; fix its text in the data")

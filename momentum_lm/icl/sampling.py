@@ -14,8 +14,8 @@ def likeliest(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """A token for each row of logits (N, V), drawn with torch's global generator: (N,).
 
-    ``top_k``: among so many likeliest; 0: all. ``top_p``: among the fewest of those that hold this share of the probability (Holtzman
-    et al., arXiv 1904.09751).
+    ``top_k``: among so many likeliest; 0: all. ``top_p``: among the fewest of those that hold this share of the
+    probability (Holtzman et al., arXiv 1904.09751).
     """
     values, tokens = (logits.float() / temperature).sort(1, descending=True)
     if top_k:

@@ -353,7 +353,9 @@ class HuggingFaceLM:
         ``whole``, every row by itself and read again at each step."""
         if way == "whole":
             before = state.tokens if state is not None else [[]] * len(tokens)
-            rows = [[*old, *row[~pad].tolist()] for old, row, pad in zip(before, tokens.cpu(), padding.cpu(), strict=True)]
+            rows = [
+                [*old, *row[~pad].tolist()] for old, row, pad in zip(before, tokens.cpu(), padding.cpu(), strict=True)
+            ]
             return torch.cat([self._plain_logits(torch.tensor([row]), 1)[:, -1] for row in rows]), TokenRows(rows)
         if not isinstance(state, KeyValueRows):
             shared = state.shared if state is not None and way == "shared" else None
@@ -376,7 +378,9 @@ class HuggingFaceLM:
             given["position_ids"] = positions
         if self._takes_logits_to_keep:
             given["logits_to_keep"] = 1
-        return self.model(tokens.masked_fill(padding.to(tokens.device), 0).to(self.device), **given).logits[:, -1], state
+        return self.model(tokens.masked_fill(padding.to(tokens.device), 0).to(self.device), **given).logits[
+            :, -1
+        ], state
 
     @cached_property
     def _stepping(self) -> str:
@@ -523,7 +527,10 @@ def load_huggingface(
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                arg(name=name), " brings code of its own: add ", arg(trust_remote_code=True), " if you trust it",
+                arg(name=name),
+                " brings code of its own: add ",
+                arg(trust_remote_code=True),
+                " if you trust it",
             ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(arg(name=name), f" does not load: {reason}") from error

@@ -45,7 +45,8 @@ def add_momentum(model: Any, eta: float, normalize: bool = False, gate: float = 
         modules = attention_modules(model)
     except UserError as error:
         raise UserError(
-            arg("eta"), f": {name} does not use transformers' attention interface, so momentum cannot be added",
+            arg("eta"),
+            f": {name} does not use transformers' attention interface, so momentum cannot be added",
         ) from error
     if not all(getattr(module, "is_causal", True) for module in modules):
         raise UserError(arg("eta"), f": the attention of {name} is not causal")

@@ -93,9 +93,7 @@ class DecoderConfig:
         fairseq="decoder_ffn_embed_dim", stock=0, zero=lambda config: 4 * config.dim, least=1, most=1 << 24,
     )  # fmt: skip
     layers: int = option("number of layers", fairseq="decoder_layers", stock=6, least=1, most=10_000)
-    heads: int = option(
-        "number of attention heads", fairseq="decoder_attention_heads", stock=8, least=1, most=1 << 20
-    )
+    heads: int = option("number of attention heads", fairseq="decoder_attention_heads", stock=8, least=1, most=1 << 20)
     max_positions: int = option("longest input, in tokens", 1024, "max_target_positions", least=1, most=1 << 40)
     padding_idx: int = option("id of padding", 1)
     eos_idx: int = option("id of the end-of-sentence token", 2)

@@ -124,8 +124,9 @@ class Decoder(nn.Module):
         hidden = self.features(tokens, None, segment_ids, left_padded)
         output = self.output_projection
         if not is_plain(output, OutputProjection):
-            return called_cross_entropy(hidden, output, self.config.vocab_size, targets, self.config.padding_idx,
-                reduction)
+            return called_cross_entropy(
+                hidden, output, self.config.vocab_size, targets, self.config.padding_idx, reduction
+            )
         return chunked_cross_entropy(
             hidden, output.weight, targets, self.config.padding_idx, reduction, absent=output.absent
         )

@@ -32,18 +32,23 @@ class _Momentum(Float32):
 class MomentumEMA(_Momentum):
     """``gate[h] * scale[h] * sum_{i<t} eta[h]^(t-i) v_i``, one decay per head.
 
-    Source: arXiv 2212.10559, section 5 (one fixed eta, scale 1, no gate). ``learned`` makes eta a parameter, kept as a logit;
-    ``normalize`` sets scale = (1 - eta) / eta, so that the weights sum to 1; ``gate`` adds a learned factor that starts at 0.
+    Source: arXiv 2212.10559, section 5 (one fixed eta, scale 1, no gate). ``learned`` makes eta a parameter, kept as a
+    logit; ``normalize`` sets scale = (1 - eta) / eta, so that the weights sum to 1; ``gate`` adds a learned factor that
+    starts at 0.
     """
 
     fixed_log_decay: Tensor
 
-    def __init__(self, heads: int, eta: float, learned: bool = False, normalize: bool = False, gate: bool = False) -> None:
+    def __init__(
+        self, heads: int, eta: float, learned: bool = False, normalize: bool = False, gate: bool = False
+    ) -> None:
         super().__init__()
         self.normalize = normalize
         logit = torch.full((heads,), math.log(eta) - math.log1p(-eta))
         self.decay_logit = nn.Parameter(logit) if learned else None
-        self.register_buffer("fixed_log_decay", None if learned else torch.full((heads,), math.log(eta)), persistent=False)
+        self.register_buffer(
+            "fixed_log_decay", None if learned else torch.full((heads,), math.log(eta)), persistent=False
+        )
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
 
     def log_decay(self) -> Tensor:
@@ -58,7 +63,8 @@ class MomentumEMA(_Momentum):
         padding: Tensor | None = None,
         addend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """values (B, H, T, D), state (B, H, D) or None -> (EMA, plus ``addend``, (B, H, T, D), state after the last token).
+        """values (B, H, T, D), state (B, H, D) or None -> (EMA, plus ``addend``, (B, H, T, D), state after the last
+        token).
 
         padding: (B, T) True at padding on the left, which is neither seen nor any time to the average.
         """
@@ -90,8 +96,8 @@ class MomentumEMA(_Momentum):
 class MomentumMultiEMA(_Momentum):
     """Eight learned decays per channel with signed learned weights, the current token included.
 
-    Source: the class that an author of arXiv 2212.10559 posted (microsoft/LMOps, issue 9): decay ``sigmoid(delta)`` with
-    delta ~ N(0, 0.2), weight ``gamma / sqrt(dim)`` with gamma ~ N(0, 1).
+    Source: the class that an author of arXiv 2212.10559 posted (microsoft/LMOps, issue 9): decay ``sigmoid(delta)``
+    with delta ~ N(0, 0.2), weight ``gamma / sqrt(dim)`` with gamma ~ N(0, 1).
     """
 
     ORDER = 8
@@ -119,7 +125,9 @@ class MomentumMultiEMA(_Momentum):
             weight = weight * self.gate[:, None]
         log_decay = F.logsigmoid(self.delta)
         if padding is not None:
-            out, final = ops.multi_ema(merged.masked_fill(padding[..., None], 0.0), log_decay, weight, None, segment_ids)
+            out, final = ops.multi_ema(
+                merged.masked_fill(padding[..., None], 0.0), log_decay, weight, None, segment_ids
+            )
             if state is not None:
                 count = (~padding).cumsum(1)[..., None, None]  # (B, T, 1, 1)
                 elapsed = torch.exp(count * log_decay) * state[:, None]  # (B, T, C, 8)

@@ -32,7 +32,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Gradients are formed chunk by chunk while the logits are there, so that nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int, absent: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int, absent: Tensor | None
+    ) -> Tensor:
         dtype = autocast_dtype(hidden.device) or torch.promote_types(hidden.dtype, weight.dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
@@ -101,7 +103,9 @@ def chunked_cross_entropy(
         ValueError: shapes that do not fit or another reduction.
     """
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit")
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit"
+        )
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if reduction not in ("sum", "none"):
         raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')

@@ -49,6 +49,8 @@ class Cache:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
-            layer.keys, layer.values, layer.momentum = (None if t is None else fn(t) for t in (layer.keys, layer.values, layer.momentum))
+            layer.keys, layer.values, layer.momentum = (
+                None if t is None else fn(t) for t in (layer.keys, layer.values, layer.momentum)
+            )
         self.padding = None if self.padding is None else fn(self.padding)
         self.positions = None if self.positions is None else fn(self.positions)

@@ -25,24 +25,23 @@ def ema(
 ) -> tuple[Tensor, Tensor]:
     """Strictly causal exponential moving average of attention values, per head.
 
-    ``out[b,h,t] = sum_{i<t, same segment} exp((t-i) log_decay[h]) values[b,h,i]  (+ exp(t log_decay[h]) initial_state[b,h])``,
-    plus ``addend[b,h,t]``.
+    ``out[b,h,t] = sum_{i<t, same segment} exp((t-i) log_decay[h]) values[b,h,i]  (+ exp(t log_decay[h])
+    initial_state[b,h])``, plus ``addend[b,h,t]``.
 
     A fused Triton kernel on GPUs of compute capability 8.0 or later, in fp32, bf16 and fp16; plain torch everywhere
     else. Under torch.func's transformations and forward-mode differentiation, and exported with any length, the naive
     form: O(T^2) memory.
 
-    Args:
-        values: (B, H, T, D), any floating dtype, any strides, T >= 1.
-        log_decay: (H,), fp32 or fp64, finite and < 0 (not checked: that would wait for the device).
-        initial_state: (B, H, D), the state that an earlier call returned; it belongs to the first token's segment.
-        segment_ids: (B, T) integers; a segment is a run of equal ids and the average starts anew with each.
-        addend: (B, H, T, D), floating: attention's output. Sum and average are rounded together, once; it is left as it is.
+    Args: values: (B, H, T, D), any floating dtype, any strides, T >= 1. log_decay: (H,), fp32 or fp64, finite and < 0
+        (not checked: that would wait for the device). initial_state: (B, H, D), the state that an earlier call
+        returned; it belongs to the first token's segment. segment_ids: (B, T) integers; a segment is a run of equal ids
+        and the average starts anew with each. addend: (B, H, T, D), floating: attention's output. Sum and average are
+        rounded together, once; it is left as it is.
 
-    Returns:
-        out (B, H, T, D) in the dtype of ``addend``, without one of ``values``, and the state after the last token (B, H, D), fp32
-        (fp64 for fp64 values): ``exp(log_decay) (out[T-1] - addend[T-1] + values[T-1])``. Sums are kept in that dtype, under autocast
-        too. Both are differentiable (once) in values, log_decay, initial_state and addend; memory is linear in T.
+    Returns: out (B, H, T, D) in the dtype of ``addend``, without one of ``values``, and the state after the last token
+        (B, H, D), fp32 (fp64 for fp64 values): ``exp(log_decay) (out[T-1] - addend[T-1] + values[T-1])``. Sums are kept
+        in that dtype, under autocast too. Both are differentiable (once) in values, log_decay, initial_state and
+        addend; memory is linear in T.
 
     Raises:
         ValueError: shapes that do not fit, T = 0, or a ``log_decay`` in half precision (0.999 would become 1).
@@ -75,7 +74,8 @@ def multi_ema(
     initial_state: Tensor | None = None,
     segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Several damped averages per channel, weighted and summed, the current token included: the authors' posted variant.
+    """Several damped averages per channel, weighted and summed, the current token included: the authors' posted
+    variant.
 
     ``h[b,t,c,n] = exp(log_decay[c,n]) h[b,t-1,c,n] + values[b,t,c];   out[b,t,c] = sum_n weight[c,n] h[b,t,c,n]``
 
@@ -86,9 +86,9 @@ def multi_ema(
         initial_state: (B, C, N), the state that an earlier call returned; it belongs to the first token's segment.
         segment_ids: (B, T) integers; a segment is a run of equal ids.
 
-    Returns:
-        out (B, T, C) in the dtype of ``values`` and the state after the last token (B, C, N), fp32 (fp64 for fp64 values).
-        Sums are kept in that dtype, under autocast too; those of the gradients if the backward pass runs outside autocast.
+    Returns: out (B, T, C) in the dtype of ``values`` and the state after the last token (B, C, N), fp32 (fp64 for fp64
+        values). Sums are kept in that dtype, under autocast too; those of the gradients if the backward pass runs
+        outside autocast.
 
     Raises:
         ValueError: shapes that do not fit, T = 0, or a ``log_decay`` in half precision.
@@ -131,4 +131,6 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def _check_precision(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be float32 or float64, got {tensor.dtype}: half precision rounds a decay of 0.999 to 1")
+        raise ValueError(
+            f"{name} must be float32 or float64, got {tensor.dtype}: half precision rounds a decay of 0.999 to 1"
+        )

@@ -13,28 +13,37 @@ from .naive import ema_naive, run_numbers
 from .transforms import of_any_length, under_transforms, without_autocast
 
 CHUNK = 32
-# Masking a Toeplitz matrix per document costs (chunk) floats per channel and token, so packed multi_ema takes short chunks.
+# Masking a Toeplitz matrix per document costs (chunk) floats per channel and token, so packed multi_ema takes short
+# chunks.
 PACKED_MULTI_CHUNK = 8
 
 
-def _scan(x: Tensor, log_decay: Tensor, segment_ids: Tensor | None, strict: bool, reverse: bool) -> tuple[Tensor, Tensor]:
-    """out[t] = sum over k <= t (k < t if ``strict``), same segment, of exp((t-k) log_decay) x[k];  last = the inclusive sum at T-1.
+def _scan(
+    x: Tensor, log_decay: Tensor, segment_ids: Tensor | None, strict: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """out[t] = sum over k <= t (k < t if ``strict``), same segment, of exp((t-k) log_decay) x[k];  last = the inclusive
+    sum at T-1.
 
-    x (B, T, H, D), log_decay (H,), segment_ids (B, T) -> out (B, T, H, D), last (B, H, D). With ``reverse`` time runs from T-1 to 0.
-    States between chunks are themselves such a sum over chunks, so the function calls itself: linear memory, log_32(T) levels.
+    x (B, T, H, D), log_decay (H,), segment_ids (B, T) -> out (B, T, H, D), last (B, H, D). With ``reverse`` time runs
+    from T-1 to 0. States between chunks are themselves such a sum over chunks, so the function calls itself: linear
+    memory, log_32(T) levels.
     """
     batch, length, heads, dim = x.shape
     size = min(CHUNK, length)
     pad = -length % size
     count = (length + pad) // size
-    before, after = (0, pad) if reverse else (pad, 0)  # zeros where time begins change no sum, and the last chunk stays whole
+    before, after = (
+        (0, pad) if reverse else (pad, 0)
+    )  # zeros where time begins change no sum, and the last chunk stays whole
     if pad:
         x = F.pad(x, (0, 0, 0, 0, before, after))
     x = x.reshape(batch * count, size, heads, dim)
 
     age = torch.arange(size, device=x.device)
     age = age.flip(0) if reverse else age
-    lag = torch.cat([age, age.amax(0, keepdim=True)])[:, None] - age  # the row after the tokens' rows gives the chunk's sum
+    lag = (
+        torch.cat([age, age.amax(0, keepdim=True)])[:, None] - age
+    )  # the row after the tokens' rows gives the chunk's sum
     seen = lag >= int(strict)
     seen[size] = True
     weight_hrc = torch.exp(lag.clamp(min=0) * log_decay[:, None, None]).masked_fill(~seen, 0.0)
@@ -72,7 +81,9 @@ def _scan(x: Tensor, log_decay: Tensor, segment_ids: Tensor | None, strict: bool
 def _ema(
     v: Tensor, log_decay: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The EMA of ``v`` (B, T, H, D) in v's own precision, the state after it (B, H, D); the initial state is added by linearity."""
+    """The EMA of ``v`` (B, T, H, D) in v's own precision, the state after it (B, H, D); the initial state is added by
+    linearity.
+    """
     length = v.shape[1]
     out, last = (torch.zeros_like(v), v[:, 0]) if length == 1 else _scan(v, log_decay, segment_ids, True, reverse)
     decay = log_decay.exp()[:, None]
@@ -110,7 +121,9 @@ class _EMA(torch.autograd.Function):
         out = out.transpose(1, 2)
         if addend is None:
             return out.to(values.dtype), final_state
-        return out.add_(addend).to(addend.dtype), final_state  # rounded once; not into the addend, which attention keeps for its gradient
+        return out.add_(addend).to(
+            addend.dtype
+        ), final_state  # rounded once; not into the addend, which attention keeps for its gradient
 
     @staticmethod
     @once_differentiable
@@ -136,7 +149,13 @@ class _EMA(torch.autograd.Function):
                 grad_log_decay = grad_log_decay.to(log_decay.dtype)
             if ctx.needs_input_grad[2]:
                 grad_initial = (g + grad_values)[:, :, 0].to(initial_state.dtype)
-        return grad_values.to(values.dtype), grad_log_decay, grad_initial, None, grad_out if ctx.needs_input_grad[4] else None
+        return (
+            grad_values.to(values.dtype),
+            grad_log_decay,
+            grad_initial,
+            None,
+            grad_out if ctx.needs_input_grad[4] else None,
+        )
 
 
 def ema_chunked(

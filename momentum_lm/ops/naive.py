@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def run_numbers(ids: Tensor) -> Tensor:
-    """(B, T) ids -> the number, from 0, of the run of equal ids that each lies in: equal ids in two places are two segments."""
+    """(B, T) ids -> the number, from 0, of the run of equal ids that each lies in: equal ids in two places are two
+    segments.
+    """
     begins = ids != ids.roll(1, 1)  # of the first token that says nothing: the token before it is the last
     return begins.cumsum(1) - begins[:, :1].long()
 
@@ -19,7 +21,8 @@ def ema_naive(
     segment_ids: Tensor | None = None,
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same function and arguments as :func:`momentum_lm.ops.ema`, in O(T^2) time and memory, by automatic differentiation.
+    """Same function and arguments as :func:`momentum_lm.ops.ema`, in O(T^2) time and memory, by automatic
+    differentiation.
 
     Source: arXiv 2212.10559, section 5: ``MoAttn_t = Attn_t + sum_{i<t} eta^(t-i) v_i``.
     """

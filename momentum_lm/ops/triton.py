@@ -16,7 +16,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Launch(NamedTuple):
-    """A program takes ``block`` channels of one head of one sequence, all of its chunks of ``chunk`` tokens one after the other."""
+    """A program takes ``block`` channels of one head of one sequence, all of its chunks of ``chunk`` tokens one after
+    the other.
+    """
 
     chunk: int
     block: int
@@ -26,7 +28,8 @@ class Launch(NamedTuple):
 
 def launch(dtype: torch.dtype, both: bool = False) -> Launch:
     """How to run a kernel on inputs of ``dtype``; ``both``: a backward pass that needs the averages again too."""
-    # Hopper's tensor cores take 64 rows at a time; exact fp32 products, on the ordinary cores, would spill at 64. More in README.md.
+    # Hopper's tensor cores take 64 rows at a time; exact fp32 products, on the ordinary cores, would spill at 64. More
+    # in README.md.
     half = dtype != torch.float32
     return Launch(chunk=64 if half else 32, block=32, warps=8 if both else 4, stages=3)
 
@@ -61,7 +64,9 @@ def _product(high, low, x):
 
 @triton.jit
 def _segments(ids, t, length):
-    """How many segments end in the chunk before each token, and how many in all: one that ends with the chunk is in the total alone."""
+    """How many segments end in the chunk before each token, and how many in all: one that ends with the chunk is in the
+    total alone.
+    """
     inner = t < length - 1
     ends = (tl.load(ids + t, mask=inner, other=0) != tl.load(ids + t + 1, mask=inner, other=0)).to(tl.int32)
     return tl.cumsum(ends, 0) - ends, tl.sum(ends, 0)
@@ -129,7 +134,9 @@ def _backward_kernel(
     grad_b, grad_h, grad_t, grad_d, grad_values_b, grad_values_h, grad_values_t, grad_values_d, values_b, values_h, values_t, values_d,
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first. ``adjoint`` is lambda at the first token after the chunk, or 0 if a segment starts there."""
+    """From the last chunk to the first. ``adjoint`` is lambda at the first token after the chunk, or 0 if a segment
+    starts there.
+    """
     row = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK)
     b = row // heads
     h = row % heads
@@ -176,7 +183,9 @@ def _backward_kernel(
         if values is not None:
             v = tl.load(values + at * values_t, mask=inside, other=0.0)
             state = tl.load(states + (row * count + c) * DIM + d, mask=inside_d, other=0.0)
-            average = decay * _product(tl.trans(high_here), tl.trans(low_here), v) + from_start[:, None] * state[None, :]
+            average = (
+                decay * _product(tl.trans(high_here), tl.trans(low_here), v) + from_start[:, None] * state[None, :]
+            )
             products += tl.where(inside & (at > 0), average * (result + g.to(tl.float32)), 0.0)
         adjoint = through * adjoint + tl.sum(from_start[:, None] * g.to(tl.float32), 0)
     tl.store(grad_initial + row * DIM + d, adjoint, mask=inside_d)
@@ -204,7 +213,8 @@ def _backward_outputs(grad: Tensor, learned: bool) -> tuple[Tensor, Tensor, Tens
     )
 
 
-# Operators that torch.compile does not look into, rather than an autograd.Function that it would trace down to the kernels: no graph
+# Operators that torch.compile does not look into, rather than an autograd.Function that it would trace down to the
+# kernels: no graph
 # breaks either way, but these run compiled in the interpreter too, so that a machine without a GPU can test it.
 @torch.library.custom_op(
     "momentum_lm::ema",
@@ -262,7 +272,9 @@ def _backward(
     values: Tensor | None,
     states: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the values, of the initial state and, where ``values`` are given, of the decay, in (B, H, blocks) summands."""
+    """The gradients of the values, of the initial state and, where ``values`` are given, of the decay, in (B, H,
+    blocks) summands.
+    """
     batch, heads, length, dim = grad.shape
     learned = values is not None
     grad_values, grad_initial, grad_decay = _backward_outputs(grad, learned)
@@ -318,7 +330,9 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None, _: 
     return grad_values, grad_decay, grad_state, None, grad_out if ctx.needs_input_grad[4] else None, None
 
 
-_forward.register_fake(lambda values, log_decay, initial, ids, addend, learned: _forward_outputs(values, addend, learned))
+_forward.register_fake(
+    lambda values, log_decay, initial, ids, addend, learned: _forward_outputs(values, addend, learned)
+)
 _backward.register_fake(lambda grad, log_decay, final, ids, values, states: _backward_outputs(grad, values is not None))
 _forward.register_autograd(_gradients, setup_context=_save)
 
@@ -330,9 +344,11 @@ def ema_triton(
     segment_ids: Tensor | None = None,
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same function and arguments as :func:`momentum_lm.ops.ema`, for values and addend of one dtype: fp32, bf16 or fp16.
+    """Same function and arguments as :func:`momentum_lm.ops.ema`, for values and addend of one dtype: fp32, bf16 or
+    fp16.
 
-    Kept for the backward pass: the values and a state per chunk if ``log_decay`` takes a gradient, otherwise nothing of their size.
+    Kept for the backward pass: the values and a state per chunk if ``log_decay`` takes a gradient, otherwise nothing of
+    their size.
     """
     learned = log_decay.requires_grad and torch.is_grad_enabled()
     out, final_state, _ = _forward(values, log_decay, initial_state, segment_ids, addend, learned)

@@ -11,7 +11,9 @@ from momentum_lm.ops.chunked import CHUNK
 
 
 class Parameters(NamedTuple):
-    """Numbers of parameters. ``embedding``: tokens and learned positions, and the output projection if it is not the embedding."""
+    """Numbers of parameters. ``embedding``: tokens and learned positions, and the output projection if it is not the
+    embedding.
+    """
 
     embedding: int
     other: int
@@ -43,12 +45,16 @@ def multiplying(config: DecoderConfig, parameters: Parameters) -> int:
 
 
 def flops_per_token(parameters: int, layers: int, dim: int, length: int) -> float:
-    """Forward and backward: 6 per parameter that multiplies, and 12 * layers * dim * length for attention (arXiv 2204.02311, app. B)."""
+    """Forward and backward: 6 per parameter that multiplies, and 12 * layers * dim * length for attention (arXiv
+    2204.02311, app. B).
+    """
     return 6 * parameters + 12 * layers * dim * length
 
 
 def momentum_flops_per_token(config: DecoderConfig) -> int:
-    """Forward and backward, of ops/chunked.py's matrix products. The kernel has four times as many, and waits for memory nevertheless."""
+    """Forward and backward, of ops/chunked.py's matrix products. The kernel has four times as many, and waits for
+    memory nevertheless.
+    """
     if config.momentum_kind == "none":
         return 0
     passes = 3 if config.momentum_learned or config.momentum_kind == "multi_ema" else 2

@@ -1,7 +1,7 @@
 """How much memory a training step needs, found by going through the real step with tensors that have no data.
 
-The decoder, the loss and autograd run as they do in training (torch's FakeTensorMode), and every tensor that they make or let go is
-counted, so that nothing here repeats what a block keeps for its backward pass.
+The decoder, the loss and autograd run as they do in training (torch's FakeTensorMode), and every tensor that they make
+or let go is counted, so that nothing here repeats what a block keeps for its backward pass.
 """
 
 from __future__ import annotations
@@ -62,22 +62,25 @@ def step_memory(
     strategy: str = "single",
     processes: int = 1,
 ) -> StepMemory:
-    """Memory of forward pass, loss, backward pass and AdamW on ``batch`` sequences of ``length`` tokens, from the second step on.
+    """Memory of forward pass, loss, backward pass and AdamW on ``batch`` sequences of ``length`` tokens, from the
+    second step on.
 
     Args:
         bf16: autocast over fp32 weights; otherwise all is fp32.
-        gpu: the loss takes the chunks, and scales its gradients, as on a GPU. Elsewhere both are as on a CPU; attention is the fused
-            kernel either way, which keeps its inputs, its output and one number per query.
+        gpu: the loss takes the chunks, and scales its gradients, as on a GPU. Elsewhere both are as on a CPU; attention
+            is the fused kernel either way, which keeps its inputs, its output and one number per query.
         accumulate: the gradients of earlier micro-batches (--update-freq above 1) are there from the beginning.
-        strategy: "single"; "ddp", with a copy of the gradients in buckets; "fsdp" over ``processes``, which hold a part each, gather a
-            block's weights (two at a time) and let its gradients go when they are summed.
+        strategy: "single"; "ddp", with a copy of the gradients in buckets; "fsdp" over ``processes``, which hold a part
+            each, gather a block's weights (two at a time) and let its gradients go when they are summed.
 
     What is not here: the CUDA context, NCCL's buffers and the allocator's gaps. Raises ValueError for another strategy.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     sharded = strategy == "fsdp"
-    moments = _moments(config, batch, length, bf16, gpu, "sharded" if sharded else "accumulating" if accumulate else "fresh")
+    moments = _moments(
+        config, batch, length, bf16, gpu, "sharded" if sharded else "accumulating" if accumulate else "fresh"
+    )
     peak = max(moments.values(), key=lambda moment: moment.total()).copy()
 
     parameters = count_parameters(config)
@@ -89,16 +92,19 @@ def step_memory(
         static["weights"] = peak["gradients"] = -(-weights // processes)
         static["optimizer"] = 2 * static["weights"]
         width = 2 if bf16 else 4
-        # A block's weights at work, the next one's arriving, and the buffer that they arrive in; the gradients of one block, and those
-        # of the one before on their way to be summed in fp32. The embeddings stay, in fp32, from their first use to their last.
+        # A block's weights at work, the next one's arriving, and the buffer that they arrive in; the gradients of one
+        # block, and those
+        # of the one before on their way to be summed in fp32. The embeddings stay, in fp32, from their first use to
+        # their last.
         in_blocks = config.layers * parameters.block
         static["communication"] = parameters.block * (3 * width + 2 * width + 4) + 4 * (parameters.total - in_blocks)
     return StepMemory(**static, **{kind: peak[kind] for kind in KINDS})
 
 
 def _moments(config: DecoderConfig, batch: int, length: int, bf16: bool, gpu: bool, view: str) -> Moments:
-    """The fullest moments of the step, of which only some sizes are simulated: every stage grows by the same with every block, and, once
-    the loss has several chunks, with every sequence."""
+    """The fullest moments of the step, of which only some sizes are simulated: every stage grows by the same with every
+    block, and, once the loss has several chunks, with every sequence.
+    """
     if config.layers > 2:
         one, two = (_moments(replace(config, layers=layers), batch, length, bf16, gpu, view) for layers in (1, 2))
         return _extended(one, two, config.layers - 2, 1)
@@ -112,18 +118,21 @@ def _moments(config: DecoderConfig, batch: int, length: int, bf16: bool, gpu: bo
 def _extended(low: Moments, high: Moments, distance: int, step: int) -> Moments:
     """``high`` and ``distance / step`` times what it has more than ``low``."""
     return {
-        stage: Counter({kind: high[stage][kind] + (high[stage][kind] - low[stage][kind]) * distance // step for kind in KINDS})
+        stage: Counter(
+            {kind: high[stage][kind] + (high[stage][kind] - low[stage][kind]) * distance // step for kind in KINDS}
+        )
         for stage in STAGES
     }
 
 
 @functools.lru_cache(maxsize=256)
 def _simulate(config: DecoderConfig, batch: int, length: int, bf16: bool, gpu: bool) -> dict[str, Moments]:
-    """What is held beside weights and the optimizer's state when it is the most, in each of ``STAGES``, and in three views: "fresh", all;
-    "accumulating", where gradients are there anyway; and "sharded", where FSDP has them and the copies of the blocks' weights.
+    """What is held beside weights and the optimizer's state when it is the most, in each of ``STAGES``, and in three
+    views: "fresh", all; "accumulating", where gradients are there anyway; and "sharded", where FSDP has them and the
+    copies of the blocks' weights.
 
-    Until the last block's forward pass activations only come; from its backward pass to the first block's they go and gradients come, so
-    that one of the two ends holds the most.
+    Until the last block's forward pass activations only come; from its backward pass to the first block's they go and
+    gradients come, so that one of the two ends holds the most.
     """
     with FakeTensorMode():
         decoder = Decoder(config)
@@ -134,7 +143,9 @@ def _simulate(config: DecoderConfig, batch: int, length: int, bf16: bool, gpu: b
                 hidden = decoder.features(tokens, left_padded=False)
                 ledger.part, ledger.now = "loss", {"loss"}
                 rows = default_chunk("cuda" if gpu else "cpu", config.vocab_size)
-                loss = chunked_cross_entropy(hidden, decoder.output_projection.weight, tokens, config.padding_idx, "sum", rows)
+                loss = chunked_cross_entropy(
+                    hidden, decoder.output_projection.weight, tokens, config.padding_idx, "sum", rows
+                )
                 del hidden
             ledger.part, ledger.now = "backward", {"last block backward"}
             loss.backward()
@@ -142,7 +153,8 @@ def _simulate(config: DecoderConfig, batch: int, length: int, bf16: bool, gpu: b
 
 
 class _Ledger(TorchDispatchMode):
-    """Bytes of the tensors that are made while it is on, by the part of the step that made them, at the moments of :func:`_simulate`.
+    """Bytes of the tensors that are made while it is on, by the part of the step that made them, at the moments of
+    :func:`_simulate`.
 
     ``first_gradient_is_one``: what the loss is told where it asks, as it does on a CPU.
     """
@@ -212,7 +224,9 @@ def _key(tensor: Tensor) -> int:
 
 
 def _at_next_forward(module: nn.Module, action: Callable[[Tensor], object]) -> None:
-    """Calls ``action`` with the input of the module's next forward pass, and of no other: a checkpointed block runs again."""
+    """Calls ``action`` with the input of the module's next forward pass, and of no other: a checkpointed block runs
+    again.
+    """
 
     def call(module: nn.Module, args: tuple[Tensor]) -> None:
         handle.remove()

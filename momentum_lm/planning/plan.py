@@ -57,7 +57,9 @@ class Job:
         if not 0 < self.mfu <= 1:
             raise UserError(arg(mfu=self.mfu), ": must lie between 0 and 1, such as 0.45")
         if not 0 < self.node_bandwidth < math.inf:
-            raise UserError(arg(node_bandwidth=self.node_bandwidth), ": must be above 0, such as ", arg(node_bandwidth=400e9))
+            raise UserError(
+                arg(node_bandwidth=self.node_bandwidth), ": must be above 0, such as ", arg(node_bandwidth=400e9)
+            )
         if self.bf16 and not self.hardware.bf16:
             raise UserError(arg(gpu=self.gpu), " has no bf16; use ", arg(bf16=False))
         if self.strategy != "auto" and (self.strategy == "single") != (self.gpus == 1):
@@ -175,7 +177,9 @@ def _option(job: Job, strategy: str, checkpointing: bool, parameters: Parameters
     tokens = micro_batch * update_freq * job.length
     compute = tokens * flops * (RECOMPUTATION if checkpointing else 1) / (job.mfu * job.peak_flops)
     sent = _sent(strategy, parameters, job, update_freq)
-    seconds = sent / (job.hardware.link if job.gpus <= job.gpus_per_node else min(job.hardware.link, job.node_bandwidth))
+    seconds = sent / (
+        job.hardware.link if job.gpus <= job.gpus_per_node else min(job.hardware.link, job.node_bandwidth)
+    )
     # DDP sums while the last micro-batch goes backward, two thirds of its time or three quarters; FSDP gathers and
     # sums all the time
     hidden = compute if strategy == "fsdp" else compute / update_freq * (3 / 4 if checkpointing else 2 / 3)
@@ -268,6 +272,8 @@ def _hints(job: Job, options: list[Option]) -> list[dict[str, Any]]:
         hints.append({"gpus": max(needed, job.gpus), "strategy": "fsdp", "checkpointing": True})
     strategy = {"strategy": "fsdp"} if job.gpus > 1 else {}
     for name, gpu in GPUS.items():
-        if (gpu.bf16 or not job.bf16) and usable < total(strategy.get("strategy", "single"), job.gpus) <= USABLE * gpu.memory:
+        if (gpu.bf16 or not job.bf16) and usable < total(
+            strategy.get("strategy", "single"), job.gpus
+        ) <= USABLE * gpu.memory:
             hints.append({"gpu": name, "checkpointing": True, **strategy})
     return hints

@@ -1,4 +1,6 @@
-"""Before a run on several machines: can each reach each other, and are they alike? Says which cannot, instead of hanging."""
+"""Before a run on several machines: can each reach each other, and are they alike? Says which cannot, instead of
+hanging.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,12 @@ class Place:
 
 
 def preflight(place: Place, timeout: float, megabytes: int = 64, say: Any = print) -> None:
-    """Every machine calls it, within ``timeout`` seconds of each other. Node 0 listens where training's rendezvous will.
+    """Every machine calls it, within ``timeout`` seconds of each other. Node 0 listens where training's rendezvous
+    will.
 
-    Checks that all come, that each reaches each by TCP, that versions and GPUs are alike, and that an all-reduce of ``megabytes`` MB over
-    all of them ends. Raises UserError naming the nodes and hosts that do not, on all that can hear of it. Ends within about 3 ``timeout``.
+    Checks that all come, that each reaches each by TCP, that versions and GPUs are alike, and that an all-reduce of
+    ``megabytes`` MB over all of them ends. Raises UserError naming the nodes and hosts that do not, on all that can
+    hear of it. Ends within about 3 ``timeout``.
     """
     deadline = time.monotonic() + timeout
     mine = {"host": socket.gethostname(), **_versions()}
@@ -50,8 +54,14 @@ def preflight(place: Place, timeout: float, megabytes: int = 64, say: Any = prin
         mine |= {"address": _address_towards(place), "port": port}
         store.set(f"node/{place.rank}", json.dumps(mine))
         others = _wait_for_all(place, store, deadline)
-        here = [place.name(rank) if place.hosts else f"node {rank} ({other['host']})" for rank, other in enumerate(others)]
-        unreached = [rank for rank, other in enumerate(others) if not _reaches(other["address"], other["port"], timeout=min(timeout, 10))]
+        here = [
+            place.name(rank) if place.hosts else f"node {rank} ({other['host']})" for rank, other in enumerate(others)
+        ]
+        unreached = [
+            rank
+            for rank, other in enumerate(others)
+            if not _reaches(other["address"], other["port"], timeout=min(timeout, 10))
+        ]
         lines = [f"{here[place.rank]} cannot connect to {here[r]} at {others[r]['address']}" for r in unreached]
         reports = _exchange(place, store, "reached", lines, time.monotonic() + timeout)
         if broken := [line for report in reports for line in report]:
@@ -63,7 +73,9 @@ def preflight(place: Place, timeout: float, megabytes: int = 64, say: Any = prin
                 _last_words(place, store, timeout)
                 found = ", ".join(f"{here[rank]}: {other[what]}" for rank, other in enumerate(others))
                 raise UserError(f"{what} differs between the machines ({found}); install the same everywhere")
-    hung = threading.Timer(2 * timeout, _give_up, [f"{here[place.rank]}: the machines reach each other, but an all-reduce hangs"])
+    hung = threading.Timer(
+        2 * timeout, _give_up, [f"{here[place.rank]}: the machines reach each other, but an all-reduce hangs"]
+    )
     hung.daemon = True
     hung.start()  # NCCL's own start obeys no timeout
     seconds = _all_reduce(place, store, timeout, megabytes, here)
@@ -76,7 +88,11 @@ def preflight(place: Place, timeout: float, megabytes: int = 64, say: Any = prin
 
 
 def _give_up(reason: str) -> None:
-    print(f"error: {reason}; try NCCL_SOCKET_IFNAME, or GLOO_SOCKET_IFNAME, and NCCL_DEBUG=INFO", file=sys.stderr, flush=True)
+    print(
+        f"error: {reason}; try NCCL_SOCKET_IFNAME, or GLOO_SOCKET_IFNAME, and NCCL_DEBUG=INFO",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(2)
 
 
@@ -116,7 +132,8 @@ def _store(place: Place, timeout: float) -> dist.TCPStore:
         reason = str(error).splitlines()[0][:200]
         if place.rank == 0:
             raise UserError(
-                f"{who} cannot listen at {place.head}:{place.port}: {reason}; choose another port with ", arg("head"),
+                f"{who} cannot listen at {place.head}:{place.port}: {reason}; choose another port with ",
+                arg("head"),
             ) from error
         raise UserError(
             f"{who} cannot reach node 0 at {place.head}:{place.port} within {timeout:g} s: {reason}; "
@@ -125,7 +142,9 @@ def _store(place: Place, timeout: float) -> dist.TCPStore:
 
 
 def _address_towards(place: Place) -> str:
-    """This machine's address as the others see it: of the interface through which it sees node 0, whose own may be a loopback."""
+    """This machine's address as the others see it: of the interface through which it sees node 0, whose own may be a
+    loopback.
+    """
     if place.rank == 0:
         return place.head
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
@@ -204,5 +223,7 @@ def _all_reduce(place: Place, store: dist.TCPStore, timeout: float, megabytes: i
             f"({str(error).splitlines()[0][:200]}); try {hint}"
         ) from error
     if total != place.nodes**2:
-        raise UserError(f"{here[place.rank]}: an all-reduce gave {total:g} instead of {place.nodes**2}: faulty hardware")
+        raise UserError(
+            f"{here[place.rank]}: an all-reduce gave {total:g} instead of {place.nodes**2}: faulty hardware"
+        )
     return seconds

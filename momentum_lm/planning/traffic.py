@@ -17,17 +17,21 @@ from momentum_lm.model import Decoder, DecoderConfig
 def kernel_traffic(config: DecoderConfig, tokens: int, bf16: bool = True) -> int:
     """Bytes that ``ema`` moves in one block, forward and backward, in ops/triton.py (``multi_ema`` has no kernel).
 
-    Forward, twice with checkpointing: values and attention's output are read, their sum is written. Backward: the gradient is read, that
-    of the values is written, and autograd adds it to attention's (two read, one written); a learned decay reads the values again.
+    Forward, twice with checkpointing: values and attention's output are read, their sum is written. Backward: the
+    gradient is read, that of the values is written, and autograd adds it to attention's (two read, one written); a
+    learned decay reads the values again.
     """
     tensors = 3 * (1 + config.checkpoint_activations) + 5 + config.momentum_learned
     return tensors * tokens * config.dim * (2 if bf16 else 4)
 
 
 def torch_traffic(config: DecoderConfig, batch: int, length: int, bf16: bool = True) -> int:
-    """Bytes that momentum moves in one block, forward and backward, by torch's operations one after another, each of which reads its inputs
-    and writes its outputs: those of a block with momentum less those of one without."""
-    plain = replace(config, layers=1, momentum_kind="none", momentum_learned=False, momentum_normalize=False, momentum_gate="none")
+    """Bytes that momentum moves in one block, forward and backward, by torch's operations one after another, each of
+    which reads its inputs and writes its outputs: those of a block with momentum less those of one without.
+    """
+    plain = replace(
+        config, layers=1, momentum_kind="none", momentum_learned=False, momentum_normalize=False, momentum_gate="none"
+    )
     moved = []
     for one in (replace(config, layers=1), plain):
         with FakeTensorMode():

@@ -184,8 +184,9 @@ class ClassificationComparison(Comparison):
                 self._check_examples(run["dataset"], self.sides[number], one, two)
             evaluated, right = _aligned(first, other)
             seeds = [_draw(*pair)[0] for pair in pairs]
-            self.differences[setting, number] = compare_accuracy(right[1], right[0], seeds, seed=self.seed,
-                evaluated=evaluated)
+            self.differences[setting, number] = compare_accuracy(
+                right[1], right[0], seeds, seed=self.seed, evaluated=evaluated
+            )
 
     def _pair(self, setting: Setting, side: Side) -> list[tuple[Run, Run]]:
         """Runs that belong together: of the same draw. Without demonstrations all runs are the same one, which goes
@@ -238,8 +239,11 @@ class ClassificationComparison(Comparison):
             owner = names[0] if only[0] in one.index else names[1]
             raise UserError(
                 f"{dataset}: {names[0]} evaluated {one.index.size:,} examples and {names[1]} {two.index.size:,}, and "
-                f"example {only[0]} is only in {owner}; evaluate both on the same examples (", arg("limit"), ", ",
-                arg("protocol"), ")",
+                f"example {only[0]} is only in {owner}; evaluate both on the same examples (",
+                arg("limit"),
+                ", ",
+                arg("protocol"),
+                ")",
             )
         differing = np.flatnonzero(one.gold != two.gold)
         if differing.size:

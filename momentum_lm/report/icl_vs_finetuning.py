@@ -185,9 +185,7 @@ def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
     return final
 
 
-write_report = Report(
-    TASK, "In-context learning against finetuning", results_table, _sections, _log, images=True
-).write
+write_report = Report(TASK, "In-context learning against finetuning", results_table, _sections, _log, images=True).write
 
 
 def overview(folder: Folder) -> list[Part]:

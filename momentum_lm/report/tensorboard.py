@@ -31,7 +31,8 @@ class TrainingLog:
         plain = {
             k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hparams.items() if v is not None
         }
-        # The first summary, the experiment's columns, is left out: without it TensorBoard collects the columns of all runs itself.
+        # The first summary, the experiment's columns, is left out: without it TensorBoard collects the columns of all
+        # runs itself.
         _, session_start, self._session_end = hparams_summaries(plain, {})
         self._add(session_start)
         self.flush()

@@ -29,13 +29,16 @@ def check_ours(path: str | os.PathLike[str], mark: bytes) -> None:
         if head and mark not in head and not cut:
             raise UserError(
                 f"{os.fspath(path)} is there and was not written by fairseq-eval; move it away, choose another ",
-                arg("folder"), ", or add ", arg(force=True), " to replace it",
+                arg("folder"),
+                ", or add ",
+                arg(force=True),
+                " to replace it",
             )
 
 
 def check_pictures(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Raises UserError for a picture in ``folder`` that a report of the data sets or splits ``names`` would have to replace, and that
-    is not ours: "accuracy-NAME.png", "layers-NAME-4shot.png" and the like.
+    """Raises UserError for a picture in ``folder`` that a report of the data sets or splits ``names`` would have to
+    replace, and that is not ours: "accuracy-NAME.png", "layers-NAME-4shot.png" and the like.
     """
     stems = "|".join(re.escape(file_stem(name)) for name in names)
     for path in sorted(Path(folder).glob("*.png")):

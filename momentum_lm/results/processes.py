@@ -147,7 +147,8 @@ class Processes:
             if lost:
                 raise UserError(
                     f"{_numbered(lost)} of {self.world} has not come within {self.timeout:g} s, or hangs; look at "
-                    "its output, or give it more time with ", arg("timeout"),
+                    "its output, or give it more time with ",
+                    arg("timeout"),
                 )
             if not announced and now - began > min(_PATIENCE, self.timeout / 2):
                 announced = True

@@ -96,7 +96,10 @@ class Results:
         if old["task"] == self.data["task"] and "revision" in self.data["config"] and "revision" not in old["config"]:
             raise UserError(
                 f"{path} was written by an older version, whose records do not say all that their numbers depend on; "
-                "choose another ", arg("folder"), ", or add ", arg(force=True),
+                "choose another ",
+                arg("folder"),
+                ", or add ",
+                arg(force=True),
                 " to start anew (`momentum-lm report` reads it as it is)",
             )
         for name in ("task", "model", "config"):
@@ -109,7 +112,8 @@ class Results:
         for number, run in enumerate(self.runs):
             if run.get("digest") != self._digest(run):
                 raise UserError(
-                    f"{path}: run {number} was measured on something else than the file says (its digest); ", *_REMEDY,
+                    f"{path}: run {number} was measured on something else than the file says (its digest); ",
+                    *_REMEDY,
                     " them",
                 )
 
@@ -181,7 +185,9 @@ class Predictions:
                 if not (force or _cut_short(line)):
                     raise UserError(
                         f"{self.path}, line {number} is damaged or not a prediction of ours "
-                        f"({wrong or 'other keys'}); move the file, ", *_REMEDY, " it",
+                        f"({wrong or 'other keys'}); move the file, ",
+                        *_REMEDY,
+                        " it",
                     )
                 yield None, line
             else:

@@ -43,14 +43,16 @@ def choose(
     processes: Processes,
     name: str,
 ) -> Choice:
-    """The rate with the highest zero-shot accuracy on ``examples`` after ``finetune(rate)``; of equals the one with the lower
-    loss of the right choices, then the smaller one. A rate that diverges is logged and passed over. Raises UserError
-    where all of them do."""
+    """The rate with the highest zero-shot accuracy on ``examples`` after ``finetune(rate)``; of equals the one with the
+    lower loss of the right choices, then the smaller one. A rate that diverges is logged and passed over. Raises
+    UserError where all of them do.
+    """
     if len(rates) == 1:
         return Choice(rates[0], "given", [])
     if not examples:
         raise UserError(
-            f"{name}: no training examples are left to choose a learning rate on; give one with ", arg("rates"),
+            f"{name}: no training examples are left to choose a learning rate on; give one with ",
+            arg("rates"),
         )
     prompts = build(lm, form, [], examples)
     gold = np.array([example.gold for example in examples])
@@ -95,5 +97,7 @@ def _scores(lm: TracedModel, prompts: Prompts, score: str, batch_tokens: int | N
     parts = processes.gather(sums)
     table = None
     if processes.first and all(part is not None for part in parts):
-        table = engine.collect(prompts.queries, {query: values for part in parts for query, values in part.items()}).values(score)
+        table = engine.collect(
+            prompts.queries, {query: values for part in parts for query, values in part.items()}
+        ).values(score)
     return processes.from_first(table)

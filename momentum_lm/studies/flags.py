@@ -100,8 +100,12 @@ def settings_from(args: argparse.Namespace) -> Settings:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.bos in FAIRSEQ_BOS and args.path is None:
         raise UserError(
-            arg(bos=args.bos), " is for fairseq checkpoints; ", arg("name"),
-            " begins a prompt as its tokenizer does, or with ", arg("bos"), " no",
+            arg(bos=args.bos),
+            " is for fairseq checkpoints; ",
+            arg("name"),
+            " begins a prompt as its tokenizer does, or with ",
+            arg("bos"),
+            " no",
         )
     names = dict.fromkeys(args.datasets.split(","))
     check_names([load_spec(name, _template(args)) for name in names])  # now, not after a large model was read

@@ -166,7 +166,8 @@ class _Study:
         if not self.demonstrations:
             raise UserError(
                 f"{unit.dataset}: no demonstration fits beside the longest query in the {lm.max_positions} tokens of "
-                f"{lm.name}; shorten texts with ", arg("shorten"),
+                f"{lm.name}; shorten texts with ",
+                arg("shorten"),
             )
         self.zero_shot = questions.prompts(form, dataclasses.replace(unit, shots=0))[1]
         if len(self.demonstrations) < unit.shots and processes.first:

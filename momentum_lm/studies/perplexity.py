@@ -239,7 +239,11 @@ def _todo(
             if old is not None and old["data_sha256"] != split.sha256:
                 raise UserError(
                     f"{results.folder / 'results.json'} was measured on another {split.dataset.prefix}.bin; choose "
-                    "another ", arg("folder"), ", or add ", arg(force=True), " to replace it",
+                    "another ",
+                    arg("folder"),
+                    ", or add ",
+                    arg(force=True),
+                    " to replace it",
                 )
             if old is None or not (results.folder / old["documents"]).exists():
                 if not force:

@@ -20,7 +20,10 @@ from momentum_lm.lm.protocol import LanguageModel
 from momentum_lm.lm.tracing import AttentionTrace, tracing
 
 Floats = NDArray[np.float32]
-PAPER, PREDICTING = 0, 1  # the two positions of a row that are looked at: the last token of its first choice, and the query's last
+PAPER, PREDICTING = (
+    0,
+    1,
+)  # the two positions of a row that are looked at: the last token of its first choice, and the query's last
 
 
 class TracedModel(LanguageModel, Protocol):
@@ -32,8 +35,10 @@ class TracedModel(LanguageModel, Protocol):
 
 @dataclass
 class Seen:
-    """One batch of N queries in one setting: ``sums`` ``{query: log-probabilities of its requests}``, and for L layers and the
-    P = 2 positions outputs (L, N, P, C), logits (one (N, P, H, S) a layer) and queries (L, N, P, H * D); ``trace`` holds the rest."""
+    """One batch of N queries in one setting: ``sums`` ``{query: log-probabilities of its requests}``, and for L layers
+    and the P = 2 positions outputs (L, N, P, C), logits (one (N, P, H, S) a layer) and queries (L, N, P, H * D);
+    ``trace`` holds the rest.
+    """
 
     sums: dict[int, list[float]]
     outputs: Floats
@@ -52,8 +57,8 @@ def trace_queries(
 ) -> Seen:
     """Scores queries (by number) and records the attention of the first request of each.
 
-    ``state``: of ``lm`` after the first ``shared`` tokens, which all prompts have in common. Sums are not finite where the
-    model is broken.
+    ``state``: of ``lm`` after the first ``shared`` tokens, which all prompts have in common. Sums are not finite where
+    the model is broken.
     """
     rows = Rows(list(queries.values()), shared, whole_first=True)
     firsts = [query[0] for query in queries.values()]
@@ -88,8 +93,9 @@ def common_suffix(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Aligned:
-    """Where the demonstrations' tokens stand: ``context`` indices in the prompt; ``kept[i]`` the slice of lesson i's own tokens that is
-    found there (all of them, unless a tokenizer joins what stands at a seam)."""
+    """Where the demonstrations' tokens stand: ``context`` indices in the prompt; ``kept[i]`` the slice of lesson i's
+    own tokens that is found there (all of them, unless a tokenizer joins what stands at a seam).
+    """
 
     context: NDArray[np.int64]
     kept: list[slice]
@@ -101,7 +107,9 @@ class Aligned:
 
 
 def align(prompt: Sequence[int], demonstrations: Sequence[Sequence[int]], begin: int) -> Aligned | None:
-    """Finds each demonstration's tokens in the prompt, in order, from ``begin`` on; None where a tokenizer makes them too different."""
+    """Finds each demonstration's tokens in the prompt, in order, from ``begin`` on; None where a tokenizer makes them
+    too different.
+    """
     found: list[int] = []
     kept: list[slice] = []
     place = begin
@@ -125,13 +133,20 @@ def align(prompt: Sequence[int], demonstrations: Sequence[Sequence[int]], begin:
 
 
 class Learned:
-    """Weights after finetuning, kept beside the model's own and put in their place only for as long as :meth:`applied` lasts.
+    """Weights after finetuning, kept beside the model's own and put in their place only for as long as :meth:`applied`
+    lasts.
 
     queries: per lesson and layer (T, H * D), if kept; losses: before each step.
     """
 
     def __init__(
-        self, lm: TracedModel, lessons: Sequence[Lesson], rate: float, parameters: str, layerwise: bool = False, keep_queries: bool = False
+        self,
+        lm: TracedModel,
+        lessons: Sequence[Lesson],
+        rate: float,
+        parameters: str,
+        layerwise: bool = False,
+        keep_queries: bool = False,
     ) -> None:
         with finetuned(lm.model, lessons, rate, parameters, layerwise, keep_queries) as done:
             self._parameters = done.parameters
@@ -154,17 +169,21 @@ class Learned:
             parameter.data, self._values[i] = self._values[i], parameter.data
 
     def update(self, model: Any) -> list[tuple[Tensor, ...]]:
-        """Per layer the change of key weight (Hkv * D, C), key bias (Hkv * D,), value weight and value bias; nothing where they are not
-        found."""
+        """Per layer the change of key weight (Hkv * D, C), key bias (Hkv * D,), value weight and value bias; nothing
+        where they are not found.
+        """
         before = key_value_weights(model)
         with self.applied():
             after = key_value_weights(model)
         return [tuple(b - a for a, b in zip(one, other, strict=True)) for one, other in zip(before, after, strict=True)]
 
 
-def demonstration_matrices(lm: TracedModel, context: Sequence[int], begin: int, heads: int, seed: Sequence[int]) -> tuple[Floats, Floats]:
-    """dW_ICL of every layer and key/value head, (L, G, D, D), of the prompt's tokens from ``begin`` on: all demonstrations. Also what
-    the same keys and values give when the keys are dealt out among the tokens at random."""
+def demonstration_matrices(
+    lm: TracedModel, context: Sequence[int], begin: int, heads: int, seed: Sequence[int]
+) -> tuple[Floats, Floats]:
+    """dW_ICL of every layer and key/value head, (L, G, D, D), of the prompt's tokens from ``begin`` on: all
+    demonstrations. Also what the same keys and values give when the keys are dealt out among the tokens at random.
+    """
     trace = AttentionTrace(torch.tensor([[len(context) - 1]]), projections=True)
     with tracing(lm.model, trace):
         _run(lm, context)
@@ -188,13 +207,16 @@ def finetuning_similarity(
 ) -> Floats:
     """cos(dW_ICL, dW_FT) in the Frobenius inner product, (N, L, G): per example, layer and key/value head.
 
-    dW_FT = (W_V + dW_V) X X^T (W_K + dW_K)^T - W_V X X^T W_K^T (Eq. 13) as V^T dK + dV^T (K + dK), which has no difference of large terms;
-    X are the tokens from spans[n][0] up to spans[n][1] of the zero-shot row. icl (L, G, D, D). NaN for a zero update.
+    dW_FT = (W_V + dW_V) X X^T (W_K + dW_K)^T - W_V X X^T W_K^T (Eq. 13) as V^T dK + dV^T (K + dK), which has no
+    difference of large terms; X are the tokens from spans[n][0] up to spans[n][1] of the zero-shot row. icl (L, G, D,
+    D). NaN for a zero update.
     """
     result = []
     groups = icl.shape[1]
     for layer, changes in enumerate(update):
-        inputs, keys, values = (found[layer][: len(spans)].float() for found in (zero_shot.inputs, zero_shot.keys, zero_shot.values))
+        inputs, keys, values = (
+            found[layer][: len(spans)].float() for found in (zero_shot.inputs, zero_shot.keys, zero_shot.values)
+        )
         columns = torch.arange(inputs.shape[1])
         mask = torch.stack([(columns >= first) & (columns < end) for first, end in spans])[..., None].to(inputs.device)
         change_k, change_v = F.linear(inputs, *changes[:2]) * mask, F.linear(inputs, *changes[2:]) * mask

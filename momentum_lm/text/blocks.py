@@ -1,8 +1,10 @@
-"""Token files as blocks of a fixed length, and batches of these in the order in which fairseq draws them, found by arithmetic.
+"""Token files as blocks of a fixed length, and batches of these in the order in which fairseq draws them, found by
+arithmetic.
 
-Blocks, batches and their order are those of fairseq's ``--sample-break-mode none`` to the last one, so that runs go on and compare. What
-fairseq builds for that (five integers a block, a Python object a batch, after reading all token files once) is not built here: a block is
-a stretch of the mapped files, a batch a slice of one shuffled array of 4 bytes a block.
+Blocks, batches and their order are those of fairseq's ``--sample-break-mode none`` to the last one, so that runs go on
+and compare. What fairseq builds for that (five integers a block, a Python object a batch, after reading all token files
+once) is not built here: a block is a stretch of the mapped files, a batch a slice of one shuffled array of 4 bytes a
+block.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from momentum_lm.text.indexed import IndexedDataset
 
 
 class UnknownToken(UserError):
-    """A token id that the dictionary does not have. Made of text, of which it keeps what follows its own name: a process that loads
-    data hands its errors on as the text of a traceback.
+    """A token id that the dictionary does not have. Made of text, of which it keeps what follows its own name: a
+    process that loads data hands its errors on as the text of a traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -30,10 +32,11 @@ class UnknownToken(UserError):
 
 
 class Documents:
-    """The documents of one or more token files: a sequence of items, and a stream of tokens that runs through all of them.
+    """The documents of one or more token files: a sequence of items, and a stream of tokens that runs through all of
+    them.
 
-    ``num_tokens`` is the stream's length. What is read is int64. Raises UnknownToken, a UserError that names the file and the document,
-    where an id that is read is not below ``vocab_size``.
+    ``num_tokens`` is the stream's length. What is read is int64. Raises UnknownToken, a UserError that names the file
+    and the document, where an id that is read is not below ``vocab_size``.
     """
 
     def __init__(self, files: Sequence[IndexedDataset], vocab_size: int) -> None:
@@ -66,7 +69,9 @@ class Documents:
         return ids
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Token ids (stop - start,) of the stream. Raises UserError, naming file and document, for one that the dictionary lacks."""
+        """Token ids (stop - start,) of the stream. Raises UserError, naming file and document, for one that the
+        dictionary lacks.
+        """
         ids = np.empty(stop - start, dtype=np.int64)
         filled = 0
         for file, first, last in self._pieces(start, stop):
@@ -114,8 +119,8 @@ class Documents:
 class TokenBlocks:
     """The stream of ``documents`` in blocks of ``block_size`` tokens, of which the last one may be shorter.
 
-    A block is (inputs, targets), int64 (T,) each: the inputs are the targets one token later, after the token before the block, or after
-    ``eos`` where a document begins with the block.
+    A block is (inputs, targets), int64 (T,) each: the inputs are the targets one token later, after the token before
+    the block, or after ``eos`` where a document begins with the block.
     """
 
     def __init__(self, documents: Documents, block_size: int, eos: int) -> None:
@@ -162,12 +167,15 @@ class TokenBlocks:
 class BlockBatches:
     """Numbers of blocks in batches, each block once; a shorter last block is in the first batch.
 
-    The batches are fairseq's for blocks of one length: of ``max_rows`` blocks at most, and ``max_tokens`` with padding; of a multiple of
-    ``multiple`` where these limits allow as many; and in the end one of the greatest multiple that is left, and one of the rest.
-    ``seed`` shuffles the blocks, and :meth:`of_process` the batches. Raises ValueError where ``max_tokens`` is less than a block.
+    The batches are fairseq's for blocks of one length: of ``max_rows`` blocks at most, and ``max_tokens`` with padding;
+    of a multiple of ``multiple`` where these limits allow as many; and in the end one of the greatest multiple that is
+    left, and one of the rest. ``seed`` shuffles the blocks, and :meth:`of_process` the batches. Raises ValueError where
+    ``max_tokens`` is less than a block.
     """
 
-    def __init__(self, blocks: TokenBlocks, max_rows: int | None, max_tokens: int | None, multiple: int, seed: int) -> None:
+    def __init__(
+        self, blocks: TokenBlocks, max_rows: int | None, max_tokens: int | None, multiple: int, seed: int
+    ) -> None:
         self.blocks = blocks
         count = len(blocks)
         place = np.random.RandomState(seed).permutation(count)  # fairseq sorts by size, and then by these numbers
@@ -189,8 +197,7 @@ class BlockBatches:
 
     @property
     def cut(self) -> tuple[int, int]:
-        """Blocks of a full batch, and the multiple that the last ones keep: what the batches of given blocks depend on.
-        """
+        """Blocks of a full batch, and the multiple that the last ones keep: what the batches of given blocks depend on."""
         return self._rows, self._multiple
 
     def of(self, order: NDArray[np.integer]) -> BlockBatches:
@@ -221,8 +228,9 @@ class BlockBatches:
         return self._order[np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())]
 
     def of_process(self, processes: int, process: int, seed: int | None, before: int = 0) -> ShardedBatches:
-        """The batches that one of ``processes`` gets: every ``processes``-th, of all shuffled by ``seed`` unless it is None, after
-        ``before`` numbers that stand for none of them. All processes get as many, filled up with empty batches.
+        """The batches that one of ``processes`` gets: every ``processes``-th, of all shuffled by ``seed`` unless it is
+        None, after ``before`` numbers that stand for none of them. All processes get as many, filled up with empty
+        batches.
         """
         numbers = np.arange(-before, len(self))
         if seed is not None:

@@ -26,8 +26,10 @@ class WindowError(ValueError):
 
 
 def open_decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
-    """``raw`` itself, or what it holds if ``suffix`` is .gz or .zst. Reading raises EOFError where compressed data ends too early,
-    gzip.BadGzipFile, zlib.error or ZstdError where it is not such data, WindowError for what takes too much memory."""
+    """``raw`` itself, or what it holds if ``suffix`` is .gz or .zst. Reading raises EOFError where compressed data ends
+    too early, gzip.BadGzipFile, zlib.error or ZstdError where it is not such data, WindowError for what takes too much
+    memory.
+    """
     if suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if suffix == ".zst":

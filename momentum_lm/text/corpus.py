@@ -1,12 +1,15 @@
-"""Any text to binarised data for fairseq: ``train.bin/.idx``, ``valid``, ``test``, ``dict.txt``, the tokenizer's files, ``prepare.json``.
+"""Any text to binarised data for fairseq: ``train.bin/.idx``, ``valid``, ``test``, ``dict.txt``, the tokenizer's files,
+``prepare.json``.
 
-Documents keep their boundaries: one item each, ``</s>`` at its end. Exact duplicates are dropped (the first stays), and the split of a
-document follows from its content and the seed alone. The output does not depend on the number of workers, nor on interruptions: work goes
-on in ``OUTPUT/.prepare``, where a saved state says how far the files there are good, and is moved to ``OUTPUT`` when all of it is done.
+Documents keep their boundaries: one item each, ``</s>`` at its end. Exact duplicates are dropped (the first stays), and
+the split of a document follows from its content and the seed alone. The output does not depend on the number of
+workers, nor on interruptions: work goes on in ``OUTPUT/.prepare``, where a saved state says how far the files there are
+good, and is moved to ``OUTPUT`` when all of it is done.
 
-Memory does not grow with the text: 2 MiB of it per worker is under way (or one document, of at most 8 MiB, which takes 350 MB while it is
-tokenised), in processes of 60 to 100 MB each. Before that, the tokenizer's sample takes 25 times its size while SentencePiece trains.
-What does grow is about 110 bytes for every distinct document, to know it again. With 2 workers and 200 MB of text: under 400 MB in all.
+Memory does not grow with the text: 2 MiB of it per worker is under way (or one document, of at most 8 MiB, which takes
+350 MB while it is tokenised), in processes of 60 to 100 MB each. Before that, the tokenizer's sample takes 25 times its
+size while SentencePiece trains. What does grow is about 110 bytes for every distinct document, to know it again. With 2
+workers and 200 MB of text: under 400 MB in all.
 """
 
 from __future__ import annotations
@@ -28,7 +31,13 @@ from momentum_lm.text.encoding import CHUNK, Chunk, DocumentStream, encode_in_or
 from momentum_lm.text.indexed import IndexedDatasetWriter
 from momentum_lm.text.selection import SPLITS, Sample, SplitSurvey, Splitter, share
 from momentum_lm.text.sources import FileSource, Source, find_sources
-from momentum_lm.text.tokenizer import GPT2Tokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from momentum_lm.text.tokenizer import (
+    GPT2Tokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from momentum_lm.text.vocabulary import train_sentencepiece
 from momentum_lm.text.workplace import (
     OUTPUTS,
@@ -49,10 +58,12 @@ _SAVE_EVERY = 2.0  # seconds: what a killed run loses at most, but for reading a
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to prepare, and how: the command's flags. ``valid`` and ``test`` are fractions ("0.01") or numbers of documents ("500").
+    """What to prepare, and how: the command's flags. ``valid`` and ``test`` are fractions ("0.01") or numbers of
+    documents ("500").
 
-    Of ``sentencepiece``, ``gpt2_bpe`` and ``hf_tokenizer`` at most one; without any, a SentencePiece model of ``vocab_size`` is trained
-    on a sample of ``sample_mb`` MB of the training documents. A ``dict.txt`` beside a given tokenizer is kept: checkpoints need its ids.
+    Of ``sentencepiece``, ``gpt2_bpe`` and ``hf_tokenizer`` at most one; without any, a SentencePiece model of
+    ``vocab_size`` is trained on a sample of ``sample_mb`` MB of the training documents. A ``dict.txt`` beside a given
+    tokenizer is kept: checkpoints need its ids.
     """
 
     sources: tuple[str, ...]
@@ -90,11 +101,13 @@ def prepare(
     progress: Callable[..., Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Prepares the data, or goes on where an interrupted call stopped, or finds it done. Returns the content of ``prepare.json``.
+    """Prepares the data, or goes on where an interrupted call stopped, or finds it done. Returns the content of
+    ``prepare.json``.
 
-    ``workers`` is the number of processes (default: the CPUs this process may use); ``progress`` makes a bar, as ``tqdm.tqdm``;
-    ``say`` gets one line per stage. ``force`` replaces data or unfinished work of other settings, once the new data is complete.
-    Raises UserError for anything wrong with the input, and leaves what was in the output folder; OSError where the disk fails.
+    ``workers`` is the number of processes (default: the CPUs this process may use); ``progress`` makes a bar, as
+    ``tqdm.tqdm``; ``say`` gets one line per stage. ``force`` replaces data or unfinished work of other settings, once
+    the new data is complete. Raises UserError for anything wrong with the input, and leaves what was in the output
+    folder; OSError where the disk fails.
     """
     valid, test = share(config.valid, "valid"), share(config.test, "test")
     SplitSurvey(valid, test)  # refuses fractions that leave nothing
@@ -143,7 +156,10 @@ def _refuse_other_documents(output: Path, made: dict[str, Any], run: _Run) -> No
         if "sources_as_of" not in made:
             changed = "by an earlier version, which kept no record of the sources' content"
         raise UserError(
-            f"{output} was prepared {changed}; use another ", arg("output"), ", or ", arg(force=True),
+            f"{output} was prepared {changed}; use another ",
+            arg("output"),
+            ", or ",
+            arg(force=True),
             " to replace it",
         )
 
@@ -154,7 +170,10 @@ def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     if done is not None and not same_settings(done.get("config"), wanted):
         other = difference(done.get("config"), wanted)
         raise UserError(
-            f"{output} was prepared with {other}; use another ", arg("output"), ", or ", arg(force=True),
+            f"{output} was prepared with {other}; use another ",
+            arg("output"),
+            ", or ",
+            arg(force=True),
             " to replace it",
         )
     return done
@@ -197,10 +216,18 @@ class _Run:
             self._plan_for(self.read_all("sampling", offer))
             if not sample.size:
                 raise UserError(
-                    f"{', '.join(config.sources)}: no document to train on; check ", arg("column"), ", ",
-                    arg("document"), ", ", arg("valid"), " and ", arg("test"),
+                    f"{', '.join(config.sources)}: no document to train on; check ",
+                    arg("column"),
+                    ", ",
+                    arg("document"),
+                    ", ",
+                    arg("valid"),
+                    " and ",
+                    arg("test"),
                 )
-            self.say(f"training SentencePiece: {config.vocab_size} pieces on {sample.size / 1e6:.1f} MB, about {sample.size / 1e6:.0f} s")
+            self.say(
+                f"training SentencePiece: {config.vocab_size} pieces on {sample.size / 1e6:.1f} MB, about {sample.size / 1e6:.0f} s"
+            )
             model = train_sentencepiece((text.decode() for text in sample.documents()), config.vocab_size)
             (work / "sentencepiece.model").write_bytes(model)
             tokenizer = SentencePieceTokenizer(work / "sentencepiece.model")
@@ -237,7 +264,12 @@ class _Run:
                 for index, part in parts.items():
                     tally = state["splits"][SPLITS[index]]
                     writers[SPLITS[index]].add_many(part.ids, part.sizes)
-                    added = {"documents": len(part.sizes), "tokens": len(part.ids), "bytes": part.bytes, "unknown": part.unknown}
+                    added = {
+                        "documents": len(part.sizes),
+                        "tokens": len(part.ids),
+                        "bytes": part.bytes,
+                        "unknown": part.unknown,
+                    }
                     tally.update({name: tally[name] + count for name, count in added.items()})
                     state["special_tokens"] = state.get("special_tokens", 0) + part.spelled
                 bar.update(chunk.position - bar.n)
@@ -259,7 +291,9 @@ class _Run:
         for name, split in splits.items():
             if not split["documents"] and name == "train":
                 raise UserError(
-                    arg(valid=self.config.valid), " and ", arg(test=self.config.test),
+                    arg(valid=self.config.valid),
+                    " and ",
+                    arg(test=self.config.test),
                     f" leave none of {total} documents to train on",
                 )
             if not split["documents"]:
@@ -310,7 +344,9 @@ def _written(tally: dict[str, int]) -> tuple[int, int]:
 
 
 def _chunks(stream: DocumentStream, splitter: Splitter, saved: dict[str, Any]) -> Iterator[Chunk]:
-    """The documents after the saved state, about CHUNK bytes at a time. Raises UserError if those before it are not what they were."""
+    """The documents after the saved state, about CHUNK bytes at a time. Raises UserError if those before it are not
+    what they were.
+    """
     chunk, same = Chunk(), not saved["read"]
     for digest, text in stream:
         if stream.read <= saved["read"]:
@@ -359,8 +395,13 @@ def _tell_of_whole_files(
     for _ in whole[0].documents():  # what is wrong with it is told first
         pass
     raise UserError(
-        f"{whole[0].name} is one document, since a whole file is one, and leaves nothing to split: ", *how, "; or ",
-        arg(valid="0"), " ", arg(test="0"), " trains on it alone",
+        f"{whole[0].name} is one document, since a whole file is one, and leaves nothing to split: ",
+        *how,
+        "; or ",
+        arg(valid="0"),
+        " ",
+        arg(test="0"),
+        " trains on it alone",
     )
 
 

@@ -41,7 +41,8 @@ def check_symbols(symbols: Sequence[str], recorded: object, whose: str, checkpoi
 
 
 class Dictionary:
-    """Symbols in the order of their ids, and how often each was counted. A symbol listed twice has two ids; ``index`` gives the later.
+    """Symbols in the order of their ids, and how often each was counted. A symbol listed twice has two ids; ``index``
+    gives the later.
 
     >>> Dictionary(["the", "a"]).index("the")
     4
@@ -49,7 +50,9 @@ class Dictionary:
 
     def __init__(self, symbols: Iterable[str] = (), counts: Iterable[int] | None = None) -> None:
         self.symbols = [*SPECIALS, *symbols]
-        self.counts = [1] * len(SPECIALS) + ([1] * (len(self.symbols) - len(SPECIALS)) if counts is None else list(counts))
+        self.counts = [1] * len(SPECIALS) + (
+            [1] * (len(self.symbols) - len(SPECIALS)) if counts is None else list(counts)
+        )
         if len(self.counts) != len(self.symbols):
             raise ValueError(f"{len(self.symbols)} symbols, {len(self.counts)} counts")
         self._index = {symbol: i for i, symbol in enumerate(self.symbols)}
@@ -65,7 +68,9 @@ class Dictionary:
         return self._index.get(symbol, UNK)
 
     def padded(self, multiple: int = 8) -> Dictionary:
-        """Filled with ``madeupword0000`` and so on up to a multiple of 8 entries, as fairseq-preprocess does: such matrices are faster."""
+        """Filled with ``madeupword0000`` and so on up to a multiple of 8 entries, as fairseq-preprocess does: such
+        matrices are faster.
+        """
         extra = -len(self) % multiple
         filler = [f"madeupword{i:04d}" for i in range(extra)]
         return Dictionary(self.symbols[len(SPECIALS) :] + filler, self.counts[len(SPECIALS) :] + [0] * extra)
@@ -75,7 +80,9 @@ class Dictionary:
         return Dictionary(self.symbols[len(SPECIALS) :], [int(n) for n in counts[len(SPECIALS) : len(self)]])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``dict.txt``. Raises ValueError for a symbol that the format cannot hold (empty, or with a line break)."""
+        """Writes ``dict.txt``. Raises ValueError for a symbol that the format cannot hold (empty, or with a line
+        break).
+        """
         first = len(SPECIALS)
         seen: set[str] = set(SPECIALS)
         with atomic_write(path) as file:
@@ -87,7 +94,9 @@ class Dictionary:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Dictionary:
-        """Reads ``dict.txt``. Raises UserError naming file and line where it is missing, malformed or lists a symbol twice unmarked."""
+        """Reads ``dict.txt``. Raises UserError naming file and line where it is missing, malformed or lists a symbol
+        twice unmarked.
+        """
         symbols: list[str] = []
         counts: list[int] = []
         seen = set(SPECIALS)
@@ -97,7 +106,9 @@ class Dictionary:
             if overwrite:
                 symbol, _, field = symbol.rpartition(" ")
             if not symbol or not field.isdecimal() or len(field) > _DIGITS:
-                raise UserError(f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq dict.txt?")
+                raise UserError(
+                    f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq dict.txt?"
+                )
             if symbol in seen and not overwrite:
                 raise UserError(
                     f"{path}:{number}: {symbol[:80]!r} is listed before; "

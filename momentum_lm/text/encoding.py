@@ -29,7 +29,9 @@ CHUNK = 1 << 20  # bytes of text that travel to a worker together, or one docume
 
 
 class DocumentStream:
-    """The distinct documents of all sources in order, as (digest, UTF-8 text), and what was read, dropped and seen on the way."""
+    """The distinct documents of all sources in order, as (digest, UTF-8 text), and what was read, dropped and seen on
+    the way.
+    """
 
     def __init__(self, sources: Sequence[Source], seed: int, limit: int | None = None) -> None:
         self._sources, self._seed, self._limit = sources, seed, limit
@@ -99,11 +101,13 @@ class Encoded:
     spelled: int
 
 
-def encode_in_order(chunks: Iterable[Chunk], tokenizer_folder: Path, workers: int) -> Iterator[tuple[Chunk, dict[int, Encoded]]]:
+def encode_in_order(
+    chunks: Iterable[Chunk], tokenizer_folder: Path, workers: int
+) -> Iterator[tuple[Chunk, dict[int, Encoded]]]:
     """Each chunk with its encoded parts by split, in the chunks' order. One worker is this process itself.
 
-    At most 2 chunks per worker are under way, or 2 MiB of text per worker where documents are longer, and one document beyond that.
-    Raises Interrupted if a worker is killed.
+    At most 2 chunks per worker are under way, or 2 MiB of text per worker where documents are longer, and one document
+    beyond that. Raises Interrupted if a worker is killed.
     """
     if workers == 1:
         tokenizer = load_tokenizer(tokenizer_folder)

@@ -6,7 +6,9 @@ import logging
 
 
 def hub_answers() -> bool:
-    """False without a network: the libraries would not know before they had tried again for up to a minute, and told of every try."""
+    """False without a network: the libraries would not know before they had tried again for up to a minute, and told of
+    every try.
+    """
     import huggingface_hub
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -1,8 +1,9 @@
 """fairseq's memory-mapped token files (``PREFIX.bin`` and ``PREFIX.idx``), read and written without fairseq.
 
-``PREFIX.bin`` holds the items' token ids one after another, little-endian. ``PREFIX.idx`` holds, in this order: the magic
-``MMIDIDX\\0\\0``, the version (uint64, 1), the code of the ids' type (uint8), the number of items (uint64), the items' sizes in
-tokens (int32 each) and their offsets in ``.bin`` in bytes (int64 each). In this project an item is a document that ends with ``</s>``.
+``PREFIX.bin`` holds the items' token ids one after another, little-endian. ``PREFIX.idx`` holds, in this order: the
+magic ``MMIDIDX\\0\\0``, the version (uint64, 1), the code of the ids' type (uint8), the number of items (uint64), the
+items' sizes in tokens (int32 each) and their offsets in ``.bin`` in bytes (int64 each). In this project an item is a
+document that ends with ``</s>``.
 """
 
 from __future__ import annotations
@@ -23,28 +24,42 @@ from momentum_lm.files import atomic_write
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")  # magic, version, type code, number of items
-_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}  # 6 and 7 are floats: no token ids
+_TYPES = {
+    1: "u1",
+    2: "i1",
+    3: "<i2",
+    4: "<i4",
+    5: "<i8",
+    8: "<u2",
+    9: "<u4",
+    10: "<u8",
+}  # 6 and 7 are floats: no token ids
 _CODES = {np.dtype(name): code for code, name in _TYPES.items()}
 _BLOCK = 1 << 18  # items per step where the whole index would not do in memory
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type for ids below ``vocab_size``, by fairseq's own limits: uint16 below 65,500, then uint32, then int64."""
+    """The smallest type for ids below ``vocab_size``, by fairseq's own limits: uint16 below 65,500, then uint32, then
+    int64.
+    """
     return np.dtype("<u2" if vocab_size < 65500 else "<u4" if vocab_size < 4294967295 else "<i8")
 
 
 class IndexedDatasetWriter:
-    """Streams items into ``PREFIX.bin`` and ``PREFIX.idx``, which appear only in ``finish()``, whole; until then, and if the
-    program dies, there are only ``PREFIX.bin.partial`` and ``PREFIX.sizes.partial``. Memory does not grow with the items.
+    """Streams items into ``PREFIX.bin`` and ``PREFIX.idx``, which appear only in ``finish()``, whole; until then, and
+    if the program dies, there are only ``PREFIX.bin.partial`` and ``PREFIX.sizes.partial``. Memory does not grow with
+    the items.
 
-        with IndexedDatasetWriter("data/train", vocab_size) as writer:   # finishes, or removes everything on an exception
-            writer.add(ids)
+        with IndexedDatasetWriter("data/train", vocab_size) as writer:   # finishes, or removes everything on an
+            exception writer.add(ids)
 
-    To go on after a crash, keep what ``checkpoint()`` returned and pass it as ``resume``: whatever was written later is cut off.
-    Raises UserError where ``resume`` does not fit the partial files, OSError as ``open`` and ``write`` do.
+    To go on after a crash, keep what ``checkpoint()`` returned and pass it as ``resume``: whatever was written later is
+    cut off. Raises UserError where ``resume`` does not fit the partial files, OSError as ``open`` and ``write`` do.
     """
 
-    def __init__(self, path_prefix: str | os.PathLike[str], vocab_size: int, resume: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, path_prefix: str | os.PathLike[str], vocab_size: int, resume: tuple[int, int] | None = None
+    ) -> None:
         self.prefix = os.fspath(path_prefix)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
@@ -52,15 +67,21 @@ class IndexedDatasetWriter:
         self._partial = (f"{self.prefix}.bin.partial", f"{self.prefix}.sizes.partial")
         mode = "r+b" if resume else "wb"
         if resume and Path(self._partial[1]).exists() and not Path(self._partial[0]).exists():
-            os.replace(f"{self.prefix}.bin", self._partial[0])  # it died inside finish(), which renames .bin before it removes the sizes
+            os.replace(
+                f"{self.prefix}.bin", self._partial[0]
+            )  # it died inside finish(), which renames .bin before it removes the sizes
         try:
             self._bin, self._sizes = (open(path, mode) for path in self._partial)  # noqa: SIM115 - closed in finish/discard
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename} is gone: this run cannot go on where it stopped; start it afresh") from error
+            raise UserError(
+                f"{error.filename} is gone: this run cannot go on where it stopped; start it afresh"
+            ) from error
         lengths = (self.tokens * self.dtype.itemsize, self.items * 4)
         for file, length in zip((self._bin, self._sizes), lengths, strict=True):
             if file.seek(0, os.SEEK_END) < length:
-                raise UserError(f"{file.name} is shorter than when it was last saved; delete it and start the run afresh")
+                raise UserError(
+                    f"{file.name} is shorter than when it was last saved; delete it and start the run afresh"
+                )
             file.truncate(length)
             file.seek(length)
 
@@ -78,7 +99,9 @@ class IndexedDatasetWriter:
         if lengths.sum(dtype=np.int64) != array.size:
             raise ValueError(f"sizes sum to {lengths.sum(dtype=np.int64)}, but there are {array.size} ids")
         if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
-            raise ValueError(f"token ids from {array.min()} to {array.max()} do not fit a vocabulary of {self.vocab_size}")
+            raise ValueError(
+                f"token ids from {array.min()} to {array.max()} do not fit a vocabulary of {self.vocab_size}"
+            )
         self._bin.write(array.astype(self.dtype, copy=False).tobytes())
         self._sizes.write(lengths.tobytes())
         self.items += lengths.size
@@ -130,7 +153,9 @@ class IndexedDatasetWriter:
     def __enter__(self) -> IndexedDatasetWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.finish()
         else:
@@ -148,18 +173,26 @@ def check_files(path_prefix: str | os.PathLike[str]) -> None:
 
 
 def _header(prefix: str) -> tuple[np.dtype, int, int]:
-    """The ids' type, the number of items, and the bytes of ``.bin`` that they fill by what the index says of the last one."""
+    """The ids' type, the number of items, and the bytes of ``.bin`` that they fill by what the index says of the last
+    one.
+    """
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, data):
         if not path.is_file():
-            raise UserError(f"{path} is missing; make it with `momentum-lm prepare` or `fairseq-preprocess --dataset-impl mmap`")
+            raise UserError(
+                f"{path} is missing; make it with `momentum-lm prepare` or `fairseq-preprocess --dataset-impl mmap`"
+            )
     with open(index, "rb") as file:
         header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise UserError(f"{index} is not an index of fairseq's mmap format; make it anew with `--dataset-impl mmap`")
+            raise UserError(
+                f"{index} is not an index of fairseq's mmap format; make it anew with `--dataset-impl mmap`"
+            )
         _, version, code, items = _HEADER.unpack(header)
         if version != 1 or code not in _TYPES:
-            raise UserError(f"{index} has version {version} and type code {code}, which this program does not know; make it anew")
+            raise UserError(
+                f"{index} has version {version} and type code {code}, which this program does not know; make it anew"
+            )
         dtype = np.dtype(_TYPES[code])
         if index.stat().st_size != _HEADER.size + 12 * items:
             raise UserError(
@@ -181,21 +214,28 @@ def _header(prefix: str) -> tuple[np.dtype, int, int]:
 
 def _check_length(prefix: str, length: int, end: int) -> None:
     if length < end:
-        raise UserError(f"{prefix}.bin has {length} bytes, but {prefix}.idx needs {end}: it is cut short; copy or make it anew")
+        raise UserError(
+            f"{prefix}.bin has {length} bytes, but {prefix}.idx needs {end}: it is cut short; copy or make it anew"
+        )
 
 
 class IndexedDataset:
-    """Items of ``PREFIX.bin`` and ``PREFIX.idx`` as read-only arrays of token ids over the mapped file: nothing is read until used.
+    """Items of ``PREFIX.bin`` and ``PREFIX.idx`` as read-only arrays of token ids over the mapped file: nothing is read
+    until used.
 
-    ``sizes`` (items,) int32 are the items' lengths in tokens. Opening reads the index once, in memory that does not grow with it. Raises
-    UserError naming the file where one is missing, cut short or not of this format.
+    ``sizes`` (items,) int32 are the items' lengths in tokens. Opening reads the index once, in memory that does not
+    grow with it. Raises UserError naming the file where one is missing, cut short or not of this format.
     """
 
     def __init__(self, path_prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(path_prefix)
         self.dtype, items, end = _header(self.prefix)
         index = f"{self.prefix}.idx"
-        raw = np.memmap(index, mode="r", dtype=np.uint8).view(np.ndarray) if items else np.empty(_HEADER.size, dtype=np.uint8)
+        raw = (
+            np.memmap(index, mode="r", dtype=np.uint8).view(np.ndarray)
+            if items
+            else np.empty(_HEADER.size, dtype=np.uint8)
+        )
         middle = _HEADER.size + 4 * items
         if raw.size != _HEADER.size + 12 * items:
             raise UserError(f"{index} was written to while it was read; make it anew")
@@ -242,7 +282,9 @@ class IndexedDataset:
         return self._data[start:stop]
 
     def read_ahead(self, start: int, stop: int) -> None:
-        """Has the system read the tokens of these positions, if they are not in memory yet, and no more of the file; returns at once."""
+        """Has the system read the tokens of these positions, if they are not in memory yet, and no more of the file;
+        returns at once.
+        """
         first = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
         if start < stop:
             self._map.madvise(mmap.MADV_WILLNEED, first, stop * self.dtype.itemsize - first)

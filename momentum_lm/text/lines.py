@@ -13,7 +13,9 @@ MAX_LINE = 8 << 20  # bytes
 
 
 def lines_of(file: BinaryIO, name: str) -> Iterator[str]:
-    """Lines with their endings, without a byte order mark. Raises UserError for other encodings and for lines above ``MAX_LINE``."""
+    """Lines with their endings, without a byte order mark. Raises UserError for other encodings and for lines above
+    ``MAX_LINE``.
+    """
     offset = 0
     for number in itertools.count(1):
         line = file.readline(MAX_LINE + 1)
@@ -46,7 +48,9 @@ def decode(text: bytes, name: str, offset: int) -> str:
 
 
 def refuse_nuls(text: bytes, where: str, offset: int = 0) -> None:
-    """UTF-16 without a byte order mark is valid UTF-8, with a NUL beside every letter. A stray NUL is let through. Raises UserError."""
+    """UTF-16 without a byte order mark is valid UTF-8, with a NUL beside every letter. A stray NUL is let through.
+    Raises UserError.
+    """
     nuls = text.count(0)
     if nuls < 8 or 8 * nuls < len(text):
         return

@@ -1,7 +1,8 @@
 """Which documents go where, decided by their content alone: duplicates, splits and the tokenizer's training sample.
 
-Every document has a digest of 128 bits, keyed with the seed. Equal documents have equal digests, so they are found whatever their
-order; the digest's first half, read as a number in [0, 1), puts the document in a split, its second half orders the sample.
+Every document has a digest of 128 bits, keyed with the seed. Equal documents have equal digests, so they are found
+whatever their order; the digest's first half, read as a number in [0, 1), puts the document in a split, its second half
+orders the sample.
 """
 
 from __future__ import annotations
@@ -49,16 +50,20 @@ class Splitter:
 
 
 class SplitSurvey:
-    """Finds the thresholds for a number of documents, which takes a look at all of them; fractions are thresholds already.
+    """Finds the thresholds for a number of documents, which takes a look at all of them; fractions are thresholds
+    already.
 
-    Keeps the smallest digest halves seen, as many as documents are wanted. Raises UserError if the fractions leave nothing for train.
+    Keeps the smallest digest halves seen, as many as documents are wanted. Raises UserError if the fractions leave
+    nothing for train.
     """
 
     def __init__(self, valid: Fraction | int, test: Fraction | int) -> None:
         self._valid, self._test = valid, test
         if sum(s for s in (valid, test) if isinstance(s, Fraction)) >= 1:
             raise UserError(
-                arg(valid=float(valid)), " and ", arg(test=float(test)),
+                arg(valid=float(valid)),
+                " and ",
+                arg(test=float(test)),
                 " together leave nothing to train on; lower them",
             )
         self._floor = int(test * 2**64) if isinstance(test, Fraction) else 0
@@ -69,7 +74,11 @@ class SplitSurvey:
     def add(self, digest: bytes) -> None:
         """Takes note of one document; a duplicate changes nothing."""
         value = int.from_bytes(digest[:_HALF], "big")
-        if value < self._floor or value in self._kept or (len(self._heap) >= self.wanted and not value < -min(self._heap[:1], default=0)):
+        if (
+            value < self._floor
+            or value in self._kept
+            or (len(self._heap) >= self.wanted and not value < -min(self._heap[:1], default=0))
+        ):
             return
         self._kept.add(value)
         heapq.heappush(self._heap, -value)
@@ -87,12 +96,15 @@ class SplitSurvey:
 
         rank = self._test if isinstance(self._test, int) else 0
         test_below = above(0, self._test, rank)
-        return Splitter(test_below, above(test_below, self._valid, rank + (self._valid if isinstance(self._valid, int) else 0)))
+        return Splitter(
+            test_below, above(test_below, self._valid, rank + (self._valid if isinstance(self._valid, int) else 0))
+        )
 
 
 class Sample:
-    """A random sample of distinct documents, the same for any order of them: those whose digest's second half is smallest, while they
-    fit into ``limit`` bytes. Holds at most ``limit`` bytes and one document."""
+    """A random sample of distinct documents, the same for any order of them: those whose digest's second half is
+    smallest, while they fit into ``limit`` bytes. Holds at most ``limit`` bytes and one document.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0

@@ -1,7 +1,9 @@
-"""Where documents come from: text files and folders, CSV, JSON Lines, parquet, compressed ones, and data sets of the Hugging Face hub.
+"""Where documents come from: text files and folders, CSV, JSON Lines, parquet, compressed ones, and data sets of the
+Hugging Face hub.
 
-A source yields documents as UTF-8 bytes, one at a time and always in the same order. No reader holds more than one document
-of at most MAX_DOCUMENT bytes and what :mod:`momentum_lm.text.tables` says. Problems are UserErrors that name file and line or byte.
+A source yields documents as UTF-8 bytes, one at a time and always in the same order. No reader holds more than one
+document of at most MAX_DOCUMENT bytes and what :mod:`momentum_lm.text.tables` says. Problems are UserErrors that name
+file and line or byte.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ class Source:
                 self.remarks["nulls"] += 1
             else:
                 text = _text(value, where, self.column)
-                self.remarks["quoted"] += self.tabs and b'""' in text and len(text) > 3 and text[:1] == text[-1:] == b'"'
+                self.remarks["quoted"] += (
+                    self.tabs and b'""' in text and len(text) > 3 and text[:1] == text[-1:] == b'"'
+                )
                 yield text
 
     def as_of(self) -> str:
@@ -102,7 +106,9 @@ def find_sources(
         elif path.is_dir():
             found = folders.text_files(path)
             if not found:
-                raise UserError(f"{name}: no {' or '.join(TEXT_SUFFIXES)} files in this folder; name the files that you mean")
+                raise UserError(
+                    f"{name}: no {' or '.join(TEXT_SUFFIXES)} files in this folder; name the files that you mean"
+                )
             sources += [FileSource(file, column, document) for file in found]
         else:
             source = FileSource(path, column, document)
@@ -114,7 +120,9 @@ def find_sources(
 
 
 class FileSource(Source):
-    """A file, whose format its suffix tells: .csv .tsv .jsonl .ndjson .json .parquet, else plain text; .gz and .zst on top of these."""
+    """A file, whose format its suffix tells: .csv .tsv .jsonl .ndjson .json .parquet, else plain text; .gz and .zst on
+    top of these.
+    """
 
     def __init__(self, path: Path, column: str, document: str | None) -> None:
         super().__init__()
@@ -128,7 +136,10 @@ class FileSource(Source):
         if is_table != (self.document == "record"):
             other = "record" if is_table else "file, line or blank-line"
             raise UserError(
-                arg(document=self.document), f" does not go with {self.name}; use ", arg("document"), f" {other} or leave it out",
+                arg(document=self.document),
+                f" does not go with {self.name}; use ",
+                arg("document"),
+                f" {other} or leave it out",
             )
         if self.suffix == ".parquet" and path.suffix in _COMPRESSED:
             raise UserError(f"{self.name}: parquet is compressed inside; decompress the file first")
@@ -185,7 +196,9 @@ class FileSource(Source):
 
 
 class HubSource(Source):
-    """``hf:NAME[:CONFIG][@SPLIT]``: a data set that ``datasets`` loads from the hub or a local folder, streamed. SPLIT: train."""
+    """``hf:NAME[:CONFIG][@SPLIT]``: a data set that ``datasets`` loads from the hub or a local folder, streamed. SPLIT:
+    train.
+    """
 
     def __init__(self, name: str, column: str, document: str | None) -> None:
         if document not in (None, "record"):
@@ -311,7 +324,9 @@ def _read_whole(file: BinaryIO, name: str) -> Iterator[bytes]:
     if len(text) > MAX_DOCUMENT:
         raise UserError(
             f"{name} is a document of more than {MAX_DOCUMENT >> 20} MiB; say how its documents are separated: ",
-            arg(document="line"), " or ", arg(document="blank-line"),
+            arg(document="line"),
+            " or ",
+            arg(document="blank-line"),
         )
     decode(text, name, 0)
     yield text.removeprefix(b"\xef\xbb\xbf")
@@ -361,7 +376,8 @@ def _look_up(record: dict[str, Any], column: str, where: str) -> Any:
 def _text(value: object, where: str, column: str) -> bytes:
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text; name another with ", arg("column"),
+            f"{where}: column {column!r} holds {type(value).__name__}, not text; name another with ",
+            arg("column"),
         )
     try:
         return _checked(value.encode(), where)

@@ -1,7 +1,7 @@
 """Rows of tables: CSV, TSV, JSON Lines and parquet. A problem is a UserError that names the file and the line or row.
 
-No reader holds more than a row (CSV: of at most twice ``MAX_LINE``) and a read buffer, or of a parquet file a page of each column
-and 8 rows.
+No reader holds more than a row (CSV: of at most twice ``MAX_LINE``) and a read buffer, or of a parquet file a page of
+each column and 8 rows.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ Needed = Callable[[Collection[str]], Collection[str]]
 def read_rows(path: Path, needed: Needed) -> Rows:
     """Each row as (where it is: "FILE:LINE" or "FILE: row N", its columns), in the file's order.
 
-    ``needed`` gets the names in a header (JSON Lines have none) and says which are to be read; where one of these is not there, all are.
-    A name that a JSON object has more than once is in the row's ``repeated`` (:class:`Record`). Raises UserError for a file that is
-    not there, of another format or encoding, damaged, or that has a malformed line or a needed column twice.
+    ``needed`` gets the names in a header (JSON Lines have none) and says which are to be read; where one of these is
+    not there, all are. A name that a JSON object has more than once is in the row's ``repeated`` (:class:`Record`).
+    Raises UserError for a file that is not there, of another format or encoding, damaged, or that has a malformed line
+    or a needed column twice.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -75,7 +76,9 @@ def _json_lines(file: BinaryIO, name: str) -> Rows:
         except ValueError as error:
             raise UserError(f"{where}: not a JSON record ({error}); {remedy}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object with a key for each column, got {type(row).__name__}; {remedy}")
+            raise UserError(
+                f"{where}: expected a JSON object with a key for each column, got {type(row).__name__}; {remedy}"
+            )
         yield where, row
 
 
@@ -87,7 +90,9 @@ def _csv(file: BinaryIO, name: str, needed: Needed) -> Rows:
         for line in lines_of(file, name):
             size += len(line)
             if size > 2 * MAX_LINE:
-                raise UserError(f"{name}:{rows.line_num}: a row of more than {2 * MAX_LINE >> 20} MiB; look for an unclosed quote")
+                raise UserError(
+                    f"{name}:{rows.line_num}: a row of more than {2 * MAX_LINE >> 20} MiB; look for an unclosed quote"
+                )
             yield line
 
     previous = csv.field_size_limit(MAX_LINE)
@@ -106,14 +111,18 @@ def _csv(file: BinaryIO, name: str, needed: Needed) -> Rows:
                 raise UserError(f"{name}:{rows.line_num}: {len(row)} columns, the header has {len(header)}; {advice}")
     except csv.Error as error:
         if "new-line character" in str(error):
-            raise UserError(f"{name}:{rows.line_num}: a carriage return inside of a line; fix it, or quote the text") from error
+            raise UserError(
+                f"{name}:{rows.line_num}: a carriage return inside of a line; fix it, or quote the text"
+            ) from error
         raise UserError(f"{name}:{rows.line_num}: not proper CSV ({error}); look for an unclosed quote") from error
     finally:
         csv.field_size_limit(previous)
 
 
 def _check_separator(header: str, needed: Needed, name: str) -> None:
-    """Raises UserError for the one name of a header, if it is not needed as it is and holds what separates columns elsewhere."""
+    """Raises UserError for the one name of a header, if it is not needed as it is and holds what separates columns
+    elsewhere.
+    """
     try:
         is_needed = header in needed([header])
     except UserError:
@@ -122,7 +131,9 @@ def _check_separator(header: str, needed: Needed, name: str) -> None:
         if separator in header and not is_needed:
             columns = ", ".join(map(shown, header.split(separator)[:5]))
             advice = "write it with commas, as with pandas' read_csv(..., sep=...).to_csv(...)"
-            raise UserError(f"{name}:1: {word} seem to separate its columns ({columns}), and .csv files are read with commas; {advice}")
+            raise UserError(
+                f"{name}:1: {word} seem to separate its columns ({columns}), and .csv files are read with commas; {advice}"
+            )
 
 
 def _tsv(file: BinaryIO, name: str, needed: Needed) -> Rows:
@@ -180,7 +191,9 @@ def parquet_rows(path: Path, needed: Needed, progress: Callable[[float], None] =
 
 
 def _refuse_bomb(metadata: Any, columns: list[str], path: Path) -> None:
-    """Pages are decompressed whole, and next to nothing may hold a gigabyte. Raises UserError for what is packed that well."""
+    """Pages are decompressed whole, and next to nothing may hold a gigabyte. Raises UserError for what is packed that
+    well.
+    """
     for group in range(metadata.num_row_groups):
         chunks = (metadata.row_group(group).column(i) for i in range(metadata.row_group(group).num_columns))
         for chunk in (c for c in chunks if c.path_in_schema.split(".")[0] in columns or c.path_in_schema in columns):

@@ -1,4 +1,6 @@
-"""Text to fairseq token ids and back: SentencePiece, GPT-2's byte-level BPE and Hugging Face tokenizers behind one interface."""
+"""Text to fairseq token ids and back: SentencePiece, GPT-2's byte-level BPE and Hugging Face tokenizers behind one
+interface.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ _MOST_IDS = 1 << 24  # ids that a tokenizer may have: memory is taken for each u
 
 
 class Tokenizer:
-    """Base: maps a tokenizer's own ids to those of a fairseq dictionary. Subclasses give ``_encode``, ``_decode`` and ``_symbols``.
+    """Base: maps a tokenizer's own ids to those of a fairseq dictionary. Subclasses give ``_encode``, ``_decode`` and
+    ``_symbols``.
 
     ``files`` are what ``load_tokenizer`` needs beside ``dict.txt``: their names there, and where they are now.
     """
@@ -101,8 +104,8 @@ class Tokenizer:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. Dictionary symbols are its pieces, its control and unknown pieces are fairseq's specials.
 
-    ``lossless``: ``decode(encode(x)) == x`` for every text, as models of ``train_sentencepiece`` do; others normalise the text.
-    Raises UserError if ``path`` is not a SentencePiece model.
+    ``lossless``: ``decode(encode(x)) == x`` for every text, as models of ``train_sentencepiece`` do; others normalise
+    the text. Raises UserError if ``path`` is not a SentencePiece model.
     """
 
     kind = "sentencepiece"
@@ -121,8 +124,15 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a SentencePiece model (the .model file that spm_train writes)") from error
         if len(pieces) < 4:
-            raise UserError(f"{path} is not a SentencePiece model (the .model file that spm_train writes): it holds {len(pieces)} pieces")
-        special = {self._model.bos_id(): BOS, self._model.pad_id(): PAD, self._model.eos_id(): EOS, self._model.unk_id(): UNK}
+            raise UserError(
+                f"{path} is not a SentencePiece model (the .model file that spm_train writes): it holds {len(pieces)} pieces"
+            )
+        special = {
+            self._model.bos_id(): BOS,
+            self._model.pad_id(): PAD,
+            self._model.eos_id(): EOS,
+            self._model.unk_id(): UNK,
+        }
         symbols = [
             SPECIALS[special[i]] if i in special else "<unk>" if self._model.is_control(i) else _one_line(piece)
             for i, piece in enumerate(pieces)
@@ -130,7 +140,9 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__({"sentencepiece.model": path}, symbols, dictionary)
         self._bytes = [self._model.piece_to_id(f"<0x{b:02X}>") for b in self._SPACE.encode()]
         probe = " a  b \n\tc "
-        self.lossless = all(map(self._model.is_byte, self._bytes)) and self._model.decode(self._model.encode(probe)) == probe
+        self.lossless = (
+            all(map(self._model.is_byte, self._bytes)) and self._model.decode(self._model.encode(probe)) == probe
+        )
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -150,8 +162,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-level BPE (Radford et al., 2019) from ``encoder.json`` and ``vocab.bpe``. Dictionary symbols are its ids in decimal,
-    as in the published fairseq dense language models. Lossless. Raises UserError if a file is missing or not what it should be.
+    """GPT-2's byte-level BPE (Radford et al., 2019) from ``encoder.json`` and ``vocab.bpe``. Dictionary symbols are its
+    ids in decimal, as in the published fairseq dense language models. Lossless. Raises UserError if a file is missing
+    or not what it should be.
     """
 
     kind = "gpt2_bpe"
@@ -174,9 +187,13 @@ class GPT2Tokenizer(Tokenizer):
         pairs = [tuple(line.split(" ")) for line in merges]
         is_plain = isinstance(encoder, dict) and all(type(own_id) is int for own_id in encoder.values())
         if not is_plain or sorted(encoder.values()) != list(range(len(encoder))):
-            raise UserError(f"{files['encoder.json']} is not GPT-2's encoder.json: its ids are not 0 to {len(encoder) - 1}")
+            raise UserError(
+                f"{files['encoder.json']} is not GPT-2's encoder.json: its ids are not 0 to {len(encoder) - 1}"
+            )
         if any(len(pair) != 2 or "".join(pair) not in encoder for pair in pairs):
-            raise UserError(f"{files['vocab.bpe']} does not belong to {files['encoder.json']}: a merge gives a token that has no id")
+            raise UserError(
+                f"{files['vocab.bpe']} does not belong to {files['encoder.json']}: a merge gives a token that has no id"
+            )
         super().__init__(files, [str(i) for i in range(len(encoder))], dictionary)
         self._split = regex.compile(self._WORD).findall
         self._letters = _byte_letters()
@@ -226,12 +243,13 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json`` through the ``tokenizers`` package. Special tokens are not added; those that the text spells out are found
-    unless ``tokenizer_config.json`` beside it says ``split_special_tokens``.
+    """A ``tokenizer.json`` through the ``tokenizers`` package. Special tokens are not added; those that the text spells
+    out are found unless ``tokenizer_config.json`` beside it says ``split_special_tokens``.
 
-    Dictionary symbols (``symbols``, by the tokenizer's own ids) are those ids in decimal. The tokens that ``tokenizer_config.json`` names
-    as ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token`` are fairseq's specials (the first of eos, bos, pad, unk where one is
-    several). Where that or their names make ids 0 to 3 fairseq's, the tokenizer has a dictionary's ids already, and no special beside.
+    Dictionary symbols (``symbols``, by the tokenizer's own ids) are those ids in decimal. The tokens that
+    ``tokenizer_config.json`` names as ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token`` are fairseq's
+    specials (the first of eos, bos, pad, unk where one is several). Where that or their names make ids 0 to 3
+    fairseq's, the tokenizer has a dictionary's ids already, and no special beside.
     """
 
     kind = "huggingface"
@@ -277,7 +295,10 @@ class HuggingFaceTokenizer(Tokenizer):
             if isinstance(token, str) and token in ids:
                 self.symbols[ids[token]] = SPECIALS[special]
         if all(ids.get(name) == i or self.symbols[i : i + 1] == [name] for i, name in enumerate(SPECIALS)):
-            self.symbols = [*SPECIALS, *map(str, range(len(SPECIALS), len(self.symbols)))]  # a role that lies elsewhere is no special
+            self.symbols = [
+                *SPECIALS,
+                *map(str, range(len(SPECIALS), len(self.symbols))),
+            ]  # a role that lies elsewhere is no special
         super().__init__(files, self.symbols, dictionary)
 
     def encode_as_text(self, texts: Sequence[str]) -> list[list[int]]:
@@ -336,10 +357,11 @@ def prefix_of(plain: list[int], special: list[int]) -> list[int]:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a data or checkpoint folder: ``dict.txt`` and ``*.model``, ``encoder.json`` + ``vocab.bpe`` or ``tokenizer.json``.
+    """The tokenizer of a data or checkpoint folder: ``dict.txt`` and ``*.model``, ``encoder.json`` + ``vocab.bpe`` or
+    ``tokenizer.json``.
 
-    ``path`` may also be a file in such a folder (a checkpoint, dict.txt, the tokenizer itself). Without a ``dict.txt`` the dictionary is
-    the tokenizer's own. Raises UserError that says what is missing.
+    ``path`` may also be a file in such a folder (a checkpoint, dict.txt, the tokenizer itself). Without a ``dict.txt``
+    the dictionary is the tokenizer's own. Raises UserError that says what is missing.
     """
     path = Path(path)
     if not path.exists():
@@ -362,7 +384,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return HuggingFaceTokenizer(folder / "tokenizer.json", dictionary)
     raise UserError(
         f"{folder} holds no tokenizer: copy there the files that the model's data was made with (dict.txt, and "
-        "sentencepiece.model or encoder.json and vocab.bpe), or name their folder with ", arg("tokenizer"),
+        "sentencepiece.model or encoder.json and vocab.bpe), or name their folder with ",
+        arg("tokenizer"),
     )
 
 
@@ -379,7 +402,9 @@ def _one_line(piece: str) -> str:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte: itself where it is printable Latin-1, else the next code point from 256 on."""
+    """GPT-2's printable letter for each byte: itself where it is printable Latin-1, else the next code point from 256
+    on.
+    """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

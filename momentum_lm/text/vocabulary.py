@@ -13,12 +13,14 @@ _LINE = 4096  # characters; training looks at lines, encoding takes any length
 
 
 def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> bytes:
-    """A unigram model (Kudo, 2018) of ``vocab_size`` pieces, as the bytes of a ``.model`` file; the same documents give the same bytes.
+    """A unigram model (Kudo, 2018) of ``vocab_size`` pieces, as the bytes of a ``.model`` file; the same documents give
+    the same bytes.
 
-    No text is lost: nothing is normalised, what has no piece goes through byte pieces (so do line breaks and tabs: no piece holds any
-    white space but the space), and pieces 0 to 3 are fairseq's specials, so that piece ids are dictionary ids.
-    Unigram and not BPE: it encodes four times as fast, in tokens just as long. Takes about 1 s and 25 MB of memory per MB of text.
-    Raises UserError naming --vocab-size if the text is too small for it, or it too small for the text's characters.
+    No text is lost: nothing is normalised, what has no piece goes through byte pieces (so do line breaks and tabs: no
+    piece holds any white space but the space), and pieces 0 to 3 are fairseq's specials, so that piece ids are
+    dictionary ids. Unigram and not BPE: it encodes four times as fast, in tokens just as long. Takes about 1 s and 25
+    MB of memory per MB of text. Raises UserError naming --vocab-size if the text is too small for it, or it too small
+    for the text's characters.
     """
     import sentencepiece
 
@@ -73,5 +75,6 @@ def _explained(message: str, vocab_size: int) -> UserError:
         )
     return UserError(
         f"SentencePiece cannot train on this text ({' '.join(message.split())[-300:]}); give it more text, or ",
-        arg("gpt2_bpe"), " DIR",
+        arg("gpt2_bpe"),
+        " DIR",
     )

@@ -1,8 +1,9 @@
 """The folder where ``momentum-lm prepare`` works until all is done, and how its files get to their place.
 
-``OUTPUT/.prepare`` holds ``config.json`` (the settings), ``plan.json`` and the tokenizer (splits and vocabulary are settled),
-``state.json`` (how far the ``.partial`` token files are good) and at last ``prepare.json`` (all is made, only to be moved).
-A folder of that name without such a ``config.json`` is somebody else's and stays as it is; so do other files in ours.
+``OUTPUT/.prepare`` holds ``config.json`` (the settings), ``plan.json`` and the tokenizer (splits and vocabulary are
+settled), ``state.json`` (how far the ``.partial`` token files are good) and at last ``prepare.json`` (all is made, only
+to be moved). A folder of that name without such a ``config.json`` is somebody else's and stays as it is; so do other
+files in ours.
 """
 
 from __future__ import annotations
@@ -202,7 +203,9 @@ def complete(work: Path, wanted: dict[str, Any], as_of: str, state: dict[str, An
 
 
 def publish(work: Path, output: Path) -> dict[str, Any]:
-    """Moves the finished files to their place, ``prepare.json`` last: where it is, all is there. May be cut short and repeated."""
+    """Moves the finished files to their place, ``prepare.json`` last: where it is, all is there. May be cut short and
+    repeated.
+    """
     result = read_json(work / "prepare.json")
     assert result is not None
     (output / "prepare.json").unlink(missing_ok=True)
@@ -238,7 +241,9 @@ def difference(before: Any, now: dict[str, Any]) -> str:
     names = [name for name in now if before.get(name) != now[name] and name not in _ABOUT_SOURCES]
     if not names:
         return "a source whose content has changed since"
-    return "other settings: " + ", ".join(f"{name} {json.dumps(before.get(name))} (now {json.dumps(now[name])})" for name in names)
+    return "other settings: " + ", ".join(
+        f"{name} {json.dumps(before.get(name))} (now {json.dumps(now[name])})" for name in names
+    )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

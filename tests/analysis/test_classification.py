@@ -16,7 +16,9 @@ PREDICTED = [0, 0, 1, 2, 1, 0, 2, 2, 2, 3]
 def test_measures_by_hand():
     assert c.accuracy(GOLD, PREDICTED) == 0.6
     assert c.majority_rate(GOLD) == 0.4
-    np.testing.assert_array_equal(c.confusion_matrix(GOLD, PREDICTED, 4), [[2, 1, 1, 0], [1, 1, 0, 0], [0, 0, 3, 1], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        c.confusion_matrix(GOLD, PREDICTED, 4), [[2, 1, 1, 0], [1, 1, 0, 0], [0, 0, 3, 1], [0, 0, 0, 0]]
+    )
     # precision and recall: class 0: 2/3, 2/4; class 1: 1/2, 1/2; class 2: 3/4, 3/4; class 3 has no example
     by_class = [2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2), 1 / 2, 3 / 4]
     assert c.macro_f1(GOLD, PREDICTED) == pytest.approx(sum(by_class) / 3, rel=1e-14)
@@ -83,7 +85,9 @@ def test_comparison_of_one_pair_of_runs():
 
 
 def test_orders_are_averaged_before_seeds():
-    """Seed 1 has two orders with gaps of 1/2 and 0 over the examples, seed 2 one of 1: (1/4 + 1) / 2, not (1/2 + 0 + 1) / 3."""
+    """Seed 1 has two orders with gaps of 1/2 and 0 over the examples, seed 2 one of 1: (1/4 + 1) / 2, not (1/2 + 0 + 1)
+    / 3.
+    """
     a = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
     result = c.compare_accuracy(a, np.zeros_like(a), [1, 1, 2])
     assert result.difference == pytest.approx(0.625)
@@ -109,7 +113,12 @@ def test_examples_are_clusters():
 def test_equal_classifiers():
     a = np.random.default_rng(0).random((3, 50)) < 0.5
     result = c.compare_accuracy(a, a, [1, 2, 3])
-    assert (result.difference, result.p_value, result.over_examples.low, result.over_examples.high) == (0.0, 1.0, 0.0, 0.0)
+    assert (result.difference, result.p_value, result.over_examples.low, result.over_examples.high) == (
+        0.0,
+        1.0,
+        0.0,
+        0.0,
+    )
     assert c.compare_accuracy([[True]], [[False]], [1]).over_examples is None  # one example says nothing about others
     with pytest.raises(ValueError, match="a seed for each run"):
         c.compare_accuracy(a, a, [1, 2])

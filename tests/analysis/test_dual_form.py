@@ -43,14 +43,18 @@ def test_several_queries_at_once(head):
     w_v, w_k, demos, context = (head[k] for k in ("w_v", "w_k", "demos", "context"))
     together = df.relaxed_attention(w_v, w_k, demos, context, queries)
     for i in range(3):
-        torch.testing.assert_close(together[:, i], df.relaxed_attention(w_v, w_k, demos, context, queries[:, i]), **EXACT)
+        torch.testing.assert_close(
+            together[:, i], df.relaxed_attention(w_v, w_k, demos, context, queries[:, i]), **EXACT
+        )
 
 
 def test_icl_update_is_additive_and_order_free(head):
     w_v, w_k, demos = head["w_v"], head["w_k"], head["demos"]
     whole = df.icl_update(w_v, w_k, demos)
     torch.testing.assert_close(whole, df.icl_update(w_v, w_k, demos[:, torch.randperm(11)]), **EXACT)
-    torch.testing.assert_close(whole, df.icl_update(w_v, w_k, demos[:, :4]) + df.icl_update(w_v, w_k, demos[:, 4:]), **EXACT)
+    torch.testing.assert_close(
+        whole, df.icl_update(w_v, w_k, demos[:, :4]) + df.icl_update(w_v, w_k, demos[:, 4:]), **EXACT
+    )
     one_by_one = sum(torch.outer(w_v @ x, w_k @ x) for x in demos.T)
     torch.testing.assert_close(whole, one_by_one, **EXACT)
     assert df.icl_update(w_v, w_k, demos[:, :0]).abs().sum() == 0
@@ -58,7 +62,9 @@ def test_icl_update_is_additive_and_order_free(head):
 
 
 def test_finetuned_attention_is_zero_shot_plus_finetuning_update(head):
-    w_v, w_k, delta_v, delta_k, context, query = (head[k] for k in ("w_v", "w_k", "delta_v", "delta_k", "context", "query"))
+    w_v, w_k, delta_v, delta_k, context, query = (
+        head[k] for k in ("w_v", "w_k", "delta_v", "delta_k", "context", "query")
+    )
     update = df.finetuning_update(w_v, w_k, delta_v, delta_k, context)
     literal = (w_v + delta_v) @ context @ context.T @ (w_k + delta_k).T - w_v @ context @ context.T @ w_k.T
     torch.testing.assert_close(update, literal, **EXACT)

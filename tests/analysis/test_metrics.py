@@ -1,4 +1,6 @@
-"""Against independent float64 loops that spell the definitions out, with ties and degenerate cases; and properties that must hold."""
+"""Against independent float64 loops that spell the definitions out, with ties and degenerate cases; and properties that
+must hold.
+"""
 
 import itertools
 import math
@@ -55,7 +57,9 @@ def test_rec2ftp_bootstrap_is_over_examples(rng):
         draws.append((f[rows] & ~z[rows] & i[rows]).sum() / base)
     low, high = np.quantile(draws, [0.025, 0.975])
     result = mt.rec2ftp(z, i, f, n_resamples=4000)
-    assert result.bootstrap.low == pytest.approx(low, abs=0.03) and result.bootstrap.high == pytest.approx(high, abs=0.03)
+    assert result.bootstrap.low == pytest.approx(low, abs=0.03) and result.bootstrap.high == pytest.approx(
+        high, abs=0.03
+    )
     assert mt.rec2ftp(z, i, f, n_resamples=4000).bootstrap == result.bootstrap  # seeded
     assert mt.rec2ftp(z, i, f, n_resamples=4000, seed=1).bootstrap != result.bootstrap
     assert result.wilson.low < result.value < result.wilson.high
@@ -100,8 +104,12 @@ def test_simaou_is_the_definition(rng, normalize):
 def test_simaou_invariances(rng):
     icl, ft, zs = rng.normal(size=(3, 4, 9))
     scales = rng.random((3, 4, 1)) + 0.5
-    np.testing.assert_allclose(mt.simaou(*(s * h for s, h in zip(scales, (icl, ft, zs), strict=True)), True), mt.simaou(icl, ft, zs, True))
-    np.testing.assert_allclose(mt.simaou(zs + 3 * (icl - zs), zs + 0.1 * (ft - zs), zs, False), mt.simaou(icl, ft, zs, False))
+    np.testing.assert_allclose(
+        mt.simaou(*(s * h for s, h in zip(scales, (icl, ft, zs), strict=True)), True), mt.simaou(icl, ft, zs, True)
+    )
+    np.testing.assert_allclose(
+        mt.simaou(zs + 3 * (icl - zs), zs + 0.1 * (ft - zs), zs, False), mt.simaou(icl, ft, zs, False)
+    )
     shuffled = rng.permutation(9)
     for normalize in (True, False):
         expected = mt.simaou(icl, ft, zs, normalize)
@@ -142,7 +150,9 @@ def test_simam_is_the_definition(rng):
     np.testing.assert_allclose(got, over_rows(lambda a, b: slow_cosine(a, b, 1e-20), icl, other), **EXACT)
     assert got.shape == (2, 3, 4) and got[0, 0, 0] == 0
     np.testing.assert_allclose(mt.simam(5 * icl, other), got, **EXACT)
-    np.testing.assert_allclose(mt.simam(icl[..., :1], other[..., :1]), np.sign(icl[..., 0] * other[..., 0]), **EXACT)  # a single token
+    np.testing.assert_allclose(
+        mt.simam(icl[..., :1], other[..., :1]), np.sign(icl[..., 0] * other[..., 0]), **EXACT
+    )  # a single token
 
 
 def test_padding_changes_nothing(rng):
@@ -222,7 +232,9 @@ def test_corrected_form_of_training_attention(demonstrations):
     lengths, icl, ft = demonstrations
     got = mt.training_attention(icl, ft, lengths, corrected=True, k_tokens=6, k_examples=2)
     for i in np.ndindex(3, 2):
-        pooled = [[sum(math.exp(v) for v in part) / len(part) for part in split(row, lengths)] for row in (icl[i], ft[i])]
+        pooled = [
+            [sum(math.exp(v) for v in part) / len(part) for part in split(row, lengths)] for row in (icl[i], ft[i])
+        ]
         assert got.kendall[i] == kendall_tau(icl[i], ft[i])
         assert got.recall[i] == pytest.approx((float(recall_at_k(icl[i], ft[i], 6)) - 6 / 22) / (1 - 6 / 22))
         assert got.kendall_example[i] == pytest.approx(float(kendall_tau(*pooled)), abs=1e-12)
@@ -234,7 +246,9 @@ def test_corrected_form_of_training_attention(demonstrations):
 def test_where_the_forms_of_training_attention_differ(rng):
     lengths, icl, ft = [1, 20, 2, 9, 4], np.zeros(36), np.zeros(36)
     paper = mt.training_attention(icl, ft, lengths, corrected=False)
-    assert np.isnan(paper.kendall) and paper.kendall_example == 1  # attention that is nowhere in particular: only lengths are ranked
+    assert (
+        np.isnan(paper.kendall) and paper.kendall_example == 1
+    )  # attention that is nowhere in particular: only lengths are ranked
     corrected = mt.training_attention(icl, ft, lengths, corrected=True)
     assert np.isnan([corrected.kendall, corrected.kendall_example]).all()
     steep = np.arange(36.0) * 100  # softmax underflows: the tail is tied
@@ -289,7 +303,9 @@ def as_columns(array):
 
 def test_matrices_are_those_of_the_dual_form(rng):
     heads, width, model = 3, 4, 6
-    before, after = (relaxed_attention.Projections(*rng.normal(size=(2, heads * width, model)), None, None, heads) for _ in range(2))
+    before, after = (
+        relaxed_attention.Projections(*rng.normal(size=(2, heads * width, model)), None, None, heads) for _ in range(2)
+    )
     demos, query = rng.normal(size=(11, model)), rng.normal(size=(5, model))
     icl, ft = before.matrices(demos), relaxed_attention.finetuning_matrices(query, before, after)
     for head in range(heads):
@@ -304,7 +320,9 @@ def test_matrices_are_those_of_the_dual_form(rng):
 def test_biases_are_a_constant_input(rng):
     w_v, w_k, b_v, b_k, x = (rng.normal(size=s) for s in ((8, 6), (8, 6), 8, 8, (5, 6)))
     joined = [np.concatenate([w, b[:, None]], axis=1) for w, b in ((w_v, b_v), (w_k, b_k))]
-    expected = relaxed_attention.Projections(*joined, None, None, 2).matrices(np.concatenate([x, np.ones((5, 1))], axis=1))
+    expected = relaxed_attention.Projections(*joined, None, None, 2).matrices(
+        np.concatenate([x, np.ones((5, 1))], axis=1)
+    )
     np.testing.assert_allclose(relaxed_attention.Projections(w_v, w_k, b_v, b_k, 2).matrices(x), expected, **EXACT)
 
 
@@ -313,7 +331,9 @@ def test_icl_matrices_are_sums_without_order(rng):
     literal = sum(values[:, n, :, None] * keys[:, n, None, :] for n in range(9))
     shuffled = rng.permutation(9)
     np.testing.assert_allclose(relaxed_attention.head_matrices(values, keys), literal, **EXACT)
-    np.testing.assert_allclose(relaxed_attention.head_matrices(values[:, shuffled], keys[:, shuffled]), literal, **EXACT)
+    np.testing.assert_allclose(
+        relaxed_attention.head_matrices(values[:, shuffled], keys[:, shuffled]), literal, **EXACT
+    )
     assert not relaxed_attention.head_matrices(values[:, :0], keys[:, :0]).any()
 
 
@@ -335,10 +355,17 @@ def slow_attention(weights, values):
 
 
 def test_relaxed_and_softmax_heads(rng):
-    query, keys, values = rng.normal(size=(4, 3)), rng.normal(size=(2, 6, 3)), rng.normal(size=(2, 6, 5))  # two query heads a key head
+    query, keys, values = (
+        rng.normal(size=(4, 3)),
+        rng.normal(size=(2, 6, 3)),
+        rng.normal(size=(2, 6, 5)),
+    )  # two query heads a key head
     scaling = 3**-0.5
     logits = np.array([scaling * keys[h // 2] @ query[h] for h in range(4)])
-    softmaxed, relaxed = relaxed_attention.softmax_heads(logits, values), relaxed_attention.relaxed_heads(logits, values, scaling)
+    softmaxed, relaxed = (
+        relaxed_attention.softmax_heads(logits, values),
+        relaxed_attention.relaxed_heads(logits, values, scaling),
+    )
     cosines, ratios = relaxed_attention.relaxation_distance(logits, values, scaling)
     for h in range(4):
         exact = slow_attention(slow_softmax(logits[h]), values[h // 2])
@@ -353,14 +380,18 @@ def test_relaxed_and_softmax_heads(rng):
 
 def test_relaxation_of_degenerate_rows(rng):
     values = rng.normal(size=(2, 4, 3))
-    cosines, ratios = relaxed_attention.relaxation_distance(np.full((2, 4), 0.7), values, 1.0)  # constant: the same direction
+    cosines, ratios = relaxed_attention.relaxation_distance(
+        np.full((2, 4), 0.7), values, 1.0
+    )  # constant: the same direction
     np.testing.assert_allclose(cosines, 1)
     np.testing.assert_allclose(ratios, 0.7 * 4)
     cosines, ratios = relaxed_attention.relaxation_distance(np.zeros((2, 4)), values, 1.0)
     assert np.isnan(cosines).all() and not ratios.any()
     cosines, ratios = relaxed_attention.relaxation_distance(np.ones((2, 4)), np.zeros((2, 4, 3)), 1.0)
     assert np.isnan(cosines).all() and np.isnan(ratios).all()
-    np.testing.assert_allclose(relaxed_attention.softmax_heads(rng.normal(size=(2, 1)), values[:, :1]), values[:, 0])  # a single token
+    np.testing.assert_allclose(
+        relaxed_attention.softmax_heads(rng.normal(size=(2, 1)), values[:, :1]), values[:, 0]
+    )  # a single token
 
 
 def test_what_attention_does_not_see_is_not_ranked():

@@ -40,7 +40,9 @@ def test_tau_is_the_definition(n, values):
 def test_tau_of_long_rows(n):
     """Beside all pairs' signs: however inversions are counted."""
     a, b = np.random.default_rng(n).normal(size=(2, 3, n))
-    expected = [(np.sign(x[:, None] - x) * np.sign(y[:, None] - y)).sum() / (n * (n - 1)) for x, y in zip(a, b, strict=True)]
+    expected = [
+        (np.sign(x[:, None] - x) * np.sign(y[:, None] - y)).sum() / (n * (n - 1)) for x, y in zip(a, b, strict=True)
+    ]
     np.testing.assert_allclose(ranks.kendall_tau(a, b), expected, rtol=0, atol=1e-14)
     assert ranks.kendall_tau(a[0], -a[0]) == -1 and ranks.kendall_tau(a[0], np.exp(a[0])) == 1
 
@@ -75,7 +77,9 @@ def test_tau_looks_at_order_alone():
 def test_long_rows_that_all_have_ties():
     rng = np.random.default_rng(3)
     a, b = rng.integers(40, size=(2, 300)).astype(float), rng.normal(size=(2, 300))
-    np.testing.assert_allclose(ranks.kendall_tau(a, b), [slow_tau(x, y) for x, y in zip(a, b, strict=True)], rtol=0, atol=1e-14)
+    np.testing.assert_allclose(
+        ranks.kendall_tau(a, b), [slow_tau(x, y) for x, y in zip(a, b, strict=True)], rtol=0, atol=1e-14
+    )
     assert np.isnan(ranks.kendall_tau(np.zeros((2, 300)), b)).all()
 
 
@@ -123,4 +127,6 @@ def test_chance_recall():
 
 
 def test_recall_of_what_cannot_be_ranked():
-    assert np.isnan(ranks.recall_at_k([1, np.nan, 3, 2], [1, 2, 3, 4], 2)) and np.isnan(ranks.recall_at_k([1.0, 2], [np.nan, 1], 2))
+    assert np.isnan(ranks.recall_at_k([1, np.nan, 3, 2], [1, 2, 3, 4], 2)) and np.isnan(
+        ranks.recall_at_k([1.0, 2], [np.nan, 1], 2)
+    )

@@ -107,7 +107,9 @@ def test_paired_bootstrap_refuses(a, b, weights, message):
 
 def test_ratio_interval_is_that_of_the_mean_where_denominators_agree():
     found, expected = st.ratio_interval([1.0, 4.0, 2.0], [10, 10, 10]), st.t_interval([0.1, 0.4, 0.2])
-    assert (found.estimate, found.low, found.high, found.size) == pytest.approx((expected.estimate, expected.low, expected.high, 3))
+    assert (found.estimate, found.low, found.high, found.size) == pytest.approx(
+        (expected.estimate, expected.low, expected.high, 3)
+    )
     with pytest.raises(ValueError, match="two runs"):
         st.ratio_interval([1], [2])
     with pytest.raises(ValueError, match="positive"):

@@ -15,13 +15,30 @@ SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "train_step.py"
 
 @pytest.mark.nightly
 def test_every_variant_is_measured(tmp_path):
-    flags = ["--shape", "tiny", "--length", "16", "--batch", "2", "--vocab", "99", "--rounds", "1", "--steps", "1", "--pairs", "2"]
+    flags = [
+        "--shape",
+        "tiny",
+        "--length",
+        "16",
+        "--batch",
+        "2",
+        "--vocab",
+        "99",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+        "--pairs",
+        "2",
+    ]
     command = [sys.executable, SCRIPT, *flags, "--threads", "1", "--json", tmp_path / "out.json"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     rows = [row for rows in found["results"].values() for row in rows]
-    assert len(rows) == 5 and all(len(row["seconds"]) == 1 and min(row["seconds"]) > 0 < row["peak_mib"] for row in rows)
+    assert len(rows) == 5 and all(
+        len(row["seconds"]) == 1 and min(row["seconds"]) > 0 < row["peak_mib"] for row in rows
+    )
     assert [len(times["seconds"]) for times in found["pairs"].values()] == [2, 2] and min(found["ratios"].values()) > 0
     assert "2 pairs of 1 x 16 tokens" in done.stdout
     few = subprocess.run([sys.executable, SCRIPT, "--pairs", "1"], capture_output=True, text=True, check=False)

@@ -38,7 +38,9 @@ def test_the_list_is_fast(run_cli):
 def test_a_prompt_of_each_template(folder, capsys):
     assert main(["mr", "--data-dir", str(folder), "--shots", "2", "--seed", "1", "--sampling", "balanced"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("mr: sentences of film reviews, negative or positive (Rotten Tomatoes)\nhub: cornell-movie-review-data/")
+    assert out.startswith(
+        "mr: sentences of film reviews, negative or positive (Rotten Tomatoes)\nhub: cornell-movie-review-data/"
+    )
     paper, code = out.split("--- template ")[1:]
     assert paper.startswith("paper (6 to show, 6 to ask; row ") and code.startswith("code ")
     shown, asked = paper.split("\n---\n")

@@ -24,7 +24,17 @@ def test_this_installation_is_well(run_cli):
     report = json.loads(result.stdout)
     assert result.returncode == 0 and report["ok"], report
     by_name = {check["name"]: check for check in report["checks"]}
-    assert {"python", "torch", "requirements", "fairseq", "fairseq hook", "plugin", "apex", "triton", "tensorboard"} <= set(by_name)
+    assert {
+        "python",
+        "torch",
+        "requirements",
+        "fairseq",
+        "fairseq hook",
+        "plugin",
+        "apex",
+        "triton",
+        "tensorboard",
+    } <= set(by_name)
     assert {"sentencepiece", "g++"} <= set(by_name) and any(name.startswith("device") for name in by_name)
     assert by_name["fairseq hook"]["status"] == by_name["plugin"]["status"] == "ok"
     assert all(check["remedy"] for check in report["checks"] if check["status"] != "ok")
@@ -43,7 +53,11 @@ def test_requirements_too_old_or_new(tmp_path, monkeypatch):
     write_distribution(tmp_path, "hydra_core", "1.4.0")
     monkeypatch.syspath_prepend(str(tmp_path))
     (check,) = doctor.check_requirements()
-    assert check.status == "problem" and check.remedy.startswith("pip install '") and "omegaconf<2.4,>=2.3'" in check.remedy
+    assert (
+        check.status == "problem"
+        and check.remedy.startswith("pip install '")
+        and "omegaconf<2.4,>=2.3'" in check.remedy
+    )
     assert "omegaconf 2.0.6 is not >=2.3" in check.detail and "hydra-core 1.4.0 is not <1.4" in check.detail
 
 
@@ -115,9 +129,13 @@ def test_without_torch_every_check_is_still_made(run_cli, tmp_path):
     assert result.returncode == 1, result.stderr
     by_name = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     for name in ("torch", "fairseq", "tensorboard"):
-        assert by_name[name]["status"] == "problem" and "No module named 'torch'" in by_name[name]["detail"], by_name[name]
+        assert by_name[name]["status"] == "problem" and "No module named 'torch'" in by_name[name]["detail"], by_name[
+            name
+        ]
     assert by_name["torch"]["remedy"] == "pip install 'torch>=2.6'"
-    assert by_name["sentencepiece"]["status"] == "ok" and {"python", "requirements", "apex", "triton", "g++"} <= set(by_name)
+    assert by_name["sentencepiece"]["status"] == "ok" and {"python", "requirements", "apex", "triton", "g++"} <= set(
+        by_name
+    )
     assert "Traceback" not in result.stdout + result.stderr
 
 

@@ -1,4 +1,6 @@
-"""``fairseq-eval --task icl_classification`` as a user starts it: a data set of one's own, and what is told of bad input."""
+"""``fairseq-eval --task icl_classification`` as a user starts it: a data set of one's own, and what is told of bad
+input.
+"""
 
 import json
 import random
@@ -20,7 +22,13 @@ templates:
 """
 WORDS = ["good", "bad", "dull", "long", "thin", "film", "plot", "actors", "very", "the"]
 # Without a network, and without anything in a cache, wherever the tests run; port 9 discards.
-OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "https_proxy": "", "http_proxy": "", "all_proxy": ""}
+OFFLINE = {
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "HF_HUB_OFFLINE": "0",
+    "https_proxy": "",
+    "http_proxy": "",
+    "all_proxy": "",
+}
 
 
 def read(path):
@@ -38,7 +46,10 @@ def films(tmp_path_factory):
     draw = random.Random(0)
     (folder / "films.yaml").write_text(FILMS)
     for split, count in (("train", 12), ("validation", 24)):
-        rows = [{"text": " ".join(draw.choices(WORDS, k=draw.randint(1, 8))), "label": draw.randrange(2)} for _ in range(count)]
+        rows = [
+            {"text": " ".join(draw.choices(WORDS, k=draw.randint(1, 8))), "label": draw.randrange(2)}
+            for _ in range(count)
+        ]
         write(folder / f"{split}.jsonl", rows)
     return folder
 
@@ -79,21 +90,32 @@ def test_a_new_data_set_is_one_yaml_file(results, films):
     content = json.loads((results / "results.json").read_text())
     assert {"task", "model", "config", "runs", "summary"} <= content.keys() and content["task"] == "icl_classification"
     keys = [(run["seed"], run["shots"], run["calibration"]) for run in content["runs"]]
-    assert sorted(keys) == sorted((seed, shots, name) for seed in (1, 2) for shots in (0, 2) for name in ("none", "contextual"))
+    assert sorted(keys) == sorted(
+        (seed, shots, name) for seed in (1, 2) for shots in (0, 2) for name in ("none", "contextual")
+    )
     predictions, gold = read(results / "predictions.jsonl"), [row["label"] for row in read(films / "validation.jsonl")]
     assert len(predictions) == 8 * 24
-    assert all({"dataset", "seed", "shots", "setting", "index", "gold", "pred", "scores"} <= line.keys() for line in predictions)
+    assert all(
+        {"dataset", "seed", "shots", "setting", "index", "gold", "pred", "scores"} <= line.keys()
+        for line in predictions
+    )
     assert {(line["setting"], line["shots"]) for line in predictions} == {("zero_shot", 0), ("in_context", 2)}
     for run in content["runs"]:
         assert run["dataset"] == "films" and run["num_examples"] == 24
-        of_run = [x for x in predictions if all(x[name] == run[name] for name in ("dataset", "seed", "shots", "order", "calibration"))]
+        of_run = [
+            x
+            for x in predictions
+            if all(x[name] == run[name] for name in ("dataset", "seed", "shots", "order", "calibration"))
+        ]
         assert [line["gold"] for line in of_run] == gold and [line["index"] for line in of_run] == list(range(24))
         assert run["accuracy"] == pytest.approx(sum(line["pred"] == line["gold"] for line in of_run) / 24)
         assert 0 <= run["ci95"][0] <= run["accuracy"] <= run["ci95"][1] <= 1 and 0 <= run["macro_f1"] <= 1
         assert run["majority"] == max(gold.count(0), gold.count(1)) / 24
     for shots in ("0", "2"):
         cell = content["summary"]["films"][shots]
-        of_cell = [run["accuracy"] for run in content["runs"] if (str(run["shots"]), run["calibration"]) == (shots, "none")]
+        of_cell = [
+            run["accuracy"] for run in content["runs"] if (str(run["shots"]), run["calibration"]) == (shots, "none")
+        ]
         assert cell["mean"] == pytest.approx(sum(of_cell) / 2)
         assert cell["num_seeds"] == 2 and cell["ci95"][0] <= cell["mean"] <= cell["ci95"][1]
     files = {path.name for path in results.iterdir()}
@@ -113,13 +135,21 @@ def test_labels_that_begin_alike_and_demonstrations_that_do_not_fit_are_told(fil
     for path in films.iterdir():
         shutil.copy(path, tmp_path / "films")
     (tmp_path / "films" / "films.yaml").write_text(FILMS.replace("[Negative, Positive]", "[very good, very bad]"))
-    small = {"model_overrides": "{'max_target_positions': 70}", "datasets": tmp_path / "films" / "films.yaml", "shots": "8", "seeds": "1"}
+    small = {
+        "model_overrides": "{'max_target_positions': 70}",
+        "datasets": tmp_path / "films" / "films.yaml",
+        "shots": "8",
+        "seeds": "1",
+    }
     done = run_cli(command(tmp_path / "out", **small))
     assert done.returncode == 0, done.stderr
     assert "films: the labels 'very good' and 'very bad' begin with the same token" in done.stderr
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert 0 < run["shots_fitted"] < 8
-    assert f"films-8shot-seed1-order0: only {run['shots_fitted']} of 8 demonstrations fit in the model's 70 tokens" in done.stderr
+    assert (
+        f"films-8shot-seed1-order0: only {run['shots_fitted']} of 8 demonstrations fit in the model's 70 tokens"
+        in done.stderr
+    )
 
 
 def column(folder):
@@ -182,7 +212,11 @@ def in_the_way(folder):
 LOCAL = {"datasets": "{films}/films.yaml"}
 HUGGING_FACE = {"path": None, "model_overrides": None}
 CASES = {  # what is done to a copy of the data, changed flags, what is told
-    "unknown data set": (None, {"datasets": "mrr", "path": "{films}/not/read/yet.pt"}, "there is no data set 'mrr'; did you mean mr?"),
+    "unknown data set": (
+        None,
+        {"datasets": "mrr", "path": "{films}/not/read/yet.pt"},
+        "there is no data set 'mrr'; did you mean mr?",
+    ),
     "unknown column": (column, LOCAL, "{films}/train.jsonl:1: no column 'txt'; there are: text, label"),
     "unknown key in the YAML file": (key, LOCAL, "{films}/films.yaml: unknown key 'lables'; did you mean labels?"),
     "no such YAML file": (None, {"datasets": "{films}/flims.yaml"}, "{films}/flims.yaml: No such file"),
@@ -192,29 +226,59 @@ CASES = {  # what is done to a copy of the data, changed flags, what is told
     "prompt longer than the context": (long, LOCAL, "films: example 3 has a prompt of "),
     "malformed line": (malformed, LOCAL, "{films}/train.jsonl:3: not a JSON record"),
     "balanced without a class": (one_class, LOCAL | {"sampling": "balanced"}, "no example of 1 of 2 labels"),
-    "more shots than examples": (None, {"shots": "0,13"}, "--shots 13: the training split has no more than 12 examples"),
+    "more shots than examples": (
+        None,
+        {"shots": "0,13"},
+        "--shots 13: the training split has no more than 12 examples",
+    ),
     "hub without network": (None, {"datasets": "sst2"}, "provide DIR/sst2/train.jsonl and DIR/sst2/validation.jsonl"),
     "shots that are no number": (None, {"shots": "x"}, "--shots x: give whole numbers"),
     "negative seed": (None, {"seeds": "-1"}, "--seeds -1: give whole numbers"),
     "seed that no record holds": (
-        None, {"seeds": f"1,{2**53 + 1}"}, "give whole numbers from 0 to 9,007,199,254,740,992",
+        None,
+        {"seeds": f"1,{2**53 + 1}"},
+        "give whole numbers from 0 to 9,007,199,254,740,992",
     ),
     "no such calibration": (None, {"calibration": "foo"}, "--calibration foo: choose from none, contextual"),
     "no examples": (None, {"limit": "0"}, "--limit 0: must be at least 1"),
     "no order": (None, {"orders": "0"}, "--orders 0: must be at least 1"),
     "no time": (None, {"process_timeout": "0"}, "--process-timeout 0: must be a positive number of seconds"),
-    "fairseq's start for another model": (None, HUGGING_FACE | {"hf_model": "gpt2", "bos": "<s>"}, "--bos <s> is for fairseq checkpoints"),
+    "fairseq's start for another model": (
+        None,
+        HUGGING_FACE | {"hf_model": "gpt2", "bos": "<s>"},
+        "--bos <s> is for fairseq checkpoints",
+    ),
     "no model": (None, {"path": None}, "one of the arguments --path --hf-model is required"),
     "two models": (None, {"hf_model": "gpt2"}, "not allowed with argument"),
     "no such checkpoint": (None, {"path": "{films}/none.pt"}, "{films}/none.pt"),
     "no tokenizer": (bare, {"path": "{films}/bare"}, "--tokenizer"),
     "tokenizer of another model": (foreign, {"tokenizer": "{films}/foreign"}, "--tokenizer"),
-    "no such Hugging Face folder": (None, HUGGING_FACE | {"hf_model": "{films}/nowhere"}, "--hf-model {films}/nowhere does not load"),
-    "no such Hugging Face model": (None, HUGGING_FACE | {"hf_model": "nobody/nothing"}, "--hf-model nobody/nothing does not load"),
+    "no such Hugging Face folder": (
+        None,
+        HUGGING_FACE | {"hf_model": "{films}/nowhere"},
+        "--hf-model {films}/nowhere does not load",
+    ),
+    "no such Hugging Face model": (
+        None,
+        HUGGING_FACE | {"hf_model": "nobody/nothing"},
+        "--hf-model nobody/nothing does not load",
+    ),
     "unknown flag": (None, {"shot": "4"}, "--shot"),
-    "results that cannot be written": (in_the_way, {"results_dir": "{films}/file/out"}, "--results-dir {films}/file/out cannot be written"),
-    "results of other settings": (None, {"score": "sum", "force": None}, "results.json holds other results (config.score: "),
-    "results of another model": (None, {"model_overrides": "{{'momentum_eta': 0.2}}", "force": None}, "(model.architecture.max_po"),
+    "results that cannot be written": (
+        in_the_way,
+        {"results_dir": "{films}/file/out"},
+        "--results-dir {films}/file/out cannot be written",
+    ),
+    "results of other settings": (
+        None,
+        {"score": "sum", "force": None},
+        "results.json holds other results (config.score: ",
+    ),
+    "results of another model": (
+        None,
+        {"model_overrides": "{{'momentum_eta': 0.2}}", "force": None},
+        "(model.architecture.max_po",
+    ),
     "damaged results": (damaged, {"force": None}, "results.json is damaged"),
 }
 
@@ -223,12 +287,15 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# As processes of their own: those that ask for the hub, whose library reads variables when it is imported, and one more.
+# As processes of their own: those that ask for the hub, whose library reads variables when it is imported, and one
+# more.
 PROCESSES = ("hub without network", "no such Hugging Face model", "damaged results")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_line_and_changes_nothing(case, films, checkpoint, results, command, run_cli, capsys, tmp_path):
+def test_bad_input_is_one_line_and_changes_nothing(
+    case, films, checkpoint, results, command, run_cli, capsys, tmp_path
+):
     spoil, changes, message = CASES[case]
     folder = tmp_path / "films"
     shutil.copytree(films, folder)

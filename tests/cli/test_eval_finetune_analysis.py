@@ -17,14 +17,26 @@ def test_rates():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--controls", "random,none"], "--controls none: choose from untrained, random, shuffled_labels, lcgd, all_parameters"),
+        (
+            ["--controls", "random,none"],
+            "--controls none: choose from untrained, random, shuffled_labels, lcgd, all_parameters",
+        ),
         (["--lr-examples", "0"], "--lr-examples 0: must be at least 1"),
         (["--finetune-lr", "fast"], "--finetune-lr fast: give positive numbers"),
         (["--bos", "<s>"], "--bos <s> is for fairseq checkpoints"),
     ],
 )
 def test_impossible_flags(flags, message, tmp_path, capsys):
-    given = ["--task", "icl_finetune_analysis", "--hf-model", "none", "--datasets", "mr", "--results-dir", str(tmp_path / "out")]
+    given = [
+        "--task",
+        "icl_finetune_analysis",
+        "--hf-model",
+        "none",
+        "--datasets",
+        "mr",
+        "--results-dir",
+        str(tmp_path / "out"),
+    ]
     assert main([*given, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and not (tmp_path / "out").exists()

@@ -14,7 +14,16 @@ from momentum_lm.cli import evaluate, report
 from momentum_lm.text.dictionary import Dictionary
 from momentum_lm.text.indexed import IndexedDatasetWriter
 
-SHAPE = ["--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2"]
+SHAPE = [
+    "--decoder-layers",
+    "2",
+    "--decoder-embed-dim",
+    "32",
+    "--decoder-ffn-embed-dim",
+    "64",
+    "--decoder-attention-heads",
+    "2",
+]
 ARCHITECTURES = {
     "momentum": ["--arch", "momentum_lm_tiny", "--momentum-learned", *SHAPE],
     "stock": ["--arch", "transformer_lm_gpt", "--share-decoder-input-output-embed", *SHAPE],
@@ -54,7 +63,17 @@ def checkpoint(request, data, run_cli, tmp_path_factory):
 
 def test_same_as_fairseq_eval_lm(data, checkpoint, run_cli, tmp_path, capsys):
     status = evaluate.main(
-        ["--task", "lm_perplexity", str(data), "--path", str(checkpoint), "--context-lengths", "7,24", "--results-dir", str(tmp_path)]
+        [
+            "--task",
+            "lm_perplexity",
+            str(data),
+            "--path",
+            str(checkpoint),
+            "--context-lengths",
+            "7,24",
+            "--results-dir",
+            str(tmp_path),
+        ]
     )
     printed = capsys.readouterr().out
     assert status == 0
@@ -65,7 +84,10 @@ def test_same_as_fairseq_eval_lm(data, checkpoint, run_cli, tmp_path, capsys):
             "--sample-break-mode", "none", "--num-workers", "0", "--cpu",
         ])  # fmt: skip
         assert done.returncode == 0, done.stderr
-        base2, tokens = (re.search(p, done.stdout + done.stderr)[1] for p in (r"Loss \(base 2\): ([\d.]+)", r"Evaluated (\d+) tokens"))
+        base2, tokens = (
+            re.search(p, done.stdout + done.stderr)[1]
+            for p in (r"Loss \(base 2\): ([\d.]+)", r"Evaluated (\d+) tokens")
+        )
         assert runs[length]["num_tokens"] == int(tokens)
         assert math.log2(runs[length]["perplexity"]) == pytest.approx(float(base2), abs=1e-4)
         assert f"{runs[length]['perplexity']:.2f}" in printed
@@ -94,7 +116,17 @@ def models(tmp_path_factory):
 
 def run_both(data, models, out):
     for name in ("small", "large"):
-        words = ["--task", "lm_perplexity", data, "--path", models / f"{name}.pt", "--context-lengths", "8,16", "--results-dir", out / name]
+        words = [
+            "--task",
+            "lm_perplexity",
+            data,
+            "--path",
+            models / f"{name}.pt",
+            "--context-lengths",
+            "8,16",
+            "--results-dir",
+            out / name,
+        ]
         assert evaluate.main(list(map(str, words))) == 0
 
 
@@ -122,7 +154,17 @@ def test_report_compares(data, models, tmp_path, capsys):
 def test_interrupted_evaluation_goes_on(data, models, tmp_path, monkeypatch, capsys):
     from momentum_lm.studies import perplexity
 
-    words = ["--task", "lm_perplexity", data, "--path", models / "small.pt", "--context-lengths", "8,16", "--results-dir", tmp_path / "out"]
+    words = [
+        "--task",
+        "lm_perplexity",
+        data,
+        "--path",
+        models / "small.pt",
+        "--context-lengths",
+        "8,16",
+        "--results-dir",
+        tmp_path / "out",
+    ]
     stock = perplexity.score_documents
 
     def interrupted(lm, dataset, length, *rest):
@@ -157,7 +199,9 @@ def test_interrupted_evaluation_goes_on(data, models, tmp_path, monkeypatch, cap
         ({"--batch-tokens": "0"}, "--batch-tokens 0"),
         ({"--seed": "-1"}, "--seed -1: must not be negative"),
         pytest.param(
-            {"--device": "cuda"}, "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+            {"--device": "cuda"},
+            "--device cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
         ),
     ],
 )
@@ -191,7 +235,9 @@ def test_help(capsys):
 def test_report_refuses_what_does_not_compare(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "results.json" in capsys.readouterr().err
-    (tmp_path / "results.json").write_text(json.dumps({"task": "icl_classification", "model": {}, "config": {}, "runs": []}))
+    (tmp_path / "results.json").write_text(
+        json.dumps({"task": "icl_classification", "model": {}, "config": {}, "runs": []})
+    )
     assert report.main([str(tmp_path)]) == 2
     assert "icl_classification" in capsys.readouterr().err
 

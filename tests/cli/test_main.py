@@ -67,7 +67,10 @@ def test_version(run_cli, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes")
 def test_a_pipe_that_is_closed_ends_it_quietly():
     process = subprocess.Popen(
-        [sys.executable, "-m", "momentum_lm.cli.main", "--help"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "momentum_lm.cli.main", "--help"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141

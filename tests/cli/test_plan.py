@@ -27,7 +27,10 @@ def test_tables_and_json_say_the_same(argv, capsys):
     assert table["largest micro-batch"] == [str(o["largest_micro_batch"]) for o in options]
     assert sum(v for k, v in chosen["memory"].items() if k != "total") == chosen["memory"]["total"]
     assert f"{numbers['parameters']['total']:,}" in text and f"{numbers['flops_per_token']:.3g} a token" in text
-    assert f"{chosen['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU" in text and f"{chosen['updates']:,} updates" in text
+    assert (
+        f"{chosen['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU" in text
+        and f"{chosen['updates']:,} updates" in text
+    )
     assert f"({numbers['momentum']['seconds'] / chosen['step_seconds']:.2%})" in text
     assert "assumed: MFU 45% of" in text and text.rstrip().endswith(numbers["command"])
 
@@ -36,8 +39,14 @@ def test_tables_and_json_say_the_same(argv, capsys):
     ("argv", "launch"),
     [
         ([*SMALL, "--position", "rotary", "--momentum-learned", "--compile"], []),
-        (LARGE, "torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python".split()),
-        ([*SMALL, "--gpus", "4", "--momentum-kind", "none"], "torchrun --nproc-per-node 4 --standalone --no-python".split()),
+        (
+            LARGE,
+            "torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python".split(),
+        ),
+        (
+            [*SMALL, "--gpus", "4", "--momentum-kind", "none"],
+            "torchrun --nproc-per-node 4 --standalone --no-python".split(),
+        ),
     ],
 )
 def test_the_command_is_one_that_fairseq_takes(argv, launch, capsys):
@@ -54,13 +63,22 @@ def test_the_command_is_one_that_fairseq_takes(argv, launch, capsys):
     args = options.parse_args_and_arch(options.get_training_parser(), words[len(launch) + 1 :])
     train = convert_namespace_to_omegaconf(args)
     chosen, job, config = numbers["chosen"], numbers["job"], numbers["job"]["config"]
-    assert (train.dataset.batch_size, train.optimization.update_freq) == (chosen["micro_batch"], [chosen["update_freq"]])
+    assert (train.dataset.batch_size, train.optimization.update_freq) == (
+        chosen["micro_batch"],
+        [chosen["update_freq"]],
+    )
     assert (train.optimization.max_update, train.task.tokens_per_sample) == (chosen["updates"], job["length"])
-    assert train.model.checkpoint_activations == chosen["checkpointing"] and train.model.compile == ("--compile" in argv)
+    assert train.model.checkpoint_activations == chosen["checkpointing"] and train.model.compile == (
+        "--compile" in argv
+    )
     assert train.distributed_training.ddp_backend == {"fsdp": "fully_sharded"}.get(chosen["strategy"], "pytorch_ddp")
     for name in ("momentum_kind", "momentum_learned", "position"):
         assert train.model[name] == config[name]
-    assert (train.model._name, train.model.decoder_layers, train.model.decoder_embed_dim) == (argv[1], config["layers"], config["dim"])
+    assert (train.model._name, train.model.decoder_layers, train.model.decoder_embed_dim) == (
+        argv[1],
+        config["layers"],
+        config["dim"],
+    )
 
 
 def test_it_needs_no_fairseq(run_cli):

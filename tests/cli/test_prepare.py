@@ -16,7 +16,10 @@ from momentum_lm.cli.prepare import main as prepare_command
 from momentum_lm.cli.prepare import summary
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [f"Document {i} tells of {i * i} things; it ends here.\nIts second line is {'very ' * (i % 7)}long." for i in range(200)]
+DOCUMENTS = [
+    f"Document {i} tells of {i * i} things; it ends here.\nIts second line is {'very ' * (i % 7)}long."
+    for i in range(200)
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,13 @@ def prepare(run_cli, tmp_path_factory):
 
 
 def files(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.is_dir() else folder.read_bytes() if folder.exists() else None
+    return (
+        {p.name: p.read_bytes() for p in folder.iterdir()}
+        if folder.is_dir()
+        else folder.read_bytes()
+        if folder.exists()
+        else None
+    )
 
 
 def test_summary_and_next_command(prepare, corpus, tmp_path):
@@ -54,7 +63,10 @@ def test_summary_and_next_command(prepare, corpus, tmp_path):
         assert float(row.split()[4]) == pytest.approx(split["bytes"] / split["tokens"], abs=0.01)
     assert sum(split["bytes"] for split in made["splits"].values()) == sum(len(text.encode()) for text in DOCUMENTS)
     assert command.startswith(f"next: fairseq-train {shlex.quote(str(output))} --task language_modeling")
-    assert done.stderr == f"training SentencePiece: 400 pieces on {made['splits']['train']['bytes'] / 1e6:.1f} MB, about 0 s\n"
+    assert (
+        done.stderr
+        == f"training SentencePiece: 400 pieces on {made['splits']['train']['bytes'] / 1e6:.1f} MB, about 0 s\n"
+    )
 
     again = prepare(corpus, "--output", output, "--vocab-size", 400, "--valid", 20, "--test", "0.1", "--workers", 1)
     assert again.returncode == 0 and again.stdout == done.stdout
@@ -72,7 +84,21 @@ def test_the_next_command_runs(prepare, run_cli, corpus, tmp_path):
 
 
 def test_console_script(run_cli, corpus, tmp_path):
-    done = run_cli(["momentum-lm", "prepare", corpus, "--output", tmp_path / "data", "--vocab-size", 400, "--valid", 20, "--test", 0])
+    done = run_cli(
+        [
+            "momentum-lm",
+            "prepare",
+            corpus,
+            "--output",
+            tmp_path / "data",
+            "--vocab-size",
+            400,
+            "--valid",
+            20,
+            "--test",
+            0,
+        ]
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "train.idx").exists()
 
@@ -89,15 +115,31 @@ def test_missing_characters_and_normalisation_are_told(prepare, corpus, tmp_path
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(DOCUMENTS), model_prefix=str(tmp_path / "sp"), vocab_size=100, minloglevel=2
     )
-    done = prepare(corpus, "--output", tmp_path / "data", "--sentencepiece", tmp_path / "sp.model", "--valid", 20, "--test", 0)
+    done = prepare(
+        corpus, "--output", tmp_path / "data", "--sentencepiece", tmp_path / "sp.model", "--valid", 20, "--test", 0
+    )
     assert done.returncode == 0, done.stderr
     assert "<unk>" not in done.stdout
     assert "note: this tokenizer normalises text; decoding does not give it back exactly" in done.stdout
     other = tmp_path / "other.txt"
     other.write_text("\n".join(f"日本 {i}" for i in range(100)))
     output = tmp_path / "other"
-    done = prepare(other, "--document", "line", "--output", output, "--sentencepiece", tmp_path / "sp.model", "--test", 0, "--valid", 5)
-    assert re.search(r"warning: [\d,]+ tokens \(\d+\.\d\d%\) are <unk>: the tokenizer lacks characters of this text", done.stdout)
+    done = prepare(
+        other,
+        "--document",
+        "line",
+        "--output",
+        output,
+        "--sentencepiece",
+        tmp_path / "sp.model",
+        "--test",
+        0,
+        "--valid",
+        5,
+    )
+    assert re.search(
+        r"warning: [\d,]+ tokens \(\d+\.\d\d%\) are <unk>: the tokenizer lacks characters of this text", done.stdout
+    )
 
 
 BAD = {
@@ -128,7 +170,12 @@ def test_bad_input_is_one_line_and_touches_nothing(prepare, corpus, tmp_path, ca
     (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin1"))
     output = tmp_path / "data"
     if existing:
-        assert prepare("corpus.jsonl", "--output", "data", "--vocab-size", 300, "--valid", 9, "--test", 9, cwd=tmp_path).returncode == 0
+        assert (
+            prepare(
+                "corpus.jsonl", "--output", "data", "--vocab-size", 300, "--valid", 9, "--test", 9, cwd=tmp_path
+            ).returncode
+            == 0
+        )
     before = files(output)
     done = prepare(source, "--output", "data", *flags, *(["--force"] if existing else []), cwd=tmp_path)
     assert done.returncode == 2
@@ -168,7 +215,18 @@ def test_ctrl_c(corpus, tmp_path):
 
     big = tmp_path / "big.jsonl"
     big.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(150) for text in DOCUMENTS))
-    command = [sys.executable, "-m", "momentum_lm.cli.prepare", big, "--output", tmp_path / "data", "--vocab-size", "400", "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "momentum_lm.cli.prepare",
+        big,
+        "--output",
+        tmp_path / "data",
+        "--vocab-size",
+        "400",
+        "--workers",
+        "2",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     while not (tmp_path / "data" / ".prepare" / "plan.json").exists() and process.poll() is None:
@@ -234,14 +292,12 @@ def test_what_is_left_out_or_ambiguous_is_in_the_summary(tmp_path, capsys):
     assert "note: 2 rows have no text (null) and are left out\n" in out
     assert (
         "note: 1 texts of .tsv files look as if they were quoted for CSV; they are taken as they are, with their "
-        "quotation marks"
-        in out
+        "quotation marks" in out
     )
     text = summary({**json.loads((tmp_path / "data" / "prepare.json").read_text()), "special_tokens": 1234}, "data")
     assert (
         "note: the text spells out special tokens of the tokenizer 1,234 times; they are ordinary text here, and end "
-        "no document"
-        in text
+        "no document" in text
     )
 
 

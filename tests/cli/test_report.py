@@ -28,7 +28,9 @@ def write(folder, accuracy, task="icl_classification", shots=(0, 4)):
                  "rec2ftp_counts": {"cells": [[[5, 0], [0, 0]], [[0, 0], [0, 5]]]},
                  "paper": {"simaou": [0.1, 0.3]}, "corrected": {"simaou": [0.0, 0.1]}}]  # fmt: skip
     config = {"datasets": {"mr": {"labels": ["a", "b"]}}}
-    (folder / "results.json").write_text(json.dumps({"task": task, "model": {"path": "m"}, "config": config, "runs": runs}))
+    (folder / "results.json").write_text(
+        json.dumps({"task": task, "model": {"path": "m"}, "config": config, "runs": runs})
+    )
     (folder / "predictions.jsonl").write_text("".join(lines))
     return str(folder)
 
@@ -59,7 +61,9 @@ def test_icl_against_finetuning(tmp_path, capsys):
     page = tmp_path / "compare.html"
     assert report.main([a, b, "--output", str(page)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split()[:3] == ["mr", "4", "b"] and "80.0%" in lines[3] and "0.200" in lines[3] and "0.050" in lines[3]
+    assert (
+        lines[3].split()[:3] == ["mr", "4", "b"] and "80.0%" in lines[3] and "0.200" in lines[3] and "0.050" in lines[3]
+    )
     assert lines[-1] == str(page) and "<svg" in page.read_text()
     assert report.main([a]) == 0
     assert "40.0%" in capsys.readouterr().out
@@ -69,7 +73,10 @@ def test_icl_against_finetuning(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["a", "p"], "p holds results of lm_perplexity, which cannot stand beside those of icl_classification in"),
-        (["a", "f"], "f holds results of icl_finetune_analysis, which cannot stand beside those of icl_classification in"),
+        (
+            ["a", "f"],
+            "f holds results of icl_finetune_analysis, which cannot stand beside those of icl_classification in",
+        ),
         (["f", "--between", "shots=0,4"], "--between is for results of icl_classification"),
         (["p", "--between", "shots=0,4"], "--between is for results of icl_classification"),
         (["a", "--between", "shots=0,8"], "has no runs with 8"),

@@ -8,7 +8,14 @@ import pytest
 SHAPE = "--decoder-layers 2 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2".split()
 TASKS = {
     "stock": ["--task", "language_modeling", "--criterion", "cross_entropy", "--optimizer", "adam"],
-    "ours": ["--task", "momentum_language_modeling", "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw"],
+    "ours": [
+        "--task",
+        "momentum_language_modeling",
+        "--criterion",
+        "chunked_cross_entropy",
+        "--optimizer",
+        "fused_adamw",
+    ],
 }
 
 
@@ -17,7 +24,9 @@ def documents():
     """400 documents, one line of lower-case words each: a Markov chain over 2,000 words, the frequent ones English."""
     draw = random.Random(0)
     words = "the a is to of and value return if file in or that with are it for as by from on not at this which".split()
-    words += ["".join(draw.choices(("ba", "co", "di", "fu", "le", "mo", "na", "ri", "su", "te"), k=4)) for _ in range(2000)]
+    words += [
+        "".join(draw.choices(("ba", "co", "di", "fu", "le", "mo", "na", "ri", "su", "te"), k=4)) for _ in range(2000)
+    ]
     words = list(dict.fromkeys(words))
     frequencies = [1 / rank for rank in range(1, len(words) + 1)]
     following = {word: draw.choices(words, frequencies, k=6) for word in words}
@@ -45,7 +54,9 @@ def data(documents, tmp_path_factory, run_cli):
 
 @pytest.fixture(scope="session")
 def flags():
-    """flags(data, save_dir, *more, task="stock" or "ours", updates=6) -> a fairseq-train command; words in ``more`` win."""
+    """flags(data, save_dir, *more, task="stock" or "ours", updates=6) -> a fairseq-train command; words in ``more``
+    win.
+    """
 
     def make(data, save_dir, *more, task="stock", updates=6):
         words = ["fairseq-train", data, *TASKS[task], "--lr", "1e-2", "--tokens-per-sample", "32", "--batch-size", "4",

@@ -16,7 +16,9 @@ from momentum_lm.cli import main as momentum_lm
 def trained(data, run_cli, flags, tmp_path_factory):
     """A folder with a checkpoint, and broken copies of the checkpoint and of the data."""
     folder = tmp_path_factory.mktemp("trained")
-    result = run_cli(flags(data, folder / "run", "--arch", "momentum_lm_tiny", "--disable-validation", task="ours", updates=2))
+    result = run_cli(
+        flags(data, folder / "run", "--arch", "momentum_lm_tiny", "--disable-validation", task="ours", updates=2)
+    )
     assert result.returncode == 0, result.stderr
     good = folder / "run" / "checkpoint_last.pt"
     (folder / "torn.pt").write_bytes(good.read_bytes()[:5000])
@@ -124,7 +126,11 @@ PROGRESS = re.compile(r"|training SentencePiece: .*|(valid, context 16: +)? *0%\
 
 
 MAINS = {"fairseq-eval": fairseq_eval.main, "momentum-lm": momentum_lm.main}
-PROCESSES = ("empty source", "evaluation of NaN weights", "unknown command")  # the rest of these commands' cases call their mains
+PROCESSES = (
+    "empty source",
+    "evaluation of NaN weights",
+    "unknown command",
+)  # the rest of these commands' cases call their mains
 
 
 @pytest.mark.parametrize("case", CASES)

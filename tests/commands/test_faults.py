@@ -68,7 +68,9 @@ def poisoned(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("precision", [[], ["--bf16", "--fp16-no-flatten-grads", "--autocast", "none"]], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision", [[], ["--bf16", "--fp16-no-flatten-grads", "--autocast", "none"]], ids=["fp32", "bf16"]
+)
 def test_bad_batches_are_left_out_and_written_down(precision, command, poisoned, run_cli, json_lines, tmp_path):
     result = run_cli(command(tmp_path / "run", *poisoned(37), *precision, updates=80))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -79,13 +81,17 @@ def test_bad_batches_are_left_out_and_written_down(precision, command, poisoned,
     assert all(torch.isfinite(t).all() for t in state(tmp_path / "run" / "checkpoint_last.pt")["model"].values())
     rates = {int(line["num_updates"]): float(line["lr"]) for line in lines}
     first = records[0]["update"]
-    assert rates[first + 1] == pytest.approx(0.005) and {0.01} >= {rate for update, rate in rates.items() if update <= first}
+    assert rates[first + 1] == pytest.approx(0.005) and {0.01} >= {
+        rate for update, rate in rates.items() if update <= first
+    }
     assert not (tmp_path / "run" / "crash.pt").exists()
 
 
 def test_a_run_of_nothing_but_bad_batches_stops(command, poisoned, run_cli, tmp_path):
     result = run_cli(command(tmp_path / "run", *poisoned(1), updates=80))
-    assert result.returncode != 0 and result.stderr.splitlines()[-1].startswith("error: the gradient at update 0 is not finite")
+    assert result.returncode != 0 and result.stderr.splitlines()[-1].startswith(
+        "error: the gradient at update 0 is not finite"
+    )
     assert len((tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()) == 5
     assert not list((tmp_path / "run").glob("checkpoint*.pt"))
 
@@ -95,7 +101,9 @@ def small_disk(tmp_path):
     """A disk of 500 kB, on which one checkpoint fits and another does not."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", folder], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     yield folder

@@ -15,7 +15,11 @@ from momentum_lm.text.tokenizer import _byte_letters, load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "examples" / "generation" / "README.md").read_text("utf-8")
-COMMANDS = [command for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for command in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [
+    command
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for command in block.replace("\\\n", " ").splitlines()
+]
 PROMPT = "the value of the"
 DOCUMENTS = ["a film that is good and long", "the plot is thin but the actors are very good indeed"]
 OPTIONS = {
@@ -31,11 +35,15 @@ def add_tokenizer(folder, kind, tokenizer_folder):
         return
     letters = _byte_letters()
     if kind == "gpt2":
-        (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate([*letters, "he"])}), encoding="utf-8")
+        (folder / "encoder.json").write_text(
+            json.dumps({token: i for i, token in enumerate([*letters, "he"])}), encoding="utf-8"
+        )
         (folder / "vocab.bpe").write_text("#version: 0.2\nh e\n", encoding="utf-8")
         return
     tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate([*letters, "he"])}, [("h", "e")]))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate([*letters, "he"])}, [("h", "e")])
+    )
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     model.save(str(folder / "tokenizer.json"))
@@ -52,8 +60,14 @@ def make(place, kind, tokenizer_folder):
         for text in DOCUMENTS:
             writer.add(np.array([*tokenizer.encode(text), 2]))
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(tokenizer.vocab_size, 16, 24, 2, 2, max_positions=128, momentum_kind="ema", momentum_eta=0.7))
-    state = {f"decoder.{name}": torch.randn_like(tensor) * 0.3 for name, tensor in model.state_dict().items() if "log_decay" not in name}
+    model = Decoder(
+        DecoderConfig(tokenizer.vocab_size, 16, 24, 2, 2, max_positions=128, momentum_kind="ema", momentum_eta=0.7)
+    )
+    state = {
+        f"decoder.{name}": torch.randn_like(tensor) * 0.3
+        for name, tensor in model.state_dict().items()
+        if "log_decay" not in name
+    }
     state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
     rest = {
         "cfg": {"model": OPTIONS, "task": {"_name": "momentum_language_modeling"}}, "args": None, "task_state": {},
@@ -101,7 +115,11 @@ def test_interactive(kind, tokenizer_folder, run_cli, tmp_path):
 
 def test_sampling_in_several_lines(place, run_cli):
     words = re.search(r"`(--sampling .*?)`", README)[1]
-    command = COMMANDS[0].replace('"the value of the"', '-e "the value of the\\n\\n a  film \\nthe"').replace("--beam 5", words)
+    command = (
+        COMMANDS[0]
+        .replace('"the value of the"', '-e "the value of the\\n\\n a  film \\nthe"')
+        .replace("--beam 5", words)
+    )
     found = lines(run(run_cli, command, place), "D")
     assert sorted(found) == [0, 1, 2, 3] and all(len(texts) == 3 for texts in found.values())
     for i, prompt in enumerate([PROMPT, "", "a  film", "the"]):
@@ -122,7 +140,11 @@ def test_generate(place, run_cli):
 
 def test_a_published_models_recipe_is_the_same_with_its_folder():
     """tests/commands/test_published.py runs it."""
-    published = COMMANDS[2].replace("en_dense_lm_125m/model.pt", "checkpoints/checkpoint_best.pt").replace("en_dense_lm_125m", "data")
+    published = (
+        COMMANDS[2]
+        .replace("en_dense_lm_125m/model.pt", "checkpoints/checkpoint_best.pt")
+        .replace("en_dense_lm_125m", "data")
+    )
     assert published.split("--bpe")[0].split() == COMMANDS[0].split("--bpe")[0].split() and len(COMMANDS) == 3
 
 

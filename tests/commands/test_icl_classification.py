@@ -1,5 +1,6 @@
-"""In-context classification by every command that does it: fairseq-eval, also under torchrun and killed, stock fairseq-validate, and
-fairseq-train while it trains. All of them ask a model the same."""
+"""In-context classification by every command that does it: fairseq-eval, also under torchrun and killed, stock
+fairseq-validate, and fairseq-train while it trains. All of them ask a model the same.
+"""
 
 import contextlib
 import json
@@ -22,7 +23,12 @@ ARCHITECTURES = {
     "ours": ["--arch", "momentum_lm_tiny", "--momentum-learned", "--add-bos-token", *SHAPE],
     "stock": ["--arch", "transformer_lm_gpt", "--share-decoder-input-output-embed", *SHAPE],
 }
-GOOD, BAD, PEOPLE, PLACES = "fine lovely great".split(), "dull poor bad".split(), "who whose whom".split(), "where whence whither".split()
+GOOD, BAD, PEOPLE, PLACES = (
+    "fine lovely great".split(),
+    "dull poor bad".split(),
+    "who whose whom".split(),
+    "where whence whither".split(),
+)
 NOUNS, ADVERBS = "film plot cast song end".split(), "very quite so".split()
 TASK = ["--task", "icl_classification"]
 VALIDATE = [*TASK, "--criterion", "icl_classification", "--cpu", "--num-workers", "0", "--log-format", "json"]
@@ -30,7 +36,9 @@ TORCHRUN = "torchrun --standalone --no-python --nproc_per_node".split()
 
 
 def rows(split, count):
-    """{data set: rows} of made-up questions of three kinds: two labels, six labels, and choices with inputs of their own."""
+    """{data set: rows} of made-up questions of three kinds: two labels, six labels, and choices with inputs of their
+    own.
+    """
     draw = random.Random(split)
     made = {"mr": [], "trec": [], "winogrande": []}
     for _ in range(count):
@@ -39,10 +47,18 @@ def rows(split, count):
         made["mr"].append({"text": text, "label": label})
         person = draw.randrange(2)
         made["trec"].append(
-            {"text": f"{draw.choice((PLACES, PEOPLE)[person])} is the {noun} of the {other}", "coarse_label": 3 if person else 4}
+            {
+                "text": f"{draw.choice((PLACES, PEOPLE)[person])} is the {noun} of the {other}",
+                "coarse_label": 3 if person else 4,
+            }
         )
         made["winogrande"].append(
-            {"sentence": f"the _ is {draw.choice(GOOD)}", "option1": noun, "option2": other, "answer": str(draw.randrange(1, 3))}
+            {
+                "sentence": f"the _ is {draw.choice(GOOD)}",
+                "option1": noun,
+                "option2": other,
+                "answer": str(draw.randrange(1, 3)),
+            }
         )
     return made
 
@@ -64,8 +80,14 @@ def corpus(run_cli, tmp_path_factory):
     """Binarised text with its tokenizer, in which the answers to the questions can be learned."""
     folder = tmp_path_factory.mktemp("corpus")
     documents = [
-        *(f"Review: {row['text']}\nSentiment: {('Negative', 'Positive')[row['label']]}" for row in rows("text", 400)["mr"]),
-        *(f"Question: {row['text']}\nType: {'Person' if row['coarse_label'] == 3 else 'Location'}" for row in rows("text", 400)["trec"]),
+        *(
+            f"Review: {row['text']}\nSentiment: {('Negative', 'Positive')[row['label']]}"
+            for row in rows("text", 400)["mr"]
+        ),
+        *(
+            f"Question: {row['text']}\nType: {'Person' if row['coarse_label'] == 3 else 'Location'}"
+            for row in rows("text", 400)["trec"]
+        ),
     ]
     documents = list(dict.fromkeys(documents))
     random.Random(0).shuffle(documents)
@@ -111,7 +133,19 @@ def hasty(train, run_cli, tmp_path_factory):
 
 
 def evaluate(folder, path, corpus, questions, *more):
-    return ["fairseq-eval", *TASK, "--path", path, "--tokenizer", corpus, "--data-dir", questions, "--results-dir", folder, *more]
+    return [
+        "fairseq-eval",
+        *TASK,
+        "--path",
+        path,
+        "--tokenizer",
+        corpus,
+        "--data-dir",
+        questions,
+        "--results-dir",
+        folder,
+        *more,
+    ]
 
 
 def accuracies(folder):
@@ -137,7 +171,18 @@ def test_stock_validate_gives_the_same_accuracy(checkpoint, corpus, questions, r
     expected = accuracies(tmp_path)
     for shots, seeds in ((0, 1), (4, 2)):
         done = run_cli(
-            validate(checkpoint, corpus, questions, *asked, "--shots", shots, "--valid-subset", ",".join(names), "--max-tokens", "2000")
+            validate(
+                checkpoint,
+                corpus,
+                questions,
+                *asked,
+                "--shots",
+                shots,
+                "--valid-subset",
+                ",".join(names),
+                "--max-tokens",
+                "2000",
+            )
         )
         assert done.returncode == 0, done.stderr[-3000:]
         for name in names:
@@ -150,13 +195,28 @@ def test_stock_validate_gives_the_same_accuracy(checkpoint, corpus, questions, r
 
 def test_validate_in_two_processes(hasty, corpus, questions, run_cli, json_lines):
     """The batches are dealt out, the last one to the first process alone; the sums are those of one process."""
-    words = ["--datasets", "mr", "--limit", "45", "--batch-size", "10", "--shots", "2", "--seeds", "1", "--distributed-backend", "gloo"]
+    words = [
+        "--datasets",
+        "mr",
+        "--limit",
+        "45",
+        "--batch-size",
+        "10",
+        "--shots",
+        "2",
+        "--seeds",
+        "1",
+        "--distributed-backend",
+        "gloo",
+    ]
     words = validate(hasty, corpus, questions, *words)
     one, two = run_cli(words), run_cli([*TORCHRUN, "2", *words], warm=True, timeout=300)
     assert one.returncode == two.returncode == 0, one.stderr[-2000:] + two.stderr[-3000:]
     (expected,), found = json_lines(one, "valid"), json_lines(two, "valid")
     assert expected["valid_num_examples"] == "45" and 0 < float(expected["valid_accuracy"]) < 1
-    assert found and all(line.items() >= {k: v for k, v in expected.items() if "wps" not in k}.items() for line in found)
+    assert found and all(
+        line.items() >= {k: v for k, v in expected.items() if "wps" not in k}.items() for line in found
+    )
 
 
 # torchrun and kills
@@ -232,11 +292,15 @@ def in_training(questions, *more):
             "--icl-eval-shots", "0,3", "--icl-eval-seeds", "1,2", *more]  # fmt: skip
 
 
-def test_evaluation_in_training_is_fairseq_evals_and_changes_nothing(train, corpus, questions, run_cli, json_lines, tmp_path):
+def test_evaluation_in_training_is_fairseq_evals_and_changes_nothing(
+    train, corpus, questions, run_cli, json_lines, tmp_path
+):
     short = ["--dropout", "0.1", "--max-update", "40", "--log-interval", "2", "--lr", "0.02"]
     interval = ["--icl-eval-interval", "20"]
     plain = run_cli(train(tmp_path / "plain", *short))
-    done = run_cli(train(tmp_path / "run", *short, *in_training(questions, *interval), "--tensorboard-logdir", tmp_path / "tb"))
+    done = run_cli(
+        train(tmp_path / "run", *short, *in_training(questions, *interval), "--tensorboard-logdir", tmp_path / "tb")
+    )
     assert plain.returncode == done.returncode == 0, done.stderr[-3000:]
 
     losses = [[(line["num_updates"], line["loss"], line["gnorm"]) for line in json_lines(run)] for run in (plain, done)]
@@ -265,7 +329,9 @@ def test_evaluation_in_training_is_fairseq_evals_and_changes_nothing(train, corp
 
 
 def test_evaluation_in_training_on_two_processes_and_after_a_restart(train, questions, run_cli, json_lines, tmp_path):
-    """With a learning rate of 0 the model stays the same: so do its accuracies, whatever is trained by how many processes."""
+    """With a learning rate of 0 the model stays the same: so do its accuracies, whatever is trained by how many
+    processes.
+    """
     words = [*in_training(questions), "--lr", "0", "--dropout", "0.1", "--batch-size", "2"]
     one = run_cli(train(tmp_path / "one", *words, "--max-update", "6"))
     assert one.returncode == 0, one.stderr[-3000:]
@@ -310,7 +376,17 @@ def test_training_does_not_begin(case, train, corpus, questions, run_cli, tmp_pa
     if more[0] == "DATA":
         words[1] = more[1]
     elif more[0] == "--task":  # which does not have our flags
-        words = ["fairseq-train", corpus, *more, "--arch", "transformer_lm_gpt", "--batch-size", "2", "--save-dir", tmp_path / "out"]
+        words = [
+            "fairseq-train",
+            corpus,
+            *more,
+            "--arch",
+            "transformer_lm_gpt",
+            "--batch-size",
+            "2",
+            "--save-dir",
+            tmp_path / "out",
+        ]
     else:
         words += more
     done = run_cli(words)

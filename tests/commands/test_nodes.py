@@ -53,7 +53,9 @@ def start(cli_command, nodes):
     """start(node, command, **environment) -> the process on that node, its output in one pipe."""
 
     def run(node, command, **environment):
-        command, environment = cli_command(command, {"GLOO_SOCKET_IFNAME": "eth0", "HEAD": f"{nodes[0][1]}:29511", **environment})
+        command, environment = cli_command(
+            command, {"GLOO_SOCKET_IFNAME": "eth0", "HEAD": f"{nodes[0][1]}:29511", **environment}
+        )
         environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"
         inside = ["ip", "netns", "exec", nodes[node][0], *command]
         return subprocess.Popen(inside, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -69,7 +71,9 @@ def small(updates):
     return [*words.split(), "--max-update", updates]
 
 
-def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_worker(nodes, start, data, run_cli, tmp_path):
+def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_worker(
+    nodes, start, data, run_cli, tmp_path
+):
     began = {}
     processes = []
     for node in range(2):
@@ -79,7 +83,9 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
     for line in processes[0].stdout:
         output += line
         if not began and '"num_updates": "15"' in line:
-            workers = subprocess.run(["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True).stdout.split()
+            workers = subprocess.run(
+                ["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True
+            ).stdout.split()
             assert len(workers) == 1
             os.kill(int(workers[0]), signal.SIGKILL)
             began["killed"] = time.monotonic()
@@ -89,7 +95,9 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
     processes[0].wait(timeout=120)
     assert [process.returncode for process in processes] == [0, 0], "".join(outputs)[-4000:]
     assert began["again"] - began["killed"] < 90  # the other node's worker ended too, and both came back
-    one = run_cli(["/bin/bash", TRAIN, data, tmp_path / "one", *small(40), "--update-freq", "2"], env={"GPUS": 1}, warm=True)
+    one = run_cli(
+        ["/bin/bash", TRAIN, data, tmp_path / "one", *small(40), "--update-freq", "2"], env={"GPUS": 1}, warm=True
+    )
     assert one.returncode == 0, one.stderr[-3000:]
     a, b = (load_checkpoint(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4 and all(torch.isfinite(v).all() for v in b.values())
@@ -97,13 +105,17 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
 
 def check(start, ranks, *words):
     """momentum-lm preflight on some of three nodes -> (code, output) of each."""
-    running = [start(rank, ["momentum-lm", "preflight", "--megabytes", "1", *words], NODES=3, NODE_RANK=rank) for rank in ranks]
+    running = [
+        start(rank, ["momentum-lm", "preflight", "--megabytes", "1", *words], NODES=3, NODE_RANK=rank) for rank in ranks
+    ]
     return [(process.communicate(timeout=60)[0], process.returncode) for process in running]
 
 
 def test_preflight_passes_where_all_reach_all(start):
     (said, code), *others = check(start, [0, 1, 2], "--timeout", "30")
-    assert code == 0 and re.search(r"preflight: 3 nodes reach each other; all-reduce of 1 MB: \d+ ms \(\d+ MB/s a node\)", said), said
+    assert code == 0 and re.search(
+        r"preflight: 3 nodes reach each other; all-reduce of 1 MB: \d+ ms \(\d+ MB/s a node\)", said
+    ), said
     assert others == [("", 0), ("", 0)]
 
 
@@ -116,14 +128,18 @@ def test_preflight_names_the_link_that_is_cut(nodes, start):
     ip("-n", nodes[2][0], "route", "add", "unreachable", "10.77.0.2/32")
     try:
         for said, code in check(start, [0, 1, 2], "--timeout", "15"):
-            assert code == 2 and re.search(r"error: .*node 2 \(\S+\) cannot connect to node 1 \(\S+\) at 10\.77\.0\.2", said), said
+            assert code == 2 and re.search(
+                r"error: .*node 2 \(\S+\) cannot connect to node 1 \(\S+\) at 10\.77\.0\.2", said
+            ), said
     finally:
         ip("-n", nodes[2][0], "route", "del", "unreachable", "10.77.0.2/32")
 
 
 def test_preflight_without_a_head_says_where_it_looked(start):
     ((said, code),) = check(start, [1], "--timeout", "2")
-    assert code == 2 and said.startswith("error: node 1 (") and "cannot reach node 0 at 10.77.0.1:29511 within 2 s" in said, said
+    assert (
+        code == 2 and said.startswith("error: node 1 (") and "cannot reach node 0 at 10.77.0.1:29511 within 2 s" in said
+    ), said
 
 
 @pytest.mark.parametrize(
@@ -135,5 +151,12 @@ def test_preflight_without_a_head_says_where_it_looked(start):
     ],
 )
 def test_preflight_says_what_is_missing(words, word, run_cli):
-    result = run_cli(["momentum-lm", "preflight", *words], env={"HEAD": "", "NODES": "", "SLURM_NNODES": "", "NODE_RANK": ""})
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and word in result.stderr and len(result.stderr.splitlines()) == 1
+    result = run_cli(
+        ["momentum-lm", "preflight", *words], env={"HEAD": "", "NODES": "", "SLURM_NNODES": "", "NODE_RANK": ""}
+    )
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("error: ")
+        and word in result.stderr
+        and len(result.stderr.splitlines()) == 1
+    )

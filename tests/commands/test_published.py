@@ -1,6 +1,8 @@
-"""A fairseq dense LM as published: an fp16 ``model.pt`` with fairseq's older keys, a dict.txt of 51,200 entries, GPT-2's BPE files.
+"""A fairseq dense LM as published: an fp16 ``model.pt`` with fairseq's older keys, a dict.txt of 51,200 entries,
+GPT-2's BPE files.
 
-The model is stock fairseq's own, with the real number of layers and a small width; the tokenizer has GPT-2's number of tokens.
+The model is stock fairseq's own, with the real number of layers and a small width; the tokenizer has GPT-2's number of
+tokens.
 """
 
 import argparse
@@ -50,7 +52,14 @@ def published(tmp_path_factory):
     (folder / "dict.txt").write_text("".join(f"{symbol} {len(symbols) - i}\n" for i, symbol in enumerate(symbols)))
 
     torch.manual_seed(0)
-    flags = ["--task", "language_modeling", "--arch", "transformer_lm_gpt3_small", "--share-decoder-input-output-embed", *SHAPE]
+    flags = [
+        "--task",
+        "language_modeling",
+        "--arch",
+        "transformer_lm_gpt3_small",
+        "--share-decoder-input-output-embed",
+        *SHAPE,
+    ]
     _, model, cfg = build(folder, *flags)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -70,8 +79,13 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def logits(published):
     """Stock fairseq's, in fp32."""
-    (model,), cfg, _ = checkpoint_utils.load_model_ensemble_and_task([str(published / "model.pt")], {"data": str(published)})
-    assert cfg.model._name == "transformer_lm_gpt3_small" and len(model.state_dict()["decoder.embed_tokens.weight"]) == 51200
+    (model,), cfg, _ = checkpoint_utils.load_model_ensemble_and_task(
+        [str(published / "model.pt")], {"data": str(published)}
+    )
+    assert (
+        cfg.model._name == "transformer_lm_gpt3_small"
+        and len(model.state_dict()["decoder.embed_tokens.weight"]) == 51200
+    )
     with torch.no_grad():
         return model.eval()(TOKENS)[0]
 
@@ -89,12 +103,18 @@ def test_equal_to_stock_fairseq(published, logits, form, tmp_path):
     if form != "cfg":
         state = torch.load(published / "model.pt")
         args = argparse.Namespace(**state["cfg"]["model"])
-        forms = {"namespace": {"cfg": {**state["cfg"], "model": args}}, "args": {"cfg": None, "args": args}, "weights only": {"cfg": None}}
+        forms = {
+            "namespace": {"cfg": {**state["cfg"], "model": args}},
+            "args": {"cfg": None, "args": args},
+            "weights only": {"cfg": None},
+        }
         folder = tmp_path
         torch.save(state | forms[form], folder / "model.pt")
         overrides = {"decoder_attention_heads": 4} if form == "weights only" else None
     lm = load_native(folder, overrides)
-    assert lm.config.layers == 12 and lm.max_positions == 2048 and lm.config.tie_embeddings and lm.dtype == torch.float32
+    assert (
+        lm.config.layers == 12 and lm.max_positions == 2048 and lm.config.tie_embeddings and lm.dtype == torch.float32
+    )
     assert_same(lm.model, logits)
 
 
@@ -111,10 +131,21 @@ def test_fairseq_eval_takes_the_folder(published, run_cli, tmp_path):
         'templates:\n  paper: "Review: {text} Sentiment:"\n'
     )
     for split, count in (("train", 4), ("validation", 9)):
-        rows = [json.dumps({"text": f"the {split} film is {'good' if i % 2 else 'bad'} {i}", "label": i % 2})
-            for i in range(count)]
+        rows = [
+            json.dumps({"text": f"the {split} film is {'good' if i % 2 else 'bad'} {i}", "label": i % 2})
+            for i in range(count)
+        ]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    words = ["--datasets", tmp_path / "films.yaml", "--shots", "0,2", "--seeds", "1", "--results-dir", tmp_path / "results"]
+    words = [
+        "--datasets",
+        tmp_path / "films.yaml",
+        "--shots",
+        "0,2",
+        "--seeds",
+        "1",
+        "--results-dir",
+        tmp_path / "results",
+    ]
     done = run_cli(["fairseq-eval", "--task", "icl_classification", "--path", published, *words])
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "results" / "results.json").read_text())
@@ -123,8 +154,19 @@ def test_fairseq_eval_takes_the_folder(published, run_cli, tmp_path):
 
 
 def test_fairseq_interactive_takes_the_folder(published, run_cli):
-    words = [published, "--task", "momentum_language_modeling", "--path", published / "model.pt", "--bpe", "momentum_lm", "--cpu"]
-    done = run_cli(["fairseq-interactive", *words, "--beam", "2", "--max-len-a", "1", "--max-len-b", "5"], input="the film  is é\n")
+    words = [
+        published,
+        "--task",
+        "momentum_language_modeling",
+        "--path",
+        published / "model.pt",
+        "--bpe",
+        "momentum_lm",
+        "--cpu",
+    ]
+    done = run_cli(
+        ["fairseq-interactive", *words, "--beam", "2", "--max-len-a", "1", "--max-len-b", "5"], input="the film  is é\n"
+    )
     assert done.returncode == 0, done.stderr
     (text,) = (line.split("\t")[2] for line in done.stdout.splitlines() if line.startswith("D-0"))
     assert text.startswith("the film  is é")
@@ -151,9 +193,21 @@ def test_a_malicious_checkpoint_is_refused_unless_trusted(published, place, run_
     assert not marker.exists()
     if place != "cfg":  # one command is enough
         return
-    words = ["fairseq-eval", "--task", "icl_classification", "--path", tmp_path, "--datasets", "mr", "--results-dir", tmp_path / "results"]
+    words = [
+        "fairseq-eval",
+        "--task",
+        "icl_classification",
+        "--path",
+        tmp_path,
+        "--datasets",
+        "mr",
+        "--results-dir",
+        tmp_path / "results",
+    ]
     refused = run_cli(words)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "--trust-checkpoint" in refused.stderr
     assert not marker.exists()
-    run_cli([*words, "--data-dir", tmp_path, "--trust-checkpoint"])  # which finds no data, after it has read the checkpoint
+    run_cli(
+        [*words, "--data-dir", tmp_path, "--trust-checkpoint"]
+    )  # which finds no data, after it has read the checkpoint
     assert marker.exists()

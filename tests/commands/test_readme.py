@@ -1,5 +1,7 @@
-"""Every command of README.md and of the examples' READMEs runs: small, or as it stands with MOMENTUM_LM_README=full (and a GPU, networks,
-weeks). A block marked ```bash is run; one marked ```sh is not, and says what no machine of ours can do."""
+"""Every command of README.md and of the examples' READMEs runs: small, or as it stands with MOMENTUM_LM_README=full
+(and a GPU, networks, weeks). A block marked ```bash is run; one marked ```sh is not, and says what no machine of ours
+can do.
+"""
 
 import json
 import os
@@ -70,7 +72,10 @@ def commands(path):
 
 def begins(line, starts):
     """Which of ``starts`` the line begins with, where it stands or after the variables that it sets."""
-    return next((start for start in starts if line.startswith(start) or re.sub(r"^(\w+=\S+ )+", "", line).startswith(start)), None)
+    return next(
+        (start for start in starts if line.startswith(start) or re.sub(r"^(\w+=\S+ )+", "", line).startswith(start)),
+        None,
+    )
 
 
 def smaller(line, path):
@@ -88,14 +93,18 @@ def smaller(line, path):
 
 @pytest.fixture(scope="module")
 def workplace(documents, run_cli, tmp_path_factory):
-    """A folder in which every README's commands find what they name: text, labelled data, models, the project's scripts."""
+    """A folder in which every README's commands find what they name: text, labelled data, models, the project's
+    scripts.
+    """
     folder = tmp_path_factory.mktemp("readme")
     for name in ("examples", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "corpus").mkdir()
     for i, document in enumerate(documents):
         (folder / "corpus" / f"{i}.txt").write_text(document)
-    (folder / "corpus" / "movie-reviews.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:60]))
+    (folder / "corpus" / "movie-reviews.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents[:60])
+    )
     topics = "tech business sport entertainment politics".split()
     columns = {
         "mr": ("text", "label", range(2)),
@@ -106,9 +115,19 @@ def workplace(documents, run_cli, tmp_path_factory):
     for name, (column, label, values) in columns.items():
         (folder / "data/icl" / name).mkdir(parents=True)
         for split in ("train", "validation"):
-            rows = [{column: documents[i][:40], "hypothesis": documents[i][:20], label: values[i % len(values)]} for i in range(40)]
+            rows = [
+                {column: documents[i][:40], "hypothesis": documents[i][:20], label: values[i % len(values)]}
+                for i in range(40)
+            ]
             (folder / "data/icl" / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare = ["momentum-lm", "prepare", "corpus/", "--output", "data", *SMALLER["momentum-lm prepare"].split()]  # README.md's
+    prepare = [
+        "momentum-lm",
+        "prepare",
+        "corpus/",
+        "--output",
+        "data",
+        *SMALLER["momentum-lm prepare"].split(),
+    ]  # README.md's
     made = run_cli(prepare, cwd=folder)
     assert made.returncode == 0, made.stderr
     (folder / "data/bin").mkdir()
@@ -118,7 +137,11 @@ def workplace(documents, run_cli, tmp_path_factory):
     command = f"fairseq-train data --save-dir runs/vanilla {task} --lr-scheduler inverse_sqrt {TRAIN}"
     trained = run_cli(shlex.split(command), cwd=folder)
     assert trained.returncode == 0, trained.stderr
-    for place in ("models/en_dense_lm_1_3b/model.pt", "en_dense_lm_125m/model.pt", *(f"{run}/checkpoint_best.pt" for run in RUNS)):
+    for place in (
+        "models/en_dense_lm_1_3b/model.pt",
+        "en_dense_lm_125m/model.pt",
+        *(f"{run}/checkpoint_best.pt" for run in RUNS),
+    ):
         (folder / place).parent.mkdir(parents=True)
         shutil.copy(folder / "runs/vanilla/checkpoint_best.pt", folder / place)
         for name in ("dict.txt", "sentencepiece.model"):
@@ -139,12 +162,22 @@ def _small_huggingface_models(llama, gpt2):
     core.train_from_iterator(["a film"], trainer)
     torch.manual_seed(0)
     size = core.get_vocab_size()
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 2048}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+    }
     for folder, model in (
         (llama, LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape))),
         (
             gpt2,
-            GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)),
+            GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+                )
+            ),
         ),
     ):
         PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
@@ -157,7 +190,9 @@ def name(path):
 
 # minutes together, of commands that other tests run and look at
 NIGHTLY = ("pretraining", "icl_vs_finetuning", "momentum_vs_vanilla", "reproduce_paper")
-MARKED = [pytest.param(path, marks=pytest.mark.nightly if name(path) in NIGHTLY else ()) for path in (README, *EXAMPLES)]
+MARKED = [
+    pytest.param(path, marks=pytest.mark.nightly if name(path) in NIGHTLY else ()) for path in (README, *EXAMPLES)
+]
 
 
 @pytest.mark.parametrize("path", MARKED, ids=name)
@@ -197,7 +232,9 @@ def test_python_blocks_run(block):
 
 @pytest.mark.parametrize("path", [README, *EXAMPLES], ids=name)
 def test_every_file_that_a_readme_names_is_there(path):
-    paths = re.findall(r"(?:\]\(|`)((?:examples|scripts|benchmarks|momentum_lm|tests)/[\w./-]+)", path.read_text("utf-8"))
+    paths = re.findall(
+        r"(?:\]\(|`)((?:examples|scripts|benchmarks|momentum_lm|tests)/[\w./-]+)", path.read_text("utf-8")
+    )
     for file in paths:
         assert (ROOT / file).exists(), file
     for folder in re.findall(r"`\.\./([\w-]+)`", path.read_text("utf-8")):

@@ -1,4 +1,6 @@
-"""examples/reproduce_paper/reproduce.py on small models: what it runs, what it says beside the paper's numbers, and what it refuses."""
+"""examples/reproduce_paper/reproduce.py on small models: what it runs, what it says beside the paper's numbers, and
+what it refuses.
+"""
 
 import json
 import shutil
@@ -37,13 +39,28 @@ def here(make_lm, tokenizer_folder, examples, tmp_path_factory):
     for dataset, columns in COLUMNS.items():
         (folder / "data" / dataset).mkdir(parents=True)
         for split, count in (("train", 40), ("validation", 8)):
-            rows = [{**dict.fromkeys(columns, f"{words[i % 6]} film {words[i * i % 5]}"), "label": i % 2} for i in range(count)]
+            rows = [
+                {**dict.fromkeys(columns, f"{words[i % 6]} film {words[i * i % 5]}"), "label": i % 2}
+                for i in range(count)
+            ]
             (folder / "data" / dataset / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def test_tables_1_to_5_beside_the_paper(here, run_cli, tmp_path):
-    command = ["python", SCRIPT, "--models", here / "models", "--sizes", "1.3B", "--datasets", "cb,mr", "--data-dir", here / "data", *SMALL]
+    command = [
+        "python",
+        SCRIPT,
+        "--models",
+        here / "models",
+        "--sizes",
+        "1.3B",
+        "--datasets",
+        "cb,mr",
+        "--data-dir",
+        here / "data",
+        *SMALL,
+    ]
     done = run_cli([*command, "--output", tmp_path / "out"], warm=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out/comparison.json").read_text())["tables_1_to_5"]
@@ -72,7 +89,18 @@ def test_tables_1_to_5_beside_the_paper(here, run_cli, tmp_path):
 
 def test_tables_6_and_7(here, data, run_cli, tmp_path):
     models = ["--vanilla", here / "models/vanilla/model.pt", "--momentum", here / "models/momentum/model.pt"]
-    command = ["python", SCRIPT, *models, "--momentum-datasets", "mr", "--data-dir", here / "data", *SMALL, "--output", tmp_path / "out"]
+    command = [
+        "python",
+        SCRIPT,
+        *models,
+        "--momentum-datasets",
+        "mr",
+        "--data-dir",
+        here / "data",
+        *SMALL,
+        "--output",
+        tmp_path / "out",
+    ]
     done = run_cli(command, warm=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "out/comparison.json").read_text())["tables_6_and_7"]

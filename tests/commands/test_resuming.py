@@ -208,9 +208,7 @@ def test_an_epoch_of_other_samples_is_refused_unless_begun_anew(first, then, sai
 
 
 def test_a_restore_file_that_is_not_there(train_here, log, tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"--restore-file .*typo/checkpoint_last\.pt does not exist"
-    ):
+    with pytest.raises(CheckpointError, match=r"--restore-file .*typo/checkpoint_last\.pt does not exist"):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo/checkpoint_last.pt")
     with pytest.raises(CheckpointError, match=r"--restore-file .*typo\.pt does not exist"):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo.pt")

@@ -29,7 +29,9 @@ def difference(a, b):
 
 def workers_of(process):
     """The processes that torchrun has started, in their order."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "fairseq-train"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "fairseq-train"], capture_output=True, text=True, check=True
+    )
     return [int(word) for word in found.stdout.split()]
 
 
@@ -37,19 +39,31 @@ def curve(folder):
     """{update: logged loss}, in full precision; of an update that was done twice, the last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return {event.step: event.value for event in EventAccumulator(str(folder / "tb" / "train_inner")).Reload().Scalars("loss")}
+    return {
+        event.step: event.value
+        for event in EventAccumulator(str(folder / "tb" / "train_inner")).Reload().Scalars("loss")
+    }
 
 
 @pytest.fixture(scope="module")
 def launch(cli_command):
-    """launch(processes, command, *torchrun's flags) -> the started torchrun, its output in one pipe; with ``fresh=True`` none of its
-    processes is forked from the interpreter that has imported torch."""
+    """launch(processes, command, *torchrun's flags) -> the started torchrun, its output in one pipe; with
+    ``fresh=True`` none of its processes is forked from the interpreter that has imported torch.
+    """
 
     def start(processes, command, *words, fresh=False):
         # without it torch 2.13's torchrun starts workers again on the store in which the dead ones' addresses still are
         command, environment = cli_command(command, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}, warm=not fresh)
-        agent = [sys.executable, *"-m torch.distributed.run --standalone --no-python".split(), "--nproc_per_node", str(processes), *words]
-        return subprocess.Popen([*agent, *command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        agent = [
+            sys.executable,
+            *"-m torch.distributed.run --standalone --no-python".split(),
+            "--nproc_per_node",
+            str(processes),
+            *words,
+        ]
+        return subprocess.Popen(
+            [*agent, *command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
 
     return start
 
@@ -95,8 +109,12 @@ def straight(command, run_cli, tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_worker_costs_a_restart_and_nothing_else(backend, processes, command, launch, finish, straight, tmp_path):
-    """torchrun starts all workers again, they go on from the last checkpoint, and the curve is that of one process to 1e-4."""
+def test_a_killed_worker_costs_a_restart_and_nothing_else(
+    backend, processes, command, launch, finish, straight, tmp_path
+):
+    """torchrun starts all workers again, they go on from the last checkpoint, and the curve is that of one process to
+    1e-4.
+    """
     words = [*BACKENDS[backend], "--save-interval-updates", "10", "--keep-interval-updates", "1"]
     restarts = ["--max-restarts", "2", "--monitor-interval", "0.1"]
     for attempt in range(3):  # on a busy machine the kill may come when all is over
@@ -150,7 +168,9 @@ def test_parts_join_to_the_whole_and_either_goes_on(command, launch, finish, str
     # other numbers of processes say what to do, and then do it; the parts go on by themselves
     lost = launch(2, command(tmp_path, *sharded, "--use-sharded-state"))
     output = lost.communicate(timeout=120)[0]
-    assert lost.returncode != 0 and "error: " in output and "is of 3 parts" in output and "momentum-lm convert" in output
+    assert (
+        lost.returncode != 0 and "error: " in output and "is of 3 parts" in output and "momentum-lm convert" in output
+    )
     alone = run_cli(command(tmp_path))
     assert alone.returncode != 0 and "momentum-lm convert" in alone.stderr
     output = finish(launch(3, command(tmp_path, *sharded, "--use-sharded-state")))
@@ -161,7 +181,12 @@ def test_parts_join_to_the_whole_and_either_goes_on(command, launch, finish, str
     assert "@ 20 updates" in output
     one = tmp_path / "one"
     assert run_cli(command(one, "--update-freq", "2", "--restore-file", joined, updates=22)).returncode == 0
-    assert difference(join_shards(state(p) for p in sorted(other.glob("checkpoint_last*"))), state(one / "checkpoint_last.pt")) < 1e-4
+    assert (
+        difference(
+            join_shards(state(p) for p in sorted(other.glob("checkpoint_last*"))), state(one / "checkpoint_last.pt")
+        )
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -184,4 +209,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(number, command, launch, fin
 def test_fully_sharded_refuses_what_it_does_not_have(command, run_cli, tmp_path):
     for words in (["--fp16"], ["--cpu-offload"], ["--icl-eval-datasets", "mr"]):
         result = run_cli(command(tmp_path, "--ddp-backend", "fully_sharded", *words))
-        assert result.returncode != 0 and f"error: {words[0]} does not go with --ddp-backend fully_sharded" in result.stderr
+        assert (
+            result.returncode != 0
+            and f"error: {words[0]} does not go with --ddp-backend fully_sharded" in result.stderr
+        )

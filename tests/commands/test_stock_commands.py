@@ -37,7 +37,9 @@ def test_train_and_checkpoint(checkpoint, task):
 
 
 def test_train_again_goes_on(checkpoint, kind, data, run_cli, tmp_path, flags, json_lines):
-    result = run_cli(flags(data, tmp_path, "--arch", "momentum_lm_tiny", "--restore-file", checkpoint, task=kind, updates=32))
+    result = run_cli(
+        flags(data, tmp_path, "--arch", "momentum_lm_tiny", "--restore-file", checkpoint, task=kind, updates=32)
+    )
     assert result.returncode == 0, result.stderr
     assert [line["num_updates"] for line in json_lines(result)] == ["31", "32"]
 
@@ -118,7 +120,11 @@ def test_generate(checkpoint, task, data, run_cli):
     assert result.returncode == 0, result.stderr
     hypotheses = [line.split("\t")[2].split() for line in result.stdout.splitlines() if line.startswith("H-")]
     # fairseq writes an unknown word of a reference as <<unk>>
-    targets = [line.split("\t")[1].replace("<<unk>>", "<unk>").split() for line in result.stdout.splitlines() if line.startswith("T-")]
+    targets = [
+        line.split("\t")[1].replace("<<unk>>", "<unk>").split()
+        for line in result.stdout.splitlines()
+        if line.startswith("T-")
+    ]
     assert hypotheses and all(h[:3] == t[:3] for h, t in zip(hypotheses, targets, strict=True))
 
 
@@ -185,7 +191,15 @@ def test_hydra_train(task, data, run_cli, tmp_path):
     [
         ["--arch", "gpt_lm_tiny", "--position", "learned"],
         ["--arch", "momentum_lm_tiny", "--momentum-kind", "multi_ema", "--position", "rotary"],
-        ["--arch", "momentum_lm_tiny", "--momentum-learned", "--momentum-normalize", "--momentum-gate", "zero", "--bf16"],
+        [
+            "--arch",
+            "momentum_lm_tiny",
+            "--momentum-learned",
+            "--momentum-normalize",
+            "--momentum-gate",
+            "zero",
+            "--bf16",
+        ],
         ["--arch", "momentum_lm_tiny", "--checkpoint-activations", "--packed-documents"],
     ],
 )

@@ -1,4 +1,6 @@
-"""examples/momentum_vs_vanilla/sweep.py on a small text: what it trains, what it does not train again, and what it refuses."""
+"""examples/momentum_vs_vanilla/sweep.py on a small text: what it trains, what it does not train again, and what it
+refuses.
+"""
 
 import json
 import shutil
@@ -14,7 +16,9 @@ TWO_UPDATES = ["--tokens", "4096", "--splits", "valid", "--context-lengths", "16
 def swept(data, run_cli, tmp_path_factory):
     """The output folder of a sweep over one variant, trained and no more."""
     output = tmp_path_factory.mktemp("sweep") / "out"
-    done = run_cli(["python", SCRIPT, data, "--output", output, "--variants", "vanilla", "--train-only", *TWO_UPDATES], warm=True)
+    done = run_cli(
+        ["python", SCRIPT, data, "--output", output, "--variants", "vanilla", "--train-only", *TWO_UPDATES], warm=True
+    )
     assert done.returncode == 0, done.stderr
     return output
 

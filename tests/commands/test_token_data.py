@@ -45,4 +45,6 @@ def test_an_id_beyond_the_dictionary_is_named_with_its_document(workers, shards,
     result = run_cli(flags(folder, tmp_path / "run", *MODEL, "--num-workers", workers, task="ours", updates=10**6))
     error = result.stderr.splitlines()[-1]
     assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert error.startswith(f"error: {path} holds the token id 60000 in document {document} (counted from 0), but the dictionary has")
+    assert error.startswith(
+        f"error: {path} holds the token id 60000 in document {document} (counted from 0), but the dictionary has"
+    )

@@ -43,12 +43,16 @@ def test_resumed_training_is_bitwise_training_straight_through(task, data, run_c
 
 
 def test_same_seed_same_run_other_seed_other_run(data, run_cli, tmp_path, flags, losses):
-    runs = [run_cli(flags(data, tmp_path / str(i), *MODEL, "--seed", seed, updates=3)) for i, seed in enumerate((7, 7, 8))]
+    runs = [
+        run_cli(flags(data, tmp_path / str(i), *MODEL, "--seed", seed, updates=3)) for i, seed in enumerate((7, 7, 8))
+    ]
     assert losses(runs[0]) == losses(runs[1]) != losses(runs[2])
 
 
 @pytest.mark.parametrize("most", [6, pytest.param(20, marks=pytest.mark.nightly)])
-def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(most, data, run_cli, tmp_path, cli_command, flags, json_lines):
+def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(
+    most, data, run_cli, tmp_path, cli_command, flags, json_lines
+):
     more = [*MODEL, "--save-interval-updates", "2", "--keep-interval-updates", "2", "--disable-validation"]
     updates = 15 * most
     straight = run_cli(flags(data, tmp_path / "straight", *more, task="ours", updates=updates))
@@ -57,7 +61,9 @@ def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(most, data
     moment = random.Random(0)
     log, reached, kills = "", 0, 0
     while kills < most:
-        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         lines = []
         for line in process.stdout:  # the moment is counted from when training has begun: start-up is slow and harmless
             lines.append(line)
@@ -78,14 +84,18 @@ def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(most, data
             break
     last = run_cli(flags(data, tmp_path / "killed", *more, task="ours", updates=updates))
     assert last.returncode == 0, last.stderr
-    assert kills == most and same(weights(tmp_path / "straight/checkpoint_last.pt"), weights(tmp_path / "killed/checkpoint_last.pt"))
+    assert kills == most and same(
+        weights(tmp_path / "straight/checkpoint_last.pt"), weights(tmp_path / "killed/checkpoint_last.pt")
+    )
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("task", ["stock", "ours"])
 def test_two_processes_are_one_with_twice_the_batch(task, data, run_cli, tmp_path, flags):
     def logged(name, *words):
-        return flags(data, tmp_path / name, *MODEL, *words, "--tensorboard-logdir", tmp_path / name / "tb", task=task, updates=10)
+        return flags(
+            data, tmp_path / name, *MODEL, *words, "--tensorboard-logdir", tmp_path / name / "tb", task=task, updates=10
+        )
 
     one = run_cli(logged("one", "--update-freq", "2"))
     assert one.returncode == 0, one.stderr
@@ -93,7 +103,11 @@ def test_two_processes_are_one_with_twice_the_batch(task, data, run_cli, tmp_pat
     assert len(alone) == 10
     for backend in ("pytorch_ddp", "legacy_ddp"):
         launch = "torchrun --standalone --nproc_per_node 2 --no-python".split()
-        two = run_cli([*launch, *logged(backend, "--distributed-backend", "gloo", "--ddp-backend", backend)], warm=True, timeout=300)
+        two = run_cli(
+            [*launch, *logged(backend, "--distributed-backend", "gloo", "--ddp-backend", backend)],
+            warm=True,
+            timeout=300,
+        )
         assert two.returncode == 0, two.stderr[-3000:]
         assert curve(tmp_path / backend / "tb/train_inner") == pytest.approx(alone, abs=1e-4)
         a, b = weights(tmp_path / "one/checkpoint_last.pt"), weights(tmp_path / backend / "checkpoint_last.pt")
@@ -101,7 +115,10 @@ def test_two_processes_are_one_with_twice_the_batch(task, data, run_cli, tmp_pat
 
 
 def test_bf16_autocast_follows_fp32(data, run_cli, tmp_path, flags, losses):
-    plain, cast = (run_cli(flags(data, tmp_path / name, *MODEL, "--autocast", name, task="ours", updates=12)) for name in ("none", "bf16"))
+    plain, cast = (
+        run_cli(flags(data, tmp_path / name, *MODEL, "--autocast", name, task="ours", updates=12))
+        for name in ("none", "bf16")
+    )
     assert losses(plain) != losses(cast)
     for update, loss in losses(plain).items():
         assert float(losses(cast)[update]) == pytest.approx(float(loss), rel=0.02)
@@ -109,8 +126,19 @@ def test_bf16_autocast_follows_fp32(data, run_cli, tmp_path, flags, losses):
 
 
 def test_fp16_lowers_its_loss_scale_until_it_fits_and_keeps_decays_in_fp32(data, run_cli, tmp_path, flags, json_lines):
-    words = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 2**22, "--autocast", "none", "--clip-norm", "1.0"]
-    plain = run_cli(flags(data, tmp_path / "plain", *MODEL, "--autocast", "none", "--clip-norm", "1.0", task="ours", updates=8))
+    words = [
+        "--fp16",
+        "--fp16-no-flatten-grads",
+        "--fp16-init-scale",
+        2**22,
+        "--autocast",
+        "none",
+        "--clip-norm",
+        "1.0",
+    ]
+    plain = run_cli(
+        flags(data, tmp_path / "plain", *MODEL, "--autocast", "none", "--clip-norm", "1.0", task="ours", updates=8)
+    )
     half = run_cli(flags(data, tmp_path / "half", *MODEL, *words, task="ours", updates=8))
     assert half.returncode == 0, half.stderr[-3000:]
     assert "gradient overflow" in half.stdout + half.stderr and not (tmp_path / "half" / "bad_batches.jsonl").exists()
@@ -154,7 +182,9 @@ def test_tensorboard_shows_speed_decays_ratios_and_hparams(data, run_cli, tmp_pa
     )
     assert result.returncode == 0, result.stderr
     stock = EventAccumulator(str(tmp_path / "tb" / "train_inner")).Reload()
-    assert {"loss", "gnorm", "wps", "tokens_per_second", "peak_memory_gib", "decay", "ema_over_attention"} <= set(stock.Tags()["scalars"])
+    assert {"loss", "gnorm", "wps", "tokens_per_second", "peak_memory_gib", "decay", "ema_over_attention"} <= set(
+        stock.Tags()["scalars"]
+    )
     ours = EventAccumulator(str(tmp_path / "tb" / "model")).Reload()
     scalars = set(ours.Tags()["scalars"])
     for layer in (0, 1):

@@ -358,8 +358,9 @@ def test_the_old_format_by_hand(tmp_path):
 def test_what_is_no_ordinary_file_does_not_wait(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     for path in (tmp_path / "pipe.pt", "/dev/zero", tmp_path):
-        with pytest.raises(TornCheckpoint,
-            match=r"cannot read checkpoint .*(is a named pipe|is a device|Is a directory)"):
+        with pytest.raises(
+            TornCheckpoint, match=r"cannot read checkpoint .*(is a named pipe|is a device|Is a directory)"
+        ):
             load_checkpoint(path)
     with pytest.raises(TornCheckpoint, match="cannot read checkpoint"):
         load_checkpoint("a\0b")

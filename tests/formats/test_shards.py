@@ -78,7 +78,9 @@ def test_parts_that_do_not_join_are_named(parts):
 
 def test_a_whole_checkpoint_of_a_sharded_run_is_whole(parts, model):
     tensors = {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()}
-    change(parts / "checkpoint_last-shard0.pt", model=tensors, fsdp_metadata={"rank": 0, "world_size": 3, "divided": []})
+    change(
+        parts / "checkpoint_last-shard0.pt", model=tensors, fsdp_metadata={"rank": 0, "world_size": 3, "divided": []}
+    )
     assert load_native(parts / "checkpoint_last-shard0.pt").vocab_size == 43
 
 
@@ -88,13 +90,20 @@ def fairscale_parts(model, tmp_path):
 
 
 def write_fairscale_parts(model, tmp_path, count):
-    """As fairscale 0.4.13 writes them: the first block one vector, all else another, both cut into parts that are padded to one length."""
-    whole = {f"decoder.{name}": tensor for name, tensor in model.state_dict().items() if name != "output_projection.weight"}
+    """As fairscale 0.4.13 writes them: the first block one vector, all else another, both cut into parts that are
+    padded to one length.
+    """
+    whole = {
+        f"decoder.{name}": tensor for name, tensor in model.state_dict().items() if name != "output_projection.weight"
+    }
     block = "decoder.layers.0"
     groups = {block: {}, "": {}}
     for name, tensor in whole.items():
         groups[block if name.startswith(f"{block}.") else ""][name] = tensor
-    states = [{"cfg": {"model": OPTIONS}, "model": {}, "fsdp_metadata": {"param_metadata": [], "buffer_names": []}} for _ in range(count)]
+    states = [
+        {"cfg": {"model": OPTIONS}, "model": {}, "fsdp_metadata": {"param_metadata": [], "buffer_names": []}}
+        for _ in range(count)
+    ]
     for path, tensors in groups.items():
         prefix = f"{path}." if path else ""
         chunks = list(torch.cat([tensor.flatten() for tensor in tensors.values()]).chunk(count))
@@ -102,11 +111,21 @@ def write_fairscale_parts(model, tmp_path, count):
         for state, chunk in zip(states, chunks, strict=True):
             padding = len(chunks[0]) - len(chunk)
             state["model"][f"{prefix}flat_param_0"] = torch.nn.functional.pad(chunk, [0, padding])
-            names, shapes = [name.removeprefix(prefix) for name in tensors], [tensor.shape for tensor in tensors.values()]
+            names, shapes = (
+                [name.removeprefix(prefix) for name in tensors],
+                [tensor.shape for tensor in tensors.values()],
+            )
             flat = {"names": names, "shapes": shapes, "numels": [shape.numel() for shape in shapes], "padding": padding}
-            entry = {"fsdp_path": path, "params": {"flat_param_0": flat}, "no_broadcast_optim_state": False, "shared_param_info": shared}
+            entry = {
+                "fsdp_path": path,
+                "params": {"flat_param_0": flat},
+                "no_broadcast_optim_state": False,
+                "shared_param_info": shared,
+            }
             state["fsdp_metadata"]["param_metadata"].append(entry)
-    assert any(entry["params"]["flat_param_0"]["padding"] for entry in states[-1]["fsdp_metadata"]["param_metadata"]) == (count > 1)
+    assert any(
+        entry["params"]["flat_param_0"]["padding"] for entry in states[-1]["fsdp_metadata"]["param_metadata"]
+    ) == (count > 1)
     for rank, state in enumerate(states):
         torch.save(state, tmp_path / f"model-shard{rank}.pt")
     return tmp_path
@@ -134,8 +153,10 @@ def test_fairscales_parts_of_different_updates(fairscale_parts):
 
 
 ODD_METADATA = {
-    "a billion parts": ({"world_size": 10**9},
-    r"cannot read checkpoint .*-shard3\.pt: it is not there, one of 1,000,000,000 parts"),
+    "a billion parts": (
+        {"world_size": 10**9},
+        r"cannot read checkpoint .*-shard3\.pt: it is not there, one of 1,000,000,000 parts",
+    ),
     "no parts": ({"world_size": 0}, r"number of parts \(fsdp_metadata\) is 0, not a whole number of at least 1"),
     "parts that are a word": ({"world_size": "3"}, r"number of parts \(fsdp_metadata\) is '3', not a whole number"),
     "fewer parts": ({"world_size": 2}, "the checkpoint has 2 parts, and of these some are missing or doubled"),
@@ -163,8 +184,10 @@ def test_odd_metadata(case, parts):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"decoder.layers.0.fc1.bias": torch.zeros(2, 2)},
-            r"parts do not fit one another or their fsdp_metadata \(RuntimeError: "),
+        (
+            {"decoder.layers.0.fc1.bias": torch.zeros(2, 2)},
+            r"parts do not fit one another or their fsdp_metadata \(RuntimeError: ",
+        ),
         ({"decoder.layers.0.fc1.bias": torch.tensor(1.0)}, "parts do not fit one another"),
         ({"decoder.layers.0.fc1.bias": torch.zeros(8).long()}, "the parts of a tensor are of different types"),
         ({"decoder.layers.0.fc1.bias": 5}, r"decoder\.layers\.0\.fc1\.bias is no tensor"),
@@ -203,8 +226,10 @@ def test_odd_parts_are_not_joined_by_the_command(parts, capsys):
 
     file = parts / "checkpoint_last-shard0.pt"
     metadata = torch.load(file)["fsdp_metadata"]
-    for entries, message in (({"world_size": 10**9}, "checkpoint_last-shard3.pt"),
-        ({"world_size": [1]}, "its number of parts")):
+    for entries, message in (
+        ({"world_size": 10**9}, "checkpoint_last-shard3.pt"),
+        ({"world_size": [1]}, "its number of parts"),
+    ):
         change(file, fsdp_metadata=metadata | entries)
         assert main([str(file), str(parts / "out.pt")]) == 2
         error = capsys.readouterr().err

@@ -119,13 +119,26 @@ def films(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(films, checkpoint, tmp_path_factory):
-    """Without demonstrations and with two, after </s> (the default) and a line break: what fairseq-eval finds, and a task of the harness
-    whose prompts are the very same text. {name of the task: (accuracy, predictions)}, and the folder of the tasks."""
+    """Without demonstrations and with two, after </s> (the default) and a line break: what fairseq-eval finds, and a
+    task of the harness whose prompts are the very same text. {name of the task: (accuracy, predictions)}, and the
+    folder of the tasks.
+    """
     folder = tmp_path_factory.mktemp("tasks")
     train, rows = read(films / "train.jsonl"), read(films / "validation.jsonl")
     found = {}
     for name, separator, flags in (("end", "</s>", []), ("line", "\n", ["--separator", r"\n"])):
-        words = ["--task", "icl_classification", "--path", checkpoint, "--datasets", films / "films.yaml", "--shots", "0,2", "--seeds", "5"]
+        words = [
+            "--task",
+            "icl_classification",
+            "--path",
+            checkpoint,
+            "--datasets",
+            films / "films.yaml",
+            "--shots",
+            "0,2",
+            "--seeds",
+            "5",
+        ]
         out = folder / "results" / name
         assert evaluate.main([*map(str, words), "--score", "sum", "--results-dir", str(out), *flags]) == 0
         predictions = read(out / "predictions.jsonl")
@@ -133,7 +146,10 @@ def evaluated(films, checkpoint, tmp_path_factory):
             task = f"films_{name}_{run['shots']}shot"
             shown = [f"{prompt(train[i])} {CHOICES[train[i]['label']]}{separator}" for i in run["demonstrations"]]
             assert len(shown) == run["shots"]
-            write(folder / f"{task}.jsonl", [{"prompt": "".join(shown) + prompt(row), "label": row["label"]} for row in rows])
+            write(
+                folder / f"{task}.jsonl",
+                [{"prompt": "".join(shown) + prompt(row), "label": row["label"]} for row in rows],
+            )
             settings = {
                 "task": task, "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
                 "dataset_kwargs": {"data_files": {"test": str(folder / f"{task}.jsonl")}, "cache_dir": str(folder / "cache")},
@@ -159,14 +175,23 @@ def assert_same(evaluated, accuracies, samples):
 
 
 def test_the_command_gives_the_accuracies_of_fairseq_eval(evaluated, checkpoint, run_cli, tmp_path):
-    words = ["--model", "momentum_lm", "--model_args", f"path={checkpoint},device=cpu,dtype=fp32", "--tasks", ",".join(evaluated[0])]
+    words = [
+        "--model",
+        "momentum_lm",
+        "--model_args",
+        f"path={checkpoint},device=cpu,dtype=fp32",
+        "--tasks",
+        ",".join(evaluated[0]),
+    ]
     files = ["--include_path", evaluated[1], "--output_path", tmp_path / "out", "--log_samples"]
     environment = {"HF_HOME": tmp_path / "hub", "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     done = run_cli(["lm_eval", "run", *words, *files], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     content = json.loads(results.read_text())
-    assert content["config"]["model"] == "momentum_lm" and content["config"]["model_sha"] == load_native(checkpoint).sha256
+    assert (
+        content["config"]["model"] == "momentum_lm" and content["config"]["model_sha"] == load_native(checkpoint).sha256
+    )
     samples = {task: read(next(results.parent.glob(f"samples_{task}_*.jsonl"))) for task in evaluated[0]}
     for lines in samples.values():
         for sample in lines:  # which it writes as text
@@ -179,7 +204,11 @@ def test_the_library_gives_them_too(form, evaluated, checkpoint, harness):
     arguments = {"path": str(checkpoint), "device": "cpu"}
     given = {
         "arguments": {"model": "momentum_lm", "model_args": arguments, "device": "cuda:0", "batch_size": "auto"},
-        "string": {"model": "momentum_lm", "model_args": ",".join(f"{k}={v}" for k, v in arguments.items()), "batch_size": 4},
+        "string": {
+            "model": "momentum_lm",
+            "model_args": ",".join(f"{k}={v}" for k, v in arguments.items()),
+            "batch_size": 4,
+        },
         "instance": {"model": harness},
     }[form]
     tasks = TaskManager(include_path=str(evaluated[1]), include_defaults=False)
@@ -222,13 +251,16 @@ def test_a_special_token_in_a_text_is_one_for_hf_on_the_export_too(harness, nati
 
 
 def test_padding_in_a_text_is_told(harness):
-    with pytest.raises(UserError,
-        match=r"a prompt holds <pad>, the padding of .*model.pt, which it cannot read: 'good <pad>'"):
+    with pytest.raises(
+        UserError, match=r"a prompt holds <pad>, the padding of .*model.pt, which it cannot read: 'good <pad>'"
+    ):
         ask(harness, "loglikelihood", [("good <pad>", " film")])
 
 
 def test_white_space_before_a_continuation_is_its_own(harness):
-    answers = ask(harness, "loglikelihood", [("the film ", "is"), ("the film", " is"), ("the film\n", "is"), ("the film", "\nis")])
+    answers = ask(
+        harness, "loglikelihood", [("the film ", "is"), ("the film", " is"), ("the film\n", "is"), ("the film", "\nis")]
+    )
     assert answers[0] == answers[1] and answers[2] == answers[3] != answers[0]
 
 
@@ -237,7 +269,9 @@ def test_the_greedy_text_is_greedy(harness):
         (text,) = ask(harness, "generate_until", [(context, {"max_gen_toks": 12})])
         words = re.findall(" ?[^ ]+", text)
         asked = [(context, "".join(words[:n])) for n in range(1, len(words))]
-        changed = [(context, "".join([*words[:n], " dull" if words[n] != " dull" else " plot"])) for n in range(len(words))]
+        changed = [
+            (context, "".join([*words[:n], " dull" if words[n] != " dull" else " plot"])) for n in range(len(words))
+        ]
         assert all(greedy for _, greedy in ask(harness, "loglikelihood", asked))
         assert not any(greedy for _, greedy in ask(harness, "loglikelihood", changed))
 
@@ -265,7 +299,9 @@ def test_rolling_perplexity_is_that_of_lm_perplexity(checkpoint, native, tmp_pat
     documents = [[*ids, EOS] for ids in native.encode(texts)]
     cut = [ids if len(ids) < length else ids[: len(ids) // length * length] for ids in documents]
     spoken = [native.decode(ids) for ids in cut]
-    assert [native.encode([text.removesuffix("</s>")])[0] for text in spoken] == [[t for t in ids if t != EOS] for ids in cut]
+    assert [native.encode([text.removesuffix("</s>")])[0] for text in spoken] == [
+        [t for t in ids if t != EOS] for ids in cut
+    ]
     assert max(map(len, cut)) >= 3 * length and min(map(len, cut)) < length
     harness = MomentumLM(str(checkpoint), max_length=length)
     found = ask(harness, "loglikelihood_rolling", [(text,) for text in spoken])
@@ -308,7 +344,9 @@ def test_text_ends_before_what_it_is_to_end_at(harness, monkeypatch):
     monkeypatch.setattr(harness.lm.model, "features", lambda *a, **k: (steps.append(0), features(*a, **k))[1])
     for end in ends:
         for until in (end, ["never", end, ""]):
-            found = ask(harness, "generate_until", [(context, {"max_gen_toks": 25, "until": until}) for context in CONTEXTS])
+            found = ask(
+                harness, "generate_until", [(context, {"max_gen_toks": 25, "until": until}) for context in CONTEXTS]
+            )
             assert found == [text.split(end)[0] for text in whole]
     steps.clear()
     ask(harness, "generate_until", [(CONTEXTS[0], {"max_gen_toks": 25, "until": whole[0][3:6]})])
@@ -316,15 +354,23 @@ def test_text_ends_before_what_it_is_to_end_at(harness, monkeypatch):
 
 
 def test_sampling_is_seeded_and_greedy_without_temperature(harness):
-    asked = [(context, {"max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "top_p": 0.95}) for context in CONTEXTS]
+    asked = [
+        (context, {"max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "top_p": 0.95}) for context in CONTEXTS
+    ]
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         runs.append(ask(harness, "generate_until", asked))
     assert runs[0] == runs[1] != runs[2]
     greedy = ask(harness, "generate_until", [(context, {"max_gen_toks": 20}) for context in CONTEXTS])
-    for given in ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0, "num_beams": 1}, {"do_sample": True, "top_k": 1}):
-        assert ask(harness, "generate_until", [(context, {"max_gen_toks": 20, **given}) for context in CONTEXTS]) == greedy
+    for given in (
+        {"do_sample": False, "temperature": 0.7},
+        {"temperature": 0.0, "num_beams": 1},
+        {"do_sample": True, "top_k": 1},
+    ):
+        assert (
+            ask(harness, "generate_until", [(context, {"max_gen_toks": 20, **given}) for context in CONTEXTS]) == greedy
+        )
 
 
 def test_a_loaded_model_is_taken_as_it_is(native):
@@ -341,7 +387,9 @@ def test_half_precision(checkpoint, harness):
         found = [total for total, _ in ask(half, "loglikelihood", asked)]
         np.testing.assert_allclose(found, exact, atol=0.3)
         assert found != exact
-        texts = ask(half, "generate_until", [(context, {"max_gen_toks": 5, "temperature": 1.0}) for context in CONTEXTS])
+        texts = ask(
+            half, "generate_until", [(context, {"max_gen_toks": 5, "temperature": 1.0}) for context in CONTEXTS]
+        )
         assert all(isinstance(text, str) for text in texts) and any(texts)
 
 
@@ -416,9 +464,17 @@ def test_what_cannot_be_asked_is_told(harness):
         ask(harness, "generate_until", [("good", {"until": ["x"]})])
     with pytest.raises(UserError, match="generation argument num_beams=4: momentum_lm has until"):
         ask(harness, "generate_until", [("good", {"num_beams": 4, "max_gen_toks": 5})])
-    for name, value, message in (("top_k", -1.0, "a whole number"), ("top_p", 0, "above 0 and at most 1"), ("top_p", 1.1, "at most 1")):
+    for name, value, message in (
+        ("top_k", -1.0, "a whole number"),
+        ("top_p", 0, "above 0 and at most 1"),
+        ("top_p", 1.1, "at most 1"),
+    ):
         with pytest.raises(UserError, match=f"generation argument {name}={value}: give .*{message}"):
-            ask(harness, "generate_until", [("good", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 5, name: value})])
+            ask(
+                harness,
+                "generate_until",
+                [("good", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 5, name: value})],
+            )
     with pytest.raises(UserError, match="the continuation '' has no tokens"):
         ask(harness, "loglikelihood", [("good", "")])
     with pytest.raises(UserError, match=r"a continuation has \d+ tokens, but .* takes 160"):

@@ -19,7 +19,9 @@ def test_none_is_a_copy():
 def test_contextual():
     """Labels' shares after inputs without content: 3/4, 1/4 and 1/2, 1/2; their mean: 5/8, 3/8."""
     result = calibration.apply("contextual", TWO, content_free=log([[0.3, 0.1], [0.2, 0.2]]))
-    np.testing.assert_allclose(result, log([[0.6 * 8 / 5, 0.3 * 8 / 3], [0.1 * 8 / 5, 0.4 * 8 / 3], [0.8, 4 / 3]]), rtol=1e-14)
+    np.testing.assert_allclose(
+        result, log([[0.6 * 8 / 5, 0.3 * 8 / 3], [0.1 * 8 / 5, 0.4 * 8 / 3], [0.8, 4 / 3]]), rtol=1e-14
+    )
     assert result.argmax(1).tolist() == [0, 1, 1]
 
 
@@ -40,7 +42,9 @@ def test_batch_removes_a_constant_preference():
     assert calibration.apply("batch", biased).argmax(1).tolist() == plain.argmax(1).tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("premise", [log([0.5, 0.1]), log([[0.5, 0.1]]), log([[0.5, 0.1]] * 3)], ids=["C", "1xC", "nxC"])
+@pytest.mark.parametrize(
+    "premise", [log([0.5, 0.1]), log([[0.5, 0.1]]), log([[0.5, 0.1]] * 3)], ids=["C", "1xC", "nxC"]
+)
 def test_domain_pmi(premise):
     result = calibration.apply("domain_pmi", TWO, domain=premise)
     np.testing.assert_allclose(result, log([[1.2, 3.0], [0.2, 4.0], [1.0, 5.0]]), rtol=1e-14)
@@ -67,7 +71,9 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_extreme_scores_stay_finite():
-    """Long continuations have log-probabilities far below the range of exp: e^-1000 of probability is still divided out."""
+    """Long continuations have log-probabilities far below the range of exp: e^-1000 of probability is still divided
+    out.
+    """
     scores = np.array([[-2000.0, -1000.0], [-2001.0, -1000.0]])
     share = log((1 + np.exp(-1)) / 2)  # of the first label on average, beside e^-1000
     np.testing.assert_allclose(calibration.apply("batch", scores), [[-share, 0.0], [-1 - share, 0.0]], atol=1e-9)

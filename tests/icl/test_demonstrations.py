@@ -56,7 +56,10 @@ def test_balanced_labels_differ_by_one_at_most(shots):
 
 
 def test_the_seed_chooses_who_has_one_more_and_the_order():
-    extra = {Counter(example.gold for example in select(TRAIN, 4, seed, "balanced", 3)).most_common(1)[0][0] for seed in range(20)}
+    extra = {
+        Counter(example.gold for example in select(TRAIN, 4, seed, "balanced", 3)).most_common(1)[0][0]
+        for seed in range(20)
+    }
     orders = {tuple(example.gold for example in select(TRAIN, 6, seed, "balanced", 3)) for seed in range(20)}
     assert extra == {0, 1, 2}
     assert len(orders) > 10  # shuffled, not one label after the other
@@ -96,7 +99,9 @@ def test_a_label_without_an_example_is_named():
 
 def test_fewer_shots_than_labels_are_warned_of(caplog):
     assert len({example.gold for example in select(TRAIN, 2, 1, "balanced", 3)}) == 2
-    assert [record.getMessage() for record in caplog.records] == ["2 shots for 3 labels: 1 of them have no demonstration"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 shots for 3 labels: 1 of them have no demonstration"
+    ]
     caplog.clear()
     select(TRAIN, 3, 1, "balanced", 3)
     assert not caplog.records
@@ -111,7 +116,9 @@ def test_what_cannot_be_drawn():
 
 def test_the_draws_are_the_same_in_every_process_and_version():
     """Recorded with NumPy 2.4 on Python 3.11: a change here changes every published number."""
-    drawn = [indices(select(TRAIN, 5, 1, sampling, order=order)) for sampling in ("random", "balanced") for order in (0, 2)]
+    drawn = [
+        indices(select(TRAIN, 5, 1, sampling, order=order)) for sampling in ("random", "balanced") for order in (0, 2)
+    ]
     assert drawn == [[43, 48, 62, 20, 86], [86, 48, 43, 20, 62], [86, 62, 84, 52, 43], [43, 62, 86, 52, 84]]
 
 

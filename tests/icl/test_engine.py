@@ -61,7 +61,9 @@ def scores_of(*given):
 def shapes(lm, monkeypatch):
     """Those of all tokens that go through the model."""
     seen, features = [], lm.model.features
-    monkeypatch.setattr(lm.model, "features", lambda tokens, *a, **k: (seen.append(tuple(tokens.shape)), features(tokens, *a, **k))[1])
+    monkeypatch.setattr(
+        lm.model, "features", lambda tokens, *a, **k: (seen.append(tuple(tokens.shape)), features(tokens, *a, **k))[1]
+    )
     return seen
 
 
@@ -131,7 +133,9 @@ def test_the_prefix_goes_through_the_model_once(lm, examples, shapes):
     prompts = build(lm, FORM, examples[:3], examples)
     sums_of(lm, prompts, 50)
     assert shapes[0] == (1, prompts.shared) and prompts.shared > 20
-    assert max(shape[1] for shape in shapes[1:]) == max(len(r.read) for q in prompts.queries for r in q) - prompts.shared
+    assert (
+        max(shape[1] for shape in shapes[1:]) == max(len(r.read) for q in prompts.queries for r in q) - prompts.shared
+    )
 
 
 def test_batches_keep_to_their_budget(lm, examples, choices):
@@ -202,7 +206,9 @@ def draw(rng, vocab, count):
 
 @pytest.fixture(scope="module")
 def requests(lm):
-    """Long and short beginnings in common, rows that begin others, choices of a context, repetitions, lone requests; in no order."""
+    """Long and short beginnings in common, rows that begin others, choices of a context, repetitions, lone requests; in
+    no order.
+    """
     rng = random.Random(0)
     new = functools.partial(draw, rng, lm.vocab_size)
     found = []
@@ -235,7 +241,9 @@ def test_answers_are_those_of_full_prompts(make_lm, requests, decoder, most):
     answers = dict(found)
     assert len(found) == len(requests) and sorted(answers) == list(range(len(requests)))
     expected = [brute_force(lm, request) for request in requests]
-    np.testing.assert_allclose([answers[n][0] for n in range(len(requests))], [total for total, _ in expected], atol=1e-4)
+    np.testing.assert_allclose(
+        [answers[n][0] for n in range(len(requests))], [total for total, _ in expected], atol=1e-4
+    )
     assert [answers[n][1] for n in range(len(requests))] == [same for _, same in expected]
 
 
@@ -266,7 +274,9 @@ def test_what_many_begin_with_goes_through_the_model_once(lm, shapes, monkeypatc
     answers = dict(score(lm, requests))
     assert sum(rows * length for rows, length in shapes) == 3 * 100 + 60 * 5
     monkeypatch.undo()
-    np.testing.assert_allclose([answers[n][0] for n in range(60)], [brute_force(lm, request)[0] for request in requests], atol=1e-4)
+    np.testing.assert_allclose(
+        [answers[n][0] for n in range(60)], [brute_force(lm, request)[0] for request in requests], atol=1e-4
+    )
 
 
 def test_choices_of_one_token_share_a_row(lm, shapes):

@@ -16,7 +16,9 @@ LESSONS = [Lesson([0, 5, 9, 20, 31]), Lesson([0, 7, 7, 40, 12, 50, 61]), Lesson(
 
 def huggingface(family):
     transformers = pytest.importorskip("transformers")
-    common = dict(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+    common = dict(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32
+    )
     configs = {
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
@@ -75,7 +77,9 @@ def test_is_sgd_on_keys_and_values(model, start):
         assert done.losses == pytest.approx(losses, rel=1e-5)
         changed = 0
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.detach(), dict(expected.named_parameters())[name].detach(), atol=2e-6, rtol=1e-4)
+            torch.testing.assert_close(
+                parameter.detach(), dict(expected.named_parameters())[name].detach(), atol=2e-6, rtol=1e-4
+            )
             changed += not torch.equal(parameter, before[name])
             assert not parameter.requires_grad
         assert changed >= 4
@@ -87,7 +91,9 @@ def test_all_parameters_and_names(model):
     expected, _ = sgd(model, LESSONS[:1], 0.05, kv=False)
     with finetuned(model, LESSONS[:1], 0.05, parameters="all"):
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.detach(), dict(expected.named_parameters())[name].detach(), atol=2e-6, rtol=1e-4)
+            torch.testing.assert_close(
+                parameter.detach(), dict(expected.named_parameters())[name].detach(), atol=2e-6, rtol=1e-4
+            )
     first = next(name for name, _ in model.named_parameters() if "layers.0" in name or "h.0" in name)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with finetuned(model, LESSONS[:1], 0.5, parameters=first.replace(".", r"\.")):
@@ -101,7 +107,9 @@ def test_all_parameters_and_names(model):
 def test_queries_are_those_before_each_step(model):
     with finetuned(model, LESSONS, 0.3, keep_queries=True) as done:
         pass
-    assert [[layer.shape for layer in lesson] for lesson in done.queries] == [[(len(lesson.tokens), 32)] * 2 for lesson in LESSONS]
+    assert [[layer.shape for layer in lesson] for lesson in done.queries] == [
+        [(len(lesson.tokens), 32)] * 2 for lesson in LESSONS
+    ]
     for count in range(3):
         trace = AttentionTrace()
         with finetuned(model, LESSONS[:count], 0.3), torch.no_grad(), tracing(model, trace):
@@ -118,7 +126,12 @@ def test_layerwise_learns_in_each_block_alone(model):
     for block in anatomy(expected).blocks:
         block.register_forward_pre_hook(lambda m, given, options: inputs.append((given, options)), with_kwargs=True)
     logits(expected, LESSONS[1].tokens)
-    parent = getattr(expected, "model", None) or getattr(expected, "transformer", None) or getattr(expected, "gpt_neox", None) or expected
+    parent = (
+        getattr(expected, "model", None)
+        or getattr(expected, "transformer", None)
+        or getattr(expected, "gpt_neox", None)
+        or expected
+    )
     norm = next(getattr(parent, n) for n in ("norm", "ln_f", "final_layer_norm", "layer_norm") if hasattr(parent, n))
     head = expected.output_projection if parent is expected else expected.get_output_embeddings()
     seen = list(inputs)
@@ -129,13 +142,17 @@ def test_layerwise_learns_in_each_block_alone(model):
         out = out[0] if isinstance(out, tuple) else out
         loss = F.cross_entropy(head(norm(out))[0, :-1], tokens[0, 1:])
         names = [(n, p) for n, p in block.named_parameters()]
-        for (name, parameter), grad in zip(names, torch.autograd.grad(loss, [p for _, p in names], allow_unused=True), strict=True):
+        for (name, parameter), grad in zip(
+            names, torch.autograd.grad(loss, [p for _, p in names], allow_unused=True), strict=True
+        ):
             if grad is not None:
                 is_key_or_value(name, parameter, grad)
                 parameter.data -= rate * grad
     with finetuned(model, LESSONS[1:2], rate, layerwise=True):
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.detach(), dict(expected.named_parameters())[name].detach(), atol=2e-6, rtol=1e-4)
+            torch.testing.assert_close(
+                parameter.detach(), dict(expected.named_parameters())[name].detach(), atol=2e-6, rtol=1e-4
+            )
 
 
 def test_divergence_is_named_and_undone(model):
@@ -149,7 +166,10 @@ def test_divergence_is_named_and_undone(model):
 def test_weights_that_were_broken_before_are_told(model):
     broken = copy.deepcopy(model)
     torch.nn.init.constant_(next(broken.parameters()), float("nan"))
-    with pytest.raises(UserError, match="loss is nan before it is finetuned: its weights are broken"), finetuned(broken, LESSONS, 0.1):
+    with (
+        pytest.raises(UserError, match="loss is nan before it is finetuned: its weights are broken"),
+        finetuned(broken, LESSONS, 0.1),
+    ):
         pass
 
 

@@ -60,7 +60,9 @@ def test_what_contexts_begin_with_is_read_once(make_lm, decoder, monkeypatch):
     beginning = [0, *range(60, 100)]
     contexts = [[*beginning, *context[1:]] for context in CONTEXTS for _ in range(9)]
     seen, features = [], lm.model.features
-    monkeypatch.setattr(lm.model, "features", lambda tokens, *a, **k: (seen.append(tuple(tokens.shape)), features(tokens, *a, **k))[1])
+    monkeypatch.setattr(
+        lm.model, "features", lambda tokens, *a, **k: (seen.append(tuple(tokens.shape)), features(tokens, *a, **k))[1]
+    )
     found = generate(lm, contexts, 10)
     assert seen[:2] == [(1, 40), (36, 36)]
     monkeypatch.undo()
@@ -140,5 +142,10 @@ def test_broken_weights_are_told(make_lm):
 
 
 def test_memory_bounds_the_rows(make_lm):
-    assert row_budget(make_lm(layers=1), 160) > row_budget(make_lm(layers=40), 160) > row_budget(make_lm(layers=40), 1600) >= 1
+    assert (
+        row_budget(make_lm(layers=1), 160)
+        > row_budget(make_lm(layers=40), 160)
+        > row_budget(make_lm(layers=40), 1600)
+        >= 1
+    )
     assert row_budget(make_lm(layers=1), 10**9) == 1

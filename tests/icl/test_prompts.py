@@ -6,7 +6,11 @@ from momentum_lm.icl.engine import Request
 from momentum_lm.icl.prompts import PromptFormat, build, demonstration_text, fit, longest_query, special_notes
 from momentum_lm.text.dictionary import BOS, EOS
 
-FORMS = {"tokens": PromptFormat((BOS,), (EOS,)), "text": PromptFormat((), "\n\n"), "bos_text": PromptFormat((EOS,), " ")}
+FORMS = {
+    "tokens": PromptFormat((BOS,), (EOS,)),
+    "text": PromptFormat((), "\n\n"),
+    "bos_text": PromptFormat((EOS,), " "),
+}
 
 
 def whole(lm, form, demonstrations, given):
@@ -42,7 +46,9 @@ def test_prefix_and_request_make_the_whole_prompt(lm, which, shots, form, reques
 
 def test_what_is_shared_shrinks_as_queries_arrive(lm):
     labels = (" good",)
-    many = [Example(i, ("the plot is thin",), labels, 0) for i in range(300)] + [Example(300, ("the actors are",), labels, 0)]
+    many = [Example(i, ("the plot is thin",), labels, 0) for i in range(300)] + [
+        Example(300, ("the actors are",), labels, 0)
+    ]
     prompts = build(lm, FORMS["text"], [], many)
     assert lm.decode(prompts.queries[0][0].context[: prompts.shared]) == "the"
     assert lm.decode(prompts.queries[0][0].tokens) == "the plot is thin good"
@@ -82,7 +88,10 @@ def test_fit_follows_the_authors_rule(make_lm, examples):
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (Example(7, ("long " * 200,), (" good",), 0), r"example 7 has a prompt of \d+ tokens, but .* takes 160; .*with shorten"),
+        (
+            Example(7, ("long " * 200,), (" good",), 0),
+            r"example 7 has a prompt of \d+ tokens, but .* takes 160; .*with shorten",
+        ),
         (Example(7, ("",), (" good",), 0), "example 7 has no token before its continuation; .*with bos"),
         (Example(7, ("a film",), ("",), 0), "example 7 has a continuation without tokens"),
     ],

@@ -1,4 +1,6 @@
-"""Against plain transformers, for the families that differ in what their caches and masks do. Models are small and random."""
+"""Against plain transformers, for the families that differ in what their caches and masks do. Models are small and
+random.
+"""
 
 import contextlib
 import gc
@@ -23,7 +25,9 @@ FAMILIES = {
     "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "llama": lambda: transformers.LlamaConfig(**LLAMA),
     "mistral_window": lambda: transformers.MistralConfig(**LLAMA, sliding_window=7),
-    "gemma2_softcap": lambda: transformers.Gemma2Config(**LLAMA, head_dim=8, sliding_window=6, final_logit_softcapping=5.0),
+    "gemma2_softcap": lambda: transformers.Gemma2Config(
+        **LLAMA, head_dim=8, sliding_window=6, final_logit_softcapping=5.0
+    ),
     "neox": lambda: transformers.GPTNeoXConfig(**COMMON, intermediate_size=48),
     "opt": lambda: transformers.OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32),
     "bloom_alibi": lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
@@ -39,8 +43,12 @@ def tokenizer():
     import tokenizers
 
     model = tokenizers.ByteLevelBPETokenizer()
-    model.train_from_iterator(["a film that is good", "a film that is bad"], VOCAB, special_tokens=["<s>", "<pad>", "</s>"])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    model.train_from_iterator(
+        ["a film that is good", "a film that is bad"], VOCAB, special_tokens=["<s>", "<pad>", "</s>"]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def random_model(family):
@@ -157,7 +165,9 @@ def check_log_probs(lm, side, prefix_length):
     index = torch.tensor(wanted).unbind(1)
     for _ in range(2):  # reading a prefix does not change it
         found, likeliest = lm.log_probs(tokens, padding, *index, memory)
-        assert likeliest.tolist() == [bool(whole.argmax() == target) for whole, target in zip(distributions, index[2], strict=True)]
+        assert likeliest.tolist() == [
+            bool(whole.argmax() == target) for whole, target in zip(distributions, index[2], strict=True)
+        ]
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=1e-5)
 
@@ -168,7 +178,8 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(tokenizer):
     lm = HuggingFaceLM(random_model("gpt2"), tokenizer, "gpt2", "")
     assert lm.bos == () and lm.separator == "\n\n" and lm.max_positions == 64 and lm.vocab_size == VOCAB
     copy = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()), bos_token="<s>"
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
+        bos_token="<s>",
     )
     copy.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert HuggingFaceLM(random_model("gpt2"), copy, "gpt2", "").bos == (0,)
@@ -182,7 +193,9 @@ def test_load_a_folder(tokenizer, tmp_path):
     lm, again = load_huggingface(str(tmp_path)), load_huggingface(str(tmp_path), dtype=torch.bfloat16)
     assert lm.dtype == torch.float32 and again.dtype == torch.bfloat16 and lm.sha256 == again.sha256
     record = json.loads(json.dumps(lm.describe()))
-    assert record["architecture"]["model_type"] == "llama" and record["parameters"] == sum(p.numel() for p in lm.model.parameters())
+    assert record["architecture"]["model_type"] == "llama" and record["parameters"] == sum(
+        p.numel() for p in lm.model.parameters()
+    )
 
 
 def test_what_does_not_load_is_said_in_a_line(tmp_path):

@@ -22,4 +22,6 @@ print(run(range(110, 700)) - before)
 
 def test_hundreds_of_shapes_cost_no_memory():
     grown = int(subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout)
-    assert grown < 250_000, f"{grown} KiB for 590 shapes"  # 580,000 where oneDNN keeps all; the outputs' own memory is 100,000
+    assert grown < 250_000, (
+        f"{grown} KiB for 590 shapes"
+    )  # 580,000 where oneDNN keeps all; the outputs' own memory is 100,000

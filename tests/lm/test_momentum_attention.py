@@ -106,7 +106,11 @@ def test_with_a_cache_as_in_one_pass(family):
             cache, start = transformers.DynamicCache(config=model.config), 0
             for step in (18, 1, 1, 4, 1, 15):
                 end = start + step
-                given = {} if cut_mask is None else {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+                given = (
+                    {}
+                    if cut_mask is None
+                    else {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+                )
                 part = model(tokens[:, start:end], past_key_values=cache, use_cache=True, **given).logits
                 seen = mask[:, start:end].bool() if cut_mask is not None else torch.ones(3, step, dtype=torch.bool)
                 close(part[seen], whole[:, start:end][seen], atol=1e-5, rtol=1e-5)
@@ -138,7 +142,10 @@ def test_a_gate_of_zero_is_the_model_itself(family):
     changed = model(tokens).logits
     assert (changed - before[0]).abs().max() > 0.1
     add_momentum(model, 0.5, gate=0.0)
-    assert all(torch.equal(x, y) for x, y in zip(before, [model(tokens).logits, model(tokens, attention_mask=mask).logits], strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(before, [model(tokens).logits, model(tokens, attention_mask=mask).logits], strict=True)
+    )
     add_momentum(model, 0.5)
     assert torch.equal(model(tokens).logits, changed)
 
@@ -148,8 +155,12 @@ def tokenizer():
     import tokenizers
 
     model = tokenizers.ByteLevelBPETokenizer()
-    model.train_from_iterator(["a film that is good", "a film that is bad"], VOCAB, special_tokens=["<s>", "<pad>", "</s>"])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    model.train_from_iterator(
+        ["a film that is good", "a film that is bad"], VOCAB, special_tokens=["<s>", "<pad>", "</s>"]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -233,12 +244,16 @@ def test_icl_against_finetuning(tokenizer, tmp_path):
         assert line["setting"] == "zero_shot" and line["index"] == 0
         for score, ids in zip(line["scores"], both, strict=True):
             log_probs = lm.model(torch.tensor([ids])).logits[0, len(given) - 1 : -1].log_softmax(-1)
-            assert score == pytest.approx(log_probs.gather(1, torch.tensor(ids[len(given) :])[:, None]).mean().item(), abs=1e-4)
+            assert score == pytest.approx(
+                log_probs.gather(1, torch.tensor(ids[len(given) :])[:, None]).mean().item(), abs=1e-4
+            )
     for part in (lambda run: run, lambda run: run["baselines"]["untrained"], lambda run: run["baselines"]["lcgd"]):
         without, with_momentum = (part(run)["corrected"] for run in found)
         assert with_momentum["simaou"] != pytest.approx(without["simaou"], rel=1e-3)
     corrected = [run["corrected"]["relaxation_cosine"] for run in found]
-    assert corrected[0][0] == pytest.approx(corrected[1][0]) and corrected[0][1] != pytest.approx(corrected[1][1], rel=1e-3)
+    assert corrected[0][0] == pytest.approx(corrected[1][0]) and corrected[0][1] != pytest.approx(
+        corrected[1][1], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("prefix", [0, 5])
@@ -257,7 +272,9 @@ def test_traces_have_momentum(family, prefix):
             model(whole[:1, :prefix], past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(3)
         with tracing(model, trace):
-            traced = model(tokens, **({"past_key_values": cache, "use_cache": True} if prefix else {"use_cache": False})).logits
+            traced = model(
+                tokens, **({"past_key_values": cache, "use_cache": True} if prefix else {"use_cache": False})
+            ).logits
         assert model.config._attn_implementation == implementation
         for module in attention_modules(model):
             module.register_forward_hook(lambda module, given, result: outputs.append(result[0]))
@@ -268,7 +285,12 @@ def test_traces_have_momentum(family, prefix):
     if not prefix:  # the first layer's inputs are the same
         close(trace.logits[0], plain.logits[0])
         assert (trace.outputs[0] - plain.outputs[0]).norm() > 0.1 * plain.outputs[0].norm()
-        close(trace.relaxed_outputs[0] - plain.relaxed_outputs[0], trace.outputs[0] - plain.outputs[0], atol=1e-5, rtol=1e-4)
+        close(
+            trace.relaxed_outputs[0] - plain.relaxed_outputs[0],
+            trace.outputs[0] - plain.outputs[0],
+            atol=1e-5,
+            rtol=1e-4,
+        )
 
 
 def test_models_made_from_one_have_its_momentum_too(tokenizer):
@@ -299,7 +321,9 @@ def test_a_saved_copy_and_another_attention_have_none(tokenizer, tmp_path):
             with tracing(other, AttentionTrace(torch.tensor([[8]]))):
                 close(other(tokens).logits, plain(tokens).logits)
             close(other(tokens).logits, plain(tokens).logits)
-            assert not any("added" in name for name in HuggingFaceLM(other, tokenizer, "llama", "").describe()["architecture"])
+            assert not any(
+                "added" in name for name in HuggingFaceLM(other, tokenizer, "llama", "").describe()["architecture"]
+            )
 
 
 def test_a_model_that_fails_keeps_its_attention(monkeypatch):
@@ -323,14 +347,19 @@ def test_what_cannot_have_momentum_is_refused(make_lm):
     for model, message in (
         (random_model(xglm), other.format("XGLMForCausalLM")),
         (random_model("llama", attn_implementation="eager"), other.format("LlamaForCausalLM")),
-        (random_model(falcon), "FalconForCausalLM does not use transformers' attention interface, so momentum cannot be added"),
+        (
+            random_model(falcon),
+            "FalconForCausalLM does not use transformers' attention interface, so momentum cannot be added",
+        ),
         (ours, "MomentumLMForCausalLM has momentum of its own"),
     ):
         implementation, logits = model.config._attn_implementation, model(random_tokens(1, 5)).logits
         with pytest.raises(UserError, match=r"^eta") as caught:
             add_momentum(model, 0.5)
         assert message in str(caught.value) and "\n" not in str(caught.value)
-        assert model.config._attn_implementation == implementation and torch.equal(model(random_tokens(1, 5)).logits, logits)
+        assert model.config._attn_implementation == implementation and torch.equal(
+            model(random_tokens(1, 5)).logits, logits
+        )
     for eta in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match=f"eta={eta}: the decay must lie strictly between 0 and 1"):
             add_momentum(random_model("llama"), eta)
@@ -350,24 +379,45 @@ def command(tokenizer, tmp_path_factory):
         'labels: [bad, good]\ntemplates:\n  paper: "a film {text} is"\n'
     )
     for split in ("train", "validation"):
-        rows = [{"text": text, "label": i % 2} for i, text in enumerate(("that is good", "that is bad", "a film", "bad", "good", "that"))]
+        rows = [
+            {"text": text, "label": i % 2}
+            for i, text in enumerate(("that is good", "that is bad", "a film", "bad", "good", "that"))
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(task, out, *flags):
-        given = ["--hf-model", str(folder / "model"), "--datasets", str(folder / "films.yaml"), "--shots", "2", "--seeds", "1"]
+        given = [
+            "--hf-model",
+            str(folder / "model"),
+            "--datasets",
+            str(folder / "films.yaml"),
+            "--shots",
+            "2",
+            "--seeds",
+            "1",
+        ]
         return main(["--task", task, *given, "--device", "cpu", "--results-dir", str(out), *flags])
 
     return run
 
 
 def test_an_evaluation_with_momentum_is_another_evaluation(command, tmp_path, capsys):
-    for name, flags in (("without", ()), ("weak", ("--hf-momentum-eta", "0.2")), ("strong", ("--hf-momentum-eta", "0.8"))):
+    for name, flags in (
+        ("without", ()),
+        ("weak", ("--hf-momentum-eta", "0.2")),
+        ("strong", ("--hf-momentum-eta", "0.8")),
+    ):
         assert command("icl_classification", tmp_path / name, *flags) == 0
-        assert read(tmp_path / name)["model"]["architecture"].get("added_momentum_eta") == (float(flags[1]) if flags else None)
+        assert read(tmp_path / name)["model"]["architecture"].get("added_momentum_eta") == (
+            float(flags[1]) if flags else None
+        )
     lines = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("without", "weak", "strong")]
     assert len(set(lines)) == 3
     capsys.readouterr()
-    for name, message in (("weak", "added_momentum_eta: 0.2 there, 0.8 now"), ("without", "added_momentum_eta: null there, 0.8 now")):
+    for name, message in (
+        ("weak", "added_momentum_eta: 0.2 there, 0.8 now"),
+        ("without", "added_momentum_eta: null there, 0.8 now"),
+    ):
         before = (tmp_path / name / "results.json").read_bytes()
         assert command("icl_classification", tmp_path / name, "--hf-momentum-eta", "0.8") == 2
         assert message in capsys.readouterr().err
@@ -379,10 +429,22 @@ def test_an_evaluation_with_momentum_is_another_evaluation(command, tmp_path, ca
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hf-model", "nowhere", "--hf-momentum-eta", "1"], "--hf-momentum-eta 1.0: the decay must lie strictly between 0 and 1"),
-        (["--hf-model", "nowhere", "--hf-momentum-eta", "nan"], "--hf-momentum-eta nan: the decay must lie strictly between 0 and 1"),
-        (["--hf-model", "nowhere", "--hf-momentum-eta", "much"], "argument --hf-momentum-eta: invalid float value: 'much'"),
-        (["--path", "nowhere.pt", "--hf-momentum-eta", "0.5"], "--hf-momentum-eta is for --hf-model; a checkpoint has the momentum"),
+        (
+            ["--hf-model", "nowhere", "--hf-momentum-eta", "1"],
+            "--hf-momentum-eta 1.0: the decay must lie strictly between 0 and 1",
+        ),
+        (
+            ["--hf-model", "nowhere", "--hf-momentum-eta", "nan"],
+            "--hf-momentum-eta nan: the decay must lie strictly between 0 and 1",
+        ),
+        (
+            ["--hf-model", "nowhere", "--hf-momentum-eta", "much"],
+            "argument --hf-momentum-eta: invalid float value: 'much'",
+        ),
+        (
+            ["--path", "nowhere.pt", "--hf-momentum-eta", "0.5"],
+            "--hf-momentum-eta is for --hf-model; a checkpoint has the momentum",
+        ),
     ],
 )
 def test_impossible_flags(flags, message, tmp_path, capsys):

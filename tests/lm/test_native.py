@@ -84,7 +84,9 @@ def test_old_tensor_names(tmp_path, tied):
     for layer in range(2):
         for kind in ("weight", "bias"):
             names = [f"decoder.layers.{layer}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
-            tensors[f"decoder.layers.{layer}.self_attn.in_proj_{kind}"] = torch.cat([tensors.pop(name) for name in names])
+            tensors[f"decoder.layers.{layer}.self_attn.in_proj_{kind}"] = torch.cat(
+                [tensors.pop(name) for name in names]
+            )
     output = tensors.pop("decoder.output_projection.weight")
     if not tied:
         tensors["decoder.embed_out"] = output
@@ -126,8 +128,9 @@ def test_shapes_from_tensors(tmp_path, changes):
 @pytest.mark.parametrize("notes", [False, True])
 @pytest.mark.parametrize("gate", ["none", "zero"])
 def test_entries_that_checkpoints_once_had(tmp_path, notes, gate):
-    """Decay and normalisation lay among the tensors: a model goes by its options, and a file without options is never one without
-    momentum in silence."""
+    """Decay and normalisation lay among the tensors: a model goes by its options, and a file without options is never
+    one without momentum in silence.
+    """
     changes = {"momentum_gate": gate, "momentum_normalize": True}
     model = decoder(momentum_kind="ema", momentum_eta=0.7, **changes)
     tensors, heads = weights(model), {"decoder_attention_heads": 4}
@@ -184,7 +187,10 @@ def test_dtype_and_padding(tmp_path):
     rotary = OURS | {"position": "rotary", "momentum_kind": "none"}
     save(tmp_path / "rotary.pt", decoder(position="rotary"), {"model": rotary})
     assert load_native(tmp_path / "rotary.pt", dtype=torch.bfloat16).model.rotary.frequency.dtype == torch.float32
-    inputs, targets = torch.nn.functional.pad(TOKENS, (0, 3), value=1), torch.nn.functional.pad(TOKENS.roll(1, 1), (0, 3), value=1)
+    inputs, targets = (
+        torch.nn.functional.pad(TOKENS, (0, 3), value=1),
+        torch.nn.functional.pad(TOKENS.roll(1, 1), (0, 3), value=1),
+    )
     losses = lm.token_losses(inputs, targets)
     assert losses.dtype == torch.float32
     assert (losses[:, 12:] == 0).all()
@@ -203,7 +209,12 @@ def test_loading_leaves_the_random_generator_alone(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_the_optimizers_state_is_not_read(tmp_path):
     """Peak memory above the model's own: that of a checkpoint whose other parts are 200 MB."""
-    path = save(tmp_path / "c.pt", decoder(momentum_kind="ema"), {"model": OURS}, last_optimizer_state={"m": torch.ones(50_000_000)})
+    path = save(
+        tmp_path / "c.pt",
+        decoder(momentum_kind="ema"),
+        {"model": OURS},
+        last_optimizer_state={"m": torch.ones(50_000_000)},
+    )
     code = (
         "import re, sys; from momentum_lm.lm.native import load_native\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
@@ -223,10 +234,18 @@ def missing(model):
     [
         (missing, {}, r"lacks layers\.1\.fc2\.bias and 1 more"),
         (lambda m: weights(m) | {"decoder.odd": torch.zeros(1)}, {}, "has odd, which the decoder does not"),
-        (lambda m: weights(m) | {"encoder.x": torch.zeros(1)}, {}, r"more than a decoder-only language model, such as encoder\.x"),
+        (
+            lambda m: weights(m) | {"encoder.x": torch.zeros(1)},
+            {},
+            r"more than a decoder-only language model, such as encoder\.x",
+        ),
         (lambda m: {"encoder.x": torch.zeros(1)}, {}, "no decoder-only language model"),
         (weights, {"decoder_ffn_embed_dim": 32}, r"fc1\.weight is \(24, 16\) in the checkpoint, \(32, 16\)"),
-        (lambda m: weights(m) | {"decoder.output_projection.weight": torch.zeros(40, 16)}, {}, "output projection differs"),
+        (
+            lambda m: weights(m) | {"decoder.output_projection.weight": torch.zeros(40, 16)},
+            {},
+            "output projection differs",
+        ),
         (weights, {"adaptive_softmax_cutoff": "5,10"}, "adaptive_softmax_cutoff"),
         (weights, {"decoder_normalize_before": False}, "normalises after"),
         (weights, {"character_embeddings": True}, "character_embeddings"),
@@ -234,7 +253,9 @@ def missing(model):
     ],
 )
 def test_models_that_cannot_be_loaded_are_named(tmp_path, tensors, options, message):
-    torch.save({"cfg": {"model": OURS | {"momentum_kind": "none"} | options}, "model": tensors(decoder())}, tmp_path / "c.pt")
+    torch.save(
+        {"cfg": {"model": OURS | {"momentum_kind": "none"} | options}, "model": tensors(decoder())}, tmp_path / "c.pt"
+    )
     with pytest.raises(UserError, match=message) as error:
         load_native(tmp_path / "c.pt")
     assert "c.pt" in str(error.value)
@@ -272,15 +293,18 @@ def test_stock_model_without_options_of_ours_is_not_taken_for_ours(tmp_path):
 
 def replaced(**entries):
     """Makes a function of a model: its tensors, with these, by name with __ for a dot and without ``decoder.``."""
-    return lambda model: weights(model) | {f"decoder.{name.replace('__', '.')}": value for name,
-        value in entries.items()}
+    return lambda model: (
+        weights(model) | {f"decoder.{name.replace('__', '.')}": value for name, value in entries.items()}
+    )
 
 
 def state(tensors=weights, model=None, **entries):
     """Makes a function of nothing: a checkpoint that is odd in one respect."""
     options = OURS | {"momentum_kind": "none"} | (model if isinstance(model, dict) else {})
-    return lambda: {"cfg": {"model": options if model is None or isinstance(model, dict) else model},
-        "model": tensors(decoder())} | entries
+    return lambda: (
+        {"cfg": {"model": options if model is None or isinstance(model, dict) else model}, "model": tensors(decoder())}
+        | entries
+    )
 
 
 def deep(levels):
@@ -382,8 +406,9 @@ def test_odd_checkpoints_are_refused_in_one_line(case, tmp_path):
     ],
 )
 def test_odd_tensors_without_options(changes, message, tmp_path):
-    tensors = {f"decoder.{name}": tensor for name, tensor in ({"embed_tokens.weight": torch.zeros(40,
-        16)} | changes).items()}
+    tensors = {
+        f"decoder.{name}": tensor for name, tensor in ({"embed_tokens.weight": torch.zeros(40, 16)} | changes).items()
+    }
     torch.save({"model": tensors}, tmp_path / "c.pt")
     with pytest.raises(UserError, match=message):
         load_native(tmp_path / "c.pt")
@@ -392,5 +417,6 @@ def test_odd_tensors_without_options(changes, message, tmp_path):
 def test_the_data_that_a_checkpoint_names_need_not_be_a_path(tmp_path):
     for data in (5, "a\0b", [], ["nowhere", 3], None, "x" * 9000, {"a": 1}):
         task = {"tokens_per_sample": 32, "data": data}
-        assert load_native(save(tmp_path / "c.pt", decoder(momentum_kind="ema", momentum_eta=0.7),
-            {"model": OURS, "task": task})).bos
+        assert load_native(
+            save(tmp_path / "c.pt", decoder(momentum_kind="ema", momentum_eta=0.7), {"model": OURS, "task": task})
+        ).bos

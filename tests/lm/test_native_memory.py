@@ -1,4 +1,6 @@
-"""What loading costs: a mapped file's pages and no copies; and the file stays as it is, whatever becomes of the weights."""
+"""What loading costs: a mapped file's pages and no copies; and the file stays as it is, whatever becomes of the
+weights.
+"""
 
 import hashlib
 import json
@@ -71,15 +73,21 @@ def test_125m_in_fp16_takes_its_file_and_in_fp32_its_weights(small, tmp_path, co
         command = [sys.executable, "-c", MEASURE, small, path, dtype]
         grown[dtype] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     weights = 2 * 124.4e6
-    assert grown["float16"][0] < 1.2 * size and grown["float16"][1] < 0.1 * size, grown  # peak; and memory of its own, not the file's pages
+    assert grown["float16"][0] < 1.2 * size and grown["float16"][1] < 0.1 * size, (
+        grown
+    )  # peak; and memory of its own, not the file's pages
     assert 1.95 * weights < grown["float32"][1] < 2.1 * weights, grown
-    assert grown["float32"][0] < 2.1 * weights + 1.05 * size, grown  # beside the weights nothing but pages that can be dropped at any time
+    assert grown["float32"][0] < 2.1 * weights + 1.05 * size, (
+        grown
+    )  # beside the weights nothing but pages that can be dropped at any time
 
 
 def test_the_file_stays_as_it_is(tmp_path):
     """The finetuning study writes into the weights, and other writers may."""
     torch.manual_seed(0)
-    config = DecoderConfig(40, 16, 24, 2, 4, max_positions=32, momentum_kind="ema", momentum_learned=True, momentum_eta=0.7)
+    config = DecoderConfig(
+        40, 16, 24, 2, 4, max_positions=32, momentum_kind="ema", momentum_learned=True, momentum_eta=0.7
+    )
     model = {f"decoder.{name}": tensor for name, tensor in Decoder(config).state_dict().items()}
     torch.save({"cfg": {"model": SMALL | {"momentum_learned": True}}, "model": model}, tmp_path / "c.pt")
     digest = hashlib.sha256((tmp_path / "c.pt").read_bytes()).digest()
@@ -99,7 +107,9 @@ def test_the_file_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_nothing_is_left_without_values(tmp_path, position, dtype):
     """Buffers that no checkpoint holds are those of a model made as usual; tied matrices are one."""
-    config = DecoderConfig(40, 16, 24, 2, 4, max_positions=32, position=position, momentum_kind="ema", momentum_normalize=True)
+    config = DecoderConfig(
+        40, 16, 24, 2, 4, max_positions=32, position=position, momentum_kind="ema", momentum_normalize=True
+    )
     torch.manual_seed(0)
     model = Decoder(config)
     options = SMALL | {"position": position, "momentum_normalize": True}
@@ -107,7 +117,9 @@ def test_nothing_is_left_without_values(tmp_path, position, dtype):
     torch.save({"cfg": {"model": options}, "model": tensors}, tmp_path / "c.pt")
     loaded = load_native(tmp_path / "c.pt", dtype=dtype).model
     expected = dict(model.to(dtype).named_buffers())
-    assert {name: (b.dtype, b.device) for name, b in loaded.named_buffers()} == {name: (b.dtype, b.device) for name, b in expected.items()}
+    assert {name: (b.dtype, b.device) for name, b in loaded.named_buffers()} == {
+        name: (b.dtype, b.device) for name, b in expected.items()
+    }
     assert all(torch.equal(b, expected[name]) for name, b in loaded.named_buffers())
     assert loaded.output_projection.weight is loaded.embed_tokens.weight
     assert all(p.device.type == "cpu" and not p.requires_grad for p in loaded.parameters())

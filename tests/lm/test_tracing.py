@@ -18,14 +18,18 @@ close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize(
-    "changes", [{"momentum_kind": "none"}, {}, {"position": "rotary", "momentum_learned": True}, {"momentum_kind": "multi_ema"}]
+    "changes",
+    [{"momentum_kind": "none"}, {}, {"position": "rotary", "momentum_learned": True}, {"momentum_kind": "multi_ema"}],
 )
 @pytest.mark.parametrize("prefix", [0, 6])
 def test_native(make_lm, changes, prefix):
     lm = make_lm(**changes)
     before = TOKENS[:1, :prefix].expand(3, -1)
     whole = torch.cat([before, TOKENS], 1)
-    trace, full = AttentionTrace(POSITIONS[:, None], relax=True), AttentionTrace(POSITIONS[:, None] + prefix, True, True)
+    trace, full = (
+        AttentionTrace(POSITIONS[:, None], relax=True),
+        AttentionTrace(POSITIONS[:, None] + prefix, True, True),
+    )
     cache = lm.start(before[0].tolist()).rows(3, frozen=True) if prefix else None
     with torch.no_grad(), tracing(lm.model, trace):
         lm.model(TOKENS, cache)
@@ -36,7 +40,10 @@ def test_native(make_lm, changes, prefix):
     for i, layer in enumerate(lm.model.layers):
         attention, x = layer.self_attn, full.inputs[i]
         with torch.no_grad():
-            q, k, v = (p(x).unflatten(-1, (4, -1)).transpose(1, 2).double() for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q, k, v = (
+                p(x).unflatten(-1, (4, -1)).transpose(1, 2).double()
+                for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
             plain = q
             if lm.model.rotary is not None:
                 rotation = lm.model.rotary(torch.arange(whole.shape[1])[None])
@@ -45,8 +52,18 @@ def test_native(make_lm, changes, prefix):
                 query = q[row, :, position] / math.sqrt(q.shape[-1])
                 logits = (k[row] @ query[..., None])[..., 0]
                 for found in (trace, full):
-                    close(found.logits[i][row, 0, :, : position + 1].double(), logits[:, : position + 1], atol=2e-4, rtol=1e-4)
-                    close(found.queries[i][row, 0].double(), plain[row, :, position].flatten() / math.sqrt(8), atol=1e-4, rtol=1e-4)
+                    close(
+                        found.logits[i][row, 0, :, : position + 1].double(),
+                        logits[:, : position + 1],
+                        atol=2e-4,
+                        rtol=1e-4,
+                    )
+                    close(
+                        found.queries[i][row, 0].double(),
+                        plain[row, :, position].flatten() / math.sqrt(8),
+                        atol=1e-4,
+                        rtol=1e-4,
+                    )
                 mixed = logits[:, : position + 1].softmax(-1)[:, None] @ v[row, :, : position + 1]
                 if attention.momentum is not None:  # the paper's sum over what came before, in the traced output too
                     mixed = mixed + attention.momentum(v[row : row + 1].float())[0][0, :, position, None].double()
@@ -62,7 +79,10 @@ def test_relaxed_attention(make_lm, kind, prefix):
     lm = make_lm(momentum_kind=kind)
     before = TOKENS[:1, :prefix]
     cache = lm.start(before[0].tolist()).rows(3, frozen=True) if prefix else None
-    trace, whole = AttentionTrace(POSITIONS[:, None], relax=True), AttentionTrace(torch.zeros(3, 1, dtype=torch.long), projections=True)
+    trace, whole = (
+        AttentionTrace(POSITIONS[:, None], relax=True),
+        AttentionTrace(torch.zeros(3, 1, dtype=torch.long), projections=True),
+    )
     with torch.no_grad(), tracing(lm.model, trace):
         lm.model(TOKENS, cache)
     with torch.no_grad(), tracing(lm.model, whole):
@@ -105,7 +125,9 @@ def test_all_queries(make_lm):
 
 
 def configurations(transformers):
-    common = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    common = dict(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+    )
     return {
         "gpt2": transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
         "llama": transformers.LlamaConfig(**common, intermediate_size=48, num_key_value_heads=2),
@@ -128,7 +150,9 @@ def test_huggingface(family, prefix):
             model(whole[:1, :prefix], past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(3)
         with tracing(model, trace):
-            traced = model(TOKENS, **({"past_key_values": cache, "use_cache": True} if prefix else {"use_cache": False})).logits
+            traced = model(
+                TOKENS, **({"past_key_values": cache, "use_cache": True} if prefix else {"use_cache": False})
+            ).logits
         assert model.config._attn_implementation == implementation
         close(traced, model(whole, use_cache=False).logits[:, prefix:], atol=1e-4, rtol=1e-4)
         modules = attention_modules(model)
@@ -188,7 +212,9 @@ def test_queries_and_keys_are_those_before_rotation():
         close(module.o_proj(trace.heads[i].flatten(2)), trace.outputs[i], atol=1e-5, rtol=1e-4)
         for row, position in enumerate(POSITIONS.tolist()):
             values = trace.values[i][row, : position + 1].unflatten(-1, (2, 8)).transpose(0, 1).numpy()
-            relaxed = relaxed_attention.relaxed_heads(trace.logits[i][row, 0, :, : position + 1].numpy(), values, 8**-0.5)
+            relaxed = relaxed_attention.relaxed_heads(
+                trace.logits[i][row, 0, :, : position + 1].numpy(), values, 8**-0.5
+            )
             np.testing.assert_allclose(trace.relaxed[i][row, 0], relaxed, atol=1e-5, rtol=1e-3)
 
 

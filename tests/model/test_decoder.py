@@ -80,7 +80,9 @@ def test_packed_documents_get_the_logits_that_they_get_alone(kind, position):
     packed = decoder(tokens, segment_ids=document_ids(tokens, EOS))
     for row, row_starts in enumerate(starts):
         for start, end in zip(row_starts, [*row_starts[1:], 20], strict=True):
-            torch.testing.assert_close(packed[row : row + 1, start:end], decoder(tokens[row : row + 1, start:end]), rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                packed[row : row + 1, start:end], decoder(tokens[row : row + 1, start:end]), rtol=0, atol=1e-12
+            )
 
 
 @every_kind
@@ -191,9 +193,9 @@ def test_loss_is_cross_entropy_of_the_logits(kind):
     decoder, tokens = build(kind), random_tokens()
     tokens[1, 15:] = PAD
     source, target = tokens[:, :-1], tokens[:, 1:]
-    reference = torch.nn.functional.cross_entropy(decoder(source).flatten(0, 1), target.flatten(), ignore_index=PAD, reduction="none").view(
-        target.shape
-    )
+    reference = torch.nn.functional.cross_entropy(
+        decoder(source).flatten(0, 1), target.flatten(), ignore_index=PAD, reduction="none"
+    ).view(target.shape)
     torch.testing.assert_close(decoder.loss(source, target), reference.sum(), rtol=1e-12, atol=0)
     torch.testing.assert_close(decoder.loss(source, target, reduction="none"), reference.detach(), rtol=0, atol=1e-12)
 
@@ -288,11 +290,7 @@ def test_absent_tokens_are_never_predicted_and_cost_nothing_to_others():
 @pytest.mark.parametrize("given", ["0,1,3", [3, 1, 0], (0, 1, 3), "3, 1,0,", "0,1,1,3"])
 def test_absent_tokens_of_a_checkpoint(given):
     assert from_fairseq({"absent_tokens": given}, 50).absent_tokens == (0, 1, 3)
-    assert (
-        from_fairseq({}, 50).absent_tokens
-        == from_fairseq({"absent_tokens": ""}, 50).absent_tokens
-        == ()
-    )
+    assert from_fairseq({}, 50).absent_tokens == from_fairseq({"absent_tokens": ""}, 50).absent_tokens == ()
 
 
 @pytest.mark.parametrize("given", ["a", "0;1", 7, [None], "50", "-1"])
@@ -374,8 +372,6 @@ def test_options_may_be_numbers_of_other_kinds():
         {"decoder_layers": 3.0, "decoder_embed_dim": "32", "untie_embeddings": 1, "position": "rotary", "dropout": 0},
         50,
     )
-    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and from_fairseq(
-        {}, 50
-    ).layers == 6
+    assert (config.layers, config.dim, config.dropout) == (3, 32, 0.0) and from_fairseq({}, 50).layers == 6
     with pytest.raises(UserError, match="a dictionary of 2 entries lacks the special symbols"):
         from_fairseq({}, 2)

@@ -40,14 +40,15 @@ def test_autocast_is_followed_and_parameters_get_gradients_in_their_own_precisio
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain = activated_linear(x.bfloat16(), linear, F.gelu), F.linear(F.gelu(x.bfloat16()), weight, bias)
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, plain)
-    for a, b in zip(*(torch.autograd.grad(y, (x, weight, bias), upstream.bfloat16()) for y in (ours, plain)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(y, (x, weight, bias), upstream.bfloat16()) for y in (ours, plain)), strict=True
+    ):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
 
 
 def test_gradcheck():
     (x, weight, bias), _ = tensors(torch.float64)
-
 
     def compute(x, weight, bias):
         linear = torch.nn.Linear(12, 7)

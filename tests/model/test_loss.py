@@ -19,9 +19,13 @@ def inputs(dtype=torch.float64, rows=(3, 7), dim=5, vocab=11):
 def test_equals_torch_with_gradients(chunk, ignore):
     hidden, weight, targets = inputs()
     ours = 0.3 * chunked_cross_entropy(hidden, weight, targets, ignore, chunk_tokens=chunk)
-    reference = 0.3 * F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction="sum")
+    reference = 0.3 * F.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction="sum"
+    )
     torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(reference, (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(reference, (hidden, weight)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
@@ -46,14 +50,18 @@ def test_tokens_that_are_never_predicted(chunk):
 
 def test_gradcheck():
     hidden, weight, targets = inputs()
-    assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets, 1, chunk_tokens=4), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: chunked_cross_entropy(h, w, targets, 1, chunk_tokens=4), (hidden, weight)
+    )
 
 
 def test_each_token_alone_sums_to_the_total():
     hidden, weight, targets = inputs()
     each = chunked_cross_entropy(hidden, weight, targets, 1, reduction="none", chunk_tokens=4)
     assert each.shape == targets.shape and (each[targets == 1] == 0).all()
-    torch.testing.assert_close(each.sum(), chunked_cross_entropy(hidden, weight, targets, 1).detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        each.sum(), chunked_cross_entropy(hidden, weight, targets, 1).detach(), rtol=0, atol=1e-12
+    )
 
 
 def test_bf16_autocast_keeps_the_softmax_in_fp32():

@@ -19,20 +19,29 @@ def inputs(batch, heads, length, dim, eta, state, segments, dtype=torch.float64,
     values = torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     spread = torch.linspace(0.9, 1.1, heads, dtype=torch.float64)  # each head its own decay, around eta
     log_decay = (torch.tensor(eta, dtype=torch.float64).log() * spread).requires_grad_()
-    initial = torch.randn(batch, heads, dim, generator=generator, dtype=torch.float64).requires_grad_() if state else None
+    initial = (
+        torch.randn(batch, heads, dim, generator=generator, dtype=torch.float64).requires_grad_() if state else None
+    )
     ids = random_segments(batch, length, generator) if segments else None
     return values, log_decay, initial, ids
 
 
 KINDS = [(False, False), (True, False), (False, True), (True, True)]
 LONG = [  # of 4,096 tokens, of which the extremes will do by day
-    pytest.param(4096, eta, *kind, marks=() if (eta, *kind) in {(0.999, True, True), (0.01, False, False)} else pytest.mark.nightly)
+    pytest.param(
+        4096,
+        eta,
+        *kind,
+        marks=() if (eta, *kind) in {(0.999, True, True), (0.01, False, False)} else pytest.mark.nightly,
+    )
     for eta in DECAYS
     for kind in KINDS
 ]
 
 
-@pytest.mark.parametrize("length,eta,state,segments", [*((n, eta, *kind) for kind in KINDS for n in LENGTHS for eta in DECAYS), *LONG])
+@pytest.mark.parametrize(
+    "length,eta,state,segments", [*((n, eta, *kind) for kind in KINDS for n in LENGTHS for eta in DECAYS), *LONG]
+)
 def test_chunked_is_the_equation_in_float64(length, eta, state, segments):
     batch, heads, dim = (2, 2, 3) if length <= 1000 else (1, 2, 2)
     arguments = inputs(batch, heads, length, dim, eta, state, segments)
@@ -67,7 +76,11 @@ def test_addend(dtype, tolerance):
     """Added before rounding, to a buffer of its own, whatever its precision; the gradient is that of the sum."""
     values, log_decay, initial, ids = inputs(2, 2, 70, 3, 0.999, True, True, dtype)
     log_decay, initial = log_decay.detach(), initial.detach()
-    addend = torch.randn(2, 2, 70, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+    addend = (
+        torch.randn(2, 2, 70, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
     before = addend.detach().clone()
     out, final = ema(values, log_decay, initial, ids, addend)
     exact, exact_final = ema_naive(values.double(), log_decay, initial, ids, addend.double())
@@ -88,12 +101,16 @@ def test_equal_ids_in_two_places_are_two_segments():
         again = torch.cat([torch.full((n,), i % 2) for i, n in enumerate(lengths)])[None]
         once = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
         for function in (ema, ema_naive):
-            for ours, expected in zip(function(values, log_decay, initial, again), function(values, log_decay, initial, once), strict=True):
+            for ours, expected in zip(
+                function(values, log_decay, initial, again), function(values, log_decay, initial, once), strict=True
+            ):
                 assert torch.equal(ours, expected)
         start = 0
         for n in lengths:
             alone, _ = ema_naive(values[:, :, start : start + n], log_decay, initial if start == 0 else None)
-            torch.testing.assert_close(ema(values, log_decay, initial, again)[0][:, :, start : start + n], alone, rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                ema(values, log_decay, initial, again)[0][:, :, start : start + n], alone, rtol=0, atol=1e-12
+            )
             start += n
 
 
@@ -127,7 +144,9 @@ def test_a_segment_is_blind_to_the_one_before_it_bit_for_bit():
     changed = values.detach().clone()
     changed[:, :, :41] = 100 * torch.randn(1, 2, 41, 4)
     log_decay = log_decay.detach().float()
-    assert torch.equal(ema(values, log_decay, None, ids)[0][:, :, 41:], ema(changed, log_decay, None, ids)[0][:, :, 41:])
+    assert torch.equal(
+        ema(values, log_decay, None, ids)[0][:, :, 41:], ema(changed, log_decay, None, ids)[0][:, :, 41:]
+    )
 
 
 def test_no_token_sees_itself_or_the_future():
@@ -142,7 +161,9 @@ def test_no_token_sees_itself_or_the_future():
 def test_strides_do_not_matter(segments):
     values, log_decay, initial, ids = inputs(2, 3, 65, 4, 0.7, True, segments)
     strided = values.detach().transpose(1, 2).contiguous().transpose(1, 2)
-    torch.testing.assert_close(ema(strided, log_decay, initial, ids)[0], ema(values, log_decay, initial, ids)[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        ema(strided, log_decay, initial, ids)[0], ema(values, log_decay, initial, ids)[0], rtol=0, atol=0
+    )
 
 
 def test_gradcheck():
@@ -162,7 +183,9 @@ def test_only_inputs_are_saved_for_the_backward_pass():
 
 @pytest.mark.parametrize("state,segments", [(False, False), (True, True)])
 def test_no_tensor_grows_faster_than_the_sequence(state, segments, largest_tensor):
-    """Outputs and gradients of the values, the decay and the state; a T x T matrix would be 256 times as large at the second length."""
+    """Outputs and gradients of the values, the decay and the state; a T x T matrix would be 256 times as large at the
+    second length.
+    """
     sizes = []
     for length in (256, 4096):
         values, log_decay, initial, ids = inputs(1, 2, length, 2, 0.9, state, segments, torch.float32)

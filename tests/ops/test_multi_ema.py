@@ -95,7 +95,9 @@ def test_no_tensor_grows_faster_than_the_sequence(state, segments, largest_tenso
 def test_autocast_changes_neither_outputs_nor_gradients(state, segments):
     """As in training: the forward pass alone runs under autocast."""
     arguments = inputs(100, state, segments)
-    values, log_decay, weight, initial = (None if a is None else a.detach().float().requires_grad_() for a in arguments[:4])
+    values, log_decay, weight, initial = (
+        None if a is None else a.detach().float().requires_grad_() for a in arguments[:4]
+    )
     leaves = [a for a in (values, log_decay, weight, initial) if a is not None]
     results = []
     for enabled in (False, True):

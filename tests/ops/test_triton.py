@@ -1,4 +1,6 @@
-"""The fused kernels: against the equation, in a process of their own, and compiled ahead of time for two generations of GPUs."""
+"""The fused kernels: against the equation, in a process of their own, and compiled ahead of time for two generations of
+GPUs.
+"""
 
 import importlib.util
 import json
@@ -32,7 +34,9 @@ def test_kernels_compute_the_equation(run_cli):
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 70
 
 
-@pytest.mark.skipif(not (tool_exists("ptxas") and tool_exists("cuobjdump")), reason="Triton's compiler for CUDA is not installed")
+@pytest.mark.skipif(
+    not (tool_exists("ptxas") and tool_exists("cuobjdump")), reason="Triton's compiler for CUDA is not installed"
+)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_ahead_of_time_without_spilling(arch, run_cli, tmp_path):
     environment = {"TRITON_CACHE_DIR": tmp_path, "TRITON_INTERPRET": 0, "PYTHONPATH": ROOT}

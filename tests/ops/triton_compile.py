@@ -1,4 +1,6 @@
-"""Compiles the kernels ahead of time, which needs no GPU, and prints what came out as JSON: triton_compile.py ARCH, such as 90."""
+"""Compiles the kernels ahead of time, which needs no GPU, and prints what came out as JSON: triton_compile.py ARCH,
+such as 90.
+"""
 
 import json
 import re
@@ -65,7 +67,11 @@ def describe(compiled):
         "spilled": stack + local,
         "shared": compiled.metadata.shared,
         "copies_ahead": "cp.async" in compiled.asm["ptx"],
-        "tensor_cores": "wgmma" if "wgmma" in compiled.asm["ptx"] else "mma" if "mma.sync" in compiled.asm["ptx"] else None,
+        "tensor_cores": "wgmma"
+        if "wgmma" in compiled.asm["ptx"]
+        else "mma"
+        if "mma.sync" in compiled.asm["ptx"]
+        else None,
     }
 
 

@@ -19,9 +19,11 @@ from momentum_lm.ops.triton import ema_triton
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DECAYS = [1e-4, 0.6, 0.999]
-# Of an output's own size: half a unit in the last place, or a whole one where the interpreter cuts bfloat16 off instead of rounding.
+# Of an output's own size: half a unit in the last place, or a whole one where the interpreter cuts bfloat16 off instead
+# of rounding.
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8 if CUDA else 2**-7, torch.float16: 2**-11}
-# Of the largest entry: fp32 sums, weights in two halves, and a GPU's approximate powers, whose errors add up over a long memory.
+# Of the largest entry: fp32 sums, weights in two halves, and a GPU's approximate powers, whose errors add up over a
+# long memory.
 SUMS = {torch.float32: 2e-5 if CUDA else 5e-6, torch.bfloat16: 1e-4, torch.float16: 2e-5}
 
 every_dtype = pytest.mark.parametrize("dtype", list(SUMS), ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -107,7 +109,12 @@ def test_strides(dtype):
         values, addend, grad = (views[(shift + i) % 4] for i in range(3))
         check(values, decays(), None, addend, ids, grad)
     out, _ = ema_triton(views[0], decays(), None, None, views[0])
-    assert out.stride() == (length * heads * dim, dim, heads * dim, 1)  # heads side by side, as the output projection wants them
+    assert out.stride() == (
+        length * heads * dim,
+        dim,
+        heads * dim,
+        1,
+    )  # heads side by side, as the output projection wants them
 
 
 def test_gradient_of_a_sum_comes_without_strides():
@@ -138,7 +145,11 @@ def test_no_gradient_that_nobody_asked_for():
 
 
 def test_decay_and_state_of_other_precisions():
-    values, log_decay, state = draw(1, 3, 70, 8, dtype=torch.bfloat16), decays(dtype=torch.float64), draw(1, 3, 8).bfloat16()
+    values, log_decay, state = (
+        draw(1, 3, 70, 8, dtype=torch.bfloat16),
+        decays(dtype=torch.float64),
+        draw(1, 3, 8).bfloat16(),
+    )
     check(values, log_decay, state, None, runs(1, 70).to(torch.int32), draw(1, 3, 70, 8, dtype=torch.bfloat16, seed=1))
     inputs = leaves(values, log_decay, state)
     grads = torch.autograd.grad(ema_triton(*inputs)[0].float().sum(), inputs)
@@ -176,7 +187,11 @@ def test_more_elements_than_32_bits_count():
     """Strides that fit, and steps of them that do not. Only the few pages that are touched become memory."""
     far = 2**30 + 64
     storage = torch.empty(2 * far + 64, dtype=torch.float16, device=DEVICE)
-    for shape, strides in [((3, 1, 2, 8), (far, 8, 8, 1)), ((1, 3, 2, 8), (8, far, 8, 1)), ((1, 2, 3, 8), (8, 8, far, 1))]:
+    for shape, strides in [
+        ((3, 1, 2, 8), (far, 8, 8, 1)),
+        ((1, 3, 2, 8), (8, far, 8, 1)),
+        ((1, 2, 3, 8), (8, 8, far, 1)),
+    ]:
         values = storage.as_strided(shape, strides).copy_(draw(*shape))
         check(values, decays([0.9] * shape[1]), None, values, None, values)
 
@@ -236,7 +251,9 @@ def test_compiles_without_graph_breaks(learned):
         torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum_learned": True}, {"momentum_normalize": True, "momentum_gate": "zero"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum_learned": True}, {"momentum_normalize": True, "momentum_gate": "zero"}]
+)
 def test_blocks_of_a_decoder_compile_without_graph_breaks(options, monkeypatch):
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(50, 24, 32, 1, 3, max_positions=80, momentum_kind="ema", **options)).to(DEVICE)
@@ -276,7 +293,9 @@ def test_the_public_function_takes_the_kernel():
 @needs_gpu
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("batch,heads,length,dim", [(8, 16, 2048, 64), (4, 32, 2048, 128), (2, 16, 8192, 64), (3, 25, 1023, 80)])
+@pytest.mark.parametrize(
+    "batch,heads,length,dim", [(8, 16, 2048, 64), (4, 32, 2048, 128), (2, 16, 8192, 64), (3, 25, 1023, 80)]
+)
 def test_shapes_of_training(batch, heads, length, dim, segments, learned):
     def make(seed):
         return draw(batch, length, heads, dim, dtype=torch.bfloat16, seed=seed).transpose(1, 2)

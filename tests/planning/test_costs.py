@@ -11,12 +11,21 @@ from momentum_lm.model.sizes import SIZES, architecture, architectures
 from momentum_lm.planning.costs import count_parameters, flops_per_token, momentum_flops_per_token, multiplying
 from momentum_lm.planning.hardware import GPUS, peak_flops
 
-PUBLISHED = {"125m": 125e6, "350m": 355e6, "1_3b": 1.3e9, "2_7b": 2.7e9, "6_7b": 6.7e9, "13b": 13e9}  # arXiv 2112.10684, table 1
+PUBLISHED = {
+    "125m": 125e6,
+    "350m": 355e6,
+    "1_3b": 1.3e9,
+    "2_7b": 2.7e9,
+    "6_7b": 6.7e9,
+    "13b": 13e9,
+}  # arXiv 2112.10684, table 1
 
 
 def config(size, **changes):
     layers, dim, heads, _ = SIZES[size]
-    return DecoderConfig(**{"vocab_size": 51200, "dim": dim, "ffn_dim": 4 * dim, "layers": layers, "heads": heads, **changes})
+    return DecoderConfig(
+        **{"vocab_size": 51200, "dim": dim, "ffn_dim": 4 * dim, "layers": layers, "heads": heads, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +71,8 @@ def test_flops_are_those_that_torch_counts(tied, position):
 
 
 @pytest.mark.parametrize(
-    "momentum", [{"momentum_kind": "ema"}, {"momentum_kind": "ema", "momentum_learned": True}, {"momentum_kind": "multi_ema"}]
+    "momentum",
+    [{"momentum_kind": "ema"}, {"momentum_kind": "ema", "momentum_learned": True}, {"momentum_kind": "multi_ema"}],
 )
 def test_momentums_flops_are_those_that_torch_counts(momentum):
     shape = {"vocab_size": 101, "dim": 64, "ffn_dim": 64, "layers": 2, "heads": 2}
@@ -81,7 +91,9 @@ def count(shape, length):
 
 
 def test_architectures_by_name():
-    assert architectures()[0] == "gpt_lm_tiny" and architectures()[-1] == "momentum_lm_13b" and len(architectures()) == 14
+    assert (
+        architectures()[0] == "gpt_lm_tiny" and architectures()[-1] == "momentum_lm_13b" and len(architectures()) == 14
+    )
     assert architecture("gpt_lm_6_7b") == {**SIZES["6_7b"]._asdict(), "momentum_kind": "none"}
     assert architecture("momentum_lm_1_3b") == {**SIZES["1_3b"]._asdict(), "momentum_kind": "ema"}
     for name in ("momentum_lm", "momentum_lm_", "momentum_lm_1b", "125m", ""):

@@ -14,7 +14,8 @@ from momentum_lm.planning.costs import count_parameters
 from momentum_lm.planning.memory import step_memory
 from momentum_lm.planning.traffic import kernel_traffic, torch_traffic
 
-# Trains in a process of its own and prints by how much its memory grew at most. Steps of another shape come first, so that libraries
+# Trains in a process of its own and prints by how much its memory grew at most. Steps of another shape come first, so
+# that libraries
 # and their buffers are not counted, then one small step of this shape, which makes Adam's averages.
 TRAIN = """
 import json, os, sys, torch
@@ -62,7 +63,9 @@ CHECKPOINTED = {**MOMENTUM, "layers": 6, "checkpoint_activations": True}
         pytest.param(MOMENTUM, 8, 512, True, 1, id="momentum-bf16", marks=pytest.mark.nightly),
         pytest.param(WIDER, 4, 512, True, 2, id="wider-accumulated", marks=pytest.mark.nightly),
         pytest.param({**MOMENTUM, "momentum_learned": True}, 8, 512, False, 1, id="learned", marks=pytest.mark.nightly),
-        pytest.param({**SMALL, "momentum_kind": "multi_ema"}, 8, 512, False, 1, id="multi_ema", marks=pytest.mark.nightly),
+        pytest.param(
+            {**SMALL, "momentum_kind": "multi_ema"}, 8, 512, False, 1, id="multi_ema", marks=pytest.mark.nightly
+        ),
         pytest.param(CHECKPOINTED, 16, 512, False, 1, id="checkpointed", marks=pytest.mark.nightly),
         pytest.param(CHECKPOINTED, 32, 512, True, 1, id="checkpointed-bf16", marks=pytest.mark.nightly),
     ],
@@ -84,11 +87,25 @@ def test_memory_is_that_of_a_real_training_process(shape, batch, length, bf16, m
     ],
 )
 @pytest.mark.parametrize(
-    "kind", [{}, {"momentum_kind": "ema"}, {"momentum_kind": "multi_ema", "position": "rotary"}, {"tie_embeddings": False, "layers": 1}]
+    "kind",
+    [
+        {},
+        {"momentum_kind": "ema"},
+        {"momentum_kind": "multi_ema", "position": "rotary"},
+        {"tie_embeddings": False, "layers": 1},
+    ],
 )
 def test_memory_is_what_torch_allocates_in_a_real_step(kind, checkpoint, accumulate, bf16):
     """By the allocator's own record, which has neither the C library's gaps nor the buffers of other libraries."""
-    shape = {"vocab_size": 1500, "dim": 128, "ffn_dim": 512, "layers": 4, "heads": 2, "checkpoint_activations": checkpoint, **kind}
+    shape = {
+        "vocab_size": 1500,
+        "dim": 128,
+        "ffn_dim": 512,
+        "layers": 4,
+        "heads": 2,
+        "checkpoint_activations": checkpoint,
+        **kind,
+    }
     config = DecoderConfig(**shape)
     model = Decoder(config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -103,11 +120,18 @@ def test_memory_is_what_torch_allocates_in_a_real_step(kind, checkpoint, accumul
     optimizer.step()
     if not accumulate:
         optimizer.zero_grad()
-    held = sum(t.nbytes for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t is not None and t.dim())
+    held = sum(
+        t.nbytes
+        for p in model.parameters()
+        for t in (p, p.grad, *optimizer.state[p].values())
+        if t is not None and t.dim()
+    )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         backward()
         optimizer.step()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    changes = sorted(
+        (e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
     peak = held + max(itertools.accumulate(size for _, size in changes))
     planned = step_memory(config, 4, 192, bf16, gpu=False, accumulate=accumulate)
     assert planned.total == pytest.approx(peak, rel=0.04)
@@ -128,7 +152,10 @@ def test_activations_are_what_autograd_keeps_of_a_block(kind, bf16):
         return tensor
 
     x = torch.randn(3, 96, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
         out = block(x)
     sizes = [
         t.untyped_storage().nbytes()
@@ -141,10 +168,14 @@ def test_activations_are_what_autograd_keeps_of_a_block(kind, bf16):
     assert deeper - deep == pytest.approx(sum(sizes), rel=0.02)
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpoint_activations": True}, {"vocab_size": 20000, "tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"checkpoint_activations": True}, {"vocab_size": 20000, "tie_embeddings": False}]
+)
 @pytest.mark.parametrize("view", ["fresh", "accumulating", "sharded"])
 def test_one_and_two_blocks_tell_what_seven_need(changes, view):
-    config = DecoderConfig(**{"vocab_size": 300, "dim": 64, "ffn_dim": 256, "layers": 7, "heads": 2, "momentum_kind": "ema", **changes})
+    config = DecoderConfig(
+        **{"vocab_size": 300, "dim": 64, "ffn_dim": 256, "layers": 7, "heads": 2, "momentum_kind": "ema", **changes}
+    )
     told = memory._moments(config, 4, 160, True, True, view)
     seven = memory._simulate(config, 4, 160, True, True)[view]
     assert max(m.total() for m in told.values()) == pytest.approx(max(m.total() for m in seven.values()), rel=1e-3)
@@ -165,7 +196,12 @@ def test_strategies_divide_what_they_say():
     config = DecoderConfig(300, 64, 256, 4, 2)
     weights = 4 * count_parameters(config).total
     single, ddp = (step_memory(config, 2, 64, strategy=s, processes=2) for s in ("single", "ddp"))
-    assert (single.weights, single.gradients, single.optimizer, single.communication) == (weights, weights, 2 * weights, 0)
+    assert (single.weights, single.gradients, single.optimizer, single.communication) == (
+        weights,
+        weights,
+        2 * weights,
+        0,
+    )
     assert ddp.communication == weights and ddp.total == single.total + weights
     two, eight = (step_memory(config, 2, 64, strategy="fsdp", processes=n) for n in (2, 8))
     assert two.weights + two.gradients + two.optimizer == 2 * weights and two.copies == 0

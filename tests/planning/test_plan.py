@@ -14,7 +14,17 @@ from momentum_lm.planning.plan import ENOUGH_TOKENS, USABLE, Job, _micro_batch, 
 
 def job(arch="momentum_lm_1_3b", gpu="h200", gpus=64, **changes):
     config = DecoderConfig(51200, **architecture(arch), max_positions=2048)
-    return Job(**{"config": config, "gpu": gpu, "gpus": gpus, "tokens": 10**11, "length": 2048, "batch_tokens": 512_000, **changes})
+    return Job(
+        **{
+            "config": config,
+            "gpu": gpu,
+            "gpus": gpus,
+            "tokens": 10**11,
+            "length": 2048,
+            "batch_tokens": 512_000,
+            **changes,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +34,12 @@ def medium():
 
 def test_batches_and_time_of_a_medium_model(medium):
     chosen = medium.chosen
-    assert [(o.strategy, o.checkpointing) for o in medium.options] == [("ddp", False), ("fsdp", False), ("ddp", True), ("fsdp", True)]
+    assert [(o.strategy, o.checkpointing) for o in medium.options] == [
+        ("ddp", False),
+        ("fsdp", False),
+        ("ddp", True),
+        ("fsdp", True),
+    ]
     assert (chosen.strategy, chosen.checkpointing, chosen.fits) == ("ddp", False, True)
     for option in medium.options:
         assert option.tokens_per_update == option.micro_batch * option.update_freq * 64 * 2048 == 524_288
@@ -47,7 +62,9 @@ def test_the_largest_micro_batch_is_the_largest():
     assert plain.update_freq > 1 and checkpointed.largest_micro_batch > 3 * plain.largest_micro_batch
 
 
-@pytest.mark.parametrize(("share", "largest", "expected"), [(16, 6, 4), (4, 4, 4), (504, 61, 56), (7, 3, 3), (13, 5, 4), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("share", "largest", "expected"), [(16, 6, 4), (4, 4, 4), (504, 61, 56), (7, 3, 3), (13, 5, 4), (1, 1, 1)]
+)
 def test_micro_batches_divide_an_update_about_evenly(share, largest, expected):
     batch = _micro_batch(share, largest)
     assert batch == expected and abs(batch * round(share / batch) - share) <= 1

@@ -1,4 +1,6 @@
-"""Results folders of chosen numbers, measured by the studies' own functions; ``test_keys.py`` compares their keys with the studies'."""
+"""Results folders of chosen numbers, measured by the studies' own functions; ``test_keys.py`` compares their keys with
+the studies'.
+"""
 
 import json
 from types import SimpleNamespace
@@ -24,7 +26,9 @@ def _answer(gold, seed, shots, order, calibration):
 
 @pytest.fixture
 def answer():
-    """answer(gold, seed, shots, order, calibration) -> predictions: those that ``write_results`` writes unless told otherwise."""
+    """answer(gold, seed, shots, order, calibration) -> predictions: those that ``write_results`` writes unless told
+    otherwise.
+    """
     return _answer
 
 
@@ -41,10 +45,16 @@ def write_results(tmp_path):
         runs, lines = [], []
         for dataset in datasets:
             labels = LABELS[dataset]
-            truth = np.random.default_rng(len(dataset)).integers(0, len(labels or "ab"), examples) if gold is None else np.array(gold)
+            truth = (
+                np.random.default_rng(len(dataset)).integers(0, len(labels or "ab"), examples)
+                if gold is None
+                else np.array(gold)
+            )
             queries = [Example(i, ("x",), ("a", "b"), int(g)) for i, g in enumerate(truth)]
             for count in shots:
-                for seed, order, calibration in [(s, o, c) for s in seeds for o in range(orders if count else 1) for c in calibrations]:
+                for seed, order, calibration in [
+                    (s, o, c) for s in seeds for o in range(orders if count else 1) for c in calibrations
+                ]:
                     if labels is None and calibration == "batch":
                         continue
                     predicted = answers(truth, seed, count, order, calibration)
@@ -56,7 +66,9 @@ def write_results(tmp_path):
                     runs.append(run)
                     setting = "in_context" if count else "zero_shot"
                     lines += [
-                        json.dumps(key | {"setting": setting, "index": i, "gold": int(g), "pred": int(p), "scores": [0.0]})
+                        json.dumps(
+                            key | {"setting": setting, "index": i, "gold": int(g), "pred": int(p), "scores": [0.0]}
+                        )
                         for i, (g, p) in enumerate(zip(truth, predicted, strict=True))
                     ]
         about = {"labels": None, "template": "paper", "source": {"kind": "local"}}
@@ -75,10 +87,16 @@ def write_results(tmp_path):
     return write
 
 
-def _analysed(dataset="sst2", seed=1, shots=4, depth=6, heads=4, examples=100, controls=("untrained", "shuffled_labels", "lcgd")):
-    """A run of ICL against finetuning with numbers like those of small models: similarities fall with depth, null controls lie lower."""
+def _analysed(
+    dataset="sst2", seed=1, shots=4, depth=6, heads=4, examples=100, controls=("untrained", "shuffled_labels", "lcgd")
+):
+    """A run of ICL against finetuning with numbers like those of small models: similarities fall with depth, null
+    controls lie lower.
+    """
     rng = np.random.default_rng([seed, shots, len(dataset)])
-    noisy = lambda level, noise=0.02: (level * np.linspace(1.4, 0.6, depth) + rng.normal(0, noise, depth)).round(4).tolist()  # noqa: E731
+    noisy = lambda level, noise=0.02: (
+        (level * np.linspace(1.4, 0.6, depth) + rng.normal(0, noise, depth)).round(4).tolist()
+    )  # noqa: E731
     zero, icl, ft = (rng.random(examples) < share for share in (0.55, 0.75, 0.65))
     right = [tuple(map(bool, each)) for each in zip(zero, icl, ft, strict=True)]
     cells = [[[right.count((bool(z), bool(i), bool(f))) for f in (0, 1)] for i in (0, 1)] for z in (0, 1)]
@@ -99,11 +117,15 @@ def _analysed(dataset="sst2", seed=1, shots=4, depth=6, heads=4, examples=100, c
     names = ("simaou", "simam", "simam_delta", "simam_delta_centred", "kendall", "kendall_example", "dw_similarity")
     levels = {"untrained": 0.3, "shuffled_labels": 0.9, "lcgd": 1.2, "all_parameters": 1.1}
     mean = {name: float(np.nanmean(np.array(corrected[name], dtype=float))) for name in names}
-    baselines = {c: {"accuracy": {}, "corrected": {name: noisy(levels[c] * mean[name]) for name in names}} for c in controls}
+    baselines = {
+        c: {"accuracy": {}, "corrected": {name: noisy(levels[c] * mean[name]) for name in names}} for c in controls
+    }
     maps = rng.normal(0.1, 0.2, (depth, heads)).round(4).tolist()
     maps[0][1] = None
     shares = rng.dirichlet(np.ones(4), (2, 2, depth)).tolist()
-    attention = [{"index": index, "in_context": a, "finetuned": b} for index, (a, b) in zip((17, 3), shares, strict=True)]
+    attention = [
+        {"index": index, "in_context": a, "finetuned": b} for index, (a, b) in zip((17, 3), shares, strict=True)
+    ]
     return {"dataset": dataset, "seed": seed, "shots": shots, "num_examples": examples, "finetune_lr": 0.003,
             "accuracy": {"zero_shot": float(zero.mean()), "in_context": float(icl.mean()), "finetuned": float(ft.mean())},
             "rec2ftp": recall.value, "rec2ftp_ci95": [recall.wilson.low, recall.wilson.high], "rec2ftp_chance": recall.chance,
@@ -128,7 +150,12 @@ def write_analysis(tmp_path):
         results = {
             "task": "icl_finetune_analysis",
             "model": {"path": f"models/{name}", "sha256": "ab", "parameters": 10, "architecture": {"hidden_size": 8}},
-            "config": {"finetune_lr": [0.01, 0.003], "finetune_loss": "sequence", "datasets": {}, "command": "fairseq-eval --task y"},
+            "config": {
+                "finetune_lr": [0.01, 0.003],
+                "finetune_loss": "sequence",
+                "datasets": {},
+                "command": "fairseq-eval --task y",
+            },
             "runs": runs,
             "summary": finetuning_summary.summary(runs),
         }

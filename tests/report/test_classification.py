@@ -36,16 +36,27 @@ def test_other_queries_for_each_seed_are_draws_too():
 
 
 def test_summary_averages_orders_then_seeds():
-    runs = [run(0.6), run(0.8, order=1), run(0.9, seed=2), run(0.3, calibration="batch"), run(0.3, seed=2, calibration="batch")]
+    runs = [
+        run(0.6),
+        run(0.8, order=1),
+        run(0.9, seed=2),
+        run(0.3, calibration="batch"),
+        run(0.3, seed=2, calibration="batch"),
+    ]
     entry = numbers.summary(runs)["mr"]["4"]
     assert entry["calibration"] == "none" and entry["num_seeds"] == 2 and entry["over"] == "seeds"
     assert (entry["mean"], entry["min"], entry["max"]) == pytest.approx((0.8, 0.7, 0.9))  # (0.7 + 0.9) / 2, not 2.3 / 3
     assert entry["sd"] == pytest.approx(0.2 / np.sqrt(2))
     assert entry["ci95"] == [0.0, 1.0]  # Student's with one degree of freedom goes beyond, and is cut
-    assert entry["by_calibration"]["none"] == {k: v for k, v in entry.items() if k not in ("calibration", "by_calibration")}
+    assert entry["by_calibration"]["none"] == {
+        k: v for k, v in entry.items() if k not in ("calibration", "by_calibration")
+    }
     batch = entry["by_calibration"]["batch"]
     wilson = wilson_interval(30, 100)
-    assert batch["over"] == "examples" and batch["ci95"] == [wilson.low, wilson.high]  # seeds that agree do not remove all doubt
+    assert batch["over"] == "examples" and batch["ci95"] == [
+        wilson.low,
+        wilson.high,
+    ]  # seeds that agree do not remove all doubt
     assert json.loads(json.dumps(numbers.summary(runs))) == numbers.summary(runs)
 
 
@@ -61,7 +72,11 @@ def test_summary_intervals():
 
 
 def test_table_lets_the_interval_decide():
-    runs = [run(0.55), run(0.65, calibration="batch"), run(0.65, dataset="piqa", majority=None, chance=0.5, macro_f1=None)]
+    runs = [
+        run(0.55),
+        run(0.65, calibration="batch"),
+        run(0.65, dataset="piqa", majority=None, chance=0.5, macro_f1=None),
+    ]
     runs.append(run(0.61, shots=16, shots_fitted=9))
     table = c.results_table(runs)
     cells = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
@@ -71,7 +86,11 @@ def test_table_lets_the_interval_decide():
         ("mr", "9 of 16", "none", "yes"),
         ("piqa", "4", "none", "yes"),
     ]
-    assert cells[0]["accuracy %"] == "55.0" and cells[0]["baseline %"] == "50.0 majority" and cells[0]["over"] == "100 examples"
+    assert (
+        cells[0]["accuracy %"] == "55.0"
+        and cells[0]["baseline %"] == "50.0 majority"
+        and cells[0]["over"] == "100 examples"
+    )
     assert cells[3]["baseline %"] == "50.0 chance" and cells[3]["macro-F1 %"] == ""
     assert c.verdicts(runs) == [
         "mr, 4 shots, calibration none: 55.0% (45.2 to 64.4) does not beat the majority class (50.0%).",
@@ -90,7 +109,13 @@ def test_report(write_results):
     table = c.write_report(folder)
     assert len(table.rows) == 2 * 3 * 2 + 3
     pictures = {path.name for path in folder.glob("*.png")}
-    assert pictures == {"accuracy-mr.png", "accuracy-trec.png", "accuracy-piqa.png", "confusion-mr.png", "confusion-trec.png"}
+    assert pictures == {
+        "accuracy-mr.png",
+        "accuracy-trec.png",
+        "accuracy-piqa.png",
+        "confusion-mr.png",
+        "confusion-trec.png",
+    }
     for name in pictures:
         pixels = np.asarray(Image.open(io.BytesIO((folder / name).read_bytes())).convert("L"))
         assert pixels[0, 0] == 255 and pixels.std() > 5, name
@@ -139,7 +164,8 @@ def test_events(write_results):
 
 
 @pytest.mark.parametrize(
-    "content", ["[", "{}", '[{"dataset": "mr"}]', '[{"dataset": "m", "shots": 0, "prompt": "", "continuations": [], "gold": 0}]']
+    "content",
+    ["[", "{}", '[{"dataset": "mr"}]', '[{"dataset": "m", "shots": 0, "prompt": "", "continuations": [], "gold": 0}]'],
 )
 def test_damaged_samples_are_named(write_results, content):
     folder = write_results(datasets=("mr",), shots=(0,))

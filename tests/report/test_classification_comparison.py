@@ -41,7 +41,9 @@ def test_two_folders(write_results, answer, better):
     expected = compare_accuracy(*right, [1, 2, 3])
     difference = comparison.differences[("mr", 16, "none"), 1]
     assert difference == expected and difference.over_seeds.size == 3 and difference.over_examples.size == 60
-    (row,) = (r for r in table if (r["dataset"], r["shots"], r["calibration"], r["results"]) == ("mr", "16", "none", "b"))
+    (row,) = (
+        r for r in table if (r["dataset"], r["shots"], r["calibration"], r["results"]) == ("mr", "16", "none", "b")
+    )
     assert row["vs a"] == f"{100 * expected.difference:+.1f}"
     assert row["95% over seeds"] == f"{100 * expected.over_seeds.low:+.1f} to {100 * expected.over_seeds.high:+.1f}"
     zero = comparison.differences[("mr", 0, "none"), 1]  # seeds do not repeat what has no demonstrations
@@ -72,7 +74,10 @@ def test_between_shots_pairs_every_draw_with_the_only_one_without(write_results,
 
 
 def test_what_is_not_in_both_is_said(write_results):
-    a, b = write_results("a", seeds=(1, 2, 3)), write_results("b", seeds=(2, 3), datasets=("mr",), shots=(4,), calibrations=("none",))
+    a, b = (
+        write_results("a", seeds=(1, 2, 3)),
+        write_results("b", seeds=(2, 3), datasets=("mr",), shots=(4,), calibrations=("none",)),
+    )
     comparison = ClassificationComparison([a, b])
     assert list(comparison.differences) == [(("mr", 4, "none"), 1)]
     assert len(comparison.pairs[("mr", 4, "none"), 1]) == 2
@@ -82,7 +87,10 @@ def test_what_is_not_in_both_is_said(write_results):
 
 
 def test_other_demonstrations_are_said(write_results):
-    a, b = write_results("a", datasets=("mr",), shots=(16,)), write_results("b", datasets=("mr",), shots=(16,), fitted=10)
+    a, b = (
+        write_results("a", datasets=("mr",), shots=(16,)),
+        write_results("b", datasets=("mr",), shots=(16,), fitted=10),
+    )
     notes = ClassificationComparison([a, b]).notes
     assert notes[0] == "mr, 16 shots, none: a and b saw other demonstrations in 3 of 3 pairs."
 
@@ -93,7 +101,9 @@ def test_other_examples_are_refused(write_results):
         ClassificationComparison([a, write_results("b", datasets=("mr",), examples=50)])
     gold = np.random.default_rng(2).integers(0, 2, 60)
     gold[17] = 1 - gold[17]
-    with pytest.raises(UserError, match=r"mr: the gold labels of 1 examples differ, first that of example 17 \(\d in a, \d in c\)"):
+    with pytest.raises(
+        UserError, match=r"mr: the gold labels of 1 examples differ, first that of example 17 \(\d in a, \d in c\)"
+    ):
         ClassificationComparison([a, write_results("c", datasets=("mr",), gold=gold)])
 
 
@@ -149,7 +159,9 @@ def test_answers_are_read_in_the_order_of_examples(write_results):
     ((key, expected),) = read_answers(folder, [run]).items()
     assert key == ("mr", 1, 4, 0, "none") and expected.index.tolist() == list(range(60))
     assert expected.right.mean() == run["accuracy"]
-    other = json.dumps({"dataset": "trec", "seed": 1, "shots": 4, "order": 0, "calibration": "none", "index": 0, "gold": 0, "pred": 0})
+    other = json.dumps(
+        {"dataset": "trec", "seed": 1, "shots": 4, "order": 0, "calibration": "none", "index": 0, "gold": 0, "pred": 0}
+    )
     (folder / "predictions.jsonl").write_text("".join([other + "\n", *reversed(lines), other[:30]]))  # being written to
     (again,) = read_answers(folder, [run]).values()
     np.testing.assert_array_equal(again.predicted, expected.predicted)

@@ -55,7 +55,9 @@ def test_differences_are_paired_by_seed_where_the_demonstrations_are_the_same(wr
     table = comparison.differences()
     (row,) = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert (row["difference"], row["seeds"]) == ("large minus small", "2")
-    gaps = [f.over_layers(b, "kendall") - f.over_layers(a, "kendall") for a, b in zip(ours[:2], theirs[:2], strict=True)]
+    gaps = [
+        f.over_layers(b, "kendall") - f.over_layers(a, "kendall") for a, b in zip(ours[:2], theirs[:2], strict=True)
+    ]
     assert row["Kendall, tokens"] == v.signed(f.estimate(gaps))
     gaps = [b["accuracy"]["finetuned"] - a["accuracy"]["finetuned"] for a, b in zip(ours[:2], theirs[:2], strict=True)]
     assert row["finetuned"] == v.signed(f.estimate(gaps), percent=True)

@@ -34,18 +34,29 @@ class Balanced(HTMLParser):
 
 @pytest.fixture
 def figure():
-    return figures.draw(figures.perplexity_panel({"vanilla": [(64, 30.0), (256, 20.0)], "momentum": [(256, 19.0), (64, 28.0)]}))
+    return figures.draw(
+        figures.perplexity_panel({"vanilla": [(64, 30.0), (256, 20.0)], "momentum": [(256, 19.0), (64, 28.0)]})
+    )
 
 
 def test_page_is_whole_and_needs_no_network(figure, tmp_path):
-    parts = [Paragraph("a < b & c"), Code("x = '<y>'"), Table(["m"], [["1"]]), Picture(figures.to_svg(figure), 'says "more"')]
+    parts = [
+        Paragraph("a < b & c"),
+        Code("x = '<y>'"),
+        Table(["m"], [["1"]]),
+        Picture(figures.to_svg(figure), 'says "more"'),
+    ]
     parts += [Points(["one < two", "three"]), Folded("more & more", [Code("folded"), Table(["n"], [["2"]])])]
     write_page(tmp_path / "report.html", "Title <t>", {"": [Paragraph("first")], "Heading": parts})
     text = (tmp_path / "report.html").read_text()
     parser = Balanced()
     parser.feed(text)
     assert parser.stack == []
-    assert {"svg", "table", "pre", "figure", "details", "ul"} <= parser.seen and not {"script", "link", "img"} & parser.seen
+    assert {"svg", "table", "pre", "figure", "details", "ul"} <= parser.seen and not {
+        "script",
+        "link",
+        "img",
+    } & parser.seen
     assert "a < b & c" in parser.text and "x = '<y>'" in parser.text and "Title <t>" in parser.text
     assert {"one < two", "more & more", "folded"} <= set(parser.text) and text.count('<div class="scroll"><table>') == 2
     assert 'aria-label="says &quot;more&quot;"' in text
@@ -89,7 +100,11 @@ POINTS = [figures.AccuracyPoint(16, 0.8, 0.7, 0.9, (0.75, 0.85)), figures.Accura
 def test_accuracy_figure():
     lines = {"none": POINTS, "batch": [figures.AccuracyPoint(4, 0.6, 0.55, 0.65)], "absent": []}
     axes = figures.draw(figures.accuracy_panel(lines, "mr", ("majority", 0.51), "calibration")).axes[0]
-    assert axes.get_title() == "mr" and [line.get_label() for line in axes.get_lines()] == ["none", "batch", "majority 51.0"]
+    assert axes.get_title() == "mr" and [line.get_label() for line in axes.get_lines()] == [
+        "none",
+        "batch",
+        "majority 51.0",
+    ]
     line = axes.get_lines()[0]
     assert list(line.get_ydata()) == [50.0, 80.0]  # in the order of shots
     assert np.diff(line.get_xdata()) == pytest.approx([np.log2(17)])
@@ -103,14 +118,24 @@ def test_accuracy_figure():
 def test_a_band_only_where_few_lines_share_the_figure():
     for count, bands in ((1, 1), (2, 2), (3, 0)):
         axes = figures.draw(figures.accuracy_panel({str(i): POINTS for i in range(count)})).axes[0]
-        assert sum(hasattr(c, "get_paths") and type(c).__name__ == "FillBetweenPolyCollection" for c in axes.collections) == bands
+        assert (
+            sum(hasattr(c, "get_paths") and type(c).__name__ == "FillBetweenPolyCollection" for c in axes.collections)
+            == bands
+        )
         assert len({(line.get_linestyle(), line.get_marker()) for line in axes.get_lines()}) == count
 
 
 def test_confusion_figure():
-    axes = figures.draw(figures.confusion_panel([[3, 1, 0], [0, 0, 0], [0, 5, 5]], ["a", "b", "c" * 30], "title")).axes[0]
+    axes = figures.draw(figures.confusion_panel([[3, 1, 0], [0, 0, 0], [0, 5, 5]], ["a", "b", "c" * 30], "title")).axes[
+        0
+    ]
     cells = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axes.texts}
-    assert cells == {(0, 0): "75", (0, 1): "25", (2, 1): "50", (2, 2): "50"}  # zeros, and a class without examples, are blank
+    assert cells == {
+        (0, 0): "75",
+        (0, 1): "25",
+        (2, 1): "50",
+        (2, 2): "50",
+    }  # zeros, and a class without examples, are blank
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a (4)", "b (0)", "c" * 17 + "… (10)"]
     assert axes.get_ylim() == (2.5, -0.5) and axes.get_legend() is None
     shades = {tuple(map(int, np.add(p.get_xy(), 0.5))): p.get_alpha() for p in axes.patches}

@@ -34,7 +34,11 @@ def run(simaou=(0.1, 0.3), seed=1, random=(0.0, 0.0), **more):
             "baselines": {"untrained": {"corrected": {"simaou": [0.1, 0.1]}}, "lcgd": None}, **more}  # fmt: skip
 
 
-NOTHING = {"rec2ftp": None, "rec2ftp_ci95": None, "rec2ftp_counts": {"cells": [[[5, 0], [10, 0]], [[1, 2], [3, 19]]]}}  # to recover
+NOTHING = {
+    "rec2ftp": None,
+    "rec2ftp_ci95": None,
+    "rec2ftp_counts": {"cells": [[[5, 0], [10, 0]], [[1, 2], [3, 19]]]},
+}  # to recover
 
 
 def test_metric_is_the_mean_over_layers_then_over_seeds():
@@ -43,7 +47,15 @@ def test_metric_is_the_mean_over_layers_then_over_seeds():
     expected = t_interval([0.2, 0.2, 0.6])
     assert found["mean"] == pytest.approx(1 / 3) and found["over"] == "seeds" and found["num"] == 3
     assert found["ci95"] == pytest.approx([expected.low, expected.high])
-    assert f.metric(runs, "kendall") == {"mean": None, "ci95": None, "over": None, "sd": None, "min": None, "max": None, "num": 0}
+    assert f.metric(runs, "kendall") == {
+        "mean": None,
+        "ci95": None,
+        "over": None,
+        "sd": None,
+        "min": None,
+        "max": None,
+        "num": 0,
+    }
 
 
 def test_one_seed_has_the_interval_over_examples():
@@ -66,7 +78,9 @@ def test_differences_are_paired_by_seed():
     assert f.difference(runs, "simaou", "lcgd")["num"] == 0  # it diverged
 
 
-@pytest.mark.parametrize(("ends", "side"), [([0.01, 0.2], "above"), ([-0.2, -0.01], "below"), ([-0.1, 0.1], "level"), (None, "unknown")])
+@pytest.mark.parametrize(
+    ("ends", "side"), [([0.01, 0.2], "above"), ([-0.2, -0.01], "below"), ([-0.1, 0.1], "level"), (None, "unknown")]
+)
 def test_place(ends, side):
     assert v.place({"ci95": ends}) == side
 
@@ -81,21 +95,29 @@ def test_summary():
     assert entry["accuracy"]["zero_shot"]["ci95"] == [wilson.low, wilson.high]
     assert entry["rec2ftp"]["mean"] == 0.8 and entry["rec2ftp"]["ci95"] == [(w := wilson_interval(16, 20)).low, w.high]
     assert entry["corrected"]["simaou"]["mean"] == pytest.approx(0.125) and entry["paper"]["simaou"]["mean"] == 0.5
-    assert entry["baselines"] == {"untrained": {"simaou": f.metric(runs[:2], "simaou", control="untrained")}, "lcgd": {}}
+    assert entry["baselines"] == {
+        "untrained": {"simaou": f.metric(runs[:2], "simaou", control="untrained")},
+        "lcgd": {},
+    }
     assert entry["differences"]["simaou"]["untrained"]["mean"] == pytest.approx(0.025)
     assert found["trec"]["4"]["rec2ftp"]["mean"] is None
 
 
 def test_rec2ftp_is_of_all_seeds_together():
     """One repair that ICL shares in one seed, none of nine in another: 1 of 10, and not one half."""
-    few = [run(seed=s, rec2ftp_counts={"cells": [[[5, n - k], [5, k]], [[0, 0], [0, 0]]]}) for s, k, n in ((1, 1, 1), (2, 0, 9), (3, 0, 0))]
+    few = [
+        run(seed=s, rec2ftp_counts={"cells": [[[5, n - k], [5, k]], [[0, 0], [0, 0]]]})
+        for s, k, n in ((1, 1, 1), (2, 0, 9), (3, 0, 0))
+    ]
     found = f.rec2ftp(few)
     interval = ratio_interval([1, 0, 0], [1, 9, 0])
     assert found["mean"] == pytest.approx(0.1) and found["num"] == 2
     assert found["ci95"] == pytest.approx([max(0, interval.low), min(1, interval.high)])
     assert f.chance(few)["mean"] == pytest.approx(16 / 40)
     gap = ratio_difference_interval([1, 0, 0], [1, 9, 0], [6, 5, 5], [11, 19, 10])
-    assert f.above_chance(few)["mean"] == pytest.approx(0.1 - 0.4) and f.above_chance(few)["ci95"] == pytest.approx([gap.low, gap.high])
+    assert f.above_chance(few)["mean"] == pytest.approx(0.1 - 0.4) and f.above_chance(few)["ci95"] == pytest.approx(
+        [gap.low, gap.high]
+    )
     for order in (few[:1] + few[2:], few[2:] + few[:1]):  # the only seed that has one, wherever it stands
         assert f.rec2ftp(order)["ci95"] == pytest.approx([(w := wilson_interval(1, 1)).low, w.high])
 
@@ -105,7 +127,10 @@ def test_verdicts_follow_the_intervals():
     assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
     assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 80.0% (49.0 to 94.3)." in clear
     assert "72.0% (52.4 to 85.7) of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
-    assert "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), untrained (0.100)." in clear
+    assert (
+        "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), untrained (0.100)."
+        in clear
+    )
     low = " ".join(v.verdict([run((0.0, 0.1), rec2ftp_counts={"cells": [[[50, 0], [0, 20]], [[0, 0], [0, 0]]]})]))
     assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
     assert "nothing for Rec2FTP to recover" in " ".join(v.verdict([run(**NOTHING)]))
@@ -117,8 +142,12 @@ def test_verdicts_follow_the_intervals():
 
 
 def test_a_control_of_one_seed_has_its_own_interval():
-    lone = run(baselines={"untrained": {"corrected": {"simaou": [0.1, 0.2]}, "corrected_ci95": {"simaou": [[0.0, 0.3], None]}}})
-    np.testing.assert_allclose(f.bands([lone], "simaou", "corrected", "untrained"), [[0.1, 0.2], [0.0, np.nan], [0.3, np.nan]])
+    lone = run(
+        baselines={"untrained": {"corrected": {"simaou": [0.1, 0.2]}, "corrected_ci95": {"simaou": [[0.0, 0.3], None]}}}
+    )
+    np.testing.assert_allclose(
+        f.bands([lone], "simaou", "corrected", "untrained"), [[0.1, 0.2], [0.0, np.nan], [0.3, np.nan]]
+    )
     diverged = run(seed=0, baselines={"untrained": None})
     assert f.bands([diverged, lone], "simaou", "corrected", "untrained")[0].tolist() == [0.1, 0.2]
     assert f.difference([diverged, lone], "simaou", "untrained")["num"] == 1
@@ -149,18 +178,28 @@ def test_tables(analysed):
     assert row["corrected"] == v.number(f.metric(runs[3:], "simaou"))
     assert row["authors' form"] == v.number(f.metric(runs[3:], "simaou", "paper"))
     assert row["untrained"] == v.three(f.metric(runs[3:], "simaou", control="untrained")["mean"])
-    assert list(table.columns).count("its control") == 2 and "before" in by_name(table, "metric")["SimAM"]["its control"]
+    assert (
+        list(table.columns).count("its control") == 2 and "before" in by_name(table, "metric")["SimAM"]["its control"]
+    )
     gaps = by_name(r.difference_table(runs[:3]), "corrected, minus")["SimAOU"]
     gap = f.difference(runs[:3], "simaou", "shuffled_labels")
     assert gaps["shuffled labels"] == f"{gap['mean']:+.3f} ({gap['ci95'][0]:+.3f} to {gap['ci95'][1]:+.3f})"
     first = by_name(r.accuracy_table(runs), "dataset")["sst2"]
     cells = f.cells(runs[:3])
-    assert first["recovered"] == f"{cells[0, 1, 1]} of {cells[0, :, 1].sum()}" and first["learning rates"] == "0.003, 0.003, 0.003"
+    assert (
+        first["recovered"] == f"{cells[0, 1, 1]} of {cells[0, :, 1].sum()}"
+        and first["learning rates"] == "0.003, 0.003, 0.003"
+    )
     beside = by_name(r.paper_table(runs), "")
     assert {row["dataset"] for row in beside.values()} == {"sst2"}
     assert (beside["SimAOU"]["paper, 1.3B"], beside["SimAOU"]["paper, 2.7B"]) == ("0.110", "0.195")
-    assert beside["accuracy, in context"]["paper, 2.7B"] == "95.0%" and beside["SimAM, before finetuning"]["paper, 1.3B"] == "0.555"
-    assert beside["Kendall, tokens, random"]["here, authors' form"] == v.number(f.metric(runs[:3], "kendall", "paper", "random"))
+    assert (
+        beside["accuracy, in context"]["paper, 2.7B"] == "95.0%"
+        and beside["SimAM, before finetuning"]["paper, 1.3B"] == "0.555"
+    )
+    assert beside["Kendall, tokens, random"]["here, authors' form"] == v.number(
+        f.metric(runs[:3], "kendall", "paper", "random")
+    )
     assert r.paper_table(runs[3:]) is None
 
 
@@ -191,7 +230,9 @@ def test_report(write_analysis, analysed):
     events.Reload()
     curve = {e.step: e.value for e in events.Scalars("sst2-4shot/corrected/simam_delta")}
     expected = np.mean([np.array(run["corrected"]["simam_delta"][1:]) for run in runs[:2]], axis=0)
-    assert list(curve) == [2, 3, 4, 5, 6] and list(curve.values()) == pytest.approx(expected.tolist())  # undefined in the first layer
+    assert list(curve) == [2, 3, 4, 5, 6] and list(curve.values()) == pytest.approx(
+        expected.tolist()
+    )  # undefined in the first layer
     untrained = [e.value for e in events.Scalars("trec-4shot/corrected/simaou/untrained")]
     assert untrained == pytest.approx(runs[2]["baselines"]["untrained"]["corrected"]["simaou"])
     assert len(events.Scalars("trec-4shot/paper/kendall/random")) == 6
@@ -206,12 +247,23 @@ def test_report(write_analysis, analysed):
 def test_report_of_the_least_there_can_be(write_analysis, analysed):
     """One seed, no control, no heads, nothing to recover."""
     bare = copy.deepcopy(analysed("trec", controls=()))
-    bare |= {"rec2ftp": None, "rec2ftp_ci95": None, "rec2ftp_chance": None, "heads": {}, "baselines": {}, "attention": []}
+    bare |= {
+        "rec2ftp": None,
+        "rec2ftp_ci95": None,
+        "rec2ftp_chance": None,
+        "heads": {},
+        "baselines": {},
+        "attention": [],
+    }
     bare["rec2ftp_counts"]["cells"] = [[[0, 0], [0, 0]], [[10, 10], [10, 70]]]
     folder = write_analysis([bare])
     r.write_report(folder)
     page = (folder / "report.html").read_text()
-    assert "nothing to recover" in page and "zero-shot is right about every example" in page and "Beside the paper" not in page
+    assert (
+        "nothing to recover" in page
+        and "zero-shot is right about every example" in page
+        and "Beside the paper" not in page
+    )
     assert not list(folder.glob("heads-*")) and not list(folder.glob("attention-*"))
 
 

@@ -22,9 +22,13 @@ def write(folder, task, runs=({},)):
 
 
 def test_results_of_one_task(tmp_path):
-    a, b, other, empty = (write(tmp_path / n, t, r) for n, t, r in (("a", "x", [{}]), ("b", "x", [{}]), ("c", "y", [{}]), ("d", "x", [])))
+    a, b, other, empty = (
+        write(tmp_path / n, t, r) for n, t, r in (("a", "x", [{}]), ("b", "x", [{}]), ("c", "y", [{}]), ("d", "x", []))
+    )
     assert [r["task"] for r in skeleton.read_runs([a, b], ["x", "y"])] == ["x", "x"]
-    with pytest.raises(UserError, match=r"c holds results of y, which cannot stand beside those of x in .*a; name folders of one task"):
+    with pytest.raises(
+        UserError, match=r"c holds results of y, which cannot stand beside those of x in .*a; name folders of one task"
+    ):
         skeleton.read_runs([a, other], ["x", "y"])
     with pytest.raises(UserError, match="c holds results of y, and not of x"):
         skeleton.read_runs([other], ["x"])

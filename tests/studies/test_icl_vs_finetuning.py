@@ -66,7 +66,9 @@ def test_the_authors_numbers(golden_model, tmp_path, dataset, seed):
     assert found["rec2ftp"] == (None if expected["rec2ftp"] is None else pytest.approx(expected["rec2ftp"]))
     for ours, theirs in NAMES.items():
         np.testing.assert_allclose(found["paper"][ours], expected[theirs], atol=1e-4, err_msg=ours)
-    assert (found["rec2ftp"] is None) == ("note" in found) == (dataset == "agnews")  # there finetuning puts nothing right
+    assert (
+        (found["rec2ftp"] is None) == ("note" in found) == (dataset == "agnews")
+    )  # there finetuning puts nothing right
     assert found["lr_selected_on"] == "given" and found["finetune_lr"] == expected["finetune_lr"]
 
 
@@ -101,8 +103,18 @@ def test_everything_is_recorded_and_the_weights_are_restored(lm, films, tmp_path
     assert all(torch.equal(tensor, before[name]) for name, tensor in digest(lm).items())
     (found,) = results["runs"]
     assert found["baselines"].keys() == {"untrained", "shuffled_labels", "lcgd", "all_parameters"}
-    assert {"simaou", "simaou_random", "simam", "simam_before", "kendall", "kendall_random", "recall_at_k"} <= found["paper"].keys()
-    corrected = {"simaou", "simaou_random", "simam_delta", "kendall", "dw_similarity", "relaxation_cosine", "simaou_relaxed"}
+    assert {"simaou", "simaou_random", "simam", "simam_before", "kendall", "kendall_random", "recall_at_k"} <= found[
+        "paper"
+    ].keys()
+    corrected = {
+        "simaou",
+        "simaou_random",
+        "simam_delta",
+        "kendall",
+        "dw_similarity",
+        "relaxation_cosine",
+        "simaou_relaxed",
+    }
     assert corrected <= found["corrected"].keys()
     for part in ("paper", "corrected"):
         assert all(len(values) == 2 for values in found[part].values())
@@ -195,7 +207,12 @@ def test_demonstrations_that_do_not_fit(make_lm, films, tmp_path, caplog):
     with pytest.raises(UserError, match=r"films: .*no demonstration fits"):
         run(make_lm(max_positions=30), [films], SETTINGS, tmp_path / "b")
     with pytest.raises(UserError, match="shots=0"):
-        run(lm, [films], dataclasses.replace(SETTINGS, questions=dataclasses.replace(ASKED, shots=(0, 4))), tmp_path / "b")
+        run(
+            lm,
+            [films],
+            dataclasses.replace(SETTINGS, questions=dataclasses.replace(ASKED, shots=(0, 4))),
+            tmp_path / "b",
+        )
 
 
 def test_the_label_alone_is_learnt(lm, films, tmp_path):
@@ -214,7 +231,9 @@ def test_momentum_is_analysed(make_lm, films, tmp_path):
         found += run(make_lm(momentum_kind=kind), [films], settings, tmp_path / kind)["runs"]
     without, with_momentum = (run["corrected"] for run in found)
     assert abs(without["simaou"][0] - with_momentum["simaou"][0]) > 1e-3
-    assert without["kendall"][0] == pytest.approx(with_momentum["kendall"][0], abs=0.05)  # logits of the first layer hardly change
+    assert without["kendall"][0] == pytest.approx(
+        with_momentum["kendall"][0], abs=0.05
+    )  # logits of the first layer hardly change
 
 
 def test_choices_of_their_own(lm, choices, films, tmp_path):
@@ -228,7 +247,9 @@ def test_choices_of_their_own(lm, choices, films, tmp_path):
     accuracy = {run["shots"]: run["accuracy"] for run in read_results(tmp_path / "b")["runs"]}
     assert (found["accuracy"]["zero_shot"], found["accuracy"]["in_context"]) == (accuracy[0], accuracy[2])
     expected = [line["scores"] for line in lines(tmp_path / "b") if line["shots"] == 2]
-    for one, other in zip([line for line in lines(tmp_path / "a") if line["setting"] == "in_context"], expected, strict=True):
+    for one, other in zip(
+        [line for line in lines(tmp_path / "a") if line["setting"] == "in_context"], expected, strict=True
+    ):
         np.testing.assert_allclose(one["scores"], other, atol=1e-4)
 
 
@@ -245,7 +266,12 @@ def test_a_model_of_transformers(tokenizer_folder, films, tmp_path, family):
             vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
         ),
         "llama": transformers.LlamaConfig(
-            vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+            vocab_size=size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
         ),
     }[family]
 
@@ -301,7 +327,9 @@ def test_two_processes(golden_model, run_cli, tmp_path):
     one = run(lm, [load_dataset("mr", str(GOLDEN), "code")], settings, tmp_path / "one")
     two = read_results(tmp_path / "two")
     assert one["runs"][0] | {"seconds": 0} == two["runs"][0] | {"seconds": 0}
-    assert (tmp_path / "one" / "predictions.jsonl").read_bytes() == (tmp_path / "two" / "predictions.jsonl").read_bytes()
+    assert (tmp_path / "one" / "predictions.jsonl").read_bytes() == (
+        tmp_path / "two" / "predictions.jsonl"
+    ).read_bytes()
     traces = [np.load(tmp_path / name / "traces" / "mr-3shot-seed1.npz") for name in ("one", "two")]
     for name in traces[0]:
         np.testing.assert_array_equal(traces[0][name], traces[1][name])

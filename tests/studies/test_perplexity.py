@@ -23,7 +23,11 @@ VOCAB, LENGTHS = 40, (5, 1, 13, 2, 30, 7)
 @pytest.fixture
 def lm(tmp_path):
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(VOCAB, dim=16, ffn_dim=16, layers=2, heads=2, max_positions=64, momentum_kind="ema", momentum_eta=0.7))
+    model = Decoder(
+        DecoderConfig(
+            VOCAB, dim=16, ffn_dim=16, layers=2, heads=2, max_positions=64, momentum_kind="ema", momentum_eta=0.7
+        )
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     path = tmp_path / "model" / "model.pt"
@@ -108,7 +112,9 @@ def test_blocks_begin_with_an_end_of_sentence_where_documents_begin(tmp_path, si
     starts = set(np.cumsum([0, *sizes[:-1]]).tolist())
     expected = [2 if at in starts else stream[at - 1] for at in range(0, len(stream), 3)]
     for rows in (1, 2, 9):
-        found = [i for inputs, _, _ in perplexity.batches(IndexedDataset(tmp_path / "valid"), 3, rows) for i in inputs[:, 0]]
+        found = [
+            i for inputs, _, _ in perplexity.batches(IndexedDataset(tmp_path / "valid"), 3, rows) for i in inputs[:, 0]
+        ]
         assert found == expected
 
 

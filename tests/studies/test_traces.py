@@ -9,7 +9,14 @@ from momentum_lm.icl.engine import Batch, log_probs, score_batches
 from momentum_lm.icl.finetuning import Lesson
 from momentum_lm.icl.prompts import PromptFormat, build
 from momentum_lm.lm.tracing import AttentionTrace, tracing
-from momentum_lm.studies.traces import Learned, align, common_suffix, demonstration_matrices, finetuning_similarity, trace_queries
+from momentum_lm.studies.traces import (
+    Learned,
+    align,
+    common_suffix,
+    demonstration_matrices,
+    finetuning_similarity,
+    trace_queries,
+)
 
 FORM = PromptFormat((0,), (2,))
 
@@ -87,7 +94,9 @@ def test_similarity_of_weight_updates(lm, learned):
         before = projections(block)
         with learned.applied():
             after = projections(block)
-        keys, values = (x[layer][0, 1:].unflatten(-1, (4, 8)).transpose(0, 1).numpy() for x in (shown.keys, shown.values))
+        keys, values = (
+            x[layer][0, 1:].unflatten(-1, (4, 8)).transpose(0, 1).numpy() for x in (shown.keys, shown.values)
+        )
         icl = head_matrices(values, keys)
         np.testing.assert_allclose(matrices[layer], icl, rtol=1e-3, atol=1e-3)
         for i, (first, end) in enumerate(spans):

@@ -39,7 +39,9 @@ def documents():
 def jsonl(tmp_path_factory, documents):
     """The documents as JSON Lines."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)), encoding="utf-8"
+    )
     return path
 
 

@@ -59,7 +59,9 @@ def test_blocks_are_fairseqs(corpus, size, write, fairseq_data):
     theirs = fairseq_data.TokenBlockDataset(items, sizes, size, PAD, EOS, break_mode="none", include_targets=True)
     ours = small(write(*CORPORA[corpus]), size)
     assert len(ours) == len(theirs)
-    assert [ours.block_size] * (len(ours) - 1) + [ours.last_size] == theirs.sizes.tolist() and ours.longest == theirs.sizes.max()
+    assert [ours.block_size] * (len(ours) - 1) + [
+        ours.last_size
+    ] == theirs.sizes.tolist() and ours.longest == theirs.sizes.max()
     for i in range(len(ours)):
         inputs, targets = ours[i]
         source, target, _ = theirs[i]
@@ -123,7 +125,9 @@ def test_documents_of_files_are_one_sequence(write):
 
 @pytest.mark.parametrize("wrong", [60, 70000, -1])
 def test_an_id_beyond_the_dictionary_is_named_with_its_file_and_document(wrong, write):
-    good, bad = write(ordinary(3), [[5, EOS], [], [6, 7, EOS], [8, 9, EOS]], vocab_size=1 << 40)  # int64, which holds -1 too
+    good, bad = write(
+        ordinary(3), [[5, EOS], [], [6, 7, EOS], [8, 9, EOS]], vocab_size=1 << 40
+    )  # int64, which holds -1 too
     path = f"{bad.prefix}.bin"
     data = np.fromfile(path, np.int64)
     data[6] = wrong
@@ -161,13 +165,20 @@ def test_what_goes_to_another_process_is_names(write):
     np.testing.assert_array_equal(pickle.loads(sent)[5], blocks[5])
 
 
-BATCHES = [(rows, tokens, multiple) for rows in (None, 1, 3, 4, 8, 13, 20) for tokens in (None, 7, 50, 130) for multiple in (1, 2, 8)]
+BATCHES = [
+    (rows, tokens, multiple)
+    for rows in (None, 1, 3, 4, 8, 13, 20)
+    for tokens in (None, 7, 50, 130)
+    for multiple in (1, 2, 8)
+]
 
 
 @pytest.mark.parametrize("tokens", [5, 7, 7 * 13, 7 * 29 + 3, 7 * 64, 7 * 65 + 1])
 def test_batches_are_fairseqs(tokens, write, fairseq_data):
     items = [torch.arange(tokens) % 50 + 4]
-    dataset = fairseq_data.TokenBlockDataset(items, np.array([tokens]), 7, PAD, EOS, break_mode="none", include_targets=True)
+    dataset = fairseq_data.TokenBlockDataset(
+        items, np.array([tokens]), 7, PAD, EOS, break_mode="none", include_targets=True
+    )
     theirs = fairseq_data.MonolingualDataset(dataset, dataset.sizes, None, shuffle=True)
     blocks = small(write([items[0].numpy()]))
     for (rows, limit, multiple), seed in itertools.product([b for b in BATCHES if b[0] or b[1]], (1, 2)):

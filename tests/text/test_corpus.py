@@ -39,7 +39,12 @@ def texts(folder, split):
 
 
 def all_texts(folder):
-    return [text for split in ("train", "valid", "test") if (Path(folder) / f"{split}.idx").exists() for text in texts(folder, split)]
+    return [
+        text
+        for split in ("train", "valid", "test")
+        if (Path(folder) / f"{split}.idx").exists()
+        for text in texts(folder, split)
+    ]
 
 
 def content(folder, *without):
@@ -71,7 +76,12 @@ def test_prepare_json(prepared, documents):
     output, result = prepared
     assert json.loads((output / "prepare.json").read_text()) == result
     assert result["version"] == 1
-    assert result["tokenizer"] == {"kind": "sentencepiece", "vocab_size": 600, "lossless": True, "sha256": load_tokenizer(output).sha256()}
+    assert result["tokenizer"] == {
+        "kind": "sentencepiece",
+        "vocab_size": 600,
+        "lossless": True,
+        "sha256": load_tokenizer(output).sha256(),
+    }
     assert sorted([*result["files"], "prepare.json"]) == sorted(p.name for p in output.iterdir())
     assert (result["documents_read"], result["duplicates"], result["empty"]) == (len(documents), 0, 0)
 
@@ -91,7 +101,11 @@ def test_fairseqs_task_loads_it(prepared):
 
     output, _ = prepared
     for mode in ("eos", "none"):
-        plain = {"dataset_impl": None, "use_plasma_view": False, "seed": 1}  # whose defaults stand elsewhere in fairseq's configuration
+        plain = {
+            "dataset_impl": None,
+            "use_plasma_view": False,
+            "seed": 1,
+        }  # whose defaults stand elsewhere in fairseq's configuration
         settings = LanguageModelingConfig(data=str(output), sample_break_mode=mode, tokens_per_sample=4096, **plain)
         task = LanguageModelingTask.setup_task(settings)
         task.load_dataset("train")
@@ -146,7 +160,11 @@ def test_duplicates_and_empty_documents_are_dropped(documents, jsonl, tmp_path):
     (tmp_path / "again.csv").write_text('text\n" "\nx\n\n')
     (tmp_path / "one.txt").write_text(documents[7])
     result = prepare(config(tmp_path / "data", jsonl, jsonl, tmp_path / "again.csv", tmp_path / "one.txt"), workers=1)
-    assert (result["documents_read"], result["duplicates"], result["empty"]) == (2 * len(documents) + 3, len(documents) + 1, 1)
+    assert (result["documents_read"], result["duplicates"], result["empty"]) == (
+        2 * len(documents) + 3,
+        len(documents) + 1,
+        1,
+    )
     assert sorted(all_texts(tmp_path / "data")) == sorted([*documents, "x"])
 
 
@@ -209,7 +227,9 @@ def test_other_settings_are_refused_unless_forced(jsonl, tmp_path, documents):
     output = tmp_path / "data"
     prepare(config(output, jsonl), workers=1)
     before = content(output)
-    with pytest.raises(UserError, match=r"was prepared with other settings: seed 1 \(now 2\); use another output, or force=True"):
+    with pytest.raises(
+        UserError, match=r"was prepared with other settings: seed 1 \(now 2\); use another output, or force=True"
+    ):
         prepare(config(output, jsonl, seed=2), workers=1)
     with pytest.raises(UserError, match="no document to train on; check --column"):
         prepare(config(output, jsonl, max_documents=1), workers=1, force=True)
@@ -226,7 +246,9 @@ def test_changed_sources_are_refused_unless_forced(tmp_path, documents):
     settings = config(output, path, document="blank-line")
     prepare(settings, workers=1)
     path.write_text("\n\n".join(documents[:-1]) + " ")
-    with pytest.raises(UserError, match="was prepared with a source whose content has changed since; use another output, or force=True"):
+    with pytest.raises(
+        UserError, match="was prepared with a source whose content has changed since; use another output, or force=True"
+    ):
         prepare(settings, workers=1)
     prepare(settings, workers=1, force=True)
 
@@ -574,7 +596,9 @@ def alive(pid):
 
 @pytest.mark.parametrize("workers, step", [(1, 0.04), (2, 0.1)])
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(prepared, jsonl, tmp_path, workers, step):
-    """kill -9 a little later each time, through sampling, training, tokenising and moving the files, until it gets to the end."""
+    """kill -9 a little later each time, through sampling, training, tokenising and moving the files, until it gets to
+    the end.
+    """
     output, _ = prepared
     (tmp_path / "timed").mkdir()
     began = time.monotonic()
@@ -731,9 +755,7 @@ def test_a_killed_worker_is_told_and_the_work_kept(jsonl, tmp_path, prepared, mo
                 worker.kill()
 
     monkeypatch.setattr(corpus._Run, "_save", save_then_kill)
-    with pytest.raises(
-        Interrupted, match=r"a worker process was killed, .* run the command again with fewer workers"
-    ):
+    with pytest.raises(Interrupted, match=r"a worker process was killed, .* run the command again with fewer workers"):
         prepare(config(tmp_path / "data", jsonl), workers=2)
     said = []
     prepare(config(tmp_path / "data", jsonl), workers=1, say=said.append)

@@ -54,8 +54,10 @@ def test_counts():
         ("a 1\nb 1\na 2\n", r"dict\.txt:3: 'a' is listed before; add '#fairseq:overwrite'"),
         ("<unk> 1\n", r"dict\.txt:1: '<unk>' is listed before"),
         (b"\xff\xfe 1\n", r"dict\.txt is not a dictionary: byte 0 is not UTF-8"),
-        (b"a 1\n" + b"".join(b"b%d 1\n" % i for i in range(20_000)) + b"\xff 1\n",
-            r"dict\.txt is not a dictionary: byte 168894 is not UTF-8"),
+        (
+            b"a 1\n" + b"".join(b"b%d 1\n" % i for i in range(20_000)) + b"\xff 1\n",
+            r"dict\.txt is not a dictionary: byte 168894 is not UTF-8",
+        ),
         ("a -1\n", r"dict\.txt:1: expected"),
         (f"a {'9' * 5000}\n", r"dict\.txt:1: expected '<symbol> <count>', got 'a 9{78}'; is"),
         ("a" * 9000 + " 1\n" + "a" * 9000 + " 1\n", r"dict\.txt:2: 'a{80}' is listed before"),

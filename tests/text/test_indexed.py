@@ -40,7 +40,10 @@ def test_same_bytes_as_fairseqs_builder(tmp_path, vocab_size, fairseq_data):
 def test_each_reads_what_the_other_wrote(tmp_path, fairseq_data):
     items = documents(70000)
     write(tmp_path / "data", items, 70000)
-    ours, theirs = IndexedDataset(tmp_path / "data"), fairseq_data.indexed_dataset.MMapIndexedDataset(str(tmp_path / "data"))
+    ours, theirs = (
+        IndexedDataset(tmp_path / "data"),
+        fairseq_data.indexed_dataset.MMapIndexedDataset(str(tmp_path / "data")),
+    )
     assert len(ours) == len(theirs) == len(items)
     assert ours.sizes.tolist() == theirs.sizes.tolist() == [len(item) for item in items]
     assert ours.num_tokens == sum(map(len, items))
@@ -173,10 +176,16 @@ def damaged(path, change):
         ("idx", lambda b: b[:18] + bytes(8) + b[26:], r"data\.idx says 0 items and should have 26 bytes"),
         ("idx", lambda b: b[:18] + bytes(7) + b"\x10" + b[26:], r"data\.idx says 1152921504606846976 items"),
         ("idx", lambda b: b[:-8] + b"\xff" * 8, r"data\.idx is damaged: its last item has \d+ tokens at byte -1"),
-        ("idx", lambda b: b[:-8] + b"\xff" * 7 + b"\x7f",
-            r"data\.idx is damaged: its offsets do not fit|data\.bin has"),
-        ("idx", lambda b: b[: 26 + 4 * 49] + b"\xff" * 4 + b[26 + 4 * 50 :],
-            r"data\.idx is damaged: its last item has -1 tokens"),
+        (
+            "idx",
+            lambda b: b[:-8] + b"\xff" * 7 + b"\x7f",
+            r"data\.idx is damaged: its offsets do not fit|data\.bin has",
+        ),
+        (
+            "idx",
+            lambda b: b[: 26 + 4 * 49] + b"\xff" * 4 + b[26 + 4 * 50 :],
+            r"data\.idx is damaged: its last item has -1 tokens",
+        ),
         ("idx", lambda b: b[:26] + b"\xff\xff\xff\x7f" + b[30:], r"data\.idx is damaged: its offsets do not fit"),
         ("idx", lambda b: b"", r"data\.idx is not an index"),
         ("idx", None, r"data\.idx is missing; make it with `momentum-lm prepare`"),

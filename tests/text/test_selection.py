@@ -33,7 +33,9 @@ def test_fractions_are_kept_to():
     assert abs(found.count("test") / 5000 - 0.05) < 0.015
 
 
-@pytest.mark.parametrize("valid, test", [("100", "50"), ("100", "0"), ("0", "7"), ("1", "1"), ("5000", "0"), ("10000", "3")])
+@pytest.mark.parametrize(
+    "valid, test", [("100", "50"), ("100", "0"), ("0", "7"), ("1", "1"), ("5000", "0"), ("10000", "3")]
+)
 def test_numbers_are_kept_to(valid, test):
     found = splits(valid, test)
     assert found.count("test") == int(test)
@@ -62,7 +64,9 @@ def test_the_seed_moves_them():
     assert splits("0.1", "0.1", seed=2) != splits("0.1", "0.1")
 
 
-@pytest.mark.parametrize("text, value", [("0.01", Fraction(1, 100)), (".5", Fraction(1, 2)), ("0", 0), ("0.0", 0), ("1", 1), ("500", 500)])
+@pytest.mark.parametrize(
+    "text, value", [("0.01", Fraction(1, 100)), (".5", Fraction(1, 2)), ("0", 0), ("0.0", 0), ("1", 1), ("500", 500)]
+)
 def test_shares(text, value):
     assert share(text, "--valid") == value
     assert type(share(text, "--valid")) is type(value)

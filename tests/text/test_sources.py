@@ -75,7 +75,9 @@ def test_nulls_are_left_out(tmp_path, kind):
     assert read(path) == ["one", "two"]
 
 
-@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress), (".zst", two_frames)])
+@pytest.mark.parametrize(
+    "suffix, pack", [("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress), (".zst", two_frames)]
+)
 def test_text_as_files_lines_and_blocks(tmp_path, suffix, pack):
     path = tmp_path / f"t.txt{suffix}"
     text = "\nfirst é\nsecond\n\n \t\r\n  third\r\nfourth  \n\n\n"
@@ -86,7 +88,16 @@ def test_text_as_files_lines_and_blocks(tmp_path, suffix, pack):
 
 
 def test_folders_are_read_in_order_of_path(tmp_path):
-    for name in ("b.txt", "a/z.md", "a/y.txt.gz", "c/out/train.txt", ".git/x.txt", "a/.hidden.txt", "data.csv", "B.TXT"):
+    for name in (
+        "b.txt",
+        "a/z.md",
+        "a/y.txt.gz",
+        "c/out/train.txt",
+        ".git/x.txt",
+        "a/.hidden.txt",
+        "data.csv",
+        "B.TXT",
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(gzip.compress(name.encode()) if name.endswith(".gz") else name.encode())
@@ -106,12 +117,16 @@ def test_data_sets_are_streamed_from_a_local_folder(tmp_path):
         read(name, column="body")
     with pytest.raises(UserError, match="column 'id' holds int, not text"):
         read(name, column="id")
-    with pytest.raises(UserError, match=r"could not be loaded \(Bad split: nope\. Available splits: .*check NAME\[:CONFIG\]\[@SPLIT\]"):
+    with pytest.raises(
+        UserError, match=r"could not be loaded \(Bad split: nope\. Available splits: .*check NAME\[:CONFIG\]\[@SPLIT\]"
+    ):
         read(f"{name}@nope")
 
 
 def test_no_network_says_how_to_go_without(tmp_path, run_cli):
-    code = "from momentum_lm.text.sources import *; list(find_sources(['stanfordnlp/imdb'], 'text', None)[0].documents())"
+    code = (
+        "from momentum_lm.text.sources import *; list(find_sources(['stanfordnlp/imdb'], 'text', None)[0].documents())"
+    )
     done = run_cli(["python", "-c", code], env={"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path})
     assert "Interrupted: stanfordnlp/imdb is no file here, and as a data set it could not be loaded" in done.stderr
     assert "fetch its parquet or JSON Lines files elsewhere and give their path" in done.stderr

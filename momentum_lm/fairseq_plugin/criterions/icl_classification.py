@@ -1,4 +1,6 @@
-"""``--criterion icl_classification``, of the task with that name: which label the model gives the highest log-probability."""
+"""``--criterion icl_classification``, of the task with that name: which label the model gives the highest
+log-probability.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from momentum_lm.icl import engine
 
 @register_criterion("icl_classification")
 class IclClassificationCriterion(FairseqCriterion):
-    """Logs the accuracy, and as ``loss`` the bits that the right label takes. Raises UserError with any other task, and in training."""
+    """Logs the accuracy, and as ``loss`` the bits that the right label takes. Raises UserError with any other task, and
+    in training.
+    """
 
     def __init__(self, task: Any) -> None:
         super().__init__(task)
@@ -37,7 +41,13 @@ class IclClassificationCriterion(FairseqCriterion):
             for query, gold in enumerate(sample["gold"]):
                 loss -= answers[query][gold].log_prob
                 correct += engine.best(queries[query], answers[query], kind) == gold
-        output = {"loss": loss, "ncorrect": correct, "nsentences": count, "ntokens": sample["ntokens"], "sample_size": count}
+        output = {
+            "loss": loss,
+            "ncorrect": correct,
+            "nsentences": count,
+            "ntokens": sample["ntokens"],
+            "sample_size": count,
+        }
         return torch.tensor(loss), count, output
 
     @staticmethod

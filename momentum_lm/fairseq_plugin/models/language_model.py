@@ -118,8 +118,7 @@ class DoesNotFit(UserError, RuntimeError):
 
 
 class MomentumLanguageModel(FairseqLanguageModel):
-    """GPT with or without momentum attention; one subclass per architecture, so that each has complete hydra defaults.
-    """
+    """GPT with or without momentum attention; one subclass per architecture, so that each has complete hydra defaults."""
 
     @classmethod
     def build_model(cls, cfg: DictConfig, task: Any) -> "MomentumLanguageModel":
@@ -131,7 +130,9 @@ class MomentumLanguageModel(FairseqLanguageModel):
                 "--output-dictionary-size: --arch gpt_lm_* and momentum_lm_* predict all "
                 f"{len(task.source_dictionary)} entries of the dictionary, not the first ones alone; leave it out"
             )
-        options: Any = OmegaConf.to_container(cfg, enum_to_str=True, resolve=True) if OmegaConf.is_config(cfg) else vars(cfg)
+        options: Any = (
+            OmegaConf.to_container(cfg, enum_to_str=True, resolve=True) if OmegaConf.is_config(cfg) else vars(cfg)
+        )
         symbols = (len(dictionary), dictionary.pad(), dictionary.eos())
         try:
             config = decoder_options.from_fairseq(options, *symbols, names=flags())
@@ -143,9 +144,7 @@ class MomentumLanguageModel(FairseqLanguageModel):
             decoder.compile_blocks()
         return cls(decoder)
 
-    def load_state_dict(
-        self, state_dict: dict[str, Any], strict: bool = True, **kwargs: Any
-    ) -> Any:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, **kwargs: Any) -> Any:
         """As fairseq's. Raises DoesNotFit, one line, for tensors that are not this model's by name or shape."""
         try:
             return super().load_state_dict(state_dict, strict, **kwargs)

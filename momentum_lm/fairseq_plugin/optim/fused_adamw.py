@@ -21,7 +21,9 @@ class FusedAdamWConfig(FairseqDataclass):
     adam_eps: float = field(default=1e-6, metadata={"help": "epsilon"})
     weight_decay: float = field(
         default=0.0,
-        metadata={"help": "decoupled weight decay of matrices; biases, norms, momentum decays and gates are left alone"},
+        metadata={
+            "help": "decoupled weight decay of matrices; biases, norms, momentum decays and gates are left alone"
+        },
     )
     adam_backend: ChoiceEnum(["torch", "apex"]) = field(  # type: ignore[valid-type]
         default="torch", metadata={"help": "torch.optim.AdamW(fused=True), or NVIDIA apex's FusedAdam"}
@@ -33,7 +35,9 @@ _LEFT_ALONE = "no_weight_decay"
 
 
 def mark_parameters(model: nn.Module) -> None:
-    """Tells this optimizer which of the model's parameters weight decay leaves alone (:func:`momentum_lm.model.marks.decayed`)."""
+    """Tells this optimizer which of the model's parameters weight decay leaves alone
+    (:func:`momentum_lm.model.marks.decayed`).
+    """
     applies = decayed(model)
     for name, parameter in model.named_parameters():
         if not applies[name]:
@@ -68,7 +72,9 @@ class FusedAdamW(FairseqOptimizer):
         super().__init__(cfg)
         params = list(params)
         if cfg.weight_decay and all(p.dim() < 2 for p in params):
-            raise UserError("--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike")
+            raise UserError(
+                "--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike"
+            )
         rest: dict[str, Any] = {"params": [p for p in params if not _is_decayed(p)], "weight_decay": 0.0}
         groups: list[dict[str, Any]] = [{"params": [p for p in params if _is_decayed(p)]}, rest]
         groups = [group for group in groups if group["params"]]
@@ -92,7 +98,9 @@ class FusedAdamW(FairseqOptimizer):
             if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
                 raise ValueError
         except (ValueError, SyntaxError, TypeError):
-            raise UserError(f"--adam-betas {self.cfg.adam_betas!r}: two numbers in [0, 1) are needed, such as '(0.9, 0.98)'") from None
+            raise UserError(
+                f"--adam-betas {self.cfg.adam_betas!r}: two numbers in [0, 1) are needed, such as '(0.9, 0.98)'"
+            ) from None
         lr = self.cfg.lr[0] if not isinstance(self.cfg.lr, float) else self.cfg.lr
         return {"lr": lr, "betas": betas, "eps": self.cfg.adam_eps, "weight_decay": self.cfg.weight_decay}
 

@@ -1,4 +1,6 @@
-"""fairseq tasks: importing this package registers them, and the tokenizer, criterions and optimizers: --user-dir does not look for them."""
+"""fairseq tasks: importing this package registers them, and the tokenizer, criterions and optimizers: --user-dir does
+not look for them.
+"""
 
 from momentum_lm.fairseq_plugin import criterions, optim
 

@@ -1,8 +1,9 @@
-"""``fairseq-validate DATA --task icl_classification --criterion icl_classification --path CKPT --datasets mr --shots 4 --batch-size 8``:
-the accuracy of ``fairseq-eval --task icl_classification``, from fairseq's own loop, model interface and batches.
+"""``fairseq-validate DATA --task icl_classification --criterion icl_classification --path CKPT --datasets mr --shots 4
+--batch-size 8``: the accuracy of ``fairseq-eval --task icl_classification``, from fairseq's own loop, model interface
+and batches.
 
-DATA is the folder of the model's dict.txt and tokenizer. Every prompt goes through the model as a whole, so this is slower than
-``fairseq-eval`` with its shared beginnings, works with any of fairseq's decoder-only models, and checks it.
+DATA is the folder of the model's dict.txt and tokenizer. Every prompt goes through the model as a whole, so this is
+slower than ``fairseq-eval`` with its shared beginnings, works with any of fairseq's decoder-only models, and checks it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ PREFIX = "icl_"  # of our flags' names in fairseq's one namespace for all, where
 
 @dataclass
 class FairseqLM:
-    """Any decoder-only model of fairseq as far as prompts and their scores need it (see :mod:`momentum_lm.lm.protocol`)."""
+    """Any decoder-only model of fairseq as far as prompts and their scores need it (see
+    :mod:`momentum_lm.lm.protocol`).
+    """
 
     name: str
     tokenizer: Tokenizer
@@ -59,7 +62,9 @@ class FairseqLM:
         """As of every language model; there is no state. Raises UserError for a model with an adaptive softmax."""
         decoder = self.model.decoder
         if decoder.adaptive_softmax is not None:
-            raise UserError("the model has an adaptive softmax, for which label scores are not implemented; use another model")
+            raise UserError(
+                "the model has an adaptive softmax, for which label scores are not implemented; use another model"
+            )
         device = next(self.model.parameters()).device
         inputs, lengths = tokens.masked_fill(padding, self.pad).to(device), (~padding).sum(1).to(device)
         features = self.model(src_tokens=inputs, src_lengths=lengths, features_only=True)[0]
@@ -107,7 +112,9 @@ class IclClassificationTask(FairseqTask):
         self.flags = argparse.Namespace(**given, path=args.path, batch_tokens=None, padding_side="right")
         self.settings = replace(settings_from(self.flags), score=self.flags.score)
         if len(set(self.settings.shots)) > 1:
-            raise UserError(f"--shots {self.flags.shots}: fairseq-validate gives one number; name one, or use fairseq-eval")
+            raise UserError(
+                f"--shots {self.flags.shots}: fairseq-validate gives one number; name one, or use fairseq-eval"
+            )
         tokenizer = load_tokenizer(args.data)
         self.dictionary = Dictionary.load(f"{args.data}/dict.txt")
         bos = BOS if getattr(args, "add_bos_token", False) else EOS  # as the checkpoint was trained
@@ -133,7 +140,9 @@ class IclClassificationTask(FairseqTask):
         loaded = by_name(load_datasets(self.flags, self.lm))
         name = next(iter(loaded)) if split == "valid" and len(loaded) == 1 else split
         if name not in loaded:
-            raise UserError(f"--valid-subset {split}: name those of --datasets that are to be evaluated ({','.join(loaded)})")
+            raise UserError(
+                f"--valid-subset {split}: name those of --datasets that are to be evaluated ({','.join(loaded)})"
+            )
         questions, form = Questions(self.lm, loaded[name], self.settings), self.settings.form(self.lm)
         items: list[tuple[Query, int]] = []
         for unit in units([name], self.settings):
@@ -184,7 +193,9 @@ class QueryDataset(FairseqDataset):
         return np.argsort(self.sizes, kind="stable")
 
     def collater(self, samples: Sequence[tuple[Query, int]]) -> dict[str, Any]:
-        """The queries and their right choices. Without samples, as when processes get unequal shares, only nsentences, which is 0."""
+        """The queries and their right choices. Without samples, as when processes get unequal shares, only nsentences,
+        which is 0.
+        """
         if not samples:
             return {"nsentences": 0}
         queries, gold = zip(*samples, strict=True)

@@ -1,4 +1,6 @@
-"""In-context classification by a model in training: prompts and scores are those of ``fairseq-eval --task icl_classification``."""
+"""In-context classification by a model in training: prompts and scores are those of ``fairseq-eval --task
+icl_classification``.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,9 @@ class _Part:
 class IclEvaluation:
     """Evaluates ``model`` on ``--icl-eval-datasets`` at every ``--icl-eval-interval`` updates.
 
-    Everything is read and every prompt made at once, so that what cannot be asked is an error when training begins: UserError for
-    flags that cannot be, unknown or missing data, DATA without a tokenizer, and prompts that do not fit the model.
+    Everything is read and every prompt made at once, so that what cannot be asked is an error when training begins:
+    UserError for flags that cannot be, unknown or missing data, DATA without a tokenizer, and prompts that do not fit
+    the model.
     """
 
     def __init__(self, model: Any, args: Any) -> None:
@@ -54,9 +57,13 @@ class IclEvaluation:
             if value is not None and value < 1:
                 raise UserError(f"--icl-eval-{flag.replace('_', '-')} {value}: must be at least 1")
         if not is_ours(getattr(model, "decoder", None)):
-            raise UserError("--icl-eval-datasets works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these")
+            raise UserError(
+                "--icl-eval-datasets works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these"
+            )
         if args.ddp_backend == "fully_sharded":
-            raise UserError("--icl-eval-datasets needs the whole model in each process: use another --ddp-backend than fully_sharded")
+            raise UserError(
+                "--icl-eval-datasets needs the whole model in each process: use another --ddp-backend than fully_sharded"
+            )
         folder = utils.split_paths(args.data)[0]
         if not has_tokenizer(folder):
             raise UserError(
@@ -93,7 +100,12 @@ class IclEvaluation:
             for unit in units([dataset_questions.spec.name], self.settings):
                 demonstrations, prompts = dataset_questions.prompts(form, unit)
                 if len(demonstrations) < unit.shots:
-                    _log.warning("%s: only %d demonstrations fit in %d tokens", unit.name, len(demonstrations), self.lm.max_positions)
+                    _log.warning(
+                        "%s: only %d demonstrations fit in %d tokens",
+                        unit.name,
+                        len(demonstrations),
+                        self.lm.max_positions,
+                    )
                 # without those of a calibration
                 prompts = replace(prompts, queries=prompts.queries[: len(dataset_questions.examples)])
                 part = parts.setdefault(unit.shots, _Part(f"icl_{unit.dataset}_{unit.shots}shot"))
@@ -105,10 +117,11 @@ class IclEvaluation:
         return update % self.interval == 0
 
     def __call__(self) -> dict[str, float]:
-        """The accuracy of each data set and number of shots, and as ``..._n`` the number of queries. The same in every process.
+        """The accuracy of each data set and number of shots, and as ``..._n`` the number of queries. The same in every
+        process.
 
-        The processes share the batches, which are the same for any number of processes. The model is left as it was; no random
-        number is drawn. A model whose probabilities are NaN gets NaN.
+        The processes share the batches, which are the same for any number of processes. The model is left as it was; no
+        random number is drawn. A model whose probabilities are NaN gets NaN.
         """
         world = distributed_utils.get_data_parallel_world_size()
         rank = distributed_utils.get_data_parallel_rank() if world > 1 else 0
@@ -144,7 +157,9 @@ class IclEvaluation:
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, without the compiled graphs, which are for batches of training's shape; then back, module by module."""
+    """Evaluation mode, without the compiled graphs, which are for batches of training's shape; then back, module by
+    module.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

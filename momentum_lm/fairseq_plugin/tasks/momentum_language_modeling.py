@@ -1,4 +1,5 @@
-"""``--task momentum_language_modeling``: fairseq's language modelling with bf16 autocast, packed documents and more to look at.
+"""``--task momentum_language_modeling``: fairseq's language modelling with bf16 autocast, packed documents and more to
+look at.
 
 ``--icl-eval-datasets mr,trec --icl-eval-interval 1000`` evaluates in-context classification while the model trains.
 """
@@ -30,27 +31,40 @@ from .token_data import TokenDataTask
 class MomentumLanguageModelingConfig(LanguageModelingConfig):
     packed_documents: bool = field(
         default=False,
-        metadata={"help": "neither attention nor momentum crosses a document boundary (the end-of-sentence token) within a sample"},
+        metadata={
+            "help": "neither attention nor momentum crosses a document boundary (the end-of-sentence token) within a sample"
+        },
     )
     autocast: ChoiceEnum(["auto", "bf16", "none"]) = field(  # type: ignore[valid-type]
         default="auto",
-        metadata={"help": "compute in bf16 with fp32 weights; auto: on GPUs that have bf16, unless --fp16, --bf16 or --amp is given"},
+        metadata={
+            "help": "compute in bf16 with fp32 weights; auto: on GPUs that have bf16, unless --fp16, --bf16 or --amp is given"
+        },
     )
     icl_eval_datasets: Optional[str] = field(
         default=None,
-        metadata={"help": "evaluate in-context classification during training, on these data sets (as --datasets of fairseq-eval)"},
+        metadata={
+            "help": "evaluate in-context classification during training, on these data sets (as --datasets of fairseq-eval)"
+        },
     )
     icl_eval_interval: int = field(default=1000, metadata={"help": "evaluate after every N updates"})
     icl_eval_shots: str = field(default="0,4", metadata={"help": "demonstrations in a prompt: one number or more"})
-    icl_eval_seeds: str = field(default="1", metadata={"help": "of the draws of demonstrations; accuracies are means over them"})
-    icl_eval_limit: int = field(default=200, metadata={"help": "evaluate at most N examples of each data set, a seeded sample"})
+    icl_eval_seeds: str = field(
+        default="1", metadata={"help": "of the draws of demonstrations; accuracies are means over them"}
+    )
+    icl_eval_limit: int = field(
+        default=200, metadata={"help": "evaluate at most N examples of each data set, a seeded sample"}
+    )
     icl_eval_data_dir: Optional[str] = field(
-        default=None, metadata={"help": "use DIR/<dataset>/{train,validation}.{jsonl,csv,parquet} where it is there, not the hub"}
+        default=None,
+        metadata={"help": "use DIR/<dataset>/{train,validation}.{jsonl,csv,parquet} where it is there, not the hub"},
     )
     icl_eval_sampling: ChoiceEnum(["random", "balanced"]) = field(  # type: ignore[valid-type]
         default="random", metadata={"help": "balanced: as many demonstrations of each label"}
     )
-    icl_eval_max_field_tokens: Optional[int] = field(default=None, metadata={"help": "shorten each text of the data to N tokens"})
+    icl_eval_max_field_tokens: Optional[int] = field(
+        default=None, metadata={"help": "shorten each text of the data to N tokens"}
+    )
     fp16: bool = II("common.fp16")
     bf16: bool = II("common.bf16")
     amp: bool = II("common.amp")
@@ -78,7 +92,9 @@ class MomentumLanguageModelingTask(TokenDataTask):
     def setup_dictionary(cls, args: Any, **kwargs: Any) -> tuple[Any, Any]:
         for folder in utils.split_paths(args.data)[:1]:
             if not os.path.isfile(os.path.join(folder, "dict.txt")):
-                raise UserError(f"{folder} holds no dict.txt; make data with `momentum-lm prepare` or `fairseq-preprocess --only-source`")
+                raise UserError(
+                    f"{folder} holds no dict.txt; make data with `momentum-lm prepare` or `fairseq-preprocess --only-source`"
+                )
         return super().setup_dictionary(args, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -87,11 +103,15 @@ class MomentumLanguageModelingTask(TokenDataTask):
 
         model = super().build_model(cfg, from_checkpoint)
         if self.args.packed_documents and not isinstance(model, MomentumLanguageModel):
-            raise UserError("--packed-documents works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these")
+            raise UserError(
+                "--packed-documents works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these"
+            )
         self.monitor = TrainingMonitor(model, cfg, self.args)
         if self.args.icl_eval_datasets and not from_checkpoint:  # those are evaluated, not trained
             if self.args.ddp_backend == "fully_sharded":
-                raise UserError("--icl-eval-datasets does not go with --ddp-backend fully_sharded: evaluate checkpoints with fairseq-eval")
+                raise UserError(
+                    "--icl-eval-datasets does not go with --ddp-backend fully_sharded: evaluate checkpoints with fairseq-eval"
+                )
             from .icl_evaluation import IclEvaluation
 
             self.icl_evaluation = IclEvaluation(model, self.args)
@@ -149,12 +169,18 @@ class MomentumLanguageModelingTask(TokenDataTask):
             bar.print({**values, "num_updates": update}, step=update)
         self.monitor.record(values, update)
 
-    def valid_step(self, sample: dict[str, Any], model: Any, criterion: Any) -> tuple[torch.Tensor, int, dict[str, Any]]:
+    def valid_step(
+        self, sample: dict[str, Any], model: Any, criterion: Any
+    ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         with self._precision(_device(sample)):
             return super().valid_step(self._packed(sample), model, criterion)
 
-    def filter_indices_by_size(self, indices: Any, dataset: Any, max_positions: Any = None, ignore_invalid_inputs: bool = False) -> Any:
-        """As fairseq's. Raises UserError for a sample that is longer than the model takes, unless such are to be left out."""
+    def filter_indices_by_size(
+        self, indices: Any, dataset: Any, max_positions: Any = None, ignore_invalid_inputs: bool = False
+    ) -> Any:
+        """As fairseq's. Raises UserError for a sample that is longer than the model takes, unless such are to be left
+        out.
+        """
         if ignore_invalid_inputs:
             return super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
         kept, long = dataset.filter_indices_by_size(indices, max_positions)
@@ -166,9 +192,15 @@ class MomentumLanguageModelingTask(TokenDataTask):
         return kept
 
     def inference_step(
-        self, generator: Any, models: Any, sample: dict[str, Any], prefix_tokens: torch.Tensor | None = None, constraints: Any = None
+        self,
+        generator: Any,
+        models: Any,
+        sample: dict[str, Any],
+        prefix_tokens: torch.Tensor | None = None,
+        constraints: Any = None,
     ) -> Any:
-        """As fairseq's, but a prompt's limits are its own: fairseq's are those of the batch's longest prompt, and a token more.
+        """As fairseq's, but a prompt's limits are its own: fairseq's are those of the batch's longest prompt, and a
+        token more.
 
         Raises UserError for a prompt that would not come out whole: fairseq's limits count its tokens too.
         """
@@ -185,7 +217,9 @@ class MomentumLanguageModelingTask(TokenDataTask):
             prompts = tokens[rows, 1:length]  # the first token is </s> or <s>
             _check_room(generator, length - 1, length - 1)
             alike = {"net_input": {"src_tokens": prompts, "src_lengths": prompts.new_full((len(rows),), length - 1)}}
-            for row, hypotheses in zip(rows, super().inference_step(generator, models, alike, prompts, constraints), strict=True):
+            for row, hypotheses in zip(
+                rows, super().inference_step(generator, models, alike, prompts, constraints), strict=True
+            ):
                 found[row] = hypotheses
         return found
 
@@ -223,7 +257,11 @@ def _check_room(generator: Any, prompt: int, length: int) -> None:
     """Whether a generator of fairseq goes on after a prompt of so many tokens, where its limits come from ``length``."""
     limit = int(generator.max_len_a * length + generator.max_len_b)
     if prompt >= min(limit, generator.max_len - 1):
-        remedy = "give --max-len-a 1, and --max-len-b counts new tokens only" if prompt < generator.max_len - 1 else "shorten it"
+        remedy = (
+            "give --max-len-a 1, and --max-len-b counts new tokens only"
+            if prompt < generator.max_len - 1
+            else "shorten it"
+        )
         raise UserError(
             f"a prompt of {prompt} tokens leaves no room for new ones: the model takes {generator.max_len}, "
             f"and --max-len-a {generator.max_len_a:g} --max-len-b {generator.max_len_b} allow {limit}; {remedy}"

@@ -1,4 +1,6 @@
-"""What a training run shows beyond fairseq's own numbers: speed, momentum's size and decays, and hparams with final metrics."""
+"""What a training run shows beyond fairseq's own numbers: speed, momentum's size and decays, and hparams with final
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from momentum_lm.planning.hardware import peak_flops
 class TrainingMonitor:
     """Measures at every ``--log-interval`` updates, without waiting for the device in between.
 
-    Per layer and as pictures these go to ``<tensorboard-logdir>/model`` (rank 0 only); averages are returned for fairseq's own log.
+    Per layer and as pictures these go to ``<tensorboard-logdir>/model`` (rank 0 only); averages are returned for
+    fairseq's own log.
     """
 
     def __init__(self, model: Any, model_config: Any, task_config: Any) -> None:
@@ -34,7 +37,11 @@ class TrainingMonitor:
         self.due = False
         embedding = next((m for m in model.modules() if isinstance(m, torch.nn.Embedding)), None)
         looked_up = embedding.weight.numel() if embedding is not None else 0
-        tied = any(embedding is not None and m.weight is embedding.weight for m in model.modules() if isinstance(m, torch.nn.Linear))
+        tied = any(
+            embedding is not None and m.weight is embedding.weight
+            for m in model.modules()
+            if isinstance(m, torch.nn.Linear)
+        )
         self.parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else looked_up)
         self.model = model
         self.shape = getattr(model_config, "decoder_layers", 0), getattr(model_config, "decoder_embed_dim", 0)
@@ -74,7 +81,9 @@ class TrainingMonitor:
             decays.append(float(decay.mean()))
             ratios.append(ratio)
             if self._writer() is not None:
-                self._writer().scalars({f"decay/layer_{index}": decays[-1], f"ema_over_attention/layer_{index}": ratio}, self.update)
+                self._writer().scalars(
+                    {f"decay/layer_{index}": decays[-1], f"ema_over_attention/layer_{index}": ratio}, self.update
+                )
                 self._writer().histogram(f"decays/layer_{index}", decay, self.update)
         if decays:
             values |= {"decay": sum(decays) / len(decays), "ema_over_attention": sum(ratios) / len(ratios)}

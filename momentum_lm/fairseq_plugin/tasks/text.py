@@ -1,4 +1,6 @@
-"""``--bpe momentum_lm``: text in, text out for ``fairseq-interactive`` and ``fairseq-generate``, with whatever tokenizer the model has."""
+"""``--bpe momentum_lm``: text in, text out for ``fairseq-interactive`` and ``fairseq-generate``, with whatever
+tokenizer the model has.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,8 @@ from momentum_lm.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 @dataclass
 class ModelTokenizerConfig(FairseqDataclass):
     tokenizer_path: Optional[str] = field(
-        default=None, metadata={"help": "tokenizer, or folder with it (default: in DATA, or else beside the checkpoint)"}
+        default=None,
+        metadata={"help": "tokenizer, or folder with it (default: in DATA, or else beside the checkpoint)"},
     )
     data: str = II("task.data")
     path: Optional[str] = II("common_eval.path")
@@ -23,7 +26,9 @@ class ModelTokenizerConfig(FairseqDataclass):
 
 @register_bpe("momentum_lm", dataclass=ModelTokenizerConfig)
 class ModelTokenizer:
-    """What ``load_tokenizer`` finds, between text and a line of the dictionary's symbols. Raises UserError where there is none."""
+    """What ``load_tokenizer`` finds, between text and a line of the dictionary's symbols. Raises UserError where there
+    is none.
+    """
 
     def __init__(self, cfg: Any) -> None:
         self.tokenizer: Tokenizer = load_tokenizer(cfg.tokenizer_path or _folder(cfg))
@@ -39,5 +44,8 @@ class ModelTokenizer:
 
 
 def _folder(cfg: Any) -> str:
-    folders = [utils.split_paths(cfg.data)[0], *(str(Path(path).parent) for path in utils.split_paths(cfg.path or "")[:1])]
+    folders = [
+        utils.split_paths(cfg.data)[0],
+        *(str(Path(path).parent) for path in utils.split_paths(cfg.path or "")[:1]),
+    ]
     return next(filter(has_tokenizer, folders), folders[0])

@@ -1,7 +1,8 @@
 """What fairseq's trainer draws its batches from: ``momentum_lm.text.blocks`` as fairseq's datasets, iterator and task.
 
-Blocks of a fixed length (``--sample-break-mode none``, the default) are cut and batched by us, and are the same as fairseq's. Other break
-modes, shortened documents and other targets than the next token are left to fairseq's classes, over documents that are read by us.
+Blocks of a fixed length (``--sample-break-mode none``, the default) are cut and batched by us, and are the same as
+fairseq's. Other break modes, shortened documents and other targets than the next token are left to fairseq's classes,
+over documents that are read by us.
 """
 
 import inspect
@@ -61,7 +62,9 @@ class BlockDataset(FairseqDataset):
 
 
 class TokenDataset(MonolingualDataset):
-    """fairseq's, with batches whose samples are read from the disk together, and that ``--num-workers`` hand over as bytes."""
+    """fairseq's, with batches whose samples are read from the disk together, and that ``--num-workers`` hand over as
+    bytes.
+    """
 
     def __getitems__(self, samples: list[int]) -> list[Any]:
         """A batch, as torch's DataLoader asks for it."""
@@ -74,13 +77,15 @@ class TokenDataset(MonolingualDataset):
 
 
 class _Batch(dict):
-    """A batch that goes to another process as one tensor of bytes. torch would send each of its tensors in shared memory of its own, as
-    int64, which takes the training process longer than to make the batch itself. (Bytes by themselves would go through a pipe, on which
-    their sender waits for ever when the training process is killed.)
+    """A batch that goes to another process as one tensor of bytes. torch would send each of its tensors in shared
+    memory of its own, as int64, which takes the training process longer than to make the batch itself. (Bytes by
+    themselves would go through a pipe, on which their sender waits for ever when the training process is killed.)
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpacked, (torch.frombuffer(bytearray(pickle.dumps(utils.apply_to_sample(_Ids, dict(self)))), dtype=torch.uint8),)
+        return _unpacked, (
+            torch.frombuffer(bytearray(pickle.dumps(utils.apply_to_sample(_Ids, dict(self)))), dtype=torch.uint8),
+        )
 
     def __copy__(self) -> dict[str, Any]:
         return dict(self)  # torch copies a batch to pin its memory
@@ -121,7 +126,8 @@ class _Position:
 
 
 class BlockIterator(EpochBatchIterator):
-    """fairseq's iterator over ``BlockBatches``. To set it to any batch of an epoch takes as long as to shuffle the epoch's batches.
+    """fairseq's iterator over ``BlockBatches``. To set it to any batch of an epoch takes as long as to shuffle the
+    epoch's batches.
 
     Its state says which blocks all processes together have had, so that a run with batches of another size, another
     number of processes or another ``--update-freq`` goes on with those that are left. ``update_freq``: an epoch goes on
@@ -147,7 +153,9 @@ class BlockIterator(EpochBatchIterator):
         before = self._missing if epoch == self._position.epoch else 0
         if self._rest is not None and epoch == self._position.epoch:
             return self._rest.of_process(self.num_shards, self.shard_id, None, before + self._position.batches)
-        return self._frozen_batches.of_process(self.num_shards, self.shard_id, self.seed + epoch if shuffle else None, before)
+        return self._frozen_batches.of_process(
+            self.num_shards, self.shard_id, self.seed + epoch if shuffle else None, before
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -245,7 +253,9 @@ class TokenDataTask(LanguageModelingTask):
     """Language modelling of token files. In ``args``, beside fairseq's options of the task, is ``train_subset``."""
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
-        """As fairseq's, but reads no token yet. Raises UserError naming the file that is missing, cut short, damaged or empty."""
+        """As fairseq's, but reads no token yet. Raises UserError naming the file that is missing, cut short, damaged or
+        empty.
+        """
         folders = utils.split_paths(self.args.data)
         prefix = os.path.join(folders[(epoch - 1) % len(folders)], split)
         if not {self.args.dataset_impl, infer_dataset_impl(prefix)} <= {None, "mmap"}:
@@ -365,7 +375,9 @@ def _documents(prefix: str, combine: bool, vocab_size: int) -> Documents:
 
 
 def _ours(arguments: SimpleNamespace) -> bool:
-    """Whether the batches are ours to make. To leave out samples that are too long, or to complain of them, is fairseq's."""
+    """Whether the batches are ours to make. To leave out samples that are too long, or to complain of them, is
+    fairseq's.
+    """
     if (
         not (isinstance(arguments.dataset, TokenDataset) and isinstance(arguments.dataset.dataset, BlockDataset))
         or arguments.grouped_shuffling

@@ -1,1 +1,3 @@
-"""The two files that an exported momentum model carries with it for ``transformers`` to load it. They need torch and transformers alone."""
+"""The two files that an exported momentum model carries with it for ``transformers`` to load it. They need torch and
+transformers alone.
+"""

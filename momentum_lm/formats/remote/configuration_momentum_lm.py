@@ -1,4 +1,6 @@
-"""What a momentum language model is, for Hugging Face ``transformers``. A copy of this file lies in every folder with such a model."""
+"""What a momentum language model is, for Hugging Face ``transformers``. A copy of this file lies in every folder with
+such a model.
+"""
 
 from typing import ClassVar
 

@@ -1,7 +1,9 @@
-"""A language model with momentum attention for Hugging Face ``transformers``. A copy of this file lies in every folder with such a model.
+"""A language model with momentum attention for Hugging Face ``transformers``. A copy of this file lies in every folder
+with such a model.
 
-Attention gains a moving average of the values, ``MoAttn_t = Attn_t + sum_{i<t} eta^(t-i) v_i`` (arXiv 2212.10559, section 5). A cache
-holds all values, so the average of a new token is computed from there, and beams, cropping and copies of a cache need no care.
+Attention gains a moving average of the values, ``MoAttn_t = Attn_t + sum_{i<t} eta^(t-i) v_i`` (arXiv 2212.10559,
+section 5). A cache holds all values, so the average of a new token is computed from there, and beams, cropping and
+copies of a cache need no care.
 """
 
 import math
@@ -49,8 +51,10 @@ class Seen(NamedTuple):
 
 
 class Momentum(nn.Module):
-    """The moving average of the values: one decay a head (``ema``, without the current token), or eight learned decays a channel with
-    signed weights (``multi_ema``, with it). Its parameters and sums are in fp32 in a model in half precision."""
+    """The moving average of the values: one decay a head (``ema``, without the current token), or eight learned decays
+    a channel with signed weights (``multi_ema``, with it). Its parameters and sums are in fp32 in a model in half
+    precision.
+    """
 
     def __init__(self, config: MomentumLMConfig) -> None:
         super().__init__()
@@ -479,8 +483,9 @@ class MomentumLMForCausalLM(MomentumLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
-        """As other models of transformers, with the errors of :class:`MomentumLMModel`: input_ids (B, T) or inputs_embeds (B, T, C) ->
-        logits (B, T, V), or of the last ``logits_to_keep`` tokens. ``labels`` (B, T) are the same tokens, which the loss shifts by one;
+        """As other models of transformers, with the errors of :class:`MomentumLMModel`: input_ids (B, T) or
+        inputs_embeds (B, T, C) -> logits (B, T, V), or of the last ``logits_to_keep`` tokens. ``labels`` (B, T) are the
+        same tokens, which the loss shifts by one;
         -100 counts for nothing."""
         found = self.model(
             input_ids,
@@ -562,7 +567,9 @@ def _seen(
 
 
 def sinusoids(rows: Tensor, dim: int) -> Tensor:
-    """fairseq's sinusoidal embedding of table rows (B, T) -> (B, T, dim) fp32: sines, then cosines, 10000^(-k / (dim/2 - 1))."""
+    """fairseq's sinusoidal embedding of table rows (B, T) -> (B, T, dim) fp32: sines, then cosines, 10000^(-k / (dim/2
+    - 1)).
+    """
     half = dim // 2
     frequency = torch.exp(torch.arange(half, dtype=torch.float, device=rows.device) * -(math.log(10000) / (half - 1)))
     angle = rows[..., None].float() * frequency

@@ -1,6 +1,8 @@
-"""The YAML files that describe labelled data sets, one each: which there are, and strict reading. ``datasets/README.md`` explains the keys.
+"""The YAML files that describe labelled data sets, one each: which there are, and strict reading.
+``datasets/README.md`` explains the keys.
 
-The files are data: templates are texts with ``{column}`` in them, everything else is a name, a list or a mapping. Nothing in them runs.
+The files are data: templates are texts with ``{column}`` in them, everything else is a name, a list or a mapping.
+Nothing in them runs.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ class _Reader:
         if "column" not in label or (hub and "id" not in hub):
             raise self.error("`label` needs the key column, and `hub` the key id")
         if (labels is None) == (choices is None):
-            raise self.error("give either `labels`, the same for every example, or `choices`, the columns that hold them")
+            raise self.error(
+                "give either `labels`, the same for every example, or `choices`, the columns that hold them"
+            )
         if blank == "":
             raise self.error("`blank` is empty; it is the mark in the text where each choice goes, such as _")
         if choices is None and (blank or {"num_choices", "lowercase_choices"} & set(self.content)):
@@ -134,7 +138,12 @@ class _Reader:
             return default
         value = found.value if isinstance(found, Plain) else found
         if not isinstance(value, kind) or (isinstance(value, int) and kind is int and (value is True or value < 1)):
-            what = {int: "a whole number above 0", bool: "true or false", str: "text, in quotes", dict: "keys with values"}[kind]
+            what = {
+                int: "a whole number above 0",
+                bool: "true or false",
+                str: "text, in quotes",
+                dict: "keys with values",
+            }[kind]
             raise self.error(f"`{brief(key)}` must be {what}, not {shown(found)}")
         return value
 
@@ -154,7 +163,9 @@ class _Reader:
     def texts(self, key: str, known: tuple[str, ...] = ()) -> dict[str, str]:
         value: dict[str, str] = self.typed(key, dict, None) or {}
         if not value and not known:
-            raise self.error(f'`{key}` is missing: a name and a text for each, such as `paper: "Review: {{text}}\\nSentiment:"`')
+            raise self.error(
+                f'`{key}` is missing: a name and a text for each, such as `paper: "Review: {{text}}\\nSentiment:"`'
+            )
         for name, item in value.items():
             if known and name not in known:
                 raise self.error(f"unknown key {shown(name)} in `{key}`; there are: {', '.join(known)}")

@@ -1,4 +1,6 @@
-"""Labelled data sets for in-context learning: from the Hugging Face hub, a folder of local files, or files that a YAML file names."""
+"""Labelled data sets for in-context learning: from the Hugging Face hub, a folder of local files, or files that a YAML
+file names.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,9 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 class LabelledDataset:
     """The splits that were asked for, in the order of their files; the other is empty.
 
-    ``source`` is for records: ``kind`` ("hub" or "local"), ``id``, ``subset`` and ``revision`` or the files' ``path``, ``splits`` (their
-    names there) and ``sha256`` of each split's rendered examples. ``notes``: what is to be told of rows, such as how
-    many are left out.
+    ``source`` is for records: ``kind`` ("hub" or "local"), ``id``, ``subset`` and ``revision`` or the files' ``path``,
+    ``splits`` (their names there) and ``sha256`` of each split's rendered examples. ``notes``: what is to be told of
+    rows, such as how many are left out.
     """
 
     spec: DatasetSpec
@@ -144,7 +146,11 @@ def _file_of(spec: DatasetSpec, split: str) -> str:
 def _provide(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None) -> UserError:
     """The remedy for files that are not there: which ones, with which columns."""
     home = f"{'DIR' if data_dir is None else data_dir}/{spec.name}"
-    script = f"; `python scripts/fetch_datasets.py {spec.name} --output DIR` makes such files" if spec.name in PACKAGED else ""
+    script = (
+        f"; `python scripts/fetch_datasets.py {spec.name} --output DIR` makes such files"
+        if spec.name in PACKAGED
+        else ""
+    )
     names = f"{home}/train.jsonl and {home}/{spec.splits['evaluation']}.jsonl"
     where: list[str | Argument] = [" and give ", arg(data_dir="DIR")] if data_dir is None else []
     return UserError(f"provide {names} (or .csv, .tsv, .parquet; columns: {', '.join(spec.columns)})", *where, script)

@@ -23,8 +23,8 @@ Choices = list[tuple[int, str]]  # (number among the row's options, text) of tho
 class Example:
     """A row, ready to be scored: p(continuation | input) for each choice, of which ``gold`` is the right one.
 
-    ``index`` is the row of the split that it came from, from 0. ``inputs`` has one text that all choices share, or one for each
-    (partial evaluation, where the ``continuations`` are equal); a label's continuation starts with a space.
+    ``index`` is the row of the split that it came from, from 0. ``inputs`` has one text that all choices share, or one
+    for each (partial evaluation, where the ``continuations`` are equal); a label's continuation starts with a space.
     """
 
     index: int
@@ -82,7 +82,9 @@ class DatasetSpec:
 
     @functools.cached_property
     def label_continuations(self) -> tuple[str, ...]:
-        """What is scored for each label, where all examples have the same: one object for all of them, of which there may be many."""
+        """What is scored for each label, where all examples have the same: one object for all of them, of which there
+        may be many.
+        """
         return tuple(f" {label}" for label in self.labels or ())
 
     @property
@@ -96,8 +98,11 @@ class DatasetSpec:
         """Those of a table's columns ``names`` that :attr:`columns` mean or are in."""
         return list(dict.fromkeys(column if column in names else _parts(column)[0] for column in self.columns))
 
-    def render(self, row: Mapping[str, Any], index: int, where: str, shorten: Callable[[str], str] | None = None) -> Example | None:
-        """The example of a row, or None if it has not ``num_choices``. ``shorten`` is applied to the text of each field.
+    def render(
+        self, row: Mapping[str, Any], index: int, where: str, shorten: Callable[[str], str] | None = None
+    ) -> Example | None:
+        """The example of a row, or None if it has not ``num_choices``. ``shorten`` is applied to the text of each
+        field.
 
         An option that is empty is no choice. Raises UserError that begins with ``where``: for a column that is not
         there or there twice, a value of another type, an unknown label, a right answer that is empty, and fewer than
@@ -243,7 +248,9 @@ def _numbers(count: int) -> Meanings:
 
 @functools.cache
 def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
-    """(text, field after it) pairs, the last one with None: "A {b} c" -> (("A ", "b"), (" c", None)). Raises ValueError."""
+    """(text, field after it) pairs, the last one with None: "A {b} c" -> (("A ", "b"), (" c", None)). Raises
+    ValueError.
+    """
     pieces: list[tuple[str, str | None]] = []
     rest = ""
     for text, name, form, conversion in string.Formatter().parse(template):

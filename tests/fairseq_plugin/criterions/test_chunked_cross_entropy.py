@@ -56,7 +56,9 @@ def test_equals_stock_cross_entropy_with_gradients(build):
         model, criterion = build("momentum_lm_tiny", criterion_name)
         loss, size, log = criterion(model, sample())
         loss.backward()
-        results.append((loss.detach(), size, {k: float(v) for k, v in log.items()}, [p.grad for p in model.parameters()]))
+        results.append(
+            (loss.detach(), size, {k: float(v) for k, v in log.items()}, [p.grad for p in model.parameters()])
+        )
     (loss, size, log, grads), (our_loss, our_size, our_log, our_grads) = results
     torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=0)
     assert our_size == size and our_log == pytest.approx(log, rel=1e-6)

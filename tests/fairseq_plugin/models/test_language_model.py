@@ -59,7 +59,9 @@ def tokens(rows=3, length=20):
 @pytest.mark.parametrize("tied", [True, False])
 def test_same_logits_and_same_checkpoints_as_stock_fairseq(data, stock_flags, our_flags, tied):
     stock, _, _ = build(data, *STOCK, *stock_flags, *(["--share-decoder-input-output-embed"] if tied else []))
-    ours, _, _ = build(data, "--arch", "gpt_lm_125m", *SHAPE, *our_flags, *([] if tied else ["--untie-embeddings"]), seed=1)
+    ours, _, _ = build(
+        data, "--arch", "gpt_lm_125m", *SHAPE, *our_flags, *([] if tied else ["--untie-embeddings"]), seed=1
+    )
     x = tokens()
     x[1, 15:] = 1
     assert not torch.allclose(ours(x)[0], stock(x)[0], atol=1e-2)
@@ -68,9 +70,9 @@ def test_same_logits_and_same_checkpoints_as_stock_fairseq(data, stock_flags, ou
     real = x != 1
     torch.testing.assert_close(ours(x)[0][real], stock(x)[0][real], rtol=0, atol=1e-5)
     assert list(ours.state_dict()) != [] and set(ours.state_dict()) == set(state)
-    build(data, *STOCK, *stock_flags, *(["--share-decoder-input-output-embed"] if tied else []), seed=2)[0].load_state_dict(
-        ours.state_dict(), strict=True
-    )
+    build(data, *STOCK, *stock_flags, *(["--share-decoder-input-output-embed"] if tied else []), seed=2)[
+        0
+    ].load_state_dict(ours.state_dict(), strict=True)
 
 
 def test_old_keys_and_missing_ties_are_handled(data):
@@ -82,8 +84,9 @@ def test_old_keys_and_missing_ties_are_handled(data):
     build(data, "--arch", "gpt_lm_tiny", seed=3)[0].load_state_dict(state, strict=True)
     state["decoder.surprise"] = torch.zeros(1)
     for error in (RuntimeError, UserError):  # torch's, for whoever expects it, and one line for a command
-        with pytest.raises(error,
-            match=r"^the checkpoint's tensors do not fit the model: Unexpected key\(s\) .*surprise[^\n]*$"):
+        with pytest.raises(
+            error, match=r"^the checkpoint's tensors do not fit the model: Unexpected key\(s\) .*surprise[^\n]*$"
+        ):
             ours.load_state_dict(state, strict=True)
 
 

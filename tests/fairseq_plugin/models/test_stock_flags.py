@@ -18,8 +18,13 @@ momentum_lm.register()
 STOCK = {f.name: f for f in dataclasses.fields(TransformerLanguageModelConfig) if f.name != "_name"}
 ELSEWHERE = ("add_bos_token", "tokens_per_sample", "max_target_positions", "tpu")  # of the task and of common
 WITH_VALUE = {  # something else than the default
-    "activation_fn": "relu", "decoder_output_dim": 192, "decoder_input_dim": 192, "decoder_layers_to_keep": "0,1",
-    "adaptive_softmax_cutoff": "10,20", "adaptive_input_cutoff": "10,20", "character_filters": "[(1, 2)]",
+    "activation_fn": "relu",
+    "decoder_output_dim": 192,
+    "decoder_input_dim": 192,
+    "decoder_layers_to_keep": "0,1",
+    "adaptive_softmax_cutoff": "10,20",
+    "adaptive_input_cutoff": "10,20",
+    "character_filters": "[(1, 2)]",
     "decoder_xformers_att_config": "{}",
 }
 
@@ -28,7 +33,9 @@ def changed(name):
     if name in WITH_VALUE:
         return WITH_VALUE[name]
     plain = STOCK[name].default
-    return (not plain) if isinstance(plain, bool) else type(plain)(plain + 0.5) if isinstance(plain, float) else plain + 1
+    return (
+        (not plain) if isinstance(plain, bool) else type(plain)(plain + 0.5) if isinstance(plain, float) else plain + 1
+    )
 
 
 @pytest.fixture
@@ -63,7 +70,12 @@ def test_every_option_of_stock_is_accepted_or_refused_by_name(name):
         with pytest.raises(UserError, match=f"^{name}=.*: (this|every) decoder('s)? "):
             from_fairseq(given, 64)
     else:
-        same = {"share_decoder_input_output_embed", "decoder_normalize_before", "decoder_input_dim", "decoder_output_dim"}
+        same = {
+            "share_decoder_input_output_embed",
+            "decoder_normalize_before",
+            "decoder_input_dim",
+            "decoder_output_dim",
+        }
         assert (from_fairseq(given, 64) == config) == (name in {*same, *WITHOUT_EFFECT})
 
 

@@ -72,7 +72,9 @@ def test_weight_decay_is_for_matrices_alone():
 def test_weight_decay_leaves_momentum_alone(copied):
     """Also in fp32 copies of half-precision parameters, which keep no name."""
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(50, 8, 16, 1, 2, momentum_kind="multi_ema", momentum_gate="zero"))  # its matrices have 8 columns too
+    model = Decoder(
+        DecoderConfig(50, 8, 16, 1, 2, momentum_kind="multi_ema", momentum_gate="zero")
+    )  # its matrices have 8 columns too
     if copied:
         model.bfloat16()
     mark_parameters(model)
@@ -84,8 +86,15 @@ def test_weight_decay_leaves_momentum_alone(copied):
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    decayed = {name for (name, _), old, new in zip(model.named_parameters(), before, params, strict=True) if not torch.equal(old, new)}
-    assert decayed == {name for name, p in model.named_parameters() if p.dim() == 2 and "momentum" not in name} and len(decayed) == 7
+    decayed = {
+        name
+        for (name, _), old, new in zip(model.named_parameters(), before, params, strict=True)
+        if not torch.equal(old, new)
+    }
+    assert (
+        decayed == {name for name, p in model.named_parameters() if p.dim() == 2 and "momentum" not in name}
+        and len(decayed) == 7
+    )
 
 
 def test_state_continues_where_it_stopped_with_todays_flags():

@@ -50,7 +50,9 @@ def sample(prompts):
 
 @torch.no_grad()
 def search(decoder, prompt, beam, max_len):
-    """fairseq's beam search, one hypothesis at a time, with nothing remembered: [(mean log-probability, tokens)], best first."""
+    """fairseq's beam search, one hypothesis at a time, with nothing remembered: [(mean log-probability, tokens)], best
+    first.
+    """
     alive, done = [(0.0, [2])], []
     for step in range(max_len + 1):
         found = []
@@ -70,7 +72,13 @@ def search(decoder, prompt, beam, max_len):
     "changes",
     [
         {"momentum_kind": "ema", "momentum_eta": 0.7},
-        {"momentum_kind": "ema", "momentum_learned": True, "momentum_normalize": True, "momentum_gate": "zero", "position": "rotary"},
+        {
+            "momentum_kind": "ema",
+            "momentum_learned": True,
+            "momentum_normalize": True,
+            "momentum_gate": "zero",
+            "position": "rotary",
+        },
         {"momentum_kind": "multi_ema", "position": "learned"},
         {},
     ],
@@ -90,7 +98,21 @@ def test_as_without_incremental_state(build, changes, beam):
 
 
 def test_samples_begin_with_the_prompt(build):
-    flags = ["--sampling", "--sampling-topp", "0.9", "--temperature", "0.8", "--beam", 3, "--nbest", 3, "--max-len-a", 1, "--max-len-b", 6]
+    flags = [
+        "--sampling",
+        "--sampling-topp",
+        "0.9",
+        "--temperature",
+        "0.8",
+        "--beam",
+        3,
+        "--nbest",
+        3,
+        "--max-len-a",
+        1,
+        "--max-len-b",
+        6,
+    ]
     task, model, generator = build(*flags, momentum_kind="ema")
     torch.manual_seed(1)
     found = task.inference_step(generator, [model], sample(PROMPTS))
@@ -108,7 +130,9 @@ def test_a_prompt_gives_in_a_batch_what_it_gives_alone(build, beam):
     found = task.inference_step(generator, [model], sample(prompts))
     for prompt, hypotheses in zip(prompts, found, strict=True):
         if prompt:  # after an empty one fairseq asks for a token at least
-            assert [h["tokens"].tolist() for h in hypotheses] == [ids for _, ids in search(model.decoder, prompt, beam, len(prompt) + 3)]
+            assert [h["tokens"].tolist() for h in hypotheses] == [
+                ids for _, ids in search(model.decoder, prompt, beam, len(prompt) + 3)
+            ]
         (alone,) = task.inference_step(generator, [model], sample([prompt]))
         assert [h["tokens"].tolist() for h in hypotheses] == [h["tokens"].tolist() for h in alone]
         assert len(hypotheses[0]["tokens"]) == len(prompt) + 4  # three and </s>
@@ -120,9 +144,13 @@ def test_a_prompt_that_the_model_does_not_take_is_an_error(build):
 
     def batches(**settings):
         dataset = task.build_dataset_for_inference(prompts, [len(prompt) for prompt in prompts])
-        return task.get_batch_iterator(dataset, max_sentences=3, max_positions=32, **settings).next_epoch_itr(shuffle=False)
+        return task.get_batch_iterator(dataset, max_sentences=3, max_positions=32, **settings).next_epoch_itr(
+            shuffle=False
+        )
 
-    with pytest.raises(UserError, match="sample 1 has 33 tokens, </s> or <s> included, and the model takes 32: shorten it, or"):
+    with pytest.raises(
+        UserError, match="sample 1 has 33 tokens, </s> or <s> included, and the model takes 32: shorten it, or"
+    ):
         batches()
     (batch,) = batches(ignore_invalid_inputs=True)
     assert sorted(batch["id"].tolist()) == [0, 2]
@@ -131,9 +159,15 @@ def test_a_prompt_that_the_model_does_not_take_is_an_error(build):
 def test_a_prompt_without_room_is_an_error(build):
     """fairseq would print the beginning of the prompt, and say nothing."""
     task, model, generator = build("--max-len-b", 7)
-    with pytest.raises(UserError, match=r"a prompt of 7 tokens .*--max-len-a 0 --max-len-b 7 allow 7; give --max-len-a 1"):
+    with pytest.raises(
+        UserError, match=r"a prompt of 7 tokens .*--max-len-a 0 --max-len-b 7 allow 7; give --max-len-a 1"
+    ):
         task.inference_step(generator, [model], sample(PROMPTS))
-    task.inference_step(generator, [model], sample(PROMPTS), prefix_tokens=sample(PROMPTS)["net_input"]["src_tokens"][:, 1:3])
+    task.inference_step(
+        generator, [model], sample(PROMPTS), prefix_tokens=sample(PROMPTS)["net_input"]["src_tokens"][:, 1:3]
+    )
     task, model, generator = build("--max-len-a", 1, "--max-len-b", 40)
-    with pytest.raises(UserError, match=r"a prompt of 31 tokens leaves no room for new ones: the model takes 32, .*; shorten it"):
+    with pytest.raises(
+        UserError, match=r"a prompt of 31 tokens leaves no room for new ones: the model takes 32, .*; shorten it"
+    ):
         task.inference_step(generator, [model], sample([[5] * 31]))

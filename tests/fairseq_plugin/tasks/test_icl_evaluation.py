@@ -22,7 +22,15 @@ momentum_lm.register()
 from momentum_lm.fairseq_plugin.tasks.icl_evaluation import IclEvaluation  # noqa: E402
 
 WORDS = "a film that is good and long bad the plot thin actors very indeed dull nobody should see this".split()
-FLAGS = {"datasets": "mr", "interval": 5, "shots": "0,2", "seeds": "1,2", "limit": 20, "sampling": "balanced", "max_field_tokens": None}
+FLAGS = {
+    "datasets": "mr",
+    "interval": 5,
+    "shots": "0,2",
+    "seeds": "1,2",
+    "limit": 20,
+    "sampling": "balanced",
+    "max_field_tokens": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +50,30 @@ class Model(torch.nn.Module):
     def __init__(self, **changes):
         super().__init__()
         torch.manual_seed(0)
-        shape = {"dim": 32, "ffn_dim": 48, "layers": 2, "heads": 4, "max_positions": 200, "dropout": 0.5, "attention_dropout": 0.5}
-        self.decoder = Decoder(DecoderConfig(336, **{**shape, "momentum_kind": "ema", "momentum_learned": True, **changes}))
+        shape = {
+            "dim": 32,
+            "ffn_dim": 48,
+            "layers": 2,
+            "heads": 4,
+            "max_positions": 200,
+            "dropout": 0.5,
+            "attention_dropout": 0.5,
+        }
+        self.decoder = Decoder(
+            DecoderConfig(336, **{**shape, "momentum_kind": "ema", "momentum_learned": True, **changes})
+        )
 
 
 @pytest.fixture
 def make(films, tokenizer_folder):
     def build(model, **changes):
         flags = {f"icl_eval_{name}": value for name, value in {**FLAGS, "data_dir": str(films), **changes}.items()}
-        others = {"data": str(tokenizer_folder), "add_bos_token": True, "ddp_backend": "pytorch_ddp", "tokens_per_sample": 200}
+        others = {
+            "data": str(tokenizer_folder),
+            "add_bos_token": True,
+            "ddp_backend": "pytorch_ddp",
+            "tokens_per_sample": 200,
+        }
         return IclEvaluation(model, OmegaConf.create({**others, "max_tokens": None, "batch_size": 2, **flags}))
 
     return build
@@ -68,7 +91,11 @@ def test_numbers_are_those_of_the_study(make, films, tokenizer_folder):
     for seed in (1, 2):
         prompts = asked.prompts(settings.form(lm), Unit("mr", 2, seed, 0))[1]
         alone = [engine.Batch([i], prompts.shared) for i in range(len(prompts.queries))]
-        answers = {query: found for _, part in engine.score_batches(lm, prompts.queries, alone) for query, found in part.items()}
+        answers = {
+            query: found
+            for _, part in engine.score_batches(lm, prompts.queries, alone)
+            for query, found in part.items()
+        }
         scores = engine.collect(prompts.queries, engine.log_probs(answers)).values("mean")
         right += [scores[i].argmax() == example.gold for i, example in enumerate(asked.examples)]
     assert values["icl_mr_2shot"] == sum(right) / 40
@@ -87,7 +114,10 @@ def test_the_model_and_the_generators_are_left_as_they_were(make):
     def state():
         return (
             [m.training for m in model.modules()],
-            [(p.requires_grad, p.is_inference(), None if p.grad is None else p.grad.tolist(), p.tolist()) for p in model.parameters()],
+            [
+                (p.requires_grad, p.is_inference(), None if p.grad is None else p.grad.tolist(), p.tolist())
+                for p in model.parameters()
+            ],
             (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
         )
 

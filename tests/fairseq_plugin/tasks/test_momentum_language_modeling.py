@@ -21,7 +21,15 @@ def build(tmp_path):
     dictionary.save(str(tmp_path / "dict.txt"))
 
     def build(*flags):
-        words = [str(tmp_path), "--task", "momentum_language_modeling", "--arch", "momentum_lm_tiny", "--momentum-kind", "multi_ema"]
+        words = [
+            str(tmp_path),
+            "--task",
+            "momentum_language_modeling",
+            "--arch",
+            "momentum_lm_tiny",
+            "--momentum-kind",
+            "multi_ema",
+        ]
         words += ["--criterion", "chunked_cross_entropy", "--tokens-per-sample", "24", *flags]
         cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
         task = tasks.setup_task(cfg.task)
@@ -34,7 +42,11 @@ def build(tmp_path):
 def sample():
     tokens = torch.randint(4, 64, (3, 21), generator=torch.Generator().manual_seed(0))
     source, target = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return {"net_input": {"src_tokens": source, "src_lengths": source.ne(1).sum(1)}, "target": target, "ntokens": target.numel()}
+    return {
+        "net_input": {"src_tokens": source, "src_lengths": source.ne(1).sum(1)},
+        "target": target,
+        "ntokens": target.numel(),
+    }
 
 
 class Spy(torch.autograd.Function):
@@ -64,12 +76,17 @@ def train_step(task, model, criterion, ignore_grad=False):
 
 
 def test_forward_under_autocast_and_backward_outside_it(build):
-    (seen, loss, plain), (seen_cast, loss_cast, cast) = (train_step(*build("--autocast", kind)) for kind in ("none", "bf16"))
+    (seen, loss, plain), (seen_cast, loss_cast, cast) = (
+        train_step(*build("--autocast", kind)) for kind in ("none", "bf16")
+    )
     assert seen == [("forward", False, False, torch.float32), ("backward", False)]
     assert seen_cast == [("forward", True, False, torch.bfloat16), ("backward", False)]
     assert loss != loss_cast and loss_cast == pytest.approx(float(loss), rel=0.01)
     assert all(gradient.dtype == torch.float32 for gradient in cast)
-    assert torch.nn.functional.cosine_similarity(*(torch.cat([g.flatten() for g in x]) for x in (plain, cast)), dim=0) > 0.99
+    assert (
+        torch.nn.functional.cosine_similarity(*(torch.cat([g.flatten() for g in x]) for x in (plain, cast)), dim=0)
+        > 0.99
+    )
 
 
 def test_autocast_of_a_gpu_reaches_the_model(build):
@@ -90,7 +107,9 @@ def test_ignored_gradients_are_zero_and_so_is_the_loss(build):
 @pytest.mark.parametrize("emulated", [False, True])
 def test_auto_means_bf16_only_where_the_gpu_computes_it(emulated, build, monkeypatch):
     """What this machine lacks is a GPU, so its answer is given here; before Ampere it is True for emulation alone."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulated)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulated
+    )
     task, _, _ = build("--autocast", "auto")
     assert isinstance(task._precision("cuda"), torch.autocast) is not emulated
     assert not isinstance(task._precision("cpu"), torch.autocast)

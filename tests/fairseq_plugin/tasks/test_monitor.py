@@ -58,6 +58,8 @@ def test_ratio_is_rms_of_the_average_over_rms_of_attention():
     v = attention.v_proj(x)
     weights = torch.tensor([[0.9 ** (t - i) if i < t else 0.0 for i in range(9)] for t in range(9)])
     average = weights @ v[0]
-    plain = torch.nn.functional.scaled_dot_product_attention(attention.q_proj(x), attention.k_proj(x), v, is_causal=True)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        attention.q_proj(x), attention.k_proj(x), v, is_causal=True
+    )
     expected = average.square().mean().sqrt() / plain.square().mean().sqrt()
     torch.testing.assert_close(attention.momentum_ratio, expected, rtol=1e-5, atol=0)

@@ -55,14 +55,27 @@ def corpus(tmp_path_factory):
 
 def build(task, data, *flags):
     """The task, as fairseq-train sets it up, and all its configuration."""
-    words = [str(data), "--task", task, "--arch", "gpt_lm_tiny", "--tokens-per-sample", "24", "--batch-size", "4", *flags]
+    words = [
+        str(data),
+        "--task",
+        task,
+        "--arch",
+        "gpt_lm_tiny",
+        "--tokens-per-sample",
+        "24",
+        "--batch-size",
+        "4",
+        *flags,
+    ]
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
     return tasks.setup_task(cfg.task), cfg
 
 
 @pytest.fixture(autouse=True)
 def no_workers_left():
-    """fairseq's iterators keep theirs while anything knows them; a later test that kills a child of this process would meet one."""
+    """fairseq's iterators keep theirs while anything knows them; a later test that kills a child of this process would
+    meet one.
+    """
     yield
     gc.collect()
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's takes their end for an error
@@ -121,7 +134,9 @@ def test_batches_are_those_of_the_stock_task(flags, corpus):
     stock, ours = (build(name, data, *flags) for name in ("language_modeling", "momentum_language_modeling"))
     for (process, processes), split in itertools.product(((0, 1), (1, 3)), ("train", "valid")):
         for epoch in (1, 2, 3):  # the third is the first folder's second
-            theirs, found = (iterator(*built, epoch, split, processes, process, positions=5000) for built in (stock, ours))
+            theirs, found = (
+                iterator(*built, epoch, split, processes, process, positions=5000) for built in (stock, ours)
+            )
             assert isinstance(found, BlockIterator) is (flags in OURS)
             assert flat(found.first_batch) == flat(theirs.first_batch) and len(found) == len(theirs)
             for shuffle in (True, False):
@@ -157,8 +172,12 @@ def test_workers_change_nothing_and_hand_over_bytes(corpus):
     alone, helped = (list(iterator(task, cfg, workers=workers).next_epoch_itr()) for workers in (0, 1))
     assert [flat(batch) for batch in alone] == [flat(batch) for batch in helped] and type(helped[0]) is dict
     tokens = max(batch["net_input"]["src_tokens"].numel() for batch in alone)
-    assert max(len(pickle.dumps(batch)) for batch in alone) < 2 * 2 * tokens + 1500  # source and target, two bytes an id
-    assert copy.copy(alone[0]) == dict(alone[0]) and pickle.loads(pickle.dumps(task.dataset("train").collater([]))) == {}
+    assert (
+        max(len(pickle.dumps(batch)) for batch in alone) < 2 * 2 * tokens + 1500
+    )  # source and target, two bytes an id
+    assert (
+        copy.copy(alone[0]) == dict(alone[0]) and pickle.loads(pickle.dumps(task.dataset("train").collater([]))) == {}
+    )
 
 
 KILLED = """
@@ -182,7 +201,9 @@ def test_workers_end_when_the_training_is_killed(tmp_path, corpus):
     shutil.copy(corpus / "a" / "dict.txt", tmp_path)
     with IndexedDatasetWriter(tmp_path / "train", VOCAB) as writer:
         writer.add(np.arange(64 * 1024 * 6) % 60 + 4)
-    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert killed.returncode == -signal.SIGKILL
     (worker,) = map(int, killed.stdout.split()[-1:])
     deadline = time.monotonic() + 30
@@ -227,8 +248,12 @@ def test_every_token_of_every_document_once_an_epoch(processes, rows, seed, corp
             for batch in filter(None, batches):
                 real = batch["target"] != 1
                 assert torch.equal(real, batch["net_input"]["src_tokens"] != 1) and int(real.sum()) == batch["ntokens"]
-                assert torch.equal(real.sum(1), batch["net_input"]["src_lengths"]) and batch["nsentences"] == len(batch["id"])
-                assert torch.equal(batch["target"][:, :-1][real[:, 1:]], batch["net_input"]["src_tokens"][:, 1:][real[:, 1:]])
+                assert torch.equal(real.sum(1), batch["net_input"]["src_lengths"]) and batch["nsentences"] == len(
+                    batch["id"]
+                )
+                assert torch.equal(
+                    batch["target"][:, :-1][real[:, 1:]], batch["net_input"]["src_tokens"][:, 1:][real[:, 1:]]
+                )
                 seen += [(int(i), row[keep]) for i, row, keep in zip(batch["id"], batch["target"], real, strict=True)]
         assert len(lengths) == 1  # all processes make as many steps
         orders.append([i for i, _ in seen])
@@ -281,7 +306,10 @@ def test_other_numbers_of_processes_go_on_without_loss_or_repetition(worlds, cor
     task, cfg = build("momentum_language_modeling", corpus / "a", "--batch-size", "2")
     drawn, state = [], None
     for turn, processes in enumerate(worlds):
-        iterators = [iterator(task, cfg, 2, processes=processes, process=p, disable_iterator_cache=True) for p in range(processes)]
+        iterators = [
+            iterator(task, cfg, 2, processes=processes, process=p, disable_iterator_cache=True)
+            for p in range(processes)
+        ]
         epochs = []
         for it in iterators:
             if state:
@@ -314,8 +342,10 @@ def test_other_batches_and_processes_go_on_without_loss_or_repetition(turn, corp
         stretches += 1
         rows, processes, frequency = (int(draw.integers(1, most)) for most in (6, 4, 4))
         task, cfg = build("momentum_language_modeling", corpus / "a", "--batch-size", str(rows))
-        iterators = [iterator(task, cfg, 2, processes=processes, process=p, disable_iterator_cache=True)
-            for p in range(processes)]
+        iterators = [
+            iterator(task, cfg, 2, processes=processes, process=p, disable_iterator_cache=True)
+            for p in range(processes)
+        ]
         epochs = []
         for it in iterators:
             it.update_freq = frequency
@@ -330,25 +360,47 @@ def test_other_batches_and_processes_go_on_without_loss_or_repetition(turn, corp
     assert stretches > 2 and sorted(drawn) == list(range(len(iterators[0].dataset)))
 
 
-@pytest.mark.parametrize("change",
-    [{"parts": [[0, 1, 3]]}, {"parts": []}, {"parts": "x"}, {"seed": None}, {"blocks": "many"}])
+@pytest.mark.parametrize(
+    "change", [{"parts": [[0, 1, 3]]}, {"parts": []}, {"parts": "x"}, {"seed": None}, {"blocks": "many"}]
+)
 def test_a_damaged_place_in_the_data_is_one_line(change, corpus):
     it = iterator(*build("momentum_language_modeling", corpus / "a"))
     list(itertools.islice(it.next_epoch_itr(), 3))
     state = it.state_dict()
     with pytest.raises(UserError, match="place in the data is damaged"):
-        iterator(*build("momentum_language_modeling", corpus / "a")).load_state_dict({**state,
-            "batching": {**state["batching"], **change}})
+        iterator(*build("momentum_language_modeling", corpus / "a")).load_state_dict(
+            {**state, "batching": {**state["batching"], **change}}
+        )
 
 
 DAMAGE = {
-    "first .bin cut short": ("a/train.bin", lambda b: b[:-10], r"a/train\.bin has \d+ bytes, but .* cut short; copy or make it anew"),
-    "garbage for an index": ("a/train.idx", lambda b: b"garbage" * 99, r"a/train\.idx is not an index of fairseq's mmap format; make"),
-    "damaged index": ("a/train.idx", lambda b: b[:40] + b"\xff" + b[41:], r"a/train\.idx is damaged: its offsets do not fit"),
+    "first .bin cut short": (
+        "a/train.bin",
+        lambda b: b[:-10],
+        r"a/train\.bin has \d+ bytes, but .* cut short; copy or make it anew",
+    ),
+    "garbage for an index": (
+        "a/train.idx",
+        lambda b: b"garbage" * 99,
+        r"a/train\.idx is not an index of fairseq's mmap format; make",
+    ),
+    "damaged index": (
+        "a/train.idx",
+        lambda b: b[:40] + b"\xff" + b[41:],
+        r"a/train\.idx is damaged: its offsets do not fit",
+    ),
     "second folder's .idx missing": ("b/train.idx", None, r"b/train\.idx is missing; make it with"),
     "second folder's .bin missing": ("b/train.bin", None, r"b/train\.bin is missing; make it with"),
-    "second folder's .bin cut short": ("b/train.bin", lambda b: b[:-1], r"b/train\.bin has \d+ bytes, .* cut short; copy or make it anew"),
-    "second folder's .idx cut short": ("b/train.idx", lambda b: b[:-1], r"b/train\.idx says 150 items .* copy or make it anew"),
+    "second folder's .bin cut short": (
+        "b/train.bin",
+        lambda b: b[:-1],
+        r"b/train\.bin has \d+ bytes, .* cut short; copy or make it anew",
+    ),
+    "second folder's .idx cut short": (
+        "b/train.idx",
+        lambda b: b[:-1],
+        r"b/train\.idx says 150 items .* copy or make it anew",
+    ),
     "appended .idx missing": ("a/train1.idx", None, r"a/train1\.idx is missing"),
     "appended .bin cut short": ("a/train1.bin", lambda b: b[:-1], r"a/train1\.bin has \d+ bytes"),
 }
@@ -394,4 +446,6 @@ def test_other_formats_are_left_to_fairseq(corpus, tmp_path):
     builder.finalize(str(tmp_path / "train.idx"))
     found = iterator(*build("momentum_language_modeling", tmp_path))
     assert type(found) is EpochBatchIterator
-    np.testing.assert_array_equal(sum(batch["ntokens"] for batch in found.next_epoch_itr()), len(train_tokens(corpus / "a", ["train"])))
+    np.testing.assert_array_equal(
+        sum(batch["ntokens"] for batch in found.next_epoch_itr()), len(train_tokens(corpus / "a", ["train"]))
+    )

@@ -1,4 +1,6 @@
-"""What is gathered in which precision, in a group of one process, where parts are wholes; and where the weights come from, in two."""
+"""What is gathered in which precision, in a group of one process, where parts are wholes; and where the weights come
+from, in two.
+"""
 
 import contextlib
 
@@ -21,7 +23,15 @@ def group(tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_matrices_travel_in_bf16_and_the_rest_is_as_under_autocast(kind, checkpointing, group):
     config = DecoderConfig(
-        60, 32, 64, 2, 2, momentum_kind=kind, momentum_learned=kind == "ema", checkpoint_activations=checkpointing, dropout=0.0
+        60,
+        32,
+        64,
+        2,
+        2,
+        momentum_kind=kind,
+        momentum_learned=kind == "ema",
+        checkpoint_activations=checkpointing,
+        dropout=0.0,
     )
     torch.manual_seed(0)
     plain = Decoder(config)
@@ -30,7 +40,12 @@ def test_matrices_travel_in_bf16_and_the_rest_is_as_under_autocast(kind, checkpo
     sharded = FullySharded(divided, group, torch.device("cpu"), torch.bfloat16)
     seen = {}
     block = divided.layers[1]
-    parts = {"matrix": block.fc1, "norm": block.final_layer_norm, "momentum": block.self_attn.momentum, "last": divided.layer_norm}
+    parts = {
+        "matrix": block.fc1,
+        "norm": block.final_layer_norm,
+        "momentum": block.self_attn.momentum,
+        "last": divided.layer_norm,
+    }
     for name, module in parts.items():
         module.register_forward_pre_hook(lambda m, x, name=name: seen.update({name: {p.dtype for p in m.parameters()}}))
     block.register_forward_pre_hook(lambda m, x: seen.update({"residual": {x[0].dtype}}))
@@ -43,7 +58,9 @@ def test_matrices_travel_in_bf16_and_the_rest_is_as_under_autocast(kind, checkpo
         named = dict(model.named_parameters())
         gradients.append({name.removeprefix("module."): p.grad for name, p in named.items()})
     assert seen.pop("matrix") == {torch.bfloat16}
-    assert seen.keys() == {"norm", "momentum", "last", "residual"} and all(dtypes == {torch.float32} for dtypes in seen.values())
+    assert seen.keys() == {"norm", "momentum", "last", "residual"} and all(
+        dtypes == {torch.float32} for dtypes in seen.values()
+    )
     for name, expected in gradients[1].items():
         found = gradients[0][name].full_tensor()
         assert found.dtype == torch.float32

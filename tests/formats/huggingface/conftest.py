@@ -29,7 +29,9 @@ def byte_level_bpe(size, specials):
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+    )
     model.train_from_iterator(sentences(), trainer)
     content = json.loads(model.to_str())["model"]
     return content["vocab"], [tuple(pair) for pair in content["merges"]]
@@ -44,7 +46,13 @@ def gpt2_tokenizer():
 def opt_tokenizer():
     vocab, merges = byte_level_bpe(300, ["<s>", "<pad>", "</s>", "<unk>"])
     return transformers.GPT2Tokenizer(
-        vocab=vocab, merges=merges, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>", add_bos_token=True
+        vocab=vocab,
+        merges=merges,
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="</s>",
+        pad_token="<pad>",
+        add_bos_token=True,
     )
 
 
@@ -52,7 +60,9 @@ def xglm_tokenizer():
     model = tokenizers.Tokenizer(tokenizers.models.Unigram())
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = tokenizers.trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=specials, unk_token="<unk>", show_progress=False
+    )
     model.train_from_iterator(sentences(), trainer)
     vocab = [tuple(pair) for pair in json.loads(model.to_str())["model"]["vocab"]]
     return transformers.XGLMTokenizer(vocab=vocab)
@@ -81,7 +91,12 @@ CONFIGS = {
         vocab_size=size, n_positions=48, n_embd=32, n_layer=3, n_head=4, bos_token_id=size - 1, eos_token_id=size - 1
     ),
     "opt": lambda size: transformers.OPTConfig(
-        vocab_size=size, hidden_size=32, num_hidden_layers=3, ffn_dim=64, num_attention_heads=4, max_position_embeddings=48
+        vocab_size=size,
+        hidden_size=32,
+        num_hidden_layers=3,
+        ffn_dim=64,
+        num_attention_heads=4,
+        max_position_embeddings=48,
     ),
     "xglm": lambda size: transformers.XGLMConfig(
         vocab_size=size, d_model=32, num_layers=3, ffn_dim=64, attention_heads=4, max_position_embeddings=48

@@ -15,7 +15,9 @@ TRAIN = (
 ).split()
 
 
-@pytest.fixture(params=["gpt2", pytest.param("opt", marks=pytest.mark.slow), pytest.param("xglm", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=["gpt2", pytest.param("opt", marks=pytest.mark.slow), pytest.param("xglm", marks=pytest.mark.slow)]
+)
 def converted(request, make_model, convert, tmp_path, run_cli):
     """(folder of the converted model, data binarised with its tokenizer, the flags that convert printed)"""
     _, theirs = make_model(request.param)
@@ -59,7 +61,9 @@ def test_training_starts_from_it_and_momentum_changes_nothing(converted, run_cli
         tmp_path / "b",
     )
     assert math.isfinite(plain) and plain == gated
-    restored = train_loss(run_cli, data, *flags, "--restore-file", ours / "model.pt", "--reset-optimizer", "--save-dir", tmp_path / "c")
+    restored = train_loss(
+        run_cli, data, *flags, "--restore-file", ours / "model.pt", "--reset-optimizer", "--save-dir", tmp_path / "c"
+    )
     assert restored == plain
 
 
@@ -78,7 +82,19 @@ def test_both_perplexities_are_the_same(converted, run_cli, tmp_path):
     assert stock.returncode == 0, stock.stderr[-3000:]
     stock_ppl = float(re.search(r"Perplexity: ([\d.]+)", stock.stderr + stock.stdout)[1])
     assert math.isfinite(ppl) and ppl == pytest.approx(stock_ppl, rel=1e-3)
-    validated = run_cli(["fairseq-validate", data, "--path", ours / "model.pt", "--task", "language_modeling", "--cpu", "--batch-size", 4])
+    validated = run_cli(
+        [
+            "fairseq-validate",
+            data,
+            "--path",
+            ours / "model.pt",
+            "--task",
+            "language_modeling",
+            "--cpu",
+            "--batch-size",
+            4,
+        ]
+    )
     assert validated.returncode == 0, validated.stderr[-3000:]
     assert float(re.search(r"ppl ([\d.]+)", validated.stderr + validated.stdout)[1]) > 1
     state = torch.load(ours / "model.pt", weights_only=True)

@@ -1,4 +1,6 @@
-"""Files written tensor by tensor are what torch and safetensors write; folders are whole whatever ends the process; memory stays low."""
+"""Files written tensor by tensor are what torch and safetensors write; folders are whole whatever ends the process;
+memory stays low.
+"""
 
 import os
 import signal
@@ -32,7 +34,11 @@ TENSORS = {
 def test_torch_reads_what_is_written(tmp_path):
     lazies = {name: Lazy.of(tensor) for name, tensor in TENSORS.items()}
     seen = []
-    write_torch(tmp_path / "model.pt", {"model": lazies | {"again": lazies["single"]}, "cfg": {"a": [1, None, "é"]}}, seen.append)
+    write_torch(
+        tmp_path / "model.pt",
+        {"model": lazies | {"again": lazies["single"]}, "cfg": {"a": [1, None, "é"]}},
+        seen.append,
+    )
     assert sum(seen) == sum(tensor.nbytes for tensor in TENSORS.values())
     for mmap in (False, True):
         state = torch.load(tmp_path / "model.pt", weights_only=True, mmap=mmap)
@@ -54,10 +60,14 @@ def test_safetensors_reads_what_is_written(tmp_path):
     write_safetensors(tmp_path / "m.safetensors", {name: Lazy.of(tensor) for name, tensor in TENSORS.items()})
     found = load_file(tmp_path / "m.safetensors")
     assert found.keys() == TENSORS.keys()
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
     lazies = read_safetensors(tmp_path / "m.safetensors")
     assert all(torch.equal(lazies[name].load(), tensor) for name, tensor in TENSORS.items())
-    assert {name: (lazy.shape, lazy.dtype) for name, lazy in lazies.items()} == {n: (tuple(t.shape), t.dtype) for n, t in TENSORS.items()}
+    assert {name: (lazy.shape, lazy.dtype) for name, lazy in lazies.items()} == {
+        n: (tuple(t.shape), t.dtype) for n, t in TENSORS.items()
+    }
 
 
 def test_changes_wait_until_they_are_needed():
@@ -120,7 +130,9 @@ def test_killed_between_the_two_renamings(tmp_path):
 def large_gpt2(folder, megabytes):
     """A GPT-2 in fp16 of about this size, written as safetensors. Its numbers are 0 to 99, over and over."""
     layers = max(1, round((megabytes * 2**20 / 2 - 8_000 * 1024) / (12 * 1024**2)))
-    decoder = DecoderConfig(8_000, 1024, 4096, layers, 16, 256, position="learned", scale_embeddings=False, activation="gelu_accurate")
+    decoder = DecoderConfig(
+        8_000, 1024, 4096, layers, 16, 256, position="learned", scale_embeddings=False, activation="gelu_accurate"
+    )
     folder.mkdir()
     numbers = (torch.arange(8_000 * 1024) % 100).half()
     tensors = {
@@ -152,9 +164,14 @@ def test_memory_stays_low(tmp_path, run_cli, megabytes):
     base = peak(tmp_path / "small", tmp_path / "small_ours")
     assert peak(tmp_path / "large", tmp_path / "ours") - base < 60 * 2**20
     # the checkpoint is mapped, and of what is mapped the pages that were read count
-    assert peak(tmp_path / "ours", tmp_path / "again") - peak(tmp_path / "small_ours", tmp_path / "small_again") < size + 60 * 2**20
+    assert (
+        peak(tmp_path / "ours", tmp_path / "again") - peak(tmp_path / "small_ours", tmp_path / "small_again")
+        < size + 60 * 2**20
+    )
     before, after = (read_safetensors(tmp_path / name / "model.safetensors") for name in ("large", "again"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name].load(), after[name].load()) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name].load(), after[name].load()) for name in before
+    )
 
 
 @pytest.mark.parametrize("there", [False, True])

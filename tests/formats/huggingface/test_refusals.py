@@ -121,8 +121,11 @@ def test_a_dtype_that_cannot_hold_the_weights(make_model, convert, refused, tmp_
     line = refused(theirs, tmp_path / "x", "--dtype", "bf16")
     assert "reaches 3.4e+38, and bf16 ends at 3.38953e+38: use --dtype fp32, or leave out --dtype" in line
     tensors[name][2, 3] = 1
-    save_file({key: tensor.double() * (1e300 if key == name else 1) for key, tensor in tensors.items()}, path,
-        {"format": "pt"})
+    save_file(
+        {key: tensor.double() * (1e300 if key == name else 1) for key, tensor in tensors.items()},
+        path,
+        {"format": "pt"},
+    )
     assert "ends at 3.40282e+38: leave out --dtype" in refused(theirs, tmp_path / "x", "--dtype", "fp32")
     assert sorted(os.listdir(tmp_path)) == ["large", "ours", "theirs"]
 
@@ -184,8 +187,10 @@ def test_a_damaged_file_of_pytorch(make_model, refused, tmp_path):
     (theirs / "model.safetensors").unlink()
     for changes, message in (
         ({5: torch.zeros(2)}, "holds 5, which is no tensor"),
-        ({"transformer.wpe.weight": torch.empty(48, 32, device="meta")},
-        "pytorch_model.bin holds a tensor without values"),
+        (
+            {"transformer.wpe.weight": torch.empty(48, 32, device="meta")},
+            "pytorch_model.bin holds a tensor without values",
+        ),
         ({"transformer.wpe.weight": torch.eye(32).to_sparse()}, "pytorch_model.bin holds"),
     ):
         torch.save(tensors | changes, theirs / "pytorch_model.bin")
@@ -232,7 +237,9 @@ def test_tokenizers_that_do_not_do(make_model, refused, tmp_path):
     edit(theirs, eos_token_id=None, bos_token_id=None)
     assert "does not say which token ends a text" in refused(theirs, tmp_path / "ours")
     transformers.XGLMTokenizer().save_pretrained(theirs)  # what comes of files that transformers passes over
-    assert "transformers finds 11 tokens in the tokenizer's files, and the model has 301" in refused(theirs, tmp_path / "ours")
+    assert "transformers finds 11 tokens in the tokenizer's files, and the model has 301" in refused(
+        theirs, tmp_path / "ours"
+    )
 
 
 def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypatch):
@@ -244,7 +251,9 @@ def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypa
     assert "holds" in refused("theirs", ".") and "choose another OUTPUT" in refused("theirs", "theirs", "--force")
     (tmp_path / "link").symlink_to("elsewhere")
     assert "link is a link; OUTPUT is the folder to make" in refused(theirs, tmp_path / "link", "--force")
-    assert "--dtype does nothing to a-shard0.pt, which is a part of a checkpoint" in refused("a-shard0.pt", "b.pt", "--dtype", "fp16")
+    assert "--dtype does nothing to a-shard0.pt, which is a part of a checkpoint" in refused(
+        "a-shard0.pt", "b.pt", "--dtype", "fp16"
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.md").write_text("mine")
     assert "mine holds notes.md, which a conversion does not write" in refused(theirs, tmp_path / "mine", "--force")
@@ -261,21 +270,29 @@ def test_outputs_that_do_not_do(make_model, convert, refused, tmp_path, monkeypa
         (tmp_path / name).unlink()
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "config.json").symlink_to(theirs / "config.json")
-    assert "linked holds config.json, which a conversion does not write" in refused(theirs, tmp_path / "linked",
-        "--force")
+    assert "linked holds config.json, which a conversion does not write" in refused(
+        theirs, tmp_path / "linked", "--force"
+    )
     os.mkfifo(tmp_path / "pipe")
     assert "pipe is not a folder; OUTPUT is the folder to make" in refused(theirs, tmp_path / "pipe", "--force")
     assert "/dev/null is not a folder" in refused(theirs, "/dev/null", "--force")
     for name in ("link", "pipe", "/dev/null", "mine"):
-        assert "is a link, a folder or a device; OUTPUT of a checkpoint in parts" in refused("a-shard0.pt", name,
-            "--force")
+        assert "is a link, a folder or a device; OUTPUT of a checkpoint in parts" in refused(
+            "a-shard0.pt", name, "--force"
+        )
     (tmp_path / "empty").mkdir()
     convert(theirs, "empty")
     assert "empty is there already; choose another OUTPUT, or add --force" in refused(theirs, tmp_path / "empty")
-    assert "does not exist; give a checkpoint, a folder, or the name of a model" in refused(tmp_path / "no.pt", tmp_path / "x")
+    assert "does not exist; give a checkpoint, a folder, or the name of a model" in refused(
+        tmp_path / "no.pt", tmp_path / "x"
+    )
     assert "--tokenizer does nothing to " in refused(theirs, tmp_path / "x", "--tokenizer", "y")
-    assert "which is a model of Hugging Face; leave it out" in refused(theirs, tmp_path / "x", "--model-overrides", "{'a': 1}")
-    assert "checkpoints/checkpoint_bset.pt does not exist; give a checkpoint" in refused("checkpoints/checkpoint_bset.pt", tmp_path / "x")
+    assert "which is a model of Hugging Face; leave it out" in refused(
+        theirs, tmp_path / "x", "--model-overrides", "{'a': 1}"
+    )
+    assert "checkpoints/checkpoint_bset.pt does not exist; give a checkpoint" in refused(
+        "checkpoints/checkpoint_bset.pt", tmp_path / "x"
+    )
     torch.save({"model": None}, tmp_path / "none.pt")
     assert "none.pt: it holds no decoder-only language model" in refused(tmp_path / "none.pt", tmp_path / "x")
     (tmp_path / "bad.pt").write_bytes(b"nothing")
@@ -288,13 +305,24 @@ def test_the_source_is_never_replaced(make_model, convert, refused, tmp_path):
     _, theirs = make_model("gpt2")
     convert(theirs, tmp_path / "ours")
     (tmp_path / "link").symlink_to(tmp_path)
-    for source, output in (("ours/model.pt", "ours"), ("ours/model.pt", "link/ours"), ("theirs", "link/theirs"), ("link/ours", "ours")):
+    for source, output in (
+        ("ours/model.pt", "ours"),
+        ("ours/model.pt", "link/ours"),
+        ("theirs", "link/theirs"),
+        ("link/ours", "ours"),
+    ):
         before = (tmp_path / source).stat()
-        assert f"{output} holds {tmp_path / source}; choose another OUTPUT" in refused(tmp_path / source, tmp_path / output, "--force")
+        assert f"{output} holds {tmp_path / source}; choose another OUTPUT" in refused(
+            tmp_path / source, tmp_path / output, "--force"
+        )
         assert (tmp_path / source).stat() == before
 
 
 def test_a_model_of_another_architecture_built_by_transformers(refused, tmp_path):
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    assert "grouped heads or parallel blocks, which fairseq's decoder has not" in refused(tmp_path / "llama", tmp_path / "ours")
+    assert "grouped heads or parallel blocks, which fairseq's decoder has not" in refused(
+        tmp_path / "llama", tmp_path / "ours"
+    )

@@ -105,7 +105,8 @@ def test_logits_are_those_of_the_decoder(momentum, other):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "changes", [MOMENTA["ema"], MOMENTA["multi_ema"] | OTHERS["rotary"], MOMENTA["ema_gated"] | OTHERS["learned_untied"]]
+    "changes",
+    [MOMENTA["ema"], MOMENTA["multi_ema"] | OTHERS["rotary"], MOMENTA["ema_gated"] | OTHERS["learned_untied"]],
 )
 def test_padding_changes_nothing(changes, implementation):
     """On the left, on the right, and between two calls."""
@@ -122,7 +123,9 @@ def test_padding_changes_nothing(changes, implementation):
     cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
     logits = model(others, attention_mask=torch.cat([mask, other_mask], 1), past_key_values=cache).logits
     for i, (row, next_row) in enumerate(zip(rows, more, strict=True)):
-        close(logits[i, -len(next_row) :], decoder(torch.cat([row, next_row])[None])[0, len(row) :], atol=1e-5, rtol=1e-5)
+        close(
+            logits[i, -len(next_row) :], decoder(torch.cat([row, next_row])[None])[0, len(row) :], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("changes", SOME)
@@ -131,7 +134,9 @@ def test_generation(changes):
     decoder, model = pair(**changes)
     rows, tokens, mask = left_padded([7, 3, 12])
     for beams in (1, 3):
-        settings = dict(num_beams=beams, do_sample=False, max_new_tokens=40, suppress_tokens=[PAD])  # to our decoder it is no token
+        settings = dict(
+            num_beams=beams, do_sample=False, max_new_tokens=40, suppress_tokens=[PAD]
+        )  # to our decoder it is no token
         batch = model.generate(tokens, attention_mask=mask, **settings)[:, tokens.shape[1] :]
         assert len({tuple(row.tolist()) for row in batch}) == 3
         for row, found in zip(rows, batch, strict=True):
@@ -175,8 +180,9 @@ def test_packed_documents_do_not_see_each_other(changes, implementation):
     others = packed.clone()
     others[0, : 5 + CHUNK + 8] = 7
     start = 5 + CHUNK + 8
-    assert torch.equal(model(others, position_ids=positions).logits[0, start:],
-        model(packed, position_ids=positions).logits[0, start:])
+    assert torch.equal(
+        model(others, position_ids=positions).logits[0, start:], model(packed, position_ids=positions).logits[0, start:]
+    )
     # with padding on the left, and in the middle
     padded = torch.nn.functional.pad(packed, (3, 0), value=PAD)
     padded = torch.cat([padded[:, :20], torch.full((1, 4), PAD), padded[:, 20:]], 1)
@@ -363,7 +369,9 @@ def test_scores_after_a_shared_prefix_are_those_of_whole_rows(gate):
     assert not lm._packs_rows
     prefix, rows = random_tokens(1, 120)[0], random_tokens(3, 6)
     place, last = torch.arange(3), torch.full((3,), 5)
-    found, _ = lm.log_probs(rows, torch.zeros(3, 6, dtype=torch.bool), place, last, place + 4, lm.start(prefix.tolist()))
+    found, _ = lm.log_probs(
+        rows, torch.zeros(3, 6, dtype=torch.bool), place, last, place + 4, lm.start(prefix.tolist())
+    )
     whole = model(torch.cat([prefix.expand(3, -1), rows], 1), use_cache=False).logits[:, -1].log_softmax(-1)
     close(found, whole[place, place + 4], atol=2e-5, rtol=0)
 

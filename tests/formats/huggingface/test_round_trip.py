@@ -1,4 +1,6 @@
-"""Models of transformers beside what they are converted to: the same logits, the same text, the same bits on the way back."""
+"""Models of transformers beside what they are converted to: the same logits, the same text, the same bits on the way
+back.
+"""
 
 import argparse
 import copy
@@ -114,11 +116,19 @@ def test_generation_token_for_token(make_model, convert, tmp_path, family, beam)
     expected = model.generate(
         own, attention_mask=torch.ones_like(own), max_new_tokens=new + 1, min_new_tokens=new, num_beams=beam, do_sample=False,
         length_penalty=0.0, eos_token_id=end, pad_token_id=end, logits_processor=[EndAt(given + new, end)],
-        suppress_tokens=[i for i in (1, 3) if family != "gpt2"] or None,  # padding and unknown, which fairseq never generates
+        # padding and unknown, which fairseq never generates
+        suppress_tokens=[i for i in (1, 3) if family != "gpt2"] or None,
     )  # fmt: skip
     length = given - 1 + new
     generator = SequenceGenerator(
-        [ours], dictionary, beam_size=beam, max_len_a=0, max_len_b=length, min_len=length, normalize_scores=False, unk_penalty=float("inf")
+        [ours],
+        dictionary,
+        beam_size=beam,
+        max_len_a=0,
+        max_len_b=length,
+        min_len=length,
+        normalize_scores=False,
+        unk_penalty=float("inf"),
     )
     sample = {"id": torch.arange(rows), "net_input": {"src_tokens": prompt, "src_lengths": torch.full((rows,), given)}}
     found = generator.generate([ours], sample, prefix_tokens=prompt[:, 1:], bos_token=2)
@@ -159,7 +169,9 @@ def save_ours(folder, tokenizer_folder, **changes):
     folder.mkdir()
     tokenizer.dictionary.save(folder / "dict.txt")
     (folder / "sentencepiece.model").write_bytes((tokenizer_folder / "sentencepiece.model").read_bytes())
-    weights = {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()} | {"decoder.version": torch.tensor([3.0])}
+    weights = {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()} | {
+        "decoder.version": torch.tensor([3.0])
+    }
     torch.save({**checkpoint(config, add_bos=False), "model": weights}, folder / "checkpoint_best.pt")
     return model
 
@@ -173,7 +185,10 @@ def save_ours(folder, tokenizer_folder, **changes):
         ({"position": "learned"}, "MomentumLMForCausalLM"),
         ({"position": "rotary", "tie_embeddings": False}, "MomentumLMForCausalLM"),
         ({"momentum_kind": "ema", "momentum_eta": 0.7}, "MomentumLMForCausalLM"),
-        ({"momentum_kind": "ema", "momentum_learned": True, "momentum_normalize": True, "momentum_gate": "zero"}, "MomentumLMForCausalLM"),
+        (
+            {"momentum_kind": "ema", "momentum_learned": True, "momentum_normalize": True, "momentum_gate": "zero"},
+            "MomentumLMForCausalLM",
+        ),
         ({"momentum_kind": "multi_ema", "position": "rotary"}, "MomentumLMForCausalLM"),
     ],
 )
@@ -215,7 +230,9 @@ def test_a_checkpoint_as_the_fairseq_dense_lms_were_published(convert, tmp_path)
         share_decoder_input_output_embed=True, decoder_normalize_before=True, tokens_per_sample=40, max_target_positions=40,
         add_bos_token=False, data="/data/elsewhere",
     )  # fmt: skip
-    torch.save({"args": args, "model": weights, "extra_state": {}, "optimizer_history": [{}]}, tmp_path / "ours" / "model.pt")
+    torch.save(
+        {"args": args, "model": weights, "extra_state": {}, "optimizer_history": [{}]}, tmp_path / "ours" / "model.pt"
+    )
     assert "XGLMForCausalLM" in convert(tmp_path / "ours", tmp_path / "theirs", "--dtype", "fp32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
@@ -224,7 +241,9 @@ def test_a_checkpoint_as_the_fairseq_dense_lms_were_published(convert, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model.half().float()(ids), atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        new = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+        new = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[
+            0, ids.shape[1] :
+        ].tolist()
     assert new and words.decode(new, skip_special_tokens=True) == tokenizer.decode(new)
 
 
@@ -259,7 +278,9 @@ def test_older_files(make_model, convert, tmp_path, family):
         bare["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     if family == "xglm":
         bare["embed_positions.weights"] = torch.zeros(50, 32)
-    bare["lm_head.weight"] = next(tensor for name, tensor in bare.items() if name.endswith(("wte.weight", "embed_tokens.weight"))).clone()
+    bare["lm_head.weight"] = next(
+        tensor for name, tensor in bare.items() if name.endswith(("wte.weight", "embed_tokens.weight"))
+    ).clone()
     (theirs / "model.safetensors").unlink()
     torch.save(bare, theirs / "pytorch_model.bin")
     convert(theirs, tmp_path / "ours")
@@ -276,7 +297,10 @@ def test_without_a_tokenizer(make_model, convert, tmp_path):
             path.unlink()
         assert "has no tokenizer" in convert(theirs, tmp_path / f"{family}_ours")
         assert "no tokenizer beside" in convert(tmp_path / f"{family}_ours", tmp_path / f"{family}_again")
-        before, after = load_file(theirs / "model.safetensors"), load_file(tmp_path / f"{family}_again" / "model.safetensors")
+        before, after = (
+            load_file(theirs / "model.safetensors"),
+            load_file(tmp_path / f"{family}_again" / "model.safetensors"),
+        )
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -305,7 +329,9 @@ def test_fairseqs_dense_lms_with_the_vocabulary_of_gpt2(make_model, convert, tmp
         first = len(tokenizer)
         roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
         tokenizer.add_special_tokens(dict(list(roles.items())[:count]))
-        model, theirs = make_model("xglm", name=f"theirs{count}", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        model, theirs = make_model(
+            "xglm", name=f"theirs{count}", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
+        )
         for path in theirs.glob("tokenizer*"):
             path.unlink()
         tokenizer.save_pretrained(theirs)
@@ -319,7 +345,10 @@ def test_fairseqs_dense_lms_with_the_vocabulary_of_gpt2(make_model, convert, tmp
         order = native.tokenizer.own_to_dictionary
         torch.testing.assert_close(found[..., order], expected, atol=1e-5, rtol=1e-5)
         convert(tmp_path / f"ours{count}", tmp_path / f"again{count}")
-        before, after = load_file(theirs / "model.safetensors"), load_file(tmp_path / f"again{count}" / "model.safetensors")
+        before, after = (
+            load_file(theirs / "model.safetensors"),
+            load_file(tmp_path / f"again{count}" / "model.safetensors"),
+        )
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"again{count}").eval()
         assert type(again) is type(model) and again.config.eos_token_id == tokenizer.eos_token_id
@@ -349,7 +378,9 @@ def test_gpt2s_own_files_beside_a_model_without_tokenizer(make_model, convert, t
     (tmp_path / "ours" / "vocab.bpe").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
     convert(tmp_path / "ours", tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
-    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)("the film", return_tensors="pt").input_ids
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)(
+        "the film", return_tensors="pt"
+    ).input_ids
     native = load_native(tmp_path / "ours")
     assert ids.tolist() == [[2, *native.encode(["the film"])[0]]]
     with torch.no_grad():
@@ -375,7 +406,9 @@ def test_momentum_on_gpt2_keeps_its_vocabulary(make_model, convert, tmp_path):
         assert tokenizer(text, add_special_tokens=False).input_ids == native.encode([text])[0] or text == "<s>"
     convert(tmp_path / "out", tmp_path / "again")
     again = torch.load(tmp_path / "again" / "model.pt", weights_only=True)
-    assert again["cfg"] == state["cfg"] and all(torch.equal(again["model"][name], state["model"][name]) for name in state["model"])
+    assert again["cfg"] == state["cfg"] and all(
+        torch.equal(again["model"][name], state["model"][name]) for name in state["model"]
+    )
 
 
 def test_names_of_the_hub_come_from_its_cache(make_model, convert, refused, tmp_path, monkeypatch):
@@ -390,8 +423,9 @@ def test_names_of_the_hub_come_from_its_cache(make_model, convert, refused, tmp_
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("momentum_lm.formats.from_huggingface.hub_answers", lambda: False)
     assert "OPTForCausalLM" in convert("someone/opt-tiny", tmp_path / "ours")
-    assert "someone/opt-huge is no file or folder here, and the Hugging Face hub does not answer, nor was it downloaded earlier" in refused(
-        "someone/opt-huge", tmp_path / "b"
+    assert (
+        "someone/opt-huge is no file or folder here, and the Hugging Face hub does not answer, nor was it downloaded earlier"
+        in refused("someone/opt-huge", tmp_path / "b")
     )
 
 

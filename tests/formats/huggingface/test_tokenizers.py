@@ -199,7 +199,9 @@ def test_a_sentencepiece_model_that_changes_texts_goes_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "xglm"])
 def test_a_tokenizer_json_in_the_dictionarys_order(tmp_path, tokenizer_of, family):
-    """Models trained here on data of `prepare --hf-tokenizer` have fairseq's specials first, whatever the tokenizer had."""
+    """Models trained here on data of `prepare --hf-tokenizer` have fairseq's specials first, whatever the tokenizer
+    had.
+    """
     source, out = tmp_path / "ours", tmp_path / "theirs"
     tokenizer_of(family).save_pretrained(source)
     own = HuggingFaceTokenizer(source)

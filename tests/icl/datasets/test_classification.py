@@ -83,7 +83,9 @@ def test_only_the_splits_that_are_asked_for(folder):
     (folder / "mr/train.jsonl").unlink()
     data = load_dataset("mr", folder, splits=["evaluation"])
     assert data.train == [] and len(data.evaluation) == 3
-    with pytest.raises(UserError, match=r"mr has no file for train; provide .*/mr/train\.jsonl and .*columns: text, label"):
+    with pytest.raises(
+        UserError, match=r"mr has no file for train; provide .*/mr/train\.jsonl and .*columns: text, label"
+    ):
         load_dataset("mr", folder)
 
 
@@ -114,7 +116,9 @@ def test_shorten(folder):
 
 
 def test_a_new_data_set_is_one_yaml_file(own):
-    data = load_dataset(own(rows=[{"text": "a", "dept": "billing"}, {"text": "b", "dept": "it"}, {"text": "c", "dept": 7}]))
+    data = load_dataset(
+        own(rows=[{"text": "a", "dept": "billing"}, {"text": "b", "dept": "it"}, {"text": "c", "dept": 7}])
+    )
     assert data.spec.name == "tickets" and data.spec.template == "paper"
     assert [example.gold for example in data.train] == [0, 1, 1]
     assert data.evaluation[2] == Example(2, ("Ticket: c\nDepartment:",), (" Money", " Technology"), 1)
@@ -138,7 +142,9 @@ def test_templates_by_name(own):
 
 
 def test_literal_braces_in_templates(own):
-    example = load_spec(own(YAML.replace("Ticket: {text}", "{{Ticket}}: {text}"))).render({"text": "{x}", "dept": "it"}, 0, "")
+    example = load_spec(own(YAML.replace("Ticket: {text}", "{{Ticket}}: {text}"))).render(
+        {"text": "{x}", "dept": "it"}, 0, ""
+    )
     assert example.inputs == ("{Ticket}: {x}\nDepartment:",)
 
 
@@ -302,7 +308,8 @@ def test_a_column_that_is_there_twice(own, tmp_path, name, text):
         path.write_text(YAML.replace("{text}", f"{{{column}}}") + f"files: {{train: {name}, evaluation: {name}}}\n")
         if fails:
             with pytest.raises(
-                UserError, match=rf"{name}:\d: (the column 'text' is there more than once|2 columns are called 'text'); rename "
+                UserError,
+                match=rf"{name}:\d: (the column 'text' is there more than once|2 columns are called 'text'); rename ",
             ):
                 load_dataset(str(path))
         else:
@@ -511,12 +518,32 @@ def test_an_empty_split(folder):
 @pytest.mark.parametrize(
     "name, row, message",
     [
-        ("arce", {"question": "?", "choices": {"text": "abcd"}, "answerKey": "A"}, "column 'choices.text' is no list of choices"),
-        ("arce", {"question": "?", "choices": ["a"], "answerKey": "A"}, "no column 'choices.text'; there are: question, choices"),
-        ("arce", {"question": "?", "choices": {"text": list("abcd")}, "answerKey": "E"}, "label 'E' in .* is none of A, B, C, D"),
+        (
+            "arce",
+            {"question": "?", "choices": {"text": "abcd"}, "answerKey": "A"},
+            "column 'choices.text' is no list of choices",
+        ),
+        (
+            "arce",
+            {"question": "?", "choices": ["a"], "answerKey": "A"},
+            "no column 'choices.text'; there are: question, choices",
+        ),
+        (
+            "arce",
+            {"question": "?", "choices": {"text": list("abcd")}, "answerKey": "E"},
+            "label 'E' in .* is none of A, B, C, D",
+        ),
         ("hellaswag", {"ctx": "?", "endings": ["a", "b"], "label": "2"}, "label '2' in column 'label' is none of 0, 1"),
-        ("winogrande", {"sentence": "No gap.", "option1": "a", "option2": "b", "answer": "1"}, "no '_' with text after it"),
-        ("copa", {"premise": "A.", "choice1": "B.", "choice2": "C.", "question": "why", "label": 0}, "'why' in column 'question' is no"),
+        (
+            "winogrande",
+            {"sentence": "No gap.", "option1": "a", "option2": "b", "answer": "1"},
+            "no '_' with text after it",
+        ),
+        (
+            "copa",
+            {"premise": "A.", "choice1": "B.", "choice2": "C.", "question": "why", "label": 0},
+            "'why' in column 'question' is no",
+        ),
     ],
 )
 def test_bad_rows_of_multiple_choice(name, row, message):
@@ -552,12 +579,16 @@ def test_the_hubs_library_loads_the_splits(hub, tmp_path):
     data = load_dataset(hub("splits: {evaluation: test}\n"))
     assert [len(data.train), len(data.evaluation)] == [3, 2]
     assert data.evaluation[1] == Example(1, ("Ticket: b\nDepartment:",), (" Money", " Technology"), 0)
-    assert data.source["kind"] == "hub" and data.source["id"] == str(tmp_path / "hub") and data.source["revision"] is None
+    assert (
+        data.source["kind"] == "hub" and data.source["id"] == str(tmp_path / "hub") and data.source["revision"] is None
+    )
     assert data.source["splits"] == {"train": "train", "evaluation": "test"}
 
 
 def test_a_split_that_the_hub_has_not(hub):
-    with pytest.raises(UserError, match=r'tickets could not be loaded from the hub .*Unknown split "validation".* DIR/tickets/train'):
+    with pytest.raises(
+        UserError, match=r'tickets could not be loaded from the hub .*Unknown split "validation".* DIR/tickets/train'
+    ):
         load_dataset(hub())
 
 
@@ -588,7 +619,9 @@ def test_without_a_network_it_is_quick_and_says_what_to_provide(run_cli, tmp_pat
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": tmp_path / "home", "HF_HUB_OFFLINE": "0"}
     result = run_cli(["momentum-lm", "datasets", "mr"], env=environment, timeout=60)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: mr could not be loaded from the hub (cornell-movie-review-data/rotten_tomatoes: ")
+    assert result.stderr.startswith(
+        "error: mr could not be loaded from the hub (cornell-movie-review-data/rotten_tomatoes: "
+    )
     assert (
         "provide DIR/mr/train.jsonl and DIR/mr/validation.jsonl (or .csv, .tsv, .parquet; columns: text, label)"
         in result.stderr

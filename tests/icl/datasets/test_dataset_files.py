@@ -94,7 +94,12 @@ ROWS = {
     "arce": (ARC, {"code": "Which is a liquid?"}, " ice| water| steam| sand", 1),
     "arcc": (ARC | {"answerKey": "4"}, {"code": "Which is a liquid?"}, " ice| water| steam| sand", 3),
     "obqa": (
-        {"id": "7", "question_stem": "Ice is", "choices": {"text": ["hot", "red", "cold", "far"], "label": list("ABCD")}, "answerKey": "C"},
+        {
+            "id": "7",
+            "question_stem": "Ice is",
+            "choices": {"text": ["hot", "red", "cold", "far"], "label": list("ABCD")},
+            "answerKey": "C",
+        },
         {"code": "Ice is"},
         " hot| red| cold| far",
         2,
@@ -112,7 +117,15 @@ ROWS = {
         0,
     ),
     "hellaswag": (
-        {"ind": 1, "activity_label": "Running", "ctx_a": "A man", "ctx_b": "", "ctx": "A man", "endings": list("runs"), "label": "3"},
+        {
+            "ind": 1,
+            "activity_label": "Running",
+            "ctx_a": "A man",
+            "ctx_b": "",
+            "ctx": "A man",
+            "endings": list("runs"),
+            "label": "3",
+        },
         {"code": "A man"},
         " r| u| n| s",
         3,
@@ -189,7 +202,10 @@ def test_shortening_touches_the_texts_of_the_row_alone():
     def shorten(text):
         return text[:2]
 
-    assert load_spec("cb", "code").render(ROWS["cb"][0], 0, "", shorten).inputs[0] == "It Question: it. True, False, or Neither? Answer:"
+    assert (
+        load_spec("cb", "code").render(ROWS["cb"][0], 0, "", shorten).inputs[0]
+        == "It Question: it. True, False, or Neither? Answer:"
+    )
     assert load_spec("copa").render(ROWS["copa"][0], 0, "", shorten).inputs == ("I  because",)
     row = {"sentence": "It is the _ now.", "option1": "cup", "option2": "bag", "answer": "1"}
     assert load_spec("winogrande").render(row, 0, "", shorten).continuations == (" now.", " now.")

@@ -306,7 +306,8 @@ def main() -> int:
     for name, row, time_ in (("ours", mine, seconds), ("the authors' procedure", theirs, theirs["seconds"])):
         print(f"{name:24}{time_:10.1f}{time_ / args.examples:12.3f}{row['bytes'] / 1e6:14.3f}{row['peak_mb']:18.0f}")
     print(
-        f"ratio: time {theirs['seconds'] / seconds:.1f}x (ours {mine['seconds']:.1f} s before, {again['seconds']:.1f} s after), ",
+        f"ratio: time {theirs['seconds'] / seconds:.1f}x (ours {mine['seconds']:.1f} s before, {again['seconds']:.1f} "
+        "s after), ",
         end="",
     )
     print(f"disk {theirs['bytes'] / mine['bytes']:.0f}x")

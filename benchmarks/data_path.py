@@ -233,7 +233,8 @@ def main() -> int:
             found = results[documents] = {name: run(task, folder, args) for name, task in TASKS.items()}
         table, wrong = compare(found["stock"], found["ours"], args)
         print(
-            f"{documents:,} documents, {args.tokens:,.0f} tokens, {args.batch} x {args.length}, --sample-break-mode {args.break_mode}"
+            f"{documents:,} documents, {args.tokens:,.0f} tokens, {args.batch} x {args.length}, --sample-break-mode "
+            f"{args.break_mode}"
         )
         print(table, end="\n\n", flush=True)
         failures += wrong

@@ -183,7 +183,8 @@ def main():
     for name in ("forward", "backward"):
         ratio = first[name]["of_copy"]
         print(
-            f"{name} of the first shape: {ratio:.2f} of the speed of copying, {'as' if ratio >= GOAL else 'NOT as'} wanted ({GOAL})"
+            f"{name} of the first shape: {ratio:.2f} of the speed of copying, {'as' if ratio >= GOAL else 'NOT as'} "
+            f"wanted ({GOAL})"
         )
     if args.tune:
         results["launch parameters"] = found = sorted(tune(device), key=lambda row: row[0])

@@ -197,7 +197,8 @@ def questions_of(args: argparse.Namespace) -> dict:
     }
     if any(len(example.inputs) > 1 for example in drawn["examples"]):
         raise SystemExit(
-            f"--dataset {args.dataset}: its choices have inputs of their own; take one whose choices share theirs, such as mr"
+            f"--dataset {args.dataset}: its choices have inputs of their own; take one whose choices share theirs, "
+            "such as mr"
         )
     return {name: [dataclasses.asdict(example) for example in examples] for name, examples in drawn.items()}
 
@@ -265,7 +266,8 @@ def main() -> int:
     table, failures = compare(results, examples)
     print(table)
     print(
-        f"ours: median of {len(row['wall'])} runs, before and after the others, {min(row['wall']):.3f} to {max(row['wall']):.3f} s"
+        f"ours: median of {len(row['wall'])} runs, before and after the others, {min(row['wall']):.3f} to "
+        f"{max(row['wall']):.3f} s"
     )
     if args.lm_eval_python:
         tried = ", ".join(f"{size}: {seconds:.2f}" for size, seconds in results["lm_eval"]["batch_sizes"].items())

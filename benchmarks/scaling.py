@@ -70,7 +70,8 @@ def main() -> None:
     for n in counts:
         step = statistics.median(times[n])
         print(
-            f"{n} processes: {step:.3f} s a step ({min(times[n]):.3f}-{max(times[n]):.3f}), {step / first:.3f} of {counts[0]}'s"
+            f"{n} processes: {step:.3f} s a step ({min(times[n]):.3f}-{max(times[n]):.3f}), {step / first:.3f} of "
+            f"{counts[0]}'s"
         )
 
 

@@ -67,8 +67,10 @@ def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = 
     elif args.compile:
         words += ["--compile"]
     words = [
-        "DATA", "--task", "language_modeling" if stock else "momentum_language_modeling", "--arch", arch, "--criterion", criterion_name,
-        "--optimizer", optimizer_name, "--lr", "1e-4", "--adam-betas", "(0.9, 0.98)", "--tokens-per-sample", args.length,
+        "DATA", "--task", "language_modeling" if stock else "momentum_language_modeling", "--arch", arch,
+        "--criterion", criterion_name,
+        "--optimizer", optimizer_name, "--lr", "1e-4", "--adam-betas", "(0.9, "
+        "0.98)", "--tokens-per-sample", args.length,
         "--log-interval", 10**9, *words, *flags,
     ]  # fmt: skip
     dictionary = Dictionary()
@@ -262,7 +264,8 @@ def main() -> None:
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
     where = f"{args.threads} threads, fp32" if args.device == "cpu" else "bf16 autocast" + ", compiled" * args.compile
     print(
-        f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, {where}, {args.rounds} x {args.steps} steps"
+        f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, {where}, {args.rounds} x "
+        f"{args.steps} steps"
     )
     for variant in VARIANTS:
         spread = [s for r in results[variant] for s in r["seconds"]]
@@ -283,7 +286,8 @@ def main() -> None:
         name = f"{kind} time, momentum_lm / gpt_lm"
         ratios[name], low, high = ratio_of_pairs(pairs, key)
         print(
-            f"{name}: {ratios[name]:.3f} ({low:.3f} to {high:.3f}, {args.pairs} pairs of {pair_batch(args)} x {args.length} tokens)"
+            f"{name}: {ratios[name]:.3f} ({low:.3f} to {high:.3f}, {args.pairs} pairs of {pair_batch(args)} x "
+            f"{args.length} tokens)"
         )
     if args.json:
         with open(args.json, "w") as file:

@@ -189,7 +189,8 @@ def train_command(
         tool("fairseq-train"), data, "--task", "momentum_language_modeling", *model, "--autocast", autocast,
         "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw", "--weight-decay", 0.1, "--clip-norm", 1.0,
         "--lr", lr, "--lr-scheduler", "cosine", "--warmup-updates", min(warmup, updates // 5), "--max-update", updates,
-        "--tokens-per-sample", tokens_per_sample, "--batch-size", batch_size, "--seed", seed, "--cpu", "--num-workers", 0,
+        "--tokens-per-sample", tokens_per_sample, "--batch-size", batch_size, "--seed", seed, "--cpu", "--num-workers",
+        0,
         "--disable-validation", "--log-format", "json",
     ]  # fmt: skip
     return [str(word) for word in words]
@@ -211,7 +212,8 @@ def saving(folder: Path, every: int) -> list[str]:
 def perplexity_command(data: Path, run: Path, split: str, lengths: str, output: Path) -> list[str]:
     """Of the last checkpoint of a run: equal tokens, nothing selected on the text that is measured."""
     return [
-        tool("fairseq-eval"), "--task", "lm_perplexity", str(data), "--path", str(run / "checkpoint_last.pt"), "--split", split,
+        tool("fairseq-eval"), "--task", "lm_perplexity", str(data), "--path", str(run / "checkpoint_last.pt"),
+        "--split", split,
         "--context-lengths", lengths, "--device", "cpu", "--batch-tokens", "2048", "--results-dir", str(output),
     ]  # fmt: skip
 

@@ -89,7 +89,8 @@ class Settings:
     def train_command(self, data: Path, model: str, seed: int, updates: int) -> list[str]:
         """The ``fairseq-train`` command of one run, without the folders that it writes."""
         return train_command(
-            data, self.models[model], seed, updates, lr=self.lr, warmup=self.warmup, tokens_per_sample=self.tokens_per_sample,
+            data, self.models[model], seed, updates, lr=self.lr, warmup=self.warmup,
+            tokens_per_sample=self.tokens_per_sample,
             batch_size=self.batch_size, autocast="bf16" if bf16_instructions() else "none",
         )  # fmt: skip
 
@@ -157,8 +158,10 @@ PARTS = ("pretraining", *STUDIES)
 def study_job(settings: Settings, output: Path, name: str, model: Path, data: Path) -> Job:
     """One evaluation of the pretrained model on MR; ``name``: a key of STUDIES."""
     command = [
-        tool("fairseq-eval"), "--task", STUDIES[name], "--hf-model", str(model.parent), "--hf-gguf-file", model.name, "--datasets", "mr",
-        "--data-dir", str(data), "--sampling", "balanced", "--device", "cpu", *getattr(settings, name), "--results-dir", str(output / name),
+        tool("fairseq-eval"), "--task", STUDIES[name], "--hf-model", str(model.parent), "--hf-gguf-file", model.name,
+        "--datasets", "mr",
+        "--data-dir", str(data), "--sampling", "balanced", "--device", "cpu", *getattr(settings, name),
+        "--results-dir", str(output / name),
     ]  # fmt: skip
     return Job("evaluate", command, output / name, usable_cpus())
 
@@ -186,7 +189,8 @@ class Stages:
 
 def prepare(settings: Settings, output: Path, corpus: Path) -> Job:
     command = [
-        tool("momentum-lm"), "prepare", str(corpus), "--output", str(output / "data"), "--vocab-size", str(settings.vocab_size),
+        tool("momentum-lm"), "prepare", str(corpus), "--output", str(output / "data"), "--vocab-size",
+        str(settings.vocab_size),
         "--valid", settings.valid, "--test", settings.test,
     ]  # fmt: skip
     return Job("prepare", command, output, usable_cpus())

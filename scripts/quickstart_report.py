@@ -74,7 +74,8 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
     table, verdict = _table(settings, rows), _verdict(settings, rows[-1])
     tokens = settings.updates * settings.tokens_per_sample * settings.batch_size
     facts = (
-        f"Each run saw {tokens:,} tokens. A unigram model, which knows only how often each token occurs, has perplexity {unigram:.1f} "
+        f"Each run saw {tokens:,} tokens. A unigram model, which knows only how often each token occurs, has "
+        f"perplexity {unigram:.1f} "
         f"on the same validation text."
     )
     per_update = settings.tokens_per_sample * settings.batch_size
@@ -90,9 +91,12 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
         }
     )
     reading = (
-        f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: {_names(settings)[1]} "
-        f"against {_names(settings)[0]}, at equal tokens; negative: momentum attention predicts better. Its interval is a paired "
-        f"bootstrap over {rows[-1]['documents']:,} documents of the validation text, and the last column gives the difference of each "
+        f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: "
+        f"{_names(settings)[1]} "
+        f"against {_names(settings)[0]}, at equal tokens; negative: momentum attention predicts better. Its interval "
+        "is a paired "
+        f"bootstrap over {rows[-1]['documents']:,} documents of the validation text, and the last column gives the "
+        "difference of each "
         "seed. These are small models on little text: they say nothing of large ones."
     )
     parts: list[Part] = [
@@ -103,7 +107,8 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
         ),
         Picture(to_svg(draw(perplexity)), "Validation perplexity at each context length."),
         Paragraph(
-            "The numbers are in summary.json, those of each run in runs/*/perplexity/results.json, its curve in runs/*/train.log."
+            "The numbers are in summary.json, those of each run in runs/*/perplexity/results.json, its curve in "
+            "runs/*/train.log."
         ),
     ]
     return Chapter(
@@ -125,7 +130,8 @@ def _in_context(output: Path) -> Chapter:
         if calibration == runs[0]["calibration"]:
             cell = classification_summary.summarise_cell(chosen)
             settings.append(
-                f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} shots"
+                f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} "
+                "shots"
             )
     finding = (
         f"SmolLM2-135M on sentences of film reviews (MR): {', '.join(settings)}; always the same answer is right in "

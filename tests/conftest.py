@@ -147,7 +147,8 @@ def largest_tensor():
 
 TEXTS = [
     "a film that is good and long", "a bad film", "the plot is thin but the actors are very good indeed", "dull",
-    "nobody should see this bad and dull film twice", "good", "the actors are thin", "very long and very dull plot", "see this film",
+    "nobody should see this bad and dull film twice", "good", "the actors are thin", "very long and very dull "
+    "plot", "see this film",
 ]  # fmt: skip
 
 

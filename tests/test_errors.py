@@ -89,12 +89,14 @@ RENDERED = {
               "--model_args dim=190 is not a multiple of --model_args heads=3"),
     "layers": (lambda p: DecoderConfig(**{**SHAPE, "layers": 0}), "layers=0: must be at least 1",
                "--decoder-layers 0: must be", "--model_args layers=0: must be"),
-    "decay": (lambda p: DecoderConfig(**SHAPE, momentum_kind="ema", momentum_eta=1.0), "momentum_eta=1.0: must be strictly",
+    "decay": (lambda p: DecoderConfig(**SHAPE, momentum_kind="ema", momentum_eta=1.0), "momentum_eta=1.0: must be "
+    "strictly",
               "--momentum-eta 1.0: must be", "--model_args momentum_eta=1.0: must be"),
     "kind": (lambda p: DecoderConfig(**SHAPE, position="alibi"), "position='alibi': must be one of sinusoidal",
              "--position alibi: must be", "--model_args position=alibi: must be"),
     "gate": (lambda p: DecoderConfig(**SHAPE, momentum_gate="zero"), "momentum_gate='zero' needs momentum_kind ema",
-             "--momentum-gate zero needs --momentum-kind ema", "--model_args momentum_gate=zero needs --model_args momentum_kind"),
+             "--momentum-gate zero needs --momentum-kind ema", "--model_args momentum_gate=zero needs --model_args "
+             "momentum_kind"),
     "trust": (hostile, "can run code. If you trust where it comes from, add trust=True or", "add --trust-checkpoint or",
               "add --model_args trust_checkpoint=True or"),
     "heads": (without_heads, "add overrides=\"{'decoder_attention_heads': N}\"",
@@ -102,8 +104,10 @@ RENDERED = {
               "add --model_args model_overrides=\"{'decoder_attention_heads': N}\""),
     "overrides": (overridden, "overrides: no option is called 'heads'", "--model-overrides: no option",
                   "--model_args model_overrides: no option"),
-    "tokenizer": (load_tokenizer, "or name their folder with tokenizer", "with --tokenizer", "with --model_args tokenizer"),
-    "results": (lambda p: check_writable("/proc/nowhere", "folder"), "folder=PosixPath('/proc/nowhere') cannot be written",
+    "tokenizer": (load_tokenizer, "or name their folder with tokenizer", "with --tokenizer", "with --model_args "
+    "tokenizer"),
+    "results": (lambda p: check_writable("/proc/nowhere", "folder"), "folder=PosixPath('/proc/nowhere') cannot be "
+    "written",
                 "--results-dir /proc/nowhere cannot", "--model_args folder=/proc/nowhere cannot"),
 }  # fmt: skip
 

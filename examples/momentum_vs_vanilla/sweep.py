@@ -49,7 +49,8 @@ def training(args: argparse.Namespace, folder: Path, variant: str, seed: int) ->
     """One run, which goes on from its last checkpoint where it was interrupted."""
     updates = round(args.tokens / (TOKENS_PER_SAMPLE * BATCH))
     command = train_command(
-        args.data, VARIANTS[variant], seed, updates, lr=args.lr, warmup=40, tokens_per_sample=TOKENS_PER_SAMPLE, batch_size=BATCH,
+        args.data, VARIANTS[variant], seed, updates, lr=args.lr, warmup=40, tokens_per_sample=TOKENS_PER_SAMPLE,
+        batch_size=BATCH,
         autocast=args.autocast,
     )  # fmt: skip
     command += [*saving(folder, every=500), "--tensorboard-logdir", str(folder / "tensorboard"), "--log-interval", "25"]
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--lr",
         type=float,
         default=6e-3,
-        help="peak learning rate: the best of 1e-3, 3e-3, 6e-3 for vanilla, whose choice no momentum variant had a part in",
+        help="peak learning rate: the best of 1e-3, 3e-3, 6e-3 for vanilla, whose choice no momentum variant had a "
+        "part in",
     )
     parser.add_argument("--context-lengths", default="64,128,256")
     parser.add_argument("--splits", default="valid,test")

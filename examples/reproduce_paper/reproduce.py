@@ -247,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing:
             lines = "\n".join(download_lines(args.models, size) for size in missing)
             raise UserError(
-                f"{args.models} lacks {', '.join(FOLDERS[size] for size in missing)}; this fetches what is missing:\n{lines}"
+                f"{args.models} lacks {', '.join(FOLDERS[size] for size in missing)}; this fetches what is "
+                f"missing:\n{lines}"
             )
     names = ("models", "data_dir", "limit", "dtype", "vanilla", "momentum", "text")
     open_config(

@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
         help="tokenizer of a fairseq checkpoint (default: beside it, or in the data that it was trained on)",
     )
     add("--model-overrides", default="{}", metavar="DICT",
-        help="options that a fairseq checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': 8}\"")  # fmt: skip
+        help="options that a fairseq checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': "
+             "8}\"")  # fmt: skip
     add(
         "--trust-checkpoint",
         action="store_true",
@@ -87,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _to_huggingface(args, output)
     else:
         raise UserError(
-            f"{args.source} is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint (no .pt file)"
+            f"{args.source} is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint (no "
+            ".pt file)"
         )
     return 0
 
@@ -103,13 +105,15 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
         with _bar(found.tensors.values()) as progress:
             write_checkpoint(found, folder, _dtype(args), progress)
     print(
-        f"{args.output}: {found.family.architecture} of {sum(lazy.numel for lazy in found.tensors.values()):,} parameters"
+        f"{args.output}: {found.family.architecture} of {sum(lazy.numel for lazy in found.tensors.values()):,} "
+        "parameters"
     )
     if not found.tokenizer:
         print(f"note: {args.source} has no tokenizer; dict.txt has its ids in decimal")
     if found.decoder.absent_tokens:
         print(
-            f"note: entries of dict.txt that are not in its vocabulary and are never predicted: {len(found.decoder.absent_tokens)}"
+            f"note: entries of dict.txt that are not in its vocabulary and are never predicted: "
+            f"{len(found.decoder.absent_tokens)}"
         )
     print(f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
           f"--finetune-from-model {args.output}/model.pt {shlex.join(training_words(found.decoder))}")  # fmt: skip

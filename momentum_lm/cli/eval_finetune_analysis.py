@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("finetuning")
     group.add_argument(
         "--finetune-lr", default="auto", metavar="LR,LR,...",
-        help="learning rate, or several to choose from by accuracy on training examples that are not demonstrations, or with --protocol "
+        help="learning rate, or several to choose from by accuracy on training examples that are not demonstrations, "
+             "or with --protocol "
         "paper on the evaluated ones (default: 0.1,0.03,0.01,...,0.0001)",
     )  # fmt: skip
     group.add_argument(
@@ -36,11 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--finetune-loss", default="sequence", choices=["sequence", "label"],
-        help="what a demonstration teaches: all its tokens, as in the authors' code, or its label (default: %(default)s)",
+        help="what a demonstration teaches: all its tokens, as in the authors' code, or its label (default: "
+             "%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--finetune-parameters", default="kv", metavar="WHICH",
-        help="kv: key and value projections, as in the paper; all; or a regular expression for names (default: %(default)s)",
+        help="kv: key and value projections, as in the paper; all; or a regular expression for names (default: "
+             "%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--controls", metavar="C,C,...",

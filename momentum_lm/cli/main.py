@@ -30,7 +30,8 @@ def usage() -> str:
             *lines,
             "",
             "`momentum-lm COMMAND --help` says more; `momentum-lm --version` prints the version.",
-            "Training is `fairseq-train --arch momentum_lm_tiny ...`, evaluation `fairseq-eval --task lm_perplexity ...`.",
+            "Training is `fairseq-train --arch momentum_lm_tiny ...`, evaluation `fairseq-eval --task lm_perplexity "
+            "...`.",
         ]
     )
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # What fairseq-eval calls arguments of the studies and of loading, where a flag is not the argument's name.
 NAMES = flags(
     folder="--results-dir", timeout="--process-timeout", seed="--seeds", splits="--split", shorten="--max-field-tokens",
-    rates="--finetune-lr", parameters="--finetune-parameters", overrides="--model-overrides", trust="--trust-checkpoint",
+    rates="--finetune-lr", parameters="--finetune-parameters", overrides="--model-overrides",
+    trust="--trust-checkpoint",
     trust_remote_code="--trust-checkpoint", name="--hf-model", gguf_file="--hf-gguf-file", eta="--hf-momentum-eta",
 )  # fmt: skip
 
@@ -64,7 +65,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
         )
     group.add_argument(
         "--model-overrides", default="{}", metavar="DICT",
-        help="options that the checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': 8}\" (default: %(default)s)",
+        help="options that the checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': 8}\" (default: "
+             "%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--trust-checkpoint",

@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     result = Parser(
         prog="momentum-lm plan",
-        description="Parameters, FLOPs, memory by strategy, batch, days, cost of momentum, and the command that trains.",
+        description="Parameters, FLOPs, memory by strategy, batch, days, cost of momentum, and the command that "
+        "trains.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -204,11 +205,13 @@ def _text(plan: Plan, args: argparse.Namespace, command: str | None) -> str:
 
     job, parameters, chosen = plan.job, plan.parameters, plan.chosen
     lines = [
-        f"{args.arch} on {job.gpus:,} x {job.gpu}, {_short(job.tokens)} tokens, context {job.length:,}, {args.precision}",
+        f"{args.arch} on {job.gpus:,} x {job.gpu}, {_short(job.tokens)} tokens, context {job.length:,}, "
+        f"{args.precision}",
         "",
         f"parameters      {parameters.total:,}: embedding {parameters.embedding:,}, other {parameters.other:,}, "
         f"of which momentum {parameters.momentum:,}",
-        f"FLOPs           {plan.flops_per_token:.3g} a token, forward and backward; {plan.flops_per_token * job.tokens:.3g} in all",
+        f"FLOPs           {plan.flops_per_token:.3g} a token, forward and backward; "
+        f"{plan.flops_per_token * job.tokens:.3g} in all",
         "",
         Table(["on each GPU", *map(_title, plan.options)], _rows(plan)).text(),
         "",
@@ -221,7 +224,8 @@ def _text(plan: Plan, args: argparse.Namespace, command: str | None) -> str:
         return "\n".join(lines)
     rate = plan.tokens_per_second
     lines += [
-        f"choice          {_title(chosen)}: {chosen.micro_batch} x {job.length:,} tokens a GPU, --update-freq {chosen.update_freq}, "
+        f"choice          {_title(chosen)}: {chosen.micro_batch} x {job.length:,} tokens a GPU, --update-freq "
+        f"{chosen.update_freq}, "
         f"{chosen.tokens_per_update:,} tokens an update",
         f"speed           {rate / job.gpus:,.0f} tokens/s a GPU, {rate:,.0f} in all",
         f"time            {_days(plan.days)}: {plan.updates:,} updates of {chosen.step_seconds:.3g} s",
@@ -235,7 +239,8 @@ def _text(plan: Plan, args: argparse.Namespace, command: str | None) -> str:
     if plan.momentum is not None:
         moved, seconds = plan.momentum.bytes_per_block, plan.momentum.seconds
         lines.append(
-            f"momentum        {moved / 1e6:,.0f} MB moved by a block for a micro-batch, {1e3 * seconds:.3g} ms an update "
+            f"momentum        {moved / 1e6:,.0f} MB moved by a block for a micro-batch, {1e3 * seconds:.3g} ms an "
+            "update "
             f"({seconds / chosen.step_seconds:.2%}); {plan.momentum.flops_share:+.2%} FLOPs"
         )
     return "\n".join([*lines, "", *_assumptions(plan, usable), "", command or ""])
@@ -276,7 +281,8 @@ def _rows(plan: Plan) -> list[list[str]]:
 def _assumptions(plan: Plan, usable: str) -> list[str]:
     job = plan.job
     lines = [
-        f"assumed: MFU {job.mfu:.0%} of {job.peak_flops / 1e12:,.0f} TFLOP/s, until measured; checkpointing adds a third to the work",
+        f"assumed: MFU {job.mfu:.0%} of {job.peak_flops / 1e12:,.0f} TFLOP/s, until measured; checkpointing adds a "
+        "third to the work",
         f"assumed: {usable} are usable; the rest is for CUDA, NCCL and gaps",
     ]
     if job.gpus > 1:

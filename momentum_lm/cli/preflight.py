@@ -20,7 +20,8 @@ def parser() -> argparse.ArgumentParser:
     """
     result = Parser(
         prog="momentum-lm preflight",
-        description="Run on every machine at once: names those that do not come, cannot be reached or differ, instead of hanging.",
+        description="Run on every machine at once: names those that do not come, cannot be reached or differ, instead "
+        "of hanging.",
         epilog="example, under SLURM: HEAD=node001:29500 srun --ntasks-per-node=1 momentum-lm preflight",
     )
     add = result.add_argument

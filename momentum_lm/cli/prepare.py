@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     result = Parser(
         prog="momentum-lm prepare",
-        description="Tokenises text into fairseq's binarised format: train, valid and test, dict.txt, the tokenizer, prepare.json.",
+        description="Tokenises text into fairseq's binarised format: train, valid and test, dict.txt, the tokenizer, "
+        "prepare.json.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--document",
         choices=("file", "line", "blank-line", "record"),
-        help="what a document is: a whole file (default for text), a line, lines up to a blank one, a row of a table (default for tables)",
+        help="what a document is: a whole file (default for text), a line, lines up to a blank one, a row of a table "
+        "(default for tables)",
     )
     tokenizer = result.add_mutually_exclusive_group()
     vocab_help = "train a SentencePiece model: entries of the dictionary, specials included (default: 8192)"
@@ -106,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summary(result: dict[str, Any], output: str) -> str:
     """What was made, in a few lines, and the command that trains on it. ``result`` is the content of ``prepare.json``."""
     splits = result["splits"]
-    lines = [f"{output}: dictionary of {result['tokenizer']['vocab_size']:,} ({result['tokenizer']['kind']}), {result['duplicates']:,} "
+    lines = [f"{output}: dictionary of {result['tokenizer']['vocab_size']:,} ({result['tokenizer']['kind']}), "
+    f"{result['duplicates']:,} "
              f"duplicates and {result['empty']:,} empty documents dropped of {result['documents_read']:,}"]  # fmt: skip
     lines.append(f"{'split':8}{'documents':>14}{'tokens':>16}{'bytes':>18}{'bytes/token':>13}")
     for name, split in splits.items():
@@ -135,8 +138,10 @@ def summary(result: dict[str, Any], output: str) -> str:
         "" if "valid" in splits else " --disable-validation --valid-subset train"
     )  # fairseq loads one all the same
     lines.append(
-        f"next: fairseq-train {shlex.quote(output)} --task language_modeling --arch momentum_lm_tiny --tokens-per-sample 512 "
-        f"--max-tokens 8192 --optimizer adam --lr 0.001 --max-update 1000 --save-dir {shlex.quote(output.rstrip('/') + '-model')}{no_valid}"
+        f"next: fairseq-train {shlex.quote(output)} --task language_modeling --arch momentum_lm_tiny "
+        "--tokens-per-sample 512 "
+        f"--max-tokens 8192 --optimizer adam --lr 0.001 --max-update 1000 --save-dir "
+        f"{shlex.quote(output.rstrip('/') + '-model')}{no_valid}"
     )
     return "\n".join(lines)
 

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare."""
     parser = Parser(
         prog="momentum-lm report",
-        description="Compares results of one task of fairseq-eval: differences from the first, paired, with intervals, for "
+        description="Compares results of one task of fairseq-eval: differences from the first, paired, with "
+        "intervals, for "
         "icl_finetune_analysis by seed.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -182,7 +182,8 @@ class Trainer(FairseqTrainer):
         )
         if skipped["in_a_row"] >= SKIPS_IN_A_ROW:
             raise UserError(
-                f"{what}; {SKIPS_IN_A_ROW} batches in a row: stopped. Lower --lr, raise --warmup-updates, or look at the data"
+                f"{what}; {SKIPS_IN_A_ROW} batches in a row: stopped. Lower --lr, raise --warmup-updates, or look at "
+                "the data"
             )
         logger.warning(f"{what}; batch left out, learning rate halved to {self.get_lr():.3g} for {RECOVERY} updates")
 
@@ -386,7 +387,8 @@ class Trainer(FairseqTrainer):
         world = (state.get("fsdp_metadata") or {}).get("world_size", 0)
         if "-shard" in path and world != self.data_parallel_world_size:
             raise UserError(
-                f"{path} is of {world} parts, and this run has {self.data_parallel_world_size} processes: join them with "
+                f"{path} is of {world} parts, and this run has {self.data_parallel_world_size} processes: join them "
+                "with "
                 f"momentum-lm convert {path} OUT.pt, and give --restore-file OUT.pt"
             )
         return _updates_of(state)

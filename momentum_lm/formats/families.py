@@ -189,7 +189,8 @@ class Family:
         for name, lazy in wanted.items():
             if theirs[name].shape != lazy.shape:
                 raise UserError(
-                    f"its tensors do not fit its config.json: {name} is {theirs[name].shape}, and by config.json {lazy.shape}"
+                    f"its tensors do not fit its config.json: {name} is {theirs[name].shape}, and by config.json "
+                    f"{lazy.shape}"
                 )
             if theirs[name].dtype not in FLOATS:
                 raise UserError(f"{name} is in {theirs[name].dtype}: give the model before it was quantised")
@@ -340,14 +341,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(str(kind))
     if family is None:
         raise UserError(
-            f"{name} is none of {', '.join(f.architecture for f in (XGLM, OPT, GPT2))}: Llama, Mistral, Qwen, GPT-NeoX and the like "
-            "have RMSNorm, gated feed-forward layers, grouped heads or parallel blocks, which fairseq's decoder has not; "
+            f"{name} is none of {', '.join(f.architecture for f in (XGLM, OPT, GPT2))}: Llama, Mistral, Qwen, "
+            "GPT-NeoX and the like "
+            "have RMSNorm, gated feed-forward layers, grouped heads or parallel blocks, which fairseq's decoder has "
+            "not; "
             "use it as it is with fairseq-eval --hf-model"
         )
     width, embedded = config.get("hidden_size"), config.get("word_embed_proj_dim")
     if family is OPT and isinstance(width, int) and embedded not in (None, width):
         raise UserError(
             f"word_embed_proj_dim is {embedded}, not the hidden size {width}: the embeddings go "
-            "through projections, as in OPT-350m, which the decoder has not; use it as it is with fairseq-eval --hf-model"
+            "through projections, as in OPT-350m, which the decoder has not; use it as it is with fairseq-eval "
+            "--hf-model"
         )
     return family

@@ -99,7 +99,8 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
         tied = tensors.pop(head)
         if embedding in tensors and not torch.equal(tied.load(), tensors[embedding].load()):
             raise UserError(
-                f"{folder}: {head} differs from the embedding that config.json ties it to; set tie_word_embeddings to false there"
+                f"{folder}: {head} differs from the embedding that config.json ties it to; set tie_word_embeddings to "
+                "false there"
             )
         tensors.setdefault(embedding, tied)
     try:
@@ -231,14 +232,16 @@ def _vocabulary(
         dictionary = Dictionary.load(folder / "dict.txt")
         if len(dictionary) != size:
             raise UserError(
-                f"{folder / 'dict.txt'} has {len(dictionary)} entries, and the model of config.json {size}: they do not belong together"
+                f"{folder / 'dict.txt'} has {len(dictionary)} entries, and the model of config.json {size}: they do "
+                "not belong together"
             )
         return dictionary, None
     symbols = [str(i) for i in range(size)]
     if isinstance(tokenizer, HuggingFaceTokenizer):
         if 2 * len(tokenizer.symbols) < size:
             raise UserError(
-                f"{folder}: transformers finds {len(tokenizer.symbols)} tokens in the tokenizer's files, and the model has {size}: this "
+                f"{folder}: transformers finds {len(tokenizer.symbols)} tokens in the tokenizer's files, and the "
+                f"model has {size}: this "
                 "version does not read them; save a tokenizer.json there with an older one"
             )
         known = tokenizer.symbols[:size]
@@ -251,7 +254,8 @@ def _vocabulary(
         return Dictionary(symbols[len(SPECIALS) :]), None
     if SPECIALS[EOS] not in symbols:
         raise UserError(
-            f"{folder} does not say which token ends a text: it needs an eos_token in tokenizer_config.json, or an eos_token_id"
+            f"{folder} does not say which token ends a text: it needs an eos_token in tokenizer_config.json, or an "
+            "eos_token_id"
         )
     dictionary = Dictionary(symbol for symbol in symbols if symbol not in SPECIALS)
     where = {symbol: i for i, symbol in enumerate(symbols)}

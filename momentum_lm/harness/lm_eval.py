@@ -103,7 +103,8 @@ class MomentumLM(LM):
         self.max_length = _number("max_length", max_length, self.lm.max_positions)
         if self.max_length > self.lm.max_positions:
             raise UserError(
-                f"--model_args max_length={max_length}: {self.lm.name} takes {self.lm.max_positions} tokens; give no more"
+                f"--model_args max_length={max_length}: {self.lm.name} takes {self.lm.max_positions} tokens; give no "
+                "more"
             )
         self.max_gen_toks = _number("max_gen_toks", max_gen_toks, 256)
         self._special = names_of_tokens(self.lm)
@@ -205,7 +206,8 @@ class MomentumLM(LM):
         room = self.max_length - ending.most
         if room < 1:
             raise UserError(
-                f"max_gen_toks={ending.most} leaves no room for a prompt in the {self.max_length} tokens that {self.lm.name} takes: "
+                f"max_gen_toks={ending.most} leaves no room for a prompt in the {self.max_length} tokens that "
+                f"{self.lm.name} takes: "
                 f"add --gen_kwargs max_gen_toks=N, such as {self.max_length // 2}"
             )
         whole = {
@@ -298,7 +300,8 @@ class _Ending:
         for name, value in given.items():
             if (name, value) != ("num_beams", 1):
                 raise UserError(
-                    f"generation argument {name}={value!r}: momentum_lm has until, max_gen_toks, do_sample, temperature, top_k and top_p"
+                    f"generation argument {name}={value!r}: momentum_lm has until, max_gen_toks, do_sample, "
+                    "temperature, top_k and top_p"
                 )
         self.choose: Callable[[torch.Tensor], torch.Tensor] = likeliest
         if drawn:

@@ -131,7 +131,8 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad, grad_values, log_decay, grad_final, grad_initial, values, states, grad_decay, segment_ids, heads, length,
-    grad_b, grad_h, grad_t, grad_d, grad_values_b, grad_values_h, grad_values_t, grad_values_d, values_b, values_h, values_t, values_d,
+    grad_b, grad_h, grad_t, grad_d, grad_values_b, grad_values_h, grad_values_t, grad_values_d, values_b, values_h,
+    values_t, values_d,
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first. ``adjoint`` is lambda at the first token after the chunk, or 0 if a segment

@@ -108,7 +108,8 @@ def _rec2ftp_sentence(runs: Sequence[Run]) -> str:
     value, level, gap = numbers.rec2ftp(runs), numbers.chance(runs), numbers.above_chance(runs)
     words = {"above": "lies above it", "below": "lies below it", "level": "cannot be told from it"}[place(gap)]
     return (
-        f"Of {recoverable:,} errors that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is {number(value, percent=True)}. "
+        f"Of {recoverable:,} errors that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is "
+        f"{number(value, percent=True)}. "
         f"ICL repairs {number(level, percent=True)} of all zero-shot errors, which is chance; Rec2FTP {words}."
     )
 

@@ -36,7 +36,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--template", default="code", metavar="NAME",
-        help="variant where a set has it: code (the authors' code, one line) or paper (with line breaks) (default: %(default)s)",
+        help="variant where a set has it: code (the authors' code, one line) or paper (with line breaks) (default: "
+             "%(default)s)",
     )  # fmt: skip
     group.add_argument("--limit", type=int, metavar="N", help="evaluate at most N examples, a seeded sample")
     group.add_argument("--max-field-tokens", type=int, metavar="N", help="shorten each text of the data to N tokens")
@@ -55,7 +56,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--protocol", default="default", choices=["default", "paper"],
-        help="paper: demonstrations, evaluated examples, templates and <s> as in the authors' code (default: %(default)s)",
+        help="paper: demonstrations, evaluated examples, templates and <s> as in the authors' code (default: "
+             "%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--separator", metavar="TEXT",
@@ -65,7 +67,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--bos", default="auto", choices=["auto", "no", "<s>", "</s>"],
-        help="what a prompt begins with; the last two for fairseq checkpoints (default: what the model was trained with)",
+        help="what a prompt begins with; the last two for fairseq checkpoints (default: what the model was trained "
+             "with)",
     )  # fmt: skip
 
 

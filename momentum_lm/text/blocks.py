@@ -111,7 +111,8 @@ class Documents:
 
     def _error(self, file: IndexedDataset, item: int, wrong: int) -> UnknownToken:
         return UnknownToken(
-            f"{file.prefix}.bin holds the token id {wrong} in document {item} (counted from 0), but the dictionary has {self.vocab_size} "
+            f"{file.prefix}.bin holds the token id {wrong} in document {item} (counted from 0), but the dictionary "
+            f"has {self.vocab_size} "
             "entries: put the dict.txt beside it that it was made with, or copy or make the data anew"
         )
 

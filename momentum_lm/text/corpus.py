@@ -226,7 +226,8 @@ class _Run:
                     arg("test"),
                 )
             self.say(
-                f"training SentencePiece: {config.vocab_size} pieces on {sample.size / 1e6:.1f} MB, about {sample.size / 1e6:.0f} s"
+                f"training SentencePiece: {config.vocab_size} pieces on {sample.size / 1e6:.1f} MB, about "
+                f"{sample.size / 1e6:.0f} s"
             )
             model = train_sentencepiece((text.decode() for text in sample.documents()), config.vocab_size)
             (work / "sentencepiece.model").write_bytes(model)
@@ -298,7 +299,8 @@ class _Run:
                 )
             if not split["documents"]:
                 raise UserError(
-                    f"--{name} {vars(self.config)[name]} leaves the {name} split empty, of {total} documents: give a larger fraction, a "
+                    f"--{name} {vars(self.config)[name]} leaves the {name} split empty, of {total} documents: give a "
+                    "larger fraction, a "
                     "number of documents, or 0 for no such split"
                 )
 

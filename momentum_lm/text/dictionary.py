@@ -107,7 +107,8 @@ class Dictionary:
                 symbol, _, field = symbol.rpartition(" ")
             if not symbol or not field.isdecimal() or len(field) > _DIGITS:
                 raise UserError(
-                    f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq dict.txt?"
+                    f"{path}:{number}: expected '<symbol> <count>', got {line.rstrip()[:80]!r}; is this a fairseq "
+                    "dict.txt?"
                 )
             if symbol in seen and not overwrite:
                 raise UserError(

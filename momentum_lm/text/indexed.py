@@ -196,7 +196,8 @@ def _header(prefix: str) -> tuple[np.dtype, int, int]:
         dtype = np.dtype(_TYPES[code])
         if index.stat().st_size != _HEADER.size + 12 * items:
             raise UserError(
-                f"{index} says {items} items and should have {_HEADER.size + 12 * items} bytes, but has {index.stat().st_size}: "
+                f"{index} says {items} items and should have {_HEADER.size + 12 * items} bytes, but has "
+                f"{index.stat().st_size}: "
                 "it is cut short or damaged; copy or make it anew"
             )
         if not items:

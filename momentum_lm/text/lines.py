@@ -23,7 +23,8 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[str]:
             return
         if number == 1 and not line.endswith(b"\n") and b"\r" in line.rstrip(b"\r"):
             raise UserError(
-                f"{name}: its lines end in carriage returns alone, as on old Macs; convert the file first, as with `tr '\\r' '\\n'`"
+                f"{name}: its lines end in carriage returns alone, as on old Macs; convert the file first, as with "
+                "`tr '\\r' '\\n'`"
             )
         if len(line) > MAX_LINE:
             raise UserError(f"{name}:{number}: a line of more than {MAX_LINE >> 20} MiB; break it up")
@@ -40,7 +41,8 @@ def decode(text: bytes, name: str, offset: int) -> str:
         if not offset:
             check_marks(text, name)
         raise UserError(
-            f"{name}: byte {offset + error.start} is not UTF-8 (0x{text[error.start]:02x}); convert the file first, as with "
+            f"{name}: byte {offset + error.start} is not UTF-8 (0x{text[error.start]:02x}); convert the file first, "
+            "as with "
             "`iconv -f latin1 -t utf-8`"
         ) from error
     refuse_nuls(text, f"{name}: byte {offset}", offset)

@@ -237,7 +237,8 @@ class HubSource(Source):
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             where = f"stopped after record {number}" if number else "could not be loaded"
             raise Interrupted(
-                f"{self.name} is no file here, and as a data set it {where} ({reason}). With a network: check NAME[:CONFIG][@SPLIT]. "
+                f"{self.name} is no file here, and as a data set it {where} ({reason}). With a network: check "
+                "NAME[:CONFIG][@SPLIT]. "
                 "Without one: fetch its parquet or JSON Lines files elsewhere and give their path instead of the name"
             ) from error
 

@@ -132,7 +132,8 @@ def _check_separator(header: str, needed: Needed, name: str) -> None:
             columns = ", ".join(map(shown, header.split(separator)[:5]))
             advice = "write it with commas, as with pandas' read_csv(..., sep=...).to_csv(...)"
             raise UserError(
-                f"{name}:1: {word} seem to separate its columns ({columns}), and .csv files are read with commas; {advice}"
+                f"{name}:1: {word} seem to separate its columns ({columns}), and .csv files are read with commas; "
+                f"{advice}"
             )
 
 
@@ -200,6 +201,7 @@ def _refuse_bomb(metadata: Any, columns: list[str], path: Path) -> None:
             packed, whole = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
             if whole > _CHUNK and whole > _RATIO * packed:
                 raise UserError(
-                    f"{path}: {packed:,} bytes of row group {group + 1} hold {whole >> 20:,} MiB of {chunk.path_in_schema!r}, "
+                    f"{path}: {packed:,} bytes of row group {group + 1} hold {whole >> 20:,} MiB of "
+                    f"{chunk.path_in_schema!r}, "
                     "which would be in memory at once; write the file again with less in a row group, or as .jsonl.zst"
                 )

@@ -44,7 +44,8 @@ class Tokenizer:
         self._to_own = [own.get(i, -1) for i in range(len(self.dictionary))]
         if not own:
             raise UserError(
-                f"{', '.join(map(str, files.values()))} and its dict.txt have no symbol in common: they belong to different models"
+                f"{', '.join(map(str, files.values()))} and its dict.txt have no symbol in common: they belong to "
+                "different models"
             )
 
     @property
@@ -125,7 +126,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{path} is not a SentencePiece model (the .model file that spm_train writes)") from error
         if len(pieces) < 4:
             raise UserError(
-                f"{path} is not a SentencePiece model (the .model file that spm_train writes): it holds {len(pieces)} pieces"
+                f"{path} is not a SentencePiece model (the .model file that spm_train writes): it holds {len(pieces)} "
+                "pieces"
             )
         special = {
             self._model.bos_id(): BOS,

@@ -65,7 +65,8 @@ def command(checkpoint, films):
 
     def make(out, *words, **changes):
         flags = {
-            "path": checkpoint, "model_overrides": "{'max_target_positions': 160}", "datasets": films / "films.yaml", "shots": "0,2",
+            "path": checkpoint, "model_overrides": "{'max_target_positions': "
+            "160}", "datasets": films / "films.yaml", "shots": "0,2",
             "seeds": "1,2", "batch_tokens": "500", "results_dir": out,
         }  # fmt: skip
         given = {flag: value for flag, value in {**flags, **changes}.items() if value is not None}

@@ -53,7 +53,8 @@ def data(tmp_path_factory):
 def checkpoint(request, data, run_cli, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     done = run_cli([
-        "fairseq-train", data, "--task", "language_modeling", *ARCHITECTURES[request.param], "--tokens-per-sample", "24",
+        "fairseq-train", data, "--task", "language_modeling", *ARCHITECTURES[request.param], "--tokens-per-sample",
+        "24",
         "--optimizer", "adam", "--lr", "0.01", "--max-update", "30", "--batch-size", "8", "--save-dir", folder,
         "--no-epoch-checkpoints", "--num-workers", "0", "--disable-validation", "--dropout", "0.1", "--cpu",
     ])  # fmt: skip

@@ -145,16 +145,21 @@ def test_missing_characters_and_normalisation_are_told(prepare, corpus, tmp_path
 BAD = {
     "missing file": ("gone.txt", [], r"gone\.txt: no such file or folder"),
     "empty file": ("empty.txt", [], r"empty\.txt is empty"),
-    "wrong column": ("corpus.jsonl", ["--column", "body"], r"corpus\.jsonl:1: no column 'body'; there are: text; name one with --column"),
+    "wrong column": ("corpus.jsonl", ["--column", "body"], r"corpus\.jsonl:1: no column 'body'; there are: text; name "
+    "one with --column"),
     "malformed line": ("bad.jsonl", [], r"bad\.jsonl:2: not a JSON record"),
     "not UTF-8": ("latin1.txt", [], r"latin1\.txt: byte 2 is not UTF-8"),
-    "vocabulary": ("corpus.jsonl", ["--vocab-size", "60000"], r"--vocab-size 60000 is too large for this text, .* at most \d+"),
+    "vocabulary": ("corpus.jsonl", ["--vocab-size", "60000"], r"--vocab-size 60000 is too large for this text, .* at "
+    "most \d+"),
     "small vocabulary": ("corpus.jsonl", ["--vocab-size", "50"], r"--vocab-size 50 is too small: .* need at least \d+"),
-    "no tokenizer": ("corpus.jsonl", ["--sentencepiece", "corpus.jsonl"], r"corpus\.jsonl is not a SentencePiece model"),
+    "no tokenizer": ("corpus.jsonl", ["--sentencepiece", "corpus.jsonl"], r"corpus\.jsonl is not a SentencePiece "
+    "model"),
     "no GPT-2": ("corpus.jsonl", ["--gpt2-bpe", "."], r"cannot read the GPT-2 tokenizer: encoder\.json: No such file"),
     "fraction": ("corpus.jsonl", ["--valid", "1.5"], r"--valid 1\.5: give a fraction of the documents below 1"),
-    "fractions": ("corpus.jsonl", ["--valid", "0.5", "--test", "0.5"], r"--valid 0\.5 and --test 0\.5 together leave nothing"),
-    "empty split": ("corpus.jsonl", ["--valid", "0.00001", "--vocab-size", "400"], r"--valid 0\.00001 leaves the valid split empty"),
+    "fractions": ("corpus.jsonl", ["--valid", "0.5", "--test", "0.5"], r"--valid 0\.5 and --test 0\.5 together leave "
+    "nothing"),
+    "empty split": ("corpus.jsonl", ["--valid", "0.00001", "--vocab-size", "400"], r"--valid 0\.00001 leaves the "
+    "valid split empty"),
     "workers": ("corpus.jsonl", ["--workers", "0"], r"--workers 0: must be at least 1"),
     "record": ("empty.txt", ["--document", "record"], r"--document record does not go with empty\.txt"),
 }  # fmt: skip

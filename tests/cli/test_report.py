@@ -15,15 +15,19 @@ def write(folder, accuracy, task="icl_classification", shots=(0, 4)):
         for seed in (1, 2):
             key = {"dataset": "mr", "seed": seed, "shots": count, "order": 0, "calibration": "none"}
             right = accuracy + (seed == 2 and count > 0)
-            runs.append(key | {"num_examples": 10, "accuracy": right / 10, "macro_f1": 0.5, "ci95": [0.1, 0.9], "majority": 0.5,
-                               "confusion": [[5, 0], [0, 5]], "shots_fitted": count, "demonstrations": list(range(count)),
+            runs.append(key | {"num_examples": 10, "accuracy": right / 10, "macro_f1": 0.5, "ci95": [0.1, 0.9],
+            "majority": 0.5,
+                               "confusion": [[5, 0], [0, 5]], "shots_fitted": count,
+                               "demonstrations": list(range(count)),
                                "prefix_tokens": 0, "seconds": 0.1})  # fmt: skip
             lines += [json.dumps(key | {"index": i, "gold": 0, "pred": int(i >= right)}) + "\n" for i in range(10)]
     if task == "lm_perplexity":
-        runs = [{"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "bits_per_byte": None, "num_tokens": 10,
+        runs = [{"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "bits_per_byte": None,
+        "num_tokens": 10,
                  "num_documents": 1, "data_sha256": "0", "documents": "documents/valid-8.npz"}]  # fmt: skip
     if task == "icl_finetune_analysis":
-        runs = [{"dataset": "mr", "seed": 1, "shots": 4, "num_examples": 10, "finetune_lr": 0.1, "rec2ftp": None, "baselines": {},
+        runs = [{"dataset": "mr", "seed": 1, "shots": 4, "num_examples": 10, "finetune_lr": 0.1, "rec2ftp": None,
+        "baselines": {},
                  "accuracy": {"zero_shot": 0.5, "in_context": accuracy / 10, "finetuned": 0.5},
                  "rec2ftp_counts": {"cells": [[[5, 0], [0, 0]], [[0, 0], [0, 5]]]},
                  "paper": {"simaou": [0.1, 0.3]}, "corrected": {"simaou": [0.0, 0.1]}}]  # fmt: skip

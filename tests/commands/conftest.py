@@ -60,7 +60,8 @@ def flags():
 
     def make(data, save_dir, *more, task="stock", updates=6):
         words = ["fairseq-train", data, *TASKS[task], "--lr", "1e-2", "--tokens-per-sample", "32", "--batch-size", "4",
-                 "--max-update", updates, "--cpu", "--num-workers", "0", "--seed", "7", "--log-format", "json", "--log-interval", "1",
+                 "--max-update", updates, "--cpu", "--num-workers", "0", "--seed", "7", "--log-format", "json",
+                 "--log-interval", "1",
                  "--no-epoch-checkpoints", "--save-dir", save_dir, *SHAPE, *more]  # fmt: skip
         return [str(w) for w in words]
 

@@ -23,8 +23,10 @@ COMMANDS = [
 PROMPT = "the value of the"
 DOCUMENTS = ["a film that is good and long", "the plot is thin but the actors are very good indeed"]
 OPTIONS = {
-    "_name": "momentum_lm_tiny", "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2, "decoder_attention_heads": 2,
-    "activation_fn": "gelu", "position": "sinusoidal", "momentum_kind": "ema", "momentum_eta": 0.7, "max_target_positions": 128,
+    "_name": "momentum_lm_tiny", "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "activation_fn": "gelu", "position": "sinusoidal", "momentum_kind": "ema", "momentum_eta": 0.7,
+    "max_target_positions": 128,
     "tokens_per_sample": 128, "dropout": 0.0,
 }  # fmt: skip
 

@@ -92,7 +92,8 @@ def corpus(run_cli, tmp_path_factory):
     documents = list(dict.fromkeys(documents))
     random.Random(0).shuffle(documents)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    made = run_cli(["momentum-lm", "prepare", folder / "text.jsonl", "--vocab-size", "310", "--valid", "10", "--test", "0",
+    made = run_cli(["momentum-lm", "prepare", folder / "text.jsonl", "--vocab-size", "310", "--valid", "10", "--test",
+    "0",
                     "--output", folder / "bin"])  # fmt: skip
     assert made.returncode == 0, made.stderr
     return folder / "bin"
@@ -104,8 +105,10 @@ def train(corpus):
 
     def make(save_dir, *more):
         return ["fairseq-train", corpus, "--task", "momentum_language_modeling", "--criterion", "chunked_cross_entropy",
-                *ARCHITECTURES["ours"], "--optimizer", "adam", "--lr", "0.01", "--tokens-per-sample", "256", "--batch-size", "8",
-                "--max-update", "40", "--cpu", "--num-workers", "0", "--seed", "3", "--save-dir", save_dir, "--disable-validation",
+                *ARCHITECTURES["ours"], "--optimizer", "adam", "--lr", "0.01", "--tokens-per-sample", "256",
+                "--batch-size", "8",
+                "--max-update", "40", "--cpu", "--num-workers", "0", "--seed", "3", "--save-dir", save_dir,
+                "--disable-validation",
                 "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "1", *more]  # fmt: skip
 
     return make
@@ -288,7 +291,8 @@ def curves(folder):
 
 
 def in_training(questions, *more):
-    return ["--icl-eval-datasets", "mr,trec", "--icl-eval-interval", "4", "--icl-eval-data-dir", questions, "--icl-eval-limit", "40",
+    return ["--icl-eval-datasets", "mr,trec", "--icl-eval-interval", "4", "--icl-eval-data-dir", questions,
+    "--icl-eval-limit", "40",
             "--icl-eval-shots", "0,3", "--icl-eval-seeds", "1,2", *more]  # fmt: skip
 
 

@@ -64,8 +64,10 @@ def published(tmp_path_factory):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     state = {
-        "args": None, "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True), "model": model.half().state_dict(),
-        "optimizer_history": [{"optimizer_name": "FairseqAdam", "num_updates": 572204, "lr_scheduler_state": {"best": 2.9}}],
+        "args": None, "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),
+        "model": model.half().state_dict(),
+        "optimizer_history": [{"optimizer_name": "FairseqAdam", "num_updates": 572204,
+        "lr_scheduler_state": {"best": 2.9}}],
         "extra_state": {"metrics": [], "train_iterator": {"epoch": 1}}, "task_state": {},
         "last_optimizer_state": None,
     }  # fmt: skip
@@ -127,7 +129,8 @@ def test_strictly_into_our_architecture(published, logits):
 
 def test_fairseq_eval_takes_the_folder(published, run_cli, tmp_path):
     (tmp_path / "films.yaml").write_text(
-        "description: made up\nfiles: {train: train.jsonl, evaluation: validation.jsonl}\nlabel: label\nlabels: [Negative, Positive]\n"
+        "description: made up\nfiles: {train: train.jsonl, evaluation: validation.jsonl}\nlabel: label\nlabels: "
+        "[Negative, Positive]\n"
         'templates:\n  paper: "Review: {text} Sentiment:"\n'
     )
     for split, count in (("train", 4), ("validation", 9)):

@@ -26,7 +26,8 @@ SMALLER = {
     "fairseq-train": f"{TRAIN} --total-num-update 20",
     "fairseq-eval --task lm_perplexity": "--context-lengths 16,32",
     "fairseq-eval --task icl_classification": "--max-field-tokens 4 --limit 10",
-    "fairseq-eval --task icl_finetune_analysis": "--shots 2 --max-field-tokens 4 --limit 6 --finetune-lr 0.1,0.01 --lr-examples 4",
+    "fairseq-eval --task icl_finetune_analysis": "--shots 2 --max-field-tokens 4 --limit 6 --finetune-lr 0.1,0.01 "
+    "--lr-examples 4",
     "fairseq-interactive": "--cpu --max-len-b 4",
     "fairseq-generate": "--cpu --max-len-b 12",
     "momentum-lm convert": "",
@@ -35,9 +36,11 @@ SMALLER = {
     "momentum-lm doctor": "",
     "lm_eval": "--limit 4",
     "python examples/dual_form/dual_form.py": "",
-    "python examples/momentum_vs_vanilla/sweep.py": "--tokens 4096 --context-lengths 16 --splits valid --variants vanilla,ema_0.3 "
+    "python examples/momentum_vs_vanilla/sweep.py": "--tokens 4096 --context-lengths 16 --splits valid --variants "
+    "vanilla,ema_0.3 "
     "--seeds 1 --autocast none",
-    "python examples/reproduce_paper/reproduce.py": "--sizes 1.3B --datasets cb --momentum-datasets mr --lengths 16 --limit 4 --device cpu "
+    "python examples/reproduce_paper/reproduce.py": "--sizes 1.3B --datasets cb --momentum-datasets mr --lengths 16 "
+    "--limit 4 --device cpu "
     "--dtype fp32 --data-dir data/icl",
     "bash examples/pretraining/train.sh": f"{TRAIN} --total-num-update 20 --distributed-backend gloo --autocast none",
 }

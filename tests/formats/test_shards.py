@@ -7,8 +7,10 @@ from momentum_lm.errors import UserError
 from momentum_lm.lm.native import load_native
 from momentum_lm.model import Decoder, DecoderConfig
 
-OPTIONS = {"decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2, "decoder_attention_heads": 4, "activation_fn": "gelu",
-           "position": "sinusoidal", "momentum_kind": "ema", "momentum_learned": True, "max_target_positions": 32}  # fmt: skip
+OPTIONS = {"decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2, "decoder_attention_heads": 4,
+"activation_fn": "gelu",
+           "position": "sinusoidal", "momentum_kind": "ema", "momentum_learned": True,
+           "max_target_positions": 32}  # fmt: skip
 
 
 @pytest.fixture

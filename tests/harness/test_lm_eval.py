@@ -85,7 +85,8 @@ def checkpoint(tokenizer_folder, tmp_path_factory):
         optimizer.step()
     options = {
         "_name": "momentum_lm_tiny", "decoder_embed_dim": 32, "decoder_ffn_embed_dim": 48, "decoder_layers": 2,
-        "decoder_attention_heads": 4, "activation_fn": "gelu", "position": "sinusoidal", "momentum_kind": "ema", "momentum_eta": 0.7,
+        "decoder_attention_heads": 4, "activation_fn": "gelu", "position": "sinusoidal", "momentum_kind": "ema",
+        "momentum_eta": 0.7,
         "max_target_positions": 160,
     }  # fmt: skip
     cfg = {"model": options, "task": {"tokens_per_sample": 160, "add_bos_token": False}}
@@ -152,7 +153,8 @@ def evaluated(films, checkpoint, tmp_path_factory):
             )
             settings = {
                 "task": task, "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
-                "dataset_kwargs": {"data_files": {"test": str(folder / f"{task}.jsonl")}, "cache_dir": str(folder / "cache")},
+                "dataset_kwargs": {"data_files": {"test": str(folder / f"{task}.jsonl")},
+                "cache_dir": str(folder / "cache")},
                 "doc_to_text": "prompt", "doc_to_target": "label", "doc_to_choice": CHOICES,
                 "metric_list": [{"metric": "acc"}],
             }  # fmt: skip

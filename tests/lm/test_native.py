@@ -21,7 +21,8 @@ OURS = {
 }  # fmt: skip
 STOCK = {
     "arch": "transformer_lm_gpt", "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2,
-    "decoder_attention_heads": 4, "activation_fn": "relu", "decoder_learned_pos": True, "decoder_normalize_before": True,
+    "decoder_attention_heads": 4, "activation_fn": "relu", "decoder_learned_pos": True,
+    "decoder_normalize_before": True,
     "share_decoder_input_output_embed": True, "tokens_per_sample": 20, "max_target_positions": None,
     "decoder_input_dim": 16, "decoder_output_dim": 16,
 }  # fmt: skip
@@ -161,8 +162,10 @@ def test_overrides_beat_the_checkpoint(tmp_path):
     ("overrides", "message"),
     [("{'a':", "is not a Python dict"), ("[1]", "is not a Python dict"), ("__import__('os')", "is not a Python dict"),
      ("{1: 2}", "is not a Python dict"), ("{'decoder_attention_head': 2}", "did you mean 'decoder_attention_heads'"),
-     ("{'decoder_attention_heads': 5}", "multiple"), ("{'decoder_layers': 'x'}", r"c\.pt: decoder_layers='x': must be a whole number"),
-     ("{'momentum_eta': 'a'}", "momentum_eta='a': must be a number"), ("{'decoder_embed_dim': [1]}", r"decoder_embed_dim=\[1\]"),
+     ("{'decoder_attention_heads': 5}", "multiple"), ("{'decoder_layers': 'x'}", r"c\.pt: decoder_layers='x': must be "
+     "a whole number"),
+     ("{'momentum_eta': 'a'}", "momentum_eta='a': must be a number"), ("{'decoder_embed_dim': "
+     "[1]}", r"decoder_embed_dim=\[1\]"),
      ("{'max_target_positions': 1e999}", "max_target_positions=inf: must be a whole number")],
 )  # fmt: skip
 def test_bad_overrides(tmp_path, overrides, message):

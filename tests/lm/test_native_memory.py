@@ -16,11 +16,14 @@ from momentum_lm.lm.native import load_native
 from momentum_lm.model import Decoder, DecoderConfig
 
 OPTIONS = {
-    "decoder_embed_dim": 768, "decoder_ffn_embed_dim": 3072, "decoder_layers": 12, "decoder_attention_heads": 12, "activation_fn": "gelu",
-    "decoder_learned_pos": False, "decoder_normalize_before": True, "share_decoder_input_output_embed": True, "tokens_per_sample": 2048,
+    "decoder_embed_dim": 768, "decoder_ffn_embed_dim": 3072, "decoder_layers": 12, "decoder_attention_heads": 12,
+    "activation_fn": "gelu",
+    "decoder_learned_pos": False, "decoder_normalize_before": True, "share_decoder_input_output_embed": True,
+    "tokens_per_sample": 2048,
 }  # fmt: skip
 SMALL = {
-    "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2, "decoder_attention_heads": 4, "activation_fn": "gelu",
+    "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24, "decoder_layers": 2, "decoder_attention_heads": 4,
+    "activation_fn": "gelu",
     "position": "sinusoidal", "momentum_kind": "ema", "max_target_positions": 32,
 }  # fmt: skip
 MEASURE = """

@@ -34,6 +34,7 @@ def test_modules_that_stay_in_fp32():
     model = Decoder(DecoderConfig(50, 8, 8, 1, 2, momentum_kind="ema", momentum_learned=True, position="rotary"))
     kept = {name for name, module in model.named_modules() if keeps_fp32(module)}
     assert kept == {
-        "layers.0.self_attn_layer_norm", "layers.0.final_layer_norm", "layers.0.self_attn.momentum", "layer_norm", "rotary"
+        "layers.0.self_attn_layer_norm", "layers.0.final_layer_norm", "layers.0.self_attn.momentum", "layer_norm",
+        "rotary"
     }  # fmt: skip
     assert keeps_fp32(copy.deepcopy(keep_fp32(nn.Linear(1, 1)))) and not keeps_fp32(nn.Linear(1, 1))

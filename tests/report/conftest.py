@@ -37,7 +37,8 @@ def write_results(tmp_path):
     """write(name, ...) -> folder. ``answers(gold, seed, shots, order, calibration)`` gives the predictions."""
 
     def write(
-        name="results", datasets=("mr", "trec"), shots=(0, 4, 16), seeds=(1, 2, 3), orders=1, calibrations=("none", "batch"),
+        name="results", datasets=("mr", "trec"), shots=(0, 4, 16), seeds=(1, 2, 3), orders=1, calibrations=("none",
+        "batch"),
         answers=_answer, examples=60, gold=None, fitted=16, **config,
     ):  # fmt: skip
         folder = tmp_path / name
@@ -61,8 +62,10 @@ def write_results(tmp_path):
                     key = {"dataset": dataset, "seed": seed, "shots": count, "order": order, "calibration": calibration}
                     few = min(count, fitted)
                     run = key | CHOICE.measure(SimpleNamespace(labels=labels), queries, predicted)
-                    run |= {"shots_fitted": few, "demonstrations": list(range(seed, seed + few)), "prefix_tokens": 30 * few,
-                            "seconds": 1.5, "examples_sha256": dataset, "demonstrations_sha256": f"{seed} {few}"}  # fmt: skip
+                    run |= {"shots_fitted": few, "demonstrations": list(range(seed, seed + few)),
+                    "prefix_tokens": 30 * few,
+                            "seconds": 1.5, "examples_sha256": dataset, "demonstrations_sha256": f"{seed} "
+                            f"{few}"}  # fmt: skip
                     runs.append(run)
                     setting = "in_context" if count else "zero_shot"
                     lines += [
@@ -76,7 +79,8 @@ def write_results(tmp_path):
             "task": "icl_classification",
             "model": {"path": f"models/{name}", "sha256": "ab", "parameters": 10, "architecture": {"hidden_size": 8}},
             "config": {"score": "mean", "sampling": "random", "dtype": "float32", "separator": "\n\n", "bos": [0],
-                       "datasets": {d: about | {"labels": LABELS[d]} for d in datasets}, "command": "fairseq-eval --task x", **config},
+                       "datasets": {d: about | {"labels": LABELS[d]} for d in datasets}, "command": "fairseq-eval "
+                       "--task x", **config},
             "runs": runs,
             "summary": summary(runs),
         }  # fmt: skip
@@ -104,9 +108,12 @@ def _analysed(
     paper = {name: noisy(level) for name, level in {"simaou": 0.2, "simam": 0.5, "simam_before": 0.45, "kendall": 0.2,
              "kendall_example": 0.3, "recall_at_k": 0.6, "recall_at_k_example": 0.7}.items()}  # fmt: skip
     paper |= {name: noisy(0.0, 0.002) for name in ("simaou_random", "kendall_random")}
-    corrected = {name: noisy(level) for name, level in {"simaou": 0.1, "simaou_relaxed": 0.1, "simam": 0.5, "simam_before": 0.5,
-                 "simam_delta": 0.2, "simam_delta_centred": 0.15, "kendall": 0.2, "kendall_example": 0.3, "recall_at_k": 0.2,
-                 "recall_at_k_example": 0.1, "dw_similarity": 0.1, "dw_similarity_random": 0.05, "relaxation_cosine": 0.4,
+    corrected = {name: noisy(level) for name, level in {"simaou": 0.1, "simaou_relaxed": 0.1, "simam": 0.5,
+    "simam_before": 0.5,
+                 "simam_delta": 0.2, "simam_delta_centred": 0.15, "kendall": 0.2, "kendall_example": 0.3,
+                 "recall_at_k": 0.2,
+                 "recall_at_k_example": 0.1, "dw_similarity": 0.1, "dw_similarity_random": 0.05,
+                 "relaxation_cosine": 0.4,
                  "relaxation_ratio": 2.0}.items()}  # fmt: skip
     corrected |= {name: noisy(0.0, 0.002) for name in ("simaou_random", "kendall_random", "kendall_example_random")}
     for values in (corrected["simam_delta"], corrected["simam_delta_centred"]):
@@ -127,8 +134,10 @@ def _analysed(
         {"index": index, "in_context": a, "finetuned": b} for index, (a, b) in zip((17, 3), shares, strict=True)
     ]
     return {"dataset": dataset, "seed": seed, "shots": shots, "num_examples": examples, "finetune_lr": 0.003,
-            "accuracy": {"zero_shot": float(zero.mean()), "in_context": float(icl.mean()), "finetuned": float(ft.mean())},
-            "rec2ftp": recall.value, "rec2ftp_ci95": [recall.wilson.low, recall.wilson.high], "rec2ftp_chance": recall.chance,
+            "accuracy": {"zero_shot": float(zero.mean()), "in_context": float(icl.mean()),
+            "finetuned": float(ft.mean())},
+            "rec2ftp": recall.value, "rec2ftp_ci95": [recall.wilson.low, recall.wilson.high],
+            "rec2ftp_chance": recall.chance,
             "rec2ftp_counts": {"cells": cells}, "paper": paper, "corrected": corrected, **ends,
             "heads": {"simam_delta_centred": maps, "kendall": maps, "dw_similarity": maps}, "baselines": baselines,
             "attention": attention, "demonstration_labels": ["bad", "good", "bad", "good"]}  # fmt: skip

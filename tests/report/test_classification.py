@@ -17,7 +17,8 @@ from momentum_lm.studies import classification_summary as numbers
 
 
 def run(accuracy, seed=1, shots=4, order=0, calibration="none", dataset="mr", n=100, **more):
-    return {"dataset": dataset, "seed": seed, "shots": shots, "order": order, "calibration": calibration, "num_examples": n,
+    return {"dataset": dataset, "seed": seed, "shots": shots, "order": order, "calibration": calibration,
+    "num_examples": n,
             "accuracy": accuracy, "macro_f1": accuracy / 2, "majority": 0.5, "shots_fitted": shots, **more}  # fmt: skip
 
 
@@ -101,7 +102,8 @@ def test_table_lets_the_interval_decide():
 def test_report(write_results):
     folder = write_results(datasets=("mr", "trec", "piqa"), fitted=12)
     samples = [
-        {"dataset": "mr", "shots": 4, "seed": 1, "prompt": "Review: <b>fine</b>\nSentiment:", "continuations": [" Negative", " Positive"],
+        {"dataset": "mr", "shots": 4, "seed": 1, "prompt": "Review: "
+        "<b>fine</b>\nSentiment:", "continuations": [" Negative", " Positive"],
          "gold": 1},
         {"dataset": "mr", "shots": 0, "seed": 1, "prompt": "Review: x", "continuations": [" Negative"], "gold": 0},
     ]  # fmt: skip
@@ -121,7 +123,8 @@ def test_report(write_results):
         assert pixels[0, 0] == 255 and pixels.std() > 5, name
     page = (folder / "report.html").read_text()
     for text in ("models/results", "does not beat the majority class", "only 12 fitted", "45 runs</summary>",
-                 "Review: &lt;b&gt;fine&lt;/b&gt;\nSentiment:", "mr, 4 shots, seed 1", "mr, 0 shots</summary>", "fairseq-eval --task x",
+                 "Review: &lt;b&gt;fine&lt;/b&gt;\nSentiment:", "mr, 4 shots, seed 1", "mr, 0 "
+                 "shots</summary>", "fairseq-eval --task x",
                  "Right: &quot; Positive&quot;.", "majority", "chance 50.0"):  # fmt: skip
         assert text in page, text
     assert page.index("<table") < page.index("<svg")

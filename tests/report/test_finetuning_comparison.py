@@ -17,7 +17,8 @@ def test_side_by_side(write_analysis, analysed, tmp_path):
     comparison = FinetuningComparison([a, b])
     table = comparison.table()
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert [(row["dataset"], row["results"], row["seeds"]) for row in rows] == [("sst2", "small", "2"), ("sst2", "large", "2"),
+    assert [(row["dataset"], row["results"], row["seeds"]) for row in rows] == [("sst2", "small", "2"), ("sst2",
+    "large", "2"),
                                                                                 ("trec", "small", "1")]  # fmt: skip
     for row, runs in zip(rows, (ours[:2], theirs, ours[2:]), strict=True):
         for name in f.EVIDENCE:

@@ -28,8 +28,10 @@ def by_name(table, column):
 def run(simaou=(0.1, 0.3), seed=1, random=(0.0, 0.0), **more):
     ends = [[v - 0.05, v + 0.15] if v is not None else None for v in simaou]
     return {"dataset": "sst2", "seed": seed, "shots": 4, "num_examples": 50, "finetune_lr": 0.01,
-            "accuracy": {"zero_shot": 0.5, "in_context": 0.8, "finetuned": 0.6}, "rec2ftp": 0.8, "rec2ftp_ci95": [0.490, 0.943],
-            "rec2ftp_chance": 0.72, "rec2ftp_counts": {"cells": [[[5, 2], [10, 8]], [[1, 2], [3, 19]]]}, "paper": {"simaou": [0.4, 0.6]},
+            "accuracy": {"zero_shot": 0.5, "in_context": 0.8, "finetuned": 0.6}, "rec2ftp": 0.8,
+            "rec2ftp_ci95": [0.490, 0.943],
+            "rec2ftp_chance": 0.72, "rec2ftp_counts": {"cells": [[[5, 2], [10, 8]], [[1, 2], [3, 19]]]},
+            "paper": {"simaou": [0.4, 0.6]},
             "corrected": {"simaou": list(simaou), "simaou_random": list(random)}, "corrected_ci95": {"simaou": ends},
             "baselines": {"untrained": {"corrected": {"simaou": [0.1, 0.1]}}, "lcgd": None}, **more}  # fmt: skip
 
@@ -128,8 +130,8 @@ def test_verdicts_follow_the_intervals():
     assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 80.0% (49.0 to 94.3)." in clear
     assert "72.0% (52.4 to 85.7) of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
     assert (
-        "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), untrained (0.100)."
-        in clear
+        "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), "
+        "untrained (0.100)." in clear
     )
     low = " ".join(v.verdict([run((0.0, 0.1), rec2ftp_counts={"cells": [[[50, 0], [0, 20]], [[0, 0], [0, 0]]]})]))
     assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
@@ -160,7 +162,8 @@ def test_no_minus_before_zero():
 @pytest.mark.parametrize(
     ("quantity", "model", "average"),
     [("rec2ftp", "1.3B", 85.56), ("rec2ftp", "2.7B", 89.39), ("simaou", "1.3B", 0.186), ("simaou", "2.7B", 0.225),
-     ("simam", "1.3B", 0.442), ("simam", "2.7B", 0.434), ("simam_before", "1.3B", 0.338), ("simam_before", "2.7B", 0.355),
+     ("simam", "1.3B", 0.442), ("simam", "2.7B", 0.434), ("simam_before", "1.3B", 0.338), ("simam_before", "2.7B",
+     0.355),
      ("kendall", "1.3B", 0.193), ("kendall", "2.7B", 0.214)],
 )  # fmt: skip
 def test_published_numbers_have_the_published_averages(quantity, model, average):
@@ -216,12 +219,14 @@ def test_report(write_analysis, analysed):
         assert pixels[0, 0] == 255 and pixels.std() > 5, name
     page = (folder / "report.html").read_text()
     headings = re.findall("<h2>(.*?)</h2>", page)
-    assert headings == ["What this says", "Predictions", "sst2, 4 shots", "trec, 4 shots", "Beside the paper", "How it was measured",
+    assert headings == ["What this says", "Predictions", "sst2, 4 shots", "trec, 4 shots", "Beside the paper", "How "
+    "it was measured",
                         "Every run", "What was measured", "How to run it again"]  # fmt: skip
     # per setting: 12 panels corrected, 6 in the authors' form, 3 of heads, 1 of predictions, 2 for each of 2 examples
     assert page.count("<svg") == 2 * (12 + 6 + 3 + 1 + 4)
     assert "Example 17, in context" in page and "Demonstrations: 1 bad, 2 good, 3 bad, 4 good." in page
-    for text in ("models/analysis", "3 runs</summary>", "fairseq-eval --task y", "arXiv 2212.10559 v3", "shuffled labels", "LCGD",
+    for text in ("models/analysis", "3 runs</summary>", "fairseq-eval --task y", "arXiv 2212.10559 v3", "shuffled "
+    "labels", "LCGD",
                  "2 seeds together", "finetuning repairs", *v.verdict(runs[2:])[:1]):  # fmt: skip
         assert text in page, text
     assert not re.findall(r"(?:src|href)=[\"'](?!#)", page)

@@ -62,7 +62,8 @@ def test_bad_files_are_named(tmp_path, content):
         read_results(tmp_path)
 
 
-RUN = {"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "bits_per_byte": None, "num_tokens": 10, "num_documents": 1,
+RUN = {"split": "valid", "context_length": 8, "perplexity": 9.0, "ci95": None, "bits_per_byte": None, "num_tokens": 10,
+"num_documents": 1,
        "data_sha256": "0", "documents": "documents/valid-8.npz"}  # fmt: skip
 
 

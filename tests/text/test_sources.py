@@ -170,10 +170,13 @@ BAD = {
     "missing file": ("gone.txt", None, {}, r"gone\.txt: no such file or folder; check the path"),
     "missing path": ("no such/place", None, {}, r"no such/place: no such file or folder"),
     "empty file": ("t.txt", b"", {}, r"t\.txt is empty; leave it out"),
-    "record of text": ("t.txt", b"a", {"document": "record"}, r"document='record' does not go with .*t\.txt; use document file"),
+    "record of text": ("t.txt", b"a", {"document": "record"}, r"document='record' does not go with .*t\.txt; use "
+    "document file"),
     "lines of a table": ("t.csv", b"text\na\n", {"document": "line"}, r"document='line' does not go with .*t\.csv"),
-    "lines of a data set": ("hf:a/b", None, {"document": "line"}, r"document='line' does not go with the data set hf:a/b"),
-    "latin-1": ("t.txt", "naïve".encode("latin1"), {}, r"t\.txt: byte 2 is not UTF-8 \(0xef\); convert the file first, as with `iconv"),
+    "lines of a data set": ("hf:a/b", None, {"document": "line"}, r"document='line' does not go with the data set "
+    "hf:a/b"),
+    "latin-1": ("t.txt", "naïve".encode("latin1"), {}, r"t\.txt: byte 2 is not UTF-8 \(0xef\); convert the file "
+    "first, as with `iconv"),
     "latin-1 later": ("t.txt", b"ab\ncd\nn\xefve\n", {"document": "line"}, r"t\.txt: byte 7 is not UTF-8"),
     "latin-1 in JSON": ("t.jsonl", b'{"text": "a"}\n{"text": "\xef"}\n', {}, r"t\.jsonl: byte 24 is not UTF-8"),
     "utf-16": (
@@ -243,41 +246,57 @@ BAD = {
         "t.parquet", as_parquet(["a"]), {"column": "text.a"}, r"t\.parquet: row 1: no column 'text\.a'; there are",
     ),
     "csv semicolons": (
-        "t.csv", b"id;text\n1;a\n", {}, r"t\.csv:1: semicolons seem to separate its columns \('id', 'text'\), and .csv files are read",
+        "t.csv", b"id;text\n1;a\n", {}, r"t\.csv:1: semicolons seem to separate its columns \('id', 'text'\), and "
+        ".csv files are read",
     ),
     "csv tabs": ("t.csv", b"id\tbody\n1\ta\n", {}, r"t\.csv:1: tabs seem to separate its columns"),
-    "csv column": ("t.csv", b"id,body\n1,a\n", {}, r"t\.csv: no column 'text'; there are: id, body; name one with column"),
+    "csv column": ("t.csv", b"id,body\n1,a\n", {}, r"t\.csv: no column 'text'; there are: id, body; name one with "
+    "column"),
     "csv without a line": ("t.csv", b"\n", {}, r"t\.csv: no column 'text'; there are: none"),
     "csv short row": ("t.csv", b'id,text\n1,"a\nb"\n2\n', {}, r"t\.csv:4: 1 columns, the header has 2"),
     "csv quote": ("t.csv", b'id,text\n1,"a\n2,b\n', {}, r"t\.csv:3: not proper CSV .*look for an unclosed quote"),
     "json": (
         "t.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, r"t\.jsonl:2: not a JSON record .*fix or remove the line",
     ),
-    "json array": ("t.json", b'[{"text": "a"}]', {}, r"t\.json:1: expected a JSON object .* got list; make the array JSON Lines"),
+    "json array": ("t.json", b'[{"text": "a"}]', {}, r"t\.json:1: expected a JSON object .* got list; make the array "
+    "JSON Lines"),
     "json array of lines": (
-        "t.json", b'[\n{"text": "a"}\n]', {}, r"t\.json:1: not a JSON record .*make the array JSON Lines, as with `jq -c",
+        "t.json", b'[\n{"text": "a"}\n]', {}, r"t\.json:1: not a JSON record .*make the array JSON Lines, as with `jq "
+        "-c",
     ),
     "json value": ("t.jsonl", b"3\n", {}, r"t\.jsonl:1: expected a JSON object with a key for each column, got int"),
     "json deep": ("t.jsonl", b"[" * 200_000, {}, r"t\.jsonl:1: (JSON nested too deeply|not a JSON record)"),
-    "json column": ("t.jsonl", b'{"text": "a"}\n{"body": "b", "id": 2}\n', {}, r"t\.jsonl:2: no column 'text'; there are: body, id"),
-    "json number": ("t.jsonl", b'{"text": 5}\n', {}, r"t\.jsonl:1: column 'text' holds int, not text; name another with column"),
-    "json surrogate": ("t.jsonl", b'{"text": "ab\\ud83d"}\n', {}, r"t\.jsonl:1: half of a surrogate pair at character 2"),
-    "parquet column": ("t.parquet", as_parquet(["a"]), {"column": "body"}, r"t\.parquet: no column 'body'; there are: id, text"),
-    "parquet type": ("t.parquet", as_parquet(["a"]), {"column": "id"}, r"t\.parquet: row 1: column 'id' holds int, not text"),
-    "parquet cut": ("t.parquet", as_parquet(TEXTS)[:-5], {}, r"t\.parquet is cut short or not a parquet file; fetch it again"),
-    "parquet gz": ("t.parquet.gz", gzip.compress(as_parquet(["a"])), {}, r"parquet is compressed inside; decompress the file first"),
-    "gz cut": ("t.txt.gz", gzip.compress(os.urandom(9999))[:5000], {}, r"t\.txt\.gz is cut short: its compressed data ends too early"),
+    "json column": ("t.jsonl", b'{"text": "a"}\n{"body": "b", "id": 2}\n', {}, r"t\.jsonl:2: no column 'text'; there "
+    "are: body, id"),
+    "json number": ("t.jsonl", b'{"text": 5}\n', {}, r"t\.jsonl:1: column 'text' holds int, not text; name another "
+    "with column"),
+    "json surrogate": ("t.jsonl", b'{"text": "ab\\ud83d"}\n', {}, r"t\.jsonl:1: half of a surrogate pair at character "
+    "2"),
+    "parquet column": ("t.parquet", as_parquet(["a"]), {"column": "body"}, r"t\.parquet: no column 'body'; there are: "
+    "id, text"),
+    "parquet type": ("t.parquet", as_parquet(["a"]), {"column": "id"}, r"t\.parquet: row 1: column 'id' holds int, "
+    "not text"),
+    "parquet cut": ("t.parquet", as_parquet(TEXTS)[:-5], {}, r"t\.parquet is cut short or not a parquet file; fetch "
+    "it again"),
+    "parquet gz": ("t.parquet.gz", gzip.compress(as_parquet(["a"])), {}, r"parquet is compressed inside; decompress "
+    "the file first"),
+    "gz cut": ("t.txt.gz", gzip.compress(os.urandom(9999))[:5000], {}, r"t\.txt\.gz is cut short: its compressed data "
+    "ends too early"),
     "gz of nothing": ("t.txt.gz", b"plain text", {}, r"t\.txt\.gz is damaged or not a \.gz file"),
-    "gz damaged": ("t.txt.gz", gzip.compress(b"ab" * 9999)[:-8] + bytes(8), {}, r"t\.txt\.gz is damaged or not a \.gz file"),
+    "gz damaged": ("t.txt.gz", gzip.compress(b"ab" * 9999)[:-8] + bytes(8), {}, r"t\.txt\.gz is damaged or not a \.gz "
+    "file"),
     "zst cut": ("t.jsonl.zst", zstandard.compress(as_jsonl(TEXTS * 9))[:-4], {}, r"t\.jsonl\.zst is cut short"),
     "zst of nothing": ("t.jsonl.zst", b"plain text", {}, r"t\.jsonl\.zst is damaged or not a \.zst file"),
-    "long file": ("t.txt", long.encode(), {}, r"t\.txt is a document of more than 8 MiB; say how .*: document='line' or"),
+    "long file": ("t.txt", long.encode(), {}, r"t\.txt is a document of more than 8 MiB; say how .*: document='line' "
+    "or"),
     "long line": ("t.txt", f"a\n{long}".encode(), {"document": "line"}, r"t\.txt:2: a line of more than 8 MiB"),
-    "long block": ("t.txt", ("x" * 79 + "\n") * 110_000, {"document": "blank-line"}, r"t\.txt:\d+: more than 8 MiB without a blank"),
+    "long block": ("t.txt", ("x" * 79 + "\n") * 110_000, {"document": "blank-line"}, r"t\.txt:\d+: more than 8 MiB "
+    "without a blank"),
     "long csv field": ("t.csv", f"text\n{long}", {}, r"t\.csv:2: a line of more than 8 MiB"),
     "long quoted csv": ("t.csv", 'text\n"' + ("x" * 99 + "\n") * 90_000 + '"', {},
                         r"t\.csv:\d+: not proper CSV \(field larger than field limit"),
-    "long record": ("t.parquet", as_parquet([long]), {}, r"t\.parquet: row 1: a document of 8\.0 MiB; the most is 8 MiB"),
+    "long record": ("t.parquet", as_parquet([long]), {}, r"t\.parquet: row 1: a document of 8\.0 MiB; the most is 8 "
+    "MiB"),
 }  # fmt: skip
 
 

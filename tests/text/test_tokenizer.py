@@ -146,7 +146,8 @@ def test_nothing_to_train_on():
 def test_a_model_made_elsewhere(tmp_path, documents):
     """Other special ids, normalising, with pieces that dict.txt cannot hold as they are."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(tmp_path / "other"), vocab_size=400, user_defined_symbols=["\n", "<mask>"],
+        sentence_iterator=iter(documents), model_prefix=str(tmp_path / "other"), vocab_size=400,
+        user_defined_symbols=["\n", "<mask>"],
         minloglevel=2,
     )  # fmt: skip
     tokenizer = SentencePieceTokenizer(tmp_path / "other.model")

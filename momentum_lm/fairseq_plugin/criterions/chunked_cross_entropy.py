@@ -27,7 +27,8 @@ class ChunkedCrossEntropy(CrossEntropyCriterion):
             inner = inner.module
         if not isinstance(inner, MomentumLanguageModel):
             raise UserError(
-                "--criterion chunked_cross_entropy works with --arch gpt_lm_* and momentum_lm_*; others: --criterion cross_entropy"
+                "--criterion chunked_cross_entropy works with --arch gpt_lm_* and momentum_lm_*; others: --criterion "
+                "cross_entropy"
             )
         loss, _ = model(**sample["net_input"], targets=sample["target"])
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]

@@ -27,7 +27,8 @@ class IclClassificationCriterion(FairseqCriterion):
         super().__init__(task)
         if not getattr(task, "for_any_checkpoint", False):
             raise UserError(
-                "--criterion icl_classification evaluates a checkpoint, with fairseq-validate --task icl_classification; "
+                "--criterion icl_classification evaluates a checkpoint, with fairseq-validate --task "
+                "icl_classification; "
                 "to train, use --criterion chunked_cross_entropy"
             )
 

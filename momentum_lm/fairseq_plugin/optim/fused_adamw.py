@@ -73,7 +73,8 @@ class FusedAdamW(FairseqOptimizer):
         params = list(params)
         if cfg.weight_decay and all(p.dim() < 2 for p in params):
             raise UserError(
-                "--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look alike"
+                "--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look "
+                "alike"
             )
         rest: dict[str, Any] = {"params": [p for p in params if not _is_decayed(p)], "weight_decay": 0.0}
         groups: list[dict[str, Any]] = [{"params": [p for p in params if _is_decayed(p)]}, rest]
@@ -83,7 +84,8 @@ class FusedAdamW(FairseqOptimizer):
                 from apex.optimizers import FusedAdam
             except ImportError:
                 raise UserError(
-                    "--adam-backend apex: NVIDIA apex is not installed (github.com/NVIDIA/apex; not PyPI's apex); use torch"
+                    "--adam-backend apex: NVIDIA apex is not installed (github.com/NVIDIA/apex; not PyPI's apex); use "
+                    "torch"
                 ) from None
             self._optimizer = FusedAdam(groups, **self.optimizer_config)
         else:

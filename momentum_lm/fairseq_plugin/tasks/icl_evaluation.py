@@ -62,7 +62,8 @@ class IclEvaluation:
             )
         if args.ddp_backend == "fully_sharded":
             raise UserError(
-                "--icl-eval-datasets needs the whole model in each process: use another --ddp-backend than fully_sharded"
+                "--icl-eval-datasets needs the whole model in each process: use another --ddp-backend than "
+                "fully_sharded"
             )
         folder = utils.split_paths(args.data)[0]
         if not has_tokenizer(folder):

@@ -32,19 +32,22 @@ class MomentumLanguageModelingConfig(LanguageModelingConfig):
     packed_documents: bool = field(
         default=False,
         metadata={
-            "help": "neither attention nor momentum crosses a document boundary (the end-of-sentence token) within a sample"
+            "help": "neither attention nor momentum crosses a document boundary (the end-of-sentence token) within a "
+            "sample"
         },
     )
     autocast: ChoiceEnum(["auto", "bf16", "none"]) = field(  # type: ignore[valid-type]
         default="auto",
         metadata={
-            "help": "compute in bf16 with fp32 weights; auto: on GPUs that have bf16, unless --fp16, --bf16 or --amp is given"
+            "help": "compute in bf16 with fp32 weights; auto: on GPUs that have bf16, unless --fp16, --bf16 or --amp "
+            "is given"
         },
     )
     icl_eval_datasets: Optional[str] = field(
         default=None,
         metadata={
-            "help": "evaluate in-context classification during training, on these data sets (as --datasets of fairseq-eval)"
+            "help": "evaluate in-context classification during training, on these data sets (as --datasets of "
+            "fairseq-eval)"
         },
     )
     icl_eval_interval: int = field(default=1000, metadata={"help": "evaluate after every N updates"})
@@ -93,7 +96,8 @@ class MomentumLanguageModelingTask(TokenDataTask):
         for folder in utils.split_paths(args.data)[:1]:
             if not os.path.isfile(os.path.join(folder, "dict.txt")):
                 raise UserError(
-                    f"{folder} holds no dict.txt; make data with `momentum-lm prepare` or `fairseq-preprocess --only-source`"
+                    f"{folder} holds no dict.txt; make data with `momentum-lm prepare` or `fairseq-preprocess "
+                    "--only-source`"
                 )
         return super().setup_dictionary(args, **kwargs)
 
@@ -110,7 +114,8 @@ class MomentumLanguageModelingTask(TokenDataTask):
         if self.args.icl_eval_datasets and not from_checkpoint:  # those are evaluated, not trained
             if self.args.ddp_backend == "fully_sharded":
                 raise UserError(
-                    "--icl-eval-datasets does not go with --ddp-backend fully_sharded: evaluate checkpoints with fairseq-eval"
+                    "--icl-eval-datasets does not go with --ddp-backend fully_sharded: evaluate checkpoints with "
+                    "fairseq-eval"
                 )
             from .icl_evaluation import IclEvaluation
 
@@ -186,7 +191,8 @@ class MomentumLanguageModelingTask(TokenDataTask):
         kept, long = dataset.filter_indices_by_size(indices, max_positions)
         if len(long):
             raise UserError(
-                f"sample {long[0]} has {dataset.size(long[0])} tokens, </s> or <s> included, and the model takes {max_positions}: "
+                f"sample {long[0]} has {dataset.size(long[0])} tokens, </s> or <s> included, and the model takes "
+                f"{max_positions}: "
                 "shorten it, or leave such samples out with --skip-invalid-size-inputs-valid-test"
             )
         return kept

@@ -81,7 +81,8 @@ def test_every_option_of_stock_is_accepted_or_refused_by_name(name):
 
 SHAPE = "--decoder-layers 2 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 4".split()
 EXISTING = [*SHAPE, *"--dropout 0.1 --attention-dropout 0.2 --relu-dropout 0.1 --decoder-normalize-before".split(),
-            *"--decoder-input-dim 32 --decoder-output-dim 32 --min-params-to-wrap 1000 --max-target-positions 24".split(),
+            *"--decoder-input-dim 32 --decoder-output-dim 32 --min-params-to-wrap 1000 --max-target-positions "
+            "24".split(),
             *"--share-decoder-input-output-embed --base-shuffle 0 --quant-noise-pq-block-size 4".split()]  # fmt: skip
 
 
@@ -100,12 +101,15 @@ def test_an_existing_command_line_gives_the_same_model(task, more):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--adaptive-softmax-cutoff 10", "--adaptive-softmax-cutoff 10: this decoder has one softmax; to save its memory use "
+        ("--adaptive-softmax-cutoff 10", "--adaptive-softmax-cutoff 10: this decoder has one softmax; to save its "
+        "memory use "
          "--criterion chunked_cross_entropy; leave it out, or choose --arch transformer_lm_gpt"),
         ("--character-embeddings", "--character-embeddings: this decoder embeds tokens"),
         ("--offload-activations", "to save memory use --checkpoint-activations; leave it out"),
-        ("--decoder-output-dim 8", "--decoder-output-dim 8: this decoder has no projection to another width than --decoder-embed-dim 192"),
-        ("--share-decoder-input-output-embed --untie-embeddings", "--share-decoder-input-output-embed contradicts --untie-embeddings"),
+        ("--decoder-output-dim 8", "--decoder-output-dim 8: this decoder has no projection to another width than "
+        "--decoder-embed-dim 192"),
+        ("--share-decoder-input-output-embed --untie-embeddings", "--share-decoder-input-output-embed contradicts "
+        "--untie-embeddings"),
         ("--decoder-learned-pos --position rotary", "--decoder-learned-pos contradicts --position rotary"),
         ("--decoder-attention-heads 5", "--decoder-embed-dim 192 is not a multiple of --decoder-attention-heads 5"),
         ("--momentum-gate zero", "--momentum-gate zero needs --momentum-kind ema or multi_ema"),

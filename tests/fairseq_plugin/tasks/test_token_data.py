@@ -117,13 +117,16 @@ def flat(batch):
     return (batch.dtype, batch.tolist()) if isinstance(batch, torch.Tensor) else batch
 
 
-OURS = [[], ["--batch-size", "7"], ["--batch-size", "19"], ["--max-tokens", "100"], ["--max-tokens", "1000", "--batch-size", "11"],
-        ["--required-batch-size-multiple", "3", "--batch-size", "8"], ["--add-bos-token"], ["--pad-to-fixed-length", "--pad-to-fixed-bsz"],
+OURS = [[], ["--batch-size", "7"], ["--batch-size", "19"], ["--max-tokens", "100"], ["--max-tokens", "1000",
+"--batch-size", "11"],
+        ["--required-batch-size-multiple", "3", "--batch-size", "8"], ["--add-bos-token"], ["--pad-to-fixed-length",
+        "--pad-to-fixed-bsz"],
         ["--seed", "5"], ["--tokens-per-sample", "5000"], ["--tokens-per-sample", "3"], ["--data-buffer-size", "0"],
         ["--skip-remainder-batch"], ["--shorten-method", "truncate", "--shorten-data-split-list", "test"],
         ["--dataset-impl", "mmap"]]  # fmt: skip
 STOCKS = [["--sample-break-mode", "eos"], ["--sample-break-mode", "complete"], ["--sample-break-mode", "complete_doc"],
-          ["--shorten-method", "truncate"], ["--shorten-method", "random_crop"], ["--self-target"], ["--future-target", "--past-target"],
+          ["--shorten-method", "truncate"], ["--shorten-method", "random_crop"], ["--self-target"], ["--future-target",
+          "--past-target"],
           ["--grouped-shuffling"], ["--sample-break-mode", "eos", "--max-tokens", "60"]]  # fmt: skip
 
 
@@ -431,7 +434,8 @@ def test_ids_beyond_the_dictionary_are_named_when_they_are_met(mode, workers, co
     with pytest.raises(UserError) as caught:
         list(batches)
     assert str(caught.value) == (
-        f"{prefix}.bin holds the token id 64321 in document {document} (counted from 0), but the dictionary has 64 entries: "
+        f"{prefix}.bin holds the token id 64321 in document {document} (counted from 0), but the dictionary has 64 "
+        "entries: "
         "put the dict.txt beside it that it was made with, or copy or make the data anew"
     )
 

@@ -13,8 +13,10 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 TEXTS = [
-    "", " ", "Hello world", " leading", "trailing  ", "  two  spaces ", "a\nb\n\nc\r\n\td", "naïve café 日本語 😀👩‍👩‍👧 ё́", "we'll 1234.5%",
-    "<s> text </s>", "</s>", "<pad><unk>", "<|endoftext|> on", "▁▁ a▁b", "<0x0A> <0xE2>", "\u00a0\u2028\ufeff", "nothing\x00else",
+    "", " ", "Hello world", " leading", "trailing  ", "  two  spaces ", "a\nb\n\nc\r\n\td", "naïve café 日本語 "
+    "😀👩‍👩‍👧 ё́", "we'll 1234.5%",
+    "<s> text </s>", "</s>", "<pad><unk>", "<|endoftext|> on", "▁▁ a▁b", "<0x0A> <0xE2>", "\u00a0\u2028\ufeff",
+    "nothing\x00else",
 ]  # fmt: skip
 WORDS = "the a film plot actor is was good bad dull and or not very Hello world we'll two spaces text 1234 < > s / caf".split()
 

@@ -10,8 +10,10 @@ import torch
 from .conftest import sentences
 
 TRAIN = (
-    "--task momentum_language_modeling --criterion chunked_cross_entropy --tokens-per-sample 32 --batch-size 4 --optimizer adam --lr 1e-9 "
-    "--max-update 1 --disable-validation --no-save --log-format json --log-interval 1 --cpu --num-workers 0 --sample-break-mode none"
+    "--task momentum_language_modeling --criterion chunked_cross_entropy --tokens-per-sample 32 --batch-size 4 "
+    "--optimizer adam --lr 1e-9 "
+    "--max-update 1 --disable-validation --no-save --log-format json --log-interval 1 --cpu --num-workers 0 "
+    "--sample-break-mode none"
 ).split()
 
 
@@ -24,7 +26,8 @@ def converted(request, make_model, convert, tmp_path, run_cli):
     out = convert(theirs, tmp_path / "ours")
     (tmp_path / "text.txt").write_text("\n".join(sentences(80, seed=3)))
     result = run_cli(
-        ["momentum-lm", "prepare", tmp_path / "text.txt", "--hf-tokenizer", tmp_path / "ours" / "tokenizer.json", "--document", "line",
+        ["momentum-lm", "prepare", tmp_path / "text.txt", "--hf-tokenizer", tmp_path / "ours" / "tokenizer.json",
+        "--document", "line",
          "--output", tmp_path / "data", "--valid", "20", "--test", "0", "--workers", "1"]
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -70,13 +73,15 @@ def test_training_starts_from_it_and_momentum_changes_nothing(converted, run_cli
 def test_both_perplexities_are_the_same(converted, run_cli, tmp_path):
     ours, data, _ = converted
     result = run_cli(
-        ["fairseq-eval", "--task", "lm_perplexity", data, "--path", ours, "--split", "valid", "--context-lengths", "32", "--results-dir",
+        ["fairseq-eval", "--task", "lm_perplexity", data, "--path", ours, "--split", "valid", "--context-lengths",
+        "32", "--results-dir",
          tmp_path / "results", "--device", "cpu"]
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     ppl = json.loads((tmp_path / "results" / "results.json").read_text())["runs"][0]["perplexity"]
     stock = run_cli(
-        ["fairseq-eval-lm", data, "--path", ours / "model.pt", "--gen-subset", "valid", "--tokens-per-sample", "32", "--sample-break-mode",
+        ["fairseq-eval-lm", data, "--path", ours / "model.pt", "--gen-subset", "valid", "--tokens-per-sample", "32",
+        "--sample-break-mode",
          "none", "--cpu", "--batch-size", "4", "--context-window", "0"]
     )  # fmt: skip
     assert stock.returncode == 0, stock.stderr[-3000:]

@@ -18,11 +18,14 @@ def edit(folder, **changes):
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False: the model normalises after each block, as OPT-350m does"),
-        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, not the hidden size 32: the embeddings go through projections"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False: the model normalises after each "
+        "block, as OPT-350m does"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, not the hidden size 32: the embeddings go "
+        "through projections"),
         ("opt", {"enable_bias": False}, "enable_bias is False: the decoder's projections have biases"),
         ("opt", {"_remove_final_layer_norm": True}, "the decoder has a norm after its last block"),
-        ("opt", {"activation_function": "silu"}, "activation_function 'silu', which the decoder does not have (gelu, relu, "),
+        ("opt", {"activation_function": "silu"}, "activation_function 'silu', which the decoder does not have (gelu, "
+        "relu, "),
         ("opt", {"hidden_size": "DELETE"}, "hidden_size None: must be a whole number"),
         ("opt", {"hidden_size": "32"}, "hidden_size '32': must be a whole number"),
         ("opt", {"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
@@ -30,8 +33,10 @@ def edit(folder, **changes):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "the decoder scales attention logits alike in all layers"),
         ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06: the decoder's layer norms have 1e-5"),
         ("gpt2", {"add_cross_attention": True}, "the decoder has no cross-attention"),
-        ("xglm", {"pad_token_id": 5}, "pad_token_id is 5: fairseq's sinusoidal positions follow from a padding token of id 1"),
-        ("gpt2", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is none of XGLMForCausalLM, "
+        ("xglm", {"pad_token_id": 5}, "pad_token_id is 5: fairseq's sinusoidal positions follow from a padding token "
+        "of id 1"),
+        ("gpt2", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is none of "
+        "XGLMForCausalLM, "
          "OPTForCausalLM, GPT2LMHeadModel: Llama, Mistral, Qwen, GPT-NeoX and the like have RMSNorm"),
         ("gpt2", {"model_type": "gpt_neox", "architectures": "DELETE"}, "gpt_neox is none of"),
         ("gpt2", {"model_type": "llama"}, "use it as it is with fairseq-eval --hf-model"),

@@ -444,9 +444,12 @@ def test_saving_and_loading_changes_no_bit(changes, tmp_path):
 def test_configurations_go_both_ways():
     """Each field, with a value that is not the default, under our name and theirs."""
     config = DecoderConfig(
-        vocab_size=70, dim=24, ffn_dim=30, layers=3, heads=2, max_positions=33, padding_idx=3, eos_idx=4, position="rotary",
-        activation="relu", tie_embeddings=False, scale_embeddings=False, dropout=0.1, attention_dropout=0.2, activation_dropout=0.3,
-        momentum_kind="ema", momentum_eta=0.9, momentum_learned=True, momentum_normalize=True, momentum_gate="zero", absent_tokens=(6, 7),
+        vocab_size=70, dim=24, ffn_dim=30, layers=3, heads=2, max_positions=33, padding_idx=3, eos_idx=4,
+        position="rotary",
+        activation="relu", tie_embeddings=False, scale_embeddings=False, dropout=0.1, attention_dropout=0.2,
+        activation_dropout=0.3,
+        momentum_kind="ema", momentum_eta=0.9, momentum_learned=True, momentum_normalize=True, momentum_gate="zero",
+        absent_tokens=(6, 7),
     )  # fmt: skip
     theirs = MomentumLMConfig(**json.loads(json.dumps(MOMENTUM.config(config, 70))))
     assert (theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads) == (24, 3, 2)

@@ -114,7 +114,8 @@ def test_generation_token_for_token(make_model, convert, tmp_path, family, beam)
     own = torch.tensor(their_ids(tmp_path / "ours", prompt)) if family == "gpt2" else prompt
     end = own[0, 0].item()
     expected = model.generate(
-        own, attention_mask=torch.ones_like(own), max_new_tokens=new + 1, min_new_tokens=new, num_beams=beam, do_sample=False,
+        own, attention_mask=torch.ones_like(own), max_new_tokens=new + 1, min_new_tokens=new, num_beams=beam,
+        do_sample=False,
         length_penalty=0.0, eos_token_id=end, pad_token_id=end, logits_processor=[EndAt(given + new, end)],
         # padding and unknown, which fairseq never generates
         suppress_tokens=[i for i in (1, 3) if family != "gpt2"] or None,
@@ -225,9 +226,11 @@ def test_a_checkpoint_as_the_fairseq_dense_lms_were_published(convert, tmp_path)
     weights = {f"decoder.{name}": tensor.half() for name, tensor in model.state_dict().items()}
     weights |= {"decoder.version": torch.tensor([3.0]), "decoder.embed_positions._float_tensor": torch.zeros(1)}
     args = argparse.Namespace(
-        arch="transformer_lm_gpt", task="language_modeling", decoder_embed_dim=32, decoder_ffn_embed_dim=64, decoder_layers=2,
+        arch="transformer_lm_gpt", task="language_modeling", decoder_embed_dim=32, decoder_ffn_embed_dim=64,
+        decoder_layers=2,
         decoder_attention_heads=4, activation_fn="gelu", decoder_learned_pos=False, no_scale_embedding=False,
-        share_decoder_input_output_embed=True, decoder_normalize_before=True, tokens_per_sample=40, max_target_positions=40,
+        share_decoder_input_output_embed=True, decoder_normalize_before=True, tokens_per_sample=40,
+        max_target_positions=40,
         add_bos_token=False, data="/data/elsewhere",
     )  # fmt: skip
     torch.save(
@@ -424,8 +427,8 @@ def test_names_of_the_hub_come_from_its_cache(make_model, convert, refused, tmp_
     monkeypatch.setattr("momentum_lm.formats.from_huggingface.hub_answers", lambda: False)
     assert "OPTForCausalLM" in convert("someone/opt-tiny", tmp_path / "ours")
     assert (
-        "someone/opt-huge is no file or folder here, and the Hugging Face hub does not answer, nor was it downloaded earlier"
-        in refused("someone/opt-huge", tmp_path / "b")
+        "someone/opt-huge is no file or folder here, and the Hugging Face hub does not answer, nor was it downloaded "
+        "earlier" in refused("someone/opt-huge", tmp_path / "b")
     )
 
 

@@ -239,7 +239,8 @@ def test_prepare_takes_both_files(tmp_path, tokenizer_of, run_cli, family):
     tokenizer_of(family).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("\n\n".join(sentences(50)))
     result = run_cli(
-        ["momentum-lm", "prepare", tmp_path / "text.txt", "--hf-tokenizer", tmp_path / "tokenizer" / "tokenizer.json", "--document",
+        ["momentum-lm", "prepare", tmp_path / "text.txt", "--hf-tokenizer", tmp_path / "tokenizer" / "tokenizer.json",
+        "--document",
          "blank-line", "--output", tmp_path / "data", "--workers", "1", "--valid", "0", "--test", "0"]
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

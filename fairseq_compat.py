@@ -54,7 +54,9 @@ def _numpy_names(module: ModuleType) -> None:
 
 
 def _checkpoint_loading(module: ModuleType) -> None:
-    """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows that, no more."""
+    """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows
+    that, no more.
+    """
     import functools
 
     # Of the call that is under way: how it reads, whether a checkpoint of the trainer, and what will be made of its
@@ -467,7 +469,9 @@ def _options(module: ModuleType) -> None:
 
 
 def _user_dir(module: ModuleType) -> None:
-    """fairseq scans a user directory's models/ and tasks/ only; one that has a ``register()`` gets it called as well."""
+    """fairseq scans a user directory's models/ and tasks/ only; one that has a ``register()`` gets it
+    called as well.
+    """
     import functools
 
     stock = module.import_user_module

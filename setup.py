@@ -16,7 +16,9 @@ TRITON = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
 
 class WithData(Distribution):
-    """An editable installation asks ``has_data()`` before it installs data_files, and setuptools forgot to define that."""
+    """An editable installation asks ``has_data()`` before it installs data_files, and setuptools forgot
+    to define that.
+    """
 
     has_data = Distribution.has_data_files
 

@@ -40,7 +40,9 @@ class Timer:
 
 
 def texts(asked: dict) -> list[tuple[str, list[str]]]:
-    """(whole prompt, continuations) of each example; choices that have inputs of their own are not for this benchmark."""
+    """(whole prompt, continuations) of each example; choices that have inputs of their own are not for
+    this benchmark.
+    """
     before = [d["inputs"][0] + d["continuations"][d["gold"]] for d in asked["demonstrations"]]
     return [(SEPARATOR.join([*before, e["inputs"][0]]), e["continuations"]) for e in asked["examples"]]
 
@@ -155,7 +157,8 @@ def compare(results: dict[str, dict], examples: list[dict]) -> tuple[str, list[s
     """The table, and what differs too much; adds ``ratio`` and ``cpu_ratio``, to the medians of ours, to each row."""
     scored, first = results["ours"]["scores"], results["ours"]["rows"][0]
     lines = [
-        f"{'':42}{'s/example':>10}{'/ ours':>8}{'CPU s':>8}{'/ ours':>8}{'accuracy':>10}{'ours':>8}{'largest difference':>20}"
+        f"{'':42}{'s/example':>10}{'/ ours':>8}{'CPU s':>8}{'/ ours':>8}{'accuracy':>10}{'ours':>8}"
+        f"{'largest difference':>20}"
     ]
     failures = []
     for part, result in results.items():

@@ -35,9 +35,10 @@ def make_data(folder: Path, tokens: int) -> None:
 
 
 def seconds_a_step(data: Path, save: Path, processes: int, args: argparse.Namespace) -> list[float]:
-    flags = f"""--arch momentum_lm_tiny --decoder-layers {args.layers} --decoder-embed-dim {args.dim} --decoder-ffn-embed-dim {4 * args.dim}
-        --decoder-attention-heads {args.dim // 64} --tokens-per-sample 256 --batch-size 8 --update-freq 1 --max-update {args.updates} --cpu
-        --distributed-backend gloo --ddp-backend {args.backend} --num-workers 0 --disable-validation --no-save --log-interval 5
+    flags = f"""--arch momentum_lm_tiny --decoder-layers {args.layers} --decoder-embed-dim {args.dim}
+        --decoder-ffn-embed-dim {4 * args.dim} --decoder-attention-heads {args.dim // 64} --tokens-per-sample 256
+        --batch-size 8 --update-freq 1 --max-update {args.updates} --cpu --distributed-backend gloo
+        --ddp-backend {args.backend} --num-workers 0 --disable-validation --no-save --log-interval 5
         --log-format json""".split()
     environment = {**os.environ, "GPUS": str(processes), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"

@@ -31,7 +31,9 @@ class JobError(Exception):
 
 @dataclass
 class Job:
-    """A program that writes to a log file. A lock that it inherits says whether one from an earlier start still runs."""
+    """A program that writes to a log file. A lock that it inherits says whether one from an earlier
+    start still runs.
+    """
 
     name: str
     command: list[str]

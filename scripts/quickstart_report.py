@@ -242,4 +242,5 @@ def _verdict(settings: Any, row: Mapping[str, Any]) -> str:
         return f"No clear difference between {second} and {first} {at}: the interval includes 0, or the seeds disagree."
     word = "better" if difference.difference < 0 else "worse"
     change, interval, _ = difference_cells(difference)
-    return f"{second} predicts {word} than {first} {at}: perplexity {change} ({interval} over documents; seeds may differ by more)."
+    over = f"{interval} over documents; seeds may differ by more"
+    return f"{second} predicts {word} than {first} {at}: perplexity {change} ({over})."

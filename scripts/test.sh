@@ -26,6 +26,7 @@ python -c 'import lm_eval, pytablewriter, dominate' 2>/dev/null || python -m pip
     chardet pytz
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
+ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
 mypy
 # In the order of the files: the longest ones are not at the end. By the number of tests they would be.
 exec python -m pytest -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -22,8 +22,9 @@ HARMLESS |= {f"{kind}{name}" for kind in ("", "LOCAL_", "ROLE_", "GROUP_") for n
 PREFIXES = ("PYTEST_", "PIP_", "TORCHELASTIC_", "MASTER_", "TORCH_DISABLE_SHARE_RDZV", "TORCH_NCCL_ASYNC")
 MODULES = ("momentum_lm.", "torch.distributed.run")  # what is forked of ``python -m``
 # Not fairseq_cli: its modules configure logging when they are imported, each in its own way.
-IMPORTED = """fairseq.trainer fairseq.sequence_generator fairseq.dataclass.initialize momentum_lm.cli.main transformers.models.auto
-torch.utils.tensorboard torch.distributed.run torch._dynamo matplotlib.figure pyarrow.parquet datasets sentencepiece""".split()
+IMPORTED = """fairseq.trainer fairseq.sequence_generator fairseq.dataclass.initialize momentum_lm.cli.main
+transformers.models.auto torch.utils.tensorboard torch.distributed.run torch._dynamo matplotlib.figure
+pyarrow.parquet datasets sentencepiece""".split()
 CLIENT = """#!{python} -IS
 import sys
 sys.path.insert(0, {folder!r})

@@ -10,7 +10,8 @@ from momentum_lm.cpu import bf16_instructions, return_memory, usable_cpus
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_cpus_are_those_that_the_process_may_use():
     assert 1 <= usable_cpus() <= os.cpu_count()
-    code = "import os; from momentum_lm.cpu import usable_cpus\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(usable_cpus())"
+    code = "import os; from momentum_lm.cpu import usable_cpus\n"
+    code += "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(usable_cpus())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 

@@ -1,4 +1,6 @@
-"""What a docstring of the core must say, as far as a machine can tell: that it is there, arrays' shapes, errors raised."""
+"""What a docstring of the core must say, as far as a machine can tell: that it is there, arrays' shapes,
+errors raised.
+"""
 
 import ast
 import re

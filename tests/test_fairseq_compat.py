@@ -966,7 +966,7 @@ def register():
 """
     write_plugin(tmp_path, "goodplugin", good)
     write_plugin(tmp_path, "brokenplugin", "import nonexistent_module\n")
-    code = "import fairseq.models as m; print('good_arch' in m.ARCH_MODEL_REGISTRY, 'momentum_lm_tiny' in m.ARCH_MODEL_REGISTRY)"
+    code = "from fairseq.models import ARCH_MODEL_REGISTRY as m; print('good_arch' in m, 'momentum_lm_tiny' in m)"
     result = run_cli(["python", "-c", code], env={"PYTHONPATH": tmp_path})
     assert result.stdout == "True True\n", result.stderr
     warned = [line for line in result.stderr.splitlines() if line.startswith("warning: fairseq plugin")]
@@ -1000,7 +1000,9 @@ def test_user_dir_from_a_checkout_beside_an_installation(train, checkout, tmp_pa
 
 
 def test_user_dir_from_a_checkout_alone(train, checkout, tmp_path):
-    """An interpreter that has the requirements, but neither the hook's .pth file nor this package, in its environment."""
+    """An interpreter that has the requirements, but neither the hook's .pth file nor this package, in
+    its environment.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     requirements = tmp_path / "requirements"
     requirements.mkdir()

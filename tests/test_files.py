@@ -123,7 +123,8 @@ def test_a_path_that_is_not_utf8_can_be_written_and_printed(tmp_path, capsys):
 
 
 def test_a_folder_has_one_writer_at_a_time(tmp_path):
-    other = "import sys, time; from momentum_lm.files import locked\nwith locked(sys.argv[1]): print('has it', flush=True); time.sleep(60)"
+    other = "import sys, time; from momentum_lm.files import locked\n"
+    other += "with locked(sys.argv[1]): print('has it', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", other, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "has it\n"
     refused = pytest.raises(

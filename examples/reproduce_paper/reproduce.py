@@ -196,7 +196,8 @@ def report(args: argparse.Namespace, rows: Sequence[Row], pairs: Sequence[Row], 
         cells_ = [[r["model"], r["dataset"], r["quantity"], r["ours"], r["paper"], marks[r["inside"]]] for r in rows]
         table = Table(["model", "dataset", "", "here (95% over examples)", "paper", "inside?"], cells_, "Tables 1 to 5")
         known = [r for r in rows if r["inside"] is not None]
-        sentence = f"{sum(r['inside'] for r in known)} of {len(known)} published numbers lie in our 95% intervals over examples."
+        inside = sum(r["inside"] for r in known)
+        sentence = f"{inside} of {len(known)} published numbers lie in our 95% intervals over examples."
         if args.limit is not None:
             sentence += f" Only {args.limit} examples a data set were evaluated."
         texts += [table.text(), sentence]
@@ -206,7 +207,10 @@ def report(args: argparse.Namespace, rows: Sequence[Row], pairs: Sequence[Row], 
             ["", "vanilla", "momentum", "difference", "the paper's difference"],
             [[p["quantity"], *p["texts"]] for p in pairs],
         )
-        note = "Another text, other tokens and another tokenizer than the paper's, which names no corpus: only the signs can be compared."
+        note = (
+            "Another text, other tokens and another tokenizer than the paper's, which names no corpus: only the signs "
+            "can be compared."
+        )
         texts += [table.text(), note]
         parts["Tables 6 and 7"] = [table, Paragraph(note)]
     code: list[Part] = [Folded("Every command that was run", [Code("\n\n".join(commands))])]

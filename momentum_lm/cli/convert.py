@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 
 _EPILOG = """
 What SOURCE is says what is done:
-  a folder with config.json, or a name on the Hugging Face hub (GPT-2, OPT, XGLM, which is what fairseq's dense LMs are published as, and
-      momentum models made by this command)  ->  a folder with model.pt, dict.txt and the tokenizer, for fairseq-eval --path,
-      fairseq-train --finetune-from-model and every other command of fairseq
+  a folder with config.json, or a name on the Hugging Face hub (GPT-2, OPT, XGLM, which is what fairseq's dense LMs are
+      published as, and momentum models made by this command)  ->  a folder with model.pt, dict.txt and the
+      tokenizer, for fairseq-eval --path, fairseq-train --finetune-from-model and every other command of fairseq
   a fairseq checkpoint, or a folder with one  ->  a folder with model.safetensors, config.json and the tokenizer, for
       AutoModelForCausalLM.from_pretrained (momentum models: with trust_remote_code=True)
-  CHECKPOINT-shardN.pt, a part of a checkpoint of --use-sharded-state  ->  one ordinary checkpoint, OUTPUT.pt; the other parts lie beside it
+  CHECKPOINT-shardN.pt, a part of a checkpoint of --use-sharded-state  ->  one ordinary checkpoint, OUTPUT.pt;
+      the other parts lie beside it
 
-Weights are read, changed and written one tensor at a time. OUTPUT is whole or not there; --force replaces it once the new one is whole.
+Weights are read, changed and written one tensor at a time. OUTPUT is whole or not there; --force replaces
+it once the new one is whole.
 
 examples: momentum-lm convert openai-community/gpt2 gpt2
           momentum-lm convert checkpoints/checkpoint_best.pt published

@@ -121,7 +121,8 @@ def check_fairseq() -> Iterator[Check]:
         yield Check("ok", "fairseq hook", "active in every Python of this environment")
     elif os.environ.get("FAIRSEQ_COMPAT") != "0":
         detail = "fairseq_compat.pth is not read at start-up (PYTHONPATH and pip --target do not read .pth files)"
-        remedy = f"`pip install .` in the checkout, so that it is in {sysconfig.get_path('purelib')}; or without installing, run "
+        site = sysconfig.get_path("purelib")
+        remedy = f"`pip install .` in the checkout, so that it is in {site}; or without installing, run "
         yield Check("problem", "fairseq hook", detail, remedy + "`python -m fairseq_compat fairseq-train ...`")
     missing = [f"{kind} {name}" for kind, names in _REGISTERED.items() for name in names if name not in found[kind]]
     if missing:

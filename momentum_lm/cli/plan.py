@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from momentum_lm.planning.plan import Job, Option, Plan
 
 _EPILOG = """
-Numbers may end in K, M, B or T: 512K, 300B. Memory comes from a simulated training step of the real decoder (no dropout, documents not
-packed, blocks not compiled), which tests compare with measured ones on CPUs, to 10%. Speed does not: it is --mfu of the data sheet's peak,
-an assumption until a run's log shows its own mfu. The command's learning rate is that of GPT-3 at this size, its warm-up 1% of the updates.
+Numbers may end in K, M, B or T: 512K, 300B. Memory comes from a simulated training step of the real decoder (no
+dropout, documents not packed, blocks not compiled), which tests compare with measured ones on CPUs, to 10%. Speed
+does not: it is --mfu of the data sheet's peak, an assumption until a run's log shows its own mfu. The command's
+learning rate is that of GPT-3 at this size, its warm-up 1% of the updates.
 Exit status: 1 if nothing fits, and then the last lines say what would.
 """
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

@@ -20,13 +20,14 @@ hf:NAME[:CONFIG][@SPLIT] or its bare name (needs: pip install datasets).
 
 Tabs alone separate columns of .tsv, quotation marks are text there. What spells a special token, such as </s>, is text.
 
-Exact duplicates are dropped; a document's split follows from its content and --seed alone; the output is the same for any number of
---workers. Interrupted, even by kill -9, the same command goes on. Nothing in --output changes before the new data is complete.
+Exact duplicates are dropped; a document's split follows from its content and --seed alone; the output is the same for
+any number of --workers. Interrupted, even by kill -9, the same command goes on. Nothing in --output changes before
+the new data is complete.
 
-memory: under 400 MB with 2 workers, however much text there is: 2 MiB of text per worker under way in processes of 60 to 100 MB each, and
-before that 25 times --sample-mb while SentencePiece trains. Beside that about 110 bytes for every distinct document, to
-know it again, the window of a .zst file (8 MiB by default, at most 128), and while a document of 8 MiB, the longest
-allowed, is tokenised, 350 MB for it.
+memory: under 400 MB with 2 workers, however much text there is: 2 MiB of text per worker under way in processes of 60
+to 100 MB each, and before that 25 times --sample-mb while SentencePiece trains. Beside that about 110 bytes for every
+distinct document, to know it again, the window of a .zst file (8 MiB by default, at most 128), and while a document
+of 8 MiB, the longest allowed, is tokenised, 350 MB for it.
 """
 
 
@@ -106,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def summary(result: dict[str, Any], output: str) -> str:
-    """What was made, in a few lines, and the command that trains on it. ``result`` is the content of ``prepare.json``."""
+    """What was made, in a few lines, and the command that trains on it. ``result`` is the content of
+    ``prepare.json``.
+    """
     splits = result["splits"]
     lines = [f"{output}: dictionary of {result['tokenizer']['vocab_size']:,} ({result['tokenizer']['kind']}), "
     f"{result['duplicates']:,} "

@@ -155,7 +155,9 @@ def batch_by_size_fn(
 def batch_fixed_shapes(
     indices: Indices, num_tokens_fn: Callable[[int], int], fixed_shapes_sorted: npt.NDArray[np.int64]
 ) -> list[list[int]]:
-    """``indices`` in order, cut into batches that fit one of ``fixed_shapes_sorted``, (shapes, 2): sentences, tokens."""
+    """``indices`` in order, cut into batches that fit one of ``fixed_shapes_sorted``, (shapes, 2):
+    sentences, tokens.
+    """
     batches: list[list[int]] = []
     batch: list[int] = []
     longest = 0
@@ -189,7 +191,9 @@ def add_bleu_counts(stat: Any, reference: Sequence[int], prediction: Sequence[in
 
 
 def _trimmed(sentence: list[int], pad: int, eos: int) -> list[int]:
-    """Without padding before it, and without padding and end-of-sentence after it; its first token stays in any case."""
+    """Without padding before it, and without padding and end-of-sentence after it; its first token stays
+    in any case.
+    """
     first = next((i for i, token in enumerate(sentence) if token != pad), len(sentence))
     last = next((i for i in range(len(sentence) - 1, first, -1) if sentence[i] not in (pad, eos)), first)
     return sentence[first : last + 1]

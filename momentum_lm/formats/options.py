@@ -49,7 +49,9 @@ def flag(options: Mapping[str, Any], name: str) -> bool:
 
 
 def count(entry: Any, what: str, least: int = 0, most: int = _MAX_COUNT) -> int:
-    """A whole number of a checkpoint, ``what`` by name, from ``least`` to ``most``. Raises UserError for anything else."""
+    """A whole number of a checkpoint, ``what`` by name, from ``least`` to ``most``. Raises UserError for
+    anything else.
+    """
     if isinstance(entry, bool) or not isinstance(entry, int) or not least <= entry <= most:
         raise UserError(f"its {what} is {shown(repr(entry))}, not a whole number of at least {least}")
     return entry

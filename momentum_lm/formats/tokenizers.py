@@ -105,7 +105,10 @@ def write_tokenizer(
     _write_settings(folder, names, False, limit)
     if isinstance(tokenizer, GPT2Tokenizer):
         return None
-    return "SentencePiece adds up in fp32 and tokenizer.json in fp64, so where cuts tie, as in long runs of one sign, pieces may differ"
+    return (
+        "SentencePiece adds up in fp32 and tokenizer.json in fp64, so where cuts tie, as in long runs of one sign, "
+        "pieces may differ"
+    )
 
 
 def special_tokens(tokenizer: Tokenizer, order: Sequence[int] | None = None) -> dict[str, int]:
@@ -184,7 +187,8 @@ def _unigram(tokenizer: Tokenizer) -> dict[str, Any] | None:
     ids = tokenizer.own_to_dictionary
     if (
         not tokenizer.lossless or model.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.UNIGRAM
-        or spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces or not spec.escape_whitespaces
+        or spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces
+        or not spec.escape_whitespaces
         or any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in model.pieces)
         or not letters.issuperset("".join(normal)) or len(set(ids)) < len(ids)
     ):  # fmt: skip

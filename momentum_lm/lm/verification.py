@@ -43,7 +43,9 @@ def trial_lengths(config: Any, limit: int) -> tuple[int, int]:
 
 
 def trial_tokens(config: Any, vocab: int, rows: int, length: int) -> Tensor:
-    """(rows, length) random token ids, the same each time; none with a meaning of its own, such as padding or an image."""
+    """(rows, length) random token ids, the same each time; none with a meaning of its own, such as
+    padding or an image.
+    """
     special = {
         value
         for name, value in config.to_dict().items()

@@ -1,4 +1,6 @@
-"""Whether a layer may be computed from its weight alone, or has to be called, because somebody added something to it."""
+"""Whether a layer may be computed from its weight alone, or has to be called, because somebody added
+something to it.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ class Float32(nn.Module):
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes matrix products in on ``device``; None where it is off, and on ``meta``, which has none."""
+    """What autocast computes matrix products in on ``device``; None where it is off, and on ``meta``,
+    which has none.
+    """
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
 

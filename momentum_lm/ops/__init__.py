@@ -110,7 +110,9 @@ def multi_ema(
 
 
 def multi_ema_step(values: Tensor, log_decay: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of :func:`multi_ema`: values (B, C), log_decay and weight (C, N), state (B, C, N) -> out (B, C), state."""
+    """One token of :func:`multi_ema`: values (B, C), log_decay and weight (C, N), state (B, C, N) -> out
+    (B, C), state.
+    """
     state = log_decay.exp() * state + values.to(state.dtype)[..., None]
     return (weight * state).sum(-1).to(values.dtype), state
 

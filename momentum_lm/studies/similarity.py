@@ -162,7 +162,9 @@ def _similarities(
 def _maps(
     zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, position: int
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_] | None]:
-    """(L, H, n) logits over the query's own tokens, and (L, n) which of them attention sees in all settings; None: all."""
+    """(L, H, n) logits over the query's own tokens, and (L, n) which of them attention sees in all
+    settings; None: all.
+    """
     short, long = row.query(position)
     columns = ((zero_shot, short), (icl, long), (ft, short))
     maps = [np.stack([layer[i, position][:, span] for layer in seen.logits]) for seen, span in columns]

@@ -198,7 +198,9 @@ class BlockBatches:
 
     @property
     def cut(self) -> tuple[int, int]:
-        """Blocks of a full batch, and the multiple that the last ones keep: what the batches of given blocks depend on."""
+        """Blocks of a full batch, and the multiple that the last ones keep: what the batches of given
+        blocks depend on.
+        """
         return self._rows, self._multiple
 
     def of(self, order: NDArray[np.integer]) -> BlockBatches:

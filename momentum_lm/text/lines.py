@@ -1,4 +1,6 @@
-"""Lines of UTF-8 text files, of bounded length. What is no such text is a UserError that names the file and the byte."""
+"""Lines of UTF-8 text files, of bounded length. What is no such text is a UserError that names the file
+and the byte.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ class Tokenizer:
         return 0
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of dictionary ids. ``<s>``, ``<pad>``, ``</s>`` and made-up words have none; ``<unk>`` gives U+FFFD."""
+        """The text of dictionary ids. ``<s>``, ``<pad>``, ``</s>`` and made-up words have none;
+        ``<unk>`` gives U+FFFD.
+        """
         text, run = [], []
         for i in map(int, ids):
             own = self._to_own[i]
@@ -205,7 +207,9 @@ class GPT2Tokenizer(Tokenizer):
         self._cache: dict[str, list[int]] = {}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text. Words met before come from a cache of dictionary ids, which is what makes it fast."""
+        """``encode`` of each text. Words met before come from a cache of dictionary ids, which is what
+        makes it fast.
+        """
         cache, result = self._cache, []
         for text in texts:
             ids: list[int] = []

@@ -120,7 +120,9 @@ def test_simaou_invariances(rng):
 
 
 def test_normalisation_rewards_noise(rng):
-    """Deutch et al.: unrelated updates of three times the squared length of h have similarity 1/4 once h is normalised."""
+    """Deutch et al.: unrelated updates of three times the squared length of h have similarity 1/4 once h
+    is normalised.
+    """
     zs, one, two = rng.normal(size=(3, 400, 2048))
     icl, ft = zs + math.sqrt(3) * one, zs + math.sqrt(3) * two
     assert mt.simaou(icl, ft, zs, True).mean() == pytest.approx(0.25, abs=0.005)

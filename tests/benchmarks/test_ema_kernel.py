@@ -1,4 +1,6 @@
-"""The benchmark of the fused kernels: without a GPU it says so; the calls that it times are the EMA and its gradient."""
+"""The benchmark of the fused kernels: without a GPU it says so; the calls that it times are the EMA and
+its gradient.
+"""
 
 import subprocess
 import sys

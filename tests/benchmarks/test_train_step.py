@@ -1,4 +1,6 @@
-"""The benchmark of a training step, on a tiny shape: every variant runs, and the ratio over pairs of steps is theirs."""
+"""The benchmark of a training step, on a tiny shape: every variant runs, and the ratio over pairs of
+steps is theirs.
+"""
 
 import importlib.util
 import json

@@ -9,7 +9,10 @@ import pytest
 from momentum_lm.cli.plan import main, number
 
 SMALL = "--arch momentum_lm_125m --gpu h100 --tokens 2.5B --context 256 --checkpoint-activations".split()
-LARGE = "--arch momentum_lm_6_7b --gpus 16 --gpu a100-40gb --tokens 300B --context 256 --strategy fsdp --checkpoint-activations".split()
+LARGE = (
+    "--arch momentum_lm_6_7b --gpus 16 --gpu a100-40gb --tokens 300B --context 256 --strategy fsdp "
+    "--checkpoint-activations"
+).split()
 
 
 @pytest.mark.parametrize("argv", [SMALL, pytest.param(LARGE, marks=pytest.mark.nightly)])

@@ -150,7 +150,7 @@ BAD = {
     "malformed line": ("bad.jsonl", [], r"bad\.jsonl:2: not a JSON record"),
     "not UTF-8": ("latin1.txt", [], r"latin1\.txt: byte 2 is not UTF-8"),
     "vocabulary": ("corpus.jsonl", ["--vocab-size", "60000"], r"--vocab-size 60000 is too large for this text, .* at "
-    "most \d+"),
+    r"most \d+"),
     "small vocabulary": ("corpus.jsonl", ["--vocab-size", "50"], r"--vocab-size 50 is too small: .* need at least \d+"),
     "no tokenizer": ("corpus.jsonl", ["--sentencepiece", "corpus.jsonl"], r"corpus\.jsonl is not a SentencePiece "
     "model"),

@@ -65,9 +65,13 @@ def start(cli_command, nodes):
 
 def small(updates):
     """What makes the recipe a test: words that come last win."""
-    words = "--arch momentum_lm_tiny --decoder-layers 2 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2 "
-    words += "--tokens-per-sample 32 --batch-size 4 --update-freq 1 --warmup-updates 5 --total-num-update 1000 --lr 1e-2 --cpu "
-    words += "--distributed-backend gloo --num-workers 0 --disable-validation --log-interval 1 --log-format json --save-interval-updates 10"
+    words = "--arch momentum_lm_tiny --decoder-layers 2 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 "
+    words += "--decoder-attention-heads 2 "
+    words += (
+        "--tokens-per-sample 32 --batch-size 4 --update-freq 1 --warmup-updates 5 --total-num-update 1000 --lr 1e-2 "
+    )
+    words += "--cpu --distributed-backend gloo --num-workers 0 --disable-validation --log-interval 1 --log-format json "
+    words += "--save-interval-updates 10"
     return [*words.split(), "--max-update", updates]
 
 

@@ -19,7 +19,8 @@ README = ROOT / "README.md"
 EXAMPLES = sorted(ROOT.glob("examples/*/README.md"))
 FULL = os.environ.get("MOMENTUM_LM_README") == "full"
 TINY = "--decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2"
-TRAIN = f"{TINY} --cpu --max-update 2 --warmup-updates 1 --update-freq 1 --tokens-per-sample 64 --batch-size 2 --num-workers 0"
+TRAIN = f"{TINY} --cpu --max-update 2 --warmup-updates 1 --update-freq 1 --tokens-per-sample 64 --batch-size 2"
+TRAIN += " --num-workers 0"
 # How a command begins -> words that make it small enough for a test; the last of two flags wins.
 SMALLER = {
     "momentum-lm prepare": "--vocab-size 400 --valid 20 --test 20",
@@ -136,7 +137,8 @@ def workplace(documents, run_cli, tmp_path_factory):
     (folder / "data/bin").mkdir()
     for path in [path for path in (folder / "data").iterdir() if path.is_file()]:
         shutil.copy(path, folder / "data/bin")
-    task = "--task momentum_language_modeling --arch gpt_lm_tiny --max-target-positions 2048 --optimizer fused_adamw --lr 1e-3"
+    task = "--task momentum_language_modeling --arch gpt_lm_tiny --max-target-positions 2048 --lr 1e-3"
+    task += " --optimizer fused_adamw"
     command = f"fairseq-train data --save-dir runs/vanilla {task} --lr-scheduler inverse_sqrt {TRAIN}"
     trained = run_cli(shlex.split(command), cwd=folder)
     assert trained.returncode == 0, trained.stderr

@@ -159,7 +159,8 @@ criterion: {_name: cross_entropy}
 optimizer: {_name: adam, adam_betas: "(0.9, 0.98)"}
 lr_scheduler: {_name: fixed}
 optimization: {max_update: 3, lr: [0.01]}
-model: {_name: momentum_lm_tiny, decoder_layers: 2, decoder_embed_dim: 32, decoder_ffn_embed_dim: 64, decoder_attention_heads: 2,
+model: {_name: momentum_lm_tiny, decoder_layers: 2, decoder_embed_dim: 32, decoder_ffn_embed_dim: 64,
+        decoder_attention_heads: 2,
         momentum_eta: 0.3}
 """
 

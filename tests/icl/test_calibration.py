@@ -34,7 +34,9 @@ def test_batch():
 
 
 def test_batch_removes_a_constant_preference():
-    """A label that every query prefers by the same factor is worth nothing; without the factor the answers alternate."""
+    """A label that every query prefers by the same factor is worth nothing; without the factor the
+    answers alternate.
+    """
     odds = np.array([4.0, 1 / 4, 9.0, 1 / 9])
     plain = np.stack([log(odds), np.zeros(4)], axis=1)
     biased = plain + np.array([5.0, 0.0])

@@ -96,7 +96,9 @@ def test_order_of_queries_changes_nothing(lm, examples):
 
 
 def test_labels_share_rows(lm, examples):
-    """One row for the input covers every label of one token, and a longer label's row covers the labels that begin it."""
+    """One row for the input covers every label of one token, and a longer label's row covers the labels
+    that begin it.
+    """
     query = build(lm, FORM, [], examples[:1]).queries[0]
     rows = _rows(query)
     assert sorted(choice for _, numbers in rows for choice in numbers) == [0, 1, 2, 3]
@@ -109,7 +111,9 @@ def test_labels_share_rows(lm, examples):
 
 
 def test_rows_hold_each_target_where_it_is_predicted(lm, examples):
-    """Of whole prompts and after what they share, padded on either side, with first choices whole and in front or not."""
+    """Of whole prompts and after what they share, padded on either side, with first choices whole and in
+    front or not.
+    """
     queries = build(lm, FORM, examples[:2], examples).queries[:4]
     for shared, side, whole_first in itertools.product((0, 7), ("left", "right"), (False, True)):
         rows = Rows(queries, shared, side, whole_first)

@@ -1,4 +1,6 @@
-"""Momentum in other people's models: against the sum written out, with and without caches. Models are small and random."""
+"""Momentum in other people's models: against the sum written out, with and without caches. Models are
+small and random.
+"""
 
 import copy
 import dataclasses

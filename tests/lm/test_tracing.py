@@ -1,4 +1,6 @@
-"""Traces against attention computed again from the projections' weights, and against transformers' own eager attention."""
+"""Traces against attention computed again from the projections' weights, and against transformers' own
+eager attention.
+"""
 
 import math
 

@@ -11,7 +11,7 @@ from momentum_lm.model.mlp import ACTIVATIONS
 
 PACKAGE = Path(momentum_lm.__file__).parent
 LINES = """
-    kv_heads: int = option("key and value heads; 0: as many as heads", 0, "decoder_kv_heads", zero=lambda c: c.heads, least=1)
+    kv_heads: int = option("key and value heads; 0: all", 0, "decoder_kv_heads", zero=lambda c: c.heads, least=1)
     rotary_fraction: float = option("share of a head that turns", 1.0, "rotary_fraction", least=0, most=1)
     qk_norm: bool = option("normalise queries and keys", False, "qk_norm")
     bias: str = option("which linear layers have one", "all", "bias", choices=("all", "qkv", "none"))
@@ -35,7 +35,7 @@ assert (config.kv_heads, config.rotary_fraction, config.qk_norm, config.bias) ==
 assert from_fairseq(to_fairseq(config), 50) == config  # what checkpoints hold
 old = {name: value for name, value in to_fairseq(config).items() if name not in ("decoder_kv_heads", "qk_norm", "bias")}
 assert from_fairseq(old, 50) == dataclasses.replace(config, kv_heads=3, qk_norm=False, bias="all")  # written before
-assert training_words(config)[2:] == ["--decoder-kv-heads", "1", "--rotary-fraction", "0.5", "--qk-norm", "--bias", "qkv"]
+assert training_words(config)[2:] == "--decoder-kv-heads 1 --rotary-fraction 0.5 --qk-norm --bias qkv".split()
 assert {"decoder_kv_heads", "rotary_fraction", "qk_norm", "bias"} < table().keys()  # --model-overrides
 assert MOMENTUM.config(config, 50)["rotary_fraction"] == 0.5  # config.json
 machine = "--arch gpt_lm_tiny --gpu h100 --tokens 1B".split()

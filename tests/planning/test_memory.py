@@ -46,7 +46,7 @@ return_memory()
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 train(config, (1, batch), length, bf16, micro_batches)
-with open("/proc/self/status") as file:  # this program's own peak: ru_maxrss is at least that of the process that started it
+with open("/proc/self/status") as file:  # this program's own: ru_maxrss is at least its parent's
     peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 print(peak - before)
 """

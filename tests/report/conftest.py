@@ -98,9 +98,10 @@ def _analysed(
     controls lie lower.
     """
     rng = np.random.default_rng([seed, shots, len(dataset)])
-    noisy = lambda level, noise=0.02: (
-        (level * np.linspace(1.4, 0.6, depth) + rng.normal(0, noise, depth)).round(4).tolist()
-    )  # noqa: E731
+
+    def noisy(level, noise=0.02):
+        return (level * np.linspace(1.4, 0.6, depth) + rng.normal(0, noise, depth)).round(4).tolist()
+
     zero, icl, ft = (rng.random(examples) < share for share in (0.55, 0.75, 0.65))
     right = [tuple(map(bool, each)) for each in zip(zero, icl, ft, strict=True)]
     cells = [[[right.count((bool(z), bool(i), bool(f))) for f in (0, 1)] for i in (0, 1)] for z in (0, 1)]

@@ -133,7 +133,8 @@ def test_an_id_beyond_the_dictionary_is_named_with_its_file_and_document(wrong, 
     data[6] = wrong
     data.tofile(path)
     documents = Documents([good, IndexedDataset(bad.prefix)], 60)
-    named = rf"{path} holds the token id {wrong} in document 3 \(counted from 0\), but the dictionary has 60 entries: .* dict.txt"
+    named = rf"{path} holds the token id {wrong} in document 3 \(counted from 0\), but the dictionary has 60 entries: "
+    named += r".* dict.txt"
     with pytest.raises(UserError, match=named):
         documents[len(documents) - 1]
     start = good.num_tokens

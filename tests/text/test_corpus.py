@@ -1,4 +1,6 @@
-"""prepare(): the output is what it says, whatever the workers, the order of the documents, and how often it is killed."""
+"""prepare(): the output is what it says, whatever the workers, the order of the documents, and how often
+it is killed.
+"""
 
 import json
 import os

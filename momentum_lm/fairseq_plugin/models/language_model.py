@@ -118,7 +118,9 @@ class DoesNotFit(UserError, RuntimeError):
 
 
 class MomentumLanguageModel(FairseqLanguageModel):
-    """GPT with or without momentum attention; one subclass per architecture, so that each has complete hydra defaults."""
+    """GPT with or without momentum attention; one subclass per architecture, so that each has complete
+    hydra defaults.
+    """
 
     @classmethod
     def build_model(cls, cfg: DictConfig, task: Any) -> "MomentumLanguageModel":

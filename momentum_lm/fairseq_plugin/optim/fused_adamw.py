@@ -93,7 +93,9 @@ class FusedAdamW(FairseqOptimizer):
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """What overrides a checkpoint's settings, as in fairseq's Adam; weight decay belongs to the parameter groups."""
+        """What overrides a checkpoint's settings, as in fairseq's Adam; weight decay belongs to the
+        parameter groups.
+        """
         betas = self.cfg.adam_betas
         try:
             betas = tuple(float(b) for b in (ast.literal_eval(betas) if isinstance(betas, str) else betas))

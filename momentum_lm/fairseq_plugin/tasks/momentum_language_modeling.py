@@ -260,7 +260,9 @@ def _device(sample: dict[str, Any]) -> str:
 
 
 def _check_room(generator: Any, prompt: int, length: int) -> None:
-    """Whether a generator of fairseq goes on after a prompt of so many tokens, where its limits come from ``length``."""
+    """Whether a generator of fairseq goes on after a prompt of so many tokens, where its limits come
+    from ``length``.
+    """
     limit = int(generator.max_len_a * length + generator.max_len_b)
     if prompt >= min(limit, generator.max_len - 1):
         remedy = (

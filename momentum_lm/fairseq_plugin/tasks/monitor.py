@@ -116,7 +116,9 @@ class TrainingMonitor:
         return values
 
     def _writer(self) -> Any:
-        """The TensorBoard log, opened when first needed: validation of a checkpoint builds a model too, and needs none."""
+        """The TensorBoard log, opened when first needed: validation of a checkpoint builds a model too,
+        and needs none.
+        """
         if self.log is None and self.logdir and distributed_utils.get_global_rank() == 0:
             from momentum_lm.report.tensorboard import TrainingLog
 

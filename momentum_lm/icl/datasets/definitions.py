@@ -21,8 +21,8 @@ from momentum_lm.untrusted import Plain, brief, load_yaml, shown
 FOLDER = Path(__file__).parent
 SPLITS = ("train", "evaluation")
 STANDARD = ("paper", "code")  # templates that can be asked of any set
-KEYS = """name description task licence hub files splits label labels choices num_choices lowercase_choices blank fields templates
-    domain_premise""".split()
+KEYS = """name description task licence hub files splits label labels choices num_choices lowercase_choices blank
+fields templates domain_premise""".split()
 
 
 def available() -> list[str]:

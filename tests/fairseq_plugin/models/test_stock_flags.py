@@ -1,4 +1,6 @@
-"""A command line for stock ``--arch transformer_lm_gpt`` works with ``--arch gpt_lm_*`` in its place, or says why not."""
+"""A command line for stock ``--arch transformer_lm_gpt`` works with ``--arch gpt_lm_*`` in its place, or
+says why not.
+"""
 
 import dataclasses
 

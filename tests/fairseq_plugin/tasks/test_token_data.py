@@ -1,4 +1,6 @@
-"""What our task reads is what stock fairseq's reads, token by token; runs go on at the exact sample; damage is named."""
+"""What our task reads is what stock fairseq's reads, token by token; runs go on at the exact sample;
+damage is named.
+"""
 
 import copy
 import gc
@@ -190,7 +192,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 import momentum_lm
 momentum_lm.register()
 words = [sys.argv[1], "--task", "momentum_language_modeling", "--arch", "gpt_lm_tiny", "--tokens-per-sample", "1024"]
-task = tasks.setup_task(convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words)).task)
+args = options.parse_args_and_arch(options.get_training_parser(), words)
+task = tasks.setup_task(convert_namespace_to_omegaconf(args).task)
 task.load_dataset("train")
 batches = task.get_batch_iterator(task.dataset("train"), max_sentences=64, num_workers=1).next_epoch_itr()
 next(batches)
@@ -200,7 +203,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_end_when_the_training_is_killed(tmp_path, corpus):
-    """They see it after 5 s at most, and must not wait to hand over what nobody takes any more: more than a pipe holds."""
+    """They see it after 5 s at most, and must not wait to hand over what nobody takes any more: more
+    than a pipe holds.
+    """
     shutil.copy(corpus / "a" / "dict.txt", tmp_path)
     with IndexedDatasetWriter(tmp_path / "train", VOCAB) as writer:
         writer.add(np.arange(64 * 1024 * 6) % 60 + 4)
@@ -240,7 +245,9 @@ def train_tokens(folder, names):
 
 @pytest.mark.parametrize("processes, rows, seed", [(1, 4, 1), (2, 3, 2), (3, 8, 3), (5, 1, 4), (7, 16, 5)])
 def test_every_token_of_every_document_once_an_epoch(processes, rows, seed, corpus):
-    """In epochs 1 to 3, by putting the targets of all processes back in their places; and each epoch in another order."""
+    """In epochs 1 to 3, by putting the targets of all processes back in their places; and each epoch in
+    another order.
+    """
     expected, orders = train_tokens(corpus / "a", ["train", "train1"]), []
     task, cfg = build("momentum_language_modeling", corpus / "a", "--batch-size", str(rows), "--seed", str(seed))
     for epoch in (1, 2, 3):

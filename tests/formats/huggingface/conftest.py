@@ -18,7 +18,9 @@ TEXTS = [
     "<s> text </s>", "</s>", "<pad><unk>", "<|endoftext|> on", "▁▁ a▁b", "<0x0A> <0xE2>", "\u00a0\u2028\ufeff",
     "nothing\x00else",
 ]  # fmt: skip
-WORDS = "the a film plot actor is was good bad dull and or not very Hello world we'll two spaces text 1234 < > s / caf".split()
+WORDS = (
+    "the a film plot actor is was good bad dull and or not very Hello world we'll two spaces text 1234 < > s / caf"
+).split()
 
 
 def sentences(count=600, seed=0):

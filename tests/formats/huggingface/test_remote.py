@@ -401,9 +401,11 @@ assert type(base).__name__ == "MomentumLMModel" and torch.equal(model.lm_head(hi
 load = transformers.AutoModelForCausalLM.from_pretrained
 short = load({str(tmp_path / "exported")!r}, trust_remote_code=True, num_hidden_layers=1)
 assert len(short.model.layers) == short.config.num_hidden_layers == 1
-torch.save([model(tokens).logits.detach(), model.generate(tokens, max_new_tokens=8, do_sample=False)], {str(tmp_path / "found.pt")!r})
+generated = model.generate(tokens, max_new_tokens=8, do_sample=False)
+torch.save([model(tokens).logits.detach(), generated], {str(tmp_path / "found.pt")!r})
 model.save_pretrained({str(tmp_path / "again")!r})
-half = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True, dtype=torch.bfloat16)
+settings = dict(trust_remote_code=True, dtype=torch.bfloat16)
+half = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, **settings)
 assert half.dtype == torch.bfloat16 and half.model.layers[0].self_attn.momentum.gate.dtype == torch.float32
 assert half(tokens).logits.isfinite().all()
 """

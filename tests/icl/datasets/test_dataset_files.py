@@ -88,7 +88,8 @@ ROWS = {
     "dbpedia": (
         {"label": 4, "title": "X", "content": " X was a senator."},
         {"code": "Input:  X was a senator. Type:"},
-        " company| school| artist| athlete| politics| transportation| building| nature| village| animal| plant| album| film| book",
+        " company| school| artist| athlete| politics| transportation| building| nature| village| animal| plant"
+        "| album| film| book",
         4,
     ),
     "arce": (ARC, {"code": "Which is a liquid?"}, " ice| water| steam| sand", 1),

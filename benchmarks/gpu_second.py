@@ -126,7 +126,7 @@ def memory(job: Job) -> None:
     from momentum_lm.planning.memory import step_memory
 
     args = settings(job, compile=False)
-    layers, dim, heads = SIZES[args.shape]
+    layers, dim, heads, _ = SIZES[args.shape]
     for kind, variant in {"none": train_step.OURS, "ema": train_step.MOMENTUM}.items():
         if job.smoke and kind == "none":
             continue

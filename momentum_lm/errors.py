@@ -66,7 +66,8 @@ def flags(**own: str) -> Names:
 
 def as_word(value: Any) -> str:
     """A value as somebody types it on a command line: lists with commas between, and quotes where it has a space."""
-    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    text = ",".join(str(one).removesuffix(".0") if isinstance(one, float) else str(one) for one in values)
     return _short(text if text and not any(c.isspace() for c in text) else f'"{text}"', value)
 
 

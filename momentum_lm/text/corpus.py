@@ -392,7 +392,8 @@ def _tell_of_whole_files(
     )
     if len(sources) > 1 or not splits:
         several = f"{len(whole)} text files are {len(whole)} documents"
-        say(f"note: {several if len(whole) > 1 else f'{whole[0].name} is one document'}; {how}")
+        what = several if len(whole) > 1 else f"{whole[0].name} is one document"
+        say(UserError(f"note: {what}; ", *how).line())
         return
     for _ in whole[0].documents():  # what is wrong with it is told first
         pass

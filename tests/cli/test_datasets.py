@@ -74,7 +74,7 @@ def test_partial_evaluation_shows_what_is_scored(folder, capsys):
         (["sst-2"], "error: there is no data set 'sst-2'; did you mean sst2?"),
         (["mr", "--template", "papr"], "mr.yaml: no template 'papr'; there are: paper, code"),
         (["mr", "--shots", "-1"], "error: --shots -1: must not be negative"),
-        (["mr", "--shots", "7"], "error: 7 shots (--shots): the training split has no more than 6 examples"),
+        (["mr", "--shots", "7"], "error: --shots 7: the training split has no more than 6 examples"),
         (["winogrande", "--seed", "-1"], "error: --seed -1: must not be negative"),
     ],
 )

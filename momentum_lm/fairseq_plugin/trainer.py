@@ -284,6 +284,7 @@ class Trainer(FairseqTrainer):
         if isinstance(self.task, LanguageModelingTask):
             symbols, whose = self.task.source_dictionary.symbols, f"the dictionary of {self.task.args.data}"
             check_symbols(symbols, about.get("dictionary"), whose, filename)
+        _check_momentum(self.cfg.model, about.get("momentum", {}), filename)
         extra_state = super().load_checkpoint(filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
         if extra_state is None:
             return None
@@ -449,9 +450,24 @@ def _updates_of(state: dict[str, Any]) -> int | None:
         return None
 
 
+def _check_momentum(model: Any, saved: Mapping[str, Any], filename: str) -> None:
+    """Momentum of a fixed decay has no tensors, so that a checkpoint with it fits a model without, or of another decay.
+
+    Raises UserError where ``saved``, options of the checkpoint, say another momentum than the model's.
+    """
+    for name, value in saved.items():
+        here = getattr(model, name, "none" if name == "momentum_kind" else value)
+        if str(getattr(here, "value", here)) != str(value):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{filename} was trained with {flag} {value}, and this command's model has {here}: give {flag} {value}, "
+                "or begin with weights of a model like this one"
+            )
+
+
 def _about(path: str) -> dict[str, Any]:
-    """What a checkpoint says of its dictionary, and of the options that its batches were made with: ours say it better
-    themselves.
+    """What a checkpoint says of its dictionary, its momentum, and of the options that its batches were made with: ours
+    say it better themselves.
     """
     state = load_checkpoint(path, mmap=True)
     task_state, found = state.get("task_state"), {}
@@ -459,6 +475,7 @@ def _about(path: str) -> dict[str, Any]:
         found["dictionary"] = task_state.get(DIGEST)
     try:
         cfg = state["cfg"]
+        found["momentum"] = _fixed_momentum(cfg["model"])
         data, size = cfg["dataset"], int(cfg["task"]["tokens_per_sample"])
         rows, tokens = (None if data[name] is None else int(data[name]) for name in ("batch_size", "max_tokens"))
         multiple, processes = (
@@ -478,6 +495,15 @@ def _about(path: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError):
         pass  # an older form
     return found
+
+
+def _fixed_momentum(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model's momentum, if no tensor of the model tells of it."""
+    kind = options.get("momentum_kind", "none")
+    kind = getattr(kind, "value", kind)
+    if kind != "ema" or options.get("momentum_learned"):
+        return {}
+    return {"momentum_kind": kind, "momentum_eta": options["momentum_eta"]}
 
 
 def _early_stop() -> Any:

@@ -207,6 +207,17 @@ def test_an_epoch_of_other_samples_is_refused_unless_begun_anew(first, then, sai
     assert updates(tmp_path / "checkpoint_last.pt") == 4
 
 
+def test_fixed_momentum_is_not_lost_or_changed_where_a_checkpoint_is_restored(train_here, tmp_path):
+    """It has no tensors, so that the weights fit a model without it."""
+    train_here(tmp_path / "a", "--arch", "momentum_lm_tiny", "--momentum-eta", "0.3", updates=1)
+    words = ["--restore-file", tmp_path / "a/checkpoint_last.pt", "--reset-optimizer"]
+    with pytest.raises(UserError, match="was trained with --momentum-kind ema, and this command's model has none"):
+        train_here(tmp_path / "b", "--arch", "gpt_lm_tiny", *words)
+    with pytest.raises(UserError, match=r"was trained with --momentum-eta 0\.3, and this command's model has 0\.5"):
+        train_here(tmp_path / "c", "--arch", "momentum_lm_tiny", "--momentum-eta", "0.5", *words)
+    train_here(tmp_path / "d", "--arch", "momentum_lm_tiny", "--momentum-eta", "0.3", *words, updates=1)
+
+
 def test_a_restore_file_that_is_not_there(train_here, log, tmp_path):
     with pytest.raises(CheckpointError, match=r"--restore-file .*typo/checkpoint_last\.pt does not exist"):
         train_here(tmp_path, *OURS, "--restore-file", tmp_path / "typo/checkpoint_last.pt")

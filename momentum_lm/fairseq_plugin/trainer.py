@@ -460,8 +460,8 @@ def _check_momentum(model: Any, saved: Mapping[str, Any], filename: str) -> None
         if str(getattr(here, "value", here)) != str(value):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{filename} was trained with {flag} {value}, and this command's model has {here}: give {flag} {value}, "
-                "or begin with weights of a model like this one"
+                f"{filename} was trained with {flag} {value}, and this command's model has {here}: give {flag} "
+                f"{value}, or begin with weights of a model like this one"
             )
 
 

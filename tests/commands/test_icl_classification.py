@@ -119,7 +119,7 @@ def checkpoint(request, train, run_cli, tmp_path_factory):
     """Of our own and of fairseq's architecture, trained for a moment with the stock task."""
     folder = tmp_path_factory.mktemp(request.param)
     stock = ["--task", "language_modeling", "--criterion", "cross_entropy", *ARCHITECTURES[request.param]]
-    words = train(folder, "--max-update", "60", "--lr", "0.02")
+    words = train(folder, "--max-update", "150", "--lr", "0.02")
     start = words.index("--task")
     done = run_cli([*words[:2], *stock, *words[words.index("--optimizer") :]])
     assert start == 2 and done.returncode == 0, done.stderr[-3000:]

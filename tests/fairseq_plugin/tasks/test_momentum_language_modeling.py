@@ -104,6 +104,7 @@ def test_ignored_gradients_are_zero_and_so_is_the_loss(build):
     assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("emulated", [False, True])
 def test_auto_means_bf16_only_where_the_gpu_computes_it(emulated, build, monkeypatch):
     """What this machine lacks is a GPU, so its answer is given here; before Ampere it is True for emulation alone."""

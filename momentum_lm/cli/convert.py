@@ -117,8 +117,11 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
             f"note: entries of dict.txt that are not in its vocabulary and are never predicted: "
             f"{len(found.decoder.absent_tokens)}"
         )
-    print(f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
-          f"--finetune-from-model {args.output}/model.pt {shlex.join(training_words(found.decoder))}")  # fmt: skip
+    words = [*training_words(found.decoder), "--tokens-per-sample", str(found.decoder.max_positions)]
+    print(
+        f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
+        f"--finetune-from-model {args.output}/model.pt {shlex.join(words)}"
+    )
 
 
 def _to_huggingface(args: argparse.Namespace, output: Path) -> None:

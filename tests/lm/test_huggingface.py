@@ -201,9 +201,9 @@ def test_load_a_folder(tokenizer, tmp_path):
 def test_what_does_not_load_is_said_in_a_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     for name, gguf_file, reason in (
-        (str(tmp_path / "missing"), None, r"--hf-model .*missing does not load: \S"),
-        (str(tmp_path), None, r"--hf-model .* does not load: \S"),
-        (str(tmp_path), "model.gguf", r"--hf-gguf-file model.gguf: .* holds no such file"),
+        (str(tmp_path / "missing"), None, r"name=.*missing. does not load: \S"),
+        (str(tmp_path), None, r"name=.* does not load: \S"),
+        (str(tmp_path), "model.gguf", r"gguf_file=.model.gguf.: .* holds no such file"),
     ):
         with pytest.raises(UserError, match=reason) as caught:
             load_huggingface(name, gguf_file)

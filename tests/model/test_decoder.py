@@ -249,6 +249,7 @@ def test_bf16_autocast_trains_close_to_fp32():
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
 
 
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile does
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++")))
     or not Path(sysconfig.get_path("include"), "Python.h").exists(),

@@ -97,7 +97,7 @@ def test_architectures_by_name():
     assert architecture("gpt_lm_6_7b") == {**SIZES["6_7b"]._asdict(), "momentum_kind": "none"}
     assert architecture("momentum_lm_1_3b") == {**SIZES["1_3b"]._asdict(), "momentum_kind": "ema"}
     for name in ("momentum_lm", "momentum_lm_", "momentum_lm_1b", "125m", ""):
-        with pytest.raises(UserError, match=f"--arch {name}: choose one of gpt_lm_tiny, .*, momentum_lm_13b"):
+        with pytest.raises(UserError, match=f"arch=.{name}.: choose one of gpt_lm_tiny, .*, momentum_lm_13b"):
             architecture(name)
 
 

@@ -235,6 +235,7 @@ def test_once_differentiable():
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile does
 @pytest.mark.parametrize("learned", [False, True])
 def test_compiles_without_graph_breaks(learned):
     def block(x, log_decay, state, ids):
@@ -251,6 +252,7 @@ def test_compiles_without_graph_breaks(learned):
         torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile does
 @pytest.mark.parametrize(
     "options", [{}, {"momentum_learned": True}, {"momentum_normalize": True, "momentum_gate": "zero"}]
 )

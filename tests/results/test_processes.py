@@ -70,7 +70,7 @@ def test_a_process_that_hangs_is_named_within_the_time_and_one_that_works_is_not
             assert time.monotonic() - began < 1.2
 
     said = together(work, timeout=0.3)
-    remedy = "look at its output, or give it more time with --process-timeout"
+    remedy = "look at its output, or give it more time with timeout"
     line = f"process 1 of 3 has not come within 0.3 s, or hangs; {remedy}"
     assert said == [line, None, line]
     assert "process 0 waits for process" in capsys.readouterr().err

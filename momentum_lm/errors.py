@@ -51,7 +51,10 @@ def arg(name: str | None = None, /, **given: Any) -> Argument:
 
 def in_python(argument: Argument) -> str:
     """``dim=190``, or ``dim`` where there is no value."""
-    return f"{argument.name}={_short(repr(argument.value), argument.value)}" if argument.has_value else argument.name
+    if not argument.has_value:
+        return argument.name
+    value = os.fspath(argument.value) if isinstance(argument.value, os.PathLike) else argument.value
+    return f"{argument.name}={_short(repr(value), value)}"
 
 
 def flags(**own: str) -> Names:

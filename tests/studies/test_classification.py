@@ -248,7 +248,7 @@ def test_damaged_scores_are_computed_again(lm, films, tmp_path, calls, keep):
 
 def test_a_folder_that_cannot_be_written_is_refused_before_scoring(lm, films, tmp_path, calls):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"folder=.*file/out cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"folder=.*file/out. cannot be written: Not a directory"):
         run(lm, [films], SETTINGS, tmp_path / "file" / "out")
     assert not calls
 

@@ -198,7 +198,7 @@ def test_a_split_that_prepare_did_not_make_has_no_bits_per_byte(lm, data, tmp_pa
 def test_a_results_folder_that_cannot_be_written_is_refused_before_scoring(lm, data, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(lm, "token_losses", None)  # would fail if it were called
-    with pytest.raises(UserError, match=r"folder=.*file/out cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"folder=.*file/out. cannot be written: Not a directory"):
         evaluate(lm, data, tmp_path / "file" / "out")
 
 
@@ -252,7 +252,7 @@ def test_nothing_is_ever_scored_wrongly(lm, data, tmp_path, spoil, message):
 
 
 def test_bad_arguments(lm, data, tmp_path):
-    with pytest.raises(UserError, match=r"--context-lengths 65: .*from 1 to 64"):
+    with pytest.raises(UserError, match=r"context_lengths=65: .*from 1 to 64"):
         evaluate(lm, data, tmp_path / "out", (4, 65))
     with pytest.raises(UserError, match=r"no split 'test' \(there: valid\)"):
         evaluate(lm, data, tmp_path / "out", splits=("valid", "test"))

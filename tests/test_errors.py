@@ -91,7 +91,7 @@ RENDERED = {
                "--decoder-layers 0: must be", "--model_args layers=0: must be"),
     "decay": (lambda p: DecoderConfig(**SHAPE, momentum_kind="ema", momentum_eta=1.0), "momentum_eta=1.0: must be "
     "strictly",
-              "--momentum-eta 1.0: must be", "--model_args momentum_eta=1.0: must be"),
+              "--momentum-eta 1: must be", "--model_args momentum_eta=1: must be"),
     "kind": (lambda p: DecoderConfig(**SHAPE, position="alibi"), "position='alibi': must be one of sinusoidal",
              "--position alibi: must be", "--model_args position=alibi: must be"),
     "gate": (lambda p: DecoderConfig(**SHAPE, momentum_gate="zero"), "momentum_gate='zero' needs momentum_kind ema",
@@ -106,7 +106,7 @@ RENDERED = {
                   "--model_args model_overrides: no option"),
     "tokenizer": (load_tokenizer, "or name their folder with tokenizer", "with --tokenizer", "with --model_args "
     "tokenizer"),
-    "results": (lambda p: check_writable("/proc/nowhere", "folder"), "folder=PosixPath('/proc/nowhere') cannot be "
+    "results": (lambda p: check_writable("/proc/nowhere", "folder"), "folder='/proc/nowhere' cannot be "
     "written",
                 "--results-dir /proc/nowhere cannot", "--model_args folder=/proc/nowhere cannot"),
 }  # fmt: skip

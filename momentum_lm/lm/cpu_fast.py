@@ -131,6 +131,7 @@ class SharedPrefix:
         return TokenRows([self.ids] * count, self)
 
     def select(self, index: Tensor) -> None:
+        """Raises NotImplementedError: index (B,) would have one row to choose from."""
         raise NotImplementedError("there is one row")
 
 

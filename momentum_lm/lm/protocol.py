@@ -25,7 +25,7 @@ class State(Protocol):
         ...
 
     def select(self, index: Tensor) -> None:
-        """Replaces row b by row ``index[b]``, in place. The number of rows may change."""
+        """Replaces row b by row ``index[b]``, in place; index (B,). The number of rows may change."""
         ...
 
 

@@ -31,9 +31,11 @@ class TokenRows:
     read_again = length  # tokens that the model reads again with each row, and that its traces then hold
 
     def rows(self, count: int) -> TokenRows:
+        """``count`` rows that go on from the first."""
         return TokenRows(self.tokens * count, self.shared)
 
     def select(self, index: Tensor) -> None:
+        """Row b becomes row ``index[b]``; index (B,)."""
         self.tokens = [self.tokens[row] for row in index.tolist()]
 
 
@@ -54,9 +56,11 @@ class KeyValueRows:
         return self.seen.shape[1]
 
     def rows(self, count: int) -> KeyValueRows:
+        """Raises NotImplementedError: rows begin with a :class:`SharedPrefix`."""
         raise NotImplementedError("rows go on from the state of one row")
 
     def select(self, index: Tensor) -> None:
+        """Row b becomes row ``index[b]``; index (B,)."""
         self.cache.batch_select_indices(index)
         self.seen = self.seen[index]
 

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from momentum_lm.errors import UserError, arg
+from momentum_lm.errors import Argument, UserError, arg
 from momentum_lm.text.dictionary import BOS, EOS
 
 if TYPE_CHECKING:
@@ -178,9 +178,9 @@ def integers(text: str, flag: str, least: int = 0, example: str = "0,4,16") -> l
 
 
 def check_seed(seed: int) -> int:
-    """``--seed``. Raises UserError for one that NumPy does not take."""
+    """The seed. Raises UserError for one that NumPy does not take."""
     if seed < 0:
-        raise UserError(f"--seed {seed}: must not be negative")
+        raise UserError(Argument("seed", seed), ": must not be negative")
     return seed
 
 

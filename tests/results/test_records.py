@@ -92,7 +92,7 @@ def test_what_the_reports_would_stumble_over_is_named(tmp_path, change, problem)
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"folder=.*file/out. cannot be written: Not a directory; choose another folder"):
+    with pytest.raises(UserError, match=r"folder=.*file/out. cannot be written: Not a directory; choose another"):
         open_results(tmp_path / "file" / "out")
     open_results(tmp_path / "new" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

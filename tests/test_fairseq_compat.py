@@ -442,7 +442,7 @@ ODD = {
     "parts of a list": ({"fsdp_metadata": [1]}, "its fsdp_metadata is of type list"),
     "only its weights": (None, "it has no optimizer_history, so it is not a checkpoint of fairseq's trainer"),
     "ours with 10**9 layers": ({"cfg": {"model": {"position": "rotary", "decoder_layers": 10**9}}},
-    "--decoder-layers 1000000000: must be at most"),
+    "decoder_layers=1000000000: must be at most"),
     "ours with other layers": ({"cfg": {"model": {"position": "rotary", "decoder_layers": 9000}}},
     "0 layers in the checkpoint, 9000 by"),
     "ours with another width": ({"cfg": {"model": {"position": "rotary", "decoder_embed_dim": 1 << 20}}, "model": {

@@ -234,7 +234,7 @@ def test_other_settings_are_refused_unless_forced(jsonl, tmp_path, documents):
         UserError, match=r"was prepared with other settings: seed 1 \(now 2\); use another output, or force=True"
     ):
         prepare(config(output, jsonl, seed=2), workers=1)
-    with pytest.raises(UserError, match="no document to train on; check --column"):
+    with pytest.raises(UserError, match="no document to train on; check column"):
         prepare(config(output, jsonl, max_documents=1), workers=1, force=True)
     assert content(output) == before
     result = prepare(config(output, jsonl, test="0", seed=2), workers=1, force=True)

@@ -10,7 +10,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II, DictConfig, OmegaConf
 from torch import Tensor
 
-from momentum_lm.errors import UserError, flags
+from momentum_lm.errors import UserError, flags, named
 from momentum_lm.fairseq_plugin.training import building_place
 from momentum_lm.formats import decoder_options
 from momentum_lm.formats.state_dict import drop_extras, extras
@@ -149,7 +149,8 @@ class MomentumLanguageModel(FairseqLanguageModel):
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, **kwargs: Any) -> Any:
         """As fairseq's. Raises DoesNotFit, one line, for tensors that are not this model's by name or shape."""
         try:
-            return super().load_state_dict(state_dict, strict, **kwargs)
+            with named(decoder_options.model_flags):
+                return super().load_state_dict(state_dict, strict, **kwargs)
         except RuntimeError as error:
             first, *others = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
             more = f" (and {len(others)} more)" if others else ""

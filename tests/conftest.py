@@ -35,6 +35,17 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+ENVIRONMENT = dict(os.environ)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """What the code under test leaves in the environment would reach later tests' commands, which then are not forked."""
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)
+    return (yield)
+
+
 def clean_environment(**variables):
     """This process's environment without what would change Python's or the hook's behaviour, plus ``variables``."""
     kept = {

@@ -16,7 +16,8 @@ import sys
 
 # Variables that nothing reads while it is imported, and beginnings of names of such variables.
 HARMLESS = set(
-    "PATH COLUMNS PWD OLDPWD TMPDIR HOME SHLVL _ CUDA_VISIBLE_DEVICES GPUS RESTARTS NODES HEAD RECIPE".split()
+    "PATH COLUMNS PWD OLDPWD TMPDIR HOME SHLVL _ CUDA_VISIBLE_DEVICES GPUS RESTARTS NODES HEAD RECIPE "
+    "LRU_CACHE_CAPACITY ONEDNN_PRIMITIVE_CACHE_CAPACITY".split()
 )
 HARMLESS |= {f"{kind}{name}" for kind in ("", "LOCAL_", "ROLE_", "GROUP_") for name in ("RANK", "WORLD_SIZE", "NAME")}
 PREFIXES = ("PYTEST_", "PIP_", "TORCHELASTIC_", "MASTER_", "TORCH_DISABLE_SHARE_RDZV", "TORCH_NCCL_ASYNC")

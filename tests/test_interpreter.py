@@ -1,5 +1,6 @@
 """Commands forked from a warm interpreter do what fresh processes do."""
 
+import os
 import re
 import signal
 import subprocess
@@ -127,3 +128,16 @@ def test_shells_find_the_forking_programs(tmp_path, cli_command, script):
 def test_variables_that_matter_at_import_need_a_fresh_process(run_cli):
     assert not run_cli(["momentum-lm", "--version"], env={"HF_HOME": "/nowhere"}).forked
     assert not run_cli(["python", "-c", "pass"]).forked
+
+
+def test_what_a_test_leaves_in_the_environment_is_gone():
+    os.environ["MOMENTUM_LM_LEFT"] = "1"  # as code under test does
+
+
+def test_commands_are_forked_after_it(run_cli):
+    assert "MOMENTUM_LM_LEFT" not in os.environ and run_cli(["momentum-lm", "--version"]).forked
+
+
+def test_commands_are_forked_after_a_model_was_loaded_here(make_lm, run_cli):
+    make_lm()
+    assert run_cli(["momentum-lm", "--version"]).forked

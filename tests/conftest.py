@@ -40,7 +40,7 @@ ENVIRONMENT = dict(os.environ)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol():
-    """What the code under test leaves in the environment would reach later tests' commands, which then are not forked."""
+    """What the code under test leaves in the environment would reach later commands, which then are not forked."""
     os.environ.clear()
     os.environ.update(ENVIRONMENT)
     return (yield)

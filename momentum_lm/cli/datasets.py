@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from momentum_lm.errors import UserError, main_guard
-from momentum_lm.studies.flags import check_seed
 
-from .options import Parser
+from .options import Parser, check_seed
 
 SEPARATOR = "\n\n"  # of Hugging Face models; fairseq's have </s> instead
 

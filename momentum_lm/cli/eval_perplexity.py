@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from momentum_lm.errors import UserError
-from momentum_lm.studies.flags import check_seed, integers
+from momentum_lm.studies.flags import integers
 
-from .options import add_model_arguments, add_output_arguments, load_native_model
+from .options import add_model_arguments, add_output_arguments, check_seed, load_native_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

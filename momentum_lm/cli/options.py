@@ -151,3 +151,10 @@ def device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def check_seed(seed: int) -> int:
+    """``--seed``. Raises UserError for one that NumPy does not take."""
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must not be negative")
+    return seed

@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from momentum_lm.errors import UserError, main_guard
-from momentum_lm.studies.flags import check_seed
 from momentum_lm.studies.registry import STUDIES
 
-from .options import Parser
+from .options import Parser, check_seed
 
 _EPILOG = """examples:
   momentum-lm report results/vanilla results/momentum --output compare.html

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from momentum_lm.errors import Argument, UserError, arg
+from momentum_lm.errors import UserError, arg
 from momentum_lm.text.dictionary import BOS, EOS
 
 if TYPE_CHECKING:
@@ -175,13 +175,6 @@ def integers(text: str, flag: str, least: int = 0, example: str = "0,4,16") -> l
         what = f"whole numbers from {least} {upward} with commas between"
         raise UserError(f"{flag} {text}: give {what}, such as {example}")
     return values
-
-
-def check_seed(seed: int) -> int:
-    """The seed. Raises UserError for one that NumPy does not take."""
-    if seed < 0:
-        raise UserError(Argument("seed", seed), ": must not be negative")
-    return seed
 
 
 def choices(text: str, flag: str, known: Sequence[str]) -> list[str]:

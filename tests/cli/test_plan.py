@@ -116,7 +116,7 @@ def test_nothing_fits(capsys):
         (["--batch-tokens", "1e6"], "--batch-tokens 1e6: give a number"),
         (["--context", "0"], "--context 0: must be at least 1"),
         (["--vocab-size", "3"], "--vocab-size 3: "),
-        (["--mfu", "45"], "--mfu 45.0: must lie between 0 and 1, such as 0.45"),
+        (["--mfu", "45"], "--mfu 45: must lie between 0 and 1, such as 0.45"),
         (["--position", "alibi"], "--position alibi: must be one of sinusoidal, learned, rotary"),
         (["--momentum-kind", "none", "--momentum-learned"], "--momentum-learned needs --momentum-kind ema, not none"),
         (["--strategy", "single"], "argument --strategy: invalid choice: 'single'"),

@@ -433,7 +433,7 @@ def test_an_evaluation_with_momentum_is_another_evaluation(command, tmp_path, ca
     [
         (
             ["--hf-model", "nowhere", "--hf-momentum-eta", "1"],
-            "--hf-momentum-eta 1.0: the decay must lie strictly between 0 and 1",
+            "--hf-momentum-eta 1: the decay must lie strictly between 0 and 1",
         ),
         (
             ["--hf-model", "nowhere", "--hf-momentum-eta", "nan"],

@@ -40,7 +40,7 @@ assert {"decoder_kv_heads", "rotary_fraction", "qk_norm", "bias"} < table().keys
 assert MOMENTUM.config(config, 50)["rotary_fraction"] == 0.5  # config.json
 machine = "--arch gpt_lm_tiny --gpu h100 --tokens 1B".split()
 assert plan._job(plan.parser().parse_args([*machine, *flags])).config.kv_heads == 1
-for wrong in ("--bias no", "--rotary-fraction 2.0", "--decoder-kv-heads 1.5"):
+for wrong in ("--bias no", "--rotary-fraction 1.5", "--decoder-kv-heads 1.5"):
     try:
         plan._job(plan.parser().parse_args([*machine, *wrong.split()]))
     except UserError as error:

@@ -22,7 +22,7 @@ from momentum_lm.cli.options import Parser
 from momentum_lm.errors import main_guard
 from momentum_lm.ops import ema
 from momentum_lm.report.figures import MARKERS, Panel, draw, line_style, save_png
-from momentum_lm.studies.flags import check_seed
+from momentum_lm.cli.options import check_seed
 
 EXACT = 1e-10
 D, HEAD, DEMOS, CONTEXT = 8, 6, 24, 5  # width of a token, of a head; demonstrations, tokens of the query

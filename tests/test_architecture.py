@@ -3,6 +3,7 @@ transformers.
 """
 
 import ast
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_fairseq_is_imported_in_one_room(room):
         if path.relative_to(PACKAGE).parts[0].removesuffix(".py") == room:
             names = {name.partition(".")[0] for name in imported(path)}
             assert not names & {"fairseq", "fairseq_cli"}, path
+
+
+@pytest.mark.parametrize("folder", ["examples", "scripts", "benchmarks"])
+def test_programs_beside_the_package_import_names_that_exist(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "momentum_lm":
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    found = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}")
+                    assert found, f"{path.relative_to(ROOT)}:{node.lineno}: {node.module} has no {name}"
 
 
 def test_the_core_imports_without_fairseq_and_transformers():

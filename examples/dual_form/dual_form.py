@@ -18,11 +18,10 @@ from torch import Tensor
 
 from momentum_lm.analysis import dual_form as df
 from momentum_lm.analysis.statistics import t_interval
-from momentum_lm.cli.options import Parser
+from momentum_lm.cli.options import Parser, check_seed
 from momentum_lm.errors import main_guard
 from momentum_lm.ops import ema
 from momentum_lm.report.figures import MARKERS, Panel, draw, line_style, save_png
-from momentum_lm.cli.options import check_seed
 
 EXACT = 1e-10
 D, HEAD, DEMOS, CONTEXT = 8, 6, 24, 5  # width of a token, of a head; demonstrations, tokens of the query

@@ -543,7 +543,7 @@ def _plugins(module: ModuleType) -> None:
 
 
 def _harness(module: ModuleType) -> None:
-    """lm-evaluation-harness looks for no plugins. Ours is added to its models by name; it is imported when it is asked
+    """lm-evaluation-harness looks for no plugins. Ours is added to its models by name; it is imported when it is used
     for.
     """
     from importlib.util import find_spec

@@ -37,15 +37,15 @@ def load(args: argparse.Namespace):
     from momentum_lm.studies.icl_vs_finetuning import Settings
 
     lm = load_huggingface(args.model, args.gguf_file)
-    asked = classification.Settings(shots=(args.shots,), seeds=(args.seed,), protocol="paper", limit=args.examples)
+    material = classification.Settings(shots=(args.shots,), seeds=(args.seed,), protocol="paper", limit=args.examples)
     return (
         lm,
         load_dataset(args.dataset, args.data_dir, args.template),
-        Settings(asked, rates=(args.learning_rate,), controls=()),
+        Settings(material, rates=(args.learning_rate,), controls=()),
     )
 
 
-def ours(args: argparse.Namespace, asked: str) -> dict:
+def ours(args: argparse.Namespace, material: str) -> dict:
     from momentum_lm.studies.icl_vs_finetuning import analyse
 
     lm, data, settings = load(args)
@@ -81,25 +81,27 @@ def prompts(args: argparse.Namespace) -> dict:
     examples = evaluation_subset(data.evaluation, args.examples, protocol_paper=True)
     demonstrations = select(data.train, args.shots, args.seed, "random", data.spec.num_choices)
     built = {"in_context": build(lm, form, demonstrations, examples), "zero_shot": build(lm, form, [], examples)}
-    asked = {
+    material = {
         name: [[[list(r.tokens), len(r.context)] for r in query] for query in found.queries]
         for name, found in built.items()
     }
     lessons = lm.encode([demonstration_text(example) for example in demonstrations])
-    aligned = align(asked["in_context"][0][0][0], lessons, len(form.bos))
+    aligned = align(material["in_context"][0][0][0], lessons, len(form.bos))
     if aligned is None:
         raise SystemExit("the demonstrations have other tokens in the prompt than alone; take another template")
     where = {"context": aligned.context.tolist(), "kept": [[span.start, span.stop] for span in aligned.kept]}
-    return asked | where | {"lessons": lessons, "begin": list(form.bos), "gold": [example.gold for example in examples]}
+    return (
+        material | where | {"lessons": lessons, "begin": list(form.bos), "gold": [example.gold for example in examples]}
+    )
 
 
-def authors(args: argparse.Namespace, asked_file: str) -> dict:
+def authors(args: argparse.Namespace, material_file: str) -> dict:
     import torch
     import torch.nn.functional as F
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    asked = json.loads(Path(asked_file).read_text())
-    begin = len(asked["begin"])
+    material = json.loads(Path(material_file).read_text())
+    begin = len(material["begin"])
     seen: dict[str, list] = {"maps": []}
 
     def attention(module, query, key, value, mask, scaling=None, **unused):
@@ -128,7 +130,7 @@ def authors(args: argparse.Namespace, asked_file: str) -> dict:
 
     def record(setting: str, file) -> None:
         """One line an example; its floats are those of its first label's prompt."""
-        for number, (query, gold) in enumerate(zip(asked[setting], asked["gold"], strict=True)):
+        for number, (query, gold) in enumerate(zip(material[setting], material["gold"], strict=True)):
             scores: list[float] = []
             kept: dict = {}
             for tokens, start in query:
@@ -138,7 +140,7 @@ def authors(args: argparse.Namespace, asked_file: str) -> dict:
                     float(torch.stack([log_probs[i - 1, tokens[i]] for i in range(start, len(tokens))]).mean())
                 )
                 if not kept:
-                    own = len(asked["zero_shot"][number][0][0]) - begin
+                    own = len(material["zero_shot"][number][0][0]) - begin
                     maps = torch.stack(seen["maps"])
                     kept = {
                         "attn_out": torch.stack(seen["outputs"]).tolist(),
@@ -152,8 +154,8 @@ def authors(args: argparse.Namespace, asked_file: str) -> dict:
         chosen = [p for name, p in model.named_parameters() if "k_proj" in name or "v_proj" in name]
         for parameter in chosen:
             parameter.requires_grad_(True)
-        for lesson in asked["lessons"]:
-            tokens = [*asked["begin"], *lesson]
+        for lesson in material["lessons"]:
+            tokens = [*material["begin"], *lesson]
             targets = torch.tensor(tokens[max(1, begin) :])
             loss = F.cross_entropy(forward(tokens)[max(1, begin) - 1 : -1], targets)
             print(json.dumps([q.tolist() for q in seen["queries"]]), file=file)
@@ -163,8 +165,8 @@ def authors(args: argparse.Namespace, asked_file: str) -> dict:
                     parameter -= args.learning_rate * parameter.grad
                     parameter.grad = None
 
-    forward(asked["zero_shot"][0][0][0])
-    asked["finetuned"] = asked["zero_shot"]
+    forward(material["zero_shot"][0][0][0])
+    material["finetuned"] = material["zero_shot"]
     with tempfile.TemporaryDirectory() as folder:
         stages = ("zero_shot", "in_context", "training", "finetuned")
         files = {name: Path(folder, f"{name}.jsonl") for name in stages}
@@ -176,11 +178,11 @@ def authors(args: argparse.Namespace, asked_file: str) -> dict:
                 else:
                     record(stage, file)
         written = size(folder)
-        found = analysis(files, asked, begin)
+        found = analysis(files, material, begin)
         return {"seconds": time.perf_counter() - began, "bytes": written, **found}
 
 
-def analysis(files: dict[str, Path], asked: dict, begin: int) -> dict:
+def analysis(files: dict[str, Path], material: dict, begin: int) -> dict:
     """The authors' metrics, from their records."""
 
     def lines(name: str):
@@ -199,9 +201,10 @@ def analysis(files: dict[str, Path], asked: dict, begin: int) -> dict:
         return e / e.sum()
 
     training = [
-        np.array(line)[:, begin + a : begin + b] for line, (a, b) in zip(lines("training"), asked["kept"], strict=True)
+        np.array(line)[:, begin + a : begin + b]
+        for line, (a, b) in zip(lines("training"), material["kept"], strict=True)
     ]
-    queries, starts = np.concatenate(training, axis=1), np.cumsum([0, *(b - a for a, b in asked["kept"])])[:-1]
+    queries, starts = np.concatenate(training, axis=1), np.cumsum([0, *(b - a for a, b in material["kept"])])[:-1]
     rows: dict[str, list] = {name: [] for name in METRICS}
     predictions: dict[str, list[int]] = {"zero_shot": [], "in_context": [], "finetuned": []}
     for number, found in enumerate(zip(*(lines(name) for name in predictions), strict=True)):
@@ -214,7 +217,10 @@ def analysis(files: dict[str, Path], asked: dict, begin: int) -> dict:
         rows["simam"].append(cosine(icl, ft).mean(-1))
         rows["simam_before"].append(cosine(icl, zs).mean(-1))
         if number < RANKED:
-            context, query = np.array(found[1]["attn_map_context"])[:, asked["context"]], np.array(found[2]["attn_q"])
+            context, query = (
+                np.array(found[1]["attn_map_context"])[:, material["context"]],
+                np.array(found[2]["attn_q"]),
+            )
             ranked = []
             for layer in range(len(query)):
                 a, b = softmax(context[layer]), softmax(queries[layer] @ query[layer])
@@ -225,7 +231,7 @@ def analysis(files: dict[str, Path], asked: dict, begin: int) -> dict:
                 )
             for name, values in zip(METRICS[3:], np.array(ranked).T, strict=True):
                 rows[name].append(values)
-    gold = np.array(asked["gold"])
+    gold = np.array(material["gold"])
     right = {setting: np.array(values) == gold for setting, values in predictions.items()}
     repaired = right["finetuned"] & ~right["zero_shot"]
     recall = float((repaired & right["in_context"]).sum() / repaired.sum()) if repaired.any() else None
@@ -237,7 +243,7 @@ def run(part: str, file: str) -> dict:
     """A part in a process of its own; its peak memory beside its answer."""
     print(f"{part} ... (load average {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
     output = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--part", part, "--asked", file],
+        [sys.executable, __file__, *sys.argv[1:], "--part", part, "--material", file],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -278,7 +284,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--part", choices=["prompts", "ours", "authors"], help=argparse.SUPPRESS)
-    parser.add_argument("--asked", help=argparse.SUPPRESS)
+    parser.add_argument("--material", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
         import torch
@@ -288,16 +294,16 @@ def main() -> int:
         torch.set_num_threads(args.threads)
         map_large_tensors()  # as fairseq-eval does; for both
         if args.part == "prompts":
-            Path(args.asked).write_text(json.dumps(prompts(args)))
+            Path(args.material).write_text(json.dumps(prompts(args)))
             print("{}")
             return 0
-        result = {"ours": ours, "authors": authors}[args.part](args, args.asked)
+        result = {"ours": ours, "authors": authors}[args.part](args, args.material)
         print(json.dumps(result | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return 0
 
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder, "asked.json"))
+        file = str(Path(folder, "material.json"))
         run("prompts", file)
         mine, theirs, again = run("ours", file), run("authors", file), run("ours", file)
     seconds = (mine["seconds"] + again["seconds"]) / 2

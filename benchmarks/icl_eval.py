@@ -39,15 +39,15 @@ class Timer:
         self.cpu += time.process_time()
 
 
-def texts(asked: dict) -> list[tuple[str, list[str]]]:
+def texts(sample: dict) -> list[tuple[str, list[str]]]:
     """(whole prompt, continuations) of each example; choices that have inputs of their own are not for
     this benchmark.
     """
-    before = [d["inputs"][0] + d["continuations"][d["gold"]] for d in asked["demonstrations"]]
-    return [(SEPARATOR.join([*before, e["inputs"][0]]), e["continuations"]) for e in asked["examples"]]
+    before = [d["inputs"][0] + d["continuations"][d["gold"]] for d in sample["demonstrations"]]
+    return [(SEPARATOR.join([*before, e["inputs"][0]]), e["continuations"]) for e in sample["examples"]]
 
 
-def ours(asked: dict, args: argparse.Namespace) -> dict:
+def ours(sample: dict, args: argparse.Namespace) -> dict:
     """Through the functions that `fairseq-eval --task icl_classification` calls."""
     from momentum_lm.cpu import keep_memory
     from momentum_lm.icl import engine, prompts
@@ -58,7 +58,7 @@ def ours(asked: dict, args: argparse.Namespace) -> dict:
     keep_memory()
     form = prompts.PromptFormat(lm.bos, SEPARATOR)
     demonstrations, examples = (
-        [Example(e["index"], tuple(e["inputs"]), tuple(e["continuations"]), e["gold"]) for e in asked[name]]
+        [Example(e["index"], tuple(e["inputs"]), tuple(e["continuations"]), e["gold"]) for e in sample[name]]
         for name in ("demonstrations", "examples")
     )
 
@@ -83,7 +83,7 @@ def ours(asked: dict, args: argparse.Namespace) -> dict:
     return {"rows": rows, "scores": scores}
 
 
-def plain(asked: dict, args: argparse.Namespace) -> dict:
+def plain(sample: dict, args: argparse.Namespace) -> dict:
     """With no code of ours: every prompt as a whole, alone, for each of its continuations. Independent of the tokens'
     reuse above.
     """
@@ -101,7 +101,7 @@ def plain(asked: dict, args: argparse.Namespace) -> dict:
         log_probs = model(tokens[None, :-1]).logits[0].float().log_softmax(-1)
         return float(sum(log_probs[i - 1, tokens[i]] for i in range(start, len(tokens))))
 
-    questions = texts(asked)
+    questions = texts(sample)
     for prompt, continuations in questions[:2]:
         score(prompt, continuations[0])
     scores, timers = [], []
@@ -120,13 +120,13 @@ def plain(asked: dict, args: argparse.Namespace) -> dict:
     return {"rows": rows, "scores": scores}
 
 
-def lm_eval(asked: dict, args: argparse.Namespace) -> dict:
+def lm_eval(sample: dict, args: argparse.Namespace) -> dict:
     """Runs in the environment of lm-eval, which need not have this package."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=args.model, gguf_file=args.gguf_file, device="cpu", dtype="float32", batch_size=1)
-    questions = texts(asked)
+    questions = texts(sample)
 
     def score(some: list, batch_size: int) -> tuple[list[list[float]], Timer]:
         lm.batch_size_per_gpu = batch_size
@@ -209,7 +209,7 @@ def questions_of(args: argparse.Namespace) -> dict:
 def run(part: str, python: str, file: str) -> dict:
     """A part in a process of its own."""
     print(f"{part} ... (load average {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
-    command = [python, __file__, *sys.argv[1:], "--part", part, "--asked", file]
+    command = [python, __file__, *sys.argv[1:], "--part", part, "--sample", file]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -242,21 +242,21 @@ def main() -> int:
     parser.add_argument("--search-examples", type=int, default=16, help="on which its best batch size is found")
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--part", choices=["ours", "plain", "lm_eval"], help=argparse.SUPPRESS)
-    parser.add_argument("--asked", help=argparse.SUPPRESS)
+    parser.add_argument("--sample", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
         import torch
 
         torch.set_num_threads(args.threads)
-        with open(args.asked) as file:
+        with open(args.sample) as file:
             print(json.dumps(globals()[args.part](json.load(file), args)))
         return 0
 
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    asked = questions_of(args)
-    examples = asked["examples"]
+    sample = questions_of(args)
+    examples = sample["examples"]
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(asked, file)
+        json.dump(sample, file)
         file.flush()
         results = {part: run(part, sys.executable, file.name) for part in ("ours", "plain")}
         if args.lm_eval_python:

@@ -255,7 +255,7 @@ def answer(connection, programs):
     tell(connection, child)
     ended = os.pidfd_open(child)
     ready, _, _ = select.select([ended, connection], [], [])
-    if ended not in ready:  # whoever asked is gone: killed, perhaps
+    if ended not in ready:  # the caller is gone: killed, perhaps
         os.kill(child, signal.SIGKILL)
     tell(connection, os.waitpid(child, 0)[1])
 
@@ -263,7 +263,7 @@ def answer(connection, programs):
 def tell(connection, number):
     import contextlib
 
-    with contextlib.suppress(OSError):  # whoever asked is gone
+    with contextlib.suppress(OSError):  # the caller is gone
         connection.sendall(f"{number}\n".encode())
 
 

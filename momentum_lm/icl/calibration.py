@@ -1,4 +1,4 @@
-"""Scores freed of what a prompt prefers whatever it is asked. NumPy, float64, no model: everything is computed from
+"""Calibration of label scores: contextual, domain PMI and batch. NumPy, float64, no model: everything is computed from
 scores.
 
 ``scores`` (n, C) are log-probabilities of the choices, summed or averaged over their tokens. Examples with fewer

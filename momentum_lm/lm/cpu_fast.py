@@ -57,7 +57,7 @@ def limit_onednn_caches() -> None:
 
 
 class OneDNNLinear(TorchFunctionMode):
-    """Within it fp32 linear layers on a CPU are oneDNN's and not MKL's, where no gradient is asked for: equal to
+    """Within it fp32 linear layers on a CPU are oneDNN's and not MKL's, where no gradient is needed: equal to
     rounding, and for a few hundred rows a fifth to a third faster on AMD processors."""
 
     def __init__(self) -> None:

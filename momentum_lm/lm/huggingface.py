@@ -329,7 +329,7 @@ class HuggingFaceLM:
         pairs, which = distinct_positions(rows, positions)
         row, position = pairs.to(self.device)
         if self._selects_logits:
-            # The output projection sees what is asked alone; what the model does to logits after it, such as capping,
+            # The output projection sees scored positions alone; what the model does to logits after it, as capping,
             # stays.
             output: Any = self.model.get_output_embeddings()
             hook = output.register_forward_pre_hook(lambda module, inputs: (inputs[0][row, position][None],))

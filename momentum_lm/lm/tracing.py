@@ -1,6 +1,6 @@
 """Attention at chosen positions, layer by layer, read while a model runs: queries, logits before softmax, output.
 
-Only the query rows that are asked for are multiplied with the keys: never a T x T matrix. How a model of
+Only the query rows that are needed are multiplied with the keys: never a T x T matrix. How a model of
 ``transformers`` is read is first tried on the model itself, and a model that is not what it is read as is refused.
 """
 

@@ -189,7 +189,7 @@ def over_text(cell: Run, run: Run) -> str:
 
 
 def shots_text(runs: Sequence[Run]) -> str:
-    """Demonstrations asked for; where they did not fit, the fewest that did, such as ``12 of 16``."""
+    """The requested number of demonstrations; where they did not fit, the fewest that did, such as ``12 of 16``."""
     fitted, shots = min(run["shots_fitted"] for run in runs), runs[0]["shots"]
     return str(shots) if fitted == shots else f"{fitted} of {shots}"
 

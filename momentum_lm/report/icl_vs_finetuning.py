@@ -44,7 +44,7 @@ _INTERVALS = (
     "shares, bootstrap for the rest."
 )
 _MEASURED = (
-    "ZSL is the model asked without demonstrations, ICL with them in the prompt, FT without them after it was "
+    "ZSL is the model without demonstrations, ICL with them in the prompt, FT without them after it was "
     "finetuned on them: as the "
     "configuration says, by default key and value projections by plain SGD, one demonstration a step, in order, once. "
     "The weights are "

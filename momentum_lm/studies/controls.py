@@ -43,6 +43,6 @@ CHOICES = (*DEFAULT, "all_parameters")  # of --controls; random updates are alwa
 
 
 def beside(names: Collection[str]) -> dict[str, Control]:
-    """The finetuned models that are measured together, by name: the one itself and the controls asked for."""
+    """The finetuned models that are measured together, by name: the one itself and the chosen controls."""
     chosen = {n: c for n, c in CONTROLS.items() if n in names and not (c.of_run or c.own_controls)}
     return {"finetuned": FINETUNED, **chosen}

@@ -389,12 +389,12 @@ def _traces(folder: str | os.PathLike[str], unit: Unit) -> Path:
 def save_traces(path: Path, measured: Measurements, fingerprint: str = "") -> None:
     """Attention outputs (n, 3 settings, L, 2 positions, C) in half precision, and every metric by example."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        f"{part}/{name}": values for part, kept in measured.metrics.items() for name, values in kept.arrays.items()
-    }
-    outputs = np.stack([measured.outputs[i] for i in sorted(measured.outputs)])
-    with atomic_write(path, "wb") as file:  # the fingerprint first: it is the mark that the file is ours
-        np.savez_compressed(file, fingerprint=np.array(fingerprint), outputs=outputs, **arrays)  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {"fingerprint": np.array(fingerprint)}  # first: it is the mark that the file is ours
+    arrays["outputs"] = np.stack([measured.outputs[i] for i in sorted(measured.outputs)])
+    for part, kept in measured.metrics.items():
+        arrays |= {f"{part}/{name}": values for name, values in kept.arrays.items()}
+    with atomic_write(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def _config(

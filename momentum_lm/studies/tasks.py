@@ -1,4 +1,4 @@
-"""Kinds of in-context tasks: what a model is asked about an example, what counts as its answer, and the numbers made of
+"""Kinds of in-context tasks: the requests of an example, what counts as its answer, and the numbers made of
 the answers."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TaskKind:
     def requests(
         self, lm: LanguageModel, form: PromptFormat, demonstrations: Sequence[Example], examples: Sequence[Example]
     ) -> Prompts:
-        """What the model is asked about each example after the demonstrations. Raises UserError for what does not
+        """The requests of each example after the demonstrations. Raises UserError for what does not
         fit."""
         raise NotImplementedError
 

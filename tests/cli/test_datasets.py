@@ -43,14 +43,14 @@ def test_a_prompt_of_each_template(folder, capsys):
     )
     paper, code = out.split("--- template ")[1:]
     assert paper.startswith("paper (6 to show, 6 to ask; row ") and code.startswith("code ")
-    shown, asked = paper.split("\n---\n")
+    shown, choices = paper.split("\n---\n")
     demonstrations = shown.split("\n", 1)[1].split("\n\n")
     assert [text.split("\n")[1] for text in demonstrations[:2]] in (
         ["Sentiment: Negative", "Sentiment: Positive"],
         ["Sentiment: Positive", "Sentiment: Negative"],
     )
     assert demonstrations[2].startswith("Review: film ") and demonstrations[2].endswith("\nSentiment:")
-    assert sorted(asked.split()) == sorted(["*", "'", "Negative'", "'", "Positive'"])
+    assert sorted(choices.split()) == sorted(["*", "'", "Negative'", "'", "Positive'"])
     assert " Sentiment: " in code and "\nSentiment" not in code
 
 
@@ -63,9 +63,9 @@ def test_one_template_and_no_demonstrations(folder, capsys):
 
 def test_partial_evaluation_shows_what_is_scored(folder, capsys):
     assert main(["winogrande", "--data-dir", str(folder), "--shots", "1"]) == 0
-    prompt, asked = capsys.readouterr().out.split("to ask; ")[1].split("\n---\n")
+    prompt, choices = capsys.readouterr().out.split("to ask; ")[1].split("\n---\n")
     assert prompt.endswith("\nIs the bag big?\n\nIs the bag")
-    assert asked == "  'Is the cup'\n* 'Is the bag'\n  each followed by ' big?', which is scored\n"
+    assert choices == "  'Is the cup'\n* 'Is the bag'\n  each followed by ' big?', which is scored\n"
 
 
 @pytest.mark.parametrize(

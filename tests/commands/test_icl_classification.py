@@ -168,8 +168,8 @@ def validate(path, corpus, questions, *more):
 
 def test_stock_validate_gives_the_same_accuracy(checkpoint, corpus, questions, run_cli, json_lines, tmp_path):
     names = ["mr", "trec", "winogrande"]
-    asked = ["--datasets", ",".join(names), "--seeds", "1,2", "--limit", "60"]
-    done = run_cli(evaluate(tmp_path, checkpoint, corpus, questions, *asked, "--shots", "0,4"))
+    selection = ["--datasets", ",".join(names), "--seeds", "1,2", "--limit", "60"]
+    done = run_cli(evaluate(tmp_path, checkpoint, corpus, questions, *selection, "--shots", "0,4"))
     assert done.returncode == 0, done.stderr[-3000:]
     expected = accuracies(tmp_path)
     for shots, seeds in ((0, 1), (4, 2)):
@@ -178,7 +178,7 @@ def test_stock_validate_gives_the_same_accuracy(checkpoint, corpus, questions, r
                 checkpoint,
                 corpus,
                 questions,
-                *asked,
+                *selection,
                 "--shots",
                 shots,
                 "--valid-subset",
@@ -240,7 +240,7 @@ def children(parent):
 
 
 def test_any_number_of_processes_before_and_after_a_kill(hasty, corpus, questions, run_cli, cli_command, tmp_path):
-    asked = [
+    selection = [
         "--datasets",
         "mr,trec",
         "--shots",
@@ -252,13 +252,13 @@ def test_any_number_of_processes_before_and_after_a_kill(hasty, corpus, question
         "--batch-tokens",
         "60",
     ]
-    one = run_cli(evaluate(tmp_path / "one", hasty, corpus, questions, *asked))
+    one = run_cli(evaluate(tmp_path / "one", hasty, corpus, questions, *selection))
     assert one.returncode == 0, one.stderr[-3000:]
     expected = predictions(tmp_path / "one")
     assert expected.count(b"\n") == 2 * 2 * 6 * 2 * 70
 
     def start(folder, processes):
-        command = evaluate(folder, hasty, corpus, questions, *asked)
+        command = evaluate(folder, hasty, corpus, questions, *selection)
         # killed with nothing between them and the test, and started again with
         launch, environment = cli_command([*TORCHRUN, processes, *cli_command(command)[0]], warm=processes == 3)
         return subprocess.Popen(launch, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -320,8 +320,8 @@ def test_evaluation_in_training_is_fairseq_evals_and_changes_nothing(
     assert lines[1].keys() == {"num_updates", *names, *(f"{name}_n" for name in names)}
     assert [lines[1][f"{name}_n"] for name in names] == ["40", "80", "40", "80"]
     checkpoint = tmp_path / "run" / "checkpoint_last.pt"
-    asked = ["--datasets", "mr,trec", "--shots", "0,3", "--seeds", "1,2", "--limit", "40"]
-    evaluated = run_cli(evaluate(tmp_path / "results", checkpoint, corpus, questions, *asked))
+    selection = ["--datasets", "mr,trec", "--shots", "0,3", "--seeds", "1,2", "--limit", "40"]
+    evaluated = run_cli(evaluate(tmp_path / "results", checkpoint, corpus, questions, *selection))
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     expected = accuracies(tmp_path / "results")
     for run in ("icl", "model"):

@@ -246,8 +246,8 @@ def test_a_special_token_in_a_text_is_one_for_hf_on_the_export_too(harness, nati
     hf = HFLM(pretrained=str(tmp_path), trust_remote_code=True, device="cpu", dtype="float32", batch_size=1)
     assert harness._encode(SPELLED) == [hf.tok_encode(text, add_special_tokens=False) for text in SPELLED]
     assert [EOS in ids for ids in harness._encode(SPELLED)] == [True, False, True, True, False, False]
-    asked = [(text, " film") for text in SPELLED] + [("", "good film"), ("the film", " is")]
-    theirs, ours = (ask(lm, "loglikelihood", asked) for lm in (hf, harness))
+    requests = [(text, " film") for text in SPELLED] + [("", "good film"), ("the film", " is")]
+    theirs, ours = (ask(lm, "loglikelihood", requests) for lm in (hf, harness))
     np.testing.assert_allclose([total for total, _ in ours], [total for total, _ in theirs], atol=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
@@ -270,11 +270,11 @@ def test_the_greedy_text_is_greedy(harness):
     for context in CONTEXTS:
         (text,) = ask(harness, "generate_until", [(context, {"max_gen_toks": 12})])
         words = re.findall(" ?[^ ]+", text)
-        asked = [(context, "".join(words[:n])) for n in range(1, len(words))]
+        requests = [(context, "".join(words[:n])) for n in range(1, len(words))]
         changed = [
             (context, "".join([*words[:n], " dull" if words[n] != " dull" else " plot"])) for n in range(len(words))
         ]
-        assert all(greedy for _, greedy in ask(harness, "loglikelihood", asked))
+        assert all(greedy for _, greedy in ask(harness, "loglikelihood", requests))
         assert not any(greedy for _, greedy in ask(harness, "loglikelihood", changed))
 
 
@@ -331,9 +331,11 @@ def plain(native, context, most, room):
 
 def test_generated_text_is_that_of_a_plain_loop(harness, native):
     contexts = [*CONTEXTS, " ".join(WORDS * 20)]
-    asked = [(context, {"max_gen_toks": most}) for most in (25, 10) for context in contexts]
-    expected = [plain(native, context, given["max_gen_toks"], 160 - given["max_gen_toks"]) for context, given in asked]
-    assert ask(harness, "generate_until", asked) == expected and len(set(expected)) > 4
+    requests = [(context, {"max_gen_toks": most}) for most in (25, 10) for context in contexts]
+    expected = [
+        plain(native, context, given["max_gen_toks"], 160 - given["max_gen_toks"]) for context, given in requests
+    ]
+    assert ask(harness, "generate_until", requests) == expected and len(set(expected)) > 4
 
 
 def test_text_ends_before_what_it_is_to_end_at(harness, monkeypatch):
@@ -356,13 +358,13 @@ def test_text_ends_before_what_it_is_to_end_at(harness, monkeypatch):
 
 
 def test_sampling_is_seeded_and_greedy_without_temperature(harness):
-    asked = [
+    requests = [
         (context, {"max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "top_p": 0.95}) for context in CONTEXTS
     ]
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        runs.append(ask(harness, "generate_until", asked))
+        runs.append(ask(harness, "generate_until", requests))
     assert runs[0] == runs[1] != runs[2]
     greedy = ask(harness, "generate_until", [(context, {"max_gen_toks": 20}) for context in CONTEXTS])
     for given in (
@@ -382,11 +384,11 @@ def test_a_loaded_model_is_taken_as_it_is(native):
 
 
 def test_half_precision(checkpoint, harness):
-    asked = [(context, f" {word}") for context in CONTEXTS for word in WORDS]
-    exact = [total for total, _ in ask(harness, "loglikelihood", asked)]
+    requests = [(context, f" {word}") for context in CONTEXTS for word in WORDS]
+    exact = [total for total, _ in ask(harness, "loglikelihood", requests)]
     for dtype in ("bf16", "fp16"):
         half = MomentumLM(str(checkpoint), dtype=dtype)
-        found = [total for total, _ in ask(half, "loglikelihood", asked)]
+        found = [total for total, _ in ask(half, "loglikelihood", requests)]
         np.testing.assert_allclose(found, exact, atol=0.3)
         assert found != exact
         texts = ask(

@@ -254,16 +254,16 @@ def test_answers_are_those_of_full_prompts(make_lm, requests, decoder, most):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_only_what_the_model_would_write_is_greedy(make_lm, requests, decoder):
     lm = make_lm(**DECODERS[decoder])
-    asked, expected = [], []
+    changed_requests, expected = [], []
     for request in requests[:12]:
         tokens = greedy(lm, request.context, 3)
         for spoiled in (None, -3, -2, -1):
             changed = list(tokens)
             if spoiled is not None:
                 changed[spoiled] = 5 if tokens[spoiled] != 5 else 6
-            asked.append(Request(request.context, array("i", changed[len(request.context) :])))
+            changed_requests.append(Request(request.context, array("i", changed[len(request.context) :])))
             expected.append(spoiled is None)
-    assert [answer for _, (_, answer) in sorted(score(lm, asked))] == expected
+    assert [answer for _, (_, answer) in sorted(score(lm, changed_requests))] == expected
 
 
 def test_what_many_begin_with_goes_through_the_model_once(lm, shapes, monkeypatch):

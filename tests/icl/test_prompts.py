@@ -32,14 +32,14 @@ def test_prefix_and_request_make_the_whole_prompt(lm, which, shots, form, reques
     assert prompts.shots == shots
     for example, query in zip(questions, prompts.queries, strict=True):
         assert len(query) == len(example.continuations)
-        for choice, asked in enumerate(query):
+        for choice, scored in enumerate(query):
             given, continuation = example.pair(choice)
-            assert list(asked.tokens) == whole(lm, form, demonstrations, given + continuation)
+            assert list(scored.tokens) == whole(lm, form, demonstrations, given + continuation)
             before = whole(lm, form, demonstrations, given)
-            assert list(asked.context) == before  # with this tokenizer words are not joined
-            assert len(asked.context) > prompts.shared, "something must be left to predict from"
-            assert asked.context[: prompts.shared] == prompts.queries[0][0].context[: prompts.shared]
-        assert len({id(asked.context) for asked in query}) == len(set(example.inputs)), "an input is held once"
+            assert list(scored.context) == before  # with this tokenizer words are not joined
+            assert len(scored.context) > prompts.shared, "something must be left to predict from"
+            assert scored.context[: prompts.shared] == prompts.queries[0][0].context[: prompts.shared]
+        assert len({id(scored.context) for scored in query}) == len(set(example.inputs)), "an input is held once"
     if which == "examples":  # all of these begin alike after the demonstrations, and that is shared too
         assert prompts.shared >= len(whole(lm, form, demonstrations, "Review:")) - 1
 
@@ -115,7 +115,7 @@ def test_digest_tells_prompts_apart(lm, examples):
 
 
 def hugging_face(tokenizer, **special):
-    """A model that is asked for token ids alone."""
+    """A model that is scored for token ids alone."""
     transformers = pytest.importorskip("transformers")
     from momentum_lm.lm.huggingface import HuggingFaceLM
 

@@ -128,14 +128,14 @@ def test_rotary_factors_that_grow_with_length():
 def test_rows_on_both_sides_of_a_switch_are_not_traced():
     lm = HuggingFaceLM(models.tiny("phi3"), models.Tokenizer(), "phi3", "0")
     prefix, tokens = lm.start(list(range(20, 50))), torch.tensor([[60, 61, 62, 63]])
-    asked = torch.tensor([0]), torch.tensor([1]), torch.tensor([7])
-    short, _ = lm.log_probs(tokens[:, :2], tokens[:, :2] < 0, *asked, prefix)
-    assert short.item() != pytest.approx(lm.log_probs(tokens, tokens < 0, *asked, prefix)[0].item(), abs=1e-3)
+    target = torch.tensor([0]), torch.tensor([1]), torch.tensor([7])
+    short, _ = lm.log_probs(tokens[:, :2], tokens[:, :2] < 0, *target, prefix)
+    assert short.item() != pytest.approx(lm.log_probs(tokens, tokens < 0, *target, prefix)[0].item(), abs=1e-3)
     with (
         pytest.raises(UserError, match="phi3 gives other predictions for rows that are read together beyond 32 tokens"),
         tracing(lm.model, AttentionTrace(torch.tensor([[1]]))),
     ):
-        lm.log_probs(tokens, tokens < 0, *asked, prefix)
+        lm.log_probs(tokens, tokens < 0, *target, prefix)
 
 
 def test_what_is_outside_a_window_is_not_attended_to():

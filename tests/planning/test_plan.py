@@ -115,10 +115,10 @@ def test_where_nothing_fits_the_hints_do():
 
 @pytest.mark.nightly
 def test_a_micro_batch_that_was_asked_for_and_does_not_fit():
-    asked = job("gpt_lm_1_3b", "a100-40gb", 1, micro_batch=64, checkpointing=True)
-    plan = make_plan(asked)
+    too_large = job("gpt_lm_1_3b", "a100-40gb", 1, micro_batch=64, checkpointing=True)
+    plan = make_plan(too_large)
     assert plan.chosen is None and list(plan.hints[0]) == ["micro_batch"]
-    assert make_plan(replace(asked, **plan.hints[0])).chosen
+    assert make_plan(replace(too_large, **plan.hints[0])).chosen
 
 
 @pytest.mark.parametrize(

@@ -585,12 +585,12 @@ def test_two_data_sets_of_one_name_are_refused(lm, films, tmp_path):
 def test_fresh_queries_are_a_sample_for_each_seed(lm, films, tmp_path):
     settings = Settings(shots=(0, 2), seeds=(1, 2, 3), limit=4, fresh_queries=True, calibrations=("none", "domain_pmi"))
     runs = run(lm, [films], settings, tmp_path / "fresh")["runs"]
-    asked = defaultdict(set)
+    cells_of = defaultdict(set)
     for line in lines(tmp_path / "fresh"):
-        asked[line["seed"]].add((line["shots"], line["calibration"], line["index"]))
-    samples = {seed: {index for _, _, index in cells} for seed, cells in asked.items()}
+        cells_of[line["seed"]].add((line["shots"], line["calibration"], line["index"]))
+    samples = {seed: {index for _, _, index in cells} for seed, cells in cells_of.items()}
     assert [len(sample) for sample in samples.values()] == [4, 4, 4] and len(set(map(frozenset, samples.values()))) == 3
-    for seed, cells in asked.items():  # all numbers of shots and calibrations of a seed have the same queries
+    for seed, cells in cells_of.items():  # all numbers of shots and calibrations of a seed have the same queries
         assert cells == {
             (shots, c, index) for shots in (0, 2) for c in settings.calibrations for index in samples[seed]
         }

@@ -55,8 +55,8 @@ def digest(lm):
 def test_the_authors_numbers(golden_model, tmp_path, dataset, seed):
     expected = json.loads((GOLDEN / f"{dataset}_seed{seed}.json").read_text())
     lm = load_native(golden_model, {"decoder_attention_heads": 4})
-    asked = classification.Settings(shots=(expected["shots"],), seeds=(seed,), protocol="paper", bos=(BOS,))
-    settings = Settings(asked, rates=(expected["finetune_lr"],), controls=())
+    prompt_settings = classification.Settings(shots=(expected["shots"],), seeds=(seed,), protocol="paper", bos=(BOS,))
+    settings = Settings(prompt_settings, rates=(expected["finetune_lr"],), controls=())
     data = load_dataset(dataset, str(GOLDEN), "code")
     (found,) = run(lm, [data], settings, tmp_path)["runs"]
     for setting, predictions in expected["predictions"].items():
@@ -90,8 +90,8 @@ def films(examples):
     return LabelledDataset(spec, train, evaluation, {"kind": "local", "path": "films"})
 
 
-ASKED = classification.Settings(shots=(3,), seeds=(1,), batch_tokens=60)
-SETTINGS = Settings(ASKED, rates=(0.05,), controls=("random", "shuffled_labels", "lcgd"))
+PROMPT_SETTINGS = classification.Settings(shots=(3,), seeds=(1,), batch_tokens=60)
+SETTINGS = Settings(PROMPT_SETTINGS, rates=(0.05,), controls=("random", "shuffled_labels", "lcgd"))
 
 
 def test_everything_is_recorded_and_the_weights_are_restored(lm, films, tmp_path):
@@ -140,7 +140,7 @@ def test_everything_is_recorded_and_the_weights_are_restored(lm, films, tmp_path
 
 
 def test_batches_that_memory_does_not_hold_are_halved(lm, films, tmp_path, monkeypatch):
-    settings = dataclasses.replace(SETTINGS, questions=dataclasses.replace(ASKED, batch_tokens=200))
+    settings = dataclasses.replace(SETTINGS, questions=dataclasses.replace(PROMPT_SETTINGS, batch_tokens=200))
     whole = run(lm, [films], settings, tmp_path / "whole")["runs"][0]
     sizes, real = [], study.trace_queries
 
@@ -161,7 +161,7 @@ def test_batches_that_memory_does_not_hold_are_halved(lm, films, tmp_path, monke
 
 def test_finished_units_are_kept(lm, films, tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, controls=())
-    whole = dataclasses.replace(settings, questions=dataclasses.replace(ASKED, seeds=(1, 2)))
+    whole = dataclasses.replace(settings, questions=dataclasses.replace(PROMPT_SETTINGS, seeds=(1, 2)))
     run(lm, [films], settings, tmp_path / "a")
     first = (tmp_path / "a" / "predictions.jsonl").read_bytes()
     went_on = run(lm, [films], whole, tmp_path / "a")
@@ -186,7 +186,7 @@ def test_the_rate_is_chosen_on_data_that_is_not_reported(lm, films, tmp_path, ca
     order = {rate: (-grid[rate]["accuracy"], grid[rate]["loss"]) for rate in (0.05, 0.01)}
     assert found["finetune_lr"] == min(order, key=order.get)
 
-    paper = dataclasses.replace(settings, questions=dataclasses.replace(ASKED, protocol="paper"))
+    paper = dataclasses.replace(settings, questions=dataclasses.replace(PROMPT_SETTINGS, protocol="paper"))
     (found,) = run(lm, [films], paper, tmp_path / "b")["runs"]
     assert found["lr_selected_on"] == "evaluation"
     chosen = next(entry for entry in found["lr_grid"] if entry["lr"] == found["finetune_lr"])
@@ -199,9 +199,11 @@ def test_the_rate_is_chosen_on_data_that_is_not_reported(lm, films, tmp_path, ca
 
 def test_demonstrations_that_do_not_fit(make_lm, films, tmp_path, caplog):
     lm = make_lm(max_positions=60)
-    asked = dataclasses.replace(ASKED, shots=(8,))
+    prompt_settings = dataclasses.replace(PROMPT_SETTINGS, shots=(8,))
     with caplog.at_level(logging.WARNING):
-        (found,) = run(lm, [films], dataclasses.replace(SETTINGS, questions=asked, controls=()), tmp_path / "a")["runs"]
+        (found,) = run(
+            lm, [films], dataclasses.replace(SETTINGS, questions=prompt_settings, controls=()), tmp_path / "a"
+        )["runs"]
     assert 0 < found["shots_fitted"] == len(found["demonstrations"]) == len(found["finetune_losses"]) < 8
     assert "finetuning learns these too" in caplog.text
     with pytest.raises(UserError, match=r"films: .*no demonstration fits"):
@@ -210,7 +212,7 @@ def test_demonstrations_that_do_not_fit(make_lm, films, tmp_path, caplog):
         run(
             lm,
             [films],
-            dataclasses.replace(SETTINGS, questions=dataclasses.replace(ASKED, shots=(0, 4))),
+            dataclasses.replace(SETTINGS, questions=dataclasses.replace(PROMPT_SETTINGS, shots=(0, 4))),
             tmp_path / "b",
         )
 
@@ -240,10 +242,10 @@ def test_choices_of_their_own(lm, choices, films, tmp_path):
     """Several tokens a choice, and inputs of their own."""
     spec = dataclasses.replace(films.spec, labels=None, name="pick")
     data = dataclasses.replace(films, spec=spec, train=choices, evaluation=choices)
-    settings = dataclasses.replace(SETTINGS, questions=dataclasses.replace(ASKED, shots=(2,)))
+    settings = dataclasses.replace(SETTINGS, questions=dataclasses.replace(PROMPT_SETTINGS, shots=(2,)))
     (found,) = run(lm, [data], settings, tmp_path / "a")["runs"]
-    asked = dataclasses.replace(settings.questions, shots=(0, 2))
-    classification.evaluate(lm, [data], asked, tmp_path / "b", show_progress=False)
+    prompt_settings = dataclasses.replace(settings.questions, shots=(0, 2))
+    classification.evaluate(lm, [data], prompt_settings, tmp_path / "b", show_progress=False)
     accuracy = {run["shots"]: run["accuracy"] for run in read_results(tmp_path / "b")["runs"]}
     assert (found["accuracy"]["zero_shot"], found["accuracy"]["in_context"]) == (accuracy[0], accuracy[2])
     expected = [line["scores"] for line in lines(tmp_path / "b") if line["shots"] == 2]
@@ -308,8 +310,8 @@ from momentum_lm.studies import icl_vs_finetuning as study
 from momentum_lm.studies.icl_vs_finetuning import Settings, analyse
 
 model, data, folder = sys.argv[1:]
-asked = classification.Settings(shots=(3,), seeds=(1,), limit=12, batch_tokens=200)
-settings = Settings(asked, rates=(0.3, 0.1), held_out=8, controls=("shuffled_labels",), save_traces=True)
+prompt_settings = classification.Settings(shots=(3,), seeds=(1,), limit=12, batch_tokens=200)
+settings = Settings(prompt_settings, rates=(0.3, 0.1), held_out=8, controls=("shuffled_labels",), save_traces=True)
 lm = load_native(model, {"decoder_attention_heads": 4})
 analyse(lm, [load_dataset("mr", data, "code")], settings, folder, show_progress=False)
 """
@@ -322,8 +324,8 @@ def test_two_processes(golden_model, run_cli, tmp_path):
     done = run_cli(["torchrun", "--nproc-per-node", "2", script, golden_model, GOLDEN, tmp_path / "two"], warm=True)
     assert done.returncode == 0, done.stderr
     lm = load_native(golden_model, {"decoder_attention_heads": 4})
-    asked = classification.Settings(shots=(3,), seeds=(1,), limit=12, batch_tokens=200)
-    settings = Settings(asked, rates=(0.3, 0.1), held_out=8, controls=("shuffled_labels",), save_traces=True)
+    prompt_settings = classification.Settings(shots=(3,), seeds=(1,), limit=12, batch_tokens=200)
+    settings = Settings(prompt_settings, rates=(0.3, 0.1), held_out=8, controls=("shuffled_labels",), save_traces=True)
     one = run(lm, [load_dataset("mr", str(GOLDEN), "code")], settings, tmp_path / "one")
     two = read_results(tmp_path / "two")
     assert one["runs"][0] | {"seconds": 0} == two["runs"][0] | {"seconds": 0}

@@ -155,15 +155,15 @@ def test_records(lm, data, tmp_path):
 def test_finished_lengths_are_not_run_again(lm, data, tmp_path, monkeypatch):
     evaluate(lm, data, tmp_path / "out", (4,))
     before = read_results(tmp_path / "out")["runs"][0]
-    asked = []
+    scored = []
     stock = perplexity.score_documents
-    monkeypatch.setattr(perplexity, "score_documents", lambda *a: asked.append(a[2]) or stock(*a))
+    monkeypatch.setattr(perplexity, "score_documents", lambda *a: scored.append(a[2]) or stock(*a))
     evaluate(lm, data, tmp_path / "out", (4, 8))
-    assert asked == [8]
+    assert scored == [8]
     assert read_results(tmp_path / "out")["runs"][0] == before
     (tmp_path / "out/documents/valid-4.npz").unlink()
     evaluate(lm, data, tmp_path / "out", (4, 8))
-    assert asked == [8, 4]
+    assert scored == [8, 4]
 
 
 def test_other_configuration_model_or_data_are_refused(lm, data, tmp_path):

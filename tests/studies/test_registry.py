@@ -68,7 +68,10 @@ def add_arguments(parser):
 def test_a_new_study_is_an_entry(tmp_path, monkeypatch, capsys):
     module = types.ModuleType("toy_study")
     module.add_arguments, module.run, module.Lengths = add_arguments, run, Lengths
-    table = lambda runs: Table.of([{"text": each["text"], "length": str(each["length"])} for each in runs])  # noqa: E731
+
+    def table(runs):
+        return Table.of([{"text": each["text"], "length": str(each["length"])} for each in runs])
+
     log = lambda log, results: {"length": results["runs"][0]["length"]}  # noqa: E731
     module.write = Report("toy", "Toy", table, lambda folder, results, save: {"": [table(results["runs"])]}, log).write
     monkeypatch.setitem(sys.modules, "toy_study", module)

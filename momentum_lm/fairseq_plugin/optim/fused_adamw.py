@@ -40,8 +40,8 @@ def mark_parameters(model: nn.Module) -> None:
     """
     applies = decayed(model)
     for name, parameter in model.named_parameters():
-        if not applies[name]:
-            parameter.param_group = _LEFT_ALONE  # type: ignore[attr-defined]  # which fairseq's fp32 copies of parameters keep
+        if not applies[name]:  # fairseq's fp32 copies of parameters keep this attribute
+            parameter.param_group = _LEFT_ALONE  # type: ignore[attr-defined]
 
 
 def _is_decayed(parameter: Tensor) -> bool:

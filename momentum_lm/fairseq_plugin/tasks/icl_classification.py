@@ -133,7 +133,7 @@ class IclClassificationTask(FairseqTask):
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         """``valid`` is the data set of --datasets; of several, --valid-subset names those to evaluate.
 
-        Raises UserError for what cannot be found or asked.
+        Raises UserError for data that cannot be found and prompts that cannot be made.
         """
         from momentum_lm.studies.classification import Questions, units
 

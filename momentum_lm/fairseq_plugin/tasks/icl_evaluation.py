@@ -46,7 +46,7 @@ class _Part:
 class IclEvaluation:
     """Evaluates ``model`` on ``--icl-eval-datasets`` at every ``--icl-eval-interval`` updates.
 
-    Everything is read and every prompt made at once, so that what cannot be asked is an error when training begins:
+    Everything is read and every prompt made at once, so that an impossible prompt is an error when training begins:
     UserError for flags that cannot be, unknown or missing data, DATA without a tokenizer, and prompts that do not fit
     the model.
     """

@@ -20,7 +20,7 @@ from momentum_lm.untrusted import Plain, brief, load_yaml, shown
 
 FOLDER = Path(__file__).parent
 SPLITS = ("train", "evaluation")
-STANDARD = ("paper", "code")  # templates that can be asked of any set
+STANDARD = ("paper", "code")  # templates that can be chosen for any set
 KEYS = """name description task licence hub files splits label labels choices num_choices lowercase_choices blank
 fields templates domain_premise""".split()
 

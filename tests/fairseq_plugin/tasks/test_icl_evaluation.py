@@ -86,10 +86,10 @@ def test_numbers_are_those_of_the_study(make, films, tokenizer_folder):
     assert values["icl_mr_0shot_n"] == 20 and values["icl_mr_2shot_n"] == 40
     lm = NativeLM(model.decoder, Path("it"), tokenizer_path=tokenizer_folder)
     settings = Settings(sampling="balanced", limit=20)
-    asked = Questions(lm, load_dataset("mr", films), settings)
+    questions = Questions(lm, load_dataset("mr", films), settings)
     right = []
     for seed in (1, 2):
-        prompts = asked.prompts(settings.form(lm), Unit("mr", 2, seed, 0))[1]
+        prompts = questions.prompts(settings.form(lm), Unit("mr", 2, seed, 0))[1]
         alone = [engine.Batch([i], prompts.shared) for i in range(len(prompts.queries))]
         answers = {
             query: found
@@ -97,7 +97,7 @@ def test_numbers_are_those_of_the_study(make, films, tokenizer_folder):
             for query, found in part.items()
         }
         scores = engine.collect(prompts.queries, engine.log_probs(answers)).values("mean")
-        right += [scores[i].argmax() == example.gold for i, example in enumerate(asked.examples)]
+        right += [scores[i].argmax() == example.gold for i, example in enumerate(questions.examples)]
     assert values["icl_mr_2shot"] == sum(right) / 40
     assert 0 < values["icl_mr_2shot"] < 1
 

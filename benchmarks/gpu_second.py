@@ -122,11 +122,11 @@ def memory(job: Job) -> None:
     from gpu_step import GIB, collect, prepare, settings
 
     from momentum_lm.model import DecoderConfig
-    from momentum_lm.model.sizes import SIZES
+    from momentum_lm.model.sizes import GPT_SIZES
     from momentum_lm.planning.memory import step_memory
 
     args = settings(job, compile=False)
-    layers, dim, heads, _ = SIZES[args.shape]
+    layers, dim, heads, _ = GPT_SIZES[args.shape].values()
     for kind, variant in {"none": train_step.OURS, "ema": train_step.MOMENTUM}.items():
         if job.smoke and kind == "none":
             continue

@@ -48,11 +48,11 @@ def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = 
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     import momentum_lm
-    from momentum_lm.model.sizes import SIZES
+    from momentum_lm.model.sizes import GPT_SIZES
 
     momentum_lm.register()
     arch, criterion_name, optimizer_name = VARIANTS[variant]
-    layers, width, heads, _ = SIZES[args.shape]
+    layers, width, heads, _ = GPT_SIZES[args.shape].values()
     stock = variant == STOCK
     words = ["--decoder-layers", layers, "--decoder-embed-dim", width, "--decoder-ffn-embed-dim", 4 * width]
     words += ["--decoder-attention-heads", heads]
@@ -121,10 +121,10 @@ def plain_step(args: argparse.Namespace) -> Callable[[int], None]:
     import torch
     from plain_gpt import PlainGPT
 
-    from momentum_lm.model.sizes import SIZES
+    from momentum_lm.model.sizes import GPT_SIZES
 
     with torch.device(args.device):
-        model = PlainGPT(args.vocab, args.length, *SIZES[args.shape][:3])
+        model = PlainGPT(args.vocab, args.length, *list(GPT_SIZES[args.shape].values())[:3])
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.98), fused=True)
     forward = model
@@ -150,10 +150,12 @@ def products_step(args: argparse.Namespace) -> Callable[[int], None]:
     import torch
     from plain_gpt import MatrixProducts
 
-    from momentum_lm.model.sizes import SIZES
+    from momentum_lm.model.sizes import GPT_SIZES
 
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    products = MatrixProducts(args.vocab, args.length, *SIZES[args.shape][:3], args.batch, args.device, dtype)
+    products = MatrixProducts(
+        args.vocab, args.length, *list(GPT_SIZES[args.shape].values())[:3], args.batch, args.device, dtype
+    )
     return lambda number: products()
 
 
@@ -301,11 +303,11 @@ def mfu(rate: float, args: argparse.Namespace) -> float | None:
     import torch
 
     from momentum_lm.model import DecoderConfig
-    from momentum_lm.model.sizes import SIZES
+    from momentum_lm.model.sizes import GPT_SIZES
     from momentum_lm.planning.costs import count_parameters, flops_per_token, multiplying
     from momentum_lm.planning.hardware import peak_flops
 
-    layers, dim, heads, _ = SIZES[args.shape]
+    layers, dim, heads, _ = GPT_SIZES[args.shape].values()
     config = DecoderConfig(args.vocab, dim, 4 * dim, layers, heads)
     peak = peak_flops(torch.cuda.get_device_name())
     flops = flops_per_token(multiplying(config, count_parameters(config)), layers, dim, args.length)

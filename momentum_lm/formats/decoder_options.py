@@ -13,10 +13,10 @@ from typing import Any
 
 from momentum_lm.errors import Argument, Names, UserError, arg, flags, in_python, named
 from momentum_lm.model.config import KINDS, DecoderConfig, Option, default, options
-from momentum_lm.model.sizes import FAMILIES, SIZES, architecture
+from momentum_lm.model.sizes import FAMILIES, architecture
 
 _LONGEST = 40  # characters of a number
-_NO_POSITION = "every decoder here has positions, of which rotary adds nothing to embeddings: "
+_LONGEST_TEXT = 400  # of a word, such as rotary_scaling as JSON
 # Stock options that would make another model: the value with which they do not, and what there is instead.
 REFUSED: dict[str, tuple[Any, str, Argument | None]] = {
     "no_decoder_final_norm": (False, "this decoder has a norm after its last block", None),
@@ -24,7 +24,6 @@ REFUSED: dict[str, tuple[Any, str, Argument | None]] = {
                                 arg(criterion="chunked_cross_entropy")),
     "tie_adaptive_weights": (False, "this decoder has no adaptive softmax", None),
     "tie_adaptive_proj": (False, "this decoder has no adaptive softmax", None),
-    "no_token_positional_embeddings": (False, _NO_POSITION, arg(position="rotary")),
     "character_embeddings": (False, "this decoder embeds tokens, not their characters", None),
     "adaptive_input": (False, "this decoder has embeddings of one width", None),
     "layernorm_embedding": (False, "this decoder has no norm after its embedding", None),
@@ -51,7 +50,7 @@ WITHOUT_EFFECT = (
 # Stock options that mean what an option of ours means (see _translated).
 TRANSLATED = (
     *("relu_dropout", "decoder_output_dim", "decoder_input_dim", "decoder_normalize_before"),
-    *("share_decoder_input_output_embed", "decoder_learned_pos"),
+    *("share_decoder_input_output_embed", "decoder_learned_pos", "no_token_positional_embeddings"),
 )
 ACTIVATIONS = {"gelu_fast": "gelu_accurate"}  # older names of fairseq's
 
@@ -120,14 +119,17 @@ def training_words(config: DecoderConfig, arch: str | None = None) -> list[str]:
 
 
 def nearest(config: DecoderConfig) -> str:
-    """The registered architecture of this shape, or the one of the nearest number of parameters."""
-    kinds = {choices["momentum_kind"]: family for family, choices in FAMILIES.items()}
-    exact = [name for name, size in SIZES.items() if size[:3] == (config.layers, config.dim, config.heads)]
+    """The registered architecture of this form and shape, or the one of the nearest number of parameters."""
+    llama, momentum = config.norm == "rms", config.momentum_kind != "none"
+    family = ("momentum_" if momentum else "") + ("llama_lm" if llama else "lm" if momentum else "gpt_lm")
+    sizes = FAMILIES[family][0]
+    shape = {"layers": config.layers, "dim": config.dim, "heads": config.heads}
+    exact = [name for name, size in sizes.items() if shape.items() <= size.items()]
     distance = {
-        name: abs(math.log(size.layers * size.dim**2 / (config.layers * config.dim**2))) for name, size in SIZES.items()
+        name: abs(math.log(size["layers"] * size["dim"] ** 2 / (config.layers * config.dim**2)))
+        for name, size in sizes.items()
     }
-    size = exact[0] if exact else min(SIZES, key=distance.__getitem__)
-    return f"{kinds.get(config.momentum_kind, 'momentum_lm')}_{size}"
+    return f"{family}_{exact[0] if exact else min(sizes, key=distance.__getitem__)}"
 
 
 def _translated(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,21 +148,29 @@ def _translated(cfg: Mapping[str, Any]) -> dict[str, Any]:
             width = arg(decoder_embed_dim=result["decoder_embed_dim"])
             problem = ": this decoder has no projection to another width than "
             raise Unsupported(Argument(name, cfg[name]), problem, width)
-    shared, learned = (_flag(cfg, name) for name in ("share_decoder_input_output_embed", "decoder_learned_pos"))
+    shared = _flag(cfg, "share_decoder_input_output_embed")
+    position = _stock_position(cfg)
     if stock:
-        result |= {"untie_embeddings": not shared, "position": "learned" if learned else "sinusoidal"}
+        result |= {"untie_embeddings": not shared, "position": position[1] if position else "sinusoidal"}
     elif shared and cfg.get("untie_embeddings"):
         raise UserError(arg("share_decoder_input_output_embed"), " contradicts ", arg("untie_embeddings"))
-    elif learned and str(cfg["position"]) not in ("learned", default("position")):
-        raise UserError(arg("decoder_learned_pos"), " contradicts ", arg(position=cfg["position"]))
-    elif learned:
-        result["position"] = "learned"
+    elif position and str(cfg["position"]) not in (position[1], default("position")):
+        raise UserError(arg(position[0]), " contradicts ", arg(position=cfg["position"]))
+    elif position:
+        result["position"] = position[1]
     result["activation_dropout"] = cfg.get("activation_dropout") or cfg.get("relu_dropout")
     activation = str(cfg.get("activation_fn"))
     result["activation_fn"] = ACTIVATIONS.get(activation, cfg.get("activation_fn"))
     if result.get("max_target_positions") is None:
         result["max_target_positions"] = cfg.get("tokens_per_sample")
     return result
+
+
+def _stock_position(cfg: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The stock option that says which positions there are, and which; None where none is set."""
+    if _flag(cfg, "no_token_positional_embeddings"):
+        return "no_token_positional_embeddings", "none"
+    return ("decoder_learned_pos", "learned") if _flag(cfg, "decoder_learned_pos") else None
 
 
 def default_of(fairseq: str) -> Any:
@@ -191,7 +201,7 @@ def _read(fairseq: str, kind: Any, entry: Option, value: Any, field: str) -> Any
 
 def _text(name: str, value: Any) -> str:
     value = str(value) if isinstance(value, enum.Enum) else value  # as fairseq keeps choices
-    if not isinstance(value, str) or len(value) > 2 * _LONGEST:
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
         raise UserError(Argument(name, value), f": must be {KINDS[str][1]}")
     return value
 

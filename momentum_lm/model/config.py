@@ -8,11 +8,12 @@ line here, what it computes, and a test.
 from __future__ import annotations
 
 import dataclasses
+import json
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from momentum_lm.errors import Argument, UserError, arg
 
@@ -82,6 +83,52 @@ def _share(help: str, fairseq: str, stock: float = 0.0) -> Any:
     return option(help, 0.0, fairseq, stock=stock, least=0, most=1, problem="a probability, from 0 to 1")
 
 
+class RotaryScaling(NamedTuple):
+    """How published Llama 3 models stretch rotary positions beyond the length that they were pretrained with.
+
+    Wavelengths above ``original / low`` tokens become ``factor`` times as long, those below ``original / high`` stay,
+    and frequencies between are mixed. Source: the ``rope_scaling`` of Llama 3.1's and 3.2's config.json.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+    def __str__(self) -> str:
+        return f"llama3:{','.join(f'{value:.15g}' for value in self)}"
+
+    @classmethod
+    def parse(cls, text: str) -> RotaryScaling | None:
+        """``none``, ``llama3:FACTOR,LOW,HIGH,ORIGINAL`` or the JSON object of a config.json. Raises UserError for
+        another.
+        """
+        if text == "none":
+            return None
+        try:
+            if text.startswith("{"):
+                given = json.loads(text)
+                kind = given.get("rope_type", given.get("type"))
+                if kind == "default":
+                    return None
+                values = [given[name] for name in _SCALING] if kind == "llama3" else []
+            else:
+                kind, _, numbers_ = text.partition(":")
+                values = numbers_.split(",") if kind == "llama3" else []
+            scaling = cls(*map(float, values[:3]), int(float(values[3])))
+            if len(values) != 4 or not (1 <= scaling.factor < 1e6 and 0 < scaling.low < scaling.high < 1e6):
+                raise ValueError
+            if not 1 <= scaling.original < 1 << 40:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+            problem = ": must be none, or llama3:FACTOR,LOW,HIGH,ORIGINAL such as llama3:32,1,4,8192"
+            raise UserError(arg(rotary_scaling=text), problem) from error
+        return scaling
+
+
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # in a config.json
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """Shape and choices of a :class:`Decoder`. Raises UserError, naming the fields, for values that cannot be."""
@@ -89,19 +136,58 @@ class DecoderConfig:
     vocab_size: int = option("entries of the dictionary")
     dim: int = option("width", fairseq="decoder_embed_dim", stock=512, least=1, most=1 << 20)
     ffn_dim: int = option(
-        "width of the feed-forward layers; 0: four times the width",
-        fairseq="decoder_ffn_embed_dim", stock=0, zero=lambda config: 4 * config.dim, least=1, most=1 << 24,
+        "width of the feed-forward layers; 0: four times the width, gated two thirds of that in whole 64s",
+        fairseq="decoder_ffn_embed_dim", stock=0, zero=lambda config: config.usual_ffn_dim, least=1, most=1 << 24,
     )  # fmt: skip
     layers: int = option("number of layers", fairseq="decoder_layers", stock=6, least=1, most=10_000)
     heads: int = option("number of attention heads", fairseq="decoder_attention_heads", stock=8, least=1, most=1 << 20)
     max_positions: int = option("longest input, in tokens", 1024, "max_target_positions", least=1, most=1 << 40)
     padding_idx: int = option("id of padding", 1)
     eos_idx: int = option("id of the end-of-sentence token", 2)
-    position: str = option("position embedding", "sinusoidal", "position", choices=("sinusoidal", "learned", "rotary"))
+    position: str = option(
+        "position embedding", "sinusoidal", "position", choices=("sinusoidal", "learned", "rotary", "none")
+    )
+    rotary_base: float = option(
+        "base of the wavelengths of rotary positions", 10000.0, "rotary_base", least=1 + 2**-20, most=1e15
+    )
+    rotary_fraction: float = option(
+        "share of each head's dimensions, the first ones, that rotary positions turn",
+        1.0, "rotary_fraction", least=2**-20, most=1, problem="more than 0 and at most 1",
+    )  # fmt: skip
+    rotary_scaling: str = option(
+        "longer wavelengths of rotary positions, as published Llama 3 models have them: "
+        "llama3:FACTOR,LOW,HIGH,ORIGINAL, such as llama3:32,1,4,8192, or rope_scaling as in their config.json",
+        "none", "rotary_scaling",
+    )  # fmt: skip
+    norm: str = option(
+        "layer: LayerNorm; rms: RMSNorm, without a bias", "layer", "norm", choices=("layer", "rms")
+    )  # fmt: skip
+    norm_eps: float = option("what norms add to the variance", 1e-5, "norm_eps", least=1e-12, most=1)
+    ffn: str = option(
+        "feed-forward layers; gated: with a second matrix, whose output goes through the activation and is a factor "
+        "(SwiGLU with silu)",
+        "plain", "ffn", choices=("plain", "gated"),
+    )  # fmt: skip
     activation: str = option(
         "activation of the feed-forward layers; gelu_accurate is the tanh approximation",
-        "gelu", "activation_fn", stock="relu", choices=("gelu", "gelu_accurate", "relu"),
+        "gelu", "activation_fn", stock="relu", choices=("gelu", "gelu_accurate", "relu", "silu"),
     )  # fmt: skip
+    kv_heads: int = option(
+        "number of heads of keys and values, each shared by as many query heads; 0: as many as attention heads",
+        0, "decoder_kv_heads", zero=lambda config: config.heads, least=1, most=1 << 20,
+    )  # fmt: skip
+    head_dim: int = option(
+        "width of one attention head; 0: the width divided by the number of heads",
+        0, "decoder_head_dim", zero=lambda config: config.dim // config.heads, least=1, most=1 << 20,
+    )  # fmt: skip
+    bias: str = option(
+        "which projections have biases: all, those to queries, keys and values, or none",
+        "all", "bias", choices=("all", "qkv", "none"),
+    )  # fmt: skip
+    qk_norm: bool = option("normalise each head's queries and keys before positions turn them", False, "qk_norm")
+    parallel_residual: bool = option(
+        "attention and feed-forward layers side by side, both of the block's input", False, "parallel_residual"
+    )
     tie_embeddings: bool = option("output projection with weights of its own", True, "untie_embeddings", opposite=True)
     scale_embeddings: bool = option(
         "do not multiply embeddings by the square root of the width", True, "no_scale_embedding", opposite=True
@@ -135,7 +221,13 @@ class DecoderConfig:
         (), "absent_tokens",
     )  # fmt: skip
 
+    @property
+    def usual_ffn_dim(self) -> int:
+        """The width of the feed-forward layers where none is given: gated ones then have about as many parameters."""
+        return 4 * self.dim if self.ffn == "plain" else -(-8 * self.dim // (3 * 64)) * 64
+
     def __post_init__(self) -> None:
+        divided = self.head_dim == 0
         for name, kind, entry in options():
             value = getattr(self, name)
             if entry.zero is not None and value == 0 and not isinstance(value, bool):
@@ -151,16 +243,34 @@ class DecoderConfig:
             raise UserError(arg(momentum_gate=self.momentum_gate), " needs ", arg("momentum_kind"), " ema or multi_ema")
         if self.vocab_size <= max(self.padding_idx, self.eos_idx):
             raise UserError(f"a dictionary of {self.vocab_size} entries lacks the special symbols")
-        if self.dim % self.heads:
+        if divided and self.dim % self.heads:
             raise UserError(arg(dim=self.dim), " is not a multiple of ", arg(heads=self.heads))
-        if self.position == "rotary" and self.dim // self.heads % 2:
-            problem = f" needs an even head size, and {self.dim} / {self.heads} is {self.dim // self.heads}"
-            raise UserError(arg(position=self.position), problem)
-        if self.position == "sinusoidal" and self.dim < 4:
-            raise UserError(arg(position=self.position), " needs a width of at least 4, not ", arg(dim=self.dim))
+        if self.heads % self.kv_heads:
+            raise UserError(arg(heads=self.heads), " is not a multiple of ", arg(kv_heads=self.kv_heads))
+        self._check_positions(divided)
         if not all(isinstance(token, int) and 0 <= token < self.vocab_size for token in self.absent_tokens):
             ids = f": the dictionary's ids are 0 to {self.vocab_size - 1}"
             raise UserError(arg(absent_tokens=self.absent_tokens), ids)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each head rotary positions turn."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    def _check_positions(self, divided: bool) -> None:
+        if self.position == "sinusoidal" and self.dim < 4:
+            raise UserError(arg(position=self.position), " needs a width of at least 4, not ", arg(dim=self.dim))
+        scaling = RotaryScaling.parse(self.rotary_scaling)
+        object.__setattr__(self, "rotary_scaling", "none" if scaling is None else str(scaling))
+        if self.position != "rotary":
+            for name in ("rotary_base", "rotary_fraction", "rotary_scaling"):
+                if getattr(self, name) != default(name):
+                    needed = arg(position="rotary")
+                    raise UserError(Argument(name, getattr(self, name)), " needs ", needed, f", not {self.position}")
+        elif self.rotary_dim % 2 or not self.rotary_dim:
+            size = f"{self.dim} / {self.heads} is {self.head_dim}" if divided else f"it is {self.head_dim}"
+            share = "" if self.rotary_fraction == 1 else f", of which {self.rotary_fraction:g} is {self.rotary_dim}"
+            raise UserError(arg(position=self.position), f" needs an even head size, and {size}{share}")
 
 
 @cache

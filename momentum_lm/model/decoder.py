@@ -15,52 +15,56 @@ from momentum_lm.errors import UserError, arg
 from momentum_lm.ops.naive import run_numbers
 
 from .attention import CausalSelfAttention
-from .config import DecoderConfig
-from .filters import MomentumEMA, MomentumMultiEMA
+from .config import DecoderConfig, RotaryScaling
 from .loss import called_cross_entropy, chunked_cross_entropy
 from .mlp import ACTIVATIONS, activated_linear
+from .norms import make_norm
 from .output import OutputProjection
 from .plain import is_plain
 from .positions import Rotary, sinusoids
+from .precision import autocast_once
 from .state import Cache, LayerCache
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); or, with a parallel residual, x + attention(norm(x)) +
+    feed-forward(norm(x)), with a norm each.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        momentum: nn.Module | None = None
-        if config.momentum_kind == "ema":
-            momentum = MomentumEMA(
-                config.heads,
-                config.momentum_eta,
-                config.momentum_learned,
-                config.momentum_normalize,
-                config.momentum_gate == "zero",
-            )
-        elif config.momentum_kind == "multi_ema":
-            momentum = MomentumMultiEMA(config.dim, config.momentum_gate == "zero")
-        self.self_attn = CausalSelfAttention(config.dim, config.heads, config.attention_dropout, momentum)
-        self.self_attn_layer_norm = nn.LayerNorm(config.dim)
-        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
-        self.final_layer_norm = nn.LayerNorm(config.dim)
+        self.self_attn = CausalSelfAttention(config)
+        self.self_attn_layer_norm = make_norm(config)
+        bias = config.bias == "all"
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim, bias)
+        self.fc_gate = nn.Linear(config.dim, config.ffn_dim, bias) if config.ffn == "gated" else None
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim, bias)
+        self.final_layer_norm = make_norm(config)
         self.activation = ACTIVATIONS[config.activation]
+        self.parallel = config.parallel_residual
         self.dropout = nn.Dropout(config.dropout)
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor, **attention: Any) -> Tensor:
         """x (B, T, C) -> (B, T, C); the rest goes to :meth:`CausalSelfAttention.forward`."""
-        x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), **attention))
-        inner = self.fc1(self.final_layer_norm(x))
+        attended = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), **attention))
+        return attended + self.dropout(self._feed_forward(self.final_layer_norm(x if self.parallel else attended)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C): ``fc2(activation(fc1(x)))``, gated ``fc2(activation(fc_gate(x)) * fc1(x))``."""
+        if self.fc_gate is None:
+            activated, factor = self.fc1(x), None
+        else:
+            x = autocast_once(x)
+            activated, factor = self.fc_gate(x), self.fc1(x)
         if self.training and self.activation_dropout.p > 0:
-            return x + self.dropout(self.fc2(self.activation_dropout(self.activation(inner))))
-        return x + self.dropout(activated_linear(inner, self.fc2, self.activation))
+            inner = self.activation(activated)
+            return self.fc2(self.activation_dropout(inner if factor is None else inner * factor))
+        return activated_linear(activated, self.fc2, self.activation, factor)
 
 
 class Decoder(nn.Module):
-    """Pre-norm GPT decoder. Tokens (B, T) in, logits (B, T, V) out; padding (left or right) and packed documents
+    """Pre-norm decoder, of GPT's, Llama's or GPT-NeoX's form. Tokens (B, T) in, logits (B, T, V) out; padding (left or right) and packed documents
     change nothing.
 
     Documents of a packed sequence are given by ``segment_ids`` (B, T), runs of equal ids: neither attention nor EMA
@@ -82,9 +86,11 @@ class Decoder(nn.Module):
             nn.init.normal_(self.embed_positions.weight, std=config.dim**-0.5)
             with torch.no_grad():
                 self.embed_positions.weight[config.padding_idx].zero_()
-        self.rotary = Rotary(config.dim // config.heads) if config.position == "rotary" else None
+        scaling = RotaryScaling.parse(config.rotary_scaling)
+        rotary = config.position == "rotary"
+        self.rotary = Rotary(config.rotary_dim, config.rotary_base, scaling) if rotary else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.layer_norm = nn.LayerNorm(config.dim)
+        self.layer_norm = make_norm(config)
         self.output_projection = OutputProjection(config.dim, config.vocab_size, config.absent_tokens)
         if config.tie_embeddings:
             self.output_projection.weight = self.embed_tokens.weight

@@ -11,8 +11,30 @@ from torch import Tensor, nn
 
 from momentum_lm import ops
 
+from .config import DecoderConfig
 from .marks import no_weight_decay
 from .precision import Float32
+
+
+def make_momentum(config: DecoderConfig) -> nn.Module | None:
+    """The momentum of one layer's attention; None where the configuration has none."""
+    gate = config.momentum_gate == "zero"
+    if config.momentum_kind == "ema":
+        learned, normalize = config.momentum_learned, config.momentum_normalize
+        return MomentumEMA(config.kv_heads, config.momentum_eta, learned, normalize, gate)
+    if config.momentum_kind == "multi_ema":
+        return MomentumMultiEMA(config.kv_heads * config.head_dim, gate)
+    return None
+
+
+def _added(average: Tensor, addend: Tensor | None) -> Tensor:
+    """average (B, G, T, D) plus addend (B, H, T, D), each of the H heads that of its group."""
+    if addend is None:
+        return average
+    groups = average.shape[1]
+    if addend.shape[1] == groups:
+        return average + addend
+    return (average[:, :, None] + addend.unflatten(1, (groups, -1))).flatten(1, 2)
 
 
 class _Momentum(Float32):
@@ -63,8 +85,8 @@ class MomentumEMA(_Momentum):
         padding: Tensor | None = None,
         addend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """values (B, H, T, D), state (B, H, D) or None -> (EMA, plus ``addend``, (B, H, T, D), state after the last
-        token).
+        """values (B, G, T, D), state (B, G, D) or None -> (EMA, plus ``addend`` (B, H, T, D) if given, whose heads are
+        G groups, state after the last token).
 
         padding: (B, T) True at padding on the left, which is neither seen nor any time to the average.
         """
@@ -86,7 +108,7 @@ class MomentumEMA(_Momentum):
             state = final
         if factor is not None:
             out = out * factor.to(out.dtype)[:, None, None]
-        return (out if addend is None else out + addend), state
+        return _added(out, addend), state
 
     def decays(self) -> Tensor:
         """The decays, (n,), for logging."""
@@ -117,9 +139,9 @@ class MomentumMultiEMA(_Momentum):
         padding: Tensor | None = None,
         addend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """values (B, H, T, D), state (B, H*D, 8) or None -> as MomentumEMA, with its padding and addend."""
+        """values (B, G, T, D), state (B, G*D, 8) or None -> as MomentumEMA, with its padding and addend."""
         heads = values.shape[1]
-        merged = values.transpose(1, 2).flatten(2)  # (B, T, H*D)
+        merged = values.transpose(1, 2).flatten(2)  # (B, T, G*D)
         weight = self.gamma / math.sqrt(self.gamma.shape[0])
         if self.gate is not None:
             weight = weight * self.gate[:, None]
@@ -140,7 +162,7 @@ class MomentumMultiEMA(_Momentum):
         else:
             out, state = ops.multi_ema(merged, log_decay, weight, state, segment_ids)
         out = out.unflatten(2, (heads, -1)).transpose(1, 2)
-        return (out if addend is None else out + addend), state
+        return _added(out, addend), state
 
     def decays(self) -> Tensor:
         """The decays, (n,), for logging."""

@@ -36,10 +36,11 @@ def ema(
         (not checked: that would wait for the device). initial_state: (B, H, D), the state that an earlier call
         returned; it belongs to the first token's segment. segment_ids: (B, T) integers; a segment is a run of equal ids
         and the average starts anew with each. addend: (B, H, T, D), floating: attention's output. Sum and average are
-        rounded together, once; it is left as it is.
+        rounded together, once; it is left as it is. Of query heads that share the values' heads in groups it has more,
+        (B, n H, T, D): the heads h n to h n + n - 1 are those of values' head h, and each gets its average.
 
-    Returns: out (B, H, T, D) in the dtype of ``addend``, without one of ``values``, and the state after the last token
-        (B, H, D), fp32 (fp64 for fp64 values): ``exp(log_decay) (out[T-1] - addend[T-1] + values[T-1])``. Sums are kept
+    Returns: out in the dtype and of the shape of ``addend``, without one those of ``values``, and the state after the
+        last token (B, H, D), fp32 (fp64 for fp64 values): ``exp(log_decay) (average[T-1] + values[T-1])``. Sums are kept
         in that dtype, under autocast too. Both are differentiable (once) in values, log_decay, initial_state and
         addend; memory is linear in T.
 
@@ -58,7 +59,8 @@ def ema(
     if segment_ids is not None:
         _check("segment_ids", segment_ids, (batch, length))
     if addend is not None:
-        _check("addend", addend, (batch, heads, length, dim))
+        shared = addend.shape[1] // heads if addend.dim() == 4 else 1
+        _check("addend", addend, (batch, max(shared, 1) * heads, length, dim))
     if _has_kernel(values, addend) and not under_transforms():
         from .triton import SUPPORTED, ema_triton  # only here: nothing but CUDA tensors needs Triton
 

@@ -100,6 +100,13 @@ def _ema(
     return out.addcmul_(weight, initial_state[:, None]), decay * last + at_end * initial_state
 
 
+def of_groups(grad_out: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient (B, n H, T, D) of query heads, summed over those that share one of the values' H: (B, H, T, D)."""
+    if grad_out.shape[1] == values.shape[1]:
+        return grad_out.to(dtype)
+    return grad_out.unflatten(1, (values.shape[1], -1)).sum(2, dtype=dtype)
+
+
 class _EMA(torch.autograd.Function):
     """Saves only its inputs. With lambda_t = g_t + dv_t the gradients are two more EMAs: see README.md, "Gradients"."""
 
@@ -118,12 +125,13 @@ class _EMA(torch.autograd.Function):
         with without_autocast(values.device):  # decay powers in bf16 would be wrong by tens of percent
             state = None if initial_state is None else initial_state.to(dtype)
             out, final_state = _ema(values.transpose(1, 2).to(dtype), log_decay.to(dtype), state, segment_ids)
-        out = out.transpose(1, 2)
         if addend is None:
-            return out.to(values.dtype), final_state
-        return out.add_(addend).to(
-            addend.dtype
-        ), final_state  # rounded once; not into the addend, which attention keeps for its gradient
+            return out.transpose(1, 2).to(values.dtype), final_state
+        # rounded once; not into the addend, which attention keeps for its gradient
+        if addend.shape[1] == values.shape[1]:
+            return out.transpose(1, 2).add_(addend).to(addend.dtype), final_state
+        grouped = addend.transpose(1, 2).unflatten(2, (values.shape[1], -1))  # (B, T, H, n, D)
+        return (out[:, :, :, None] + grouped).to(addend.dtype).flatten(2, 3).transpose(1, 2), final_state
 
     @staticmethod
     @once_differentiable
@@ -133,7 +141,7 @@ class _EMA(torch.autograd.Function):
             return (None,) * 5
         dtype = torch.promote_types(values.dtype, torch.float32)
         log_eta = log_decay.to(dtype)
-        g = values.new_zeros(values.shape, dtype=dtype) if grad_out is None else grad_out.to(dtype)
+        g = values.new_zeros(values.shape, dtype=dtype) if grad_out is None else of_groups(grad_out, values, dtype)
         with without_autocast(values.device):
             from_final = None if grad_final is None else log_eta.exp()[:, None] * grad_final.to(dtype)
             grad_values = _ema(g.transpose(1, 2), log_eta, from_final, segment_ids, reverse=True)[0].transpose(1, 2)

@@ -48,7 +48,7 @@ def ema_naive(
 
     final_state = torch.exp(log_eta)[:, None] * (out[:, :, -1] + v[:, :, -1])
     if addend is not None:
-        out = out + addend
+        out = out.repeat_interleave(addend.shape[1] // out.shape[1], 1) + addend
     return out.to(values.dtype if addend is None else addend.dtype), final_state
 
 

@@ -74,22 +74,27 @@ def _segments(ids, t, length):
 
 @triton.jit
 def _forward_kernel(
-    values, addend, out, log_decay, initial_state, final_state, states, segment_ids, heads, length,
+    values, addend, out, log_decay, initial_state, final_state, states, segment_ids, heads, shared, length,
     values_b, values_h, values_t, values_d, addend_b, addend_h, addend_t, addend_d, out_b, out_h, out_t, out_d,
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``state`` is E at the chunk's first token, or 0 if a segment starts there."""
-    row = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK)
-    b = row // heads
-    h = row % heads
+    """``state`` is E at the chunk's first token, or 0 if a segment starts there. ``heads`` are those of the output, of
+    which ``shared`` share one of the values; the first of them stores its states.
+    """
+    of_all = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK)
+    b = of_all // heads
+    h_out = of_all % heads
+    h = h_out // shared
+    row = of_all // shared
+    first = h_out % shared == 0
     d = tl.program_id(0) % tl.cdiv(DIM, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, CHUNK)
     inside_d = d < DIM
     column = d[None, :].to(tl.int64)
     values += b * values_b + h * values_h + column * values_d
-    out += b * out_b + h * out_h + column * out_d
+    out += b * out_b + h_out * out_h + column * out_d
     if addend is not None:
-        addend += b * addend_b + h * addend_h + column * addend_d
+        addend += b * addend_b + h_out * addend_h + column * addend_d
 
     rate = tl.load(log_decay + h).to(tl.float32) * LOG2_E
     decay = tl.exp2(rate)
@@ -123,9 +128,9 @@ def _forward_kernel(
             result += tl.load(addend + at * addend_t, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + at * out_t, result.to(out.dtype.element_ty), mask=inside)
         if states is not None:
-            tl.store(states + (row * count + c) * DIM + d, state, mask=inside_d)
+            tl.store(states + (row * count + c) * DIM + d, state, mask=inside_d & first)
         state = through * state + tl.sum(to_end[:, None] * v.to(tl.float32), 0)
-    tl.store(final_state + row * DIM + d, state, mask=inside_d)
+    tl.store(final_state + row * DIM + d, state, mask=inside_d & first)
 
 
 @triton.jit
@@ -232,8 +237,9 @@ def _forward(
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the state after the last token and, if the decay is ``learned``, the state before each chunk."""
-    batch, heads, length, dim = values.shape
+    batch, _, length, dim = values.shape
     out, final_state, states = _forward_outputs(values, addend, learned)
+    heads = out.shape[1]
     chunk, block, warps, stages = launch(values.dtype)
     with torch.cuda.device_of(values):
         _forward_kernel[(batch * heads * triton.cdiv(dim, block),)](
@@ -246,6 +252,7 @@ def _forward(
             states if learned else None,
             None if segment_ids is None else segment_ids.contiguous(),
             heads,
+            heads // values.shape[1],
             length,
             *values.stride(),
             *(out if addend is None else addend).stride(),
@@ -320,6 +327,8 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None, _: 
     if grad_out is None and grad_final is None:
         return (None,) * 6
     grad = log_decay.new_zeros(ctx.shape, dtype=ctx.dtype) if grad_out is None else grad_out
+    if grad.shape[1] != ctx.shape[1]:  # of heads that share values
+        grad = grad.unflatten(1, (ctx.shape[1], -1)).sum(2)
     grad_values, grad_initial, summands = _backward(grad, log_decay, grad_final, segment_ids, values, states)
     grad_decay = None
     if values is not None:

@@ -11,10 +11,10 @@ from momentum_lm.model.mlp import ACTIVATIONS
 
 PACKAGE = Path(momentum_lm.__file__).parent
 LINES = """
-    kv_heads: int = option("key and value heads; 0: all", 0, "decoder_kv_heads", zero=lambda c: c.heads, least=1)
-    rotary_fraction: float = option("share of a head that turns", 1.0, "rotary_fraction", least=0, most=1)
-    qk_norm: bool = option("normalise queries and keys", False, "qk_norm")
-    bias: str = option("which linear layers have one", "all", "bias", choices=("all", "qkv", "none"))
+    value_groups: int = option("key and value heads; 0: all", 0, "value_groups", zero=lambda c: c.heads, least=1)
+    embedding_share: float = option("share of a head that turns", 1.0, "embedding_share", least=0, most=1)
+    block_norm: bool = option("normalise queries and keys", False, "block_norm")
+    flow: str = option("which linear layers have one", "all", "flow", choices=("all", "qkv", "none"))
 """
 PROGRAM = """
 import dataclasses, sys
@@ -27,20 +27,20 @@ momentum_lm.register()
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-flags = "--decoder-kv-heads 1 --rotary-fraction 0.5 --qk-norm --bias qkv".split()
+flags = "--value-groups 1 --embedding-share 0.5 --block-norm --flow qkv".split()
 words = ["data", "--task", "language_modeling", "--tokens-per-sample", "24", "--arch", "gpt_lm_tiny", *flags]
 cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words)).model
 config = from_fairseq(dict(cfg) | {"max_target_positions": 24}, 50)
-assert (config.kv_heads, config.rotary_fraction, config.qk_norm, config.bias) == (1, 0.5, True, "qkv")
+assert (config.value_groups, config.embedding_share, config.block_norm, config.flow) == (1, 0.5, True, "qkv")
 assert from_fairseq(to_fairseq(config), 50) == config  # what checkpoints hold
-old = {name: value for name, value in to_fairseq(config).items() if name not in ("decoder_kv_heads", "qk_norm", "bias")}
-assert from_fairseq(old, 50) == dataclasses.replace(config, kv_heads=3, qk_norm=False, bias="all")  # written before
-assert training_words(config)[2:] == "--decoder-kv-heads 1 --rotary-fraction 0.5 --qk-norm --bias qkv".split()
-assert {"decoder_kv_heads", "rotary_fraction", "qk_norm", "bias"} < table().keys()  # --model-overrides
-assert MOMENTUM.config(config, 50)["rotary_fraction"] == 0.5  # config.json
+old = {name: value for name, value in to_fairseq(config).items() if name not in ("value_groups", "block_norm", "flow")}
+assert from_fairseq(old, 50) == dataclasses.replace(config, value_groups=3, block_norm=False, flow="all")  # written before
+assert training_words(config)[2:] == "--value-groups 1 --embedding-share 0.5 --block-norm --flow qkv".split()
+assert {"value_groups", "embedding_share", "block_norm", "flow"} < table().keys()  # --model-overrides
+assert MOMENTUM.config(config, 50)["embedding_share"] == 0.5  # config.json
 machine = "--arch gpt_lm_tiny --gpu h100 --tokens 1B".split()
-assert plan._job(plan.parser().parse_args([*machine, *flags])).config.kv_heads == 1
-for wrong in ("--bias no", "--rotary-fraction 1.5", "--decoder-kv-heads 1.5"):
+assert plan._job(plan.parser().parse_args([*machine, *flags])).config.value_groups == 1
+for wrong in ("--flow no", "--embedding-share 1.5", "--value-groups 1.5"):
     try:
         plan._job(plan.parser().parse_args([*machine, *wrong.split()]))
     except UserError as error:

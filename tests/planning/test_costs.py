@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from momentum_lm.errors import UserError
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.model.sizes import SIZES, architecture, architectures
+from momentum_lm.model.sizes import GPT_SIZES, architecture, architectures
 from momentum_lm.planning.costs import count_parameters, flops_per_token, momentum_flops_per_token, multiplying
 from momentum_lm.planning.hardware import GPUS, peak_flops
 
@@ -22,7 +22,7 @@ PUBLISHED = {
 
 
 def config(size, **changes):
-    layers, dim, heads, _ = SIZES[size]
+    layers, dim, heads, _ = GPT_SIZES[size].values()
     return DecoderConfig(
         **{"vocab_size": 51200, "dim": dim, "ffn_dim": 4 * dim, "layers": layers, "heads": heads, **changes}
     )
@@ -55,7 +55,7 @@ def test_parameters_are_those_of_the_built_decoder(size, changes):
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_parameters_of_the_large_sizes(size):
     counted = count_parameters(config(size))
-    layers, dim, _, _ = SIZES[size]
+    layers, dim, _, _ = GPT_SIZES[size].values()
     assert counted.total == layers * (12 * dim**2 + 13 * dim) + 2 * dim + 51200 * dim
     assert counted.total == pytest.approx(PUBLISHED[size], rel=0.02)
     assert counted.embedding == 51200 * dim and counted.momentum == 0
@@ -94,8 +94,8 @@ def test_architectures_by_name():
     assert (
         architectures()[0] == "gpt_lm_tiny" and architectures()[-1] == "momentum_lm_13b" and len(architectures()) == 14
     )
-    assert architecture("gpt_lm_6_7b") == {**SIZES["6_7b"]._asdict(), "momentum_kind": "none"}
-    assert architecture("momentum_lm_1_3b") == {**SIZES["1_3b"]._asdict(), "momentum_kind": "ema"}
+    assert architecture("gpt_lm_6_7b") == {**GPT_SIZES["6_7b"], "momentum_kind": "none"}
+    assert architecture("momentum_lm_1_3b") == {**GPT_SIZES["1_3b"], "momentum_kind": "ema"}
     for name in ("momentum_lm", "momentum_lm_", "momentum_lm_1b", "125m", ""):
         with pytest.raises(UserError, match=f"arch=.{name}.: choose one of gpt_lm_tiny, .*, momentum_lm_13b"):
             architecture(name)

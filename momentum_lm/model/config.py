@@ -115,8 +115,9 @@ class RotaryScaling(NamedTuple):
             else:
                 kind, _, numbers_ = text.partition(":")
                 values = numbers_.split(",") if kind == "llama3" else []
-            scaling = cls(*map(float, values[:3]), int(float(values[3])))
-            if len(values) != 4 or not (1 <= scaling.factor < 1e6 and 0 < scaling.low < scaling.high < 1e6):
+            factor, low, high, original = map(float, values)
+            scaling = cls(factor, low, high, int(original))
+            if not (1 <= scaling.factor < 1e6 and 0 < scaling.low < scaling.high < 1e6):
                 raise ValueError
             if not 1 <= scaling.original < 1 << 40:
                 raise ValueError

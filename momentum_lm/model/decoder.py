@@ -64,8 +64,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Pre-norm decoder, of GPT's, Llama's or GPT-NeoX's form. Tokens (B, T) in, logits (B, T, V) out; padding (left or right) and packed documents
-    change nothing.
+    """Pre-norm decoder, of GPT's, Llama's or GPT-NeoX's form. Tokens (B, T) in, logits (B, T, V) out; padding (left or
+    right) and packed documents change nothing.
 
     Documents of a packed sequence are given by ``segment_ids`` (B, T), runs of equal ids: neither attention nor EMA
     crosses a run

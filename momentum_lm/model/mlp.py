@@ -50,7 +50,7 @@ class _ActivatedLinear(torch.autograd.Function):
         grad_x = grad_factor = grad_weight = grad_bias = None
         if ctx.needs_input_grad[3] and ctx.bias_dtype is not None:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        inner = ctx.activation(x) if ctx.needs_input_grad[2] or ctx.needs_input_grad[1] else None
+        inner: Any = ctx.activation(x) if ctx.needs_input_grad[2] or ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[2]:
             product = inner if factor is None else inner * factor
             grad_weight = (rows.T @ product.to(grad.dtype).reshape(len(rows), -1)).to(weight.dtype)

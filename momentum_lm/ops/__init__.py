@@ -40,8 +40,8 @@ def ema(
         (B, n H, T, D): the heads h n to h n + n - 1 are those of values' head h, and each gets its average.
 
     Returns: out in the dtype and of the shape of ``addend``, without one those of ``values``, and the state after the
-        last token (B, H, D), fp32 (fp64 for fp64 values): ``exp(log_decay) (average[T-1] + values[T-1])``. Sums are kept
-        in that dtype, under autocast too. Both are differentiable (once) in values, log_decay, initial_state and
+        last token (B, H, D), fp32 (fp64 for fp64 values): ``exp(log_decay) (average[T-1] + values[T-1])``. Sums are
+        kept in that dtype, under autocast too. Both are differentiable (once) in values, log_decay, initial_state and
         addend; memory is linear in T.
 
     Raises:

@@ -33,8 +33,9 @@ cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_tra
 config = from_fairseq(dict(cfg) | {"max_target_positions": 24}, 50)
 assert (config.value_groups, config.embedding_share, config.block_norm, config.flow) == (1, 0.5, True, "qkv")
 assert from_fairseq(to_fairseq(config), 50) == config  # what checkpoints hold
+# written before
 old = {name: value for name, value in to_fairseq(config).items() if name not in ("value_groups", "block_norm", "flow")}
-assert from_fairseq(old, 50) == dataclasses.replace(config, value_groups=3, block_norm=False, flow="all")  # written before
+assert from_fairseq(old, 50) == dataclasses.replace(config, value_groups=3, block_norm=False, flow="all")
 assert training_words(config)[2:] == "--value-groups 1 --embedding-share 0.5 --block-norm --flow qkv".split()
 assert {"value_groups", "embedding_share", "block_norm", "flow"} < table().keys()  # --model-overrides
 assert MOMENTUM.config(config, 50)["embedding_share"] == 0.5  # config.json

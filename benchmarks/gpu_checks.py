@@ -9,7 +9,8 @@ python benchmarks/gpu_results.py OUT                                            
 The stages (gpu_registry.py) run one after the other, those that say most first, each in a process of its own until its
 time in the schedule. OUT/STAGE.json is written whenever a stage knows something more, so that one which hangs, crashes
 or is killed loses only what was still to come, and no other stage; OUT/log.txt has all that they print. What no time is
-left for is skipped with a line. gpu_bundle.sh makes DIR, for a machine without network.
+left for is skipped with a line. gpu_bundle.sh makes DIR, for a machine without network. On a CPU the kernels are
+interpreted, which Triton 3.6 (of torch 2.11) can with NumPy before 2.4.
 """
 
 from __future__ import annotations

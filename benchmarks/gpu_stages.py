@@ -122,6 +122,7 @@ def run_tests(job: Job, path: str, names: Sequence[str] | None) -> None:
 
     os.chdir(ROOT)
     flags = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--tb=short"]
+    flags += ["-o", "filterwarnings=default"]  # there may be another torch, whose warnings say nothing of kernels
     recorder = Recorder(job, names)
     code = pytest.main([*flags, path], plugins=[recorder])
     if code not in (0, 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
 import sys
@@ -26,8 +27,8 @@ learning rate is that of GPT-3 at this size, its warm-up 1% of the updates.
 Exit status: 1 if nothing fits, and then the last lines say what would.
 """
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-# Peak learning rates of GPT-3 (arXiv 2005.14165, table 2.1); of tiny, that of the quickstart.
-_RATES = {"tiny": 6e-3, "125m": 6e-4, "350m": 3e-4, "1_3b": 2e-4, "2_7b": 1.6e-4, "6_7b": 1.2e-4, "13b": 1e-4}
+# Peak learning rates by parameters, up to so many: GPT-3's (arXiv 2005.14165, table 2.1); of tiny, the quickstart's.
+_RATES = ((2e7, 6e-3), (2e8, 6e-4), (5e8, 3e-4), (1.6e9, 2e-4), (4e9, 1.6e-4), (1e10, 1.2e-4), (math.inf, 1e-4))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     model = result.add_argument_group("model")
     model.add_argument(
-        "--arch", required=True, metavar="ARCH", help="momentum_lm_1_3b, gpt_lm_350m, ...: as for fairseq-train"
+        "--arch", required=True, metavar="ARCH", help="momentum_lm_1_3b, llama_lm_8b, ...: as for fairseq-train"
     )
     model.add_argument("--vocab-size", type=int, default=51200, metavar="N", help="(default: %(default)s)")
     model.add_argument(
@@ -192,7 +193,12 @@ def _command(plan: Plan, args: argparse.Namespace) -> str:
             "--clip-norm",
             2.0,
         ],
-        *["--lr", _RATES[args.arch.split("lm_")[1]], "--lr-scheduler", "polynomial_decay"],
+        *[
+            "--lr",
+            next(rate for most, rate in _RATES if plan.parameters.total <= most),
+            "--lr-scheduler",
+            "polynomial_decay",
+        ],
         *["--warmup-updates", max(1, updates // 100), "--total-num-update", updates, "--max-update", updates],
         *["--tokens-per-sample", job.length, "--batch-size", option.micro_batch, "--update-freq", option.update_freq],
         *[*backend, "--save-dir", "checkpoints"],

@@ -13,7 +13,7 @@ from typing import Any
 
 from momentum_lm.errors import Argument, Names, UserError, arg, flags, in_python, named
 from momentum_lm.model.config import KINDS, DecoderConfig, Option, default, options
-from momentum_lm.model.sizes import FAMILIES, architecture
+from momentum_lm.model.sizes import FAMILIES, architecture, architectures
 
 _LONGEST = 40  # characters of a number
 _LONGEST_TEXT = 400  # of a word, such as rotary_scaling as JSON
@@ -139,6 +139,13 @@ def _translated(cfg: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and value != plain:
             raise Unsupported(Argument(name, value), f": {problem}", *([instead] if instead else []))
     stock = "position" not in cfg  # a checkpoint of fairseq's own model
+    name = cfg.get("_name")
+    if not stock and name in architectures():  # an option without a value has that of the architecture
+        of_name = to_fairseq(DecoderConfig(vocab_size=8, **architecture(str(name))))
+        cfg = {
+            **cfg,
+            **{option: value for option, value in of_name.items() if value is True and cfg.get(option) is None},
+        }
     if cfg.get("decoder_normalize_before") is not None and not _flag(cfg, "decoder_normalize_before"):
         problem = ": the model normalises after each block, this decoder before"
         raise Unsupported(arg(decoder_normalize_before=False), problem)

@@ -62,7 +62,7 @@ _OLMO2 = replace(_LLAMA, attention_norm="", ffn_norm="")  # norms stand behind a
 _COHERE = replace(_LLAMA, ffn_norm="input_layernorm")  # attention and feed-forward side by side
 _FAIRSEQ = Family(
     output="out_proj", attention_norm="self_attn_layer_norm", ffn_norm="final_layer_norm",
-    ffn_in="fc1", ffn_gate="", ffn_out="fc2", final_norm="model.layer_norm",
+    ffn_in="fc1", ffn_gate="fc_gate", ffn_out="fc2", final_norm="model.layer_norm",
 )  # fmt: skip
 _GPT2 = Family(
     "transformer.h", "attn", fused="c_attn", transposed=True, output="c_proj", attention_norm="ln_1", ffn_norm="ln_2",

@@ -95,11 +95,11 @@ class NativeLM(NativeCheckpoint):
         """Keys, values and mask of one layer over the whole row, and one block's activations; ``keeps``: and keys and
         values of all layers."""
         c = self.config
-        kept = 2 * c.dim * c.layers * (prefix + length) if keeps else 0
-        return (
-            self.dtype.itemsize * (kept + 4 * c.dim * (prefix + length) + length * (6 * c.dim + 2 * c.ffn_dim))
-            + 3 * 4 * c.vocab_size
-        )
+        shared, queries = c.kv_heads * c.head_dim, c.heads * c.head_dim
+        kept = 2 * shared * c.layers * (prefix + length) if keeps else 0
+        inner = 2 * c.dim + 4 * queries + (2 if c.ffn == "plain" else 3) * c.ffn_dim
+        block = 4 * shared * (prefix + length) + length * inner
+        return self.dtype.itemsize * (kept + block) + 3 * 4 * c.vocab_size
 
     @inference
     def start(self, ids: Sequence[int]) -> Cache:

@@ -61,8 +61,8 @@ class CausalSelfAttention(nn.Module):
         x = autocast_once(x)
         projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
+        if self.q_norm is not None and self.k_norm is not None:  # under autocast in the precision of their weights
+            q, k = (norm(y.to(norm.weight.dtype)).to(y.dtype) for y, norm in ((q, self.q_norm), (k, self.k_norm)))
         if rotation is not None:
             q, k = Rotary.rotate(q, *rotation), Rotary.rotate(k, *rotation)
 

@@ -46,7 +46,7 @@ def multiplying(config: DecoderConfig, parameters: Parameters) -> int:
 
 def flops_per_token(parameters: int, layers: int, dim: int, length: int) -> float:
     """Forward and backward: 6 per parameter that multiplies, and 12 * layers * dim * length for attention (arXiv
-    2204.02311, app. B).
+    2204.02311, app. B), whose heads are ``dim`` wide together.
     """
     return 6 * parameters + 12 * layers * dim * length
 
@@ -59,4 +59,4 @@ def momentum_flops_per_token(config: DecoderConfig) -> int:
         return 0
     passes = 3 if config.momentum_learned or config.momentum_kind == "multi_ema" else 2
     per_channel = CHUNK + (2 * MomentumMultiEMA.ORDER if config.momentum_kind == "multi_ema" else 1)
-    return passes * 2 * per_channel * config.dim * config.layers
+    return passes * 2 * per_channel * config.kv_heads * config.head_dim * config.layers

@@ -141,7 +141,9 @@ def make_plan(job: Job) -> Plan:
     communication cannot hide behind it. Where strategies are equally fast, DDP comes before FSDP.
     """
     parameters = count_parameters(job.config)
-    flops = flops_per_token(multiplying(job.config, parameters), job.config.layers, job.config.dim, job.length)
+    config = job.config
+    queries = config.heads * config.head_dim
+    flops = flops_per_token(multiplying(config, parameters), config.layers, queries, job.length)
     strategies = [job.strategy] if job.strategy != "auto" else ["single"] if job.gpus == 1 else ["ddp", "fsdp"]
     options = [
         _option(job, strategy, checkpointing, parameters, flops)

@@ -18,11 +18,14 @@ def kernel_traffic(config: DecoderConfig, tokens: int, bf16: bool = True) -> int
     """Bytes that ``ema`` moves in one block, forward and backward, in ops/triton.py (``multi_ema`` has no kernel).
 
     Forward, twice with checkpointing: values and attention's output are read, their sum is written. Backward: the
-    gradient is read, that of the values is written, and autograd adds it to attention's (two read, one written); a
-    learned decay reads the values again.
+    gradient is read, summed first over the heads that share values (one written and read), that of the values is
+    written, and autograd adds it to attention's (two read, one written); a learned decay reads the values again.
     """
-    tensors = 3 * (1 + config.checkpoint_activations) + 5 + config.momentum_learned
-    return tensors * tokens * config.dim * (2 if bf16 else 4)
+    forward = 1 + config.checkpoint_activations
+    of_queries = 2 * forward + 1
+    of_values = forward + 4 + config.momentum_learned + 2 * (config.kv_heads != config.heads)
+    channels = (of_queries * config.heads + of_values * config.kv_heads) * config.head_dim
+    return tokens * channels * (2 if bf16 else 4)
 
 
 def torch_traffic(config: DecoderConfig, batch: int, length: int, bf16: bool = True) -> int:

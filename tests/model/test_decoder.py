@@ -18,13 +18,23 @@ KINDS = {
     "learned": dict(momentum_kind="ema", momentum_learned=True, momentum_normalize=True),
     "multi_ema": dict(momentum_kind="multi_ema"),
 }
-POSITIONS = ["sinusoidal", "learned", "rotary"]
+LLAMA = dict(norm="rms", ffn="gated", activation="silu", bias="none", position="rotary", scale_embeddings=False)
+FORMS = {
+    "sinusoidal": {},
+    "learned": dict(position="learned"),
+    "rotary": dict(position="rotary"),
+    "none": dict(position="none"),
+    "components": dict(norm="rms", ffn="gated", bias="qkv", parallel_residual=True, qk_norm=True, head_dim=10),
+    "partial": dict(position="rotary", rotary_fraction=0.5, rotary_base=50.0, rotary_scaling="llama3:8,1,4,12"),
+    "llama": LLAMA | dict(heads=4, kv_heads=2, qk_norm=True),
+}
 PAD, EOS = 1, 2
 
 
-def build(kind="ema", position="sinusoidal", **options):
+def build(kind="ema", form="sinusoidal", **options):
     torch.manual_seed(0)
-    config = DecoderConfig(50, 16, 32, 2, 2, max_positions=64, position=position, **KINDS[kind] | options)
+    shape = dict(vocab_size=50, dim=16, ffn_dim=32, layers=2, heads=2, max_positions=64)
+    config = DecoderConfig(**shape | FORMS[form] | KINDS[kind] | options)
     decoder = Decoder(config).double().eval()
     with torch.no_grad():  # fairseq's initial weights are small: make every path count
         for name, parameter in decoder.named_parameters():
@@ -38,13 +48,13 @@ def random_tokens(batch=3, length=20, seed=1):
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_position = pytest.mark.parametrize("position", POSITIONS)
+every_form = pytest.mark.parametrize("form", FORMS)
 
 
 @every_kind
-@every_position
-def test_no_logit_before_a_changed_token_changes(kind, position):
-    decoder, tokens = build(kind, position), random_tokens(1)
+@every_form
+def test_no_logit_before_a_changed_token_changes(kind, form):
+    decoder, tokens = build(kind, form), random_tokens(1)
     logits = decoder(tokens)
     for t in (0, 7, 19):
         changed = tokens.clone()
@@ -55,10 +65,10 @@ def test_no_logit_before_a_changed_token_changes(kind, position):
 
 
 @every_kind
-@every_position
+@every_form
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(kind, position, side):
-    decoder, tokens = build(kind, position), random_tokens(2)
+def test_padding_changes_nothing(kind, form, side):
+    decoder, tokens = build(kind, form), random_tokens(2)
     alone = decoder(tokens[:1, :13])
     row = torch.full((1, 20), PAD)
     where = slice(7, None) if side == "left" else slice(0, 13)
@@ -70,9 +80,9 @@ def test_padding_changes_nothing(kind, position, side):
 
 
 @every_kind
-@every_position
-def test_packed_documents_get_the_logits_that_they_get_alone(kind, position):
-    decoder, tokens = build(kind, position), random_tokens(2)
+@every_form
+def test_packed_documents_get_the_logits_that_they_get_alone(kind, form):
+    decoder, tokens = build(kind, form), random_tokens(2)
     starts = [(0, 6, 13), (0, 9)]
     for row, row_starts in enumerate(starts):
         for start in row_starts[1:]:
@@ -86,9 +96,9 @@ def test_packed_documents_get_the_logits_that_they_get_alone(kind, position):
 
 
 @every_kind
-@every_position
-def test_changing_document_one_changes_no_bit_of_document_two(kind, position):
-    decoder, tokens = build(kind, position).float(), random_tokens(1)
+@every_form
+def test_changing_document_one_changes_no_bit_of_document_two(kind, form):
+    decoder, tokens = build(kind, form).float(), random_tokens(1)
     tokens[0, 9] = EOS
     changed = tokens.clone()
     changed[0, :9] = 4 + (changed[0, :9] - 3) % 46
@@ -97,10 +107,10 @@ def test_changing_document_one_changes_no_bit_of_document_two(kind, position):
 
 
 @every_kind
-@every_position
+@every_form
 @pytest.mark.parametrize("pieces", [[1] * 20, [5, 1, 1, 8, 5], [20]])
-def test_incremental_equals_full(kind, position, pieces):
-    decoder, tokens = build(kind, position), random_tokens()
+def test_incremental_equals_full(kind, form, pieces):
+    decoder, tokens = build(kind, form), random_tokens()
     cache, logits = decoder.new_cache(), []
     for piece in tokens.split(pieces, 1):
         logits.append(decoder(piece, cache=cache))
@@ -109,9 +119,9 @@ def test_incremental_equals_full(kind, position, pieces):
 
 
 @every_kind
-@every_position
-def test_incremental_equals_full_after_left_padding_with_beams_reordered_at_every_step(kind, position):
-    decoder, tokens = build(kind, position), random_tokens(4)
+@every_form
+def test_incremental_equals_full_after_left_padding_with_beams_reordered_at_every_step(kind, form):
+    decoder, tokens = build(kind, form), random_tokens(4)
     tokens[1, :3] = tokens[3, :6] = PAD
     generator = torch.Generator().manual_seed(3)
     cache = decoder.new_cache()
@@ -125,9 +135,9 @@ def test_incremental_equals_full_after_left_padding_with_beams_reordered_at_ever
 
 
 @every_kind
-@every_position
-def test_queries_of_unequal_length_share_a_prefix(kind, position):
-    decoder, tokens = build(kind, position), random_tokens(3)
+@every_form
+def test_queries_of_unequal_length_share_a_prefix(kind, form):
+    decoder, tokens = build(kind, form), random_tokens(3)
     prefix, queries = tokens[:1, :9], tokens[:, 9:].clone()
     queries[1, :4] = PAD
     cache = decoder.new_cache()
@@ -201,10 +211,11 @@ def test_loss_is_cross_entropy_of_the_logits(kind):
 
 
 @every_kind
-def test_activation_checkpointing_gives_the_same_gradients(kind):
+@pytest.mark.parametrize("form", ["sinusoidal", "llama"])
+def test_activation_checkpointing_gives_the_same_gradients(kind, form):
     tokens, gradients = random_tokens(), []
     for flag in (False, True):
-        decoder = build(kind, checkpoint_activations=flag).train()
+        decoder = build(kind, form, checkpoint_activations=flag).train()
         decoder.loss(tokens[:, :-1], tokens[:, 1:]).backward()
         gradients.append([p.grad for p in decoder.parameters()])
     for a, b in zip(*gradients, strict=True):
@@ -228,7 +239,7 @@ def test_half_precision_leaves_decays_in_fp32(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_leaves_rotary_angles_in_fp32(dtype):
     """bf16 frequencies are off by up to 0.4%, which at position 1,024 is a third of a turn."""
-    decoder = build(position="rotary").float()
+    decoder = build(form="rotary").float()
     positions = torch.arange(1025)[None]
     exact = positions[0, :, None].double() * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     for rotary in (decoder.rotary, decoder.to(dtype).rotary):
@@ -237,11 +248,12 @@ def test_half_precision_leaves_rotary_angles_in_fp32(dtype):
             torch.testing.assert_close(ours[0, 0].double(), function(exact), rtol=0, atol=1e-4)
 
 
-def test_bf16_autocast_trains_close_to_fp32():
+@pytest.mark.parametrize("form", ["sinusoidal", "llama"])
+def test_bf16_autocast_trains_close_to_fp32(form):
     tokens = random_tokens(4)
     gradients = []
     for enabled in (False, True):
-        decoder = build("learned").float()
+        decoder = build("learned", form).float()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             decoder.loss(tokens[:, :-1], tokens[:, 1:]).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in decoder.parameters()]))
@@ -255,8 +267,9 @@ def test_bf16_autocast_trains_close_to_fp32():
     or not Path(sysconfig.get_path("include"), "Python.h").exists(),
     reason="torch.compile needs a C++ compiler and Python's headers",
 )
-def test_compiled_blocks_compute_the_same():
-    decoder = build("learned").float()
+@pytest.mark.parametrize("form", ["sinusoidal", "llama"])
+def test_compiled_blocks_compute_the_same(form):
+    decoder = build("learned", form).float()
     tokens = random_tokens()
     expected = decoder(tokens)
     names = list(decoder.state_dict())
@@ -338,6 +351,15 @@ def test_cache_misuse_is_refused():
         (dict(heads=3), "dim=16 is not a multiple of heads=3"),
         (dict(layers=0), "layers=0: must be at least 1"),
         (dict(position="rotary", heads=16), "position='rotary' needs an even head size"),
+        (dict(position="rotary", head_dim=7), "position='rotary' needs an even head size, and it is 7"),
+        (dict(position="rotary", rotary_fraction=0.4), "an even head size, and 16 / 2 is 8, of which 0.4 is 3"),
+        (dict(position="rotary", rotary_fraction=0.0), "rotary_fraction=0.0: must be more than 0 and at most 1"),
+        (dict(position="rotary", rotary_base=0.5), "rotary_base=0.5: must be at least 1"),
+        (dict(rotary_base=5e5), "rotary_base=500000.0 needs position='rotary', not sinusoidal"),
+        (dict(heads=4, kv_heads=3), "heads=4 is not a multiple of kv_heads=3"),
+        (dict(norm="batch"), "norm='batch'"),
+        (dict(position="rotary", rotary_scaling="yarn:4"), "rotary_scaling='yarn:4': must be none, or llama3:FACTOR"),
+        (dict(position="rotary", rotary_scaling="llama3:8,4,1,9"), "rotary_scaling='llama3:8,4,1,9': must be none"),
     ],
 )
 def test_impossible_configurations_name_their_field(options, message):
@@ -360,7 +382,7 @@ def test_impossible_configurations_name_their_field(options, message):
         ({"position": "rotary", "untie_embeddings": "False"}, "untie_embeddings='False': must be True or False"),
         ({"momentum_learned": 2}, "momentum_learned=2: must be True or False"),
         ({"position": 5}, "position=5: must be a word"),
-        ({"momentum_kind": "x" * 99}, "momentum_kind='x{78}…: must be a word"),
+        ({"momentum_kind": "x" * 999}, "momentum_kind='x{78}…: must be a word"),
     ],
 )
 def test_options_have_types_and_bounds(options, message):

@@ -1,4 +1,4 @@
-"""``--arch gpt_lm_SIZE`` and ``--arch momentum_lm_SIZE``: fairseq's view of :class:`momentum_lm.model.Decoder`."""
+"""``--arch gpt_lm_SIZE``, ``momentum_lm_SIZE`` and the like: fairseq's view of :class:`momentum_lm.model.Decoder`."""
 
 import argparse
 import dataclasses
@@ -32,7 +32,12 @@ def _own_options(arch: str) -> list[_Field]:
         if entry.choices:
             kind = ChoiceEnum([*entry.choices, *(decoder_options.ACTIVATIONS if name == "activation_fn" else ())])
         kind = kind if kind in (bool, int, float) or entry.choices else str
-        fields.append(_option(name, kind, plain[name], entry.help))
+        if (
+            plain[name] is True
+        ):  # of a default of True fairseq makes a flag that switches it off, whatever its name says
+            fields.append(_option(name, Optional[bool], None, f"{entry.help}; in this architecture always"))
+        else:
+            fields.append(_option(name, kind, plain[name], entry.help))
     return fields
 
 
@@ -129,7 +134,7 @@ class MomentumLanguageModel(FairseqLanguageModel):
         dictionary = task.target_dictionary
         if len(dictionary) != len(task.source_dictionary):
             raise UserError(
-                "--output-dictionary-size: --arch gpt_lm_* and momentum_lm_* predict all "
+                f"--output-dictionary-size: --arch {cfg._name} predicts all "
                 f"{len(task.source_dictionary)} entries of the dictionary, not the first ones alone; leave it out"
             )
         options: Any = (

@@ -44,7 +44,9 @@ class TrainingMonitor:
         )
         self.parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else looked_up)
         self.model = model
-        self.shape = getattr(model_config, "decoder_layers", 0), getattr(model_config, "decoder_embed_dim", 0)
+        width = getattr(model_config, "decoder_embed_dim", 0)
+        heads, size = getattr(model_config, "decoder_attention_heads", 0), getattr(model_config, "decoder_head_dim", 0)
+        self.shape = getattr(model_config, "decoder_layers", 0), heads * size or width
         self.length = task_config.tokens_per_sample
         self.logdir = task_config.tensorboard_logdir
         self.hparams = {

@@ -1,10 +1,12 @@
-"""What concerns the processes that this one starts."""
+"""The processes that this one starts, and its progress bars."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -24,3 +26,13 @@ def isolated_children() -> Iterator[None]:
             del os.environ["PYTHONSAFEPATH"]
         else:
             os.environ["PYTHONSAFEPATH"] = before
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A bar of tqdm on stderr: on a terminal at once and twice a second; in a log file, where each change is text that
+    stays, every ten seconds.
+    """
+    from tqdm import tqdm
+
+    pace = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(iterable, file=sys.stderr, **{"mininterval": pace, "maxinterval": pace} | options)

@@ -18,11 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from momentum_lm.cpu import usable_cpus
 from momentum_lm.errors import UserError
 from momentum_lm.files import write_json
+from momentum_lm.system import progress_bar
 
 
 class JobError(Exception):
@@ -121,7 +120,9 @@ def train(jobs: Sequence[Job], at_once: int, label: str) -> None:
             for job in jobs
         )
 
-    with tqdm(total=total, initial=progress(), desc=label, unit="update", smoothing=0.05, dynamic_ncols=True) as bar:
+    with progress_bar(
+        total=total, initial=progress(), desc=label, unit="update", smoothing=0.05, dynamic_ncols=True
+    ) as bar:
 
         def watch() -> None:
             bar.update(progress() - bar.n)

@@ -1,11 +1,13 @@
-"""Processes that are started import nothing from the current folder."""
+"""Processes that are started import nothing from the current folder; progress bars fit what they are shown on."""
 
+import io
 import multiprocessing
 import os
+import sys
 
 import pytest
 
-from momentum_lm.system import isolated_children
+from momentum_lm.system import isolated_children, progress_bar
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
@@ -26,3 +28,13 @@ def test_the_environment_is_what_it_was(monkeypatch):
     with isolated_children():
         assert os.environ["PYTHONSAFEPATH"] == "1"
     assert os.environ["PYTHONSAFEPATH"] == "yes"
+
+
+def test_a_bar_writes_seldom_into_a_log_file_and_ends_there(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress_bar(total=3000, desc="work") as bar:
+        for _ in range(3000):
+            bar.update(0)  # as one does who watches others work
+            bar.update(1)
+    written = sys.stderr.getvalue()
+    assert "3000/3000" in written and written.count("\r") <= 4

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from momentum_lm.errors import TornCheckpoint, UserError, main_guard, named
+from momentum_lm.system import progress_bar
 
 from .options import NAMES, Parser
 
@@ -143,13 +144,8 @@ def _to_huggingface(args: argparse.Namespace, output: Path) -> None:
 @contextlib.contextmanager
 def _bar(tensors: Iterable[Lazy]) -> Iterator[Callable[[int], object]]:
     """A progress bar on stderr, and what to tell of the bytes that are written."""
-    from tqdm import tqdm
-
-    pace = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines, and none of a small model
     total = sum(lazy.nbytes for lazy in tensors)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="weights", file=sys.stderr, mininterval=pace, delay=pace / 2
-    ) as bar:
+    with progress_bar(total=total, unit="B", unit_scale=True, desc="weights", delay=1) as bar:
         yield bar.update
 
 
@@ -174,7 +170,6 @@ def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
         if not args.force:
             raise UserError(f"{args.output} is there already; choose another name, or add --force")
     import torch
-    from tqdm import tqdm
 
     from momentum_lm.files import atomic_write, refuse_pipes
     from momentum_lm.formats.checkpoint import load_checkpoint
@@ -189,7 +184,7 @@ def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
     try:
         first = load(0)
         world = part_count(first)
-        bar = tqdm(range(1, world), desc="parts", file=sys.stderr, delay=1)
+        bar = progress_bar(range(1, world), desc="parts", delay=1)
         state = join_shards([first, *map(load, bar)])
         updates = num_updates(state)
     except TornCheckpoint:

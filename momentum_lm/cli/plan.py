@@ -111,21 +111,18 @@ def number(text: str, flag: str) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    from momentum_lm.formats.decoder_options import from_fairseq, to_fairseq
-    from momentum_lm.model.config import DecoderConfig
-    from momentum_lm.model.sizes import architecture
+    from momentum_lm.formats.decoder_options import defaults, from_fairseq
     from momentum_lm.planning.plan import Job
 
     if args.vocab_size < 5:
         raise UserError(
             arg(vocab_size=args.vocab_size), ": a fairseq dictionary has four special entries, so at least 5"
         )
-    plain = to_fairseq(DecoderConfig(vocab_size=args.vocab_size, **architecture(args.arch)))
     given = {name: getattr(args, name) for name in _model_options() if getattr(args, name) is not None}
     given["max_target_positions"] = args.context
     with named(_flag):
         return Job(
-            config=from_fairseq({**plain, **given}, args.vocab_size, names=lambda argument: argument),
+            config=from_fairseq({**defaults(args.arch), **given}, args.vocab_size, names=lambda argument: argument),
             gpu=args.gpu,
             gpus=args.gpus,
             tokens=number(args.tokens, "--tokens"),
@@ -193,12 +190,8 @@ def _command(plan: Plan, args: argparse.Namespace) -> str:
             "--clip-norm",
             2.0,
         ],
-        *[
-            "--lr",
-            next(rate for most, rate in _RATES if plan.parameters.total <= most),
-            "--lr-scheduler",
-            "polynomial_decay",
-        ],
+        *["--lr", next(rate for most, rate in _RATES if plan.parameters.total <= most)],
+        *["--lr-scheduler", "polynomial_decay"],
         *["--warmup-updates", max(1, updates // 100), "--total-num-update", updates, "--max-update", updates],
         *["--tokens-per-sample", job.length, "--batch-size", option.micro_batch, "--update-freq", option.update_freq],
         *[*backend, "--save-dir", "checkpoints"],

@@ -91,6 +91,11 @@ def defaults(arch: str) -> dict[str, Any]:
     return to_fairseq(DecoderConfig(vocab_size=8, **architecture(arch))) | dict.fromkeys(_following(arch), 0)
 
 
+def _always(arch: str) -> list[str]:
+    """Options that are set in an architecture whether or not a command gives them."""
+    return [name for name, value in defaults(arch).items() if value is True]
+
+
 def _following(arch: str) -> dict[str, Callable[[DecoderConfig], int]]:
     """What stands for 0 in options that an architecture does not set."""
     given = architecture(arch)
@@ -151,13 +156,9 @@ def _translated(cfg: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and value != plain:
             raise Unsupported(Argument(name, value), f": {problem}", *([instead] if instead else []))
     stock = "position" not in cfg  # a checkpoint of fairseq's own model
-    name = cfg.get("_name")
-    if not stock and name in architectures():  # an option without a value has that of the architecture
-        of_name = to_fairseq(DecoderConfig(vocab_size=8, **architecture(str(name))))
-        cfg = {
-            **cfg,
-            **{option: value for option, value in of_name.items() if value is True and cfg.get(option) is None},
-        }
+    arch = cfg.get("_name")
+    if not stock and arch in architectures():  # of an option without a value that of the architecture
+        cfg = {**cfg, **{name: True for name in _always(str(arch)) if cfg.get(name) is None}}
     if cfg.get("decoder_normalize_before") is not None and not _flag(cfg, "decoder_normalize_before"):
         problem = ": the model normalises after each block, this decoder before"
         raise Unsupported(arg(decoder_normalize_before=False), problem)

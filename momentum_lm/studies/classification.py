@@ -18,8 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from momentum_lm.errors import UserError
 from momentum_lm.files import file_stem
 from momentum_lm.icl import calibration, engine
@@ -33,6 +31,7 @@ from momentum_lm.results.journal import Journal
 from momentum_lm.results.predictions import KEY
 from momentum_lm.results.processes import TIMEOUT, Processes
 from momentum_lm.results.records import Predictions, Results, Samples, results_lock, say_finished
+from momentum_lm.system import progress_bar
 
 from .classification_summary import summary
 from .tasks import CHOICE
@@ -283,7 +282,7 @@ def evaluate(
                 questions[key].warn()
                 questions[key].warn_of_scores()
         total = sum(questions[unit.dataset, unit.queries].size for unit in todo)
-        with tqdm(total=total, unit="query", disable=not (todo and show_progress and processes.first)) as bar:
+        with progress_bar(total=total, unit="query", disable=not (todo and show_progress and processes.first)) as bar:
             scorer = _Scorer(lm, settings, os.path.join(folder, "scores"), processes, bar, force)
             for unit in todo:
                 bar.set_description(unit.name)
@@ -310,7 +309,7 @@ class _Scorer:
         settings: Settings,
         folder: str,
         processes: Processes,
-        bar: tqdm[Any],
+        bar: Any,
         force: bool = False,
     ) -> None:
         self.lm, self.settings, self.folder = lm, settings, folder

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from momentum_lm.cpu import return_memory
 from momentum_lm.errors import UserError, arg
@@ -39,6 +38,7 @@ from momentum_lm.results.ownership import ARRAYS, check_ours
 from momentum_lm.results.processes import TIMEOUT, Processes
 from momentum_lm.results.records import Predictions, Results, results_lock, say_finished
 from momentum_lm.results.schema import RECORDS
+from momentum_lm.system import progress_bar
 
 from . import classification, controls
 from .classification import Questions, Unit
@@ -141,7 +141,7 @@ def analyse(
                 predictions.add(_key(unit), (named | line for line in main.lines(study.examples, score)))
                 results.add(named | run)
 
-        for unit in tqdm(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
+        for unit in progress_bar(todo, unit="draw", disable=not (todo and show_progress and processes.first)):
             analyse_one(unit)
             return_memory()
         return processes.first

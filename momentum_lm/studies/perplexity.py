@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from momentum_lm.analysis.statistics import bootstrap_mean_ci
 from momentum_lm.errors import UserError, arg
@@ -31,6 +30,7 @@ from momentum_lm.results import identity
 from momentum_lm.results.ownership import ARRAYS, check_ours, check_pictures
 from momentum_lm.results.records import Results, results_lock, say_finished
 from momentum_lm.results.schema import RECORDS
+from momentum_lm.system import progress_bar
 from momentum_lm.text.dictionary import EOS, PAD, Dictionary, check_symbols
 from momentum_lm.text.indexed import IndexedDataset
 from momentum_lm.untrusted import parse_json
@@ -130,7 +130,7 @@ def score_documents(
     context_length: int,
     batch_tokens: int = 16384,
     packed_documents: bool = False,
-    progress: tqdm[Any] | None = None,
+    progress: Any = None,
 ) -> NDArray[np.float64]:
     """Summed negative log-likelihood of each document, in nats, (documents,).
 
@@ -211,7 +211,7 @@ def evaluate(
         if not todo and show_progress:
             say_finished(folder)
         total = sum(split.dataset.num_tokens for split, _ in todo)
-        with tqdm(total=total, unit="tok", unit_scale=True, disable=not (todo and show_progress)) as bar:
+        with progress_bar(total=total, unit="tok", unit_scale=True, disable=not (todo and show_progress)) as bar:
             for split, length in todo:
                 bar.set_description(f"{split.name}, context {length}")
                 start = time.perf_counter()

@@ -106,9 +106,8 @@ def attention(x, module, config):
     if config.qk_norm:
         q, k = (norm(y.flatten(0, 1), m, config).view_as(y) for y, m in ((q, module.q_norm), (k, module.k_norm)))
     if config.position == "rotary":
-        q, k = (
-            torch.stack([torch.stack([rotated(h, t, config) for h in y[t]]) for t in range(length)]) for y in (q, k)
-        )
+        turned = ([rotated(head, t, config) for t in range(length) for head in y[t]] for y in (q, k))
+        q, k = (torch.stack(heads).view(length, -1, size) for heads in turned)
     average = momentum_of(v, module.momentum, config)
     out = torch.zeros(length, config.heads, size, dtype=x.dtype)
     for t, h in itertools.product(range(length), range(config.heads)):

@@ -92,12 +92,14 @@ def count(shape, length):
 
 def test_architectures_by_name():
     assert (
-        architectures()[0] == "gpt_lm_tiny" and architectures()[-1] == "momentum_lm_13b" and len(architectures()) == 14
+        architectures()[0] == "gpt_lm_tiny"
+        and architectures()[-1] == "momentum_llama_lm_8b"
+        and len(architectures()) == 14
     )
     assert architecture("gpt_lm_6_7b") == {**GPT_SIZES["6_7b"], "momentum_kind": "none"}
     assert architecture("momentum_lm_1_3b") == {**GPT_SIZES["1_3b"], "momentum_kind": "ema"}
     for name in ("momentum_lm", "momentum_lm_", "momentum_lm_1b", "125m", ""):
-        with pytest.raises(UserError, match=f"arch=.{name}.: choose one of gpt_lm_tiny, .*, momentum_lm_13b"):
+        with pytest.raises(UserError, match=f"arch=.{name}.: choose one of gpt_lm_tiny, .*, momentum_llama_lm_8b"):
             architecture(name)
 
 

@@ -32,9 +32,7 @@ def _own_options(arch: str) -> list[_Field]:
         if entry.choices:
             kind = ChoiceEnum([*entry.choices, *(decoder_options.ACTIVATIONS if name == "activation_fn" else ())])
         kind = kind if kind in (bool, int, float) or entry.choices else str
-        if (
-            plain[name] is True
-        ):  # of a default of True fairseq makes a flag that switches it off, whatever its name says
+        if plain[name] is True:  # of a default of True fairseq makes a flag that switches it off
             fields.append(_option(name, Optional[bool], None, f"{entry.help}; in this architecture always"))
         else:
             fields.append(_option(name, kind, plain[name], entry.help))

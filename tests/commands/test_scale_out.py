@@ -12,7 +12,9 @@ import torch
 from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.formats.shards import join_shards
 
-MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned", "--disable-validation"]
+# the Llama form: norms without biases, a third matrix in feed-forward layers, query heads that share keys and values
+MODEL = ["--arch", "momentum_llama_lm_tiny", "--decoder-kv-heads", "1", "--bias", "qkv", "--momentum-learned",
+         "--disable-validation"]  # fmt: skip
 BACKENDS = {"ddp": ["--ddp-backend", "pytorch_ddp"], "sharded": ["--ddp-backend", "fully_sharded"]}
 
 

@@ -94,6 +94,37 @@ def test_addend(dtype, tolerance):
     assert ema(values, log_decay, initial, ids, wide)[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize("length", [1, 33, 70])
+@pytest.mark.parametrize("state,segments", KINDS)
+def test_heads_that_share_values_get_the_average_of_their_group(length, state, segments):
+    """As with values repeated for each head, outputs and gradients; by both implementations."""
+    values, log_decay, initial, ids = inputs(2, 2, length, 3, 0.9, state, segments)
+    generator = torch.Generator().manual_seed(1)
+    addend, g_out = (torch.randn(2, 6, length, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    addend.requires_grad_()
+    g_state = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
+    leaves = [a for a in (values, log_decay, initial, addend) if a is not None]
+    results = []
+    for function in (ema, ema_naive):
+        out, final = function(values, log_decay, initial, ids, addend)
+        results.append([out, final, *torch.autograd.grad((out * g_out).sum() + (final * g_state).sum(), leaves)])
+    average, final = ema_naive(values, log_decay, initial, ids)
+    out = torch.stack([average[:, head // 3] for head in range(6)], 1) + addend
+    results.append([out, final, *torch.autograd.grad((out * g_out).sum() + (final * g_state).sum(), leaves)])
+    for one in results[:2]:
+        for ours, oracle in zip(one, results[2], strict=True):
+            torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-11)
+
+
+def test_sums_for_heads_that_share_values_are_rounded_once():
+    values, log_decay, _, _ = inputs(1, 2, 60, 8, 0.9, False, False, torch.bfloat16)
+    addend = torch.randn(1, 4, 60, 8).bfloat16()
+    out, _ = ema(values.detach(), log_decay.detach(), addend=addend)
+    exact, _ = ema_naive(values.detach().double(), log_decay.detach(), addend=addend.double())
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+
+
 def test_equal_ids_in_two_places_are_two_segments():
     """Whether they lie in one chunk or chunks apart; ids that never repeat say the same."""
     for lengths in ([5, 7, 9], [40, 40, 70], [1, 64, 1, 30]):

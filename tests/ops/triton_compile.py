@@ -38,15 +38,16 @@ def compile_kernel(kernel, arch, dtype, dim, kind):
     for index, name in enumerate(kernel.arg_names):
         if name in absent:
             constants[name] = None
-        elif re.search("_d$", name):
+        elif re.search("_d$", name) or (name == "shared" and kind != "all"):
             constants[name] = 1
         if name in constants:
             signature[name] = "constexpr"
             continue
-        attributes[index,] = [["tt.divisibility", 16]]
+        if name != "shared":
+            attributes[index,] = [["tt.divisibility", 16]]
         if name == "segment_ids":
             signature[name] = "*i64"
-        elif name in ("heads", "length") or re.search("_[bht]$", name):
+        elif name in ("heads", "shared", "length") or re.search("_[bht]$", name):
             signature[name] = "i32"
         else:
             signature[name] = POINTERS[dtype] if name in OF_VALUES else "*fp32"

@@ -94,7 +94,7 @@ def test_architectures_by_name():
     assert (
         architectures()[0] == "gpt_lm_tiny"
         and architectures()[-1] == "momentum_llama_lm_8b"
-        and len(architectures()) == 14
+        and len(architectures()) == 26
     )
     assert architecture("gpt_lm_6_7b") == {**GPT_SIZES["6_7b"], "momentum_kind": "none"}
     assert architecture("momentum_lm_1_3b") == {**GPT_SIZES["1_3b"], "momentum_kind": "ema"}

@@ -19,20 +19,15 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
+LLAMA = dict(norm="rms", ffn="gated", activation="silu", bias="none", position="rotary", qk_norm=True)
+
+
 @pytest.mark.parametrize("kind", ["ema", "multi_ema"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_matrices_travel_in_bf16_and_the_rest_is_as_under_autocast(kind, checkpointing, group):
-    config = DecoderConfig(
-        60,
-        32,
-        64,
-        2,
-        2,
-        momentum_kind=kind,
-        momentum_learned=kind == "ema",
-        checkpoint_activations=checkpointing,
-        dropout=0.0,
-    )
+@pytest.mark.parametrize("form", [{}, LLAMA], ids=["gpt", "llama"])
+def test_matrices_travel_in_bf16_and_the_rest_is_as_under_autocast(kind, checkpointing, form, group):
+    momentum = dict(momentum_kind=kind, momentum_learned=kind == "ema")
+    config = DecoderConfig(60, 32, 64, 2, 2, checkpoint_activations=checkpointing, dropout=0.0, **form, **momentum)
     torch.manual_seed(0)
     plain = Decoder(config)
     divided = Decoder(config)

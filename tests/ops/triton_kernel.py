@@ -56,7 +56,9 @@ def outcome(function, values, log_decay, state, addend, ids, grad_out, grad_fina
     return [None if t is None else t.detach().double() for t in (out, final, *gradients)]
 
 
-def check(values, log_decay, state=None, addend=None, ids=None, grad_out=None, grad_final=None, oracle=ema_naive, slack=0.0):
+def check(
+    values, log_decay, state=None, addend=None, ids=None, grad_out=None, grad_final=None, oracle=ema_naive, slack=0.0
+):
     """``slack``: what else may be wrong, of the largest entry."""
     dtype = values.dtype
     arguments = leaves(values, log_decay, state, addend)
@@ -70,7 +72,9 @@ def check(values, log_decay, state=None, addend=None, ids=None, grad_out=None, g
         assert torch.isfinite(our).all()
         scale = max(their.abs().max().item(), 1e-30)
         excess = (our - their).abs() - ROUNDING[dtype] * their.abs()
-        assert excess.max() <= (SUMS[dtype] + slack) * scale, f"result {number}: {excess.max() / scale:.1e} of the largest entry"
+        assert excess.max() <= (SUMS[dtype] + slack) * scale, (
+            f"result {number}: {excess.max() / scale:.1e} of the largest entry"
+        )
 
 
 @every_dtype

@@ -127,7 +127,7 @@ def memory(job: Job) -> None:
 
     args = settings(job, compile=False)
     layers, dim, heads, _ = GPT_SIZES[args.shape].values()
-    for kind, variant in {"none": train_step.OURS, "ema": train_step.MOMENTUM}.items():
+    for kind, variant in zip(("none", "ema"), train_step.OURS["gpt"], strict=True):
         if job.smoke and kind == "none":
             continue
         with job.part(kind):

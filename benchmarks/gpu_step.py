@@ -12,8 +12,9 @@ import torch
 import train_step
 from clock import Clock
 from gpu_job import Job, keep_compiled
-from train_step import MOMENTUM, OURS, STOCK
+from train_step import STOCK
 
+OURS, MOMENTUM = train_step.OURS["gpt"]
 Step = Callable[[int], None]
 WARM = 4  # steps that compile and allocate
 GIB = 2**30
@@ -21,8 +22,8 @@ GIB = 2**30
 
 def settings(job: Job, **changes: Any) -> argparse.Namespace:
     """What train_step.py calls its arguments."""
-    full = {"shape": "350m", "length": 2048, "batch": 16, "vocab": 51200, "steps": 12, "pairs": 20}
-    small = {"shape": "tiny", "length": 16, "batch": 2, "vocab": 99, "steps": 2, "pairs": 3}
+    full = {"family": "gpt", "shape": "350m", "length": 2048, "batch": 16, "vocab": 51200, "steps": 12, "pairs": 20}
+    small = {"family": "gpt", "shape": "tiny", "length": 16, "batch": 2, "vocab": 99, "steps": 2, "pairs": 3}
     given = {
         **(small if job.smoke else full),
         "device": job.device,

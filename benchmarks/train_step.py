@@ -1,9 +1,9 @@
 """Cost of a training step, side by side: ours with and without momentum, a plain torch GPT and stock fairseq of the
-same shape.
+same shape; or, of the Llama form, transformers' LlamaForCausalLM.
 
-    python benchmarks/train_step.py [--shape 125m] [--length 1024] [--batch 4] [--steps 2] [--json OUT.json] python
-    benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20     # bf16 autocast,
-    compiled
+    python benchmarks/train_step.py [--shape 125m] [--length 1024] [--batch 4] [--steps 2] [--json OUT.json]
+    python benchmarks/train_step.py --family llama --shape 135m --batch 1 --vocab 49152
+    python benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20   # bf16, compiled
 
 Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each
 ratio is between medians of one run. All but stock fairseq keep freed memory, as our trainer does. What momentum adds is
@@ -28,14 +28,10 @@ from collections.abc import Callable, Sequence
 
 import fairseq_compat  # noqa: F401  (before fairseq: no .pth file may be read here)
 
-VARIANTS = {
-    "stock fairseq transformer_lm_gpt": ("transformer_lm_gpt", "cross_entropy", "adam"),
-    "plain torch GPT": None,
-    "gpt_lm": ("gpt_lm", "chunked_cross_entropy", "fused_adamw"),
-    "momentum_lm": ("momentum_lm", "chunked_cross_entropy", "fused_adamw"),
-    "matrix products alone": None,
-}
-STOCK, PLAIN, OURS, MOMENTUM, PRODUCTS = VARIANTS
+STOCK, PLAIN, LLAMA = "stock fairseq transformer_lm_gpt", "plain torch GPT", "transformers LlamaForCausalLM"
+PRODUCTS = "matrix products alone"
+FAMILIES = {"gpt": (STOCK, PLAIN, "gpt_lm", "momentum_lm", PRODUCTS), "llama": (LLAMA, "llama_lm", "momentum_llama_lm")}
+OURS = {"gpt": ("gpt_lm", "momentum_lm"), "llama": ("llama_lm", "momentum_llama_lm")}  # without momentum, and with it
 
 
 def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = ()) -> Callable[[int], None]:
@@ -51,15 +47,16 @@ def fairseq_step(variant: str, args: argparse.Namespace, flags: Sequence[str] = 
     from momentum_lm.model.sizes import GPT_SIZES
 
     momentum_lm.register()
-    arch, criterion_name, optimizer_name = VARIANTS[variant]
-    layers, width, heads, _ = GPT_SIZES[args.shape].values()
     stock = variant == STOCK
-    words = ["--decoder-layers", layers, "--decoder-embed-dim", width, "--decoder-ffn-embed-dim", 4 * width]
-    words += ["--decoder-attention-heads", heads]
+    criterion_name, optimizer_name = ("cross_entropy", "adam") if stock else ("chunked_cross_entropy", "fused_adamw")
     if stock:
+        arch = "transformer_lm_gpt"
+        layers, width, heads, _ = GPT_SIZES[args.shape].values()
+        words = ["--decoder-layers", layers, "--decoder-embed-dim", width, "--decoder-ffn-embed-dim", 4 * width]
+        words += ["--decoder-attention-heads", heads]
         words += ["--share-decoder-input-output-embed", "--dropout", 0, "--attention-dropout", 0]
     else:
-        arch = f"{arch}_{args.shape}"
+        arch, words = f"{variant}_{args.shape}", []
     if args.device == "cpu":
         words += ["--cpu"]
     elif stock:
@@ -146,6 +143,38 @@ def plain_step(args: argparse.Namespace) -> Callable[[int], None]:
     return step
 
 
+def llama_step(args: argparse.Namespace) -> Callable[[int], None]:
+    """The same for transformers' Llama: SDPA, fused AdamW, norms by foreach; on a GPU compiled, in bf16 autocast."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from momentum_lm.model.sizes import LLAMA_SIZES
+
+    size = LLAMA_SIZES[args.shape]
+    config = LlamaConfig(
+        vocab_size=args.vocab, hidden_size=size["dim"], intermediate_size=size["ffn_dim"],
+        num_hidden_layers=size["layers"], num_attention_heads=size["heads"], num_key_value_heads=size["kv_heads"],
+        max_position_embeddings=args.length, tie_word_embeddings=size["tie_embeddings"], use_cache=False,
+        rope_parameters={"rope_type": "default", "rope_theta": size["rotary_base"]}, attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.device(args.device):
+        model = LlamaForCausalLM(config)
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.98), fused=True)
+    forward = torch.compile(model) if args.device == "cuda" and args.compile else model
+    tokens = random_tokens(args)[:, :-1].contiguous().to(args.device)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else contextlib.nullcontext():
+            loss = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    return step
+
+
 def products_step(args: argparse.Namespace) -> Callable[[int], None]:
     import torch
     from plain_gpt import MatrixProducts
@@ -188,7 +217,8 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
     torch.set_num_threads(args.threads)
     if variant != STOCK:
         keep_memory()
-    step = {PLAIN: plain_step, PRODUCTS: products_step}.get(variant, lambda args: fairseq_step(variant, args))(args)
+    others = {PLAIN: plain_step, PRODUCTS: products_step, LLAMA: llama_step}
+    step = others[variant](args) if variant in others else fairseq_step(variant, args)
     times = columns([timed(step, number, args) for number in range(args.warm + args.steps)][args.warm :])
     peak = (
         torch.cuda.max_memory_allocated() / 2**20
@@ -207,7 +237,7 @@ def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]
     torch.set_num_threads(args.threads)
     keep_memory()
     args.batch = pair_batch(args)
-    steps = {variant: fairseq_step(variant, args) for variant in (OURS, MOMENTUM)}
+    steps = {variant: fairseq_step(variant, args) for variant in OURS[args.family]}
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in steps}
     for number in range(args.warm + args.pairs):
         for variant in list(steps)[:: 1 if number % 2 == 0 else -1]:  # so that a drift favours neither
@@ -221,15 +251,17 @@ def pair_batch(args: argparse.Namespace) -> int:
 
 
 def ratio_of_pairs(pairs: dict[str, dict[str, list[float]]], key: str) -> tuple[float, float, float]:
-    """Geometric mean of momentum_lm / gpt_lm over the pairs, and its 95% interval, by Student's t."""
+    """Geometric mean of the cost with momentum / without, over the pairs, and its 95% interval, by Student's t."""
     from momentum_lm.analysis.statistics import t_interval
 
-    found = t_interval([math.log(a / b) for a, b in zip(pairs[MOMENTUM][key], pairs[OURS][key], strict=True)])
+    without, with_momentum = (times[key] for times in pairs.values())
+    found = t_interval([math.log(a / b) for a, b in zip(with_momentum, without, strict=True)])
     return math.exp(found.estimate), math.exp(found.low), math.exp(found.high)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="gpt", choices=list(FAMILIES))
     parser.add_argument("--shape", default="125m")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
@@ -257,35 +289,36 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         return json.loads(output.splitlines()[-1])
 
-    results: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+    variants = FAMILIES[args.family]
+    results: dict[str, list[dict]] = {variant: [] for variant in variants}
     for _ in range(args.rounds):
-        for variant in VARIANTS:
+        for variant in variants:
             results[variant].append(run(variant))
     pairs = run("pairs")
     seconds = {v: statistics.median(s for r in rows for s in r["seconds"]) for v, rows in results.items()}
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
+    ours, momentum = OURS[args.family]
     where = f"{args.threads} threads, fp32" if args.device == "cpu" else "bf16 autocast" + ", compiled" * args.compile
     print(
-        f"{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, {where}, {args.rounds} x "
+        f"{ours}_{args.shape}, {args.batch} x {args.length} tokens, vocabulary {args.vocab}, {where}, {args.rounds} x "
         f"{args.steps} steps"
     )
-    for variant in VARIANTS:
+    for variant in variants:
         spread = [s for r in results[variant] for s in r["seconds"]]
         rate = args.batch * args.length / seconds[variant]
         line = f"{variant:34} {seconds[variant]:8.3f} s ({min(spread):.3f}-{max(spread):.3f})  {rate:8.0f} tokens/s"
         share = mfu(rate, args)
         print(f"{line}  peak {memory[variant]:6.0f} MiB" + ("" if share is None else f"  MFU {share:.1%}"))
-    ratios = {
-        "tokens/s, gpt_lm / stock": seconds[STOCK] / seconds[OURS],
-        "tokens/s, gpt_lm / plain torch GPT": seconds[PLAIN] / seconds[OURS],
-        "step time, gpt_lm / its matrix products alone": seconds[OURS] / seconds[PRODUCTS],
-        "peak memory, gpt_lm / stock": memory[OURS] / memory[STOCK],
-        "peak memory, gpt_lm / plain torch GPT": memory[OURS] / memory[PLAIN],
-    }
+    ratios = {}
+    for rival in variants[: variants.index(ours)]:
+        ratios[f"tokens/s, {ours} / {rival}"] = seconds[rival] / seconds[ours]
+        ratios[f"peak memory, {ours} / {rival}"] = memory[ours] / memory[rival]
+    if PRODUCTS in variants:
+        ratios[f"step time, {ours} / its {PRODUCTS}"] = seconds[ours] / seconds[PRODUCTS]
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f}")
     for kind, key in (("step", "seconds"), ("CPU", "cpu_seconds")):
-        name = f"{kind} time, momentum_lm / gpt_lm"
+        name = f"{kind} time, {momentum} / {ours}"
         ratios[name], low, high = ratio_of_pairs(pairs, key)
         print(
             f"{name}: {ratios[name]:.3f} ({low:.3f} to {high:.3f}, {args.pairs} pairs of {pair_batch(args)} x "
@@ -303,14 +336,15 @@ def mfu(rate: float, args: argparse.Namespace) -> float | None:
     import torch
 
     from momentum_lm.model import DecoderConfig
-    from momentum_lm.model.sizes import GPT_SIZES
+    from momentum_lm.model.sizes import architecture
     from momentum_lm.planning.costs import count_parameters, flops_per_token, multiplying
     from momentum_lm.planning.hardware import peak_flops
 
-    layers, dim, heads, _ = GPT_SIZES[args.shape].values()
-    config = DecoderConfig(args.vocab, dim, 4 * dim, layers, heads)
+    config = DecoderConfig(args.vocab, **architecture(f"{OURS[args.family][0]}_{args.shape}"))
     peak = peak_flops(torch.cuda.get_device_name())
-    flops = flops_per_token(multiplying(config, count_parameters(config)), layers, dim, args.length)
+    flops = flops_per_token(
+        multiplying(config, count_parameters(config)), config.layers, config.heads * config.head_dim, args.length
+    )
     return rate * flops / peak if peak else None
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import packed
 from .config import DecoderConfig
 from .filters import make_momentum
 from .norms import make_norm
@@ -46,7 +47,7 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | packed.BlockMask | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: LayerCache | None = None,
         padding: Tensor | None = None,
@@ -54,8 +55,8 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
-        mask: (B, 1, T, S) True where attention is allowed; None: causal, which must fit T = S, or T = 1 and everything
-        allowed.
+        mask: (B, 1, T, S) True where attention is allowed, or FlexAttention's; None: causal, which must fit T = S, or
+        T = 1 and everything allowed.
         padding: (B, T) True at padding on the left, which the EMA must not see. cache is updated in place.
         """
         x = autocast_once(x)
@@ -72,15 +73,18 @@ class CausalSelfAttention(nn.Module):
                 keys, values = torch.cat([cache.keys, k], 2), torch.cat([cache.values, v], 2)
             if not cache.frozen:
                 cache.keys, cache.values = keys, values
-        out = F.scaled_dot_product_attention(
-            q,
-            keys,
-            values,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and q.shape[2] > 1,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        if isinstance(mask, packed.BlockMask):
+            out = packed.attend(q, keys, values, mask)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                keys,
+                values,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask is None and q.shape[2] > 1,
+                enable_gqa=self.kv_heads != self.heads,
+            )
 
         if self.momentum is not None:
             past = (v, None if cache is None else cache.momentum, segment_ids, padding)

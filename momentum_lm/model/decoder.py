@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from momentum_lm.errors import UserError, arg
 from momentum_lm.ops.naive import run_numbers
 
+from . import packed
 from .attention import CausalSelfAttention
 from .config import DecoderConfig, RotaryScaling
 from .loss import called_cross_entropy, chunked_cross_entropy
@@ -182,7 +183,12 @@ class Decoder(nn.Module):
         x = self._embed(tokens, is_padding, positions)
         rotation = None if self.rotary is None else self.rotary(positions)
 
-        mask = self._mask(length, padding, cache, segment_ids, tokens.device)
+        mask: Tensor | packed.BlockMask | None
+        dropout = self.training and config.attention_dropout > 0
+        if segment_ids is not None and padding is None and packed.usable(tokens.device, config.head_dim, dropout):
+            mask = packed.document_mask(segment_ids)
+        else:
+            mask = self._mask(length, padding, cache, segment_ids, tokens.device)
         for layer, past in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
             arguments = dict(mask=mask, rotation=rotation, cache=past, padding=padding, segment_ids=segment_ids)
             if config.checkpoint_activations and self.training:

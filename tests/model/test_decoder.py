@@ -3,13 +3,14 @@
 import shutil
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from momentum_lm.errors import UserError
 from momentum_lm.formats.decoder_options import from_fairseq
-from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig, packed
 from momentum_lm.model.positions import document_ids
 
 KINDS = {
@@ -93,6 +94,22 @@ def test_packed_documents_get_the_logits_that_they_get_alone(kind, form):
             torch.testing.assert_close(
                 packed[row : row + 1, start:end], decoder(tokens[row : row + 1, start:end]), rtol=0, atol=1e-12
             )
+
+
+@torch.no_grad()  # on a CPU, where FlexAttention is one operation after another, it has no backward pass
+@pytest.mark.parametrize("form", ["sinusoidal", "llama"])
+def test_packed_documents_by_flex_attention_as_by_a_mask(form, monkeypatch):
+    """As on a GPU. 300 tokens are three blocks."""
+    decoder, tokens = build("learned", form, max_positions=300, head_dim=16).float(), random_tokens(2, 300)
+    tokens[0, [7, 130, 131, 290]] = tokens[1, 200] = EOS
+    ids = document_ids(tokens, EOS)
+    results = []
+    for flex in (False, True):
+        monkeypatch.setattr(packed, "usable", lambda *given, flex=flex: flex)
+        with mock.patch.object(packed, "attend", wraps=packed.attend) as attend:
+            results.append(decoder(tokens, segment_ids=ids))
+        assert attend.called == flex
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @every_kind

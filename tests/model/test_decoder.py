@@ -96,6 +96,7 @@ def test_packed_documents_get_the_logits_that_they_get_alone(kind, form):
             )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()  # on a CPU, where FlexAttention is one operation after another, it has no backward pass
 @pytest.mark.parametrize("form", ["sinusoidal", "llama"])
 def test_packed_documents_by_flex_attention_as_by_a_mask(form, monkeypatch):

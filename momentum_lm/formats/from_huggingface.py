@@ -117,10 +117,13 @@ def look(folder: Path, output: Path, trust: bool = False, gguf_file: str | None 
     eos = eos[0] if isinstance(eos, list) and eos else eos  # of several, the first is the pretrained model's
     eos = eos if isinstance(eos, int) and not isinstance(eos, bool) else None
     trained_here = gguf is None and (folder / "dict.txt").exists()
-    tokenizer = _copy_tokenizer(folder, output) if trained_here else save_tokenizer(folder, output, eos, gguf_file)
+    tokenizer: Tokenizer | None = None
     if trained_here:
+        tokenizer = _copy_tokenizer(folder, output)
         dictionary, order = _own_dictionary(folder / "dict.txt", vocabulary), None
     else:
+        if gguf is None or "tokenizer.ggml.tokens" in gguf.fields:
+            tokenizer = save_tokenizer(folder, output, eos, gguf_file)
         dictionary, order = _vocabulary(folder, family, vocabulary, tokenizer, eos)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         add_bos = tokenizer.prefix == [BOS]

@@ -146,7 +146,7 @@ def read_gguf(path: Path) -> GGUF:
             if start + offset + length > size:
                 raise ValueError(f"{shown(name)} ends after the file")
             tensors[name] = _tensor(path, kind, shape, start + offset, length)
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, struct.error) as error:
         problem = f"{path} ({size:,} bytes) is torn or not a GGUF file: {error}; fetch it again"
         raise UserError(problem) from error
     kinds = {gguf.GGMLQuantizationType(number) for _, number, _ in found.values()}
@@ -190,13 +190,14 @@ class _Reader:
     def number(self, form: str) -> Any:
         (value,) = struct.unpack_from(f"<{form}", self.data, self.at)
         self.at += struct.calcsize(form)
-        return value
+        return float(str(np.float32(value))) if form == "f" else value  # 1e-05, not 9.999999747378752e-06
 
     def text(self) -> str:
-        self.at, begin = self.at + self.number("Q") + 8, self.at + 8
+        length = self.number("Q")
+        self.at += length
         if self.at > len(self.data):
             raise ValueError("it ends within a text")
-        return self.data[begin : self.at].decode("utf-8", "replace")
+        return self.data[self.at - length : self.at].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
         """A value; of an array, such as a vocabulary, in words how many there are."""
@@ -207,7 +208,8 @@ class _Reader:
         inner, count = self.number("I"), self.number("Q")
         if inner == _TEXT:
             for _ in range(count):
-                self.at += self.number("Q")
+                length = self.number("Q")
+                self.at += length
         else:
             self.at += struct.calcsize(_FORMATS[inner]) * count
         return f"{count} values"

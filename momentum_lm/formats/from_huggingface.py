@@ -97,20 +97,11 @@ def look(folder: Path, output: Path, trust: bool = False, gguf_file: str | None 
     missing.
     """
     gguf = None if gguf_file is None else read_gguf(folder / gguf_file)
-    config = _read_json(folder / "config.json") if gguf is None else {}
-    try:
-        config = config if gguf is None else gguf.config()
-        family = family_of(config)
-        vocabulary = config.get("vocab_size")
-        if not isinstance(vocabulary, int) or isinstance(vocabulary, bool) or not 0 < vocabulary < 1 << 31:
-            raise UserError("it gives no vocab_size")
-        decoder = family.decoder_config(config, vocabulary)
-    except UserError as error:
-        raise UserError(f"{folder / (gguf_file or 'config.json')}: ", error) from error
+    config, family, decoder = _described(folder / (gguf_file or "config.json"), gguf)
     tensors = _tensors(folder, family, trust) if gguf is None else gguf.weights(family, decoder)
     _tie(folder, family, decoder, tensors)
     try:
-        family.check(tensors, decoder, vocabulary)
+        family.check(tensors, decoder, decoder.vocab_size)
     except UserError as error:
         raise UserError(f"{folder}: ", error) from error
     eos = config.get("eos_token_id")
@@ -120,11 +111,11 @@ def look(folder: Path, output: Path, trust: bool = False, gguf_file: str | None 
     tokenizer: Tokenizer | None = None
     if trained_here:
         tokenizer = _copy_tokenizer(folder, output)
-        dictionary, order = _own_dictionary(folder / "dict.txt", vocabulary), None
+        dictionary, order = _own_dictionary(folder / "dict.txt", decoder.vocab_size), None
     else:
         if gguf is None or "tokenizer.ggml.tokens" in gguf.fields:
             tokenizer = save_tokenizer(folder, output, eos, gguf_file)
-        dictionary, order = _vocabulary(folder, family, vocabulary, tokenizer, eos)
+        dictionary, order = _vocabulary(folder, family, decoder.vocab_size, tokenizer, eos)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         add_bos = tokenizer.prefix == [BOS]
     else:
@@ -137,6 +128,20 @@ def look(folder: Path, output: Path, trust: bool = False, gguf_file: str | None 
         plain = r"to evaluate it without, as --hf-model does, add --bos no --separator '\n\n'"
         notes.append(f"its tokenizer puts nothing before a text, and fairseq's commands </s>; {plain}")
     return Source(folder, family, decoder, tensors, dictionary, order, add_bos, notes)
+
+
+def _described(path: Path, gguf: GGUF | None) -> tuple[dict[str, Any], Family, DecoderConfig]:
+    """What ``config.json``, or a GGUF file's header, says, and the family and configuration that it means."""
+    config = _read_json(path) if gguf is None else {}
+    try:
+        config = config if gguf is None else gguf.config()
+        family = family_of(config)
+        vocabulary = config.get("vocab_size")
+        if not isinstance(vocabulary, int) or isinstance(vocabulary, bool) or not 0 < vocabulary < 1 << 31:
+            raise UserError("it gives no vocab_size")
+        return config, family, family.decoder_config(config, vocabulary)
+    except UserError as error:
+        raise UserError(f"{path}: ", error) from error
 
 
 def _tie(folder: Path, family: Family, decoder: DecoderConfig, tensors: dict[str, Lazy]) -> None:

@@ -88,9 +88,9 @@ def choose(
         order = _own_order(decoder, dictionary, tokenizer)
     own = order is not None and bos in order.tolist() and order.tolist() != list(range(decoder.vocab_size))
     if own or not decoder.absent_tokens:
-        # those whose published models have such ids first
+        # those whose published models have such ids first; one trained here may have all rows of a position table
         for family in sorted(FAMILIES, key=lambda family: family.fairseq_ids == own):
-            if family is not MOMENTUM and family.represents(decoder):
+            if family is not MOMENTUM and (own or family.position_rows) and family.represents(decoder):
                 return family, order if own else None
     return MOMENTUM, None
 

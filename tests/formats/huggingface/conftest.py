@@ -110,9 +110,7 @@ def llama_tokenizer():
     model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     initial = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[*specials, *initial], show_progress=False
-    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=[*specials, *initial], show_progress=False)
     model.train_from_iterator(sentences(), trainer)
     content = json.loads(model.to_str())["model"]
     merges = [tuple(pair) for pair in content["merges"]]

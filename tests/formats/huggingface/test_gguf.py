@@ -1,5 +1,6 @@
 """GGUF files, against transformers' own reading of them."""
 
+import math
 import random
 import shutil
 
@@ -67,13 +68,16 @@ def write_gguf(path, model, kind=Q.F32, vocabulary=True, tensors=None, architect
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for name, value in entries.items():
         add[type(value)](f"{arch}.{name}", value)
+    writer.add_eos_token_id(2)
     if vocabulary:
         add_tokenizer(writer)
     for name, tensor in {**model.state_dict(), **(tensors or {})}.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         data = tensor.numpy()
-        if config.model_type == "llama" and (".q_proj." in name or ".k_proj." in name):  # neighbours are turned together there
+        if config.model_type == "llama" and (
+            ".q_proj." in name or ".k_proj." in name
+        ):  # neighbours are turned together there
             heads = data.shape[0] // head_dim
             data = data.reshape(heads, 2, head_dim // 2, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
         for theirs, ours in NAMES.items():
@@ -93,7 +97,6 @@ def add_tokenizer(writer):
     writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocab))])
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
 
 
@@ -141,9 +144,10 @@ def test_scaled_positions_are_found_by_their_factors(convert, refused, tmp_path,
     rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
     model = random_model("llama", head_dim=64, rope_parameters=rope)
-    plain = 500000.0 ** (-torch.arange(0, 64, 2) / 64)
-    factors = plain / model.model.rotary_emb.inv_freq
-    assert factors.min().item() == pytest.approx(1) and factors.max().item() == pytest.approx(factor)
+    turns = 8192 / (2 * math.pi * 500000.0 ** (torch.arange(0, 64, 2).double() / 64))
+    mixed = 1 / ((1 - (turns - 1) / 3) / factor + (turns - 1) / 3)
+    factors = torch.where(turns < 1, factor, torch.where(turns > 4, 1.0, mixed)).float()
+    assert 1 < factors.unique().numel() < 32 and factors.max() == factor
     write_gguf(tmp_path / "tiny.gguf", model, vocabulary=False, tensors={"rope_freqs.weight": factors})
     convert(tmp_path, tmp_path / "ours", "--gguf-file", "tiny.gguf")
     lm = load_native(tmp_path / "ours")

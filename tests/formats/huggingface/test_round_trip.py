@@ -176,6 +176,11 @@ def test_half_precision_stays_and_can_be_chosen(make_model, convert, tmp_path, f
     assert {t.dtype for t in weights.values()} == {torch.float32}
 
 
+LLAMA = {"norm": "rms", "ffn": "gated", "activation": "silu", "bias": "none", "position": "rotary"}
+LLAMA |= {"kv_heads": 2, "head_dim": 10, "scale_embeddings": False}
+NEOX = {"position": "rotary", "rotary_fraction": 0.5, "parallel_residual": True, "scale_embeddings": False}
+
+
 def save_ours(folder, tokenizer_folder, **changes):
     """A checkpoint such as fairseq-train writes, beside a SentencePiece tokenizer."""
     from momentum_lm.formats.from_huggingface import checkpoint
@@ -206,6 +211,14 @@ def save_ours(folder, tokenizer_folder, **changes):
         ({"position": "learned", "scale_embeddings": False, "activation": "gelu_accurate"}, "OPTForCausalLM"),
         ({"position": "learned"}, "MomentumLMForCausalLM"),
         ({"position": "rotary", "tie_embeddings": False}, "MomentumLMForCausalLM"),
+        (LLAMA, "LlamaForCausalLM"),
+        ({**LLAMA, "bias": "all", "tie_embeddings": False, "rotary_base": 5e5, "kv_heads": 4}, "LlamaForCausalLM"),
+        ({**LLAMA, "rotary_scaling": "llama3:8,1,4,16", "activation": "gelu"}, "LlamaForCausalLM"),
+        ({**LLAMA, "dim": 30, "tie_embeddings": False}, "MistralForCausalLM"),
+        ({**LLAMA, "bias": "qkv"}, "Qwen2ForCausalLM"),
+        ({**LLAMA, "qk_norm": True, "norm_eps": 1e-6}, "Qwen3ForCausalLM"),
+        (NEOX, "GPTNeoXForCausalLM"),
+        ({**NEOX, "parallel_residual": False, "rotary_fraction": 1.0, "dropout": 0.1}, "GPTNeoXForCausalLM"),
         ({"momentum_kind": "ema", "momentum_eta": 0.7}, "MomentumLMForCausalLM"),
         (
             {"momentum_kind": "ema", "momentum_learned": True, "momentum_normalize": True, "momentum_gate": "zero"},
@@ -449,9 +462,20 @@ def test_names_of_the_hub_come_from_its_cache(make_model, convert, refused, tmp_
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     theirs.rename(cache / "snapshots" / "abc")
+    (cache / "refs" / "step3000").write_text("def")
+    _, earlier = make_model("opt", name="earlier", num_hidden_layers=1)
+    earlier.rename(cache / "snapshots" / "def")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("momentum_lm.formats.from_huggingface.hub_answers", lambda: False)
     assert "OPTForCausalLM" in convert("someone/opt-tiny", tmp_path / "ours")
+    assert load_native(tmp_path / "ours").config.layers == 3
+    convert("someone/opt-tiny@step3000", tmp_path / "step3000")
+    assert load_native(tmp_path / "step3000").config.layers == 1
+    assert "someone/opt-tiny@step4000 is no file or folder here" in refused("someone/opt-tiny@step4000", tmp_path / "b")
+    make_model("opt", name="opt@step3000", num_hidden_layers=2)
+    monkeypatch.chdir(tmp_path)
+    convert("opt@step3000", "local")
+    assert load_native(tmp_path / "local").config.layers == 2
     assert (
         "someone/opt-huge is no file or folder here, and the Hugging Face hub does not answer, nor was it downloaded "
         "earlier" in refused("someone/opt-huge", tmp_path / "b")

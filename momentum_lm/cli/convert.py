@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 _EPILOG = """
 What SOURCE is says what is done:
-  a folder with config.json, or a name on the Hugging Face hub (GPT-2, OPT, XGLM, which is what fairseq's dense LMs are
+  a folder with config.json or a GGUF file, or a name on the Hugging Face hub, NAME@REVISION for a branch, tag or
+      commit (Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, GPT-2, OPT, XGLM, which is what fairseq's dense LMs are
       published as, and momentum models made by this command)  ->  a folder with model.pt, dict.txt and the
       tokenizer, for fairseq-eval --path, fairseq-train --finetune-from-model and every other command of fairseq
   a fairseq checkpoint, or a folder with one  ->  a folder with model.safetensors, config.json and the tokenizer, for
-      AutoModelForCausalLM.from_pretrained (momentum models: with trust_remote_code=True)
+      AutoModelForCausalLM.from_pretrained: as a class of transformers where one computes the same, otherwise, as
+      momentum models, as one of ours that goes with it (trust_remote_code=True)
   CHECKPOINT-shardN.pt, a part of a checkpoint of --use-sharded-state  ->  one ordinary checkpoint, OUTPUT.pt;
       the other parts lie beside it
 
@@ -36,6 +38,8 @@ Weights are read, changed and written one tensor at a time. OUTPUT is whole or n
 it once the new one is whole.
 
 examples: momentum-lm convert openai-community/gpt2 gpt2
+          momentum-lm convert EleutherAI/pythia-160m@step3000 pythia
+          momentum-lm convert models llama --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf
           momentum-lm convert checkpoints/checkpoint_best.pt published
           momentum-lm convert checkpoints/checkpoint_last-shard0.pt checkpoints/checkpoint_last.pt
 """
@@ -59,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="tokenizer of a fairseq checkpoint (default: beside it, or in the data that it was trained on)",
     )
+    add("--gguf-file", metavar="FILE", help="the GGUF file of SOURCE to convert (Llama, Mistral, Qwen2, Qwen3)")
     add("--model-overrides", default="{}", metavar="DICT",
         help="options that a fairseq checkpoint lacks, as a Python dict: \"{'decoder_attention_heads': "
              "8}\"")  # fmt: skip
@@ -80,19 +85,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from momentum_lm.files import refuse_pipes
     from momentum_lm.formats.from_huggingface import find_model
 
-    source, output = find_model(args.source), Path(os.path.abspath(args.output))
+    source, output = find_model(args.source, args.gguf_file), Path(os.path.abspath(args.output))
     refuse_pipes(*(source.iterdir() if source.is_dir() else [source]))
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{args.output} holds {args.source}; choose another OUTPUT")
-    if source.is_dir() and (source / "config.json").exists():
+    if source.is_dir() and (args.gguf_file or (source / "config.json").exists()):
         _to_fairseq(args, source, output)
+    elif source.suffix == ".gguf":
+        raise UserError(f"{args.source} is a GGUF file: give its folder, and --gguf-file {source.name}")
     elif not source.is_dir() or any(source.glob("*.pt")):
         with named(NAMES):
             _to_huggingface(args, output)
     else:
+        found = next((f"; for its GGUF file add --gguf-file {path.name}" for path in source.glob("*.gguf")), "")
         raise UserError(
             f"{args.source} is neither a model of Hugging Face (it has no config.json) nor a fairseq checkpoint (no "
-            ".pt file)"
+            f".pt file){found}"
         )
     return 0
 
@@ -103,21 +111,18 @@ def _to_fairseq(args: argparse.Namespace, source: Path, output: Path) -> None:
     from momentum_lm.formats.from_huggingface import look, write_checkpoint
 
     _refuse(args, "a model of Hugging Face", "tokenizer", "model_overrides")
+    if args.gguf_file and not (source / args.gguf_file).is_file():
+        raise UserError(f"{args.source} holds no {args.gguf_file}")
     with whole_folder(output, args.force) as folder:
-        found = look(source, folder, args.trust_checkpoint)
+        found = look(source, folder, args.trust_checkpoint, args.gguf_file)
         with _bar(found.tensors.values()) as progress:
             write_checkpoint(found, folder, _dtype(args), progress)
     print(
         f"{args.output}: {found.family.architecture} of {sum(lazy.numel for lazy in found.tensors.values()):,} "
         "parameters"
     )
-    if not found.tokenizer:
-        print(f"note: {args.source} has no tokenizer; dict.txt has its ids in decimal")
-    if found.decoder.absent_tokens:
-        print(
-            f"note: entries of dict.txt that are not in its vocabulary and are never predicted: "
-            f"{len(found.decoder.absent_tokens)}"
-        )
+    for note in found.notes:
+        print(f"note: {note}")
     words = [*training_words(found.decoder), "--tokens-per-sample", str(found.decoder.max_positions)]
     print(
         f"next: fairseq-eval --task lm_perplexity DATA --path {args.output}, or to train on: fairseq-train DATA "
@@ -131,6 +136,7 @@ def _to_huggingface(args: argparse.Namespace, output: Path) -> None:
     from momentum_lm.formats.native import read_native
     from momentum_lm.formats.to_huggingface import write_model
 
+    _refuse(args, "a fairseq checkpoint", "gguf_file")
     with whole_folder(output, args.force) as folder:
         lm = read_native(args.source, args.model_overrides, args.trust_checkpoint, tokenizer=args.tokenizer)
         tensors = [Lazy.of(parameter) for parameter in lm.model.parameters()]
@@ -162,7 +168,7 @@ def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:
 
 
 def _join(args: argparse.Namespace, match: re.Match[str]) -> None:
-    _refuse(args, "a part of a checkpoint", "dtype", "tokenizer", "model_overrides")
+    _refuse(args, "a part of a checkpoint", "dtype", "tokenizer", "model_overrides", "gguf_file")
     if os.path.lexists(args.output):
         if os.path.islink(args.output) or not os.path.isfile(args.output):
             what = "a link, a folder or a device"

@@ -22,6 +22,7 @@ from momentum_lm.untrusted import parse_json
 
 from .decoder_options import nearest, to_fairseq
 from .families import Family, family_of
+from .gguf import GGUF, read_gguf
 from .lazy import Lazy, read_safetensors, write_torch
 from .state_dict import extras
 from .tokenizers import save_tokenizer
@@ -35,7 +36,8 @@ _BESIDE = ("*.json", "*.txt", "*.model")
 class Source:
     """A model of Hugging Face that has been looked at, and not read yet.
 
-    ``order`` (our vocabulary): the id there of each id here, -1 where it has none; None: ids are the same.
+    ``order`` (our vocabulary): the id there of each id here, -1 where it has none; None: ids are the same. ``notes``:
+    what a user should know.
     """
 
     folder: Path
@@ -44,19 +46,21 @@ class Source:
     tensors: dict[str, Lazy]
     dictionary: Dictionary
     order: torch.Tensor | None
-    tokenizer: bool
     add_bos: bool
+    notes: list[str]
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, gguf_file: str | None = None) -> Path:
     """The folder of a model: itself, or what the hub has under a name, which is fetched where it is not there yet.
+    ``NAME@REVISION`` is a branch, tag or commit there.
 
-    Raises UserError for what is neither.
+    ``gguf_file``: the file there that is wanted. Raises UserError for what is neither.
     """
     folder = Path(name)
     if folder.exists():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".pt"):
+    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", name)
+    if not match or name.endswith(".pt"):
         raise UserError(
             f"{name} does not exist; give a checkpoint, a folder, or the name of a model of the Hugging Face hub"
         )
@@ -65,11 +69,19 @@ def find_model(name: str) -> Path:
     except ImportError as error:
         raise UserError("models of the Hugging Face hub need: pip install 'momentum_lm[transformers]'") from error
     online = hub_answers()
-    given: dict[str, Any] = {} if online else {"local_files_only": True}  # what earlier downloads left
+    given: dict[str, Any] = {"revision": match[2]}
+    if not online:
+        given["local_files_only"] = True  # what earlier downloads left
+    ways = (
+        [[gguf_file]]
+        if gguf_file
+        else [[*_BESIDE, weights] for weights in ("model*.safetensors", "pytorch_model*.bin")]
+    )
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*_BESIDE, "*.safetensors"], **given))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*_BESIDE, "pytorch_model*.bin"], **given))
+        for patterns in ways:
+            folder = Path(snapshot_download(match[1], allow_patterns=patterns, **given))
+            if any(folder.glob(patterns[-1])):
+                break
     except Exception as error:  # of the library or of its HTTP client, by its version
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         reason = f"does not give it: {reason}" if online else "does not answer, nor was it downloaded earlier"
@@ -77,23 +89,63 @@ def find_model(name: str) -> Path:
     return folder
 
 
-def look(folder: Path, output: Path, trust: bool = False) -> Source:
-    """What is in a folder with a ``config.json``; its tokenizer's files go to ``output``. ``trust`` lets a
-    ``pytorch_model.bin`` run code.
+def look(folder: Path, output: Path, trust: bool = False, gguf_file: str | None = None) -> Source:
+    """What is in a folder with a ``config.json``, or in a GGUF file there; its tokenizer's files go to ``output``.
+    ``trust`` lets a ``pytorch_model.bin`` run code.
 
     Raises UserError for a model that the decoder cannot be, for tensors that do not fit, and for what is torn or
     missing.
     """
-    config = _read_json(folder / "config.json")
+    gguf = None if gguf_file is None else read_gguf(folder / gguf_file)
+    config, family, decoder = _described(folder / (gguf_file or "config.json"), gguf)
+    tensors = _tensors(folder, family, trust) if gguf is None else gguf.weights(family, decoder)
+    _tie(folder, family, decoder, tensors)
     try:
+        family.check(tensors, decoder, decoder.vocab_size)
+    except UserError as error:
+        raise UserError(f"{folder}: ", error) from error
+    eos = config.get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos  # of several, the first is the pretrained model's
+    eos = eos if isinstance(eos, int) and not isinstance(eos, bool) else None
+    trained_here = gguf is None and (folder / "dict.txt").exists()
+    tokenizer: Tokenizer | None = None
+    if trained_here:
+        tokenizer = _copy_tokenizer(folder, output)
+        dictionary, order = _own_dictionary(folder / "dict.txt", decoder.vocab_size), None
+    else:
+        if gguf is None or "tokenizer.ggml.tokens" in gguf.fields:
+            tokenizer = save_tokenizer(folder, output, eos, gguf_file)
+        dictionary, order = _vocabulary(folder, family, decoder.vocab_size, tokenizer, eos)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        add_bos = tokenizer.prefix == [BOS]
+    else:
+        add_bos = tokenizer is not None and config.get("bos_token_id") == BOS
+    if order is not None:
+        absent = tuple(torch.nonzero(order < 0).flatten().tolist())
+        decoder = dataclasses.replace(decoder, vocab_size=len(dictionary), absent_tokens=absent)
+    notes = _notes(folder, gguf, tokenizer, decoder)
+    if not trained_here and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.prefix:
+        plain = r"to evaluate it without, as --hf-model does, add --bos no --separator '\n\n'"
+        notes.append(f"its tokenizer puts nothing before a text, and fairseq's commands </s>; {plain}")
+    return Source(folder, family, decoder, tensors, dictionary, order, add_bos, notes)
+
+
+def _described(path: Path, gguf: GGUF | None) -> tuple[dict[str, Any], Family, DecoderConfig]:
+    """What ``config.json``, or a GGUF file's header, says, and the family and configuration that it means."""
+    config = _read_json(path) if gguf is None else {}
+    try:
+        config = config if gguf is None else gguf.config()
         family = family_of(config)
         vocabulary = config.get("vocab_size")
         if not isinstance(vocabulary, int) or isinstance(vocabulary, bool) or not 0 < vocabulary < 1 << 31:
             raise UserError("it gives no vocab_size")
-        decoder = family.decoder_config(config, vocabulary)
+        return config, family, family.decoder_config(config, vocabulary)
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: ", error) from error
-    tensors = _tensors(folder, family, trust)
+        raise UserError(f"{path}: ", error) from error
+
+
+def _tie(folder: Path, family: Family, decoder: DecoderConfig, tensors: dict[str, Lazy]) -> None:
+    """Of a tied model's two embeddings leaves one. Raises UserError where they differ."""
     head, embedding = (family.theirs(name) for name in ("output_projection.weight", "embed_tokens.weight"))
     if decoder.tie_embeddings and head in tensors:
         tied = tensors.pop(head)
@@ -103,23 +155,18 @@ def look(folder: Path, output: Path, trust: bool = False) -> Source:
                 "false there"
             )
         tensors.setdefault(embedding, tied)
-    try:
-        family.check(tensors, decoder, vocabulary)
-    except UserError as error:
-        raise UserError(f"{folder}: ", error) from error
-    eos = config.get("eos_token_id")
-    eos = eos[0] if isinstance(eos, list) and eos else eos  # of several, the first is the pretrained model's
-    eos = eos if isinstance(eos, int) and not isinstance(eos, bool) else None
-    tokenizer = _save_tokenizer(folder, output, eos)
-    dictionary, order = _vocabulary(folder, family, vocabulary, tokenizer, eos)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        add_bos = tokenizer.prefix == [BOS]
-    else:
-        add_bos = tokenizer is not None and config.get("bos_token_id") == BOS
-    if order is not None:
-        absent = tuple(torch.nonzero(order < 0).flatten().tolist())
-        decoder = dataclasses.replace(decoder, vocab_size=len(dictionary), absent_tokens=absent)
-    return Source(folder, family, decoder, tensors, dictionary, order, tokenizer is not None, add_bos)
+
+
+def _notes(folder: Path, gguf: GGUF | None, tokenizer: Tokenizer | None, decoder: DecoderConfig) -> list[str]:
+    notes = []
+    if gguf is not None and gguf.quantised:
+        notes.append(f"quantised weights ({', '.join(gguf.quantised)}) were dequantised to fp32, which --dtype changes")
+    if tokenizer is None:
+        notes.append(f"{folder} has no tokenizer; dict.txt has its ids in decimal")
+    if decoder.absent_tokens:
+        absent = len(decoder.absent_tokens)
+        notes.append(f"entries of dict.txt that are not in its vocabulary and are never predicted: {absent}")
+    return notes
 
 
 def write_checkpoint(
@@ -197,10 +244,7 @@ def _tensors(folder: Path, family: Family, trust: bool) -> dict[str, Lazy]:
         if not path.exists():
             raise UserError(f"{path} is missing, a part of the model; fetch it")
         found |= read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, trust)
-    found = {name: lazy for name, lazy in found.items() if not re.search(family.ignored, name)}
-    if not any(name.startswith(family.base) for name in found):
-        found = {name if name.startswith("lm_head.") else family.base + name: lazy for name, lazy in found.items()}
-    return found
+    return family.full_names(found)
 
 
 def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
@@ -214,28 +258,28 @@ def _read_torch(path: Path, trust: bool) -> dict[str, Lazy]:
     return {name: Lazy.of(tensor) for name, tensor in state.items()}
 
 
-def _save_tokenizer(folder: Path, output: Path, eos: int | None) -> Tokenizer | None:
-    """The model's tokenizer, whose files are now in ``output``; None if it has none."""
-    if not (folder / "dict.txt").exists():
-        return save_tokenizer(folder, output, eos)
-    tokenizer = load_tokenizer(folder)  # a model that was trained here: its tokenizer is the one that it had
+def _copy_tokenizer(folder: Path, output: Path) -> Tokenizer:
+    """The tokenizer of a model that was trained here, whose files are now in ``output``: it is the one that it had."""
+    tokenizer = load_tokenizer(folder)
     for name, path in tokenizer.files.items():
         shutil.copyfile(path, output / name)
     return tokenizer
 
 
+def _own_dictionary(file: Path, size: int) -> Dictionary:
+    """The dictionary of a model that was trained here."""
+    dictionary = Dictionary.load(file)
+    if len(dictionary) != size:
+        raise UserError(
+            f"{file} has {len(dictionary)} entries, and the model of config.json {size}: they do not belong together"
+        )
+    return dictionary
+
+
 def _vocabulary(
     folder: Path, family: Family, size: int, tokenizer: Tokenizer | None, eos: int | None
 ) -> tuple[Dictionary, torch.Tensor | None]:
-    """The dictionary, and where its ids lie there; None: where they are here."""
-    if (folder / "dict.txt").exists():
-        dictionary = Dictionary.load(folder / "dict.txt")
-        if len(dictionary) != size:
-            raise UserError(
-                f"{folder / 'dict.txt'} has {len(dictionary)} entries, and the model of config.json {size}: they do "
-                "not belong together"
-            )
-        return dictionary, None
+    """The dictionary of a model of others, and where its ids lie there; None: where they are here."""
     symbols = [str(i) for i in range(size)]
     if isinstance(tokenizer, HuggingFaceTokenizer):
         if 2 * len(tokenizer.symbols) < size:

@@ -100,10 +100,16 @@ class Lazy:
         """(A, B) -> (B, A)."""
         return self.map(self.shape[::-1], Tensor.t)
 
-    def chunks(self, count: int) -> list[Lazy]:
-        """``count`` equal parts along the first dimension."""
+    def chunks(self, count: int, runs: int = 1) -> list[Lazy]:
+        """``count`` equal parts along the first dimension; of ``runs`` equal runs of rows, each in such parts, the
+        first part of all of them, and so on.
+        """
         shape = (self.shape[0] // count, *self.shape[1:])
-        return [self.map(shape, lambda tensor, i=i: tensor[i * shape[0] : (i + 1) * shape[0]]) for i in range(count)]  # type: ignore[misc]
+
+        def part(tensor: Tensor, i: int) -> Tensor:
+            return tensor.unflatten(0, (runs, count, -1))[:, i].flatten(0, 1)
+
+        return [self.map(shape, lambda tensor, i=i: part(tensor, i)) for i in range(count)]  # type: ignore[misc]
 
     def rows(self, index: Tensor) -> Lazy:
         """Row ``index[i]`` at i, zeros where that is negative: index (N,), this (V, ...) -> (N, ...)."""
@@ -116,12 +122,16 @@ class Lazy:
         return self.map((len(index), *self.shape[1:]), gather)
 
 
-def concatenated(parts: Sequence[Lazy]) -> Lazy:
-    """Parts of one dtype, along the first dimension."""
+def concatenated(parts: Sequence[Lazy], runs: int = 1) -> Lazy:
+    """Parts of one dtype, along the first dimension; with ``runs``, the reverse of :meth:`Lazy.chunks`."""
     if len(parts) == 1:
         return parts[0]
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return Lazy(shape, parts[0].dtype, lambda: torch.cat([part.load() for part in parts]))
+
+    def load() -> Tensor:
+        return torch.cat([part.load().unflatten(0, (runs, -1)) for part in parts], 1).flatten(0, 1)
+
+    return Lazy(shape, parts[0].dtype, load)
 
 
 def write_torch(path: Path, tree: Mapping[str, Any], progress: Callable[[int], object] = lambda nbytes: None) -> None:

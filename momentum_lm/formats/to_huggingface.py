@@ -14,7 +14,7 @@ from momentum_lm.model import DecoderConfig
 from momentum_lm.text.dictionary import EOS, PAD, SPECIALS, Dictionary
 from momentum_lm.text.tokenizer import HuggingFaceTokenizer, Tokenizer, has_tokenizer
 
-from .families import GPT2, MOMENTUM, OPT, XGLM, Family
+from .families import FAMILIES, MOMENTUM, Family
 from .lazy import Lazy, write_safetensors
 from .native import NativeCheckpoint
 from .tokenizers import special_tokens, write_tokenizer
@@ -40,7 +40,7 @@ def write_model(
     bos, decoder = lm.bos[0], lm.config
     family, order = choose(decoder, dictionary, tokenizer, bos)
     ours = {name: Lazy.of(tensor) for name, tensor in lm.model.state_dict().items()}
-    tensors = family.to_theirs(ours, decoder.tie_embeddings, order)
+    tensors = family.to_theirs(ours, decoder, order)
     tensors = {
         name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype)
         for name, lazy in tensors.items()
@@ -86,14 +86,12 @@ def choose(
     order = None
     if dictionary is not None and (tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer)):
         order = _own_order(decoder, dictionary, tokenizer)
-    if order is not None and bos in order.tolist() and order.tolist() != list(range(decoder.vocab_size)):
-        for family in (GPT2, XGLM):
-            if family.represents(decoder):
-                return family, order
-    if not decoder.absent_tokens:
-        for family in (XGLM, OPT):
-            if family.represents(decoder):
-                return family, None
+    own = order is not None and bos in order.tolist() and order.tolist() != list(range(decoder.vocab_size))
+    if own or not decoder.absent_tokens:
+        # those whose published models have such ids first; one trained here may have all rows of a position table
+        for family in sorted(FAMILIES, key=lambda family: family.fairseq_ids == own):
+            if family is not MOMENTUM and (own or family.position_rows) and family.represents(decoder):
+                return family, order if own else None
     return MOMENTUM, None
 
 

@@ -18,15 +18,18 @@ _MOST_TOKENS = 1 << 24
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # one of which every tokenizer of transformers has
 
 
-def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTokenizer | None:
+def save_tokenizer(
+    source: Path, folder: Path, eos: int | None, gguf_file: str | None = None
+) -> HuggingFaceTokenizer | None:
     """Writes the tokenizer of a Hugging Face model as ``tokenizer.json`` and ``tokenizer_config.json``; None if the
     model has none.
 
-    ``eos``: the id that ends a text by the model's configuration, for a tokenizer that does not say it. transformers
-    builds some tokenizers by its own rules and not as their tokenizer.json says, so what it built is what is written.
-    Raises UserError if transformers does not load it, or runs it in Python.
+    ``eos``: the id that ends a text by the model's configuration, for a tokenizer that does not say it. ``gguf_file``:
+    the file in ``source`` that holds it. transformers builds some tokenizers by its own rules and not as their
+    tokenizer.json says, so what it built is what is written. Raises UserError if transformers does not load it, or runs
+    it in Python.
     """
-    if not any(any(source.glob(pattern)) for pattern in _FILES):
+    if gguf_file is None and not any(any(source.glob(pattern)) for pattern in _FILES):
         return None
     try:
         import transformers
@@ -35,13 +38,14 @@ def save_tokenizer(source: Path, folder: Path, eos: int | None) -> HuggingFaceTo
             "tokenizers of Hugging Face need transformers: pip install 'momentum_lm[transformers]'"
         ) from error
     own = source / "tokenizer.json"
+    given = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **given)
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
             raise UserError(f"{source}: the tokenizer is {kind}, Python code without a tokenizer.json")
         backend = tokenizer.backend_tokenizer
-        if own.exists() and type(backend).from_file(str(own)).to_str() == backend.to_str():
+        if gguf_file is None and own.exists() and type(backend).from_file(str(own)).to_str() == backend.to_str():
             shutil.copyfile(own, folder / own.name)  # as it is: scores lose a digit each time they are read and written
         else:
             (folder / own.name).write_text(backend.to_str(pretty=True), encoding="utf-8")

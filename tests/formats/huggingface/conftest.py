@@ -89,23 +89,77 @@ def shuffled(size):
     return Dictionary(random.Random(3).sample([str(i) for i in range(size)], size - 5)).padded()
 
 
-TOKENIZERS = {"gpt2": gpt2_tokenizer, "opt": opt_tokenizer, "xglm": xglm_tokenizer}
-CONFIGS = {
-    "gpt2": lambda size: transformers.GPT2Config(
-        vocab_size=size, n_positions=48, n_embd=32, n_layer=3, n_head=4, bos_token_id=size - 1, eos_token_id=size - 1
-    ),
-    "opt": lambda size: transformers.OPTConfig(
-        vocab_size=size,
-        hidden_size=32,
-        num_hidden_layers=3,
-        ffn_dim=64,
-        num_attention_heads=4,
-        max_position_embeddings=48,
-    ),
-    "xglm": lambda size: transformers.XGLMConfig(
-        vocab_size=size, d_model=32, num_layers=3, ffn_dim=64, attention_heads=4, max_position_embeddings=48
-    ),
+def llama3_tokenizer():
+    """Byte-level BPE whose specials come last, and which begins each text with one."""
+    vocab, merges = byte_level_bpe(300, [])
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    roles = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    model.add_special_tokens(list(roles.values()))
+    begin = (roles["bos_token"], model.token_to_id(roles["bos_token"]))
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{begin[0]} $A", pair=f"{begin[0]} $A {begin[0]}:1 $B:1", special_tokens=[begin]
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **roles)
+
+
+def llama_tokenizer():
+    """SentencePiece's BPE, with bytes for what it has no piece for, as of Llama 1, 2 and Mistral."""
+    specials = ["<unk>", "<s>", "</s>"]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    initial = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=[*specials, *initial], show_progress=False)
+    model.train_from_iterator(sentences(), trainer)
+    content = json.loads(model.to_str())["model"]
+    merges = [tuple(pair) for pair in content["merges"]]
+    return transformers.LlamaTokenizer(vocab=content["vocab"], merges=merges, add_bos_token=True)
+
+
+def qwen_tokenizer():
+    """Byte-level BPE that puts nothing before a text, and has no token for its beginning."""
+    vocab, merges = byte_level_bpe(300, [])
+    return transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
+
+
+def neox_tokenizer():
+    vocab, merges = byte_level_bpe(300, ["<|endoftext|>", "<|padding|>"])
+    return transformers.GPTNeoXTokenizer(vocab=vocab, merges=merges)
+
+
+TOKENIZERS = {
+    "gpt2": gpt2_tokenizer,
+    "opt": opt_tokenizer,
+    "xglm": xglm_tokenizer,
+    "llama": llama3_tokenizer,
+    "mistral": llama_tokenizer,
+    "qwen2": qwen_tokenizer,
+    "qwen3": qwen_tokenizer,
+    "gpt_neox": neox_tokenizer,
 }
+_USUAL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "max_position_embeddings": 48}
+_GROUPED = {**_USUAL, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
+SHAPES = {  # of configurations
+    "gpt2": {"n_positions": 48, "n_embd": 32, "n_layer": 3, "n_head": 4},
+    "opt": {
+        "hidden_size": 32, "num_hidden_layers": 3, "ffn_dim": 64, "num_attention_heads": 4,
+        "max_position_embeddings": 48,
+    },
+    "xglm": {"d_model": 32, "num_layers": 3, "ffn_dim": 64, "attention_heads": 4, "max_position_embeddings": 48},
+    "llama": {**_GROUPED, "hidden_size": 36, "rms_norm_eps": 1e-5},
+    "mistral": {**_GROUPED, "sliding_window": None},
+    "qwen2": {**_USUAL, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3": _GROUPED,
+    "gpt_neox": {**_USUAL, "num_attention_heads": 4},
+}  # fmt: skip
+
+
+def configuration(family, tokenizer, **changes):
+    """A small configuration of transformers' own class."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    usual = {"vocab_size": len(tokenizer), **ids, **SHAPES[family]}
+    return transformers.AutoConfig.for_model(family, **{**usual, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -126,15 +180,14 @@ def make_model(tokenizer_of, tmp_path):
 
     def make(family, dtype=torch.float32, name="theirs", **changes):
         tokenizer = tokenizer_of(family)
-        config = CONFIGS[family](len(tokenizer))
-        for key, value in changes.items():
-            setattr(config, key, value)
+        config = configuration(family, tokenizer, **changes)
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.normal_(std=0.3)
-            for norm in (module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)):
+                # tied, narrow ones say one word again and again; rotary angles of large ones show their last digit
+                parameter.normal_(std=0.3 if family in ("gpt2", "opt", "xglm") else 0.15)
+            for norm in (module for module in model.modules() if type(module).__name__.endswith("Norm")):
                 norm.weight += 1
         model = model.to(dtype)
         folder = tmp_path / name

@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 
+from momentum_lm.text.tokenizer import load_tokenizer
+
 from .conftest import sentences
 
 TRAIN = (
@@ -18,7 +20,7 @@ TRAIN = (
 
 
 @pytest.fixture(
-    params=["gpt2", pytest.param("opt", marks=pytest.mark.slow), pytest.param("xglm", marks=pytest.mark.slow)]
+    params=["gpt2", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "xglm", "gpt_neox"))]
 )
 def converted(request, make_model, convert, tmp_path, run_cli):
     """(folder of the converted model, data binarised with its tokenizer, the flags that convert printed)"""
@@ -103,4 +105,4 @@ def test_both_perplexities_are_the_same(converted, run_cli, tmp_path):
     assert validated.returncode == 0, validated.stderr[-3000:]
     assert float(re.search(r"ppl ([\d.]+)", validated.stderr + validated.stdout)[1]) > 1
     state = torch.load(ours / "model.pt", weights_only=True)
-    assert state["cfg"]["task"]["add_bos_token"] is False
+    assert state["cfg"]["task"]["add_bos_token"] == (load_tokenizer(ours).prefix == [0])

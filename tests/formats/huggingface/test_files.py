@@ -137,7 +137,7 @@ def large_gpt2(folder, megabytes):
     numbers = (torch.arange(8_000 * 1024) % 100).half()
     tensors = {
         name: Lazy(lazy.shape, torch.float16, lambda shape=lazy.shape: numbers[: torch.Size(shape).numel()].view(shape))
-        for name, lazy in GPT2.to_theirs(expected(decoder), tied=True).items()
+        for name, lazy in GPT2.to_theirs(expected(decoder), decoder).items()
     }
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", GPT2.config(decoder, 8_000) | {"eos_token_id": 7_999})

@@ -17,27 +17,44 @@ from safetensors.torch import load_file, save_file
 import momentum_lm
 from momentum_lm.lm.native import load_native
 from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.text.tokenizer import load_tokenizer
 
-from .conftest import gpt2_files, shuffled
+from .conftest import SHAPES, gpt2_files, shuffled
 
 momentum_lm.register()
-FAMILIES = ["gpt2", "opt", "xglm"]
+FAMILIES = list(SHAPES)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 24, "rope_theta": 5000.0}
 CASES = [
     ("gpt2", {}),
     ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "relu"}),
+    ("gpt2", {"layer_norm_epsilon": 1e-3}),
     ("opt", {}),
     ("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}),
     ("xglm", {}),
     ("xglm", {"tie_word_embeddings": False, "scale_embedding": False, "activation_function": "relu"}),
     ("xglm", {"activation_function": "gelu_new"}),
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 6, "hidden_act": "gelu"}),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": 48, "hidden_size": 36, "num_key_value_heads": 1}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 48, "max_window_layers": 0}),
+    ("qwen2", {"num_attention_heads": 6, "head_dim": 10, "rope_parameters": LLAMA3}),
+    ("qwen3", {}),
+    ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 3, "rms_norm_eps": 1e-5}),
+    ("gpt_neox", {}),
+    ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"}),
+    ("gpt_neox", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75, "rope_theta": 500.0}}),
+    ("gpt_neox", {"hidden_size": 40, "layer_norm_eps": 1e-3, "rotary_pct": 1.0}),
 ]  # fmt: skip
 
 
 def their_ids(folder, ours):
-    """Token ids of a converted GPT-2 from those of its dictionary; others have their own."""
-    symbols = FairseqDictionary.load(str(folder / "dict.txt")).symbols
-    end = len([s for s in symbols if s.isdecimal()])
-    return [[int(symbols[i]) if symbols[i].isdecimal() else end for i in row] for row in ours]
+    """A converted model's own token ids from those of its dictionary."""
+    own = {here: there for there, here in reversed(list(enumerate(load_tokenizer(folder).own_to_dictionary)))}
+    return [[own[int(i)] for i in row] for row in ours]
 
 
 def fairseq_model(folder):
@@ -60,24 +77,28 @@ def test_logits_there_and_back(make_model, convert, tmp_path, family, changes):
     ours, dictionary = fairseq_model(tmp_path / "ours")
     tokens = torch.randint(4, model.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
     tokens[:, 0] = 2
-    own = torch.tensor(their_ids(tmp_path / "ours", tokens)) if family == "gpt2" else tokens
+    own = torch.tensor(their_ids(tmp_path / "ours", tokens))
     with torch.no_grad():
         found, expected = ours(tokens)[0], model(own).logits
         absent = ours.decoder.config.absent_tokens
         kept = [i for i in range(len(dictionary)) if i not in absent]
-        order = torch.tensor(their_ids(tmp_path / "ours", [kept])[0]) if family == "gpt2" else torch.tensor(kept)
+        order = torch.tensor(their_ids(tmp_path / "ours", [kept])[0])
         torch.testing.assert_close(found[..., kept], expected[..., order], atol=1e-5, rtol=1e-5)
     assert len(kept) == model.config.vocab_size
-    assert (absent == ()) == (family != "gpt2") and bool((found[..., list(absent)] == -torch.inf).all())
-    assert len(dictionary) % 8 == 0 or family != "gpt2"
+    fairseq_ids = family in ("opt", "xglm")
+    assert (absent == ()) == fairseq_ids and bool((found[..., list(absent)] == -torch.inf).all())
+    assert len(dictionary) % 8 == 0 or fairseq_ids
     native = load_native(tmp_path / "ours")
     assert torch.equal(native.model(tokens)[..., kept], found[..., kept])
+    assert native.bos == ((0,) if family in ("llama", "mistral") else (2,))
 
     convert(tmp_path / "ours", tmp_path / "again")
     before, after = load_file(theirs / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
-    assert type(again) is type(model) and not any(loading.values()), loading
+    # Llama computes the same as a Mistral without a window, but wants a width that is a multiple of its heads
+    llama = family == "mistral" and model.config.hidden_size % model.config.num_attention_heads == 0
+    assert type(again) is (transformers.LlamaForCausalLM if llama else type(model)) and not any(loading.values())
     with torch.no_grad():
         assert torch.equal(again.eval()(own).logits, expected)
     convert(tmp_path / "again", tmp_path / "ours_again")
@@ -111,14 +132,14 @@ def test_generation_token_for_token(make_model, convert, tmp_path, family, beam)
     rows, given, new = 3, 6, 24
     prompt = torch.randint(4, model.config.vocab_size, (rows, given), generator=torch.Generator().manual_seed(3))
     prompt[:, 0] = 2
-    own = torch.tensor(their_ids(tmp_path / "ours", prompt)) if family == "gpt2" else prompt
+    own = torch.tensor(their_ids(tmp_path / "ours", prompt))
     end = own[0, 0].item()
+    never = [i for i, symbol in enumerate(load_tokenizer(tmp_path / "ours").symbols) if symbol in ("<pad>", "<unk>")]
     expected = model.generate(
         own, attention_mask=torch.ones_like(own), max_new_tokens=new + 1, min_new_tokens=new, num_beams=beam,
         do_sample=False,
         length_penalty=0.0, eos_token_id=end, pad_token_id=end, logits_processor=[EndAt(given + new, end)],
-        # padding and unknown, which fairseq never generates
-        suppress_tokens=[i for i in (1, 3) if family != "gpt2"] or None,
+        suppress_tokens=never or None,  # which fairseq never generates
     )  # fmt: skip
     length = given - 1 + new
     generator = SequenceGenerator(
@@ -134,7 +155,7 @@ def test_generation_token_for_token(make_model, convert, tmp_path, family, beam)
     sample = {"id": torch.arange(rows), "net_input": {"src_tokens": prompt, "src_lengths": torch.full((rows,), given)}}
     found = generator.generate([ours], sample, prefix_tokens=prompt[:, 1:], bos_token=2)
     found = [hypotheses[0]["tokens"].tolist() for hypotheses in found]
-    found = their_ids(tmp_path / "ours", found) if family == "gpt2" else found
+    found = their_ids(tmp_path / "ours", found)
     assert found == expected[:, 1:].tolist()
     assert len({token for row in found for token in row[given:]}) > 8  # no endless repetition
 
@@ -153,6 +174,11 @@ def test_half_precision_stays_and_can_be_chosen(make_model, convert, tmp_path, f
     convert(theirs, tmp_path / "single", "--dtype", "fp32")
     weights = torch.load(tmp_path / "single" / "model.pt", weights_only=True)["model"]
     assert {t.dtype for t in weights.values()} == {torch.float32}
+
+
+LLAMA = {"norm": "rms", "ffn": "gated", "activation": "silu", "bias": "none", "position": "rotary"}
+LLAMA |= {"kv_heads": 2, "head_dim": 10, "scale_embeddings": False}
+NEOX = {"position": "rotary", "rotary_fraction": 0.5, "parallel_residual": True, "scale_embeddings": False}
 
 
 def save_ours(folder, tokenizer_folder, **changes):
@@ -185,6 +211,14 @@ def save_ours(folder, tokenizer_folder, **changes):
         ({"position": "learned", "scale_embeddings": False, "activation": "gelu_accurate"}, "OPTForCausalLM"),
         ({"position": "learned"}, "MomentumLMForCausalLM"),
         ({"position": "rotary", "tie_embeddings": False}, "MomentumLMForCausalLM"),
+        (LLAMA, "LlamaForCausalLM"),
+        ({**LLAMA, "bias": "all", "tie_embeddings": False, "rotary_base": 5e5, "kv_heads": 4}, "LlamaForCausalLM"),
+        ({**LLAMA, "rotary_scaling": "llama3:8,1,4,16", "activation": "gelu"}, "LlamaForCausalLM"),
+        ({**LLAMA, "dim": 30, "tie_embeddings": False}, "MistralForCausalLM"),
+        ({**LLAMA, "bias": "qkv"}, "Qwen2ForCausalLM"),
+        ({**LLAMA, "qk_norm": True, "norm_eps": 1e-6}, "Qwen3ForCausalLM"),
+        (NEOX, "GPTNeoXForCausalLM"),
+        ({**NEOX, "parallel_residual": False, "rotary_fraction": 1.0, "dropout": 0.1}, "GPTNeoXForCausalLM"),
         ({"momentum_kind": "ema", "momentum_eta": 0.7}, "MomentumLMForCausalLM"),
         (
             {"momentum_kind": "ema", "momentum_learned": True, "momentum_normalize": True, "momentum_gate": "zero"},
@@ -274,16 +308,21 @@ def test_older_files(make_model, convert, tmp_path, family):
     """pytorch_model.bin; names without the prefix of the model with its output projection; tensors that say nothing."""
     _, theirs = make_model(family)
     tensors = load_file(theirs / "model.safetensors")
-    base = {"gpt2": "transformer.", "opt": "model.", "xglm": "model."}[family]
+    base = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}.get(family, "model.")
     bare = {name.removeprefix(base): tensor for name, tensor in tensors.items()}
     if family == "gpt2":
         bare["h.0.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
         bare["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     if family == "xglm":
         bare["embed_positions.weights"] = torch.zeros(50, 32)
-    bare["lm_head.weight"] = next(
-        tensor for name, tensor in bare.items() if name.endswith(("wte.weight", "embed_tokens.weight"))
-    ).clone()
+    if family in ("llama", "gpt_neox"):
+        kind = "self_attn" if family == "llama" else "attention"
+        bare[f"layers.1.{kind}.rotary_emb.inv_freq"] = torch.ones(5)
+    if family == "gpt_neox":
+        bare["layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+        bare["lm_head.weight"] = bare.pop("embed_out.weight")  # as transformers 5 has it in memory
+    tied = (tensor for name, tensor in bare.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    bare.setdefault("lm_head.weight", next(tied, torch.empty(0)).clone())
     (theirs / "model.safetensors").unlink()
     torch.save(bare, theirs / "pytorch_model.bin")
     convert(theirs, tmp_path / "ours")
@@ -423,9 +462,20 @@ def test_names_of_the_hub_come_from_its_cache(make_model, convert, refused, tmp_
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     theirs.rename(cache / "snapshots" / "abc")
+    (cache / "refs" / "step3000").write_text("def")
+    _, earlier = make_model("opt", name="earlier", num_hidden_layers=1)
+    earlier.rename(cache / "snapshots" / "def")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("momentum_lm.formats.from_huggingface.hub_answers", lambda: False)
     assert "OPTForCausalLM" in convert("someone/opt-tiny", tmp_path / "ours")
+    assert load_native(tmp_path / "ours").config.layers == 3
+    convert("someone/opt-tiny@step3000", tmp_path / "step3000")
+    assert load_native(tmp_path / "step3000").config.layers == 1
+    assert "someone/opt-tiny@step4000 is no file or folder here" in refused("someone/opt-tiny@step4000", tmp_path / "b")
+    make_model("opt", name="opt@step3000", num_hidden_layers=2)
+    monkeypatch.chdir(tmp_path)
+    convert("opt@step3000", "local")
+    assert load_native(tmp_path / "local").config.layers == 2
     assert (
         "someone/opt-huge is no file or folder here, and the Hugging Face hub does not answer, nor was it downloaded "
         "earlier" in refused("someone/opt-huge", tmp_path / "b")

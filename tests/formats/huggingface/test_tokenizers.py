@@ -15,7 +15,7 @@ from momentum_lm.text.dictionary import SPECIALS, Dictionary
 from momentum_lm.text.tokenizer import GPT2Tokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from momentum_lm.text.vocabulary import train_sentencepiece
 
-from .conftest import TEXTS, gpt2_files, sentences, shuffled
+from .conftest import TEXTS, TOKENIZERS, gpt2_files, sentences, shuffled
 
 
 def awkward_texts(count, seed=0):
@@ -74,17 +74,22 @@ def test_special_tokens_are_those_that_a_user_adds_too(tmp_path):
         assert ordinary == tokenizer.encode("</s> [PAD]")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "xglm"])
+@pytest.mark.parametrize("family", TOKENIZERS)
 def test_theirs_here(make_model, convert, tmp_path, family, tokenizer_of):
     _, theirs = make_model(family)
     convert(theirs, tmp_path / "ours")
     tokenizer, reference = load_tokenizer(tmp_path / "ours"), transformers.AutoTokenizer.from_pretrained(theirs)
     ids = tokenizer.own_to_dictionary
-    if family == "gpt2":
-        assert ids[-1] == 2 and ids[:-1] == list(range(4, len(ids) + 3))
-    else:
+    if family in ("opt", "xglm"):
         assert ids == list(range(len(ids)))
-        assert tokenizer.prefix == [2]
+    else:  # the others follow fairseq's specials, in their order
+        specials = [i for i in ids if i < 4]
+        assert len(set(specials)) == len(specials) and [i for i in ids if i >= 4] == list(
+            range(4, 4 + len(ids) - len(specials))
+        )
+        assert ids[reference.eos_token_id] == 2
+    begins_with = {"llama": [0], "mistral": [0], "opt": [2], "xglm": [2]}.get(family, [])
+    assert tokenizer.prefix == begins_with
     for text in TEXTS + awkward_texts(300) + sentences(50, seed=5):
         assert tokenizer.encode(text) == [ids[i] for i in reference(text, add_special_tokens=False).input_ids], text
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from momentum_lm.errors import Argument, UserError, arg, named
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.model.config import options
+from momentum_lm.model.config import default, options
 
 from .lazy import FLOATS, Lazy, concatenated
 
@@ -213,6 +213,7 @@ _USUAL = {  # what transformers' own models call it, for what reads a config.jso
     "ffn_dim": "intermediate_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
     "max_positions": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
@@ -326,6 +327,7 @@ MOMENTUM = Family(
     "MomentumLMForCausalLM",
     names=((r"output_projection\.", "lm_head."), ("", "model.")),
     fields={name: _USUAL.get(name, name) for name in _OWN},
+    defaults={_USUAL.get(name, name): default(name) for name in _OWN if default(name) is not dataclasses.MISSING},
     earlier={theirs: ours for ours, theirs in _USUAL.items()},
 )
 FAMILIES = {family.model_type: family for family in (XGLM, OPT, GPT2, MOMENTUM)}

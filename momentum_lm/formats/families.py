@@ -320,6 +320,7 @@ _USUAL = {  # what transformers' own models call it, for what reads a config.jso
     "ffn_dim": "intermediate_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
     "max_positions": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }

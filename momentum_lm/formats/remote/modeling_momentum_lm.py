@@ -29,7 +29,12 @@ if int(transformers.__version__.partition(".")[0]) < 5:
 
 CHUNK = 32
 _LONGEST = 2**22  # tokens in a row of an exported model, whose rows may be of any length
-ACTIVATIONS: dict[str, Any] = {"gelu": F.gelu, "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+ACTIVATIONS: dict[str, Any] = {
+    "gelu": F.gelu,
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 class Seen(NamedTuple):
@@ -52,15 +57,15 @@ class Seen(NamedTuple):
 
 class Momentum(nn.Module):
     """The moving average of the values: one decay a head (``ema``, without the current token), or eight learned decays
-    a channel with signed weights (``multi_ema``, with it). Its parameters and sums are in fp32 in a model in half
-    precision.
+    a channel with signed weights (``multi_ema``, with it). Query heads that share a head of values, G of them, share
+    its average. Its parameters and sums are in fp32 in a model in half precision.
     """
 
     def __init__(self, config: MomentumLMConfig) -> None:
         super().__init__()
         self.config = config
         self.several = config.momentum_kind == "multi_ema"
-        rows = config.hidden_size if self.several else config.num_attention_heads
+        rows = config.num_key_value_heads * (config.head_dim if self.several else 1)
         self.delta = nn.Parameter(torch.empty(rows, 8)) if self.several else None
         self.gamma = nn.Parameter(torch.empty(rows, 8)) if self.several else None
         self.decay_logit = nn.Parameter(torch.empty(rows)) if config.momentum_learned else None
@@ -89,43 +94,46 @@ class Momentum(nn.Module):
         if self.delta is not None and self.gamma is not None:
             log_decay, weight = F.logsigmoid(self.delta), self.gamma / math.sqrt(self.gamma.shape[0])
         else:
-            log_decay = torch.full(
-                (self.config.num_attention_heads, 1), math.log(self.config.momentum_eta), device=device
-            )
+            shape = (self.config.num_key_value_heads, 1)
+            log_decay = torch.full(shape, math.log(self.config.momentum_eta), device=device)
             if self.decay_logit is not None:
                 log_decay = F.logsigmoid(self.decay_logit)[:, None]
             weight = torch.expm1(-log_decay) if self.config.momentum_normalize else torch.ones_like(log_decay)
         return log_decay, weight if self.gate is None else weight * self.gate[:, None]
 
     def forward(self, values: Tensor, length: int, seen: Seen) -> Tensor:
-        """values (B, H, S, D) -> the averages at the ``length`` new tokens (B, H, length, D), in fp32 at least.
+        """values (B, G, S, D) -> the averages at the ``length`` new tokens, in fp32 at least: (B, G, length, D), or (B,
+        H, length, D) where the H query heads do not see the same.
 
         What is not seen is no time to the average either, wherever it stands.
         """
-        heads = values.shape[1]
+        groups = values.shape[1]
         with torch.autocast(values.device.type, enabled=False):
             values = values.to(torch.promote_types(values.dtype, torch.float32))
             if seen.lag is not None:
-                return self.summed(values, seen.lag)
+                lag = seen.lag
+                if lag.shape[1] > 1:  # a group's query heads one after another, as so many more queries
+                    lag = lag.unflatten(1, (groups, -1)).flatten(2, 3)
+                return self.summed(values, lag).unflatten(2, (-1, length)).flatten(1, 2)
             if seen.order is not None and seen.hidden is not None:
                 index = seen.order[:, None, :, None].expand_as(values)
                 values = values.gather(2, index).masked_fill(seen.hidden[:, None, :, None], 0.0)
             if self.several:
-                values = values.transpose(2, 3).flatten(1, 2)[..., None]  # (B, H * D, S, 1)
+                values = values.transpose(2, 3).flatten(1, 2)[..., None]  # (B, G * D, S, 1)
             out = self.average(values, length, seen.documents)
             if self.several:
-                out = out[..., 0].unflatten(1, (heads, -1)).transpose(2, 3)
+                out = out[..., 0].unflatten(1, (groups, -1)).transpose(2, 3)
             return out if seen.where is None else out.gather(2, seen.where[:, None, :, None].expand_as(out))
 
     def summed(self, values: Tensor, lag: Tensor) -> Tensor:
-        """values (B, H, S, D), lag (B, 1 or H, T, S) -> (B, H, T, D), by the equation: each value times its weight."""
+        """values (B, G, S, D), lag (B, 1 or G, T, S) -> (B, G, T, D), by the equation: each value times its weight."""
         log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
         if not self.several:
-            weights = weight[..., None] * torch.exp(lag.clamp(min=0) * log_decay[..., None])  # (B, H, T, S)
+            weights = weight[..., None] * torch.exp(lag.clamp(min=0) * log_decay[..., None])  # (B, G, T, S)
             return weights.masked_fill(lag < 1, 0.0) @ values
         distance = torch.arange(values.shape[2], device=values.device)
         kernel = (weight[..., None] * torch.exp(distance * log_decay[..., None])).sum(1)
-        kernel = kernel.unflatten(0, (values.shape[1], -1)).transpose(1, 2)[None]  # (1, H, S, D), by distance
+        kernel = kernel.unflatten(0, (values.shape[1], -1)).transpose(1, 2)[None]  # (1, G, S, D), by distance
         out = []
         for row in lag.expand(*values.shape[:2], -1, -1).unbind(
             2
@@ -219,7 +227,11 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention (B, T, H, D) and its weights (B, H, T, S), one operation after another."""
+    """query (B, H, T, D), key and value (B, G, S, D) -> softmax attention (B, T, H, D), one operation after another,
+    and its weights (B, H, T, S).
+    """
+    share = query.shape[1] // key.shape[1]
+    key, value = repeated(key, share), repeated(value, share)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -229,15 +241,39 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+def repeated(x: Tensor, share: int) -> Tensor:
+    """x (B, G, S, D) -> (B, G * share, S, D): each head once for every query head that shares it."""
+    return x if share == 1 else x.repeat_interleave(share, dim=1)
+
+
+def make_norm(config: MomentumLMConfig, size: int) -> nn.Module:
+    """LayerNorm or RMSNorm over the last dimension, of ``size``."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(size, eps=config.norm_eps)
+
+
+def normalized(x: Tensor, norm: Any) -> Tensor:
+    """x (..., D) -> its norm, in the dtype of x. In that of the norm's weight, as autocast does for LayerNorm alone."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
 class MomentumLMAttention(nn.Module):
-    """Multi-head causal self-attention, plus momentum."""
+    """Multi-head causal self-attention, plus momentum: H query heads in G groups, which share a head of keys and
+    values each.
+    """
 
     def __init__(self, config: MomentumLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
-        )
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # for transformers
+        width, size = config.hidden_size, config.head_dim
+        queries, shared = config.num_attention_heads * size, config.num_key_value_heads * size
+        self.q_proj = nn.Linear(width, queries, bias=config.bias != "none")
+        self.k_proj = nn.Linear(width, shared, bias=config.bias != "none")
+        self.v_proj = nn.Linear(width, shared, bias=config.bias != "none")
+        self.out_proj = nn.Linear(queries, width, bias=config.bias == "all")
+        self.q_norm = make_norm(config, size) if config.qk_norm else None
+        self.k_norm = make_norm(config, size) if config.qk_norm else None
         self.momentum = None if config.momentum_kind == "none" else Momentum(config)
 
     def forward(
@@ -250,10 +286,12 @@ class MomentumLMAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, T, C) -> the same shape, and the weights of eager attention."""
-        shape = (*hidden_states.shape[:2], self.config.num_attention_heads, -1)
+        shape = (*hidden_states.shape[:2], -1, self.config.head_dim)
         query, key, value = (
             p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = normalized(query, self.q_norm), normalized(key, self.k_norm)
         if rotation is not None:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         if past_key_values is not None:
@@ -263,30 +301,38 @@ class MomentumLMAttention(nn.Module):
         scaling = query.shape[-1] ** -0.5
         out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         if self.momentum is not None:
-            out = (out + self.momentum(value, query.shape[2], seen).transpose(1, 2)).to(out.dtype)
+            average = self.momentum(value, query.shape[2], seen)  # (B, G or H, T, D)
+            average = repeated(average, query.shape[1] // average.shape[1])
+            out = (out + average.transpose(1, 2)).to(out.dtype)
         return self.out_proj(out.flatten(2)), weights
 
 
 class MomentumLMBlock(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); or, with a parallel residual, x + attention(norm(x)) +
+    feed-forward(norm(x)).
+    """
 
     def __init__(self, config: MomentumLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.bias == "all"
         self.self_attn = MomentumLMAttention(config, layer_idx)
-        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.self_attn_layer_norm = make_norm(config, width)
+        self.fc1 = nn.Linear(width, inner, bias)
+        self.fc_gate = nn.Linear(width, inner, bias) if config.ffn == "gated" else None
+        self.fc2 = nn.Linear(inner, width, bias)
+        self.final_layer_norm = make_norm(config, width)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, T, C) -> the same shape, and the weights of eager attention."""
         config = self.config
         attended, weights = self.self_attn(self.self_attn_layer_norm(hidden_states), **kwargs)
-        hidden_states = hidden_states + F.dropout(attended, config.dropout, self.training)
-        inner = ACTIVATIONS[config.activation](self.fc1(self.final_layer_norm(hidden_states)))
+        after = hidden_states + F.dropout(attended, config.dropout, self.training)
+        x = self.final_layer_norm(hidden_states if config.parallel_residual else after)
+        activation = ACTIVATIONS[config.activation]
+        inner = activation(self.fc1(x)) if self.fc_gate is None else activation(self.fc_gate(x)) * self.fc1(x)
         inner = self.fc2(F.dropout(inner, config.activation_dropout, self.training))
-        return hidden_states + F.dropout(inner, config.dropout, self.training), weights
+        return after + F.dropout(inner, config.dropout, self.training), weights
 
 
 class MomentumLMPreTrainedModel(PreTrainedModel):
@@ -324,7 +370,7 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings + padding + 1, width, padding)
         self.layers = nn.ModuleList(MomentumLMBlock(config, i) for i in range(config.num_hidden_layers))
-        self.layer_norm = nn.LayerNorm(width)
+        self.layer_norm = make_norm(config, width)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -360,11 +406,32 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
             use_cache = config.use_cache and not (self.gradient_checkpointing and self.training)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        length = x.shape[1]
+        x, prepared = self._prepare(x, attention_mask, position_ids, past_key_values)
+        hidden, attentions = [x], []
+        for layer in self.layers:
+            x, weights = layer(x, past_key_values=past_key_values, use_cache=use_cache, **prepared, **kwargs)
+            hidden.append(x)
+            attentions.append(weights)
+        x = self.layer_norm(x)
+        keep_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_attentions = config.output_attentions if output_attentions is None else output_attentions
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden[:-1], x) if keep_hidden else None,
+            attentions=tuple(attentions) if keep_attentions else None,
+        )
+
+    def _prepare(
+        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Embeddings (B, T, C) and the arguments of :meth:`forward` -> the embeddings with what their positions add,
+        and what all layers take besides: the mask of attention, the rotation, and what momentum sees.
+        """
+        config, length = self.config, x.shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        fixed = getattr(
-            past_key_values, "is_compileable", False
-        )  # a cache of fixed size, whose ``past`` may be a tensor
+        # of fixed size: ``past`` may be a tensor then
+        fixed = getattr(past_key_values, "is_compileable", False)
         total = past_key_values.layers[0].max_cache_len if fixed else past + length
         columns = torch.arange(length, device=x.device) + past
 
@@ -380,43 +447,18 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
             most = config.max_position_embeddings
             raise ValueError(f"{past + length} tokens exceed the {most} learned positions of the model")
         x = self._at_positions(x, position_ids)
-        rotation = None
-        if config.position == "rotary":
-            rotation = rotations(position_ids, config.hidden_size // config.num_attention_heads)
+        rotation = rotations(position_ids, config) if config.position == "rotary" else None
         if documents is not None:
             mask = _own_mask(documents, visible)
         elif length == 1 and visible is not None and config._attn_implementation in ("eager", "sdpa"):
-            mask = visible[
-                :, None, None
-            ]  # transformers looks whether all is visible, which waits for a GPU at each token
+            # transformers looks whether all is visible, which waits for a GPU at each token
+            mask = visible[:, None, None]
         else:
             mask = create_causal_mask(
                 config=config, inputs_embeds=x, attention_mask=given, past_key_values=past_key_values
             )
         seen = Seen() if config.momentum_kind == "none" else _seen(config, given, visible, documents, columns, total)
-
-        hidden, attentions = [x], []
-        for layer in self.layers:
-            x, weights = layer(
-                x,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                rotation=rotation,
-                seen=seen,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            hidden.append(x)
-            attentions.append(weights)
-        x = self.layer_norm(x)
-        keep_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keep_attentions = config.output_attentions if output_attentions is None else output_attentions
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden[:-1], x) if keep_hidden else None,
-            attentions=tuple(attentions) if keep_attentions else None,
-        )
+        return x, {"attention_mask": mask, "rotation": rotation, "seen": seen}
 
     def _at_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Embeddings (B, T, C) of tokens at positions (B or 1, T), scaled, with what the positions add to them."""
@@ -576,14 +618,30 @@ def sinusoids(rows: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angle.sin(), angle.cos()], -1), (0, dim % 2))
 
 
-def rotations(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin (B, 1, T, size / 2), fp32, of position * 10000^(-2i / size)."""
-    frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+def rotations(positions: Tensor, config: MomentumLMConfig) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cos, sin (B, 1, T, R/2), fp32, of position * base^(-2i/R), for the first R of a head's
+    dimensions.
+    """
+    size = int(config.head_dim * config.rotary_fraction)
+    frequency = config.rotary_base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if config.rotary_scaling != "none":
+        frequency = stretched(frequency, config.rotary_scaling)
     angle = positions[:, None, :, None].float() * frequency.float().to(positions.device)
     return angle.cos(), angle.sin()
 
 
+def stretched(frequency: Tensor, scaling: str) -> Tensor:
+    """frequency (R/2,), ``llama3:FACTOR,LOW,HIGH,ORIGINAL`` -> the same: wavelengths above ORIGINAL / LOW tokens become
+    FACTOR times as long, those below ORIGINAL / HIGH stay, and frequencies between are mixed.
+    """
+    factor, low, high, original = (float(number) for number in scaling.removeprefix("llama3:").split(","))
+    unchanged = ((original * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(frequency / factor, frequency, unchanged)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, D), its dimension pairs (i, i + D/2) turned, in fp32."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    """x (B, H, T, D), of whose first R dimensions the pairs (i, i + R/2) are turned, in fp32."""
+    size = 2 * cos.shape[-1]
+    a, b = x[..., :size].float().chunk(2, dim=-1)
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], -1)

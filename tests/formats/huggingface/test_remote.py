@@ -1,5 +1,6 @@
 """Exported momentum models in transformers, against our own decoder with the same random weights."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from momentum_lm.formats.remote.modeling_momentum_lm import CHUNK, MomentumLMFor
 from momentum_lm.formats.to_huggingface import write_model  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM, load_huggingface  # noqa: E402
 from momentum_lm.model import Decoder, DecoderConfig  # noqa: E402
+from momentum_lm.model.config import default, options  # noqa: E402
 
 VOCAB, PAD = 61, 1
 SHAPE = dict(vocab_size=VOCAB, dim=32, ffn_dim=48, layers=2, heads=4, max_positions=160)
@@ -28,18 +30,31 @@ MOMENTA = {
     "multi_ema": dict(momentum_kind="multi_ema"),
     "multi_ema_gated": dict(momentum_kind="multi_ema", momentum_gate="zero"),
 }
+LLAMA = dict(
+    kv_heads=2, head_dim=12, norm="rms", norm_eps=1e-6, ffn="gated", activation="silu", bias="qkv", qk_norm=True,
+    position="rotary", rotary_base=500.0, rotary_fraction=0.5, rotary_scaling="llama3:8,1,4,64", scale_embeddings=False,
+)  # fmt: skip
 OTHERS = {
     "sinusoidal": {},
     "learned_untied": dict(position="learned", tie_embeddings=False, scale_embeddings=False, activation="relu"),
     "rotary": dict(position="rotary", scale_embeddings=False, activation="gelu_accurate"),
     "untied_absent": dict(tie_embeddings=False, absent_tokens=(0, 5)),
+    "llama": LLAMA,
+    "llama_untied": LLAMA | dict(tie_embeddings=False, kv_heads=1),
+    "parallel": dict(position="none", parallel_residual=True, qk_norm=True, bias="none", kv_heads=2),
 }
 SOME = [
     MOMENTA["none"],
     MOMENTA["ema"] | OTHERS["rotary"],
     MOMENTA["ema_gated"] | OTHERS["untied_absent"],
     MOMENTA["multi_ema"] | OTHERS["learned_untied"],
+    MOMENTA["ema_gated"] | OTHERS["llama"],
+    MOMENTA["multi_ema"] | OTHERS["llama_untied"],
 ]
+LATER = {  # what config.json had not in earlier versions
+    "num_key_value_heads", "head_dim", "norm", "norm_eps", "ffn", "bias", "qk_norm", "parallel_residual",
+    "rotary_base", "rotary_fraction", "rotary_scaling",
+}  # fmt: skip
 close = torch.testing.assert_close
 
 
@@ -106,7 +121,13 @@ def test_logits_are_those_of_the_decoder(momentum, other):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "changes",
-    [MOMENTA["ema"], MOMENTA["multi_ema"] | OTHERS["rotary"], MOMENTA["ema_gated"] | OTHERS["learned_untied"]],
+    [
+        MOMENTA["ema"],
+        MOMENTA["multi_ema"] | OTHERS["rotary"],
+        MOMENTA["ema_gated"] | OTHERS["learned_untied"],
+        MOMENTA["ema_gated"] | OTHERS["llama_untied"],
+        MOMENTA["multi_ema"] | OTHERS["llama"],
+    ],
 )
 def test_padding_changes_nothing(changes, implementation):
     """On the left, on the right, and between two calls."""
@@ -217,6 +238,29 @@ def test_a_mask_of_who_sees_whom(changes, implementation):
         close(found[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("momentum", ["ema_learned", "multi_ema_gated"])
+def test_shared_heads_are_those_of_a_model_that_has_each_for_itself(momentum, implementation):
+    """Also where each query head sees other tokens."""
+    shared, several = pair(**MOMENTA[momentum], **LLAMA)[1], pair(**MOMENTA[momentum], **LLAMA | {"kv_heads": 4})[1]
+    state = several.state_dict()
+    for name, tensor in shared.state_dict().items():
+        if tensor.shape != state[name].shape:  # rows of one head after another
+            tensor = tensor.unflatten(0, (2, -1)).repeat_interleave(2, dim=0).flatten(0, 1)
+            tensor = tensor * 2**0.5 if name.endswith("gamma") else tensor  # of which a model uses gamma / sqrt(rows)
+        state[name] = tensor
+    several.load_state_dict(state)
+    for model in (shared, several):
+        model.set_attn_implementation(implementation)
+    tokens = random_tokens(2, 40)
+    sees = torch.rand(2, 4, 40, 40, generator=torch.Generator().manual_seed(0)) < 0.6
+    sees = sees.tril() | torch.eye(40, dtype=torch.bool)
+    for given in ({}, {"attention_mask": sees}):
+        found, expected = (model(tokens, **given).logits for model in (shared, several))
+        close(found, expected, atol=2e-5, rtol=1e-5)
+    assert (expected - several(tokens).logits).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("changes", [*SOME, MOMENTA["multi_ema_gated"] | OTHERS["rotary"]])
 def test_a_cache_of_fixed_size(changes):
     """In generation of a padded batch, and step by step with and without a mask."""
@@ -276,7 +320,9 @@ class Graph:
         return graph.forward
 
 
-@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"]])
+@pytest.mark.parametrize(
+    "changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"], MOMENTA["ema_gated"] | OTHERS["llama"]]
+)
 def test_exported(changes):
     _, model = pair(**changes, layers=1)
     _, tokens, mask = left_padded([41, 30])
@@ -291,7 +337,15 @@ def test_exported(changes):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        MOMENTA["ema_gated"] | OTHERS["rotary"],
+        MOMENTA["multi_ema"],
+        MOMENTA["ema_gated"] | OTHERS["llama"],
+        MOMENTA["multi_ema"] | OTHERS["llama_untied"],
+    ],
+)
 def test_compiled_in_one_graph(changes):
     _, model = pair(**changes)
     torch.compiler.reset()
@@ -313,7 +367,12 @@ def test_compiled_in_one_graph(changes):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
-    "changes", [MOMENTA["ema_gated"] | OTHERS["rotary"], MOMENTA["multi_ema"] | OTHERS["learned_untied"]]
+    "changes",
+    [
+        MOMENTA["ema_gated"] | OTHERS["rotary"],
+        MOMENTA["multi_ema"] | OTHERS["learned_untied"],
+        MOMENTA["ema_gated"] | OTHERS["llama"],
+    ],
 )
 @pytest.mark.nightly
 def test_exported_with_rows_of_any_length(changes, strict):
@@ -377,7 +436,7 @@ def test_scores_after_a_shared_prefix_are_those_of_whole_rows(gate):
 
 
 def test_loads_where_neither_momentum_lm_nor_fairseq_is(make_lm, tmp_path):
-    lm = make_lm(**MOMENTA["ema_gated"], max_positions=64)
+    lm = make_lm(**MOMENTA["ema_gated"], **OTHERS["llama"], max_positions=64)
     (tmp_path / "exported").mkdir()
     write_model(lm, tmp_path / "exported", None, lambda count: None)
     with pytest.raises(UserError, match="exported' brings code of its own: add trust_remote_code=True"):
@@ -424,7 +483,15 @@ assert half(tokens).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    "changes", [MOMENTA["ema_gated"], MOMENTA["multi_ema"] | OTHERS["untied_absent"], OTHERS["learned_untied"]]
+    "changes",
+    [
+        MOMENTA["ema_gated"],
+        MOMENTA["multi_ema"] | OTHERS["untied_absent"],
+        OTHERS["learned_untied"],
+        MOMENTA["ema_gated"] | OTHERS["llama"],
+        MOMENTA["multi_ema"] | OTHERS["llama_untied"],
+        OTHERS["parallel"],
+    ],
 )
 def test_saving_and_loading_changes_no_bit(changes, tmp_path):
     decoder, model = pair(**changes)
@@ -447,14 +514,19 @@ def test_configurations_go_both_ways():
     """Each field, with a value that is not the default, under our name and theirs."""
     config = DecoderConfig(
         vocab_size=70, dim=24, ffn_dim=30, layers=3, heads=2, max_positions=33, padding_idx=3, eos_idx=4,
-        position="rotary",
+        position="rotary", rotary_base=500.0, rotary_fraction=0.5, rotary_scaling="llama3:8,1,4,64",
+        norm="rms", norm_eps=1e-6, ffn="gated", kv_heads=1, head_dim=16, bias="qkv", qk_norm=True,
+        parallel_residual=True,
         activation="relu", tie_embeddings=False, scale_embeddings=False, dropout=0.1, attention_dropout=0.2,
         activation_dropout=0.3,
         momentum_kind="ema", momentum_eta=0.9, momentum_learned=True, momentum_normalize=True, momentum_gate="zero",
-        absent_tokens=(6, 7),
+        absent_tokens=(6, 7), checkpoint_activations=True,
     )  # fmt: skip
+    assert not [name for name, _, _ in options() if getattr(config, name) == default(name)]
+    config = dataclasses.replace(config, checkpoint_activations=False)  # of training alone
     theirs = MomentumLMConfig(**json.loads(json.dumps(MOMENTUM.config(config, 70))))
     assert (theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads) == (24, 3, 2)
+    assert (theirs.num_key_value_heads, theirs.head_dim) == (1, 16)
     assert (theirs.max_position_embeddings, theirs.intermediate_size, theirs.padding_idx, theirs.eos_idx) == (
         33,
         30,
@@ -467,7 +539,7 @@ def test_configurations_go_both_ways():
 
 
 def test_a_config_json_of_earlier_versions():
-    """And the names that other tools look for, in ours."""
+    """And the names that other tools look for, in ours; and one without the options that came later."""
     config = DecoderConfig(70, 24, 30, 3, 2, 33, momentum_kind="ema", tie_embeddings=False)
     content = MOMENTUM.config(config, 70)
     usual = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -476,6 +548,10 @@ def test_a_config_json_of_earlier_versions():
     assert "dim" in before and "hidden_size" not in before
     assert MOMENTUM.decoder_config(before, 70) == MOMENTUM.decoder_config(content, 70) == config
     assert MomentumLMConfig(**before).to_dict() == MomentumLMConfig(**content).to_dict()
+    without = {name: value for name, value in content.items() if name not in LATER}
+    for fewer in (without, {MOMENTUM.earlier.get(name, name): value for name, value in without.items()}):
+        assert len(fewer) == len(content) - len(LATER) and MOMENTUM.decoder_config(fewer, 70) == config
+        assert MomentumLMConfig(**fewer).to_dict() == MomentumLMConfig(**content).to_dict()
     theirs = MomentumLMConfig(**content)
     theirs.num_hidden_layers = 1
     assert theirs.layers == 1 and len(MomentumLMForCausalLM(theirs).model.layers) == 1
@@ -492,9 +568,10 @@ def test_another_padding_token_leaves_the_positions():
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.vocab_size == VOCAB + 2
 
 
-def test_half_precision(learned):
+@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"], MOMENTA["ema_gated"] | OTHERS["llama"]])
+def test_half_precision(changes):
     """Momentum's own parameters and sums stay in fp32."""
-    decoder, model = learned
+    decoder, model = pair(**changes)
     half, ours = exported(decoder).bfloat16(), Decoder(decoder.config).eval()
     ours.load_state_dict(decoder.state_dict())
     ours.bfloat16()
@@ -504,12 +581,15 @@ def test_half_precision(learned):
     assert logits.dtype == torch.bfloat16
     error, our_error = ((x.float() - expected).norm() for x in (logits, ours(tokens).detach()))
     assert error < 1.3 * our_error and our_error < 0.1 * expected.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        error = (model(tokens).logits.float() - expected).norm()
+    assert error < 1.3 * our_error
 
 
-def test_training(learned):
+@pytest.mark.parametrize("changes", [MOMENTA["ema_gated"], *SOME[-2:]])
+def test_training(changes):
     """Loss and gradients, with and without recomputed activations, are those of the decoder."""
-    decoder = Decoder(learned[0].config)
-    decoder.load_state_dict(learned[0].state_dict())
+    decoder = pair(**changes)[0].train().requires_grad_(True)
     tokens = random_tokens(2, 45)
     decoder.loss(tokens[:, :-1], tokens[:, 1:]).div(2 * 44).backward()
     for recompute in (False, True):

@@ -32,15 +32,21 @@ SHAPE = dict(
     max_position_embeddings=512,
 )
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(
+    num_key_value_heads=2, head_dim=12, norm="rms", ffn="gated", activation="silu", bias="qkv", qk_norm=True,
+    position="rotary", rotary_fraction=0.5, rotary_scaling="llama3:8,1,4,64", scale_embeddings=False,
+)  # fmt: skip
 CONFIGURATIONS = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE, **SPECIAL),
     "vanilla": lambda: MomentumLMConfig(**SHAPE, **SPECIAL),
     "ema": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, position="rotary", momentum_kind="ema", momentum_learned=True),
     "multi_ema": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, momentum_kind="multi_ema"),
+    "grouped": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, **LLAMA, momentum_kind="ema", momentum_learned=True),
 }
+OURS = [kind for kind in CONFIGURATIONS if kind != "llama"]
 CLASSES = {
     "llama": [transformers.LlamaModel, transformers.LlamaForCausalLM],
-    **{kind: [MomentumLMModel, MomentumLMForCausalLM] for kind in ("vanilla", "ema", "multi_ema")},
+    **{kind: [MomentumLMModel, MomentumLMForCausalLM] for kind in OURS},
 }
 
 
@@ -172,7 +178,7 @@ def test_what_llama_passes(mixins, monkeypatch):
     monkeypatch.setitem(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "momentum_lm", "MomentumLMForCausalLM")
     passed, _ = _failures(mixins, "llama")
     assert len(passed) > 50
-    for kind in ("vanilla", "ema", "multi_ema"):
+    for kind in OURS:
         _, failed = _failures(mixins, kind)
         lost = {name: text.splitlines()[-1] for name, text in failed.items() if name in passed}
         assert not lost, (kind, lost)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from momentum_lm.errors import Argument, Names, UserError, arg, flags, in_python, named
@@ -86,6 +86,17 @@ def to_fairseq(config: DecoderConfig) -> dict[str, Any]:
     return {**written, "tokens_per_sample": config.max_positions}
 
 
+def defaults(arch: str) -> dict[str, Any]:
+    """``cfg.model`` that an architecture begins with: 0 for what follows from other options, which a command gives."""
+    return to_fairseq(DecoderConfig(vocab_size=8, **architecture(arch))) | dict.fromkeys(_following(arch), 0)
+
+
+def _following(arch: str) -> dict[str, Callable[[DecoderConfig], int]]:
+    """What stands for 0 in options that an architecture does not set."""
+    given = architecture(arch)
+    return {fairseq: e.zero for fairseq, (field, _, e) in table().items() if e.zero is not None and field not in given}
+
+
 def _written(value: Any, entry: Option) -> Any:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
@@ -113,6 +124,7 @@ def training_words(config: DecoderConfig, arch: str | None = None) -> list[str]:
     """
     arch = arch or nearest(config)
     plain = to_fairseq(DecoderConfig(vocab_size=8, max_positions=config.max_positions, **architecture(arch)))
+    plain |= {name: value(config) for name, value in _following(arch).items()}
     own = {name: value for name, value in to_fairseq(config).items() if value != plain[name]}
     words = (str(flags()(Argument(name, value))).split(" ", 1) for name, value in own.items())
     return ["--arch", arch, *itertools.chain.from_iterable(words)]

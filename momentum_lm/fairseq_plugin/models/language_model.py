@@ -15,7 +15,7 @@ from momentum_lm.fairseq_plugin.training import building_place
 from momentum_lm.formats import decoder_options
 from momentum_lm.formats.state_dict import drop_extras, extras
 from momentum_lm.model import Cache, Decoder, DecoderConfig
-from momentum_lm.model.sizes import architecture, architectures
+from momentum_lm.model.sizes import architectures
 
 _Field = tuple[str, Any, Any]  # as dataclasses.make_dataclass takes it
 
@@ -26,7 +26,7 @@ def _option(name: str, kind: Any, default: Any, help: str) -> _Field:
 
 def _own_options(arch: str) -> list[_Field]:
     """Options of the table, with the defaults that the architecture gives them."""
-    plain = decoder_options.to_fairseq(DecoderConfig(vocab_size=8, **architecture(arch)))
+    plain = decoder_options.defaults(arch)
     fields = []
     for name, (_, kind, entry) in decoder_options.table().items():
         if entry.choices:

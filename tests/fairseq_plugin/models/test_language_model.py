@@ -12,7 +12,7 @@ from fairseq.sequence_generator import SequenceGenerator
 
 import momentum_lm
 from momentum_lm.errors import UserError
-from momentum_lm.formats.decoder_options import from_fairseq
+from momentum_lm.formats.decoder_options import from_fairseq, training_words
 from momentum_lm.formats.state_dict import extras
 from momentum_lm.model import Decoder
 
@@ -53,6 +53,18 @@ def build(data, *arguments, seed=0, task="language_modeling"):
 
 def tokens(rows=3, length=20):
     return torch.randint(4, 64, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("heads,groups", [(4, 4), (6, 3), (6, 6)])
+def test_what_a_command_leaves_out_follows_from_what_it_gives(data, heads, groups):
+    """momentum_lm_tiny has 3 heads of 64 dimensions; a command of another shape need not say so twice."""
+    shape = ["--decoder-embed-dim", "24", "--decoder-attention-heads", str(heads)]
+    grouped = [] if groups == heads else ["--decoder-kv-heads", str(groups)]
+    config = build(data, "--arch", "momentum_lm_tiny", *shape, *grouped)[0].decoder.config
+    assert (config.heads, config.kv_heads, config.head_dim) == (heads, groups, 24 // heads)
+    words = training_words(config)
+    assert build(data, *words)[0].decoder.config == config
+    assert ("--decoder-kv-heads" in words) == (groups != heads) and "--decoder-head-dim" not in words
 
 
 @pytest.mark.parametrize("stock_flags,our_flags", [([], []), (["--decoder-learned-pos"], ["--position", "learned"])])

@@ -27,7 +27,7 @@ _REGISTERED = {
     "arch": ["gpt_lm_tiny", "momentum_lm_tiny"],
     "task": ["momentum_language_modeling"],
     "criterion": ["chunked_cross_entropy"],
-    "optimizer": ["fused_adamw"],
+    "optimizer": ["fused_adamw", "muon"],
 }
 # What a fairseq-* command finds: a fresh interpreter, which reads .pth files, away from any checkout. The hook is
 # imported by hand

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from fairseq.file_io import PathManager
 from fairseq.logging import metrics
+from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer as FairseqTrainer
 from torch import Tensor
@@ -57,6 +58,7 @@ class Trainer(FairseqTrainer):
     _ready = False
 
     def __new__(cls, cfg: Any, task: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        _prepare_optimizer(cfg, model)
         if cls is Trainer and not _is_ours(cfg, task, model):
             return FairseqTrainer(cfg, task, model, *args, **kwargs)
         return super().__new__(cls)
@@ -110,10 +112,8 @@ class Trainer(FairseqTrainer):
         return super().model
 
     def _build_optimizer(self) -> None:
-        if getattr(self.cfg.optimizer, "_name", None) == "fused_adamw":
-            from .optim.fused_adamw import mark_parameters
-
-            mark_parameters(self.model)
+        if self.is_fsdp:  # the parts are other parameters than those that were marked
+            _prepare_optimizer(self.cfg, self.model)
         super()._build_optimizer()
         if self.is_fsdp and type(self._optimizer).__name__ != "FusedAdamW":
             raise UserError("--ddp-backend fully_sharded works with --optimizer fused_adamw")
@@ -515,6 +515,13 @@ def _counts(state: Any) -> dict[str, float]:
     """What that function remembers: the best loss, and validations since."""
     known = state if isinstance(state, Mapping) else {}
     return {key: known[key] for key in ("best", "num_runs") if isinstance(known.get(key), (int, float))}
+
+
+def _prepare_optimizer(cfg: Any, model: Any) -> None:
+    """What an optimizer of ours must do before it is built. Raises UserError for what does not go with it."""
+    prepare = getattr(OPTIMIZER_REGISTRY.get(getattr(cfg.optimizer, "_name", None)), "prepare", None)
+    if prepare is not None:
+        prepare(cfg, model)
 
 
 def _is_ours(cfg: Any, task: Any, model: Any) -> bool:

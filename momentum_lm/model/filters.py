@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from momentum_lm import ops
 
 from .config import DecoderConfig
-from .marks import no_weight_decay
+from .marks import no_matrices, no_weight_decay
 from .precision import Float32
 
 
@@ -38,9 +38,13 @@ def _added(average: Tensor, addend: Tensor | None) -> Tensor:
 
 
 class _Momentum(Float32):
-    """What both kinds share: fp32, and what they take from a checkpoint."""
+    """What both kinds share: fp32, no matrices, and what they take from a checkpoint."""
 
     gate: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        no_matrices(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = self.state_dict(prefix=prefix)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .marks import no_matrices
+
 
 class OutputProjection(nn.Linear):
     """Hidden states (..., C) -> logits (..., V), those of ``absent`` tokens -inf."""
@@ -16,6 +18,7 @@ class OutputProjection(nn.Linear):
 
     def __init__(self, dim: int, vocab_size: int, absent: Sequence[int] = ()) -> None:
         super().__init__(dim, vocab_size, bias=False)
+        no_matrices(self)
         self.register_buffer("absent", torch.tensor(absent) if absent else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ README = ROOT / "README.md"
 EXAMPLES = sorted(ROOT.glob("examples/*/README.md"))
 FULL = os.environ.get("MOMENTUM_LM_README") == "full"
 TINY = "--decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2"
-TRAIN = f"{TINY} --cpu --max-update 2 --warmup-updates 1 --update-freq 1 --tokens-per-sample 128 --batch-size 2"
-TRAIN += " --num-workers 0"
+TRAIN = f"{TINY} --cpu --max-update 2 --update-freq 1 --tokens-per-sample 128 --batch-size 2 --num-workers 0"
+SCHEDULE = "--warmup-updates 1 --total-num-update 20"
+THREE_STAGES = "--warmup-steps 1 --hold-steps 1 --decay-steps 1"
 # How a command begins -> words that make it small enough for a test; the last of two flags wins.
 SMALLER = {
     "momentum-lm prepare": "--vocab-size 400 --valid 20 --test 20",
-    "fairseq-train": f"{TRAIN} --total-num-update 20",
+    "fairseq-train": f"{TRAIN} {SCHEDULE}",
     "fairseq-eval --task lm_perplexity": "--context-lengths 16,32",
     "fairseq-eval --task icl_classification": "--max-field-tokens 4 --limit 10",
     "fairseq-eval --task icl_finetune_analysis": "--shots 2 --max-field-tokens 4 --limit 6 --finetune-lr 0.1,0.01 "
@@ -43,7 +44,7 @@ SMALLER = {
     "python examples/reproduce_paper/reproduce.py": "--sizes 1.3B --datasets cb --momentum-datasets mr --lengths 16 "
     "--limit 4 --device cpu "
     "--dtype fp32 --data-dir data/icl",
-    "bash examples/pretraining/train.sh": f"{TRAIN} --total-num-update 20 --distributed-backend gloo --autocast none",
+    "bash examples/pretraining/train.sh": f"{TRAIN} {SCHEDULE} --distributed-backend gloo --autocast none",
 }
 SMALL_MODEL = "--hf-model models/small --hf-gguf-file '' --limit 6 --seeds 1,2"
 # The commands that the test below leaves to others: what they need is another machine, or a large download.
@@ -89,7 +90,7 @@ def smaller(line, path):
     head, pipe, command = line.rpartition(" | ")
     kind = begins(command, SMALLER)
     assert kind is not None, f"{path}: nobody runs `{line}`: add it to SMALLER or ELSEWHERE"
-    extra = SMALLER[kind]
+    extra = SMALLER[kind].replace(SCHEDULE, THREE_STAGES if "--lr-scheduler tri_stage" in command else SCHEDULE)
     if "--hf-model" in command and kind.startswith("fairseq-eval"):
         extra += f" {SMALL_MODEL} --shots {2 if 'finetune' in kind else '0,2'}"
     return f"{head}{pipe}{command} {extra}"
@@ -138,8 +139,8 @@ def workplace(documents, run_cli, tmp_path_factory):
     for path in [path for path in (folder / "data").iterdir() if path.is_file()]:
         shutil.copy(path, folder / "data/bin")
     task = "--task momentum_language_modeling --arch gpt_lm_tiny --max-target-positions 2048 --lr 1e-3"
-    task += " --optimizer fused_adamw"
-    command = f"fairseq-train data --save-dir runs/vanilla {task} --lr-scheduler inverse_sqrt {TRAIN}"
+    task += " --optimizer fused_adamw --lr-scheduler inverse_sqrt --warmup-updates 1"
+    command = f"fairseq-train data --save-dir runs/vanilla {task} {TRAIN}"
     trained = run_cli(shlex.split(command), cwd=folder)
     assert trained.returncode == 0, trained.stderr
     for place in (

@@ -319,6 +319,39 @@ def test_fairseqs_own_models_resume_as_without_us(train_here, log, tmp_path):
     assert state["task_state"] == {} and not {"skipped", "early_stop"} & state["extra_state"].keys()
 
 
+# Muon
+
+
+@pytest.mark.parametrize("task,words", [("ours", OURS), ("stock", STOCK)])
+def test_muon_goes_on_bit_for_bit(task, words, train_here, log, tmp_path):
+    """Under a schedule of three stages, which scales both learning rates."""
+    schedule = "--lr-scheduler tri_stage --warmup-steps 3 --hold-steps 4 --decay-steps 3".split()
+    words = [*words, "--optimizer", "muon", "--weight-decay", "0.1", "--clip-norm", "1.0", *schedule]
+    train_here(tmp_path / "straight", *words, task=task, updates=10)
+    for end in (5, 10):
+        train_here(tmp_path / "stopped", *words, task=task, updates=end)
+    assert trained(log) == [*range(1, 11), *range(1, 11)]
+    straight, stopped = (load_checkpoint(tmp_path / name / "checkpoint_last.pt") for name in ("straight", "stopped"))
+    assert straight["model"].keys() == stopped["model"].keys()
+    for name, tensor in straight["model"].items():
+        # fairseq leaves the latter as memory was
+        assert torch.equal(tensor, stopped["model"][name]) or name.endswith("_float_tensor"), name
+    a, b = (state["last_optimizer_state"] for state in (straight, stopped))
+    assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
+    for index, entry in a["state"].items():
+        assert all(torch.equal(value, b["state"][index][name]) for name, value in entry.items())
+    rates = {"ns_steps" in group: group["lr"] for group in a["param_groups"]}
+    assert rates == {False: pytest.approx(1e-4), True: pytest.approx(2e-4)}  # a hundredth of 1e-2 and of 0.02
+
+
+@pytest.mark.parametrize("words", [["--fp16"], ["--ddp-backend", "fully_sharded"]])
+@pytest.mark.parametrize("task,model", [("ours", OURS), ("stock", STOCK)])
+def test_what_does_not_go_with_muon_is_one_line(task, model, words, train_here, tmp_path):
+    with pytest.raises(UserError, match=f"^{' '.join(words)} does not go with --optimizer muon; leave it out"):
+        train_here(tmp_path, *model, "--optimizer", "muon", *words, task=task, updates=1)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 # What cannot be trained is one line
 
 

@@ -141,6 +141,17 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(
     assert ended["optimizer_history"][-1]["num_updates"] == 50
 
 
+def test_muon_on_two_processes_is_muon_on_one(command, launch, finish, run_cli, tmp_path):
+    words = [*BACKENDS["ddp"], "--optimizer", "muon", "--weight-decay", "0.1"]
+    finish(launch(2, command(tmp_path / "two", *words, updates=20)))
+    result = run_cli(command(tmp_path / "one", *words, "--update-freq", "2", updates=20))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(curve(tmp_path / "one")) == 20
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=1e-4)
+    ended, expected = (state(tmp_path / name / "checkpoint_last.pt") for name in ("two", "one"))
+    assert difference(ended, expected) < 1e-4
+
+
 def test_weights_that_travel_in_bf16_train_as_fp32_ones_do(command, launch, finish, straight, tmp_path):
     finish(launch(2, command(tmp_path, *BACKENDS["sharded"], "--autocast", "bf16", updates=20)))
     expected = straight(2)[0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.model.marks import decayed, keep_fp32, keeps_fp32, no_weight_decay
+from momentum_lm.model.marks import block_matrices, decayed, keep_fp32, keeps_fp32, no_matrices, no_weight_decay
 
 
 @pytest.mark.parametrize("kind", ["ema", "multi_ema"])
@@ -28,6 +28,24 @@ def test_marks_outlive_a_parameter():
         "0.weight": False, "0.bias": False, "1.weight": True, "1.bias": False
     }  # fmt: skip
     assert decayed(layer) == {"weight": False, "bias": False}
+
+
+@pytest.mark.parametrize("kind", ["ema", "multi_ema"])
+def test_matrices_of_blocks_are_their_linear_layers(kind):
+    model = Decoder(DecoderConfig(50, 8, 8, 2, 2, momentum_kind=kind, momentum_gate="zero", tie_embeddings=False))
+    told = block_matrices(copy.deepcopy(model))
+    assert told.keys() == dict(model.named_parameters()).keys()
+    layers = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    assert {name.removesuffix(".weight").split(".")[-1] for name, is_one in told.items() if is_one} == set(layers)
+    assert sum(told.values()) == 2 * len(layers) and all(name.startswith("layers.") for name in told if told[name])
+
+
+def test_a_mark_or_another_place_makes_a_linear_layer_no_matrix():
+    """The mark holds for all that is inside, lists of layers too."""
+    marked = no_matrices(nn.Sequential(nn.ModuleList([nn.Linear(3, 3)])))
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3), marked]), "out": nn.Linear(3, 3)})
+    model["out"].weight = model["blocks"][1].weight
+    assert [name for name, is_one in block_matrices(copy.deepcopy(model)).items() if is_one] == ["blocks.0.weight"]
 
 
 def test_modules_that_stay_in_fp32():

@@ -1,5 +1,6 @@
 """fairseq optimizers: importing this package registers them."""
 
 from .fused_adamw import FusedAdamW
+from .muon import Muon
 
-__all__ = ["FusedAdamW"]
+__all__ = ["FusedAdamW", "Muon"]

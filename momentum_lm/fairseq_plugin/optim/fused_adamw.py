@@ -76,10 +76,21 @@ class FusedAdamW(FairseqOptimizer):
                 "--weight-decay with --fp16 needs --fp16-no-flatten-grads: in a flat buffer matrices and biases look "
                 "alike"
             )
+        self._optimizer = self._adamw(params)
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        """What has to be known of the whole command ``cfg`` and of the model before fairseq builds an optimizer, to
+        which it gives parameters alone.
+        """
+        mark_parameters(model)
+
+    def _adamw(self, params: list[Any]) -> torch.optim.Optimizer:
+        """Of any ``params``, none included."""
         rest: dict[str, Any] = {"params": [p for p in params if not _is_decayed(p)], "weight_decay": 0.0}
         groups: list[dict[str, Any]] = [{"params": [p for p in params if _is_decayed(p)]}, rest]
-        groups = [group for group in groups if group["params"]]
-        if cfg.adam_backend == "apex":
+        groups = [group for group in groups if group["params"]] or groups[:1]
+        if self.cfg.adam_backend == "apex":
             try:
                 from apex.optimizers import FusedAdam
             except ImportError:
@@ -87,9 +98,8 @@ class FusedAdamW(FairseqOptimizer):
                     "--adam-backend apex: NVIDIA apex is not installed (github.com/NVIDIA/apex; not PyPI's apex); use "
                     "torch"
                 ) from None
-            self._optimizer = FusedAdam(groups, **self.optimizer_config)
-        else:
-            self._optimizer = torch.optim.AdamW(groups, fused=True, **self.optimizer_config)
+            return FusedAdam(groups, **self.optimizer_config)
+        return torch.optim.AdamW(groups, fused=True, **self.optimizer_config)
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
@@ -109,15 +119,17 @@ class FusedAdamW(FairseqOptimizer):
         return {"lr": lr, "betas": betas, "eps": self.cfg.adam_eps, "weight_decay": self.cfg.weight_decay}
 
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
-        overrides = dict(optimizer_overrides or {})
-        decay = overrides.pop("weight_decay", None)
         if any(_is_divided(p) for p in self.params):
             state_dict = self._parts(state_dict)
-        super().load_state_dict(state_dict, overrides)
-        if decay is not None:
-            for group in self.param_groups:
-                if _is_decayed(group["params"][0]):
-                    group["weight_decay"] = decay
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.update(self._settings_of(group, optimizer_overrides or {}))
+
+    def _settings_of(self, group: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of ``settings``, given for all parameters, that a group has."""
+        if any(_is_decayed(p) for p in group["params"]):
+            return settings
+        return {name: value for name, value in settings.items() if name != "weight_decay"}
 
     @property
     def supports_memory_efficient_fp16(self) -> bool:

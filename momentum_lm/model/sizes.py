@@ -46,6 +46,7 @@ FAMILIES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "llama_lm": (LLAMA_SIZES, "none"),
     "momentum_llama_lm": (LLAMA_SIZES, "ema"),
 }
+OURS = ", ".join(f"{family}_*" for family in FAMILIES)  # in messages
 
 
 def architectures() -> list[str]:

@@ -9,6 +9,7 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropy
 from torch import Tensor
 
 from momentum_lm.errors import UserError
+from momentum_lm.model.sizes import OURS
 
 
 @register_criterion("chunked_cross_entropy", dataclass=CrossEntropyCriterionConfig)
@@ -27,8 +28,7 @@ class ChunkedCrossEntropy(CrossEntropyCriterion):
             inner = inner.module
         if not isinstance(inner, MomentumLanguageModel):
             raise UserError(
-                "--criterion chunked_cross_entropy works with --arch gpt_lm_* and momentum_lm_*; others: --criterion "
-                "cross_entropy"
+                f"--criterion chunked_cross_entropy works with --arch {OURS}; others: --criterion cross_entropy"
             )
         loss, _ = model(**sample["net_input"], targets=sample["target"])
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]

@@ -23,6 +23,7 @@ from momentum_lm.icl.prompts import Prompts
 from momentum_lm.lm.anatomy import is_ours
 from momentum_lm.lm.cpu_fast import limit_onednn_caches
 from momentum_lm.lm.native import NativeLM
+from momentum_lm.model.sizes import OURS
 from momentum_lm.studies.classification import Questions, Settings, units
 from momentum_lm.studies.flags import integers, shortener
 from momentum_lm.text.dictionary import BOS, EOS
@@ -57,9 +58,7 @@ class IclEvaluation:
             if value is not None and value < 1:
                 raise UserError(f"--icl-eval-{flag.replace('_', '-')} {value}: must be at least 1")
         if not is_ours(getattr(model, "decoder", None)):
-            raise UserError(
-                "--icl-eval-datasets works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these"
-            )
+            raise UserError(f"--icl-eval-datasets works with --arch {OURS}; leave it out, or choose one of these")
         if args.ddp_backend == "fully_sharded":
             raise UserError(
                 "--icl-eval-datasets needs the whole model in each process: use another --ddp-backend than "

@@ -22,6 +22,7 @@ from omegaconf import II
 
 from momentum_lm.errors import UserError
 from momentum_lm.model.positions import document_ids
+from momentum_lm.model.sizes import OURS
 
 from .monitor import TrainingMonitor
 from .token_data import TokenDataTask
@@ -107,9 +108,7 @@ class MomentumLanguageModelingTask(TokenDataTask):
 
         model = super().build_model(cfg, from_checkpoint)
         if self.args.packed_documents and not isinstance(model, MomentumLanguageModel):
-            raise UserError(
-                "--packed-documents works with --arch gpt_lm_* and momentum_lm_*; leave it out, or choose one of these"
-            )
+            raise UserError(f"--packed-documents works with --arch {OURS}; leave it out, or choose one of these")
         self.monitor = TrainingMonitor(model, cfg, self.args)
         if self.args.icl_eval_datasets and not from_checkpoint:  # those are evaluated, not trained
             if self.args.ddp_backend == "fully_sharded":

@@ -53,6 +53,19 @@ def _numpy_names(module: ModuleType) -> None:
     module.np = _view(numpy, **names)  # type: ignore[attr-defined]
 
 
+def _whole_before_parts(module: ModuleType) -> None:
+    """fairseq prefers a part of a checkpoint that lies beside the whole one, whose name was given."""
+    import functools
+
+    stock_name = module.get_maybe_sharded_checkpoint_filename
+
+    @functools.wraps(stock_name)
+    def checkpoint_filename(filename: str, *args: Any, **kwargs: Any) -> Any:
+        return filename if module.PathManager.isfile(filename) else stock_name(filename, *args, **kwargs)
+
+    module.get_maybe_sharded_checkpoint_filename = checkpoint_filename  # type: ignore[attr-defined]
+
+
 def _checkpoint_loading(module: ModuleType) -> None:
     """torch >= 2.6 refuses the argparse.Namespace in checkpoints of fairseq's older models; this allows
     that, no more.
@@ -78,28 +91,18 @@ def _checkpoint_loading(module: ModuleType) -> None:
     @functools.wraps(stock_to_cpu)
     def load_checkpoint_to_cpu(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
         nonlocal mmap, whole
-        from momentum_lm.errors import CheckpointError, UserError
         from momentum_lm.fairseq_plugin.components import check_components
-        from momentum_lm.formats.checkpoint import trusted
+        from momentum_lm.formats.checkpoint import read_by_fairseq, trusted
         from momentum_lm.formats.native import check_fairseq_model
 
         mmap = load_on_all_ranks  # then all processes of a machine read the one copy that its page cache holds
         whole = True
         try:
-            state: dict[str, Any] = stock_to_cpu(path, arg_overrides, load_on_all_ranks)
-            if not trusted():
-                check_fairseq_model(state)
-                check_components(state.get("cfg"), building)
-        except CheckpointError:
-            raise
-        except UserError as error:
-            raise CheckpointError(f"checkpoint {path}: {error}") from error
-        except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError) as error:
-            # It lacks an entry that fairseq's upgrade of old forms needs, or has options that are none.
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"checkpoint {path} is not one that fairseq can read: {type(error).__name__}: {reason}"
-            ) from error
+            with read_by_fairseq(path):
+                state: dict[str, Any] = stock_to_cpu(path, arg_overrides, load_on_all_ranks)
+                if not trusted():
+                    check_fairseq_model(state)
+                    check_components(state.get("cfg"), building)
         finally:
             whole = False
         return state
@@ -117,14 +120,7 @@ def _checkpoint_loading(module: ModuleType) -> None:
         finally:
             building = ()
 
-    stock_name = module.get_maybe_sharded_checkpoint_filename
-
-    @functools.wraps(stock_name)
-    def checkpoint_filename(filename: str, *args: Any, **kwargs: Any) -> Any:
-        # fairseq prefers a part that lies beside the whole one that was asked for
-        return filename if module.PathManager.isfile(filename) else stock_name(filename, *args, **kwargs)
-
-    module.get_maybe_sharded_checkpoint_filename = checkpoint_filename  # type: ignore[attr-defined]
+    _whole_before_parts(module)
     module.torch = _view(module.torch, load=load)  # type: ignore[attr-defined]
     module.load_checkpoint_to_cpu = load_checkpoint_to_cpu  # type: ignore[attr-defined]
     module.load_model_ensemble_and_task = load_model_ensemble_and_task  # type: ignore[attr-defined]

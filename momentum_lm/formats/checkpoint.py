@@ -9,17 +9,19 @@ memory than the file has bytes (mapped: next to none), and a little for what lie
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import sys
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from momentum_lm.errors import CheckpointError, TornCheckpoint, arg
+from momentum_lm.errors import CheckpointError, TornCheckpoint, UserError, arg
 from momentum_lm.files import open_ordinary
 from momentum_lm.untrusted import trusted
 
@@ -310,3 +312,20 @@ class _Legacy(_File):
                 raise Malformed("it lacks numbers of its tensors")
             self.vectors[storage.key] = self.read_vector(self.places[storage.key], storage.nbytes)
         return self.vectors[storage.key]
+
+
+@contextlib.contextmanager
+def read_by_fairseq(path: Any) -> Iterator[None]:
+    """What fairseq's own reading of a checkpoint raises within it becomes a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except UserError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError) as error:
+        # It lacks an entry that fairseq's upgrade of old forms needs, or has options that are none.
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"checkpoint {path} is not one that fairseq can read: {type(error).__name__}: {reason}"
+        ) from error

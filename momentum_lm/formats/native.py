@@ -133,17 +133,8 @@ def read_native(
         del state  # or every tensor would be kept until the last one is converted
         options = model_cfg or _options_from_tensors(tensors) | old
         options = options | _parse_overrides(overrides, options)
-        if not model_cfg and "decoder_attention_heads" not in options:
-            raise UserError(
-                "the checkpoint does not say its number of heads: add ",
-                arg(overrides="{'decoder_attention_heads': N}"),
-            )
-        fixed = options.get("momentum_kind") == "ema" and not options.get("momentum_learned")
-        if not model_cfg and fixed and "momentum_eta" not in options:
-            raise UserError(
-                "the checkpoint does not say its momentum's decay: add ",
-                arg(overrides="{'momentum_eta': ETA}"),
-            )
+        if not model_cfg:
+            _check_told(options)
         for name in ("tokens_per_sample", "max_target_positions"):
             options.setdefault(name, task_cfg.get(name))
         config = from_fairseq(options, tensors["embed_tokens.weight"].shape[0])
@@ -354,6 +345,19 @@ def _options_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
             heads = [tensor.shape[0] for tensor in momentum.values() if tensor.dim()]
             options |= {"decoder_attention_heads": heads[0]} if heads else {}
     return options
+
+
+def _check_told(options: Mapping[str, Any]) -> None:
+    """Raises UserError where neither the tensors nor the user tell what no checkpoint without options tells."""
+    if "decoder_attention_heads" not in options:
+        raise UserError(
+            "the checkpoint does not say its number of heads: add ", arg(overrides="{'decoder_attention_heads': N}")
+        )
+    fixed = options.get("momentum_kind") == "ema" and not options.get("momentum_learned")
+    if fixed and "momentum_eta" not in options:
+        raise UserError(
+            "the checkpoint does not say its momentum's decay: add ", arg(overrides="{'momentum_eta': ETA}")
+        )
 
 
 def _old_notes(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -412,6 +412,30 @@ class HuggingFaceLM:
                     return way
         return "whole"
 
+    def _whole_prompts(self, ids: Tensor, targets: Tensor, first: int) -> Tensor:
+        """ids (3, T) -> log-probabilities of ``targets`` after each token (3, T, N). The first two rows begin with the
+        same ``first`` tokens. Raises UserError for a model that is no causal language model.
+        """
+        kind = type(self.model).__name__
+        try:
+            plain = self._plain_log_probs(ids)[..., targets]
+        except torch.OutOfMemoryError:
+            raise  # of a GPU, which others may fill
+        except Exception as error:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"{self.name} ({kind}) does not run on text alone: {reason}") from error
+        if plain.isnan().any():
+            raise UserError(
+                f"{self.name} ({kind}) gives probabilities of NaN: its weights are broken, or too large for "
+                f"{self.dtype}"
+            )
+        if apart(plain[1, :first], plain[0, :first]) > tolerance(self.dtype):
+            raise UserError(
+                f"{self.name} ({kind}) is not a causal language model: what it predicts depends on tokens that "
+                "come later; give a model that was trained to continue text"
+            )
+        return plain
+
     def _verify(self) -> None:
         """Tries the model, and settles on the quickest way of reading prompts in which it gives what it gives for whole
         prompts alone.
@@ -428,27 +452,11 @@ class HuggingFaceLM:
         tokens = torch.zeros(2, whole - first, dtype=torch.long)
         tokens[0], tokens[1, : len(short) - first] = ids[0, first:], short[first:]
         padding = torch.arange(tokens.shape[1]) >= torch.tensor([whole, len(short)])[:, None] - first
-        close, kind = tolerance(self.dtype), type(self.model).__name__
+        kind = type(self.model).__name__
         with shortened_windows(self.model):
-            try:
-                plain = self._plain_log_probs(torch.stack([ids[0], changed, other]))[..., targets]
-                expected = torch.cat([plain[0, first:], self._plain_log_probs(short[None])[0, first:, targets]])
-            except torch.OutOfMemoryError:
-                raise  # of a GPU, which others may fill
-            except Exception as error:
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                raise UserError(f"{self.name} ({kind}) does not run on text alone: {reason}") from error
-            if plain.isnan().any():
-                raise UserError(
-                    f"{self.name} ({kind}) gives probabilities of NaN: its weights are broken, or too large for "
-                    f"{self.dtype}"
-                )
-            if apart(plain[1, :first], plain[0, :first]) > close:
-                raise UserError(
-                    f"{self.name} ({kind}) is not a causal language model: what it predicts depends on tokens that "
-                    "come later; give a model that was trained to continue text"
-                )
-            close = min(close, 0.25 * apart(plain[2, first:], plain[0, first:]) + 1e-6)
+            plain = self._whole_prompts(torch.stack([ids[0], changed, other]), targets, first)
+            expected = torch.cat([plain[0, first:], self._plain_log_probs(short[None])[0, first:, targets]])
+            close = min(tolerance(self.dtype), 0.25 * apart(plain[2, first:], plain[0, first:]) + 1e-6)
 
             def right() -> bool:
                 row, position = (x.repeat_interleave(len(targets)) for x in (rows, positions))

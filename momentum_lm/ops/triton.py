@@ -140,9 +140,7 @@ def _backward_kernel(
     values_t, values_d,
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first. ``adjoint`` is lambda at the first token after the chunk, or 0 if a segment
-    starts there.
-    """
+    """From the last chunk. ``adjoint`` is lambda at the first token after the chunk, or 0 if a segment starts there."""
     row = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK)
     b = row // heads
     h = row % heads
@@ -155,7 +153,6 @@ def _backward_kernel(
     if values is not None:
         values += b * values_b + h * values_h + column * values_d
         products = tl.zeros([CHUNK, BLOCK], tl.float32)
-
     rate = tl.load(log_decay + h).to(tl.float32) * LOG2_E
     decay = tl.exp2(rate)
     high, low = _weights(r[None, :] - r[:, None], rate, grad.dtype.element_ty)

@@ -86,29 +86,22 @@ def analyse(
     """Analyses every unit that ``folder`` does not hold yet; writes results.json and predictions.jsonl there.
 
     Under torchrun the processes share the batches and rank 0 writes; returns whether this process is that one. Raises
-    UserError for zero shots, demonstrations of which none fits, results of other settings in ``folder``, learning rates
-    that all diverge, processes as of :func:`momentum_lm.studies.classification.evaluate`, and whatever the data or the
-    model does not allow. The model's weights are as before when it is over.
+    UserError for zero shots, demonstrations of which none fits, rates that all diverge, and as ``evaluate`` does.
     """
-    prompt_settings = settings.questions
+    prompt_settings, score = settings.questions, settings.questions.score
     if 0 in prompt_settings.shots:
         raise UserError(arg(shots=0), ": without demonstrations there is nothing to compare; give numbers from 1 on")
     form, loaded = prompt_settings.form(lm), by_name(datasets)
-    score = prompt_settings.score
     with Processes(timeout) as processes, contextlib.ExitStack() as stack:
         classification.agree(processes, lm, datasets, settings)
         todo: list[Unit] | None = None
         if processes.first:
             stack.enter_context(results_lock(folder))
-            results = Results(
-                folder, TASK, lm.describe(), _config(lm, datasets, settings, form, command), KEY, force, summary
-            )
+            config = _config(lm, datasets, settings, form, command)
+            results = Results(folder, TASK, lm.describe(), config, KEY, force, summary)
             predictions = Predictions(results, len(SETTINGS))
-            todo = [
-                unit
-                for unit in classification.units(list(loaded), prompt_settings)
-                if _key(unit) not in predictions.runs
-            ]
+            units = classification.units(list(loaded), prompt_settings)
+            todo = [unit for unit in units if _key(unit) not in predictions.runs]
             for unit in todo if settings.save_traces and not force else ():
                 check_ours(_traces(folder, unit), ARRAYS)
             if not todo and show_progress:
@@ -123,12 +116,7 @@ def analyse(
             began = time.perf_counter()
             study = _Study(lm, questions[unit.dataset], settings, form, unit, processes)
             rate = study.rate()
-            measured = study.measure(lm, rate.rate, controls.beside(settings.controls))
-            return_memory()
-            if "untrained" in settings.controls:  # made anew each time: beside it only the model itself is held
-                found = study.measure(untrained(lm), rate.rate, {"untrained": CONTROLS["untrained"]})
-                measured["untrained"] = found.get("untrained")
-                return_memory()
+            measured = study.with_controls(rate.rate)
             lm.check_unchanged()  # finetuning gives the model its own weights back, the pages of its file among them
             if processes.first:
                 main = measured.pop("finetuned")
@@ -219,6 +207,16 @@ class _Study:
         finetune = functools.partial(Learned, self.lm, self.lessons, parameters=settings.parameters)
         scoring_settings = (prompt_settings.score, prompt_settings.batch_tokens, self.processes, self.unit.draw)
         return choose(self.lm, self.form, examples, source, settings.rates, finetune, *scoring_settings)
+
+    def with_controls(self, rate: float) -> dict[str, Any]:
+        """The measurements of the model, and of its controls, by their names."""
+        measured = self.measure(self.lm, rate, controls.beside(self.settings.controls))
+        return_memory()
+        if "untrained" in self.settings.controls:  # made anew each time: beside it only the model itself is held
+            found = self.measure(untrained(self.lm), rate, {"untrained": CONTROLS["untrained"]})
+            measured["untrained"] = found.get("untrained")
+            return_memory()
+        return measured
 
     def measure(self, lm: TracedModel, rate: float, models: Mapping[str, Control]) -> dict[str, Measurements | None]:
         """Finetunes ``models`` of ``lm`` and measures each: in rank 0 by their names; None for one that gives no finite

@@ -247,7 +247,7 @@ def test_a_published_model_gives_the_scores_of_transformers(convert, tmp_path):
     fetch_dataset("mr", tmp_path)
     data = load_dataset("mr", tmp_path)
     assert "LlamaForCausalLM of 134,515,008 parameters" in convert(folder, tmp_path / "ours", "--gguf-file", file.name)
-    examples, demonstrations = evaluation_subset(data.evaluation, 12), select(data.train, 4, 1, "balanced", 2)[0]
+    examples, demonstrations = evaluation_subset(data.evaluation, 12), select(data.train, 4, 1, "balanced", 2)
     found = []
     for lm in (load_native(tmp_path / "ours"), load_huggingface(str(folder), file.name)):
         prompts = build(lm, PromptFormat((), "\n\n"), demonstrations, examples)

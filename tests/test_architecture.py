@@ -5,6 +5,7 @@ transformers.
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,10 @@ def test_the_cores_tests_pass_without_fairseq_and_transformers():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
+
+
+def test_contributing_names_files_that_there_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    days = text[text.index("## A day in the life") : text.index("## Words")]
+    named = re.findall(r"`(\w+(?:/\w+)+\.py)`", days)
+    assert len(named) > 30 and not [name for name in named if not (ROOT / "momentum_lm" / name).exists()]

@@ -26,6 +26,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        momentum = make_momentum(config)  # first: of one seed its numbers are drawn before those of the projections
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.dropout = config.attention_dropout
         queries, shared = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -35,7 +36,7 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(queries, config.dim, bias=config.bias == "all")
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
-        self.momentum = make_momentum(config)
+        self.momentum = momentum
         self.measure = False  # when set, forward leaves rms(EMA)/rms(attention) in `momentum_ratio`
         self.momentum_ratio: Tensor | None = None
         for projection in (self.q_proj, self.k_proj, self.v_proj):

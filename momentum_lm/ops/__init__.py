@@ -1,4 +1,4 @@
-"""The exponential moving average of attention values (momentum attention). README.md derives it."""
+"""Causal filters of attention values (momentum attention): moving averages and a few taps. README.md derives them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .chunked import ema_chunked, multi_ema_chunked
-from .naive import ema_naive, multi_ema_naive
+from .naive import ema_naive, fir_naive, multi_ema_naive
+from .shifted import fir_shifted
 from .transforms import under_transforms
 
-__all__ = ["ema", "ema_naive", "multi_ema", "multi_ema_naive", "multi_ema_step"]
+__all__ = ["ema", "ema_naive", "fir", "fir_naive", "multi_ema", "multi_ema_naive", "multi_ema_step"]
 
 _TRITON = importlib.util.find_spec("triton") is not None
 
@@ -58,9 +59,7 @@ def ema(
         _check("initial_state", initial_state, (batch, heads, dim))
     if segment_ids is not None:
         _check("segment_ids", segment_ids, (batch, length))
-    if addend is not None:
-        shared = addend.shape[1] // heads if addend.dim() == 4 else 1
-        _check("addend", addend, (batch, max(shared, 1) * heads, length, dim))
+    _check_addend(addend, values)
     if _has_kernel(values, addend) and not under_transforms():
         from .triton import SUPPORTED, ema_triton  # only here: nothing but CUDA tensors needs Triton
 
@@ -119,6 +118,53 @@ def multi_ema_step(values: Tensor, log_decay: Tensor, weight: Tensor, state: Ten
     return (weight * state).sum(-1).to(values.dtype), state
 
 
+def fir(
+    x: Tensor,
+    weights: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    addend: Tensor | None = None,
+    current: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A weighted sum of the last K tokens per channel: a causal filter with a finite impulse response.
+
+    ``out[b,h,t] = sum_{k=1..K, same segment} weights[k-1,h] x[b,h,t-k]``, plus ``current[h] x[b,h,t]``, plus
+    ``addend[b,h,t]``.
+
+    Args:
+        x: (B, H, T, D), any floating dtype, any strides, T >= 1.
+        weights: (K, H, D), K >= 1: the weight of the token before first.
+        initial_state: (B, H, K, D), the state that an earlier call returned; it belongs to the first token's segment.
+        segment_ids: (B, T) integers; a segment is a run of equal ids, and nothing is seen of the one before.
+        addend: (B, H, T, D), or (B, n H, T, D) for heads that share those of ``x``, as in :func:`ema`. Sum and addend
+            are rounded together, once.
+        current: (H, D), the weight of the token itself; None: 0.
+
+    Returns: out in the dtype and of the shape of ``addend``, without one those of ``x``; and the last K inputs
+        (B, H, K, D), the oldest first, in the dtype of ``x``: those of the last token's segment, 0 before them. Sums
+        are kept in fp32 (fp64 for fp64 ``x``), under autocast too. Both are differentiable (once) in x, weights,
+        initial_state, addend and current.
+
+    Raises:
+        ValueError: shapes that do not fit, T = 0 or K = 0.
+    """
+    if x.dim() != 4 or x.shape[2] == 0:
+        raise ValueError(f"x must be (batch, heads, time >= 1, dim), got {tuple(x.shape)}")
+    batch, heads, length, dim = x.shape
+    if weights.dim() != 3 or weights.shape[0] == 0:
+        raise ValueError(f"weights must be (taps >= 1, heads, dim), got {tuple(weights.shape)}")
+    taps = weights.shape[0]
+    _check("weights", weights, (taps, heads, dim))
+    if initial_state is not None:
+        _check("initial_state", initial_state, (batch, heads, taps, dim))
+    if segment_ids is not None:
+        _check("segment_ids", segment_ids, (batch, length))
+    _check_addend(addend, x)
+    if current is not None:
+        _check("current", current, (heads, dim))
+    return fir_shifted(x, weights, initial_state, segment_ids, addend, current)
+
+
 def _has_kernel(values: Tensor, addend: Tensor | None) -> bool:
     return (
         _TRITON
@@ -131,6 +177,15 @@ def _has_kernel(values: Tensor, addend: Tensor | None) -> bool:
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _check_addend(addend: Tensor | None, values: Tensor) -> None:
+    """Whose heads are those of ``values`` (B, H, T, D), or groups that share them."""
+    if addend is None:
+        return
+    batch, heads, length, dim = values.shape
+    shared = addend.shape[1] // heads if addend.dim() == 4 else 1
+    _check("addend", addend, (batch, max(shared, 1) * heads, length, dim))
 
 
 def _check_precision(name: str, tensor: Tensor) -> None:

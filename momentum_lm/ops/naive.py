@@ -73,3 +73,36 @@ def multi_ema_naive(
         state = decay * state + v[:, :, None]
         outputs.append((weight * state).sum(-1))
     return torch.stack(outputs, 1).to(values.dtype), state
+
+
+def fir_naive(
+    x: Tensor,
+    weights: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    addend: Tensor | None = None,
+    current: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same function and arguments as :func:`momentum_lm.ops.fir`, tap by tap, by automatic differentiation."""
+    batch, heads, length, dim = x.shape
+    taps = weights.shape[0]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    before = x.new_zeros(batch, heads, taps, dim) if initial_state is None else initial_state
+    inputs = torch.cat([before.to(dtype), x.to(dtype)], 2)  # that of token t is at taps + t
+    runs = torch.zeros(batch, taps + length, dtype=torch.long, device=x.device)
+    if segment_ids is not None:
+        runs = torch.cat([runs[:, :taps], run_numbers(segment_ids)], 1)
+
+    out = torch.zeros_like(inputs[:, :, taps:])
+    if current is not None:
+        out = out + current.to(dtype)[:, None] * inputs[:, :, taps:]
+    for lag in range(1, taps + 1):
+        seen = slice(taps - lag, taps - lag + length)
+        same = (runs[:, seen] == runs[:, taps:])[:, None, :, None]
+        out = out + weights[lag - 1].to(dtype)[:, None] * torch.where(same, inputs[:, :, seen], 0.0)
+
+    last = (runs[:, length:] == runs[:, -1:])[:, None, :, None]
+    final_state = torch.where(last, inputs[:, :, length:], 0.0).to(x.dtype)
+    if addend is not None:
+        out = out.repeat_interleave(addend.shape[1] // heads, 1) + addend
+    return out.to(x.dtype if addend is None else addend.dtype), final_state

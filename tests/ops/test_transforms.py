@@ -7,9 +7,25 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 
-from momentum_lm.ops import ema, ema_naive, multi_ema, multi_ema_naive
+from momentum_lm.ops import ema, ema_naive, fir, fir_naive, multi_ema, multi_ema_naive
 
-PAIRS = {"ema": (ema, ema_naive), "multi_ema": (multi_ema, multi_ema_naive)}
+
+def with_current(function):
+    """A filter of a few taps whose current token has a weight too."""
+    return lambda x, weights, state, ids: function(x, weights, state, ids, None, weights[0])
+
+
+PAIRS = {
+    "ema": (ema, ema_naive),
+    "multi_ema": (multi_ema, multi_ema_naive),
+    "fir": (with_current(fir), with_current(fir_naive)),
+}
+# Of two rows: the shapes of the values, the decays (of the filter: its weights) and the state
+SHAPES = {
+    "ema": lambda length: ((2, 2, length, 3), (2,), (2, 2, 3)),
+    "multi_ema": lambda length: ((2, length, 4), (4, 8), (2, 4, 8)),
+    "fir": lambda length: ((2, 2, length, 3), (5, 2, 3), (2, 2, 5, 3)),
+}
 
 
 @pytest.fixture(
@@ -21,17 +37,13 @@ def case(request):
 
     def inputs(length):
         draw = torch.Generator().manual_seed(length)
-        batch, channels, order = 2, 4, 8
-        shape, decays = (
-            ((batch, 2, length, 3), (2,)) if name == "ema" else ((batch, length, channels), (channels, order))
-        )
-        state = {"ema": (batch, 2, 3), "multi_ema": (batch, channels, order)}[name]
+        shape, decays, state = SHAPES[name](length)
 
         def normal(shape):
             return torch.randn(shape, generator=draw, dtype=torch.float64)
 
-        weight = [] if name == "ema" else [normal(decays)]
-        ids = (torch.arange(length) // 7).expand(batch, length)
+        weight = [normal(decays)] if name == "multi_ema" else []
+        ids = (torch.arange(length) // 7).expand(2, length)
         return (
             normal(shape),
             -normal(decays).abs() - 0.05,
@@ -40,7 +52,7 @@ def case(request):
             ids if more else None,
         )
 
-    return (*PAIRS[name], inputs, 2 if name == "ema" else 1)
+    return (*PAIRS[name], inputs, 1 if name == "multi_ema" else 2)
 
 
 def total(function, others):

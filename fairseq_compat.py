@@ -53,6 +53,18 @@ def _numpy_names(module: ModuleType) -> None:
     module.np = _view(numpy, **names)  # type: ignore[attr-defined]
 
 
+def _help_made_later(module: ModuleType) -> None:
+    """Python 3.14 looks for formats in a flag's help; Hydra 1.3 gives an object that makes its text when shown."""
+    import argparse
+
+    class ArgumentParser(argparse.ArgumentParser):
+        def _check_help(self, action: argparse.Action) -> None:
+            if isinstance(action.help, str):
+                super()._check_help(action)  # type: ignore[misc]
+
+    module.argparse = _view(argparse, ArgumentParser=ArgumentParser)  # type: ignore[attr-defined]
+
+
 def _whole_before_parts(module: ModuleType) -> None:
     """fairseq prefers a part of a checkpoint that lies beside the whole one, whose name was given."""
     import functools
@@ -554,6 +566,7 @@ _PATCHES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
     "fairseq.utils": (_user_dir,),
     "fairseq.dataclass.utils": (_types_of_options,),
     "fairseq.options": (_options,),
+    "hydra._internal.utils": (_help_made_later,),
     "fairseq.checkpoint_utils": (_checkpoint_loading, _checkpoint_writing, _chosen_task),
     "fairseq.trainer": (_restoring,),
     "fairseq.distributed.utils": (_broadcast, _gathering_on_cpu, _isolated_workers),

@@ -361,7 +361,7 @@ def test_what_does_not_go_with_muon_is_one_line(task, model, words, train_here, 
         (["--max-tokens", "20"], "a sample of 32 tokens does not fit --max-tokens 20"),
         (["--max-tokens", "1", "--sample-break-mode", "eos"], r"a sample of \d+ tokens does not fit --max-tokens 1"),
         (["--max-target-positions", "16"], "a sample of 32 tokens does not fit the model, which takes 16"),
-        (["--output-dictionary-size", "50"], "--output-dictionary-size: .* predict all 504 entries"),
+        (["--output-dictionary-size", "50"], "--output-dictionary-size: .* predicts all 504 entries"),
         (
             ["--memory-efficient-fp16"],
             "--memory-efficient-fp16 and --memory-efficient-bf16 do not go with --optimizer fused_adamw",

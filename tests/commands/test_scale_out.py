@@ -1,10 +1,12 @@
 """Several processes, divided models, killed workers and signals: every run ends where the undisturbed one does."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,10 +33,13 @@ def difference(a, b):
 
 def workers_of(process):
     """The processes that torchrun has started, in their order."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "fairseq-train"], capture_output=True, text=True, check=True
-    )
-    return [int(word) for word in found.stdout.split()]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == process.pid and b"fairseq-train" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return sorted(found)
 
 
 def curve(folder):

@@ -456,7 +456,7 @@ def _check_momentum(model: Any, saved: Mapping[str, Any], filename: str) -> None
     Raises UserError where ``saved``, options of the checkpoint, say another momentum than the model's.
     """
     for name, value in saved.items():
-        here = getattr(model, name, "none" if name == "momentum_kind" else value)
+        here = getattr(model, name, "none" if name == "momentum_kind" else value)  # of stock models
         if str(getattr(here, "value", here)) != str(value):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
@@ -503,7 +503,8 @@ def _fixed_momentum(options: Mapping[str, Any]) -> dict[str, Any]:
     kind = getattr(kind, "value", kind)
     if kind != "ema" or options.get("momentum_learned"):
         return {}
-    return {"momentum_kind": kind, "momentum_eta": options["momentum_eta"]}
+    at = options.get("momentum_at", "output")
+    return {"momentum_kind": kind, "momentum_eta": options["momentum_eta"], "momentum_at": at}
 
 
 def _early_stop() -> Any:

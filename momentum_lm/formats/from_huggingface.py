@@ -15,6 +15,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.formats.pickles import shown
 from momentum_lm.model import DecoderConfig
+from momentum_lm.model.filters import is_of_filter
 from momentum_lm.text.dictionary import BOS, EOS, SPECIALS, Dictionary
 from momentum_lm.text.hub import hub_answers
 from momentum_lm.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -178,7 +179,7 @@ def write_checkpoint(
     made: dict[Lazy, Lazy] = {}  # so that what is tied stays so
     for name, lazy in tensors.items():
         if lazy not in made:
-            made[lazy] = lazy.weight(f"{source.folder}: {name}", None if ".momentum." in name else dtype)
+            made[lazy] = lazy.weight(f"{source.folder}: {name}", None if is_of_filter(name) else dtype)
         weights[f"decoder.{name}"] = made[lazy]
     weights |= {f"decoder.{name}": Lazy.of(value) for name, value in extras(source.decoder).items()}
     write_torch(folder / CHECKPOINT, checkpoint(source.decoder, source.add_bos) | {"model": weights}, progress)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from momentum_lm.errors import TornCheckpoint, UserError, arg
 from momentum_lm.files import Unchanged
 from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.filters import is_of_filter
 from momentum_lm.model.precision import Float32
 from momentum_lm.text.dictionary import BOS, DIGEST, EOS, check_symbols
 from momentum_lm.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -246,7 +247,7 @@ def _saved_dtype(state: Mapping[str, Any]) -> torch.dtype:
     named = {name: value for name, value in checkpoint_options.weights(state).items() if isinstance(value, Tensor)}
     for name, tensor in named.items():
         matrix = name.endswith((".weight", ".bias"))
-        if tensor.dtype not in FLOATS and (matrix or ".momentum." in name):
+        if tensor.dtype not in FLOATS and (matrix or is_of_filter(name)):
             remedy = "give the model in fp32, bf16 or fp16, before it was quantised"
             raise UserError(f"{shown(name)} is in {tensor.dtype}: {remedy}")
         dtypes |= {tensor.dtype} if matrix else set()
@@ -338,7 +339,10 @@ def _options_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
         if name.startswith("layers.0.self_attn.momentum.")
     }
     if momentum:
-        options["momentum_kind"] = "multi_ema" if "delta" in momentum else "ema"
+        kinds = {"delta": "multi_ema", "weights": "fir"}
+        options["momentum_kind"] = next((kind for name, kind in kinds.items() if name in momentum), "ema")
+        if "weights" in momentum:
+            options |= {"momentum_taps": _rows(momentum, "weights"), "momentum_current": "current" in momentum}
         options["momentum_learned"] = "decay_logit" in momentum
         options["momentum_gate"] = "zero" if "gate" in momentum else "none"
         if options["momentum_kind"] == "ema":

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import write_json
 from momentum_lm.model import DecoderConfig
+from momentum_lm.model.filters import is_of_filter
 from momentum_lm.text.dictionary import EOS, PAD, SPECIALS, Dictionary
 from momentum_lm.text.tokenizer import HuggingFaceTokenizer, Tokenizer, has_tokenizer
 
@@ -42,8 +43,7 @@ def write_model(
     ours = {name: Lazy.of(tensor) for name, tensor in lm.model.state_dict().items()}
     tensors = family.to_theirs(ours, decoder, order)
     tensors = {
-        name: lazy.weight(f"{lm.name}: {name}", None if ".momentum." in name else dtype)
-        for name, lazy in tensors.items()
+        name: lazy.weight(f"{lm.name}: {name}", None if is_of_filter(name) else dtype) for name, lazy in tensors.items()
     }
     names = _write_parts(tensors, folder, progress)
     where = (
@@ -92,6 +92,11 @@ def choose(
         for family in sorted(FAMILIES, key=lambda family: family.fairseq_ids == own):
             if family is not MOMENTUM and (own or family.position_rows) and family.represents(decoder):
                 return family, order if own else None
+    if decoder.momentum_kind == "fir" or decoder.places not in ((), ("output",)):
+        where = arg(momentum_kind="fir") if decoder.momentum_kind == "fir" else arg(momentum_at=decoder.momentum_at)
+        raise UserError(
+            "a model with ", where, " cannot be written for transformers yet: it has no class that computes it"
+        )
     return MOMENTUM, None
 
 

@@ -3,7 +3,7 @@
 from .attention import CausalSelfAttention
 from .config import DecoderConfig
 from .decoder import Decoder
-from .filters import MomentumEMA, MomentumMultiEMA
+from .filters import MomentumEMA, MomentumFIR, MomentumMultiEMA
 from .loss import chunked_cross_entropy
 from .state import Cache
 
@@ -13,6 +13,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "MomentumEMA",
+    "MomentumFIR",
     "MomentumMultiEMA",
     "chunked_cross_entropy",
 ]

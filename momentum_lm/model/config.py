@@ -19,6 +19,8 @@ from momentum_lm.errors import Argument, UserError, arg
 
 # The paper gives no decay. This one had the lowest validation perplexity in examples/momentum_vs_vanilla.
 DEFAULT_ETA = 0.3
+# Where a causal filter may stand (DecoderConfig.momentum_at); README.md says whose each is.
+PLACES = ("output", "values", "keys", "queries", "input", "ffn", "ffn_hidden", "embedding", "depth")
 KINDS: dict[Any, tuple[Any, str]] = {  # what a field of each type may hold
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),
@@ -202,9 +204,18 @@ class DecoderConfig:
         "recompute activations in the backward pass: less memory, a third more time", False, "checkpoint_activations"
     )
     momentum_kind: str = option(
-        "momentum attention: ema, the paper's formula with one decay per head; multi_ema, eight decays per channel",
-        "none", "momentum_kind", choices=("none", "ema", "multi_ema"),
+        "momentum attention: ema, the paper's formula with one decay per head; multi_ema, eight decays per channel; "
+        "fir, a learned weight per channel for each of the last few tokens",
+        "none", "momentum_kind", choices=("none", "ema", "multi_ema", "fir"),
     )  # fmt: skip
+    momentum_at: str = option(
+        "where the filter is applied, with commas between: output, of attention, from its values, as in the paper; "
+        "values, keys, queries: to what the projections give; input: to what they take; ffn, ffn_hidden: to the input "
+        "and the hidden layer of the feed-forward layer; embedding; depth: across layers, not tokens (ema)",
+        "output", "momentum_at",
+    )  # fmt: skip
+    momentum_taps: int = option("fir: how many tokens it goes back", 3, "momentum_taps", least=1, most=1024)
+    momentum_current: bool = option("fir: a weight, at first 0, for the current token too", False, "momentum_current")
     momentum_eta: float = option(
         "decay of the moving average of values, between 0 and 1", DEFAULT_ETA, "momentum_eta", least=5e-324,
         most=1 - 2**-53, problem=f"strictly between 0 and 1, such as {DEFAULT_ETA}",
@@ -235,13 +246,7 @@ class DecoderConfig:
                 value = entry.zero(self)
                 object.__setattr__(self, name, value)
             entry.check(name, kind, value)
-        if self.momentum_kind != "ema":
-            for name in ("momentum_learned", "momentum_normalize"):
-                if getattr(self, name):
-                    needed, kind = arg(momentum_kind="ema"), self.momentum_kind
-                    raise UserError(Argument(name, True), " needs ", needed, f", not {kind}")
-        if self.momentum_kind == "none" and self.momentum_gate != "none":
-            raise UserError(arg(momentum_gate=self.momentum_gate), " needs ", arg("momentum_kind"), " ema or multi_ema")
+        self._check_momentum()
         if self.vocab_size <= max(self.padding_idx, self.eos_idx):
             raise UserError(f"a dictionary of {self.vocab_size} entries lacks the special symbols")
         if divided and self.dim % self.heads:
@@ -257,6 +262,36 @@ class DecoderConfig:
     def rotary_dim(self) -> int:
         """How many dimensions of each head rotary positions turn."""
         return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where there is momentum."""
+        return () if self.momentum_kind == "none" else tuple(self.momentum_at.split(","))
+
+    def _check_momentum(self) -> None:
+        kind = self.momentum_kind
+        of_kind = {
+            "momentum_learned": "ema",
+            "momentum_normalize": "ema",
+            "momentum_taps": "fir",
+            "momentum_current": "fir",
+        }
+        for name, needed in of_kind.items():
+            if kind != needed and getattr(self, name) != default(name):
+                raise UserError(
+                    Argument(name, getattr(self, name)), " needs ", arg(momentum_kind=needed), f", not {kind}"
+                )
+        for name in ("momentum_gate", "momentum_at"):
+            if kind == "none" and getattr(self, name) != default(name):
+                raise UserError(Argument(name, getattr(self, name)), " needs ", arg("momentum_kind"))
+        given = [place.strip() for place in self.momentum_at.split(",")]
+        if unknown := [place for place in given if place not in PLACES]:
+            problem = f": {unknown[0]!r} is none of {', '.join(PLACES)}"
+            raise UserError(arg(momentum_at=self.momentum_at), problem)
+        if "depth" in given and kind != "ema":
+            problem = f": depth is an average over layers, which needs momentum_kind ema, not {kind}"
+            raise UserError(arg(momentum_at=self.momentum_at), problem)
+        object.__setattr__(self, "momentum_at", ",".join(place for place in PLACES if place in given))
 
     def _check_positions(self, divided: bool) -> None:
         if self.position == "sinusoidal" and self.dim < 4:

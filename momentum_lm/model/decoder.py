@@ -17,6 +17,7 @@ from momentum_lm.ops.naive import run_numbers
 from . import packed
 from .attention import CausalSelfAttention
 from .config import DecoderConfig, RotaryScaling
+from .filters import Around, make_filter
 from .loss import called_cross_entropy, chunked_cross_entropy
 from .mlp import ACTIVATIONS, activated_linear
 from .norms import make_norm
@@ -32,32 +33,43 @@ class Block(nn.Module):
     feed-forward(norm(x)), with a norm each.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int = 0) -> None:
         super().__init__()
-        self.self_attn = CausalSelfAttention(config)
+        self.self_attn = CausalSelfAttention(config, layer)
         self.self_attn_layer_norm = make_norm(config)
         bias = config.bias == "all"
         self.fc1 = nn.Linear(config.dim, config.ffn_dim, bias)
         self.fc_gate = nn.Linear(config.dim, config.ffn_dim, bias) if config.ffn == "gated" else None
         self.fc2 = nn.Linear(config.ffn_dim, config.dim, bias)
         self.final_layer_norm = make_norm(config)
+        self.momentum_input = make_filter(config, "input")
+        self.momentum_ffn = make_filter(config, "ffn")
+        self.momentum_ffn_hidden = make_filter(config, "ffn_hidden")
         self.activation = ACTIVATIONS[config.activation]
         self.parallel = config.parallel_residual
         self.dropout = nn.Dropout(config.dropout)
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
-    def forward(self, x: Tensor, **attention: Any) -> Tensor:
-        """x (B, T, C) -> (B, T, C); the rest goes to :meth:`CausalSelfAttention.forward`."""
-        attended = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), **attention))
-        return attended + self.dropout(self._feed_forward(self.final_layer_norm(x if self.parallel else attended)))
+    def forward(self, x: Tensor, **attention: Any) -> Any:
+        """x (B, T, C) -> (B, T, C), and with ``below`` this layer's; the rest goes to attention's ``forward``."""
+        around = Around(*(attention.get(name) for name in Around._fields))
+        inner = around.wide("input", self.momentum_input, self.self_attn_layer_norm(x))
+        attended, below = self.self_attn(inner, **attention), None
+        if "below" in attention:
+            attended, below = attended
+        attended = x + self.dropout(attended)
+        inner = self.final_layer_norm(x if self.parallel else attended)
+        x = attended + self.dropout(self._feed_forward(around.wide("ffn", self.momentum_ffn, inner), around))
+        return x if below is None else (x, below)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor, around: Around) -> Tensor:
         """(B, T, C) -> (B, T, C): ``fc2(activation(fc1(x)))``, gated ``fc2(activation(fc_gate(x)) * fc1(x))``."""
         if self.fc_gate is None:
             activated, factor = self.fc1(x), None
         else:
             x = autocast_once(x)
             activated, factor = self.fc_gate(x), self.fc1(x)
+        activated = around.wide("ffn_hidden", self.momentum_ffn_hidden, activated)
         if self.training and self.activation_dropout.p > 0:
             inner = self.activation(activated)
             return self.fc2(self.activation_dropout(inner if factor is None else inner * factor))
@@ -90,7 +102,8 @@ class Decoder(nn.Module):
         scaling = RotaryScaling.parse(config.rotary_scaling)
         rotary = config.position == "rotary"
         self.rotary = Rotary(config.rotary_dim, config.rotary_base, scaling) if rotary else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.momentum_embedding = make_filter(config, "embedding")
         self.layer_norm = make_norm(config)
         self.output_projection = OutputProjection(config.dim, config.vocab_size, config.absent_tokens)
         if config.tie_embeddings:
@@ -180,7 +193,9 @@ class Decoder(nn.Module):
             positions = torch.arange(length, device=tokens.device)[None]
         if config.position == "learned":
             self._check_length(length + (0 if cache is None else cache.length))
-        x = self._embed(tokens, is_padding, positions)
+        around = Around(segment_ids, padding, None if cache is None else cache.embedding)
+        x = self._embed(tokens, is_padding, positions, around)
+        across = {"below": x.new_zeros(())} if "depth" in config.places else {}
         rotation = None if self.rotary is None else self.rotary(positions)
 
         mask: Tensor | packed.BlockMask | None
@@ -192,17 +207,19 @@ class Decoder(nn.Module):
         for layer, past in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
             arguments = dict(mask=mask, rotation=rotation, cache=past, padding=padding, segment_ids=segment_ids)
             if config.checkpoint_activations and self.training:
-                x = checkpoint(functools.partial(layer, **arguments), x, use_reentrant=False)
+                x = checkpoint(functools.partial(layer, **arguments, **across), x, use_reentrant=False)
             else:
-                x = layer(x, **arguments)
+                x = layer(x, **arguments, **across)
+            if across:
+                x, across["below"] = x
         if cache is not None and not frozen:
             cache.length += length
         return self.layer_norm(x)
 
-    def _embed(self, tokens: Tensor, is_padding: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, is_padding: Tensor, positions: Tensor, around: Around) -> Tensor:
         """Tokens (B, T) at positions (B or 1, T) -> embeddings (B, T, C); padding has no position."""
         config = self.config
-        x = self.embed_scale * self.embed_tokens(tokens)
+        x = around.wide("embedding", self.momentum_embedding, self.embed_scale * self.embed_tokens(tokens))
         rows = positions + config.padding_idx + 1
         if config.position == "learned":
             x = x + self.embed_positions(torch.where(is_padding, config.padding_idx, rows))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +15,64 @@ from momentum_lm import ops
 from .config import DecoderConfig
 from .marks import no_matrices, no_weight_decay
 from .precision import Float32
+from .state import LayerCache
 
 
-def make_momentum(config: DecoderConfig) -> nn.Module | None:
-    """The momentum of one layer's attention; None where the configuration has none."""
+def make_filter(config: DecoderConfig, place: str) -> nn.Module | None:
+    """The filter at one of :data:`.config.PLACES`, of one layer; None where the configuration has none there.
+
+    Values, keys and queries have heads; other places are divided into as many groups as there are attention heads, each
+    with a decay and a gate of its own, or are one group where that does not divide them.
+    """
+    if place not in config.places:
+        return None
+    count, size = heads_at(config, place)
     gate = config.momentum_gate == "zero"
     if config.momentum_kind == "ema":
-        learned, normalize = config.momentum_learned, config.momentum_normalize
-        return MomentumEMA(config.kv_heads, config.momentum_eta, learned, normalize, gate)
+        kind = MomentumDepth if place == "depth" else MomentumEMA
+        return kind(count, config.momentum_eta, config.momentum_learned, config.momentum_normalize, gate)
     if config.momentum_kind == "multi_ema":
-        return MomentumMultiEMA(config.kv_heads * config.head_dim, gate)
-    return None
+        return MomentumMultiEMA(count * size, gate)
+    return MomentumFIR(count, size, config.momentum_taps, config.momentum_eta, config.momentum_current, gate)
+
+
+def heads_at(config: DecoderConfig, place: str) -> tuple[int, int]:
+    """The heads, or groups of channels, of what is filtered at a place, and the channels of each."""
+    if place in ("output", "values", "keys"):
+        return config.kv_heads, config.head_dim
+    if place in ("queries", "depth"):
+        return config.heads, config.head_dim
+    width = config.ffn_dim if place == "ffn_hidden" else config.dim
+    groups = config.heads if width % config.heads == 0 else 1
+    return groups, width // groups
+
+
+def is_of_filter(name: str) -> bool:
+    """Whether a parameter of this name, in a decoder or in a checkpoint of one, belongs to a filter."""
+    return re.search(r"(^|\.)momentum(_[a-z]+)*\.", name) is not None
+
+
+class Around(NamedTuple):
+    """What stands around the tokens that are filtered: see :meth:`MomentumEMA.forward`."""
+
+    segment_ids: Tensor | None = None
+    padding: Tensor | None = None
+    cache: LayerCache | None = None
+
+    def filtered(self, place: str, module: Any, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """x (B, G, T, D) -> its filter plus ``addend`` (None: ``x`` itself), whose state goes on in the cache."""
+        state = None if self.cache is None else self.cache.filters.get(place)
+        out, state = module(x, state, self.segment_ids, self.padding, x if addend is None else addend)
+        if self.cache is not None and not self.cache.frozen and state is not None:
+            self.cache.filters[place] = state
+        return out
+
+    def wide(self, place: str, module: Any, x: Tensor) -> Tensor:
+        """x (B, T, C) plus its filter, if there is one, in groups of channels."""
+        if module is None:
+            return x
+        grouped = x.unflatten(-1, (module.groups(x.shape[-1]), -1)).transpose(1, 2)
+        return self.filtered(place, module, grouped).transpose(1, 2).flatten(2)
 
 
 def _added(average: Tensor, addend: Tensor | None) -> Tensor:
@@ -76,6 +124,9 @@ class MomentumEMA(_Momentum):
             "fixed_log_decay", None if learned else torch.full((heads,), math.log(eta)), persistent=False
         )
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
+
+    def groups(self, width: int) -> int:
+        return len(self.log_decay())
 
     def log_decay(self) -> Tensor:
         """log(eta), (H,), fp32."""
@@ -135,6 +186,9 @@ class MomentumMultiEMA(_Momentum):
         self.gate = nn.Parameter(torch.zeros(dim)) if gate else None
         no_weight_decay(self, "delta", "gamma")
 
+    def groups(self, width: int) -> int:
+        return 1
+
     def forward(
         self,
         values: Tensor,
@@ -165,9 +219,79 @@ class MomentumMultiEMA(_Momentum):
             out = out[:, None]
         else:
             out, state = ops.multi_ema(merged, log_decay, weight, state, segment_ids)
-        out = out.unflatten(2, (heads, -1)).transpose(1, 2)
+        out = out.contiguous().unflatten(2, (heads, -1)).transpose(1, 2)  # channels last, as projections read them
         return _added(out, addend), state
 
     def decays(self) -> Tensor:
         """The decays, (n,), for logging."""
         return torch.sigmoid(self.delta.detach()).flatten()
+
+
+class MomentumDepth(MomentumEMA):
+    """``a_l + gate * scale * eta * a_{l-1}``, an average over the layers below at the same token (l: the layer).
+
+    ``a_{l-1}`` holds the average already, so that this is sum_{k>=0} eta^k Attn_{l-k}; with ``normalize`` the layer
+    below counts (1 - eta). It has no state: tokens do not meet.
+    """
+
+    def across(self, out: Tensor, below: Tensor) -> Tensor:
+        """out, below (B, H, T, D): attention's output, and the layer's below with its own average -> the sum."""
+        weight = -torch.expm1(self.log_decay()) if self.normalize else self.log_decay().exp()
+        weight = weight if self.gate is None else weight * self.gate
+        return out + weight.to(out.dtype)[:, None, None] * below
+
+
+class MomentumFIR(_Momentum):
+    """``gate[h] * sum_{k=1..K} w[k] x_{t-k}``, K learned weights per channel, that begin as ``eta^k``.
+
+    ``current``: one more for the token itself, that begins as 0. ``gate``: a learned factor per head that starts at 0.
+    Sources: Canon layers (arXiv 2512.17351), KV shifting (2411.19574), Primer (2109.08668): by place and K.
+    """
+
+    def __init__(self, heads: int, size: int, taps: int, eta: float, current: bool = False, gate: bool = False) -> None:
+        super().__init__()
+        lags = torch.arange(1, taps + 1, dtype=torch.float64)
+        self.weights = nn.Parameter((eta**lags).float()[:, None, None].repeat(1, heads, size))
+        self.current = nn.Parameter(torch.zeros(heads, size)) if current else None
+        self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
+        no_weight_decay(self, "weights", "current")
+
+    def groups(self, width: int) -> int:
+        return self.weights.shape[1]
+
+    def forward(
+        self,
+        values: Tensor,
+        state: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        addend: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """values (B, G, T, D), state (B, G, K, D) or None -> as MomentumEMA, with its padding and addend."""
+        gate = 1.0 if self.gate is None else self.gate[:, None]
+        weights = self.weights * gate
+        current = None if self.current is None else self.current * gate
+        if padding is None:
+            return ops.fir(values, weights, state, segment_ids, addend, current)
+        values = values.masked_fill(padding[:, None, :, None], 0.0)
+        if state is None:  # what is before a row's first token is 0, as padding is now
+            return ops.fir(values, weights, None, segment_ids, addend, current)
+        # the state meets each row at its first real token: padding goes to the end, and back
+        missing, length, taps = padding.sum(1), values.shape[2], len(weights)
+        there = torch.arange(length, device=values.device) + missing[:, None]  # (B, T)
+        moved = _taken(values, there.remainder(length))
+        out, _ = ops.fir(moved, weights, state, None, None, current)
+        out = _taken(out, (there - 2 * missing[:, None]).remainder(length))
+        seen = torch.cat([state.to(values.dtype), moved], 2)  # of which each row's last K real ones are left
+        last = torch.arange(taps, device=values.device) + (length - missing)[:, None]
+        return _added(out, addend), _taken(seen, last)
+
+    def logged(self) -> dict[str, Tensor]:
+        """The weights by lag, (G,) each, averaged over a head's channels, for logging."""
+        by_lag = self.weights.detach().mean(-1)
+        return {f"weight_of_lag_{lag}": weight for lag, weight in enumerate(by_lag[:8], 1)}
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, G, T, D), index (B, n) -> (B, G, n, D), token ``index[b, i]`` of row b."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

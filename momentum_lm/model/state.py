@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 
 @dataclass
 class LayerCache:
-    """One layer's past: keys and values (B, H, S, D), keys already rotated, and the momentum state. ``frozen``:
-    nothing is added.
+    """One layer's past: keys and values (B, H, S, D), keys already rotated, and the states of its filters by their
+    places. ``frozen``: nothing is added.
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
-    momentum: Tensor | None = None
+    filters: dict[str, Tensor] = field(default_factory=dict)
     frozen: bool = False
 
 
 @dataclass
 class Cache:
-    """What a decoder remembers of a prefix: keys, values and EMA state per layer, which keys are padding, and each
-    row's next position.
+    """What a decoder remembers of a prefix: keys, values and filter states per layer, which keys are padding, and each
+    row's next position. ``embedding``: the state of a filter there, and nothing else.
     """
 
     layers: list[LayerCache]
+    embedding: LayerCache = field(default_factory=LayerCache)
     length: int = 0
     padding: Tensor | None = None  # (B, S) True at padding; None when there is none
     positions: Tensor | None = None  # (B,) number of real tokens so far
@@ -42,15 +43,14 @@ class Cache:
         ``frozen``: the new one is only read. No layer then keeps its rows' keys and values, and rows may be padded on
         the right.
         """
-        layers = [LayerCache(c.keys, c.values, c.momentum, frozen) for c in self.layers]
-        copy = Cache(layers, self.length, self.padding, self.positions, frozen)
+        one, *layers = (LayerCache(c.keys, c.values, dict(c.filters), frozen) for c in (self.embedding, *self.layers))
+        copy = Cache(layers, one, self.length, self.padding, self.positions, frozen)
         copy._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
         return copy
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for layer in self.layers:
-            layer.keys, layer.values, layer.momentum = (
-                None if t is None else fn(t) for t in (layer.keys, layer.values, layer.momentum)
-            )
+        for layer in (self.embedding, *self.layers):
+            layer.keys, layer.values = (None if t is None else fn(t) for t in (layer.keys, layer.values))
+            layer.filters = {place: fn(state) for place, state in layer.filters.items()}
         self.padding = None if self.padding is None else fn(self.padding)
         self.positions = None if self.positions is None else fn(self.positions)

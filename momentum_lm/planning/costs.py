@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from momentum_lm.model import Decoder, DecoderConfig, MomentumMultiEMA
+from momentum_lm.model.filters import heads_at, is_of_filter
 from momentum_lm.ops.chunked import CHUNK
 
 
@@ -31,7 +33,7 @@ def count_parameters(config: DecoderConfig) -> Parameters:
         decoder = Decoder(config)
     sizes = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
     embedding = sum(size for name, size in sizes.items() if name.startswith(("embed_", "output_projection.")))
-    momentum = sum(size for name, size in sizes.items() if ".momentum." in name)
+    momentum = sum(size for name, size in sizes.items() if is_of_filter(name))
     block = sum(parameter.numel() for parameter in decoder.layers[0].parameters())
     return Parameters(embedding, sum(sizes.values()) - embedding, momentum, block)
 
@@ -55,8 +57,14 @@ def momentum_flops_per_token(config: DecoderConfig) -> int:
     """Forward and backward, of ops/chunked.py's matrix products. The kernel has four times as many, and waits for
     memory nevertheless.
     """
-    if config.momentum_kind == "none":
-        return 0
-    passes = 3 if config.momentum_learned or config.momentum_kind == "multi_ema" else 2
-    per_channel = CHUNK + (2 * MomentumMultiEMA.ORDER if config.momentum_kind == "multi_ema" else 1)
-    return passes * 2 * per_channel * config.kv_heads * config.head_dim * config.layers
+    kind = config.momentum_kind
+    passes = 3 if config.momentum_learned or kind in ("multi_ema", "fir") else 2
+    per_channel = {
+        "none": 0,
+        "ema": CHUNK + 1,
+        "multi_ema": CHUNK + 2 * MomentumMultiEMA.ORDER,
+        "fir": config.momentum_taps + config.momentum_current,
+    }[kind]
+    times = {"embedding": 1, "depth": 0}  # elsewhere once in each layer; over layers it is one product
+    channels = sum(times.get(place, config.layers) * math.prod(heads_at(config, place)) for place in config.places)
+    return passes * 2 * per_channel * channels

@@ -244,7 +244,7 @@ def _sent(strategy: str, parameters: Parameters, job: Job, update_freq: int) -> 
 
 def _momentum(job: Job, option: Option, parameters: Parameters, flops: float) -> Momentum:
     config = replace(job.config, checkpoint_activations=option.checkpointing)
-    kernel = config.momentum_kind == "ema"
+    kernel = config.momentum_kind == "ema" and config.places == ("output",)
     if kernel:
         moved = kernel_traffic(config, option.micro_batch * job.length, job.bf16)
     else:

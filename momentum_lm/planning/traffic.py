@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.config import default
 
 
 def kernel_traffic(config: DecoderConfig, tokens: int, bf16: bool = True) -> int:
@@ -32,9 +33,8 @@ def torch_traffic(config: DecoderConfig, batch: int, length: int, bf16: bool = T
     """Bytes that momentum moves in one block, forward and backward, by torch's operations one after another, each of
     which reads its inputs and writes its outputs: those of a block with momentum less those of one without.
     """
-    plain = replace(
-        config, layers=1, momentum_kind="none", momentum_learned=False, momentum_normalize=False, momentum_gate="none"
-    )
+    options = [f.name for f in fields(config) if f.name.startswith("momentum_")]
+    plain = replace(config, layers=1, **{name: default(name) for name in options})
     moved = []
     for one in (replace(config, layers=1), plain):
         with FakeTensorMode():

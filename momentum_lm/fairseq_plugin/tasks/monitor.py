@@ -5,6 +5,7 @@ metrics.
 from __future__ import annotations
 
 import atexit
+import re
 import resource
 import sys
 import time
@@ -30,6 +31,7 @@ class TrainingMonitor:
 
     def __init__(self, model: Any, model_config: Any, task_config: Any) -> None:
         self.attentions = [m for m in model.modules() if isinstance(m, CausalSelfAttention)]
+        self.filters = [(_where(name), module) for name, module in model.named_modules() if hasattr(module, "logged")]
         self.interval = max(1, task_config.log_interval)
         self.tokens = 0
         self.started: float | None = None
@@ -71,27 +73,31 @@ class TrainingMonitor:
         for attention in self.attentions:
             attention.measure = False
         values = self._speed()
-        decays, ratios = [], []
+        ratios = []
         for index, attention in enumerate(self.attentions):
-            if attention.momentum is None:
-                continue
-            momentum: Any = attention.momentum
-            assert attention.momentum_ratio is not None  # it was measured
-            decay, ratio = momentum.decays().float(), float(attention.momentum_ratio)
-            if hasattr(decay, "full_tensor"):  # fully sharded
-                decay = decay.full_tensor()
-            decays.append(float(decay.mean()))
-            ratios.append(ratio)
-            if self._writer() is not None:
-                self._writer().scalars(
-                    {f"decay/layer_{index}": decays[-1], f"ema_over_attention/layer_{index}": ratio}, self.update
-                )
-                self._writer().histogram(f"decays/layer_{index}", decay, self.update)
+            if attention.momentum is not None:
+                assert attention.momentum_ratio is not None  # it was measured
+                ratios.append(float(attention.momentum_ratio))
+                self.record({f"ema_over_attention/layer_{index}": ratios[-1]}, self.update)
+        decays = [decay for where, module in self.filters for decay in self._log_filter(where, module)]
         if decays:
-            values |= {"decay": sum(decays) / len(decays), "ema_over_attention": sum(ratios) / len(ratios)}
+            values["decay"] = sum(decays) / len(decays)
+        if ratios:
+            values["ema_over_attention"] = sum(ratios) / len(ratios)
         if self._writer() is not None:
             self._writer().scalars(values, self.update)
         return values
+
+    def _log_filter(self, where: str, module: Any) -> list[float]:
+        """Logs what a filter says of itself; its mean decay, if it has decays."""
+        means = {}
+        for name, value in module.logged().items():
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value  # fully sharded
+            means[name] = float(value.mean())
+            self.record({f"{name}/{where}": means[name]}, self.update)
+            if self._writer() is not None:
+                self._writer().histogram(f"{name}s/{where}", value, self.update)
+        return [means["decay"]] if "decay" in means else []
 
     def record(self, values: dict[str, float], update: int) -> None:
         """Other numbers for our TensorBoard log."""
@@ -133,6 +139,13 @@ class TrainingMonitor:
         if tag and tag.startswith("valid") and self.log is not None:
             numbers = {f"{tag}/{k}": float(getattr(v, "avg", v)) for k, v in stats.items() if k in ("loss", "ppl")}
             self.log.hparams_with_metrics(numbers, step)
+
+
+def _where(name: str) -> str:
+    """``decoder.layers.3.self_attn.momentum_keys`` -> ``keys/layer_3``; at attention's output ``layer_3``."""
+    place = name.rpartition(".momentum")[2].lstrip("_")
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return "/".join([*([place] if place else []), *([f"layer_{layer[1]}"] if layer else [])])
 
 
 def _listen(listener: Callable[[dict[str, Any], str | None, int | None], None]) -> None:

@@ -70,6 +70,9 @@ class MomentumLMConfig(PretrainedConfig):
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     momentum_kind: str = "none"
+    momentum_at: str = "output"
+    momentum_taps: int = 3
+    momentum_current: bool = False
     momentum_eta: float = 0.3
     momentum_learned: bool = False
     momentum_normalize: bool = False

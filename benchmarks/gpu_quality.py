@@ -19,12 +19,14 @@ from gpu_job import Job, keep_compiled
 from torch import Tensor
 
 from momentum_lm.analysis.statistics import t_interval
-from momentum_lm.model import Decoder, DecoderConfig, MomentumMultiEMA
+from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.marks import decayed
 from momentum_lm.text.indexed import IndexedDataset
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "ema_0.3": {"momentum_kind": "ema", "momentum_eta": 0.3},
+    "fir_3": {"momentum_kind": "fir"},  # three taps, the nearest rival
     "multi_ema": {"momentum_kind": "multi_ema"},
     "ema_learned": {"momentum_kind": "ema", "momentum_eta": 0.5, "momentum_learned": True},
 }
@@ -61,17 +63,17 @@ class Run:
     def __init__(self, options: dict[str, Any], seed: int, setting: Setting, vocab: int, device: str) -> None:
         torch.manual_seed(seed)
         shape = {"dim": setting.dim, "ffn_dim": 4 * setting.dim, "layers": setting.layers, "heads": setting.heads}
-        self.model = Decoder(DecoderConfig(vocab, max_positions=setting.length, **shape, **options)).to(device)
+        self.model = Decoder(
+            DecoderConfig(vocab, max_positions=setting.length, position="rotary", **shape, **options)
+        ).to(device)
         if setting.compile and device == "cuda":
             self.model.compile_blocks()
         self.setting, self.device = setting, device
         self.parameters = list(self.model.parameters())
-        kinds: dict[bool, list[Tensor]] = {
-            True: [],
-            False: [],
-        }  # whether weight decay applies, as of --optimizer fused_adamw
-        for parameter in self.parameters:
-            kinds[parameter.dim() >= 2 and parameter.shape[-1] != MomentumMultiEMA.ORDER].append(parameter)
+        kinds: dict[bool, list[Tensor]] = {True: [], False: []}  # whether weight decay applies
+        applies = decayed(self.model)
+        for name, parameter in self.model.named_parameters():
+            kinds[applies[name]].append(parameter)
         groups = [{"params": kinds[True], "weight_decay": 0.1}, {"params": kinds[False], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=setting.lr, betas=(0.9, 0.98), fused=True)
 

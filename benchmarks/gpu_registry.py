@@ -214,7 +214,7 @@ FIRST = (
     Stage(
         "quality",
         "gpu_quality:quality",
-        "Language models of about 30M parameters on film reviews: validation perplexity against vanilla, over paired "
+        "Language models of about 30M parameters with rotary positions on film reviews: validation perplexity against vanilla, over paired "
         "seeds.",
         None,
         30,
@@ -229,6 +229,7 @@ FIRST = (
             ),
             Check("against_vanilla/ema_0.3", "ema, eta 0.3", percent, readme="against it, ema, eta 0.3"),
             Check("against_vanilla/ema_learned", "ema, learned decays", percent, readme="ema, learned decays"),
+            Check("against_vanilla/fir_3", "fir, three taps", percent, readme="fir, three taps"),
             Check("against_vanilla/multi_ema", "multi_ema", percent, readme="multi_ema"),
         ),
     ),

@@ -214,8 +214,8 @@ FIRST = (
     Stage(
         "quality",
         "gpu_quality:quality",
-        "Language models of about 30M parameters with rotary positions on film reviews: validation perplexity against vanilla, over paired "
-        "seeds.",
+        "Language models of about 30M parameters with rotary positions on film reviews: validation perplexity against "
+        "vanilla, over paired seeds.",
         None,
         30,
         (

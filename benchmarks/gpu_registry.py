@@ -281,13 +281,18 @@ SECOND = (
     Stage(
         "step_more",
         "gpu_step:more",
-        "The step once more: the plain torch GPT compiled as a whole, ours not compiled, learned decays.",
-        140,
+        "The step once more: the plain torch GPT compiled as a whole, ours not compiled, learned decays, the Llama form.",
+        170,
         40,
         (
             Check("against_whole", "`gpt_lm` / plain torch GPT compiled as a whole, tokens/s", "{:.2f}", at_least=1.0),
             Check("variants/eager/tokens_per_s", "`gpt_lm`, not compiled, tokens/s", "{:,.0f}"),
             Check("variants/learned/tokens_per_s", "`momentum_lm` with learned decays, tokens/s", "{:,.0f}"),
+            Check("variants/llama_lm/tokens_per_s", "`llama_lm_360m`, tokens/s", "{:,.0f}"),
+            Check("variants/momentum_llama_lm/tokens_per_s", "`momentum_llama_lm_360m`, tokens/s", "{:,.0f}"),
+            Check(
+                "against_transformers", "`llama_lm` / transformers' Llama compiled, tokens/s", "{:.2f}", at_least=1.0
+            ),
         ),
     ),
     Stage(

@@ -161,14 +161,20 @@ def more(job: Job) -> None:
     """Ours again, and what the first call had no time for."""
     keep_compiled(job.device)
     found: dict[str, Any] = {}
+    llama = {"family": "llama", "shape": "tiny" if job.smoke else "360m"}
     for name, make, changes in (
         ("gpt_lm", ours(OURS), {}),
         ("eager", ours(OURS), {"compile": False}),
         ("learned", ours(MOMENTUM, "--momentum-learned"), {}),
-        ("whole", train_step.plain_step, {"by_blocks": False}),  # the last: it takes a minute or more to compile
+        ("llama_lm", ours("llama_lm"), llama),
+        ("momentum_llama_lm", ours("momentum_llama_lm"), llama),
+        ("whole", train_step.plain_step, {"by_blocks": False}),  # the last two: they take a minute or more to compile
+        ("transformers", train_step.llama_step, llama),
     ):
         collect(job.device)
         with job.part(name):
             measure(name, make, job, settings(job, **changes), found)
             if name == "whole":
                 job.record(against_whole=found["gpt_lm"]["tokens_per_s"] / found[name]["tokens_per_s"])
+            if name == "transformers":
+                job.record(against_transformers=found["llama_lm"]["tokens_per_s"] / found[name]["tokens_per_s"])

@@ -281,7 +281,7 @@ SECOND = (
     Stage(
         "step_more",
         "gpu_step:more",
-        "The step once more: the plain torch GPT compiled as a whole, ours not compiled, learned decays, the Llama form.",
+        "The step once more: a plain torch GPT compiled as a whole, ours not compiled, learned decays, the Llama form.",
         170,
         40,
         (

@@ -67,6 +67,20 @@ def test_what_a_command_leaves_out_follows_from_what_it_gives(data, heads, group
     assert ("--decoder-kv-heads" in words) == (groups != heads) and "--decoder-head-dim" not in words
 
 
+@pytest.mark.parametrize("arch", ["llama_lm_tiny", "momentum_llama_lm_tiny"])
+def test_a_flag_that_an_architecture_sets_does_not_switch_it_off(data, arch):
+    """fairseq makes the opposite of a flag whose default is True."""
+    for words in ([], ["--no-scale-embedding"]):
+        model, _, cfg = build(data, "--arch", arch, *words)
+        assert not model.decoder.config.scale_embeddings
+        assert from_fairseq({**cfg.model, "_name": arch}, 64) == model.decoder.config  # what a checkpoint holds
+    config = build(data, "--arch", arch, "--norm-eps", "1e-6", "--rotary-base", "5e5", "--bias", "qkv")[
+        0
+    ].decoder.config
+    assert build(data, *training_words(config))[0].decoder.config == config
+    assert training_words(config)[1] == arch
+
+
 @pytest.mark.parametrize("stock_flags,our_flags", [([], []), (["--decoder-learned-pos"], ["--position", "learned"])])
 @pytest.mark.parametrize("tied", [True, False])
 def test_same_logits_and_same_checkpoints_as_stock_fairseq(data, stock_flags, our_flags, tied):

@@ -283,7 +283,9 @@ class DecoderConfig:
                 )
         for name in ("momentum_gate", "momentum_at"):
             if kind == "none" and getattr(self, name) != default(name):
-                raise UserError(Argument(name, getattr(self, name)), " needs ", arg("momentum_kind"))
+                raise UserError(
+                    Argument(name, getattr(self, name)), " needs ", arg("momentum_kind"), " ema, multi_ema or fir"
+                )
         given = [place.strip() for place in self.momentum_at.split(",")]
         if unknown := [place for place in given if place not in PLACES]:
             problem = f": {unknown[0]!r} is none of {', '.join(PLACES)}"

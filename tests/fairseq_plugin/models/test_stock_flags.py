@@ -114,7 +114,7 @@ def test_an_existing_command_line_gives_the_same_model(task, more):
         "--untie-embeddings"),
         ("--decoder-learned-pos --position rotary", "--decoder-learned-pos contradicts --position rotary"),
         ("--decoder-attention-heads 5", "--decoder-embed-dim 192 is not a multiple of --decoder-attention-heads 5"),
-        ("--momentum-gate zero", "--momentum-gate zero needs --momentum-kind ema or multi_ema"),
+        ("--momentum-gate zero", "--momentum-gate zero needs --momentum-kind ema, multi_ema or fir"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_names_the_flag(task, words, message):

@@ -86,13 +86,25 @@ def _added(average: Tensor, addend: Tensor | None) -> Tensor:
 
 
 class _Momentum(Float32):
-    """What both kinds share: fp32, no matrices, and what they take from a checkpoint."""
+    """What all kinds share: fp32, no matrices, and what they take from a checkpoint."""
 
     gate: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
         no_matrices(self)
+
+    def groups(self, width: int) -> int:
+        """Into how many groups of channels the filter divides so many that have no heads."""
+        raise NotImplementedError
+
+    def decays(self) -> Tensor:
+        """The decays, (n,)."""
+        raise NotImplementedError
+
+    def logged(self) -> dict[str, Tensor]:
+        """What to log of the filter, by name, (n,) each."""
+        return {"decay": self.decays().float()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = self.state_dict(prefix=prefix)

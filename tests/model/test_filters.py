@@ -243,3 +243,12 @@ def test_impossible_filters_name_their_field(options, message):
 def test_places_have_one_order():
     config = DecoderConfig(50, 16, 32, 2, 2, momentum_kind="fir", momentum_at="values, output,values")
     assert config.momentum_at == "output,values" and config.places == ("output", "values")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_filter_tells_what_to_log_of_it(kind):
+    (layer,) = Decoder(DecoderConfig(50, 16, 32, 1, 2, **KINDS[kind])).layers
+    logged = layer.self_attn.momentum.logged()
+    lags = KINDS[kind].get("momentum_taps", 3)
+    names = ["decay"] if "fir" not in kind else [f"weight_of_lag_{lag}" for lag in range(1, lags + 1)]
+    assert list(logged) == names and all(value.dim() == 1 and not value.requires_grad for value in logged.values())

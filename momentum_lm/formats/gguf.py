@@ -54,6 +54,7 @@ _NAMES = {  # of our tensors
     r"blk\.(\d+)\.ffn_down\.": r"layers.\1.fc2.",
 }
 _FACTORS = "rope_freqs.weight"  # by which rotary frequencies are divided
+_INSTEAD = f"{INSTEAD} and --hf-gguf-file"
 _LLAMA3 = (1.0, 4.0, 8192)  # of all published models whose positions are scaled so; the file has the factors alone
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
@@ -77,7 +78,7 @@ class GGUF:
         kind = self.fields.get("general.architecture")
         if kind not in ARCHITECTURES:
             known = f"none of {', '.join(ARCHITECTURES)}"
-            raise UserError(f"general.architecture is {shown(repr(kind))}, {known}{INSTEAD} and --hf-gguf-file")
+            raise UserError(f"general.architecture is {shown(repr(kind))}, {known}{_INSTEAD}")
         own = {name.removeprefix(f"{kind}."): value for name, value in self.fields.items()}
         result = {theirs: own[name] for name, theirs in _ENTRIES.items() if name in own}
         width, heads = result.get("hidden_size"), result.get("num_attention_heads")
@@ -88,7 +89,7 @@ class GGUF:
         for name, values in needed.items():
             if name in own and own[name] not in values:
                 problem = f"the decoder computes something else where it is not {values[0]}"
-                raise UserError(f"{kind}.{name} is {shown(repr(own[name]))}: {problem}{INSTEAD} and --hf-gguf-file")
+                raise UserError(f"{kind}.{name} is {shown(repr(own[name]))}: {problem}{_INSTEAD}")
         if "token_embd.weight" in self.tensors:
             result["vocab_size"] = self.tensors["token_embd.weight"].shape[0]
         for name in ("bos_token_id", "eos_token_id"):
@@ -123,7 +124,7 @@ class GGUF:
                 names = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
                 return {"rope_scaling": {"rope_type": "llama3", "factor": scaling.factor, **names}}
         problem = "scales rotary positions in another way than Llama 3's models"
-        raise UserError(f"{_FACTORS} {problem}{INSTEAD} and --hf-gguf-file")
+        raise UserError(f"{_FACTORS} {problem}{_INSTEAD}")
 
 
 def read_gguf(path: Path) -> GGUF:

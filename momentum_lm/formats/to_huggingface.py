@@ -82,7 +82,7 @@ def choose(
     decoder: DecoderConfig, dictionary: Dictionary | None, tokenizer: Tokenizer | None, bos: int
 ) -> tuple[Family, torch.Tensor | None]:
     """The family that computes what the decoder does, and its vocabulary, (V,): the id here of each id there (None: the
-    same)."""
+    same). Raises UserError where none does."""
     order = None
     if dictionary is not None and (tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer)):
         order = _own_order(decoder, dictionary, tokenizer)

@@ -14,12 +14,18 @@ from torch import Tensor
 
 from momentum_lm.files import file_sha256
 from momentum_lm.formats.native import NativeCheckpoint, read_native
+from momentum_lm.model.config import default, options
 from momentum_lm.model.positions import document_ids
 from momentum_lm.model.state import Cache
 from momentum_lm.text.dictionary import BOS, EOS
 
 from .cpu_fast import inference, limit_onednn_caches
 from .scoring import distinct_positions, target_log_probs
+
+_NOT_ALWAYS = (  # options that records did not always have
+    *("norm", "norm_eps", "ffn", "kv_heads", "head_dim", "bias", "qk_norm", "parallel_residual"),
+    *("rotary_base", "rotary_fraction", "rotary_scaling", "momentum_at", "momentum_taps", "momentum_current"),
+)
 
 
 class NativeLM(NativeCheckpoint):
@@ -57,8 +63,19 @@ class NativeLM(NativeCheckpoint):
             "path": self.name,
             "sha256": self.sha256,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "architecture": asdict(self.config),
+            "architecture": self._architecture(),
         }
+
+    def _architecture(self) -> dict[str, Any]:
+        """The decoder's options; those that a record once did not have only where they say something, so that records
+        made then still are of the same model.
+        """
+        written = asdict(self.config)
+        for name, _, entry in options():
+            usual = entry.zero(self.config) if entry.zero is not None else default(name)
+            if name in _NOT_ALWAYS and written[name] == usual:
+                del written[name]
+        return written
 
     @cached_property
     def sha256(self) -> str:

@@ -136,7 +136,17 @@ def test_dropout_and_absent_tokens_do_not_matter():
 
 def test_folders_written_before_an_option_was_there():
     content = MOMENTUM.config(DecoderConfig(90, 32, 48, 2, 4), 90)
-    new = ["norm", "norm_eps", "ffn", "kv_heads", "head_dim", "bias", "qk_norm", "rotary_base", "parallel_residual"]
+    new = [
+        "norm",
+        "norm_eps",
+        "ffn",
+        "num_key_value_heads",
+        "head_dim",
+        "bias",
+        "qk_norm",
+        "rotary_base",
+        "parallel_residual",
+    ]
     old = {name: value for name, value in content.items() if name not in new}
     assert len(old) == len(content) - len(new)
     decoder = MOMENTUM.decoder_config(old, 90)

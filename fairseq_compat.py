@@ -551,8 +551,8 @@ def _plugins(module: ModuleType) -> None:
 
 
 def _harness(module: ModuleType) -> None:
-    """lm-evaluation-harness looks for no plugins. Ours is added to its models by name; it is imported when it is used
-    for.
+    """lm-evaluation-harness looks for no plugins. Ours is added to its models by name; it is imported when it is
+    used.
     """
     from importlib.util import find_spec
 

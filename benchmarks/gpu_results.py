@@ -11,6 +11,7 @@ import datetime
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def document(cards: Cards) -> str:
         for stage in stages:
             parts.append(f"### `{stage.name}`")
             states = [state(card, stage) for card in cards.values()] or ["not yet run"]
-            parts.append(f"{stage.text}\n\n{'; '.join(states)}")
+            parts.append(f"{textwrap.fill(stage.text, 120)}\n\n{'; '.join(states)}")
             parts.append(table(((stage, check, check.text) for check in stage.checks), cards))
     parts += ["## By hand", BY_HAND]
     return "\n\n".join(parts) + "\n"

@@ -456,7 +456,7 @@ def _check_momentum(model: Any, saved: Mapping[str, Any], filename: str) -> None
     Raises UserError where ``saved``, options of the checkpoint, say another momentum than the model's.
     """
     for name, value in saved.items():
-        here = getattr(model, name, "none" if name == "momentum_kind" else value)  # of stock models
+        here = getattr(model, name, "none" if name == "momentum_kind" else value)
         if str(getattr(here, "value", here)) != str(value):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(

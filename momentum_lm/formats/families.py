@@ -119,7 +119,8 @@ class Family:
         values = dataclasses.asdict(decoder) | {"vocab_size": vocab_size}
         if self is not MOMENTUM:
             values["activation"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == decoder.activation)
-            values["rotary_scaling"] = _rope_scaling(decoder)
+            scaling = RotaryScaling.parse(decoder.rotary_scaling)
+            values["rotary_scaling"] = None if scaling is None else scaling.rope_scaling()
         named = {theirs: values[ours] for ours, theirs in self.fields.items()}
         needed = {name: value for name, (value, _) in self.needs.items()}
         if self is MOMENTUM:
@@ -262,15 +263,6 @@ def _with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     moved = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     length = {"original_max_position_embeddings": config.get("max_position_embeddings")}
     return {**config, **moved, "rope_scaling": json.dumps(length | rope) if kind == "llama3" else "none"}
-
-
-def _rope_scaling(decoder: DecoderConfig) -> dict[str, Any] | None:
-    scaling = RotaryScaling.parse(decoder.rotary_scaling)
-    if scaling is None:
-        return None
-    bounds = {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
-    length = {"original_max_position_embeddings": scaling.original}
-    return {"rope_type": "llama3", "factor": scaling.factor, **bounds, **length}
 
 
 def _narrow(config: Mapping[str, Any]) -> str | None:

@@ -121,8 +121,7 @@ class GGUF:
             scaling = RotaryScaling(factors.max().item(), low, high, original)
             found = Rotary(dim, base).frequency / Rotary(dim, base, scaling).frequency
             if torch.allclose(found.double(), factors, rtol=1e-4):
-                names = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-                return {"rope_scaling": {"rope_type": "llama3", "factor": scaling.factor, **names}}
+                return {"rope_scaling": scaling.rope_scaling()}
         problem = "scales rotary positions in another way than Llama 3's models"
         raise UserError(f"{_FACTORS} {problem}{_INSTEAD}")
 

@@ -22,10 +22,13 @@ from momentum_lm.text.dictionary import BOS, EOS
 from .cpu_fast import inference, limit_onednn_caches
 from .scoring import distinct_positions, target_log_probs
 
-_NOT_ALWAYS = (  # options that records did not always have
-    *("norm", "norm_eps", "ffn", "kv_heads", "head_dim", "bias", "qk_norm", "parallel_residual"),
-    *("rotary_base", "rotary_fraction", "rotary_scaling", "momentum_at", "momentum_taps", "momentum_current"),
-)
+# what the first records said of an architecture; options that came later are in records only where they say something
+_ALWAYS = {
+    *("vocab_size", "dim", "ffn_dim", "layers", "heads", "max_positions", "padding_idx", "eos_idx", "absent_tokens"),
+    *("position", "activation", "tie_embeddings", "scale_embeddings", "checkpoint_activations"),
+    *("dropout", "attention_dropout", "activation_dropout"),
+    *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
+}
 
 
 class NativeLM(NativeCheckpoint):
@@ -67,13 +70,11 @@ class NativeLM(NativeCheckpoint):
         }
 
     def _architecture(self) -> dict[str, Any]:
-        """The decoder's options; those that a record once did not have only where they say something, so that records
-        made then still are of the same model.
-        """
+        """The decoder's options. Records made before an option was there still are of the same model."""
         written = asdict(self.config)
         for name, _, entry in options():
             usual = entry.zero(self.config) if entry.zero is not None else default(name)
-            if name in _NOT_ALWAYS and written[name] == usual:
+            if name not in _ALWAYS and written[name] == usual:
                 del written[name]
         return written
 

@@ -100,6 +100,10 @@ class RotaryScaling(NamedTuple):
     def __str__(self) -> str:
         return f"llama3:{','.join(f'{value:.15g}' for value in self)}"
 
+    def rope_scaling(self) -> dict[str, Any]:
+        """The entry of a config.json."""
+        return {"rope_type": "llama3", **dict(zip(_SCALING, self, strict=True))}
+
     @classmethod
     def parse(cls, text: str) -> RotaryScaling | None:
         """``none``, ``llama3:FACTOR,LOW,HIGH,ORIGINAL`` or the JSON object of a config.json. Raises UserError for

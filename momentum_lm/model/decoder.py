@@ -80,9 +80,8 @@ class Decoder(nn.Module):
     """Pre-norm decoder, of GPT's, Llama's or GPT-NeoX's form. Tokens (B, T) in, logits (B, T, V) out; padding (left or
     right) and packed documents change nothing.
 
-    Documents of a packed sequence are given by ``segment_ids`` (B, T), runs of equal ids: neither attention nor EMA
-    crosses a run
-    and positions start anew, so each document gets the logits that it gets alone.
+    Documents of a packed sequence are given by ``segment_ids`` (B, T), runs of equal ids: neither attention nor a
+    filter crosses a run, and positions start anew, so each document gets the logits that it gets alone.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -165,13 +164,11 @@ class Decoder(nn.Module):
             cache: what earlier calls saw; these tokens follow it and are added to it.
             segment_ids: (B, T) documents of packed sequences. Not together with a cache.
             left_padded: whether rows may begin with padding; None: look (which on a GPU waits for the device). Padding
-            on the right
-                needs no care, since no real token sees it.
+                on the right needs no care, since no real token sees it.
 
         Raises:
             ValueError: segment_ids together with a cache, right padding of tokens that go into a cache, or, with
-            learned positions,
-                more tokens than ``max_positions``.
+                learned positions, more tokens than ``max_positions``.
         """
         config = self.config
         length = tokens.shape[1]

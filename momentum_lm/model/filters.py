@@ -71,7 +71,7 @@ class Around(NamedTuple):
         """x (B, T, C) plus its filter, if there is one, in groups of channels."""
         if module is None:
             return x
-        grouped = x.unflatten(-1, (module.groups(x.shape[-1]), -1)).transpose(1, 2)
+        grouped = x.unflatten(-1, (module.groups(), -1)).transpose(1, 2)
         return self.filtered(place, module, grouped).transpose(1, 2).flatten(2)
 
 
@@ -94,8 +94,8 @@ class _Momentum(Float32):
         super().__init__()
         no_matrices(self)
 
-    def groups(self, width: int) -> int:
-        """Into how many groups of channels the filter divides so many that have no heads."""
+    def groups(self) -> int:
+        """Into how many groups the filter divides channels without heads."""
         raise NotImplementedError
 
     def decays(self) -> Tensor:
@@ -137,7 +137,7 @@ class MomentumEMA(_Momentum):
         )
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
 
-    def groups(self, width: int) -> int:
+    def groups(self) -> int:
         return len(self.log_decay())
 
     def log_decay(self) -> Tensor:
@@ -198,7 +198,7 @@ class MomentumMultiEMA(_Momentum):
         self.gate = nn.Parameter(torch.zeros(dim)) if gate else None
         no_weight_decay(self, "delta", "gamma")
 
-    def groups(self, width: int) -> int:
+    def groups(self) -> int:
         return 1
 
     def forward(
@@ -268,7 +268,7 @@ class MomentumFIR(_Momentum):
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
         no_weight_decay(self, "weights", "current")
 
-    def groups(self, width: int) -> int:
+    def groups(self) -> int:
         return self.weights.shape[1]
 
     def forward(

@@ -100,6 +100,19 @@ def _ema(
     return out.addcmul_(weight, initial_state[:, None]), decay * last + at_end * initial_state
 
 
+def plus(out: Tensor, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """out (B, T, H, D), which may be changed, plus ``addend`` (B, n H, T, D), of which n heads share one of its own ->
+    (B, n H, T, D), rounded once, to the addend's dtype; without one (B, H, T, D) in ``dtype``. Attention keeps the
+    addend for its gradient: it is left as it is.
+    """
+    if addend is None:
+        return out.transpose(1, 2).to(dtype)
+    if addend.shape[1] == out.shape[2]:
+        return out.transpose(1, 2).add_(addend).to(addend.dtype)
+    grouped = addend.transpose(1, 2).unflatten(2, (out.shape[2], -1))  # (B, T, H, n, D)
+    return (out[:, :, :, None] + grouped).to(addend.dtype).flatten(2, 3).transpose(1, 2)
+
+
 def of_groups(grad_out: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient (B, n H, T, D) of query heads, summed over those that share one of the values' H: (B, H, T, D)."""
     if grad_out.shape[1] == values.shape[1]:
@@ -125,13 +138,7 @@ class _EMA(torch.autograd.Function):
         with without_autocast(values.device):  # decay powers in bf16 would be wrong by tens of percent
             state = None if initial_state is None else initial_state.to(dtype)
             out, final_state = _ema(values.transpose(1, 2).to(dtype), log_decay.to(dtype), state, segment_ids)
-        if addend is None:
-            return out.transpose(1, 2).to(values.dtype), final_state
-        # rounded once; not into the addend, which attention keeps for its gradient
-        if addend.shape[1] == values.shape[1]:
-            return out.transpose(1, 2).add_(addend).to(addend.dtype), final_state
-        grouped = addend.transpose(1, 2).unflatten(2, (values.shape[1], -1))  # (B, T, H, n, D)
-        return (out[:, :, :, None] + grouped).to(addend.dtype).flatten(2, 3).transpose(1, 2), final_state
+        return plus(out, addend, values.dtype), final_state
 
     @staticmethod
     @once_differentiable

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked import of_groups
+from .chunked import of_groups, plus
 from .naive import fir_naive, run_numbers
 from .transforms import of_any_length, under_transforms, without_autocast
 
@@ -163,13 +163,7 @@ class _FIR(torch.autograd.Function):
             if current is not None:
                 out.addcmul_(v, current.to(dtype))
             final = _last(x.transpose(1, 2), state, len(w), runs)
-        if addend is None:
-            return out.to(x.dtype).transpose(1, 2), final
-        # rounded once; not into the addend, which attention keeps for its gradient
-        if addend.shape[1] == x.shape[1]:
-            return out.add_(addend.transpose(1, 2)).to(addend.dtype).transpose(1, 2), final
-        grouped = addend.transpose(1, 2).unflatten(2, (x.shape[1], -1))  # (B, T, H, n, D)
-        return (out[:, :, :, None] + grouped).to(addend.dtype).flatten(2, 3).transpose(1, 2), final
+        return plus(out, addend, x.dtype), final
 
     @staticmethod
     @once_differentiable

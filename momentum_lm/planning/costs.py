@@ -54,8 +54,8 @@ def flops_per_token(parameters: int, layers: int, dim: int, length: int) -> floa
 
 
 def momentum_flops_per_token(config: DecoderConfig) -> int:
-    """Forward and backward, of ops/chunked.py's matrix products. The kernel has four times as many, and waits for
-    memory nevertheless.
+    """Forward and backward, of ops/chunked.py's matrix products, or of the taps of ``fir``. The EMA's kernel has four
+    times as many, and waits for memory nevertheless.
     """
     kind = config.momentum_kind
     passes = 3 if config.momentum_learned or kind in ("multi_ema", "fir") else 2

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import children
 
 from momentum_lm.formats.checkpoint import load_checkpoint
 
@@ -87,11 +88,9 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
     for line in processes[0].stdout:
         output += line
         if not began and '"num_updates": "15"' in line:
-            workers = subprocess.run(
-                ["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True
-            ).stdout.split()
+            workers = children(processes[1].pid)
             assert len(workers) == 1
-            os.kill(int(workers[0]), signal.SIGKILL)
+            os.kill(workers[0], signal.SIGKILL)
             began["killed"] = time.monotonic()
         if began and "again" not in began and "@ 10 updates" in line:
             began["again"] = time.monotonic()

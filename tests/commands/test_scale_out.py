@@ -1,15 +1,14 @@
 """Several processes, divided models, killed workers and signals: every run ends where the undisturbed one does."""
 
-import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import children
 
 from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.formats.shards import join_shards
@@ -33,13 +32,7 @@ def difference(a, b):
 
 def workers_of(process):
     """The processes that torchrun has started, in their order."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # one that has ended meanwhile
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == process.pid and b"fairseq-train" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return sorted(found)
+    return children(process.pid, "fairseq-train")
 
 
 def curve(folder):

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from momentum_lm.errors import UserError
 from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.config import PLACES
 from momentum_lm.model.sizes import GPT_SIZES, architecture, architectures
 from momentum_lm.planning.costs import count_parameters, flops_per_token, momentum_flops_per_token, multiplying
 from momentum_lm.planning.hardware import GPUS, peak_flops
@@ -79,6 +80,14 @@ def test_momentums_flops_are_those_that_torch_counts(momentum):
     extra = count(DecoderConfig(**shape, **momentum), 512) - count(DecoderConfig(**shape), 512)
     assert momentum_flops_per_token(DecoderConfig(**shape, **momentum)) == pytest.approx(extra, rel=0.07)
     assert momentum_flops_per_token(DecoderConfig(**shape)) == 0
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "depth"])
+def test_flops_of_a_few_taps_are_six_per_weight(place):
+    """One multiplication and one addition, forward and twice backward."""
+    shape = {"dim": 24, "ffn_dim": 40, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 10}
+    config = DecoderConfig(101, **shape, momentum_kind="fir", momentum_current=True, momentum_at=place)
+    assert momentum_flops_per_token(config) == 6 * count_parameters(config).momentum > 0
 
 
 def count(shape, length):

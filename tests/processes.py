@@ -1,0 +1,15 @@
+"""Processes of this machine, by what the system says of them: no other program is needed."""
+
+import contextlib
+from pathlib import Path
+
+
+def children(parent, word=""):
+    """Ids of the processes that process ``parent`` has started, in their order, whose command has ``word`` in it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            started_by = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if started_by == parent and word.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return sorted(found)

@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from .errors import UserError, arg
+
+
+def import_user_dir(folder: str | os.PathLike[str] | None) -> None:
+    """Imports a folder of Python code as a package of its name, as fairseq's ``--user-dir`` does: what it registers,
+    such as a filter of one's own, is known then. None: nothing.
+
+    Raises UserError for what is no such folder, and what its import raises.
+    """
+    if folder is None:
+        return
+    parent, name = os.path.split(os.path.abspath(folder))
+    if not os.path.isfile(os.path.join(parent, name, "__init__.py")):
+        raise UserError(arg(user_dir=folder), ": must be a folder with an __init__.py")
+    before = sys.modules.get(name)
+    if before is not None and os.path.dirname(os.path.abspath(str(before.__file__))) != os.path.join(parent, name):
+        raise UserError(arg(user_dir=folder), f": there is another module called {name}; give the folder another name")
+    sys.path.insert(0, parent)
+    try:
+        importlib.import_module(name)
+    finally:
+        sys.path.remove(parent)
 
 
 @contextlib.contextmanager

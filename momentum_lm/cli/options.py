@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from momentum_lm.errors import UserError, flags
+from momentum_lm.system import import_user_dir
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
         action="store_true",
         help="load a checkpoint that holds more than plain data; such a file can run code",
     )
+    group.add_argument("--user-dir", metavar="DIR", help="import this folder's code, such as filters of your own")
     where = group.add_mutually_exclusive_group()
     where.add_argument(
         "--device",
@@ -108,6 +110,7 @@ def load_native_model(args: argparse.Namespace) -> NativeLM:
     """The checkpoint that ``--path`` names."""
     from momentum_lm.lm.native import load_native
 
+    import_user_dir(args.user_dir)
     tokenizer = getattr(args, "tokenizer", None)
     return load_native(
         args.path, args.model_overrides, args.trust_checkpoint, device(args.device), _dtype(args), tokenizer

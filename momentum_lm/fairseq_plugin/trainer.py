@@ -26,6 +26,7 @@ from momentum_lm.cpu import keep_memory
 from momentum_lm.errors import CheckpointError, TornCheckpoint, UserError
 from momentum_lm.fairseq_plugin import lock
 from momentum_lm.formats.checkpoint import load_checkpoint
+from momentum_lm.model.config import BUILT_IN_FILTERS
 from momentum_lm.text.dictionary import DIGEST, check_symbols, symbols_digest
 
 logger = logging.getLogger(__name__)
@@ -498,10 +499,10 @@ def _about(path: str) -> dict[str, Any]:
 
 
 def _fixed_momentum(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a model's momentum, if no tensor of the model tells of it."""
+    """The options of a model's momentum, if no tensor of the model tells of it, or those may be another kind's."""
     kind = options.get("momentum_kind", "none")
     kind = getattr(kind, "value", kind)
-    if kind != "ema" or options.get("momentum_learned"):
+    if kind in BUILT_IN_FILTERS and (kind != "ema" or options.get("momentum_learned")):
         return {}
     at = options.get("momentum_at", "output")
     return {"momentum_kind": kind, "momentum_eta": options["momentum_eta"], "momentum_at": at}

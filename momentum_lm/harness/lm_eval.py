@@ -32,6 +32,7 @@ from momentum_lm.icl.engine import MOST_GENERATED, Request, common_length, gener
 from momentum_lm.icl.sampling import likeliest, sample
 from momentum_lm.lm.native import NativeLM, load_native
 from momentum_lm.model.precision import DTYPES
+from momentum_lm.system import import_user_dir
 from momentum_lm.text.dictionary import PAD, SPECIALS
 
 _AT_ONCE = 256  # requests whose texts are encoded together
@@ -58,10 +59,10 @@ class MomentumLM(LM):
         which ``tokenizer`` to ``trust_checkpoint`` do not apply. tokenizer: its folder or file; None: beside the
         checkpoint, or in the data that it was trained on. dtype: ``fp32``, ``bf16`` or ``fp16``. device: as torch names
         it; None: a GPU if there is one. model_overrides: options that the checkpoint lacks,
-        ``{"decoder_attention_heads": 8}``. trust_checkpoint: load one that holds more than plain data. max_length: use
-        no more of the model's context than so many tokens. max_gen_toks: tokens to generate where a task does not say.
-        batch_size: rows in a batch, at most (memory may ask for fewer); ``auto``: what memory allows, and at most
-        ``max_batch_size``.
+        ``{"decoder_attention_heads": 8}``. trust_checkpoint: load one that holds more than plain data. user_dir: a
+        folder of Python code to import first, such as filters of one's own. max_length: use no more of the model's
+        context than so many tokens. max_gen_toks: tokens to generate where a task does not say. batch_size: rows in a
+        batch, at most (memory may ask for fewer); ``auto``: what memory allows, and at most ``max_batch_size``.
 
     Raises UserError for arguments that cannot be, and in one of several processes.
     """
@@ -74,6 +75,7 @@ class MomentumLM(LM):
         device: str | None = None,
         model_overrides: Mapping[str, Any] | str | None = None,
         trust_checkpoint: bool = False,
+        user_dir: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         batch_size: int | str = "auto",
@@ -92,6 +94,8 @@ class MomentumLM(LM):
             raise UserError(
                 f"momentum_lm runs in one process, and this is one of {world} (WORLD_SIZE): start lm_eval by itself"
             )
+        with named(_model_args):
+            import_user_dir(user_dir)
         if path is None:
             raise UserError("--model_args lacks path=CKPT: a checkpoint file, or a folder with one")
         self.lm = (

@@ -15,6 +15,7 @@ from torch import Tensor
 from momentum_lm.files import file_sha256
 from momentum_lm.formats.native import NativeCheckpoint, read_native
 from momentum_lm.model.config import default, options
+from momentum_lm.model.filters import own_source
 from momentum_lm.model.positions import document_ids
 from momentum_lm.model.state import Cache
 from momentum_lm.text.dictionary import BOS, EOS
@@ -76,7 +77,8 @@ class NativeLM(NativeCheckpoint):
             usual = entry.zero(self.config) if entry.zero is not None else default(name)
             if name not in _ALWAYS and written[name] == usual:
                 del written[name]
-        return written
+        source = own_source(self.config)
+        return written if source is None else written | {"momentum_code": file_sha256(source)}
 
     @cached_property
     def sha256(self) -> str:

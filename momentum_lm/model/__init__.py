@@ -3,8 +3,9 @@
 from .attention import CausalSelfAttention
 from .config import DecoderConfig
 from .decoder import Decoder
-from .filters import MomentumEMA, MomentumFIR, MomentumMultiEMA
+from .filters import MomentumFilter, WindowFilter, register_filter
 from .loss import chunked_cross_entropy
+from .momentum import MomentumEMA, MomentumFIR, MomentumMultiEMA
 from .state import Cache
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "DecoderConfig",
     "MomentumEMA",
     "MomentumFIR",
+    "MomentumFilter",
     "MomentumMultiEMA",
+    "WindowFilter",
     "chunked_cross_entropy",
+    "register_filter",
 ]

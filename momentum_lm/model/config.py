@@ -21,6 +21,9 @@ from momentum_lm.errors import Argument, UserError, arg
 DEFAULT_ETA = 0.3
 # Where a causal filter may stand (DecoderConfig.momentum_at); README.md says whose each is.
 PLACES = ("output", "values", "keys", "queries", "input", "ffn", "ffn_hidden", "embedding", "depth")
+# Kinds of causal filters (DecoderConfig.momentum_kind); filters.register_filter adds others to the list
+BUILT_IN_FILTERS = ("none", "ema", "multi_ema", "fir")
+FILTER_KINDS = [*BUILT_IN_FILTERS]
 KINDS: dict[Any, tuple[Any, str]] = {  # what a field of each type may hold
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),
@@ -38,7 +41,8 @@ class Option:
     opposite: fairseq's option says the opposite, as ``untie_embeddings`` of ``tie_embeddings``.
     stock: its value where a checkpoint of fairseq does not mention it; None: the field's default.
     zero: what a value of 0 stands for, given the configuration.
-    choices, least, most: what values there are. problem: how to say so, where "must be at least 1" would not do.
+    choices, least, most: what values there are; choices in a list may grow. problem: how to say so, where "must be at
+    least 1" would not do.
     """
 
     help: str
@@ -46,10 +50,15 @@ class Option:
     opposite: bool
     stock: Any
     zero: Callable[[DecoderConfig], int] | None
-    choices: tuple[str, ...]
+    choices: Sequence[str]
     least: float | None
     most: float | None
     problem: str
+
+    @property
+    def open(self) -> bool:
+        """Whether there may be other choices later."""
+        return isinstance(self.choices, list)
 
     def check(self, name: str, kind: Any, value: Any) -> None:
         """Raises UserError for a value of field ``name``, of type ``kind``, that cannot be."""
@@ -57,7 +66,8 @@ class Option:
         if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
             raise UserError(Argument(name, value), f": must be {what}")
         if self.choices and value not in self.choices:
-            raise UserError(Argument(name, value), f": must be one of {', '.join(self.choices)}")
+            more = "; one of your own comes with its module (of a command: --user-dir DIR)" if self.open else ""
+            raise UserError(Argument(name, value), f": must be one of {', '.join(self.choices)}{more}")
         if self.least is not None and not value >= self.least:
             raise UserError(Argument(name, value), f": must be {self.problem or f'at least {self.least:,}'}")
         if self.most is not None and not value <= self.most:
@@ -77,7 +87,7 @@ def option(
     problem: str = "",
 ) -> Any:
     """A field of the table; the arguments are those of :class:`Option`."""
-    entry = Option(help, fairseq, opposite, stock, zero, tuple(choices), least, most, problem)
+    entry = Option(help, fairseq, opposite, stock, zero, choices, least, most, problem)
     return field(default=default, metadata={"option": entry})
 
 
@@ -210,7 +220,7 @@ class DecoderConfig:
     momentum_kind: str = option(
         "momentum attention: ema, the paper's formula with one decay per head; multi_ema, eight decays per channel; "
         "fir, a learned weight per channel for each of the last few tokens",
-        "none", "momentum_kind", choices=("none", "ema", "multi_ema", "fir"),
+        "none", "momentum_kind", choices=FILTER_KINDS,
     )  # fmt: skip
     momentum_at: str = option(
         "where the filter is applied, with commas between: output, of attention, from its values, as in the paper; "
@@ -281,7 +291,7 @@ class DecoderConfig:
             "momentum_current": "fir",
         }
         for name, needed in of_kind.items():
-            if kind != needed and getattr(self, name) != default(name):
+            if kind in BUILT_IN_FILTERS and kind != needed and getattr(self, name) != default(name):
                 raise UserError(
                     Argument(name, getattr(self, name)), " needs ", arg(momentum_kind=needed), f", not {kind}"
                 )

@@ -58,13 +58,13 @@ def momentum_flops_per_token(config: DecoderConfig) -> int:
     times as many, and waits for memory nevertheless.
     """
     kind = config.momentum_kind
-    passes = 3 if config.momentum_learned or kind in ("multi_ema", "fir") else 2
+    passes = 3 if config.momentum_learned or kind not in ("none", "ema") else 2
     per_channel = {
         "none": 0,
         "ema": CHUNK + 1,
         "multi_ema": CHUNK + 2 * MomentumMultiEMA.ORDER,
         "fir": config.momentum_taps + config.momentum_current,
-    }[kind]
+    }.get(kind, config.momentum_taps + 1)  # of one's own: a window
     times = {"embedding": 1, "depth": 0}  # elsewhere once in each layer; over layers it is one product
     channels = sum(times.get(place, config.layers) * math.prod(heads_at(config, place)) for place in config.places)
     return passes * 2 * per_channel * channels

@@ -152,6 +152,9 @@ def workplace(documents, run_cli, tmp_path_factory):
         shutil.copy(folder / "runs/vanilla/checkpoint_best.pt", folder / place)
         for name in ("dict.txt", "sentencepiece.model"):
             shutil.copy(folder / "data" / name, (folder / place).parent)
+    (folder / "my_filters").mkdir()
+    (own,) = (block for block in blocks(README, "python") if "@register_filter" in block)
+    (folder / "my_filters/__init__.py").write_text(own)
     _small_huggingface_models(folder / "models/small", folder / "openai-community/gpt2")
     return folder
 

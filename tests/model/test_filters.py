@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from momentum_lm.errors import UserError
-from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model import Decoder, DecoderConfig, WindowFilter, register_filter
 from momentum_lm.model.config import PLACES
 from momentum_lm.model.filters import heads_at, is_of_filter
 from momentum_lm.model.positions import document_ids
@@ -18,12 +18,26 @@ KINDS = {
     "multi_ema": dict(momentum_kind="multi_ema"),
     "fir": dict(momentum_kind="fir"),
     "fir_current": dict(momentum_kind="fir", momentum_taps=5, momentum_current=True),
+    "largest": dict(momentum_kind="largest", momentum_taps=2),
 }
 FORMS = {
     "gpt": {},
     "llama": dict(norm="rms", ffn="gated", activation="silu", bias="none", position="rotary", heads=4, kv_heads=2),
 }
 CASES = [(kind, place) for kind in KINDS for place in PLACES if place != "depth"] + [("ema", "depth")]
+
+
+@register_filter("largest")
+class Largest(WindowFilter):
+    """A kind of one's own, not linear: the largest of a token and those before it, times a learned factor."""
+
+    def __init__(self, heads, size, config):
+        super().__init__(heads, size, config)
+        self.factor = torch.nn.Parameter(torch.full((heads, 1, size), 0.5))
+
+    def window(self, x):
+        return self.factor * x.amax(-2)
+
 
 every_case = pytest.mark.parametrize("kind,place", CASES)
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -250,5 +264,27 @@ def test_a_filter_tells_what_to_log_of_it(kind):
     (layer,) = Decoder(DecoderConfig(50, 16, 32, 1, 2, **KINDS[kind])).layers
     logged = layer.self_attn.momentum.logged()
     lags = KINDS[kind].get("momentum_taps", 3)
-    names = ["decay"] if "fir" not in kind else [f"weight_of_lag_{lag}" for lag in range(1, lags + 1)]
+    names = [f"weight_of_lag_{lag}" for lag in range(1, lags + 1)] if "fir" in kind else ["decay"]
+    names = [] if kind == "largest" else names
     assert list(logged) == names and all(value.dim() == 1 and not value.requires_grad for value in logged.values())
+
+
+def test_a_kind_of_ones_own_is_what_its_window_says():
+    decoder, x = build(momentum_kind="largest", momentum_taps=2), torch.randn(2, 2, 9, 8).double()
+    filtered, state = decoder.layers[0].self_attn.momentum(x)
+    factor = decoder.layers[0].self_attn.momentum.factor
+    for t in range(9):
+        seen = torch.cat([torch.zeros(2, 2, 2, 8).double(), x], 2)[:, :, t : t + 3]
+        close(filtered[:, :, t], factor[:, 0] * seen.amax(2))
+    assert torch.equal(state, x[:, :, -2:])
+
+
+def test_names_of_kinds():
+    for name in ("ema", "none", "two words", ""):
+        with pytest.raises(ValueError, match="must be a Python identifier that is not the name of another"):
+            register_filter(name)(type("Other", (WindowFilter,), {}))
+    with pytest.raises(TypeError, match="is no subclass of MomentumFilter"):
+        register_filter("module")(torch.nn.Module)
+    register_filter("largest")(Largest)  # a module that is imported again
+    with pytest.raises(UserError, match=r"momentum_kind='mine': must be one of none, ema, .*largest; one of your own"):
+        DecoderConfig(vocab_size=50, momentum_kind="mine", dim=16, ffn_dim=32, heads=2, layers=1)

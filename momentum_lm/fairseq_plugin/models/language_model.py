@@ -29,9 +29,9 @@ def _own_options(arch: str) -> list[_Field]:
     plain = decoder_options.defaults(arch)
     fields = []
     for name, (_, kind, entry) in decoder_options.table().items():
-        if entry.choices:
+        if entry.choices and not entry.open:
             kind = ChoiceEnum([*entry.choices, *(decoder_options.ACTIVATIONS if name == "activation_fn" else ())])
-        kind = kind if kind in (bool, int, float) or entry.choices else str
+        kind = str if entry.open or not (kind in (bool, int, float) or entry.choices) else kind
         if plain[name] is True:  # of a default of True fairseq makes a flag that switches it off
             fields.append(_option(name, Optional[bool], None, f"{entry.help}; in this architecture always"))
         else:

@@ -121,6 +121,7 @@ class MomentumAttention:
     eta: float
     normalize: bool
     gate: float
+    taps: int | None = None  # how many of the last values count; None: all
 
     def __call__(
         self,
@@ -136,12 +137,13 @@ class MomentumAttention:
         return self.add_to(out, query, value, attention_mask), weights
 
     def add_to(self, out: Tensor, query: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """out (B, T, H, D), what attention gave, plus ``gate * scale * sum_{i<t} eta^(t-i) v_i``; itself for a gate of
-        0."""
+        """out (B, T, H, D), what attention gave, plus ``gate * scale * sum_{i<t} eta^(t-i) v_i``, of ``taps`` the last
+        ones alone; itself for a gate of 0.
+        """
         if self.gate == 0:
             return out
         factor = self.gate * ((1 - self.eta) / self.eta if self.normalize else 1.0)
-        average = _average(value, mask, query.shape[2], self.eta)
+        average = _average(value, mask, query.shape[2], self.eta, self.taps)
         average = average.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
         return (out + factor * average).to(out.dtype)
 
@@ -154,11 +156,14 @@ def added_momentum(model: Any) -> MomentumAttention | None:
     return attention if isinstance(attention, MomentumAttention) else None
 
 
-def _average(values: Tensor, mask: Tensor | None, length: int, eta: float) -> Tensor:
+def _average(values: Tensor, mask: Tensor | None, length: int, eta: float, taps: int | None) -> Tensor:
     """values (B, H, S, D) and SDPA's mask (B, 1, T, S) -> the averages (B, H, T, D) at the T = ``length`` last tokens,
     or, without a mask, the first ones, as SDPA has it."""
-    batch, heads, total, _ = values.shape
+    batch, heads, total, size = values.shape
     values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if mask is None and length > 1 and taps is not None:
+        weights = eta ** torch.arange(1, taps + 1, dtype=values.dtype, device=values.device)
+        return ops.fir(values[:, :, :length], weights[:, None, None].expand(-1, heads, size))[0]
     if mask is None and length > 1:
         log_decay = torch.full((heads,), math.log(eta), device=values.device)
         return ops.ema(values[:, :, :length], log_decay)[0]
@@ -172,7 +177,8 @@ def _average(values: Tensor, mask: Tensor | None, length: int, eta: float) -> Te
         lag = (
             seen.flip(-1).cumsum(-1, dtype=values.dtype).flip(-1) - 1
         )  # by what is seen; 0 at a query's own token, the last
-        weight = torch.where(seen & (lag > 0), torch.exp(lag * math.log(eta)), 0.0)
+        counted = seen & (lag > 0) if taps is None else seen & (lag > 0) & (lag <= taps)
+        weight = torch.where(counted, torch.exp(lag * math.log(eta)), 0.0)
         parts.append(weight.expand(batch, -1, -1) @ merged)
     return torch.cat(parts, 1).unflatten(2, (heads, -1)).transpose(1, 2)
 

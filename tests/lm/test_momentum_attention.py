@@ -94,10 +94,26 @@ def test_the_first_layer_gains_the_sum_written_out(family, normalize):
         close((mixed[-1] - mixed[0])[row, begin:], expected, atol=2e-6, rtol=2e-6)  # weights came as float32
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_with_a_cache_as_in_one_pass(family):
+KINDS = {"ema": {}, "fir": dict(kind="fir", taps=4)}
+
+
+def test_the_last_few_values_are_a_truncated_average():
+    """All taps are the average itself; fewer are those of a window, in one pass and token by token."""
+    tokens, logits = random_tokens(1, 12), {}
+    for taps in (11, 3, None):
+        model = random_model("llama").double()
+        add_momentum(model, 0.6, **({} if taps is None else dict(kind="fir", taps=taps)))
+        with torch.no_grad():
+            logits[taps] = model(tokens).logits
+    close(logits[11], logits[None], atol=2e-6, rtol=0)  # the decay of "ema" is in fp32
+    close(logits[3][:, :4], logits[None][:, :4], atol=2e-6, rtol=0)
+    assert (logits[3] - logits[None])[:, 4:].abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("family,kind", [*((family, "ema") for family in FAMILIES), ("llama", "fir")])
+def test_with_a_cache_as_in_one_pass(family, kind):
     model = random_model(family)
-    add_momentum(model, 0.8)
+    add_momentum(model, 0.8, **KINDS[kind])
     tokens, mask = random_tokens(3, 40), torch.ones(3, 40, dtype=torch.long)
     mask[1, :9] = 0
     with torch.no_grad():
@@ -365,6 +381,16 @@ def test_what_cannot_have_momentum_is_refused(make_lm):
     for eta in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match=f"eta={eta}: the decay must lie strictly between 0 and 1"):
             add_momentum(random_model("llama"), eta)
+    for given, message in (
+        (dict(kind="multi_ema"), "kind='multi_ema': has weights that training must find; use ema or fir"),
+        (dict(kind="none"), "kind='none': there is no such kind of momentum"),
+        (dict(at="values"), "at='values': momentum is added to the output of somebody else's attention"),
+        (dict(kind="fir", normalize=True), "normalize=True needs kind='ema', not fir"),
+        (dict(kind="fir", taps=0), "taps=0: must be at least 1"),
+    ):
+        with pytest.raises(UserError) as caught:
+            add_momentum(random_model("llama"), **given)
+        assert str(caught.value).startswith(message)
 
 
 # ---- the command line

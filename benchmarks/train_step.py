@@ -3,6 +3,7 @@ same shape; or, of the Llama form, transformers' LlamaForCausalLM.
 
     python benchmarks/train_step.py [--shape 125m] [--length 1024] [--batch 4] [--steps 2] [--json OUT.json]
     python benchmarks/train_step.py --family llama --shape 135m --batch 1 --vocab 49152
+    python benchmarks/train_step.py --filters --pairs 10   # every kind of momentum at every place
     python benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20   # bf16, compiled
 
 Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each
@@ -10,8 +11,8 @@ ratio is between medians of one run. All but stock fairseq keep freed memory, as
 less than a machine's speed drifts within a minute: one more process takes --pairs of steps with and without it, one
 right after the other, of one sequence each on a CPU, and the ratios of the pairs are averaged (geometrically, with a
 95% interval that takes pairs as independent). CPU time, summed over threads, is what to read where other work shares
-the machine. A step is forward, backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with
---fp16, the fastest that it has.
+the machine. --filters measures nothing but such pairs, one process for each kind and place. A step is forward,
+backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with --fp16, the fastest that it has.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import fairseq_compat  # noqa: F401  (before fairseq: no .pth file may be read here)
 
@@ -220,16 +222,11 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
     others = {PLAIN: plain_step, PRODUCTS: products_step, LLAMA: llama_step}
     step = others[variant](args) if variant in others else fairseq_step(variant, args)
     times = columns([timed(step, number, args) for number in range(args.warm + args.steps)][args.warm :])
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if args.device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
-    return {**times, "peak_mib": peak}
+    return {**times, "peak_mib": peak_mib(args)}
 
 
-def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds of steps with and without momentum, in pairs."""
+def measure_pairs(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of steps with and without momentum, in pairs, and the memory of both together."""
     import torch
 
     from momentum_lm.cpu import keep_memory
@@ -237,12 +234,60 @@ def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]
     torch.set_num_threads(args.threads)
     keep_memory()
     args.batch = pair_batch(args)
-    steps = {variant: fairseq_step(variant, args) for variant in OURS[args.family]}
+    vanilla, momentum = OURS[args.family]
+    steps = {vanilla: fairseq_step(vanilla, args), momentum: fairseq_step(momentum, args, filter_flags(args.filters))}
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in steps}
     for number in range(args.warm + args.pairs):
         for variant in list(steps)[:: 1 if number % 2 == 0 else -1]:  # so that a drift favours neither
             times[variant].append(timed(steps[variant], number, args))
-    return {variant: columns(taken[args.warm :]) for variant, taken in times.items()}
+    pairs = {variant: columns(taken[args.warm :]) for variant, taken in times.items()}
+    return {"pairs": pairs, "peak_mib": peak_mib(args)}
+
+
+def filter_flags(name: str | None) -> list[str]:
+    """``fir@values`` -> the flags of that kind of momentum at that place, its decays learned; None: no flags."""
+    if name is None:
+        return []
+    kind, place = name.split("@")
+    learned = ["--momentum-learned"] if kind == "ema" else []
+    return ["--momentum-kind", kind, "--momentum-at", place, *learned]
+
+
+def filters_of(words: str) -> list[str]:
+    """What ``--filters`` names: ``all``, or KIND@PLACE with commas between."""
+    from momentum_lm.model.config import BUILT_IN_FILTERS, PLACES
+
+    every = [
+        f"{kind}@{place}" for place in PLACES for kind in BUILT_IN_FILTERS[1:] if kind == "ema" or place != "depth"
+    ]
+    names = every if words == "all" else words.split(",")
+    if unknown := [name for name in names if name not in every]:
+        raise SystemExit(f"error: --filters {unknown[0]}: must be all, or of {', '.join(every)}")
+    return names
+
+
+def print_filters(names: Sequence[str], run: Callable[..., dict], args: argparse.Namespace) -> dict[str, dict]:
+    """Measures and prints the cost of each filter: its step beside one without. Returns the pairs by name."""
+    vanilla = OURS[args.family][0]
+    print(f"of a step of {vanilla}_{args.shape}, {pair_batch(args)} x {args.length} tokens, {args.pairs} pairs each")
+    print("| kind | place | CPU time | step time | peak memory of both |\n|---|---|---|---|---|")
+    found = {}
+    for name in names:
+        found[name] = run("pairs", "--filters", name)
+        kind, place = name.split("@")
+        ratios = (ratio_of_pairs(found[name]["pairs"], key) for key in ("cpu_seconds", "seconds"))
+        columns = [f"{ratio:.3f} ({low:.3f} to {high:.3f})" for ratio, low, high in ratios]
+        print(f"| {kind} | {place} | {' | '.join(columns)} | {found[name]['peak_mib']:.0f} MiB |", flush=True)
+    return found
+
+
+def peak_mib(args: argparse.Namespace) -> float:
+    """The most memory that this process had: of the GPU, or its own."""
+    import torch
+
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def pair_batch(args: argparse.Namespace) -> int:
@@ -274,6 +319,9 @@ def main() -> None:
     parser.add_argument(
         "--compile", default=True, action=argparse.BooleanOptionalAction, help="on a GPU; stock fairseq never"
     )
+    parser.add_argument(
+        "--filters", nargs="?", const="all", metavar="KIND@PLACE,...", help="measure these filters alone, or every one"
+    )
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -284,17 +332,23 @@ def main() -> None:
         print(json.dumps(measure_pairs(args) if args.variant == "pairs" else measure(args.variant, args)))
         return
 
-    def run(variant: str) -> dict:
-        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+    def run(variant: str, *more: str) -> dict:
+        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant, *more]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         return json.loads(output.splitlines()[-1])
 
+    if args.filters:
+        found = print_filters(filters_of(args.filters), run, args)
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump({"arguments": vars(args), "filters": found}, file, indent=1)
+        return
     variants = FAMILIES[args.family]
     results: dict[str, list[dict]] = {variant: [] for variant in variants}
     for _ in range(args.rounds):
         for variant in variants:
             results[variant].append(run(variant))
-    pairs = run("pairs")
+    pairs = run("pairs")["pairs"]
     seconds = {v: statistics.median(s for r in rows for s in r["seconds"]) for v, rows in results.items()}
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
     ours, momentum = OURS[args.family]

@@ -33,6 +33,20 @@ def test_every_variant_is_measured(family, variants, tmp_path):
     assert few.returncode != 0 and "--pairs: at least 2" in few.stderr
 
 
+def test_the_cost_of_filters(tmp_path):
+    flags = "--shape tiny --length 16 --batch 1 --vocab 99 --pairs 2 --threads 1 --json".split()
+    command = [sys.executable, SCRIPT, *flags, tmp_path / "out.json", "--filters", "fir@values,ema@depth"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[:2] for line in done.stdout.splitlines()[3:]]
+    assert rows == [["| fir", "values"], ["| ema", "depth"]]
+    found = json.loads((tmp_path / "out.json").read_text())["filters"]
+    assert [len(times["seconds"]) for f in found.values() for times in f["pairs"].values()] == [2] * 4
+    command[-1] = "fir@depth"
+    refused = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert refused.returncode != 0 and refused.stderr.startswith("error: --filters fir@depth: must be all, or of ema@")
+
+
 def test_the_ratio_is_of_the_pairs():
     spec = importlib.util.spec_from_file_location("train_step_benchmark", SCRIPT)
     benchmark = importlib.util.module_from_spec(spec)

@@ -1,6 +1,4 @@
-"""Programs that run side by side and log to files: trainings and evaluations of the quickstart and of the sweep in
-examples/.
-"""
+"""Programs that run side by side and log to files: trainings and evaluations of the quickstart and of examples."""
 
 from __future__ import annotations
 
@@ -184,17 +182,17 @@ def train_command(
     tokens_per_sample: int,
     batch_size: int,
     autocast: str,
+    device: str = "cpu",
 ) -> list[str]:
-    """The ``fairseq-train`` command of one run on a CPU, without the folders that it writes. ``model``: ``--arch`` and
-    its flags.
+    """The ``fairseq-train`` command of one run on a ``device`` ("cpu" or "cuda"), without the folders that it writes.
+    ``model``: ``--arch`` and its flags.
     """
     words = [
         tool("fairseq-train"), data, "--task", "momentum_language_modeling", *model, "--autocast", autocast,
         "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw", "--weight-decay", 0.1, "--clip-norm", 1.0,
         "--lr", lr, "--lr-scheduler", "cosine", "--warmup-updates", min(warmup, updates // 5), "--max-update", updates,
-        "--tokens-per-sample", tokens_per_sample, "--batch-size", batch_size, "--seed", seed, "--cpu", "--num-workers",
-        0,
-        "--disable-validation", "--log-format", "json",
+        "--tokens-per-sample", tokens_per_sample, "--batch-size", batch_size, "--seed", seed,
+        *(["--cpu"] if device == "cpu" else []), "--num-workers", 0, "--disable-validation", "--log-format", "json",
     ]  # fmt: skip
     return [str(word) for word in words]
 
@@ -212,13 +210,21 @@ def saving(folder: Path, every: int) -> list[str]:
     ]
 
 
-def perplexity_command(data: Path, run: Path, split: str, lengths: str, output: Path) -> list[str]:
-    """Of the last checkpoint of a run: equal tokens, nothing selected on the text that is measured."""
+def perplexity_command(data: Path, run: Path, split: str, lengths: str, output: Path, device: str = "cpu") -> list[str]:
+    """Of the last checkpoint of a run: equal tokens, nothing selected on the text that is measured. ``run``: its
+    folder, or a checkpoint.
+    """
+    checkpoint = run if run.suffix == ".pt" else run / "checkpoint_last.pt"
     return [
-        tool("fairseq-eval"), "--task", "lm_perplexity", str(data), "--path", str(run / "checkpoint_last.pt"),
-        "--split", split,
-        "--context-lengths", lengths, "--device", "cpu", "--batch-tokens", "2048", "--results-dir", str(output),
+        tool("fairseq-eval"), "--task", "lm_perplexity", str(data), "--path", str(checkpoint), "--split", split,
+        "--context-lengths", lengths, "--device", device, "--batch-tokens", "2048", "--results-dir", str(output),
     ]  # fmt: skip
+
+
+def run_all(jobs: Sequence[Job], at_once: int, label: str) -> None:
+    """Runs programs under one bar that counts them."""
+    with progress_bar(total=len(jobs), desc=label, unit="run", dynamic_ncols=True) as bar:
+        run_jobs(jobs, at_once, lambda: bar.update(sum(job.is_done() for job in jobs) - bar.n))
 
 
 def open_config(folder: Path, settings: Mapping[str, Any], what: str) -> dict[str, Any]:

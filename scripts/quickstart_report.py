@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from paired_runs import RunOnText, average, difference
 
-from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap, t_interval
+from momentum_lm.analysis.statistics import PairedDifference
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
 from momentum_lm.report.finetuning_verdicts import headlines, verdict
 from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture, Points, write_page
-from momentum_lm.report.perplexity import difference_cells, document_sums
+from momentum_lm.report.perplexity import difference_cells
 from momentum_lm.report.tables import Table
 from momentum_lm.results.records import read_results
 from momentum_lm.studies import classification_summary
@@ -171,36 +172,16 @@ def _finetuning(output: Path) -> Chapter:
 
 def compare(output: Path, settings: Any, length: int) -> dict[str, Any]:
     """Both models at one context length: perplexities, and the difference over documents and over seeds."""
-    baseline, momentum = _names(settings)
-    models: dict[str, Any] = {}
-    sums: dict[str, list[np.ndarray]] = {}
-    tokens = np.empty(0)
-    for model in (baseline, momentum):
-        runs = []
-        for seed in settings.seeds:
-            folder = output / "runs" / f"{model}-seed{seed}" / "perplexity"
-            run = next(
-                r for r in read_results(folder)["runs"] if r["context_length"] == length and r["split"] == "valid"
-            )
-            nll, tokens = document_sums(folder, run)
-            sums.setdefault(model, []).append(nll)
-            runs.append(run)
-        bits = [run["bits_per_byte"] for run in runs]
-        models[model] = {
-            "perplexity": math.exp(float(np.mean([math.log(run["perplexity"]) for run in runs]))),
-            "by_seed": [run["perplexity"] for run in runs],
-            "bits_per_byte": None if None in bits else float(np.mean(bits)),
-        }
-    over_documents = paired_bootstrap(np.mean(sums[momentum], axis=0), np.mean(sums[baseline], axis=0), tokens)
-    by_seed = [float((m - b).sum() / tokens.sum()) for m, b in zip(sums[momentum], sums[baseline], strict=True)]
-    over_seeds = t_interval(by_seed) if len(by_seed) > 1 else None
+    folders = {
+        model: [output / "runs" / f"{model}-seed{seed}" / "perplexity" for seed in settings.seeds]
+        for model in _names(settings)
+    }
+    runs = {model: [RunOnText.read(folder, "valid", length) for folder in some] for model, some in folders.items()}
+    baseline, momentum = runs.values()
     return {
         "context_length": length,
-        "models": models,
-        "difference": vars(over_documents),
-        "ratio_by_seed": [math.exp(d) for d in by_seed],
-        "ratio_ci95_over_seeds": None if over_seeds is None else [math.exp(over_seeds.low), math.exp(over_seeds.high)],
-        "documents": int(tokens.size),
+        "models": {model: average(some) for model, some in runs.items()},
+        **difference(momentum, baseline),
     }
 
 

@@ -18,8 +18,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from momentum_lm.analysis.statistics import t_interval
 from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
@@ -28,7 +26,7 @@ from momentum_lm.results.records import read_results
 from momentum_lm.studies.flags import choices, integers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from jobs import Job, JobError, open_config, perplexity_command, run_jobs, saving, train, train_command
+from jobs import Job, JobError, open_config, perplexity_command, run_all, saving, train, train_command
 
 ETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 VARIANTS: dict[str, list[str]] = {
@@ -108,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train([training(args, folder, *run) for run, folder in folders.items()], args.jobs, "training")
         if args.train_only:
             return 0
-        with tqdm(total=len(evaluations), desc="evaluating", unit="run") as bar:
-            run_jobs(evaluations, args.jobs, lambda: bar.update(sum(job.is_done() for job in evaluations) - bar.n))
+        run_all(evaluations, args.jobs, "evaluating")
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -37,6 +37,9 @@ SMALLER = {
     "momentum-lm report": "",
     "momentum-lm doctor": "",
     "lm_eval": "--limit 4",
+    "python examples/continued_pretraining/continue.py": "--model models/small --corpus corpus/movie-reviews.jsonl "
+    "--data-dir data/icl --documents 50 --valid 10 --variants ema --seeds 1,2 --tokens 128 --tokens-per-sample 32 "
+    "--shots 2 --draws 1,2 --limit 4",
     "python examples/dual_form/dual_form.py": "",
     "python examples/momentum_vs_vanilla/sweep.py": "--tokens 4096 --context-lengths 16 --splits valid --variants "
     "vanilla,ema_0.3 "
@@ -198,7 +201,7 @@ def name(path):
 
 
 # minutes together, of commands that other tests run and look at
-NIGHTLY = ("pretraining", "icl_vs_finetuning", "momentum_vs_vanilla", "reproduce_paper")
+NIGHTLY = ("pretraining", "continued_pretraining", "icl_vs_finetuning", "momentum_vs_vanilla", "reproduce_paper")
 MARKED = [
     pytest.param(path, marks=pytest.mark.nightly if name(path) in NIGHTLY else ()) for path in (README, *EXAMPLES)
 ]

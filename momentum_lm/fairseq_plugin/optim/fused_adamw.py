@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, List  # fairseq reads field types: no `from __future__ import annotations` here
+from typing import Any, List, Optional  # fairseq reads field types: no `from __future__ import annotations` here
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -11,7 +11,8 @@ from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
 from torch import Tensor, nn
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
+from momentum_lm.model.filters import is_of_filter
 from momentum_lm.model.marks import decayed
 
 
@@ -28,24 +29,36 @@ class FusedAdamWConfig(FairseqDataclass):
     adam_backend: ChoiceEnum(["torch", "apex"]) = field(  # type: ignore[valid-type]
         default="torch", metadata={"help": "torch.optim.AdamW(fused=True), or NVIDIA apex's FusedAdam"}
     )
+    momentum_lr: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "learning rate of what momentum attention learns (decays, gates, weights of lags); the schedule "
+            "scales it as it scales --lr (default: --lr)"
+        },
+    )
     lr: List[float] = II("optimization.lr")
 
 
 _LEFT_ALONE = "no_weight_decay"
+_OF_FILTER = "no_weight_decay, of a filter"
 
 
 def mark_parameters(model: nn.Module) -> None:
     """Tells this optimizer which of the model's parameters weight decay leaves alone
-    (:func:`momentum_lm.model.marks.decayed`).
+    (:func:`momentum_lm.model.marks.decayed`), and which of these momentum attention learns.
     """
     applies = decayed(model)
     for name, parameter in model.named_parameters():
         if not applies[name]:  # fairseq's fp32 copies of parameters keep this attribute
-            parameter.param_group = _LEFT_ALONE  # type: ignore[attr-defined]
+            parameter.param_group = _OF_FILTER if is_of_filter(name) else _LEFT_ALONE  # type: ignore[attr-defined]
 
 
 def _is_decayed(parameter: Tensor) -> bool:
-    return parameter.dim() >= 2 and getattr(parameter, "param_group", None) != _LEFT_ALONE
+    return parameter.dim() >= 2 and getattr(parameter, "param_group", None) not in (_LEFT_ALONE, _OF_FILTER)
+
+
+def _is_of_filter(parameter: Tensor) -> bool:
+    return getattr(parameter, "param_group", None) == _OF_FILTER
 
 
 def _multiply(tensors: list[Tensor], factor: float | Tensor) -> None:
@@ -65,7 +78,8 @@ def _is_divided(tensor: Any) -> bool:
 @register_optimizer("fused_adamw", dataclass=FusedAdamWConfig)
 class FusedAdamW(FairseqOptimizer):
     """AdamW (arXiv 1711.05101). Weight decay applies to what has two dimensions or more and is not marked (see
-    :func:`mark_parameters`). Raises UserError for impossible flags.
+    :func:`mark_parameters`). The learning rate of what momentum attention learns is at every update ``--momentum-lr`` /
+    ``--lr`` (the first one) times that of the schedule, if given. Raises UserError for impossible flags.
     """
 
     def __init__(self, cfg: Any, params: Iterable[Any]) -> None:
@@ -87,8 +101,13 @@ class FusedAdamW(FairseqOptimizer):
 
     def _adamw(self, params: list[Any]) -> torch.optim.Optimizer:
         """Of any ``params``, none included."""
-        rest: dict[str, Any] = {"params": [p for p in params if not _is_decayed(p)], "weight_decay": 0.0}
-        groups: list[dict[str, Any]] = [{"params": [p for p in params if _is_decayed(p)]}, rest]
+        own = self._of_filters(params)
+        rest = [p for p in params if not _is_decayed(p) and not (own and _is_of_filter(p))]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in params if _is_decayed(p)]},
+            {"params": rest, "weight_decay": 0.0},
+            {"params": own, "weight_decay": 0.0, "lr": self.cfg.momentum_lr},
+        ]
         groups = [group for group in groups if group["params"]] or groups[:1]
         if self.cfg.adam_backend == "apex":
             try:
@@ -100,6 +119,27 @@ class FusedAdamW(FairseqOptimizer):
                 ) from None
             return FusedAdam(groups, **self.optimizer_config)
         return torch.optim.AdamW(groups, fused=True, **self.optimizer_config)
+
+    def _of_filters(self, params: list[Any]) -> list[Any]:
+        """What has a learning rate of its own."""
+        rate, base = self.cfg.momentum_lr, self.optimizer_config["lr"]
+        if rate is None:
+            return []
+        if not rate >= 0:
+            raise UserError(arg(momentum_lr=rate), ": must not be negative")
+        if base <= 0:
+            raise UserError(arg(lr=base), ": must be positive with ", arg(momentum_lr=rate), ", which goes with it")
+        own = [p for p in params if _is_of_filter(p)]
+        if not own:
+            raise UserError(
+                arg(momentum_lr=rate), ": this model's momentum learns nothing, or is in a flat buffer: leave it out, "
+                "or add --momentum-learned or --momentum-gate zero, and with --fp16 --fp16-no-flatten-grads"
+            )  # fmt: skip
+        return own
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.param_groups:
+            group.update(self._settings_of(group, {"lr": lr}))
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
@@ -129,7 +169,10 @@ class FusedAdamW(FairseqOptimizer):
         """Those of ``settings``, given for all parameters, that a group has."""
         if any(_is_decayed(p) for p in group["params"]):
             return settings
-        return {name: value for name, value in settings.items() if name != "weight_decay"}
+        own = {name: value for name, value in settings.items() if name != "weight_decay"}
+        if "lr" in own and self.cfg.momentum_lr is not None and any(_is_of_filter(p) for p in group["params"]):
+            own["lr"] *= self.cfg.momentum_lr / self.optimizer_config["lr"]
+        return own
 
     @property
     def supports_memory_efficient_fp16(self) -> bool:

@@ -112,11 +112,6 @@ class Muon(FusedAdamW):
         super().prepare(cfg, model)
         mark_matrices(model)
 
-    def set_lr(self, lr: float) -> None:
-        """``lr`` is AdamW's."""
-        for group in self.param_groups:
-            group.update(self._settings_of(group, {"lr": lr}))
-
     def _settings_of(self, group: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         if "ns_steps" not in group:
             return super()._settings_of(group, settings)

@@ -19,6 +19,7 @@ def config(**changes):
         "adam_betas": "(0.9, 0.98)",
         "adam_eps": 1e-6,
         "weight_decay": 0.0,
+        "momentum_lr": None,
         "adam_backend": "torch",
         "use_old_adam": False,
         "fp16_adam_stats": False,
@@ -97,6 +98,56 @@ def test_weight_decay_leaves_momentum_alone(copied):
     )
 
 
+KINDS = {
+    "ema": {"momentum_kind": "ema", "momentum_learned": True, "momentum_gate": "zero"},
+    "fir everywhere": {"momentum_kind": "fir", "momentum_at": "output,ffn,embedding", "momentum_current": True},
+    "multi_ema": {"momentum_kind": "multi_ema"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_momentum_has_a_learning_rate_of_its_own(kind, copied):
+    """Of torch's AdamW, its groups made by hand, through a schedule and a checkpoint; also of fp32 copies."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(50, 8, 16, 2, 2, **KINDS[kind]))
+    mark_parameters(model)
+    params = (
+        FP16Optimizer.build_fp32_params(config(), list(model.parameters()), False) if copied else model.parameters()
+    )
+    named = dict(zip([name for name, _ in model.named_parameters()], params, strict=True))
+    twin = {name: torch.nn.Parameter(p.detach().clone()) for name, p in named.items()}
+    optimizer = FusedAdamW(config(momentum_lr=0.5, weight_decay=0.25), list(named.values()))
+    rates = [(1.0, {"weight_decay": 0.25}), (1.0, {"weight_decay": 0.0}), (5.0, {"weight_decay": 0.0})]
+    members = [[], [], []]
+    for name, p in twin.items():
+        members[2 if "momentum" in name else int(p.dim() < 2)].append(p)
+    assert all(members)
+    groups = [{"params": some, **given} for some, (_, given) in zip(members, rates, strict=True)]
+    reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.98), eps=1e-6)
+
+    def schedule(rate):
+        for group, (factor, _) in zip(reference.param_groups, rates, strict=True):
+            group["lr"] = factor * rate
+
+    schedule(0.1)
+    for count in range(6):
+        if count == 2:
+            optimizer.set_lr(0.03), schedule(0.03)
+        if count == 4:  # the command's rate is taken, not the checkpoint's
+            state = optimizer.state_dict()
+            optimizer = FusedAdamW(config(momentum_lr=0.5, weight_decay=0.25), list(named.values()))
+            optimizer.load_state_dict(state, optimizer.optimizer_config)
+            schedule(0.1)
+        for a, b in zip(named.values(), twin.values(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optimizer.step(), reference.step()
+        assert optimizer.get_lr() == reference.param_groups[0]["lr"]
+    for name in named:
+        torch.testing.assert_close(named[name], twin[name], rtol=1e-5, atol=1e-6)
+
+
 def test_state_continues_where_it_stopped_with_todays_flags():
     straight = make(FusedAdamW)
     for _ in range(4):
@@ -130,6 +181,9 @@ def test_no_clipping_only_measures():
         ({"adam_betas": "(0.9, 1.5)"}, "--adam-betas"),
         ({"adam_betas": "__import__('os')"}, "--adam-betas"),
         ({"adam_backend": "apex"}, "apex"),
+        ({"momentum_lr": 0.1}, "momentum_lr=0.1: this model's momentum learns nothing"),
+        ({"momentum_lr": -0.1}, "momentum_lr=-0.1: must not be negative"),
+        ({"momentum_lr": 0.1, "lr": [0.0]}, "lr=0.0: must be positive"),
     ],
 )
 def test_impossible_flags_are_named(changes, word):

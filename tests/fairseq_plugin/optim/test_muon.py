@@ -190,6 +190,16 @@ def test_a_state_goes_on_bit_for_bit_and_with_todays_rates(build):
     assert found == [[1e-3, 0.25, 1e-3], [1e-3, 0.0, 1e-3], [pytest.approx(0.05), 0.25, 1e-7]]
 
 
+def test_momentum_has_its_own_rate_here_too(build):
+    cfg, model = build(*MODELS["ours"][0], "--lr", "1e-2", "--muon-lr", "0.05", "--momentum-lr", "0.03")
+    optimizer = make_optimizer(cfg, model)
+    optimizer.set_lr(1e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        wanted = 5e-3 if re.fullmatch(PLAIN, name) else 3e-3 if "momentum" in name else 1e-3
+        assert rates[id(parameter)] == pytest.approx(wanted), name
+
+
 @pytest.mark.parametrize(
     "words,said",
     [

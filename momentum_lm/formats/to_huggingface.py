@@ -21,6 +21,7 @@ from .native import NativeCheckpoint
 from .tokenizers import special_tokens, write_tokenizer
 
 PART = 5_000_000_000  # bytes, as transformers cuts
+_KINDS = ("none", "ema", "multi_ema", "fir")  # that the code which travels with a model computes
 _REMOTE = Path(__file__).parent / "remote"
 _MODULES = {
     "AutoConfig": "configuration_momentum_lm.MomentumLMConfig",
@@ -92,11 +93,9 @@ def choose(
         for family in sorted(FAMILIES, key=lambda family: family.fairseq_ids == own):
             if family is not MOMENTUM and (own or family.position_rows) and family.represents(decoder):
                 return family, order if own else None
-    if decoder.momentum_kind == "fir" or decoder.places not in ((), ("output",)):
-        where = arg(momentum_kind="fir") if decoder.momentum_kind == "fir" else arg(momentum_at=decoder.momentum_at)
-        raise UserError(
-            "a model with ", where, " cannot be written for transformers yet: it has no class that computes it"
-        )
+    if decoder.momentum_kind not in _KINDS:
+        problem = " cannot be written for transformers: the code that goes with it knows ema, multi_ema and fir alone"
+        raise UserError("a model with ", arg(momentum_kind=decoder.momentum_kind), problem)
     return MOMENTUM, None
 
 

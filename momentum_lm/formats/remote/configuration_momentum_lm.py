@@ -19,9 +19,12 @@ class MomentumLMConfig(PretrainedConfig):
     each head's queries and keys are normalised before positions turn them. ``parallel_residual``: attention and
     feed-forward layer are both of the block's input.
 
-    ``momentum_kind``: none; ema, which adds sum_{i<t} eta^(t-i) v_i to each head; or multi_ema, eight learned decays a
-    channel of the values. ``momentum_learned``: one decay a head of values is learned. ``momentum_normalize``: the
-    weights are scaled to sum to 1. ``momentum_gate``: none, or zero, a learned factor that starts at 0.
+    ``momentum_kind``: none; ema, which adds sum_{i<t} eta^(t-i) v_i to each head; multi_ema, eight learned decays a
+    channel of the values; or fir, a learned weight a channel for each of the last ``momentum_taps`` tokens, and with
+    ``momentum_current`` for the token itself. ``momentum_at``: where, with commas between: output, of the heads, from
+    their values; values, keys, queries, input, ffn, ffn_hidden, embedding, which gain what is filtered of themselves;
+    depth, across layers (ema). ``momentum_learned``: one decay a head is learned. ``momentum_normalize``: the weights
+    are scaled to sum to 1. ``momentum_gate``: none, or zero, a learned factor that starts at 0.
     ``absent_tokens``: ids that are never predicted. ``padding_idx`` and ``eos_idx``: the ids that the model was trained
     with. The first positions follow from ``padding_idx``, so it stays when ``pad_token_id`` is set to a token of one's
     own.
@@ -84,3 +87,13 @@ class MomentumLMConfig(PretrainedConfig):
         super().__post_init__(**kwargs)  # sets what is given under the names of earlier versions
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where there is momentum."""
+        return () if self.momentum_kind == "none" else tuple(self.momentum_at.replace(" ", "").split(","))
+
+    @property
+    def over_tokens(self) -> tuple[str, ...]:
+        """Those of them where a token's filter looks at others."""
+        return tuple(place for place in self.places if place != "depth")

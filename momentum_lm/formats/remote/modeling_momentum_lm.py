@@ -2,8 +2,9 @@
 with such a model.
 
 Attention gains a moving average of the values, ``MoAttn_t = Attn_t + sum_{i<t} eta^(t-i) v_i`` (arXiv 2212.10559,
-section 5). A cache holds all values, so the average of a new token is computed from there, and beams, cropping and
-copies of a cache need no care.
+section 5), or such a causal filter is elsewhere. A cache holds all values, so the average of a new token is computed
+from there, and beams, cropping and copies of a cache need no care. What a filter elsewhere takes is in layers of the
+cache that come after the model's own.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -38,8 +40,8 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 class Seen(NamedTuple):
-    """What each new token (T of them) sees of the values (S of them, those of a cache included). All None: all before
-    it, and itself.
+    """What each new token (T of them) sees of the values, or of what else is filtered (S of them, those of a cache
+    included). All None: all before it, and itself.
 
     ``order`` (B, S): the values in the order in which the average takes them, those that no token sees first;
     ``hidden`` (B, S): which these are, in that order; ``where`` (B, T): each new token's place among the last T of the
@@ -56,20 +58,19 @@ class Seen(NamedTuple):
 
 
 class Momentum(nn.Module):
-    """The moving average of the values: one decay a head (``ema``, without the current token), or eight learned decays
-    a channel with signed weights (``multi_ema``, with it). Query heads that share a head of values, G of them, share
-    its average. Its parameters and sums are in fp32 in a model in half precision.
+    """A causal filter at one of ``config.places``: of the values for the heads' output, or of what it is added to.
+
+    Its channels are in G groups: heads, or as many parts of what has none. Query heads that share a head of values
+    share its average. Parameters and sums are in fp32 in a model in half precision. ``index``: the layer of a cache
+    that holds what is filtered, where the model's own do not.
     """
 
-    def __init__(self, config: MomentumLMConfig) -> None:
+    gate: nn.Parameter | None
+
+    def __init__(self, config: MomentumLMConfig, place: str, index: int) -> None:
         super().__init__()
-        self.config = config
-        self.several = config.momentum_kind == "multi_ema"
-        rows = config.num_key_value_heads * (config.head_dim if self.several else 1)
-        self.delta = nn.Parameter(torch.empty(rows, 8)) if self.several else None
-        self.gamma = nn.Parameter(torch.empty(rows, 8)) if self.several else None
-        self.decay_logit = nn.Parameter(torch.empty(rows)) if config.momentum_learned else None
-        self.gate = nn.Parameter(torch.empty(rows)) if config.momentum_gate == "zero" else None
+        self.config, self.index = config, index
+        self.groups, self.size = groups_at(config, place)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         def keep_precision(tensor: Tensor) -> Tensor:  # bf16 rounds a decay of 0.999 to 1
@@ -80,26 +81,24 @@ class Momentum(nn.Module):
 
     def reset_parameters(self) -> None:
         """As at the start of training."""
-        eta = self.config.momentum_eta
-        if self.delta is not None and self.gamma is not None:
-            nn.init.normal_(self.delta, std=0.2)
-            nn.init.normal_(self.gamma)
-        if self.decay_logit is not None:
-            nn.init.constant_(self.decay_logit, math.log(eta) - math.log1p(-eta))
         if self.gate is not None:
             nn.init.zeros_(self.gate)
 
-    def terms(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Logarithms of the decays, and weights: (R, N) each, for R heads or channels of N decays."""
-        if self.delta is not None and self.gamma is not None:
-            log_decay, weight = F.logsigmoid(self.delta), self.gamma / math.sqrt(self.gamma.shape[0])
-        else:
-            shape = (self.config.num_key_value_heads, 1)
-            log_decay = torch.full(shape, math.log(self.config.momentum_eta), device=device)
-            if self.decay_logit is not None:
-                log_decay = F.logsigmoid(self.decay_logit)[:, None]
-            weight = torch.expm1(-log_decay) if self.config.momentum_normalize else torch.ones_like(log_decay)
-        return log_decay, weight if self.gate is None else weight * self.gate[:, None]
+    def kernel(self, values: Tensor) -> Tensor:
+        """values (B, G, S, D) -> each channel's weight by distance (G, N, D), up to S - 1, or to where all are 0."""
+        raise NotImplementedError
+
+    def average(self, values: Tensor, length: int, documents: Tensor | None = None) -> Tensor:
+        """values (B, G, S, D) -> (B, G, length, D), of the last tokens, where each sees all before it.
+
+        documents (B, S), one number a document, whose averages begin anew; ``length`` is S then.
+        """
+        raise NotImplementedError
+
+    def added(self, x: Tensor, seen: Seen, past_key_values: Any) -> Tensor:
+        """x (B, G, T, D) plus its average, of what the cache has of earlier tokens too."""
+        history = x if past_key_values is None else remembered(past_key_values, self.index, x)
+        return (x + self(history, x.shape[2], seen)).to(x.dtype)
 
     def forward(self, values: Tensor, length: int, seen: Seen) -> Tensor:
         """values (B, G, S, D) -> the averages at the ``length`` new tokens, in fp32 at least: (B, G, length, D), or (B,
@@ -118,37 +117,126 @@ class Momentum(nn.Module):
             if seen.order is not None and seen.hidden is not None:
                 index = seen.order[:, None, :, None].expand_as(values)
                 values = values.gather(2, index).masked_fill(seen.hidden[:, None, :, None], 0.0)
-            if self.several:
-                values = values.transpose(2, 3).flatten(1, 2)[..., None]  # (B, G * D, S, 1)
             out = self.average(values, length, seen.documents)
-            if self.several:
-                out = out[..., 0].unflatten(1, (groups, -1)).transpose(2, 3)
             return out if seen.where is None else out.gather(2, seen.where[:, None, :, None].expand_as(out))
 
     def summed(self, values: Tensor, lag: Tensor) -> Tensor:
         """values (B, G, S, D), lag (B, 1 or G, T, S) -> (B, G, T, D), by the equation: each value times its weight."""
-        log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
-        if not self.several:
-            weights = weight[..., None] * torch.exp(lag.clamp(min=0) * log_decay[..., None])  # (B, G, T, S)
-            return weights.masked_fill(lag < 1, 0.0) @ values
-        distance = torch.arange(values.shape[2], device=values.device)
-        kernel = (weight[..., None] * torch.exp(distance * log_decay[..., None])).sum(1)
-        kernel = kernel.unflatten(0, (values.shape[1], -1)).transpose(1, 2)[None]  # (1, G, S, D), by distance
+        kernel = self.kernel(values).expand(len(values), -1, -1, -1)
         out = []
-        for row in lag.expand(*values.shape[:2], -1, -1).unbind(
-            2
-        ):  # one query at a time: these are weights for each channel
-            index = row.clamp(min=0)[..., None].expand_as(values)
-            weights = kernel.expand_as(values).gather(2, index).masked_fill((row < 0)[..., None], 0.0)
+        # one query at a time: these are weights for each channel
+        for row in lag.expand(*values.shape[:2], -1, -1).unbind(2):
+            index = row.clamp(0, kernel.shape[2] - 1)[..., None].expand_as(values)
+            weights = kernel.gather(2, index).masked_fill((row < 0)[..., None], 0.0)
             out.append((weights * values).sum(2))
         return torch.stack(out, 2)
 
-    def average(self, values: Tensor, length: int, documents: Tensor | None = None) -> Tensor:
-        """values (B, R, S, D) -> (B, R, length, D): within chunks by the matrix of all decays, and over them by their
-        sums.
 
-        documents (B, S), one number a document, whose averages begin anew; ``length`` is S then.
-        """
+class MomentumFIR(Momentum):
+    """A learned weight a channel for each of the last ``momentum_taps`` tokens, and with ``momentum_current`` one for
+    the token itself (``fir``).
+    """
+
+    def __init__(self, config: MomentumLMConfig, place: str, index: int) -> None:
+        super().__init__(config, place, index)
+        self.weights = nn.Parameter(torch.empty(config.momentum_taps, self.groups, self.size))
+        self.current = nn.Parameter(torch.empty(self.groups, self.size)) if config.momentum_current else None
+        self.gate = nn.Parameter(torch.empty(self.groups)) if config.momentum_gate == "zero" else None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        lag = torch.arange(1, len(self.weights) + 1, dtype=torch.float64)
+        self.weights.copy_((self.config.momentum_eta**lag)[:, None, None].expand_as(self.weights))
+        if self.current is not None:
+            nn.init.zeros_(self.current)
+
+    def by_lag(self, dtype: torch.dtype) -> Tensor:
+        """(K + 1, G, D): the weights of the token itself, and of each before it."""
+        current = torch.zeros_like(self.weights[0]) if self.current is None else self.current
+        weights = torch.cat([current[None], self.weights])
+        return (weights if self.gate is None else weights * self.gate[:, None]).to(dtype)
+
+    def kernel(self, values: Tensor) -> Tensor:
+        return F.pad(self.by_lag(values.dtype), (0, 0, 0, 0, 0, 1)).transpose(0, 1)
+
+    def average(self, values: Tensor, length: int, documents: Tensor | None = None) -> Tensor:
+        taps, first = len(self.weights), values.shape[2] - length
+        padded = F.pad(values, (0, 0, taps, 0))[:, :, first:]  # the new tokens, and as many as they look back to
+        numbers = None if documents is None else F.pad(documents, (taps, 0), value=-1)
+        out = torch.zeros_like(padded[:, :, taps:])
+        for lag, weight in enumerate(self.by_lag(values.dtype).unbind(0)):
+            if lag == 0 and self.current is None:
+                continue
+            before = slice(taps - lag, taps - lag + length)
+            earlier = padded[:, :, before]
+            if documents is not None and numbers is not None:
+                earlier = earlier * (numbers[:, before] == documents)[:, None, :, None]
+            out = out + weight[:, None] * earlier
+        return out
+
+
+class MomentumEMA(Momentum):
+    """The moving average: one decay a group (``ema``, without the current token), or eight learned decays a channel
+    with signed weights (``multi_ema``, with it).
+    """
+
+    def __init__(self, config: MomentumLMConfig, place: str, index: int) -> None:
+        super().__init__(config, place, index)
+        self.several = config.momentum_kind == "multi_ema"
+        rows = self.groups * (self.size if self.several else 1)
+        self.delta = nn.Parameter(torch.empty(rows, 8)) if self.several else None
+        self.gamma = nn.Parameter(torch.empty(rows, 8)) if self.several else None
+        self.decay_logit = nn.Parameter(torch.empty(rows)) if config.momentum_learned else None
+        self.gate = nn.Parameter(torch.empty(rows)) if config.momentum_gate == "zero" else None
+
+    def reset_parameters(self) -> None:
+        eta = self.config.momentum_eta
+        if self.delta is not None and self.gamma is not None:
+            nn.init.normal_(self.delta, std=0.2)
+            nn.init.normal_(self.gamma)
+        if self.decay_logit is not None:
+            nn.init.constant_(self.decay_logit, math.log(eta) - math.log1p(-eta))
+        super().reset_parameters()
+
+    def terms(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Logarithms of the decays, and weights: (R, N) each, for R groups or channels of N decays."""
+        if self.delta is not None and self.gamma is not None:
+            log_decay, weight = F.logsigmoid(self.delta), self.gamma / math.sqrt(self.gamma.shape[0])
+        else:
+            log_decay = torch.full((self.groups, 1), math.log(self.config.momentum_eta), device=device)
+            if self.decay_logit is not None:
+                log_decay = F.logsigmoid(self.decay_logit)[:, None]
+            weight = torch.expm1(-log_decay) if self.config.momentum_normalize else torch.ones_like(log_decay)
+        return log_decay, weight if self.gate is None else weight * self.gate[:, None]
+
+    def across(self, out: Tensor, below: Tensor) -> Tensor:
+        """out, below (B, T, H, D), of this layer and of the one below, which holds its average already -> the average
+        over layers, (B, T, H, D)."""
+        log_decay, weight = self.terms(out.device)
+        return (out + weight * log_decay.exp() * below).to(out.dtype)
+
+    def kernel(self, values: Tensor) -> Tensor:
+        log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
+        distance = torch.arange(values.shape[2], device=values.device)
+        kernel = (weight[..., None] * torch.exp(distance * log_decay[..., None])).sum(1)
+        return kernel.unflatten(0, (self.groups, -1)).transpose(1, 2)
+
+    def summed(self, values: Tensor, lag: Tensor) -> Tensor:
+        if self.several:
+            return super().summed(values, lag)
+        log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
+        weights = weight[..., None] * torch.exp(lag.clamp(min=0) * log_decay[..., None])  # (B, G, T, S)
+        return weights.masked_fill(lag < 1, 0.0) @ values
+
+    def average(self, values: Tensor, length: int, documents: Tensor | None = None) -> Tensor:
+        if not self.several:
+            return self.in_chunks(values, length, documents)
+        channels = values.transpose(2, 3).flatten(1, 2)[..., None]  # (B, G * D, S, 1)
+        return self.in_chunks(channels, length, documents)[..., 0].unflatten(1, (self.groups, -1)).transpose(2, 3)
+
+    def in_chunks(self, values: Tensor, length: int, documents: Tensor | None) -> Tensor:
+        """:meth:`average` for values (B, R, S, D), of R rows of :meth:`terms`: within chunks by the matrix of all
+        decays, and over them by their sums."""
         log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
         # Of several documents the matrices are each row's own, and with several decays each channel's.
         size = CHUNK if documents is None or not self.several else 8
@@ -208,6 +296,49 @@ class Momentum(nn.Module):
             sums = sums + torch.exp(shift * log_decay).t()[..., None, None] * earlier
             shift *= 2
         return sums
+
+
+def groups_at(config: MomentumLMConfig, place: str) -> tuple[int, int]:
+    """Into how many groups what is filtered at a place is divided, and the channels of each."""
+    if place in ("output", "values", "keys"):
+        return config.num_key_value_heads, config.head_dim
+    if place in ("queries", "depth"):
+        return config.num_attention_heads, config.head_dim
+    width = config.intermediate_size if place == "ffn_hidden" else config.hidden_size
+    groups = config.num_attention_heads if width % config.num_attention_heads == 0 else 1
+    return groups, width // groups
+
+
+def make_filter(config: MomentumLMConfig, place: str, layer: int = 0) -> Any:
+    """The filter at one of ``config.places``, of one layer; None where the configuration has none there."""
+    if place not in config.places:
+        return None
+    index, within = config.num_hidden_layers, [p for p in config.places if p not in ("output", "embedding", "depth")]
+    if place in within:
+        index += layer * len(within) + within.index(place)
+    elif place == "embedding":
+        index += config.num_hidden_layers * len(within)
+    kinds = {"ema": MomentumEMA, "multi_ema": MomentumEMA, "fir": MomentumFIR}
+    return kinds[config.momentum_kind](config, place, index)
+
+
+def remembered(past_key_values: Any, index: int, x: Tensor) -> Tensor:
+    """x (B, G, T, D) of new tokens -> (B, G, S, D), those of a cache before them: its layer ``index``, which is made
+    if need be, has them as its keys, and values without channels.
+    """
+    layers = past_key_values.layers
+    while len(layers) <= index:
+        fixed = past_key_values.is_compileable
+        layers.append(StaticLayer(max_cache_len=layers[0].max_cache_len) if fixed else DynamicLayer())
+    return past_key_values.update(x, x[..., :0], index)[0]
+
+
+def with_filter(module: Any, x: Tensor, seen: Seen, past_key_values: Any) -> Tensor:
+    """x (B, T, C) plus its filter, if there is one, in groups of channels."""
+    if module is None:
+        return x
+    grouped = x.unflatten(-1, (module.groups, -1)).transpose(1, 2)
+    return module.added(grouped, seen, past_key_values).transpose(1, 2).flatten(2)
 
 
 def _unknown(count: Any) -> bool:
@@ -274,21 +405,32 @@ class MomentumLMAttention(nn.Module):
         self.out_proj = nn.Linear(queries, width, bias=config.bias == "all")
         self.q_norm = make_norm(config, size) if config.qk_norm else None
         self.k_norm = make_norm(config, size) if config.qk_norm else None
-        self.momentum = None if config.momentum_kind == "none" else Momentum(config)
+        self.momentum = make_filter(config, "output")
+        self.momentum_values = make_filter(config, "values", layer_idx)
+        self.momentum_keys = make_filter(config, "keys", layer_idx)
+        self.momentum_queries = make_filter(config, "queries", layer_idx)
+        self.momentum_depth = make_filter(config, "depth") if layer_idx > 0 else None
 
     def forward(
         self,
         hidden_states: Tensor,
+        below: Tensor | None,
         attention_mask: Tensor | None,
         past_key_values: Any,
         rotation: tuple[Tensor, Tensor] | None,
         seen: Seen,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, T, C) -> the same shape, and the weights of eager attention."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """hidden_states (B, T, C), and what the heads of the layer below gave, (B, T, H, D), if there is one -> the
+        same shape, the weights of eager attention, and what its own heads give.
+        """
         shape = (*hidden_states.shape[:2], -1, self.config.head_dim)
         query, key, value = (
             p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key, value = (
+            x if module is None else module.added(x, seen, past_key_values)
+            for module, x in ((self.momentum_queries, query), (self.momentum_keys, key), (self.momentum_values, value))
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = normalized(query, self.q_norm), normalized(key, self.k_norm)
@@ -304,7 +446,9 @@ class MomentumLMAttention(nn.Module):
             average = self.momentum(value, query.shape[2], seen)  # (B, G or H, T, D)
             average = repeated(average, query.shape[1] // average.shape[1])
             out = (out + average.transpose(1, 2)).to(out.dtype)
-        return self.out_proj(out.flatten(2)), weights
+        if self.momentum_depth is not None:
+            out = self.momentum_depth.across(out, below)
+        return self.out_proj(out.flatten(2)), weights, out
 
 
 class MomentumLMBlock(GradientCheckpointingLayer):
@@ -322,17 +466,28 @@ class MomentumLMBlock(GradientCheckpointingLayer):
         self.fc_gate = nn.Linear(width, inner, bias) if config.ffn == "gated" else None
         self.fc2 = nn.Linear(inner, width, bias)
         self.final_layer_norm = make_norm(config, width)
+        self.momentum_input = make_filter(config, "input", layer_idx)
+        self.momentum_ffn = make_filter(config, "ffn", layer_idx)
+        self.momentum_ffn_hidden = make_filter(config, "ffn_hidden", layer_idx)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, T, C) -> the same shape, and the weights of eager attention."""
-        config = self.config
-        attended, weights = self.self_attn(self.self_attn_layer_norm(hidden_states), **kwargs)
+    def forward(
+        self, hidden_states: Tensor, below: Tensor | None, *, past_key_values: Any, seen: Seen, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """hidden_states (B, T, C) -> the same shape, the weights of eager attention, and what the layer above takes as
+        ``below``, (B, T, H, D), if that looks at it.
+        """
+        config, memory = self.config, {"past_key_values": past_key_values, "seen": seen}
+        x = with_filter(self.momentum_input, self.self_attn_layer_norm(hidden_states), **memory)
+        attended, weights, heads = self.self_attn(x, below, **memory, **kwargs)
         after = hidden_states + F.dropout(attended, config.dropout, self.training)
         x = self.final_layer_norm(hidden_states if config.parallel_residual else after)
-        activation = ACTIVATIONS[config.activation]
-        inner = activation(self.fc1(x)) if self.fc_gate is None else activation(self.fc_gate(x)) * self.fc1(x)
+        x = with_filter(self.momentum_ffn, x, **memory)
+        activated = self.fc1(x) if self.fc_gate is None else self.fc_gate(x)
+        inner = ACTIVATIONS[config.activation](with_filter(self.momentum_ffn_hidden, activated, **memory))
+        inner = inner if self.fc_gate is None else inner * self.fc1(x)
         inner = self.fc2(F.dropout(inner, config.activation_dropout, self.training))
-        return after + F.dropout(inner, config.dropout, self.training), weights
+        x = after + F.dropout(inner, config.dropout, self.training)
+        return x, weights, heads if "depth" in config.places else None
 
 
 class MomentumLMPreTrainedModel(PreTrainedModel):
@@ -343,15 +498,15 @@ class MomentumLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("MomentumLMBlock",)
     _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("momentum",)
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
     def __init__(self, config: MomentumLMConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        if config.momentum_kind == "none":
-            self._keep_in_fp32_modules_strict = set()  # type: ignore[assignment]
+        self._keep_in_fp32_modules_strict = {
+            "momentum" if place == "output" else f"momentum_{place}" for place in config.places
+        }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -370,6 +525,7 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings + padding + 1, width, padding)
         self.layers = nn.ModuleList(MomentumLMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.momentum_embedding = make_filter(config, "embedding")
         self.layer_norm = make_norm(config, width)
         self.gradient_checkpointing = False
         self.post_init()
@@ -393,13 +549,13 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
 
         Where ``position_ids`` begin anew, another document begins, which sees nothing of the one before: in a row
         without ``attention_mask``, as padding-free training has it, wherever a position is not the next one; with it,
-        where they do not grow. Raises ValueError for a mask of another width, and for more tokens than there are
-        learned positions.
+        where they do not grow. Raises ValueError for a mask of another width, for more tokens than there are learned
+        positions, and for a mask of each head's own in a model with a filter elsewhere than at the heads' output.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if config.momentum_kind != "none" and config._attn_implementation.startswith("paged"):
+        if config.over_tokens and config._attn_implementation.startswith("paged"):
             raise ValueError("momentum needs a row's values, which continuous batching does not keep: use generate")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
@@ -407,9 +563,11 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         x, prepared = self._prepare(x, attention_mask, position_ids, past_key_values)
-        hidden, attentions = [x], []
+        hidden, attentions, below = [x], [], None
         for layer in self.layers:
-            x, weights = layer(x, past_key_values=past_key_values, use_cache=use_cache, **prepared, **kwargs)
+            x, weights, below = layer(
+                x, below, past_key_values=past_key_values, use_cache=use_cache, **prepared, **kwargs
+            )
             hidden.append(x)
             attentions.append(weights)
         x = self.layer_norm(x)
@@ -446,7 +604,9 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
         if config.position == "learned" and not fixed and past + length > config.max_position_embeddings:
             most = config.max_position_embeddings
             raise ValueError(f"{past + length} tokens exceed the {most} learned positions of the model")
-        x = self._at_positions(x, position_ids)
+        seen = _seen(config, given, visible, documents, columns, total) if config.over_tokens else Seen()
+        x = x * math.sqrt(config.hidden_size) if config.scale_embeddings else x
+        x = self._at_positions(with_filter(self.momentum_embedding, x, seen, past_key_values), position_ids)
         rotation = rotations(position_ids, config) if config.position == "rotary" else None
         if documents is not None:
             mask = _own_mask(documents, visible)
@@ -457,13 +617,11 @@ class MomentumLMModel(MomentumLMPreTrainedModel):
             mask = create_causal_mask(
                 config=config, inputs_embeds=x, attention_mask=given, past_key_values=past_key_values
             )
-        seen = Seen() if config.momentum_kind == "none" else _seen(config, given, visible, documents, columns, total)
         return x, {"attention_mask": mask, "rotation": rotation, "seen": seen}
 
     def _at_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        """Embeddings (B, T, C) of tokens at positions (B or 1, T), scaled, with what the positions add to them."""
+        """Embeddings (B, T, C) of tokens at positions (B or 1, T), with what the positions add to them."""
         config = self.config
-        x = x * math.sqrt(config.hidden_size) if config.scale_embeddings else x
         rows = position_ids + config.padding_idx + 1
         if config.position == "learned":
             x = x + self.embed_positions(rows)
@@ -588,8 +746,13 @@ def _seen(
     total: int,
 ) -> Seen:
     """What momentum is to know of a row: mask (B, 1 or H, T, S) or what ``visible`` (B or 1, S) says, columns (T,) of
-    the new tokens."""
+    the new tokens. Raises ValueError for a mask of each head's own where a filter is not one of heads."""
     if mask is not None and mask.dim() == 4:
+        if mask.shape[1] > 1 and (elsewhere := [place for place in config.over_tokens if place != "output"]):
+            raise ValueError(
+                f"attention_mask says what each of {mask.shape[1]} heads sees, and momentum_at={elsewhere[0]} filters "
+                "for all of them: give a mask (B, 1, T, S)"
+            )
         sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         after = sees.flip(-1).cumsum(-1).flip(-1) - sees.long()  # how many of those that a token sees come later
         return Seen(lag=after.masked_fill(~sees, -1))

@@ -520,10 +520,10 @@ def test_configurations_go_both_ways():
         activation="relu", tie_embeddings=False, scale_embeddings=False, dropout=0.1, attention_dropout=0.2,
         activation_dropout=0.3,
         momentum_kind="ema", momentum_eta=0.9, momentum_learned=True, momentum_normalize=True, momentum_gate="zero",
-        absent_tokens=(6, 7), checkpoint_activations=True,
+        momentum_at="values,depth", absent_tokens=(6, 7), checkpoint_activations=True,
     )  # fmt: skip
-    not_exported = {"momentum_at", "momentum_taps", "momentum_current"}  # refused, but where they are the default
-    assert {name for name, _, _ in options() if getattr(config, name) == default(name)} == not_exported
+    of_another_kind = {"momentum_taps", "momentum_current"}
+    assert {name for name, _, _ in options() if getattr(config, name) == default(name)} == of_another_kind
     config = dataclasses.replace(config, checkpoint_activations=False)  # of training alone
     theirs = MomentumLMConfig(**json.loads(json.dumps(MOMENTUM.config(config, 70))))
     assert (theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads) == (24, 3, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import write_json
 from momentum_lm.model import DecoderConfig
-from momentum_lm.model.filters import is_of_filter
+from momentum_lm.model.config import BUILT_IN_FILTERS
+from momentum_lm.model.filters import filter_class, is_of_filter, own_source
 from momentum_lm.text.dictionary import EOS, PAD, SPECIALS, Dictionary
 from momentum_lm.text.tokenizer import HuggingFaceTokenizer, Tokenizer, has_tokenizer
 
@@ -21,7 +23,7 @@ from .native import NativeCheckpoint
 from .tokenizers import special_tokens, write_tokenizer
 
 PART = 5_000_000_000  # bytes, as transformers cuts
-_KINDS = ("none", "ema", "multi_ema", "fir")  # that the code which travels with a model computes
+_OWN_KINDS = "OWN_KINDS: dict[str, Any] = {}\n"  # a line of the code that travels with a model
 _REMOTE = Path(__file__).parent / "remote"
 _MODULES = {
     "AutoConfig": "configuration_momentum_lm.MomentumLMConfig",
@@ -57,8 +59,7 @@ def write_model(
     config = {**ids, **family.config(decoder, len(where)), "dtype": str(stored).removeprefix("torch.")}
     if family is MOMENTUM:
         config["auto_map"] = _MODULES
-        for module in sorted({name.partition(".")[0] for name in _MODULES.values()}):
-            shutil.copyfile(_REMOTE / f"{module}.py", folder / f"{module}.py")
+        _write_code(decoder, folder)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
     notes = [f"{len(names)} files of weights"] if len(names) > 1 else []
@@ -70,6 +71,34 @@ def write_model(
             "there is no tokenizer beside the checkpoint, so none was written; name its folder as the tokenizer"
         )
     return family.architecture, sum(lazy.numel for lazy in tensors.values()), notes
+
+
+def _write_code(decoder: DecoderConfig, folder: Path) -> None:
+    """Writes the code that travels with a model of ours, and with it the file of a filter of somebody's own."""
+    for module in sorted({name.partition(".")[0] for name in _MODULES.values()}):
+        shutil.copyfile(_REMOTE / f"{module}.py", folder / f"{module}.py")
+    source = own_source(decoder)
+    if source is not None:
+        shutil.copyfile(source, folder / "own_filters.py")
+        modelling = folder / "modeling_momentum_lm.py"
+        before, _, after = modelling.read_text("utf-8").partition(_OWN_KINDS)
+        kind, name = filter_class(decoder).__name__, decoder.momentum_kind
+        imported = before.replace(
+            "import MomentumLMConfig\n", f"import MomentumLMConfig\nfrom .own_filters import {kind}\n"
+        )
+        modelling.write_text(f'{imported}OWN_KINDS: dict[str, Any] = {{"{name}": {kind}}}\n{after}', "utf-8")
+
+
+def _check_own_kind(decoder: DecoderConfig) -> None:
+    """Raises UserError for a filter of somebody's own whose code cannot go with a model."""
+    source, what = own_source(decoder), ("a model with ", arg(momentum_kind=decoder.momentum_kind))
+    if decoder.momentum_kind in BUILT_IN_FILTERS:
+        return
+    if source is None or "." in filter_class(decoder).__qualname__:
+        problem = " cannot be written for transformers: its class must stand in a file, not within another definition"
+        raise UserError(*what, problem)
+    if re.search(r"^\s*(from\s+\.|import\s+\.)", Path(source).read_text("utf-8"), re.MULTILINE):
+        raise UserError(*what, f" cannot be written for transformers: {source} imports files beside it, and goes alone")
 
 
 def names_of_tokens(lm: NativeCheckpoint) -> dict[str, int]:
@@ -93,9 +122,7 @@ def choose(
         for family in sorted(FAMILIES, key=lambda family: family.fairseq_ids == own):
             if family is not MOMENTUM and (own or family.position_rows) and family.represents(decoder):
                 return family, order if own else None
-    if decoder.momentum_kind not in _KINDS:
-        problem = " cannot be written for transformers: the code that goes with it knows ema, multi_ema and fir alone"
-        raise UserError("a model with ", arg(momentum_kind=decoder.momentum_kind), problem)
+    _check_own_kind(decoder)
     return MOMENTUM, None
 
 

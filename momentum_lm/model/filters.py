@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import BUILT_IN_FILTERS, FILTER_KINDS, DecoderConfig
-from .marks import no_matrices
+from .marks import no_matrices, no_weight_decay
 from .precision import Float32
 from .state import LayerCache
 
@@ -65,7 +65,8 @@ def make_filter(config: DecoderConfig, place: str) -> MomentumFilter | None:
     """
     if place not in config.places:
         return None
-    return filter_class(config).make(config, place, *heads_at(config, place))
+    made = filter_class(config).make(config, place, *heads_at(config, place))
+    return no_weight_decay(made, *(name for name, _ in made.named_parameters()))
 
 
 def heads_at(config: DecoderConfig, place: str) -> tuple[int, int]:

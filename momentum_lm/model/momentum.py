@@ -12,7 +12,6 @@ from momentum_lm import ops
 
 from .config import DecoderConfig
 from .filters import FiniteFilter, MomentumFilter, added, register_filter
-from .marks import no_weight_decay
 
 
 @register_filter("ema")
@@ -103,7 +102,6 @@ class MomentumMultiEMA(MomentumFilter):
         self.delta = nn.Parameter(torch.randn(dim, self.ORDER) * 0.2)
         self.gamma = nn.Parameter(torch.randn(dim, self.ORDER))
         self.gate = nn.Parameter(torch.zeros(dim)) if gate else None
-        no_weight_decay(self, "delta", "gamma")
 
     @classmethod
     def make(cls, config: DecoderConfig, place: str, heads: int, size: int) -> MomentumFilter:
@@ -181,7 +179,6 @@ class MomentumFIR(FiniteFilter):
         self.weights = nn.Parameter((eta**lags).float()[:, None, None].repeat(1, heads, size))
         self.current = nn.Parameter(torch.zeros(heads, size)) if current else None
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
-        no_weight_decay(self, "weights", "current")
 
     @classmethod
     def make(cls, config: DecoderConfig, place: str, heads: int, size: int) -> MomentumFilter:

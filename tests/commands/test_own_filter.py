@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from momentum_lm.formats.checkpoint import load_checkpoint
+from momentum_lm.formats.native import read_native
+from momentum_lm.system import import_user_dir
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 MODEL = ["--arch", "momentum_llama_lm_tiny", "--decoder-layers", "2", "--decoder-embed-dim", "24",
@@ -59,6 +62,39 @@ def test_it_is_evaluated_and_its_code_is_part_of_the_record(trained, own, run_cl
     other = run_cli([*command, "--user-dir", changed, "--force"])
     second = json.loads((tmp_path / "results/results.json").read_text())
     assert other.returncode == 0 and first["runs"][0]["perplexity"] != second["runs"][0]["perplexity"]
+
+
+def test_an_export_goes_alone_and_comes_back(trained, own, run_cli, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    checkpoint = trained / "checkpoint_last.pt"
+    for source, target in ((checkpoint, "out"), ("out", "back")):
+        done = run_cli(["momentum-lm", "convert", source, target, "--user-dir", own], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/own_filters.py").read_text() == (own / "__init__.py").read_text()
+    before, after = (load_checkpoint(path)["model"] for path in (checkpoint, tmp_path / "back/model.pt"))
+    assert all(before[name].equal(after[name]) for name in after)
+
+    import_user_dir(own)
+    native = read_native(checkpoint).model.eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tokens = torch.randint(4, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    padded = tokens.clone()
+    padded[1, :7] = native.config.padding_idx
+    mask = padded != native.config.padding_idx
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, native(tokens), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(padded, attention_mask=mask.long()).logits[mask], native(padded)[mask], atol=1e-5, rtol=1e-5
+        )
+        documents = torch.arange(20)[None] // 8
+        packed = model(tokens[:1], position_ids=torch.arange(20)[None] % 8).logits
+        torch.testing.assert_close(packed, native(tokens[:1], segment_ids=documents), atol=1e-5, rtol=1e-5)
+        for beams in (1, 2):
+            settings = dict(attention_mask=mask.long(), num_beams=beams, do_sample=False, max_new_tokens=6)
+            cached, whole = (model.generate(padded, use_cache=use, **settings) for use in (True, False))
+            assert cached.equal(whole)
+        with pytest.raises(ValueError, match=r"momentum_kind=smear takes an attention_mask \(B, T\) alone"):
+            model(tokens, attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool).tril())
 
 
 @pytest.mark.parametrize("words", [["momentum-lm", "convert"], [

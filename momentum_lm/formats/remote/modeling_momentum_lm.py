@@ -29,6 +29,7 @@ if int(transformers.__version__.partition(".")[0]) < 5:
         f"this model needs transformers 5 or later, not {transformers.__version__}: pip install --upgrade transformers"
     )
 
+OWN_KINDS: dict[str, Any] = {}
 CHUNK = 32
 _LONGEST = 2**22  # tokens in a row of an exported model, whose rows may be of any length
 ACTIVATIONS: dict[str, Any] = {
@@ -309,6 +310,32 @@ def groups_at(config: MomentumLMConfig, place: str) -> tuple[int, int]:
     return groups, width // groups
 
 
+class MomentumOfOwn(Momentum):
+    """A kind that somebody registered with momentum_lm, by its name in ``OWN_KINDS``: its parameters are this module's,
+    and it sees all tokens again at each step.
+    """
+
+    own: Any
+
+    def __init__(self, config: MomentumLMConfig, place: str, index: int) -> None:
+        super().__init__(config, place, index)
+        own = OWN_KINDS[config.momentum_kind].make(config, place, self.groups, self.size)
+        self.__dict__.update(own=own, _parameters=own._parameters, _buffers=own._buffers, _modules=own._modules)
+
+    def reset_parameters(self) -> None:
+        pass  # its class has set them
+
+    def forward(self, values: Tensor, length: int, seen: Seen) -> Tensor:
+        if seen.lag is not None:
+            kind = self.config.momentum_kind
+            raise ValueError(f"momentum_kind={kind} takes an attention_mask (B, T) alone, 0 at padding")
+        padding = None
+        if seen.order is not None and seen.hidden is not None:
+            values, padding = values.gather(2, seen.order[:, None, :, None].expand_as(values)), seen.hidden
+        out = self.own(values, None, seen.documents, padding)[0][:, :, values.shape[2] - length :]
+        return out if seen.where is None else out.gather(2, seen.where[:, None, :, None].expand_as(out))
+
+
 def make_filter(config: MomentumLMConfig, place: str, layer: int = 0) -> Any:
     """The filter at one of ``config.places``, of one layer; None where the configuration has none there."""
     if place not in config.places:
@@ -319,7 +346,7 @@ def make_filter(config: MomentumLMConfig, place: str, layer: int = 0) -> Any:
     elif place == "embedding":
         index += config.num_hidden_layers * len(within)
     kinds = {"ema": MomentumEMA, "multi_ema": MomentumEMA, "fir": MomentumFIR}
-    return kinds[config.momentum_kind](config, place, index)
+    return kinds.get(config.momentum_kind, MomentumOfOwn)(config, place, index)
 
 
 def remembered(past_key_values: Any, index: int, x: Tensor) -> Tensor:

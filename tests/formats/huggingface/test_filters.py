@@ -1,6 +1,7 @@
 """Exported models with every kind of filter, wherever one may be, against our own decoder with the same weights."""
 
 import dataclasses
+import importlib
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from momentum_lm.formats.remote.configuration_momentum_lm import MomentumLMConfi
 from momentum_lm.formats.remote.modeling_momentum_lm import CHUNK, MomentumLMForCausalLM  # noqa: E402
 from momentum_lm.formats.to_huggingface import choose  # noqa: E402
 from momentum_lm.lm.huggingface import HuggingFaceLM  # noqa: E402
-from momentum_lm.model import Decoder, DecoderConfig  # noqa: E402
+from momentum_lm.model import Decoder, DecoderConfig, WindowFilter, register_filter  # noqa: E402
 from momentum_lm.model.config import PLACES  # noqa: E402
 
 from .test_remote import LLAMA, OTHERS, PAD, SHAPE, configuration, exported, left_padded, pair, random_tokens  # noqa: E402
@@ -251,11 +252,31 @@ def test_configurations_go_both_ways():
     assert theirs.places == ("output", "depth") and theirs.over_tokens == ("output",)
 
 
-def test_a_kind_that_the_exported_code_does_not_know():
-    config = DecoderConfig(**SHAPE, momentum_kind="ema")
-    object.__setattr__(config, "momentum_kind", "of_my_own")
-    with pytest.raises(UserError, match="momentum_kind='of_my_own' cannot be written for transformers: .* ema, multi_ema and"):
+def test_a_kind_of_ones_own_whose_code_cannot_go_along(tmp_path, monkeypatch):
+    class Nested(WindowFilter):
+        pass
+
+    register_filter("nested")(Nested)
+    config = DecoderConfig(**SHAPE, momentum_kind="nested")
+    with pytest.raises(
+        UserError, match=r"momentum_kind='nested' cannot be written for .* its class must stand in a file"
+    ):
         choose(config, None, None, 2)
+    for line, allowed in (("from .beside import x", False), ("import math", True)):
+        (tmp_path / f"filter_{allowed}.py").write_text(
+            f"{line}\nfrom momentum_lm.model import WindowFilter, register_filter\n"
+            f"@register_filter('of_file_{allowed}')\nclass Kind(WindowFilter):\n    pass\n"
+        )
+    (tmp_path / "beside.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    for allowed in (True, False):
+        importlib.import_module(f"{tmp_path.name}.filter_{allowed}")
+        config = DecoderConfig(**SHAPE, momentum_kind=f"of_file_{allowed}")
+        if allowed:
+            assert choose(config, None, None, 2) == (MOMENTUM, None)
+        else:
+            with pytest.raises(UserError, match=r"filter_False.py imports files beside it, and goes alone"):
+                choose(config, None, None, 2)
 
 
 @pytest.mark.parametrize("kind, places", EVERYWHERE)

@@ -31,6 +31,7 @@ KINDS = {
 ALL = {kind: ",".join(PLACES if kind.startswith("ema") else PLACES[:-1]) for kind in KINDS}
 EACH = [(kind, place) for kind in KINDS for place in ALL[kind].split(",")]
 EVERYWHERE = [*ALL.items()]
+SOME = [("ema_learned", "embedding,depth"), ("multi_ema", "values"), ("fir_current", "embedding,ffn_hidden")]
 close = torch.testing.assert_close
 
 
@@ -70,7 +71,7 @@ def test_logits_are_those_of_the_decoder(kind, places):
     )
 
 
-@pytest.mark.parametrize("kind, places", [("ema_learned", "embedding,depth"), ("fir_current", "input,ffn_hidden")])
+@pytest.mark.parametrize("kind, places", SOME)
 @pytest.mark.parametrize("other", OTHERS)
 def test_with_other_choices_of_the_decoder(kind, places, other):
     decoder, model = pair(**KINDS[kind], momentum_at=places, **OTHERS[other])
@@ -296,7 +297,7 @@ def test_exported(kind, places):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("kind, places", EVERYWHERE)
+@pytest.mark.parametrize("kind, places", SOME)
 def test_exported_with_rows_of_any_length(kind, places, strict):
     _, model = at(kind, places)
     _, tokens, mask = left_padded([50, 43])
@@ -316,7 +317,7 @@ def test_exported_with_rows_of_any_length(kind, places, strict):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("kind, places", EVERYWHERE)
+@pytest.mark.parametrize("kind, places", SOME)
 def test_compiled_in_one_graph(kind, places):
     _, model = at(kind, places)
     torch.compiler.reset()

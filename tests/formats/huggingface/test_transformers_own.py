@@ -42,6 +42,13 @@ CONFIGURATIONS = {
     "ema": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, position="rotary", momentum_kind="ema", momentum_learned=True),
     "multi_ema": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, momentum_kind="multi_ema"),
     "grouped": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, **LLAMA, momentum_kind="ema", momentum_learned=True),
+    "everywhere": lambda: MomentumLMConfig(
+        **SHAPE,
+        **SPECIAL,
+        momentum_kind="ema",
+        momentum_at="output,values,keys,queries,input,ffn,embedding,depth",
+    ),
+    "fir": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, momentum_kind="fir", momentum_at="output,values,ffn,embedding"),
 }
 OURS = [kind for kind in CONFIGURATIONS if kind != "llama"]
 CLASSES = {

@@ -1,22 +1,27 @@
 """Which momentum, if any, lowers perplexity? Trains every variant on equal tokens with stock ``fairseq-train`` and
 compares.
 
-    python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --splits valid
-    python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --seeds 1,2,3 --variants vanilla,ema_0.3
+    python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --splits valid --lr 3e-3,6e-3 --seeds 101,102
+    python examples/momentum_vs_vanilla/sweep.py DATA --output runs/sweep --lr best --seeds 1,2,3 --variants vanilla,ema
 
-DATA comes from ``momentum-lm prepare``. Variants and seeds may be added by later calls: what is finished is not run
-again, and what was interrupted goes on; another --lr, --autocast or DATA needs another --output. Selection uses the
-``valid`` split; quote the ``test`` split.
+DATA comes from ``momentum-lm prepare``. Forms, variants, learning rates and seeds may be added by later calls: what
+``results_TOKENS.json`` of --output has is not run again, and what was interrupted goes on; another --autocast or DATA
+needs another --output. ``--lr best`` takes for each variant the rate of the lowest mean loss on ``valid`` over the
+--selection-seeds; quote the ``test`` split. A variant of your own: ``--variant 'mine=--momentum-kind mine' --user-dir
+my_filters``.
 """
 
 import argparse
 import itertools
 import json
 import math
+import re
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from momentum_lm.analysis.statistics import t_interval
 from momentum_lm.cli.options import Parser
@@ -28,54 +33,134 @@ from momentum_lm.studies.flags import choices, integers
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from jobs import Job, JobError, open_config, perplexity_command, run_all, saving, train, train_command
 
-ETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-VARIANTS: dict[str, list[str]] = {
-    "vanilla": ["--arch", "gpt_lm_tiny"],
-    **{f"ema_{eta}": ["--arch", "momentum_lm_tiny", "--momentum-eta", str(eta)] for eta in ETAS},
-    "ema_learned": ["--arch", "momentum_lm_tiny", "--momentum-eta", "0.5", "--momentum-learned"],
-    **{
-        f"ema_{eta}_normalized": ["--arch", "momentum_lm_tiny", "--momentum-eta", str(eta), "--momentum-normalize"]
-        for eta in (0.7, 0.9)
-    },
-    "ema_0.5_gated": ["--arch", "momentum_lm_tiny", "--momentum-eta", "0.5", "--momentum-gate", "zero"],
-    "multi_ema": ["--arch", "momentum_lm_tiny", "--momentum-kind", "multi_ema"],
+FORMS = {  # of the decoder, around which variants differ
+    "gpt": ["--arch", "gpt_lm_tiny"],
+    "gpt_rotary": ["--arch", "gpt_lm_tiny", "--position", "rotary"],
+    "gpt_none": ["--arch", "gpt_lm_tiny", "--position", "none"],
+    "llama": ["--arch", "llama_lm_tiny"],
+    "llama_none": ["--arch", "llama_lm_tiny", "--position", "none"],
 }
+EMA, FIR = ["--momentum-kind", "ema"], ["--momentum-kind", "fir"]
+ONE_BACK = [*FIR, "--momentum-taps", "1"]
+VARIANTS: dict[str, list[str]] = {
+    "vanilla": [],
+    **{f"ema_{eta}": [*EMA, "--momentum-eta", str(eta)] for eta in (0.1, 0.3, 0.5, 0.7, 0.9)},
+    "ema": [*EMA, "--momentum-learned"],
+    **{f"ema_{eta}_normalized": [*EMA, "--momentum-eta", str(eta), "--momentum-normalize"] for eta in (0.7, 0.9)},
+    "ema_0.5_gated": [*EMA, "--momentum-eta", "0.5", "--momentum-gate", "zero"],
+    "multi_ema": ["--momentum-kind", "multi_ema"],
+    "fir3": FIR,
+    "fir16": [*FIR, "--momentum-taps", "16"],
+    "shift": ONE_BACK,
+    "shift_values": [*ONE_BACK, "--momentum-at", "values"],
+    "kv_shift": [*ONE_BACK, "--momentum-at", "keys,values", "--momentum-current"],
+    "smear": [*ONE_BACK, "--momentum-at", "embedding"],
+    "canon_a": [*FIR, "--momentum-at", "input", "--momentum-current"],
+    "depth": [*EMA, "--momentum-at", "depth", "--momentum-learned"],
+    "placebo": ["--momentum-kind", "placebo"],
+    "head_scale": ["--momentum-kind", "head_scale"],
+    "wide": ["--decoder-ffn-embed-dim"],  # its width is the form's
+}
+WIDE = {"gpt": "776", "llama": "518"}  # as many parameters as fir16
+CONTROLS = Path(__file__).resolve().parent / "controls"  # the filters placebo and head_scale
 TOKENS_PER_SAMPLE, BATCH = 256, 8
 
 
-def training(args: argparse.Namespace, folder: Path, variant: str, seed: int) -> Job:
+class Run(NamedTuple):
+    """One training: a variant of a form, at a learning rate, from a seed."""
+
+    form: str
+    variant: str
+    lr: float
+    seed: int
+
+    def folder(self, sweep: Path) -> Path:
+        return sweep / self.form / self.variant / f"lr{self.lr:g}" / f"seed{self.seed}"
+
+
+def model_flags(args: argparse.Namespace, run: Run) -> list[str]:
+    """The flags of ``fairseq-train`` that make the decoder."""
+    flags = [*FORMS[run.form], *args.every_variant[run.variant], *user_dir(args, run.variant)]
+    return [*flags, WIDE[run.form.partition("_")[0]]] if run.variant == "wide" else flags
+
+
+def user_dir(args: argparse.Namespace, variant: str) -> list[str]:
+    """Where the code of a variant is that is not the project's."""
+    if variant in ("placebo", "head_scale"):
+        return ["--user-dir", str(CONTROLS)]
+    return [] if args.user_dir is None or variant in VARIANTS else ["--user-dir", str(args.user_dir.resolve())]
+
+
+def training(args: argparse.Namespace, folder: Path, run: Run) -> Job:
     """One run, which goes on from its last checkpoint where it was interrupted."""
     updates = round(args.tokens / (TOKENS_PER_SAMPLE * BATCH))
     command = train_command(
-        args.data, VARIANTS[variant], seed, updates, lr=args.lr, warmup=40, tokens_per_sample=TOKENS_PER_SAMPLE,
-        batch_size=BATCH,
-        autocast=args.autocast,
+        args.data, model_flags(args, run), run.seed, updates, lr=run.lr, warmup=40,
+        tokens_per_sample=TOKENS_PER_SAMPLE, batch_size=BATCH, autocast=args.autocast,
     )  # fmt: skip
     command += [*saving(folder, every=500), "--tensorboard-logdir", str(folder / "tensorboard"), "--log-interval", "25"]
     return Job("train", command, folder, args.threads, updates)
 
 
-def evaluation(args: argparse.Namespace, folder: Path, split: str) -> Job:
+def evaluation(args: argparse.Namespace, folder: Path, run: Run, split: str) -> Job:
     """Perplexities of one run on one split."""
     command = perplexity_command(args.data, folder, split, args.context_lengths, folder / f"perplexity_{split}")
-    return Job(f"perplexity_{split}", command, folder, args.threads)
+    return Job(f"perplexity_{split}", [*command, *user_dir(args, run.variant)], folder, args.threads)
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    sweep = args.output / f"{args.tokens:.3g}"
+    data = file_sha256(args.data / "train.idx", args.data / "train.bin")[:16]
+    settings = {"tokens": args.tokens, "autocast": args.autocast, "data": data}
+    stored = args.output / f"results_{args.tokens:.3g}.json"
+    known = results(stored, settings)
+    open_config(sweep, settings, "a sweep")
+    rates = {(form, name): learning_rates(args, known, form, name) for form in args.form for name in args.variants}
+    # seed by seed, so that an interrupted sweep has whole seeds
+    runs = [Run(form, name, lr, seed) for seed in args.seeds for (form, name), found in rates.items() for lr in found]
+    missing = [run for run in runs if any((*run, split, n) not in known for split in args.splits for n in args.lengths)]
+    try:
+        train([training(args, run.folder(sweep), run) for run in missing], args.jobs, "training")
+        if args.train_only:
+            return 0
+        pairs = [(run, split) for run in missing for split in args.splits]
+        run_all([evaluation(args, run.folder(sweep), run, split) for run, split in pairs], args.jobs, "evaluating")
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for run, split in pairs:
+        for record in read_results(run.folder(sweep) / f"perplexity_{split}")["runs"]:
+            known[*run, split, record["context_length"]] = {**run._asdict(), **record}
+    write_json(stored, {"settings": settings, "runs": [known[key] for key in sorted(known)]})
+    for form, split, length in itertools.product(args.form, args.splits, args.lengths):
+        rows = [known[*run, split, length] for run in runs if run.form == form]
+        title = f"{form}, {split}, context {length}, after {args.tokens:.3g} tokens"
+        print(f"\n{title}\n{table(rows, args.variants, args.against)}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, checked."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--form", default="gpt", help="comma-separated: " + ", ".join(FORMS))
     parser.add_argument("--variants", default="all", help="comma-separated, or all: " + ", ".join(VARIANTS))
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more: fairseq-train's flags for it"
+    )
+    parser.add_argument("--user-dir", type=Path, help="code of the variants that --variant gives")
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--tokens", type=float, default=8e5, help="training tokens per run")
     parser.add_argument(
         "--lr",
-        type=float,
-        default=6e-3,
-        help="peak learning rate: the best of 1e-3, 3e-3, 6e-3 for vanilla, whose choice no momentum variant had a "
-        "part in",
+        default="6e-3",
+        help="peak learning rate; several with commas, or best: of those tried, by --selection-seeds on valid",
     )
+    parser.add_argument("--selection-seeds", default="101,102")
+    parser.add_argument("--against", default="vanilla", help="the variant that the others are compared with")
     parser.add_argument("--context-lengths", default="64,128,256")
     parser.add_argument("--splits", default="valid,test")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -88,64 +173,93 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--train-only", action="store_true")
     args = parser.parse_args(argv)
-    names = list(VARIANTS) if args.variants == "all" else choices(args.variants, "--variants", list(VARIANTS))
-    seeds, splits = integers(args.seeds, "--seeds", 1, "1,2,3"), args.splits.split(",")
-    lengths = integers(args.context_lengths, "--context-lengths", 1, "64,128")
+    args.every_variant = VARIANTS | dict(map(own_variant, args.variant))
+    every = list(args.every_variant)
+    args.variants = every if args.variants == "all" else choices(args.variants, "--variants", every)
+    args.form = choices(args.form, "--form", list(FORMS))
+    args.against = choices(args.against, "--against", every)[0]
+    args.seeds, args.splits = integers(args.seeds, "--seeds", 1, "1,2,3"), args.splits.split(",")
+    args.selection_seeds = integers(args.selection_seeds, "--selection-seeds", 1, "101,102")
+    args.lengths = integers(args.context_lengths, "--context-lengths", 1, "64,128")
+    if args.lr != "best":
+        args.lr = numbers(args.lr)
     for flag, least in (("jobs", 1), ("threads", 1), ("tokens", TOKENS_PER_SAMPLE * BATCH)):
         if not getattr(args, flag) >= least:
             raise UserError(f"--{flag} {getattr(args, flag):g}: must be at least {least}")
-
     args.data = args.data.resolve()
-    sweep = args.output / f"{args.tokens:.3g}"
-    data = file_sha256(args.data / "train.idx", args.data / "train.bin")[:16]
-    open_config(sweep, {"tokens": args.tokens, "lr": args.lr, "autocast": args.autocast, "data": data}, "a sweep")
-    # seed by seed, so that an interrupted sweep has whole seeds
-    folders = {(name, seed): sweep / name / f"seed{seed}" for seed in seeds for name in names}
-    evaluations = [evaluation(args, folder, split) for folder in folders.values() for split in splits]
+    return args
+
+
+def own_variant(text: str) -> tuple[str, list[str]]:
+    """``NAME=FLAGS``."""
+    name, equals, flags = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.]+", name) or name in VARIANTS:
+        raise UserError(f"--variant {text}: give NAME=FLAGS, such as 'mine=--momentum-kind mine', and a new name")
+    return name, shlex.split(flags)
+
+
+def numbers(text: str) -> list[float]:
+    """``3e-3,6e-3``."""
     try:
-        train([training(args, folder, *run) for run, folder in folders.items()], args.jobs, "training")
-        if args.train_only:
-            return 0
-        run_all(evaluations, args.jobs, "evaluating")
-    except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    rows = [
-        {"variant": name, "seed": seed, **run}
-        for (name, seed), folder in folders.items()
-        for split in splits
-        for run in read_results(folder / f"perplexity_{split}")["runs"]
-    ]
-    stored = args.output / f"results_{args.tokens:.3g}.json"
-    earlier = json.loads(stored.read_text())["runs"] if stored.exists() else []
-    merged = {(r["variant"], r["seed"], r["split"], r["context_length"]): r for r in [*earlier, *rows]}
-    write_json(stored, {"tokens": args.tokens, "lr": args.lr, "runs": list(merged.values())})
-    for split, length in itertools.product(splits, lengths):
-        print(f"\n{split}, context {length}, after {args.tokens:.3g} tokens\n{table(rows, names, split, length)}")
-    return 0
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < value < math.inf for value in found):
+        raise UserError(f"--lr {text}: give learning rates above 0 with commas between, such as 3e-3,6e-3, or best")
+    return found
 
 
-def table(rows: list[dict], names: list[str], split: str, length: int) -> str:
-    """Markdown: perplexity (geometric mean over seeds) and its ratio to vanilla's, with Student's interval over paired
-    seeds.
+def results(stored: Path, settings: dict) -> dict[tuple, dict]:
+    """The rows that ``stored`` has. Raises UserError for those of other settings."""
+    if not stored.exists():
+        return {}
+    found = json.loads(stored.read_text())
+    for name, value in settings.items():
+        if (there := found.get("settings", {}).get(name)) != value:
+            raise UserError(
+                f"{stored} is of a sweep with another {name} ({json.dumps(there)} there, {json.dumps(value)} now): "
+                "choose another --output"
+            )
+    return {(*(row[name] for name in Run._fields), row["split"], row["context_length"]): row for row in found["runs"]}
+
+
+def learning_rates(args: argparse.Namespace, known: dict[tuple, dict], form: str, variant: str) -> list[float]:
+    """Those given; or the best of those that were tried."""
+    if args.lr != "best":
+        return args.lr
+    tried: dict[float, list[float]] = {}
+    for (f, v, lr, seed, split, length), row in known.items():
+        if (f, v, split, length) == (form, variant, "valid", max(args.lengths)) and seed in args.selection_seeds:
+            tried.setdefault(lr, []).append(math.log(row["perplexity"]))
+    whole = {lr: statistics.mean(found) for lr, found in tried.items() if len(found) == len(args.selection_seeds)}
+    if not whole:
+        raise UserError(
+            f"--lr best: no learning rate of {variant} ({form}) was tried on valid with all of the --selection-seeds "
+            f"{','.join(map(str, args.selection_seeds))} at context {max(args.lengths)}: run that first, with --lr"
+        )
+    return [min(whole, key=whole.__getitem__)]
+
+
+def table(rows: list[dict], names: list[str], against: str) -> str:
+    """Markdown: perplexity (geometric mean over seeds) and its ratio to that of ``against``, with Student's interval
+    over paired seeds.
     """
-    logs: dict[str, dict[int, float]] = {name: {} for name in names}
+    logs: dict[tuple[str, float], dict[int, float]] = {}
     for row in rows:
-        if (row["split"], row["context_length"]) == (split, length):
-            logs[row["variant"]][row["seed"]] = math.log(row["perplexity"])
-    lines = ["| variant | seeds | perplexity | against vanilla | 95% interval |", "|---|---|---|---|---|"]
-    for name in names:
-        mean = math.exp(statistics.mean(logs[name].values()))
-        differences = [
-            value - logs["vanilla"][seed] for seed, value in logs[name].items() if seed in logs.get("vanilla", {})
-        ]
-        ratio = interval = ""
-        if differences and name != "vanilla":
+        logs.setdefault((row["variant"], row["lr"]), {})[row["seed"]] = math.log(row["perplexity"])
+    rates = [lr for name, lr in logs if name == against]
+    lines = [f"| variant | lr | seeds | perplexity | against {against} | 95% interval |", "|---|---|---|---|---|---|"]
+    for name, lr in sorted(logs, key=lambda key: names.index(key[0])):
+        found, ratio, interval = logs[name, lr], "", ""
+        base = logs.get((against, lr if lr in rates else rates[0]), {}) if rates else {}
+        differences = [value - base[seed] for seed, value in found.items() if seed in base]
+        if differences and name != against:
             ratio = f"{math.exp(statistics.mean(differences)) - 1:+.1%}"
             if len(differences) > 1:
                 bounds = t_interval(differences)
                 interval = f"{math.exp(bounds.low) - 1:+.1%} to {math.exp(bounds.high) - 1:+.1%}"
-        lines.append(f"| {name} | {len(logs[name])} | {mean:.1f} | {ratio} | {interval} |")
+        mean = math.exp(statistics.mean(found.values()))
+        lines.append(f"| {name} | {lr:g} | {len(found)} | {mean:.1f} | {ratio} | {interval} |")
     return "\n".join(lines)
 
 

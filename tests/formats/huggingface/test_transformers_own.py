@@ -43,13 +43,11 @@ CONFIGURATIONS = {
     "multi_ema": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, momentum_kind="multi_ema"),
     "grouped": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, **LLAMA, momentum_kind="ema", momentum_learned=True),
     "everywhere": lambda: MomentumLMConfig(
-        **SHAPE,
-        **SPECIAL,
-        momentum_kind="ema",
-        momentum_at="output,values,keys,queries,input,ffn,embedding,depth",
+        **SHAPE, **SPECIAL, momentum_kind="ema", momentum_learned=True,
+        momentum_at="output,values,keys,queries,input,ffn,ffn_hidden,embedding,depth",
     ),
     "fir": lambda: MomentumLMConfig(**SHAPE, **SPECIAL, momentum_kind="fir", momentum_at="output,values,ffn,embedding"),
-}
+}  # fmt: skip
 OURS = [kind for kind in CONFIGURATIONS if kind != "llama"]
 CLASSES = {
     "llama": [transformers.LlamaModel, transformers.LlamaForCausalLM],

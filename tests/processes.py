@@ -1,7 +1,18 @@
-"""Processes of this machine, by what the system says of them: no other program is needed."""
+"""Processes of this machine, by what the system says of them: no other program is needed; and code for new ones."""
 
 import contextlib
 from pathlib import Path
+
+# As if fairseq and transformers were not installed. (None in sys.modules is not that: `datasets` takes such an entry
+# for an imported module.)
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("fairseq", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
 
 
 def children(parent, word=""):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import BLOCK
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "momentum_lm"
@@ -35,16 +36,6 @@ ROOMS = (
 )
 FRONT = ("fairseq_plugin", "harness", "cli")
 CORE = [room for room in ROOMS if room not in FRONT and (PACKAGE / room).is_dir()]
-# As if they were not installed. (None in sys.modules is not that: `datasets` takes such an entry for an imported
-# module.)
-BLOCK = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("fairseq", "transformers"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Block())
-"""
 
 
 def imported(path):

@@ -16,21 +16,21 @@ from .options import NAMES, Parser
 
 
 @main_guard
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``fairseq-eval``. Raises UserError for impossible flags."""
+def main(argv: Sequence[str] | None = None, prog: str = "fairseq-eval") -> int:
+    """Entry point of ``fairseq-eval``, and of ``momentum-lm eval``. Raises UserError for impossible flags."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    chooser = Parser(prog="fairseq-eval", add_help=False)
+    chooser = Parser(prog=prog, add_help=False)
     chooser.add_argument("--task")
     task = chooser.parse_known_args(argv)[0].task
     examples = "\n".join(
-        f"  fairseq-eval --task {name} {study.example}"
+        f"  {prog} --task {name} {study.example}"
         for name, study in STUDIES.items()
         if name == task or task not in STUDIES
     )
-    more = "" if task in STUDIES else "`fairseq-eval --task TASK --help` shows the task's own flags. "
+    more = "" if task in STUDIES else f"`{prog} --task TASK --help` shows the task's own flags. "
     parser = Parser(
-        prog="fairseq-eval",
-        usage=f"fairseq-eval --task {task if task in STUDIES else 'TASK'} [FLAGS] --results-dir OUT",
+        prog=prog,
+        usage=f"{prog} --task {task if task in STUDIES else 'TASK'} [FLAGS] --results-dir OUT",
         epilog=f"example:\n{examples}\n\n{more}An interrupted evaluation goes on where it stopped.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen.add_arguments(parser)
     args = parser.parse_args(argv)
     with isolated_children(), named(NAMES):
-        if chosen.run(args, shlex.join(["fairseq-eval", *argv])):
+        if chosen.run(args, shlex.join([*prog.split(), *argv])):
             print(chosen.write_report(args.results_dir, args.force).text())
             print(f"\n{os.path.join(args.results_dir, 'report.html')}")
     return 0

@@ -10,8 +10,9 @@ from momentum_lm import __version__
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.system import isolated_children
 
-COMMANDS = {  # each is momentum_lm/cli/NAME.py
+COMMANDS = {  # each is momentum_lm/cli/NAME.py, but for eval
     "prepare": "turn text into the binarised data that fairseq-train reads",
+    "eval": "evaluate a model: `fairseq-eval` by another name, which needs no fairseq",
     "convert": "models between Hugging Face and fairseq, and checkpoints in parts into whole ones",
     "plan": "memory, time and command of a training run, before it starts",
     "report": "put evaluation results side by side",
@@ -30,8 +31,7 @@ def usage() -> str:
             *lines,
             "",
             "`momentum-lm COMMAND --help` says more; `momentum-lm --version` prints the version.",
-            "Training is `fairseq-train --arch momentum_lm_tiny ...`, evaluation `fairseq-eval --task lm_perplexity "
-            "...`.",
+            "Training is `fairseq-train --arch momentum_lm_tiny ...`.",
         ]
     )
 
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         raise UserError(f"momentum-lm has no command {argv[0]!r}; {hint}")
     with isolated_children():  # from Python 3.14 on, a progress bar starts a process that looks after its lock
-        result: int | None = importlib.import_module(f"momentum_lm.cli.{argv[0]}").main(argv[1:])
+        name, more = ("evaluate", ["momentum-lm eval"]) if argv[0] == "eval" else (argv[0], [])
+        result: int | None = importlib.import_module(f"momentum_lm.cli.{name}").main(argv[1:], *more)
     return result or 0
 
 

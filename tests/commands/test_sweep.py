@@ -7,6 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.filters import is_of_filter
+from momentum_lm.system import import_user_dir
 
 SCRIPT = Path(__file__).parents[2] / "examples/momentum_vs_vanilla/sweep.py"
 TWO_UPDATES = ["--tokens", "4096", "--splits", "valid", "--context-lengths", "16"]
@@ -30,10 +35,9 @@ def stamps(folder):
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (["--lr", "1e-3"], "another lr (0.006 there, 0.001 now)"),
         (["--autocast", "bf16"], 'another autocast ("none" there, "bf16" now)'),
         (["--tokens", "4097"], "another tokens (4096.0 there, 4097.0 now)"),
-        (["--variants", "ema_0.3", "--lr", "1e-3"], "another lr"),  # a variant that has not been trained yet
+        (["--variants", "ema_0.3", "--autocast", "bf16"], "another autocast"),  # a variant that is not trained yet
         (["DATA"], "another data"),
     ],
 )
@@ -60,7 +64,7 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
     failed = run_cli(words, warm=True)
     assert failed.returncode == 1
     assert "error: train (" in failed.stderr and "dict.txt" in failed.stderr and "Traceback" not in failed.stderr
-    assert [path.parts[-3] for path in tmp_path.glob("out/*/*/seed1/train.log")] == ["vanilla"]
+    assert [path.parts[-4] for path in tmp_path.glob("out/*/gpt/*/lr0.006/seed1/train.log")] == ["vanilla"]
     assert not list(tmp_path.glob("out/results*"))
 
 
@@ -71,6 +75,11 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
         (["--seeds", "x"], "--seeds x"),
         (["--tokens", "100"], "--tokens 100: must be at least 2048"),
         (["--jobs", "0"], "--jobs 0"),
+        (["--form", "bert"], "--form bert: choose from gpt, gpt_rotary"),
+        (["--lr", "1e-3,fast"], "--lr 1e-3,fast: give learning rates above 0"),
+        (["--lr", "best"], "--lr best: no learning rate of vanilla (gpt) was tried on valid with all of the"),
+        (["--variant", "mine"], "--variant mine: give NAME=FLAGS"),
+        (["--variant", "ema=--momentum-kind ema"], "--variant ema=--momentum-kind ema: give NAME=FLAGS"),
     ],
 )
 def test_bad_flags_are_one_line(data, run_cli, tmp_path, words, message):
@@ -82,18 +91,78 @@ def test_bad_flags_are_one_line(data, run_cli, tmp_path, words, message):
 @pytest.mark.slow
 def test_what_is_trained_is_kept_and_compared(swept, data, run_cli):
     words = ["python", SCRIPT, data, "--output", swept, "--variants", "vanilla,ema_0.3", *TWO_UPDATES]
-    checkpoint = swept / "4.1e+03" / "vanilla" / "seed1" / "checkpoint_last.pt"
+    checkpoint = swept / "4.1e+03/gpt/vanilla/lr0.006/seed1/checkpoint_last.pt"
     trained = checkpoint.stat().st_mtime_ns
-    for _ in range(2):
+    stored = swept / "results_4.1e+03.json"
+    for kept in (True, True, False):
+        if not kept:  # rows that are there need no folder
+            shutil.rmtree(swept / "4.1e+03/gpt")
         done = run_cli(words, warm=True)
         assert done.returncode == 0, done.stderr
-        assert checkpoint.stat().st_mtime_ns == trained
-        results = json.loads((swept / "results_4.1e+03.json").read_text())
-        assert [(r["variant"], r["split"], r["context_length"]) for r in results["runs"]] == [
-            ("vanilla", "valid", 16),
-            ("ema_0.3", "valid", 16),
-        ]
-        assert results["lr"] == 0.006
-        vanilla, ema = (r["perplexity"] for r in results["runs"])
-        assert f"| vanilla | 1 | {vanilla:.1f} |" in done.stdout
-        assert f"| ema_0.3 | 1 | {ema:.1f} | {ema / vanilla - 1:+.1%} |" in done.stdout
+        assert checkpoint.exists() == kept and (not kept or checkpoint.stat().st_mtime_ns == trained)
+        results = json.loads(stored.read_text())
+        rows = {r["variant"]: r for r in results["runs"]}
+        assert list(rows) == ["ema_0.3", "vanilla"] and results["settings"]["tokens"] == 4096
+        assert all((r["form"], r["lr"], r["seed"], r["split"]) == ("gpt", 0.006, 1, "valid") for r in rows.values())
+        vanilla, ema = (rows[name]["perplexity"] for name in ("vanilla", "ema_0.3"))
+        assert f"| vanilla | 0.006 | 1 | {vanilla:.1f} |" in done.stdout
+        assert f"| ema_0.3 | 0.006 | 1 | {ema:.1f} | {ema / vanilla - 1:+.1%} |" in done.stdout
+    other = json.loads(stored.read_text())
+    other["settings"]["autocast"] = "bf16"
+    stored.write_text(json.dumps(other))
+    failed = run_cli(words, warm=True)
+    assert failed.returncode == 2 and f'{stored} is of a sweep with another autocast ("bf16" there' in failed.stderr
+
+
+@pytest.mark.nightly
+def test_rates_are_chosen_on_other_seeds_and_controls_and_variants_of_ones_own_train(data, run_cli, tmp_path):
+    own = tmp_path / "filters"
+    own.mkdir()
+    (own / "__init__.py").write_text(
+        "from momentum_lm.model import WindowFilter, register_filter\n"
+        "@register_filter('before')\n"
+        "class Before(WindowFilter):\n"
+        "    def window(self, x):\n"
+        "        return x[..., 0, :]\n"
+    )
+    words = ["python", SCRIPT, data, "--output", tmp_path / "out", *TWO_UPDATES, "--user-dir", own, "--form", "llama"]
+    words += [
+        "--variant",
+        "mine=--momentum-kind before --momentum-taps 2",
+        "--variants",
+        "vanilla,mine,placebo,head_scale",
+    ]
+    tried = run_cli([*words, "--lr", "1e-9,1e-3", "--seeds", "101,102"], warm=True)
+    assert tried.returncode == 0, tried.stderr
+    done = run_cli([*words, "--lr", "best", "--seeds", "1"], warm=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out/results_4.1e+03.json").read_text())["runs"]
+    assert {(r["variant"], r["lr"]) for r in rows if r["seed"] == 1} == {
+        (name, 1e-3) for name in ("vanilla", "mine", "placebo", "head_scale")
+    }
+    assert len({r["perplexity"] for r in rows}) == len(rows) == 4 * 2 * 2 + 4
+
+
+def test_controls():
+    """The placebo has momentum's weights at other lags; the scale sees no other token."""
+    import_user_dir(SCRIPT.parent / "controls")
+    shape = dict(vocab_size=50, dim=16, ffn_dim=32, layers=1, heads=2)
+    torch.manual_seed(0)
+    placebo, x = (
+        Decoder(DecoderConfig(**shape, momentum_kind="placebo")).layers[0].self_attn.momentum,
+        torch.zeros(1, 2, 12, 8),
+    )
+    x[:, :, 0] = 1  # a pulse
+    weights = placebo(x)[0][0, 0, 1:9, 0]
+    assert sorted(weights.tolist(), reverse=True) == pytest.approx([0.3**k for k in range(1, 9)])
+    assert weights.tolist() != sorted(weights.tolist(), reverse=True) and not placebo(x)[0][:, :, 9:].any()
+    scaled = Decoder(DecoderConfig(**shape, momentum_kind="head_scale"))
+    tokens = torch.randint(4, 50, (2, 9))
+    vanilla = Decoder(DecoderConfig(**shape))
+    vanilla.load_state_dict({n: p for n, p in scaled.state_dict().items() if not is_of_filter(n)})
+    assert torch.equal(scaled(tokens), vanilla(tokens))
+    with torch.no_grad():
+        scaled.layers[0].self_attn.momentum.factor.fill_(-1.0)  # no attention at all
+    changed = tokens.clone()
+    changed[:, 3] = 4
+    assert torch.equal(scaled(tokens)[:, 4:], scaled(changed)[:, 4:])

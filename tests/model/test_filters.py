@@ -1,5 +1,6 @@
 """Causal filters at every place of the decoder: causality, packing, caches, gates, gradients, and their equations."""
 
+import io
 import math
 
 import pytest
@@ -130,6 +131,40 @@ def test_a_gate_of_zero_is_the_vanilla_model_and_learns(kind, place):
     gated.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     gates = [p.grad for n, p in gated.named_parameters() if n.endswith(".gate")]
     assert gates and all(float(grad.abs().max()) > 0 for grad in gates)
+
+
+@every_case
+@every_form
+def test_training_goes_on_bitwise(form, kind, place):
+    """Four updates are two, what a checkpoint holds of model and optimizer, and two more."""
+
+    def train(decoder, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            tokens = random_tokens(seed=step)
+            decoder.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+            optimizer.step()
+        return decoder
+
+    def start(seed):
+        decoder = build(form, **KINDS[kind], momentum_at=place).float().train()
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.mul_(seed)
+        return decoder, torch.optim.AdamW(decoder.parameters(), lr=1e-2)
+
+    whole = train(*start(1), range(4))
+    decoder, optimizer = start(1)
+    train(decoder, optimizer, range(2))
+    file = io.BytesIO()
+    torch.save((decoder.state_dict(), optimizer.state_dict()), file)
+    model_state, optimizer_state = torch.load(io.BytesIO(file.getvalue()))
+    decoder, optimizer = start(2)
+    decoder.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+    train(decoder, optimizer, range(2, 4))
+    for name, parameter in whole.state_dict().items():
+        assert torch.equal(parameter, decoder.state_dict()[name]), name
 
 
 @every_case

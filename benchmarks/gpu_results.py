@@ -1,7 +1,7 @@
 """Puts what gpu_checks.py found into benchmarks/results/CARD.json, and makes the documents' tables of what is there.
 
 python benchmarks/gpu_results.py OUT [OUT ...]    merges folders of results, then writes the documents
-python benchmarks/gpu_results.py                  writes the documents: GPU_CHECKS.md, docs/performance.md between its markers
+python benchmarks/gpu_results.py                  writes GPU_CHECKS.md, and docs/performance.md between its markers
 """
 
 from __future__ import annotations

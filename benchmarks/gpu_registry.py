@@ -26,7 +26,7 @@ class Check:
     form: str | Callable[[Any], str] = "{}"
     at_least: float | None = None
     at_most: float | None = None
-    readme: str = ""  # how the README calls it; without, it is not there
+    readme: str = ""  # how docs/performance.md calls it; without, it is not there
 
     def value(self, results: Mapping[str, Any]) -> Any:
         """None where it is not known."""

@@ -1,7 +1,7 @@
 """Puts what gpu_checks.py found into benchmarks/results/CARD.json, and makes the documents' tables of what is there.
 
 python benchmarks/gpu_results.py OUT [OUT ...]    merges folders of results, then writes the documents
-python benchmarks/gpu_results.py                  writes the documents: GPU_CHECKS.md, the README between its markers
+python benchmarks/gpu_results.py                  writes GPU_CHECKS.md, and docs/performance.md between its markers
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ BY_HAND = """- DDP with `--gradient-as-bucket-view` on several GPUs
 - `python benchmarks/icl_eval.py` and `benchmarks/analysis.py` with both sides on the GPU"""
 
 
-def readme_part(cards: Cards) -> str:
-    """What stands between the README's markers."""
+def performance_part(cards: Cards) -> str:
+    """What stands between the markers of docs/performance.md."""
     if not cards:
         return "No GPU figure has been measured yet: `benchmarks/GPU_CHECKS.md` has what is going to be."
     rows = ((stage, check, check.readme) for stage in FIRST for check in stage.checks if check.readme)
-    return "On a GPU (`benchmarks/GPU_CHECKS.md` has all of it):\n\n" + table(rows, cards)
+    return "`benchmarks/GPU_CHECKS.md` has more:\n\n" + table(rows, cards)
 
 
 def with_part(text: str, part: str) -> str:
@@ -123,16 +123,16 @@ def with_part(text: str, part: str) -> str:
     before, begin, rest = text.partition("<!-- GPU: made by benchmarks/gpu_results.py -->\n")
     _, end, after = rest.partition("\n<!-- GPU: end -->")
     if not begin or not end:
-        raise ValueError("README.md has lost its markers of the GPU part")
+        raise ValueError("docs/performance.md has lost its markers of the GPU part")
     return before + begin + part + end + after
 
 
 def documents(cards: Cards, root: Path = ROOT) -> dict[Path, str]:
     """The documents as they should be."""
-    readme = root / "README.md"
+    performance = root / "docs" / "performance.md"
     return {
         root / "benchmarks" / "GPU_CHECKS.md": document(cards),
-        readme: with_part(readme.read_text("utf-8"), readme_part(cards)),
+        performance: with_part(performance.read_text("utf-8"), performance_part(cards)),
     }
 
 

@@ -166,7 +166,7 @@ def tool(name: str) -> str:
     path = Path(sys.executable).with_name(name)
     if not path.exists():
         raise UserError(
-            f"{path} is missing: start with `bash scripts/quickstart.sh`, or install the project as README.md says"
+            f"{path} is missing: start with `bash scripts/quickstart.sh`, or install by hand (docs/install.md)"
         )
     return str(path)
 

@@ -19,7 +19,7 @@ from momentum_lm.errors import Argument, UserError, arg
 
 # The paper gives no decay. This one had the lowest validation perplexity in examples/momentum_vs_vanilla.
 DEFAULT_ETA = 0.3
-# Where a causal filter may stand (DecoderConfig.momentum_at); README.md says whose each is.
+# Where a causal filter may stand (DecoderConfig.momentum_at); docs/training.md says whose each is.
 PLACES = ("output", "values", "keys", "queries", "input", "ffn", "ffn_hidden", "embedding", "depth")
 # Kinds of causal filters (DecoderConfig.momentum_kind); filters.register_filter adds others to the list
 BUILT_IN_FILTERS = ("none", "ema", "multi_ema", "fir")

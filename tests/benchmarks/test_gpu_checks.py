@@ -237,9 +237,9 @@ def test_results_are_merged_by_card_and_shown(programs, tmp_path):
     programs.results.merge(out, results)
     cards = programs.results.load(results)
     assert cards[path.stem]["stages"].keys() == {"device", "step"}
-    document, readme = programs.results.document(cards), programs.results.readme_part(cards)
-    assert "| at least 50% | 43.2% (missed) |" in document and "| 3.10 |" in document and "| 3.10 |" in readme
-    assert "| at most 2% | +1.1% (+1.0% to +1.2%, n = 20) |" in readme
+    document, part = programs.results.document(cards), programs.results.performance_part(cards)
+    assert "| at least 50% | 43.2% (missed) |" in document and "| 3.10 |" in document and "| 3.10 |" in part
+    assert "| at most 2% | +1.1% (+1.0% to +1.2%, n = 20) |" in part
     assert "`kernels`" in document and "| checks passed |  | not yet measured |" in document
     assert "NVIDIA H100 80GB HBM3: ok, 9 s, 20" in document and "HBM3: unfinished, 9 s" in document
 

@@ -1,4 +1,4 @@
-"""The filters that README.md names, by fairseq-train."""
+"""The filters that docs/training.md names, by fairseq-train."""
 
 import re
 from pathlib import Path
@@ -7,15 +7,15 @@ import pytest
 
 from momentum_lm.formats.checkpoint import load_checkpoint
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+TRAINING = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
 FLAG = r"(?: --momentum-(?:at|taps) [\w,]+| --momentum-current)"
-PRESETS = sorted(set(re.findall(rf"`(--momentum-kind \w+{FLAG}*)`", README)))
+PRESETS = sorted(set(re.findall(rf"`(--momentum-kind \w+{FLAG}*)`", TRAINING)))
 BY_DAY = "--momentum-kind fir --momentum-at embedding --momentum-taps 1"
 MODEL = ["--arch", "momentum_llama_lm_tiny", "--decoder-layers", "2", "--decoder-embed-dim", "24",
          "--decoder-ffn-embed-dim", "48", "--decoder-attention-heads", "2", "--decoder-kv-heads", "1"]  # fmt: skip
 
 
-def test_the_readme_names_presets():
+def test_the_page_names_presets():
     assert len(PRESETS) >= 8 and BY_DAY in PRESETS, PRESETS
 
 

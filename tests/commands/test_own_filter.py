@@ -1,4 +1,4 @@
-"""A filter of one's own, as README.md has it: trained, resumed, evaluated, and missed where it is not given."""
+"""A filter of one's own, as docs/extension.md has it: trained, resumed, evaluated, and missed where it is not given."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from momentum_lm.formats.checkpoint import load_checkpoint
 from momentum_lm.formats.native import read_native
 from momentum_lm.system import import_user_dir
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+EXTENSION = (Path(__file__).parents[2] / "docs" / "extension.md").read_text("utf-8")
 MODEL = ["--arch", "momentum_llama_lm_tiny", "--decoder-layers", "2", "--decoder-embed-dim", "24",
          "--decoder-ffn-embed-dim", "48", "--decoder-attention-heads", "2", "--decoder-kv-heads", "1",
          "--momentum-kind", "smear", "--momentum-at", "output,values,ffn", "--momentum-taps", "1"]  # fmt: skip
@@ -19,10 +19,11 @@ MODEL = ["--arch", "momentum_llama_lm_tiny", "--decoder-layers", "2", "--decoder
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A folder with README's filter."""
+    """A folder with that filter."""
     folder = tmp_path_factory.mktemp("own") / "my_filters"
     folder.mkdir()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "@register_filter" in block)
+    blocks = re.findall(r"```python\n(.*?)```", EXTENSION, re.DOTALL)
+    (code,) = (block for block in blocks if "@register_filter" in block)
     (folder / "__init__.py").write_text(code)
     return folder
 

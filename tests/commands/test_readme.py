@@ -1,6 +1,6 @@
-"""Every command of README.md and of the examples' READMEs runs: small, or as it stands with MOMENTUM_LM_README=full
-(and a GPU, networks, weeks). A block marked ```bash is run; one marked ```sh is not, and says what no machine of ours
-can do.
+"""Every command of README.md, docs/ and the examples' READMEs runs: small, or as it stands with
+MOMENTUM_LM_README=full (and a GPU, networks, weeks). What stands in a block marked ```bash is run, and so is a command
+in the last column of a table; a block marked ```sh is not, and says what no machine of ours can do.
 """
 
 import json
@@ -16,7 +16,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
+DOCS = sorted(ROOT.glob("docs/*.md"))  # each runs after README alone
 EXAMPLES = sorted(ROOT.glob("examples/*/README.md"))
+PAGES = (README, *DOCS, *EXAMPLES)
 FULL = os.environ.get("MOMENTUM_LM_README") == "full"
 TINY = "--decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2"
 TRAIN = f"{TINY} --cpu --max-update 2 --update-freq 1 --tokens-per-sample 128 --batch-size 2 --num-workers 0"
@@ -36,7 +38,6 @@ SMALLER = {
     "momentum-lm plan": "",
     "momentum-lm report": "",
     "momentum-lm doctor": "",
-    "lm_eval": "--limit 4",
     "python examples/continued_pretraining/continue.py": "--model models/small --corpus corpus/movie-reviews.jsonl "
     "--data-dir data/icl --documents 50 --valid 10 --variants ema --seeds 1,2 --tokens 128 --tokens-per-sample 32 "
     "--shots 2 --draws 1,2 --limit 4",
@@ -55,6 +56,7 @@ ELSEWHERE = {
     "bash scripts/quickstart.sh": "tests/test_quickstart.py",
     "bash scripts/test.sh": "scripts/test.sh",
     "pip install": "tests/test_install.py",
+    "lm_eval": "tests/harness/test_lm_eval.py",
     "python scripts/fetch_datasets.py": "tests/scripts/test_packaged_datasets.py",
     "python scripts/fetch_model.py": "tests/lm/test_smollm2.py",
     "python scripts/fetch_corpus.py": "tests/scripts/test_packages.py",
@@ -66,14 +68,27 @@ ELSEWHERE = {
 RUNS = ("checkpoints", "runs/momentum")
 
 
+# A block, or a cell that is a command and the last one of its row, but not the first
+RUNNABLE = re.compile(
+    r"```bash\n(.*?)```|^\|[^\n]*\| `((?:bash|python|fairseq-|momentum-lm|lm_eval|pip)[^`\n]*)` \|$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
 def blocks(path, language):
     return re.findall(rf"```{language}\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
 
 
+def only(found):
+    """The one of them that there is."""
+    (found,) = found
+    return found
+
+
 def commands(path):
-    """The lines of the runnable blocks, continued lines joined."""
-    for block in blocks(path, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
+    """The commands of the runnable blocks, continued lines joined, and of tables, in the page's order."""
+    for block, cell in RUNNABLE.findall(path.read_text("utf-8")):
+        for line in (block or cell).replace("\\\n", " ").splitlines():
             if shlex.split(line, comments=True):
                 yield shlex.join(shlex.split(line, comments=True)) if "|" not in line else line
 
@@ -101,8 +116,8 @@ def smaller(line, path):
 
 @pytest.fixture(scope="module")
 def workplace(documents, run_cli, tmp_path_factory):
-    """A folder in which every README's commands find what they name: text, labelled data, models, the project's
-    scripts.
+    """A folder in which every page's commands find what they name: text, labelled data, models, the project's scripts,
+    and what README.md and docs/extension.md have a user write.
     """
     folder = tmp_path_factory.mktemp("readme")
     for name in ("examples", "scripts"):
@@ -156,8 +171,15 @@ def workplace(documents, run_cli, tmp_path_factory):
         for name in ("dict.txt", "sentencepiece.model"):
             shutil.copy(folder / "data" / name, (folder / place).parent)
     (folder / "my_filters").mkdir()
-    (own,) = (block for block in blocks(README, "python") if "@register_filter" in block)
+    own = only([block for path in PAGES for block in blocks(path, "python") if "@register_filter" in block])
     (folder / "my_filters/__init__.py").write_text(own)
+    (folder / "my_task.yaml").write_text(only(blocks(README, "yaml")))
+    for name, first in (("tickets.csv", 0), ("held_out.csv", 40)):
+        rows = [
+            f"{documents[i][-20:]},{documents[i][-40:-20]},{('billing', 'tech')[i % 2]}"
+            for i in range(first, first + 40)
+        ]
+        (folder / name).write_text("\n".join(["subject,body,dept", *rows]) + "\n")
     _small_huggingface_models(folder / "models/small", folder / "openai-community/gpt2")
     return folder
 
@@ -197,13 +219,21 @@ def _small_huggingface_models(llama, gpt2):
 
 
 def name(path):
-    return "README" if path == README else path.parent.name
+    if path == README:
+        return "README"
+    return f"docs/{path.stem}" if path in DOCS else path.parent.name
 
 
-# minutes together, of commands that other tests run and look at
-NIGHTLY = ("pretraining", "continued_pretraining", "icl_vs_finetuning", "momentum_vs_vanilla", "reproduce_paper")
+# Minutes together, of commands that README or other tests run and look at
+NIGHTLY = {
+    *("docs/analysis", "docs/evaluation", "docs/extension", "docs/training"),
+    *("pretraining", "continued_pretraining", "icl_vs_finetuning", "momentum_vs_vanilla", "reproduce_paper"),
+}
+WITHOUT_COMMANDS = {"docs/performance", "docs/results"}
 MARKED = [
-    pytest.param(path, marks=pytest.mark.nightly if name(path) in NIGHTLY else ()) for path in (README, *EXAMPLES)
+    pytest.param(path, marks=pytest.mark.nightly if name(path) in NIGHTLY else ())
+    for path in PAGES
+    if name(path) not in WITHOUT_COMMANDS
 ]
 
 
@@ -222,32 +252,55 @@ def test_the_commands_run_in_order(path, workplace, run_cli):
         ran.append(line)
     if path == README:
         folder = workplace / "results"
-        assert all((folder / name / "report.html").exists() for name in (".", "icl", "analysis"))
+        assert all((folder / name / "report.html").exists() for name in ("perplexity", "llama", "analysis"))
     assert ran or path.parent.name == "quickstart"
 
 
 def test_what_others_run_is_run_by_a_file_that_is_there():
-    lines = [line for path in (README, *EXAMPLES) for line in commands(path)]
+    lines = [line for path in PAGES for line in commands(path)]
     for start, where in ELSEWHERE.items():
-        assert any(line.startswith(start) for line in lines), f"no README has `{start}` any more"
+        assert any(begins(line, [start]) for line in lines), f"no page has `{start}` any more"
         assert (ROOT / where).exists(), where
 
 
-@pytest.mark.parametrize("block", blocks(README, "python"))
+def test_every_command_of_a_page_is_run():
+    """By the test above or another, those in README's table included."""
+    for path in PAGES:
+        lines = list(commands(path))
+        assert bool(lines) != (name(path) in WITHOUT_COMMANDS), path
+        for line in lines:
+            assert begins(line.rpartition(" | ")[2], {**SMALLER, **ELSEWHERE}), line
+    cells = [cell for _, cell in RUNNABLE.findall(README.read_text("utf-8")) if cell]
+    assert len(cells) == 12 and all(cell in " ".join(commands(README)) for cell in cells)
+
+
+def test_readme_is_short():
+    assert len(README.read_text("utf-8").splitlines()) <= 160
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=name)
+def test_lines_but_those_of_tables_fit_a_screen(path):
+    wide = [line for line in path.read_text("utf-8").splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not wide
+
+
+@pytest.mark.parametrize("block", [block for path in PAGES for block in blocks(path, "python")])
 def test_python_blocks_run(block):
     names = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "a page", "exec"), names)
     if "average" in names:
         assert names["average"].shape == names["values"].shape
         assert torch.isfinite(names["logits"]).all()
 
 
-@pytest.mark.parametrize("path", [README, *EXAMPLES], ids=name)
+@pytest.mark.parametrize("path", PAGES, ids=name)
 def test_every_file_that_a_readme_names_is_there(path):
-    paths = re.findall(
-        r"(?:\]\(|`)((?:examples|scripts|benchmarks|momentum_lm|tests)/[\w./-]+)", path.read_text("utf-8")
-    )
-    for file in paths:
+    text = path.read_text("utf-8")
+    for file in re.findall(r"(?:\]\(|`)((?:docs|examples|scripts|benchmarks|momentum_lm|tests)/[\w./-]+)", text):
         assert (ROOT / file).exists(), file
-    for folder in re.findall(r"`\.\./([\w-]+)`", path.read_text("utf-8")):
+    for folder in re.findall(r"`\.\./([\w-]+)`", text):
         assert (path.parent.parent / folder).is_dir(), folder
+    for link in re.findall(r"\]\(([^)#:]+)[)#]", text):
+        assert (path.parent / link).exists(), link
+    for title in re.findall(r"\]\(#([\w-]+)\)", text):
+        assert title in {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}

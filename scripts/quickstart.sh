@@ -6,7 +6,7 @@ case ${1:-} in -h | --help)
 usage: bash scripts/quickstart.sh [--output DIR] [--seconds N] [--fast] [--skip PART,...] [--corpus PATH]
 
 Sets up .venv where needed (needs Python 3.11 or later), then trains small language models with and without momentum
-attention on real text and shows which predicts better; then a pretrained model classifies film reviews, in context and
+attention on real text and compares their perplexity; then a pretrained model classifies film reviews, in context and
 finetuned. About 15 minutes on 2 CPU cores, after downloads. Run it again to go on where it stopped.
 
   --output DIR   where everything goes (default: runs/quickstart)

@@ -94,7 +94,7 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
     reading = (
         f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: "
         f"{_names(settings)[1]} "
-        f"against {_names(settings)[0]}, at equal tokens; negative: momentum attention predicts better. Its interval "
+        f"against {_names(settings)[0]}, at equal tokens; negative: lower with momentum. Its interval "
         "is a paired "
         f"bootstrap over {rows[-1]['documents']:,} documents of the validation text, and the last column gives the "
         "difference of each "
@@ -221,7 +221,8 @@ def _verdict(settings: Any, row: Mapping[str, Any]) -> str:
     at = f"at context {row['context_length']}"
     if difference.low <= 0 <= difference.high or len({ratio > 1 for ratio in row["ratio_by_seed"]}) > 1:
         return f"No clear difference between {second} and {first} {at}: the interval includes 0, or the seeds disagree."
-    word = "better" if difference.difference < 0 else "worse"
+    word = "lower" if difference.difference < 0 else "higher"
     change, interval, _ = difference_cells(difference)
     over = f"{interval} over documents; seeds may differ by more"
-    return f"{second} predicts {word} than {first} {at}: perplexity {change} ({over})."
+    seeds = f"{len(settings.seeds)} seeds are too few to settle it"
+    return f"Perplexity of {second} is {word} than that of {first} {at}: {change} ({over}; {seeds})."

@@ -46,6 +46,7 @@ VARIANTS: dict[str, list[str]] = {
     "vanilla": [],
     **{f"ema_{eta}": [*EMA, "--momentum-eta", str(eta)] for eta in (0.1, 0.3, 0.5, 0.7, 0.9)},
     "ema": [*EMA, "--momentum-learned"],
+    "ema_learned": [*EMA, "--momentum-eta", "0.5", "--momentum-learned"],
     **{f"ema_{eta}_normalized": [*EMA, "--momentum-eta", str(eta), "--momentum-normalize"] for eta in (0.7, 0.9)},
     "ema_0.5_gated": [*EMA, "--momentum-eta", "0.5", "--momentum-gate", "zero"],
     "multi_ema": ["--momentum-kind", "multi_ema"],

@@ -1,6 +1,6 @@
 """Trains small language models with and without momentum attention on real text, on a CPU, and compares their
-perplexity; then asks a pretrained model to classify film reviews, zero-shot, in context and finetuned, and compares what
-the last two change in it.
+perplexity; then asks a pretrained model to classify film reviews, zero-shot, in context and finetuned, and compares
+what the last two change in it.
 
 Every stage leaves what it made in the output folder and is skipped when that is there, so running the same command
 again goes on where an earlier one stopped or was killed. Started by quickstart.sh, which sets up the environment;

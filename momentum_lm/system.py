@@ -24,7 +24,8 @@ def import_user_dir(folder: str | os.PathLike[str] | None) -> None:
     if not os.path.isfile(os.path.join(parent, name, "__init__.py")):
         raise UserError(arg(user_dir=folder), ": must be a folder with an __init__.py")
     before = sys.modules.get(name)
-    if before is not None and os.path.dirname(os.path.abspath(str(before.__file__))) != os.path.join(parent, name):
+    where = getattr(before, "__file__", None) or ""
+    if before is not None and os.path.dirname(os.path.abspath(where)) != os.path.join(parent, name):
         raise UserError(arg(user_dir=folder), f": there is another module called {name}; give the folder another name")
     sys.path.insert(0, parent)
     try:

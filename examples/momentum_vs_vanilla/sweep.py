@@ -80,8 +80,8 @@ class Run(NamedTuple):
 
 
 def model_flags(args: argparse.Namespace, run: Run) -> list[str]:
-    """The flags of ``fairseq-train`` that make the decoder."""
-    flags = [*FORMS[run.form], *args.every_variant[run.variant], *user_dir(args, run.variant)]
+    """The flags of ``fairseq-train`` that make the decoder, but for where its code is."""
+    flags = [*FORMS[run.form], *args.every_variant[run.variant]]
     return [*flags, WIDE[run.form.partition("_")[0]]] if run.variant == "wide" else flags
 
 
@@ -92,11 +92,28 @@ def user_dir(args: argparse.Namespace, variant: str) -> list[str]:
     return [] if args.user_dir is None or variant in VARIANTS else ["--user-dir", str(args.user_dir.resolve())]
 
 
+def code(args: argparse.Namespace, variant: str) -> str | None:
+    """The digest of a variant's own code."""
+    where = user_dir(args, variant)
+    return file_sha256(*sorted(Path(where[1]).rglob("*.py"))) if where else None
+
+
+def check_rows(known: dict[tuple, dict], made: dict[Run, dict], stored: Path) -> None:
+    """Raises UserError where a row that is kept is of a variant of the same name that was another one."""
+    for key, row in known.items():
+        now = made.get(Run(*key[: len(Run._fields)]))
+        if now is not None and {name: row.get(name) for name in now} != now:
+            raise UserError(
+                f"{stored} has {row['variant']} with other flags or code ({' '.join(row.get('flags', []))}): choose "
+                "another name, or another --output"
+            )
+
+
 def training(args: argparse.Namespace, folder: Path, run: Run) -> Job:
     """One run, which goes on from its last checkpoint where it was interrupted."""
     updates = round(args.tokens / (TOKENS_PER_SAMPLE * BATCH))
     command = train_command(
-        args.data, model_flags(args, run), run.seed, updates, lr=run.lr, warmup=40,
+        args.data, [*model_flags(args, run), *user_dir(args, run.variant)], run.seed, updates, lr=run.lr, warmup=40,
         tokens_per_sample=TOKENS_PER_SAMPLE, batch_size=BATCH, autocast=args.autocast,
     )  # fmt: skip
     command += [*saving(folder, every=500), "--tensorboard-logdir", str(folder / "tensorboard"), "--log-interval", "25"]
@@ -121,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates = {(form, name): learning_rates(args, known, form, name) for form in args.form for name in args.variants}
     # seed by seed, so that an interrupted sweep has whole seeds
     runs = [Run(form, name, lr, seed) for seed in args.seeds for (form, name), found in rates.items() for lr in found]
+    made = {run: {"flags": model_flags(args, run), "code": code(args, run.variant)} for run in runs}
+    check_rows(known, made, stored)
     missing = [run for run in runs if any((*run, split, n) not in known for split in args.splits for n in args.lengths)]
     try:
         train([training(args, run.folder(sweep), run) for run in missing], args.jobs, "training")
@@ -133,12 +152,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     for run, split in pairs:
         for record in read_results(run.folder(sweep) / f"perplexity_{split}")["runs"]:
-            known[*run, split, record["context_length"]] = {**run._asdict(), **record}
+            known[*run, split, record["context_length"]] = {**run._asdict(), **made[run], **record}
     write_json(stored, {"settings": settings, "runs": [known[key] for key in sorted(known)]})
     for form, split, length in itertools.product(args.form, args.splits, args.lengths):
-        rows = [known[*run, split, length] for run in runs if run.form == form]
+        shown = [*args.variants, *([] if args.against in args.variants else [args.against])]
+        rows = [row for (f, name, _, seed, s, n), row in known.items()
+                if (f, s, n) == (form, split, length) and name in shown and seed in args.seeds
+                and (name == args.against or Run(f, name, row["lr"], seed) in made)]  # fmt: skip
         title = f"{form}, {split}, context {length}, after {args.tokens:.3g} tokens"
-        print(f"\n{title}\n{table(rows, args.variants, args.against)}")
+        print(f"\n{title}\n{table(rows, shown, args.against)}")
     return 0
 
 
@@ -184,6 +206,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.lengths = integers(args.context_lengths, "--context-lengths", 1, "64,128")
     if args.lr != "best":
         args.lr = numbers(args.lr)
+    elif both := set(args.seeds) & set(args.selection_seeds):
+        raise UserError(f"--seeds {min(both)}: the learning rate is chosen on it; results need other seeds")
     for flag, least in (("jobs", 1), ("threads", 1), ("tokens", TOKENS_PER_SAMPLE * BATCH)):
         if not getattr(args, flag) >= least:
             raise UserError(f"--{flag} {getattr(args, flag):g}: must be at least {least}")
@@ -238,7 +262,10 @@ def learning_rates(args: argparse.Namespace, known: dict[tuple, dict], form: str
             f"--lr best: no learning rate of {variant} ({form}) was tried on valid with all of the --selection-seeds "
             f"{','.join(map(str, args.selection_seeds))} at context {max(args.lengths)}: run that first, with --lr"
         )
-    return [min(whole, key=whole.__getitem__)]
+    best = min(whole, key=whole.__getitem__)
+    if len(whole) > 2 and best in (min(whole), max(whole)):
+        print(f"note: the best learning rate of {variant} ({form}), {best:g}, is at an end of those tried")
+    return [best]
 
 
 def table(rows: list[dict], names: list[str], against: str) -> str:

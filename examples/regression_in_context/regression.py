@@ -50,8 +50,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "canon_a": dict(momentum_kind="fir", momentum_at="input", momentum_current=True),
     "depth": dict(momentum_kind="ema", momentum_learned=True, momentum_at="depth"),
 }
-STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-RATES, BETAS = (0.05, 0.1, 0.2, 0.4, 0.8), (0.3, 0.6, 0.9)
+STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+RATES, BETAS = (0.25, 0.5, 1.0, 1.5, 1.9), (0.3, 0.6, 0.9)  # in units of 1 / the largest eigenvalue
+EXACT = 1e-6  # of a distance, below which it counts as none
 
 
 class Regressor(nn.Module):
@@ -103,7 +104,6 @@ def held_out() -> dict[str, tuple[Tensor, Tensor]]:
 
 def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     """Trains one model, and writes what it predicts of the held-out prompts."""
-    torch.set_num_threads(args.threads)
     torch.manual_seed(seed)
     model, data = Regressor(decoder_config(variant, args.position)), seeded(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
@@ -126,13 +126,12 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     np.savez(args.output / variant / f"seed{seed}" / "predictions.npz", **found)
 
 
-def prefix_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, N, D), y (B, N) -> of the examples before each: sums of x x^T (B, N, D, D) and of x y (B, N, D), and how
-    many there are (N,), in float64.
-    """
+def prefix_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, N, D), y (B, N) -> of the examples before each the sums of x x^T (B, N, D, D) and x y (B, N, D)."""
     x, y = x.double(), y.double()
     outer, product = x[..., None] * x[..., None, :], x * y[..., None]
-    return outer.cumsum(1) - outer, product.cumsum(1) - product, torch.arange(x.shape[1]).double()
+    before = [F.pad(sums[:, :-1], (*[0, 0] * (sums.dim() - 2), 1, 0)) for sums in (outer.cumsum(1), product.cumsum(1))]
+    return before[0], before[1]
 
 
 def predicted(x: Tensor, w: Tensor) -> Tensor:
@@ -142,17 +141,20 @@ def predicted(x: Tensor, w: Tensor) -> Tensor:
 
 def ridge(x: Tensor, y: Tensor) -> Tensor:
     """The mean of y given the examples before, (B, N): no prediction has a smaller error."""
-    gram, product, _ = prefix_sums(x, y)
+    gram, product = prefix_sums(x, y)
     w = torch.linalg.solve(gram + NOISE**2 * torch.eye(DIMENSION), product[..., None])
     return predicted(x, w.squeeze(-1))
 
 
 def descents(x: Tensor, y: Tensor, rate: float, beta: float) -> Iterator[tuple[int, Tensor]]:
-    """Gradient descent on the mean squared error of the examples before, from 0, with momentum ``beta`` (heavy ball):
+    """Gradient descent on the squared error of the examples before, from 0, with momentum ``beta`` (heavy ball):
     (steps, predictions (B, N)) for each number of :data:`STEPS`.
+
+    ``rate`` is in units of 1 / the largest eigenvalue of the sum of x x^T, of each prompt and number of examples: below
+    2 (2 + 2 beta with momentum) it converges.
     """
-    gram, product, count = prefix_sums(x, y)
-    scale = rate / count.clamp(min=1)[:, None]
+    gram, product = prefix_sums(x, y)
+    scale = rate / torch.linalg.matrix_norm(gram, 2).clamp(min=EXACT)[..., None]
     w = velocity = torch.zeros_like(product)
     for step in range(1, STEPS[-1] + 1):
         gradient = (gram @ w[..., None]).squeeze(-1) - product
@@ -164,9 +166,8 @@ def descents(x: Tensor, y: Tensor, rate: float, beta: float) -> Iterator[tuple[i
 
 def newtons(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Newton's iteration for the inverse of the sum of x x^T (arXiv 2310.17086): (steps, predictions (B, N))."""
-    gram, product, _ = prefix_sums(x, y)
-    size = torch.linalg.matrix_norm(gram, 2)[..., None, None]
-    inverse = torch.where(size > 0, gram * (2 / (size**2).clamp(min=1e-12)) * 0.5, 0.0)
+    gram, product = prefix_sums(x, y)
+    inverse = gram / torch.linalg.matrix_norm(gram, 2).clamp(min=EXACT)[..., None, None] ** 2
     for step in range(1, 13):
         inverse = 2 * inverse - inverse @ gram @ inverse
         yield step, predicted(x, (inverse @ product[..., None]).squeeze(-1))
@@ -207,6 +208,12 @@ def nearest(
     return found
 
 
+def preference(found: dict[str, dict[str, Any]]) -> float:
+    """log(distance to GD with momentum / distance to GD): below 0, momentum is nearer."""
+    momentum, plain = (max(EXACT, found[name]["distance"]) for name in ("GD with momentum", "GD"))
+    return math.log(momentum / plain)
+
+
 def measure(args: argparse.Namespace, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Errors by number of examples, and distances to the methods, of every model."""
     prompts = held_out()
@@ -218,12 +225,16 @@ def measure(args: argparse.Namespace, names: Sequence[str], seeds: Sequence[int]
             predictions = {part: torch.from_numpy(file[part]) for part in known}
         errors = (predictions["test"] - y).square().mean(0) - NOISE**2
         found = nearest(predictions, known)
-        preference = math.log(found["GD with momentum"]["distance"] / found["GD"]["distance"])
-        record = {"excess_error": errors.tolist(), "nearest": found, "preference": preference}
+        record = {"excess_error": errors.tolist(), "nearest": found, "preference": preference(found)}
         variants.setdefault(name, {})[str(seed)] = record
     exact = {method: (some["exact"] - y).square().mean(0) - NOISE**2 for method, some in known["test"].items()
              if "exact" in some}  # fmt: skip
-    return {"variants": variants, "methods": {method: errors.tolist() for method, errors in exact.items()}}
+    ideal = {part: some["ridge"]["exact"] for part, some in known.items()}
+    return {
+        "variants": variants,
+        "methods": {method: errors.tolist() for method, errors in exact.items()},
+        "preference_of_ridge": preference(nearest(ideal, known)),  # of a learner that does neither
+    }
 
 
 def over_seeds(records: dict[str, Any], value: Callable[[Any], float], baseline: dict[str, Any] | None = None) -> str:
@@ -247,6 +258,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
                      for m in ("ridge", "Newton", "GD", "GD with momentum")]  # fmt: skip
         change = over_seeds(records, lambda r: r["preference"], other) if other else ""
         near.append([name, *distances, change])
+    near.append(["ridge", *[""] * 4, f"{results['preference_of_ridge']:.3f}, not less vanilla's"])
     rows.append(["ridge", *(f"{results['methods']['ridge'][n]:.3f}" for n in (4, 8, EXAMPLES - 1)), ""])
     columns = ["", "after 4", "after 8", f"after {EXAMPLES - 1}", "mean, less vanilla's"]
     first = Table(columns, rows, "Squared error beyond the noise's, by examples before (95% interval over seeds)")
@@ -293,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     config = open_config(args.output, {"position": args.position, "updates": args.updates}, "a study")
     own = [sys.executable, str(Path(__file__).resolve()), "--output", str(args.output), "--position", args.position]
-    own += ["--updates", str(args.updates), "--threads", str(args.threads)]
+    own += ["--updates", str(args.updates)]
     jobs = [Job("train", [*own, "--one", name, str(seed)], args.output / name / f"seed{seed}", args.threads)
             for seed in seeds for name in names]  # fmt: skip
     try:

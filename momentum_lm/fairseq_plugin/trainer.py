@@ -504,8 +504,11 @@ def _fixed_momentum(options: Mapping[str, Any]) -> dict[str, Any]:
     kind = getattr(kind, "value", kind)
     if kind in BUILT_IN_FILTERS and (kind != "ema" or options.get("momentum_learned")):
         return {}
-    at = options.get("momentum_at", "output")
-    return {"momentum_kind": kind, "momentum_eta": options["momentum_eta"], "momentum_at": at}
+    names = ["momentum_eta", "momentum_normalize"]
+    if kind not in BUILT_IN_FILTERS:
+        names += ["momentum_learned", "momentum_taps", "momentum_current"]
+    told = {name: options[name] for name in names if options.get(name) is not None}
+    return {"momentum_kind": kind, "momentum_at": options.get("momentum_at", "output"), **told}
 
 
 def _early_stop() -> Any:

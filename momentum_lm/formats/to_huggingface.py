@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from momentum_lm.errors import UserError, arg
-from momentum_lm.files import write_json
+from momentum_lm.files import file_sha256, write_json
 from momentum_lm.model import DecoderConfig
 from momentum_lm.model.config import BUILT_IN_FILTERS
 from momentum_lm.model.filters import filter_class, is_of_filter, own_source
@@ -63,6 +63,8 @@ def write_model(
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
     notes = [f"{len(names)} files of weights"] if len(names) > 1 else []
+    if family is MOMENTUM and own_source(decoder) is not None:
+        notes.append("own_filters.py goes with it, a copy of your filter's file: to load the model takes momentum_lm")
     if tokenizer is not None:
         note = write_tokenizer(tokenizer, folder, decoder.max_positions, bos, None if order is None else order.tolist())
         notes += [note] if note else []
@@ -80,6 +82,9 @@ def _write_code(decoder: DecoderConfig, folder: Path) -> None:
     source = own_source(decoder)
     if source is not None:
         shutil.copyfile(source, folder / "own_filters.py")
+        # transformers keeps one model class for each configuration's code, and another filter is another class
+        with open(folder / "configuration_momentum_lm.py", "a", encoding="utf-8") as configuration:
+            configuration.write(f"# of the model with own_filters.py {file_sha256(source)}\n")
         modelling = folder / "modeling_momentum_lm.py"
         before, _, after = modelling.read_text("utf-8").partition(_OWN_KINDS)
         kind, name = filter_class(decoder).__name__, decoder.momentum_kind
@@ -97,7 +102,10 @@ def _check_own_kind(decoder: DecoderConfig) -> None:
     if source is None or "." in filter_class(decoder).__qualname__:
         problem = " cannot be written for transformers: its class must stand in a file, not within another definition"
         raise UserError(*what, problem)
-    if re.search(r"^\s*(from\s+\.|import\s+\.)", Path(source).read_text("utf-8"), re.MULTILINE):
+    if not filter_class(decoder).additive:
+        raise UserError(*what, " cannot be written for transformers: it changes what it is added to")
+    package = re.escape(filter_class(decoder).__module__.partition(".")[0])
+    if re.search(rf"^\s*(from|import)\s+(\.|{package}\b)", Path(source).read_text("utf-8"), re.MULTILINE):
         raise UserError(*what, f" cannot be written for transformers: {source} imports files beside it, and goes alone")
 
 

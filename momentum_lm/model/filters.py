@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import BUILT_IN_FILTERS, FILTER_KINDS, DecoderConfig
 from .marks import no_matrices, no_weight_decay
-from .precision import Float32
+from .precision import Float32, autocast_dtype
 from .state import LayerCache
 
 _Kind = TypeVar("_Kind", bound="type[MomentumFilter]")
@@ -31,8 +31,11 @@ def register_filter(name: str) -> Callable[[_Kind], _Kind]:
     def register(kind: _Kind) -> _Kind:
         if not isinstance(kind, type) or not issubclass(kind, MomentumFilter):
             raise TypeError(f"{kind!r} is no subclass of MomentumFilter")
-        same = _KINDS[name].__qualname__ == kind.__qualname__ if name in _KINDS else name != "none"
-        if not name.isidentifier() or not same:  # a module that is imported again registers its class again
+        if kind.__module__.startswith("transformers_modules."):
+            return kind  # the code of an exported model, which finds its class itself
+        before = _KINDS.get(name)
+        again = before is not None and (before.__module__, before.__qualname__) == (kind.__module__, kind.__qualname__)
+        if not name.isidentifier() or name == "none" or not (before is None or again):
             raise ValueError(f"{name!r}: must be a Python identifier that is not the name of another kind of momentum")
         _KINDS[name] = kind
         if name not in FILTER_KINDS:
@@ -126,6 +129,7 @@ class MomentumFilter(Float32):
     """
 
     gate: nn.Parameter | None
+    additive = True  # what it gives does not depend on what it is added to
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +153,8 @@ class MomentumFilter(Float32):
         addend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """values (B, G, T, D) -> (what is filtered, plus ``addend`` (B, H, T, D) if given, whose heads are G groups;
-        state after the last token, (B, ...)).
+        state after the last token, (B, ...)). A class that does something else with the addend says ``additive =
+        False``, and is not exported.
 
         state: that of the tokens before, None at the beginning. segment_ids: (B, T), a number of its own for each
         document of a packed row. padding: (B, T) True at padding on the left, which is neither seen nor any time.
@@ -192,18 +197,15 @@ class FiniteFilter(MomentumFilter):
     ) -> tuple[Tensor, Tensor]:
         if padding is None:
             return self.after(values, state, segment_ids, addend)
-        values = values.masked_fill(padding[:, None, :, None], 0.0)
-        if state is None:  # what is before a row's first token is 0, as padding is now
-            return self.after(values, None, segment_ids, addend)
-        # the state meets each row at its first real token: padding goes to the end, and back
-        missing, length = padding.sum(1), values.shape[2]
-        there = torch.arange(length, device=values.device) + missing[:, None]  # (B, T)
-        moved = _taken(values, there.remainder(length))
-        out, _ = self.after(moved, state, None, None)
-        out = _taken(out, (there - 2 * missing[:, None]).remainder(length))
-        seen = torch.cat([state.to(values.dtype), moved], 2)  # of which each row's last K real ones are left
-        last = torch.arange(self.taps(), device=values.device) + (length - missing)[:, None]
-        return added(out, addend), _taken(seen, last)
+        # the real tokens of each row come together, after its state: padding goes to the end, and back
+        order = padding.long().argsort(dim=1, stable=True)  # (B, T)
+        moved = _taken(values.masked_fill(padding[:, None, :, None], 0.0), order)
+        documents = None if segment_ids is None else segment_ids.gather(1, order)
+        out, _ = self.after(moved, state, documents, None)
+        before = F.pad(moved, (0, 0, self.taps(), 0))[:, :, : self.taps()] if state is None else state
+        seen = torch.cat([before.to(values.dtype), moved], 2)  # of which each row's last K real ones are left
+        last = torch.arange(self.taps(), device=values.device) + (~padding).sum(1)[:, None]
+        return added(_taken(out, order.argsort(dim=1)), addend), _taken(seen, last)
 
 
 class WindowFilter(FiniteFilter):
@@ -243,10 +245,12 @@ class WindowFilter(FiniteFilter):
         if segment_ids is not None:
             documents = F.pad(segment_ids, (taps, 0), value=-1).unfold(1, taps + 1, 1)  # (B, T, K + 1)
             windows = windows.masked_fill((documents != documents[..., -1:])[:, None, ..., None], 0.0)
+        if autocast_dtype(values.device) is None and values.dtype != torch.float64:
+            windows = windows.float()  # as its parameters are
         out = self.window(windows)
         if self.gate is not None:
             out = out * self.gate[:, None, None]
-        return added(out.to(values.dtype), addend), past[:, :, -taps:]
+        return added(out.to(values.dtype), addend), past[:, :, past.shape[2] - taps :]
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """A filter of one's own, as docs/extension.md has it: trained, resumed, evaluated, and missed where it is not given."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -94,8 +95,51 @@ def test_an_export_goes_alone_and_comes_back(trained, own, run_cli, tmp_path):
             settings = dict(attention_mask=mask.long(), num_beams=beams, do_sample=False, max_new_tokens=6)
             cached, whole = (model.generate(padded, use_cache=use, **settings) for use in (True, False))
             assert cached.equal(whole)
-        with pytest.raises(ValueError, match=r"momentum_kind=smear takes an attention_mask \(B, T\) alone"):
+        with pytest.raises(ValueError, match=r"Smear takes an attention_mask \(B, T\) alone"):
             model(tokens, attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool).tril())
+
+
+RICH = """
+import torch
+from momentum_lm.model import WindowFilter, register_filter
+
+@register_filter("rich")
+class Rich(WindowFilter):
+    def __init__(self, heads, size, config):
+        super().__init__(heads, size, config)
+        self.layer = torch.nn.Linear(size, size)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, size), persistent=False)
+
+    def window(self, x):
+        x = torch.nn.functional.dropout(x[..., -2, :], 0.5, self.training)
+        return self.scale.to(x.dtype) * self.layer(x)
+"""
+
+
+def test_an_export_with_layers_buffers_and_dropout(run_cli, data, flags, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    (tmp_path / "rich_filters").mkdir()
+    (tmp_path / "rich_filters/__init__.py").write_text(RICH)
+    model = [word if word != "smear" else "rich" for word in MODEL]
+    given = ["--user-dir", tmp_path / "rich_filters"]
+    done = run_cli([*flags(data, tmp_path / "run", *model, task="ours", updates=2), *given])
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = tmp_path / "run/checkpoint_last.pt"
+    done = run_cli(["momentum-lm", "convert", checkpoint, tmp_path / "out", *given])
+    assert done.returncode == 0 and "to load the model takes momentum_lm" in done.stdout, done.stderr
+    import_user_dir(tmp_path / "rich_filters")
+    native, tokens = read_native(checkpoint).model.eval(), torch.randint(4, 90, (2, 12))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        for one in (model, copy.deepcopy(model)):
+            torch.testing.assert_close(one(tokens).logits, native(tokens), atol=1e-5, rtol=1e-5)
+            assert not one(tokens).logits.equal(one.train()(tokens).logits)
+            one.eval()
+        half = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16
+        )
+        assert half.model.layers[0].self_attn.momentum.layer.weight.dtype == torch.float32
+        torch.testing.assert_close(half(tokens).logits.float(), native(tokens), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("words", [["momentum-lm", "convert"], [
@@ -110,11 +154,13 @@ def test_without_its_module_it_is_named(words, trained, run_cli, data, tmp_path)
 
 
 def test_what_is_no_user_dir(trained, run_cli, tmp_path):
-    (tmp_path / "json").mkdir()
-    (tmp_path / "json/__init__.py").write_text("")
+    for name in ("json", "time"):  # of a file, and built in
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
     for folder, problem in (
         ("nowhere", "must be a folder with an __init__.py"),
         ("json", "another module called json"),
+        ("time", "another module called time"),
     ):
         failed = run_cli(["momentum-lm", "convert", trained / "checkpoint_last.pt", "out", "--user-dir", folder],
                          cwd=tmp_path)  # fmt: skip

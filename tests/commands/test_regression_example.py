@@ -34,15 +34,16 @@ def close(a, b):
 
 @pytest.mark.parametrize("beta", [0.0, 0.6])
 def test_descents_are_steps_along_gradients(example, prompts, beta):
-    found = dict(example.descents(*prompts, rate=0.1, beta=beta))
+    found = dict(example.descents(*prompts, rate=0.5, beta=beta))
     for row, n in ((0, 0), (1, 3), (2, 19)):
         x, y, query = examples_before(prompts, row, n)
         w = torch.zeros(example.DIMENSION, dtype=torch.double, requires_grad=True)
-        optimizer = torch.optim.SGD([w], lr=0.1, momentum=beta)
+        largest = float(torch.linalg.eigvalsh(x.T @ x).max()) if n else 1.0
+        optimizer = torch.optim.SGD([w], lr=0.5 / largest, momentum=beta)
         for step in range(1, 13):
             if n:
                 optimizer.zero_grad()
-                (0.5 * (x @ w - y).square().mean()).backward()
+                (0.5 * (x @ w - y).square().sum()).backward()
                 optimizer.step()
             if step in found:
                 close(found[step][row, n], query @ w.detach())
@@ -76,12 +77,18 @@ def test_a_prediction_sees_what_stands_before_it(example, prompts, variant, posi
 
 def test_the_nearest_choice_is_made_on_other_prompts(example):
     known = {part: example.methods(*given) for part, given in example.held_out().items()}
-    name = "8 steps, rate 0.2"
+    name = "8 steps, rate 0.5"
     predictions = {part: some["GD"][name] for part, some in known.items()}
     found = example.nearest(predictions, known)
-    assert found["GD"] == {"choice": name, "distance": 0.0}
+    assert found["GD"] == {"choice": name, "distance": 0.0} and example.preference(found) > 1
     assert all(found[method]["distance"] > 0 for method in ("ridge", "Newton", "GD with momentum"))
     assert known["test"]["ridge"]["exact"].shape == (example.TESTED, example.EXAMPLES)
+    heavy = {part: some["GD with momentum"]["8 steps, rate 0.5, momentum 0.6"] for part, some in known.items()}
+    assert example.preference(example.nearest(heavy, known)) < -1
+    between = {part: (some["GD"][name] + some["ridge"]["exact"]) / 2 for part, some in known.items()}
+    preferences = [example.preference(example.nearest(some, known)) for some in (
+        {part: found["ridge"]["exact"] for part, found in known.items()}, between)]  # fmt: skip
+    assert all(abs(value) < 0.5 for value in preferences), preferences  # learners that have no momentum
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from momentum_lm.errors import UserError
 from momentum_lm.model import Decoder, DecoderConfig, WindowFilter, register_filter
 from momentum_lm.model.config import PLACES
-from momentum_lm.model.filters import heads_at, is_of_filter
+from momentum_lm.model.filters import filter_class, heads_at, is_of_filter
+from momentum_lm.model.marks import decayed
 from momentum_lm.model.positions import document_ids
 from momentum_lm.ops.naive import fir_naive
 
@@ -314,12 +315,48 @@ def test_a_kind_of_ones_own_is_what_its_window_says():
     assert torch.equal(state, x[:, :, -2:])
 
 
+def test_padding_on_either_side_of_rows_of_one_batch_after_a_prefix():
+    """A shared prefix that is only read, and rows that are padded left, right and within."""
+    for kind in ("fir", "fir_current", "largest", "ema", "multi_ema"):
+        decoder, prefix = build(**KINDS[kind]), random_tokens(1, 6)
+        cache = decoder.new_cache()
+        decoder(prefix, cache=cache)
+        rows = torch.tensor([[PAD, PAD, 9, 10], [9, 10, PAD, PAD]])
+        logits = decoder(rows, cache=cache.rows(2, frozen=True))
+        alone = decoder(torch.cat([prefix, torch.tensor([[9, 10]])], 1))[0, 6:]
+        close(logits[0, 2:], alone)
+        close(logits[1, :2], alone)
+
+
+def test_a_window_in_half_precision_is_computed_in_fp32():
+    @register_filter("layered")
+    class Layered(WindowFilter):
+        def __init__(self, heads, size, config):
+            super().__init__(heads, size, config)
+            self.layer = torch.nn.Linear(size, size)
+
+        def window(self, x):
+            assert x.dtype == torch.float32
+            return self.layer(x[..., -2, :])
+
+    decoder = Decoder(DecoderConfig(50, 16, 32, 2, 2, momentum_kind="layered", momentum_at="output,values")).bfloat16()
+    assert decoder(random_tokens()).dtype == torch.bfloat16
+    assert decoder.layers[0].self_attn.momentum.layer.weight.dtype == torch.float32
+    assert not any(is_of_filter(name) and on for name, on in decayed(decoder).items())
+
+
 def test_names_of_kinds():
+    copy = type("MomentumEMA", (WindowFilter,), {"__module__": "copied"})  # a copy of ours, with our name
+    with pytest.raises(ValueError, match="'ema': must be a Python identifier that is not the name of another"):
+        register_filter("ema")(copy)
+    exported = type("Largest", (WindowFilter,), {"__module__": "transformers_modules.somewhere"})
+    assert register_filter("largest")(exported) is exported and filter_class(DecoderConfig(
+        50, 16, 32, 2, 2, momentum_kind="largest")) is Largest  # fmt: skip
     for name in ("ema", "none", "two words", ""):
         with pytest.raises(ValueError, match="must be a Python identifier that is not the name of another"):
             register_filter(name)(type("Other", (WindowFilter,), {}))
     with pytest.raises(TypeError, match="is no subclass of MomentumFilter"):
         register_filter("module")(torch.nn.Module)
     register_filter("largest")(Largest)  # a module that is imported again
-    with pytest.raises(UserError, match=r"momentum_kind='mine': must be one of none, ema, .*largest; one of your own"):
+    with pytest.raises(UserError, match=r"momentum_kind='mine': must be one of none, ema, .*largest.*; one of your own"):
         DecoderConfig(vocab_size=50, momentum_kind="mine", dim=16, ffn_dim=32, heads=2, layers=1)

@@ -29,6 +29,8 @@ class Placebo(WindowFilter):
 class HeadScale(MomentumFilter):
     """A learned factor per head of attention's output, which begins at 1: no other token is seen."""
 
+    additive = False
+
     def __init__(self, heads):
         super().__init__()
         self.factor = torch.nn.Parameter(torch.zeros(heads))

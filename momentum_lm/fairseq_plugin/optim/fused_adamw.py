@@ -161,6 +161,12 @@ class FusedAdamW(FairseqOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
         if any(_is_divided(p) for p in self.params):
             state_dict = self._parts(state_dict)
+        groups = state_dict.get("param_groups") or self.param_groups
+        if len(groups) != len(self.param_groups) and any(map(_is_of_filter, self.params)):
+            raise UserError(
+                "the checkpoint's optimizer has other groups of parameters: go on with or without ", arg("momentum_lr"),
+                ", as it was begun, or add ", arg(reset_optimizer=True),
+            )  # fmt: skip
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group.update(self._settings_of(group, optimizer_overrides or {}))

@@ -71,7 +71,7 @@ class Momentum(nn.Module):
     def __init__(self, config: MomentumLMConfig, place: str, index: int) -> None:
         super().__init__()
         self.config, self.index = config, index
-        self.groups, self.size = groups_at(config, place)
+        self.heads, self.size = groups_at(config, place)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         def keep_precision(tensor: Tensor) -> Tensor:  # bf16 rounds a decay of 0.999 to 1
@@ -96,10 +96,9 @@ class Momentum(nn.Module):
         """
         raise NotImplementedError
 
-    def added(self, x: Tensor, seen: Seen, past_key_values: Any) -> Tensor:
-        """x (B, G, T, D) plus its average, of what the cache has of earlier tokens too."""
-        history = x if past_key_values is None else remembered(past_key_values, self.index, x)
-        return (x + self(history, x.shape[2], seen)).to(x.dtype)
+    def groups(self) -> int:
+        """Into how many groups the filter divides channels without heads."""
+        return self.heads
 
     def forward(self, values: Tensor, length: int, seen: Seen) -> Tensor:
         """values (B, G, S, D) -> the averages at the ``length`` new tokens, in fp32 at least: (B, G, length, D), or (B,
@@ -140,9 +139,9 @@ class MomentumFIR(Momentum):
 
     def __init__(self, config: MomentumLMConfig, place: str, index: int) -> None:
         super().__init__(config, place, index)
-        self.weights = nn.Parameter(torch.empty(config.momentum_taps, self.groups, self.size))
-        self.current = nn.Parameter(torch.empty(self.groups, self.size)) if config.momentum_current else None
-        self.gate = nn.Parameter(torch.empty(self.groups)) if config.momentum_gate == "zero" else None
+        self.weights = nn.Parameter(torch.empty(config.momentum_taps, self.heads, self.size))
+        self.current = nn.Parameter(torch.empty(self.heads, self.size)) if config.momentum_current else None
+        self.gate = nn.Parameter(torch.empty(self.heads)) if config.momentum_gate == "zero" else None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -184,7 +183,7 @@ class MomentumEMA(Momentum):
     def __init__(self, config: MomentumLMConfig, place: str, index: int) -> None:
         super().__init__(config, place, index)
         self.several = config.momentum_kind == "multi_ema"
-        rows = self.groups * (self.size if self.several else 1)
+        rows = self.heads * (self.size if self.several else 1)
         self.delta = nn.Parameter(torch.empty(rows, 8)) if self.several else None
         self.gamma = nn.Parameter(torch.empty(rows, 8)) if self.several else None
         self.decay_logit = nn.Parameter(torch.empty(rows)) if config.momentum_learned else None
@@ -204,7 +203,7 @@ class MomentumEMA(Momentum):
         if self.delta is not None and self.gamma is not None:
             log_decay, weight = F.logsigmoid(self.delta), self.gamma / math.sqrt(self.gamma.shape[0])
         else:
-            log_decay = torch.full((self.groups, 1), math.log(self.config.momentum_eta), device=device)
+            log_decay = torch.full((self.heads, 1), math.log(self.config.momentum_eta), device=device)
             if self.decay_logit is not None:
                 log_decay = F.logsigmoid(self.decay_logit)[:, None]
             weight = torch.expm1(-log_decay) if self.config.momentum_normalize else torch.ones_like(log_decay)
@@ -220,7 +219,7 @@ class MomentumEMA(Momentum):
         log_decay, weight = (x.to(values.dtype) for x in self.terms(values.device))
         distance = torch.arange(values.shape[2], device=values.device)
         kernel = (weight[..., None] * torch.exp(distance * log_decay[..., None])).sum(1)
-        return kernel.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return kernel.unflatten(0, (self.heads, -1)).transpose(1, 2)
 
     def summed(self, values: Tensor, lag: Tensor) -> Tensor:
         if self.several:
@@ -233,7 +232,7 @@ class MomentumEMA(Momentum):
         if not self.several:
             return self.in_chunks(values, length, documents)
         channels = values.transpose(2, 3).flatten(1, 2)[..., None]  # (B, G * D, S, 1)
-        return self.in_chunks(channels, length, documents)[..., 0].unflatten(1, (self.groups, -1)).transpose(2, 3)
+        return self.in_chunks(channels, length, documents)[..., 0].unflatten(1, (self.heads, -1)).transpose(2, 3)
 
     def in_chunks(self, values: Tensor, length: int, documents: Tensor | None) -> Tensor:
         """:meth:`average` for values (B, R, S, D), of R rows of :meth:`terms`: within chunks by the matrix of all
@@ -310,32 +309,6 @@ def groups_at(config: MomentumLMConfig, place: str) -> tuple[int, int]:
     return groups, width // groups
 
 
-class MomentumOfOwn(Momentum):
-    """A kind that somebody registered with momentum_lm, by its name in ``OWN_KINDS``: its parameters are this module's,
-    and it sees all tokens again at each step.
-    """
-
-    own: Any
-
-    def __init__(self, config: MomentumLMConfig, place: str, index: int) -> None:
-        super().__init__(config, place, index)
-        own = OWN_KINDS[config.momentum_kind].make(config, place, self.groups, self.size)
-        self.__dict__.update(own=own, _parameters=own._parameters, _buffers=own._buffers, _modules=own._modules)
-
-    def reset_parameters(self) -> None:
-        pass  # its class has set them
-
-    def forward(self, values: Tensor, length: int, seen: Seen) -> Tensor:
-        if seen.lag is not None:
-            kind = self.config.momentum_kind
-            raise ValueError(f"momentum_kind={kind} takes an attention_mask (B, T) alone, 0 at padding")
-        padding = None
-        if seen.order is not None and seen.hidden is not None:
-            values, padding = values.gather(2, seen.order[:, None, :, None].expand_as(values)), seen.hidden
-        out = self.own(values, None, seen.documents, padding)[0][:, :, values.shape[2] - length :]
-        return out if seen.where is None else out.gather(2, seen.where[:, None, :, None].expand_as(out))
-
-
 def make_filter(config: MomentumLMConfig, place: str, layer: int = 0) -> Any:
     """The filter at one of ``config.places``, of one layer; None where the configuration has none there."""
     if place not in config.places:
@@ -346,7 +319,34 @@ def make_filter(config: MomentumLMConfig, place: str, layer: int = 0) -> Any:
     elif place == "embedding":
         index += config.num_hidden_layers * len(within)
     kinds = {"ema": MomentumEMA, "multi_ema": MomentumEMA, "fir": MomentumFIR}
-    return kinds.get(config.momentum_kind, MomentumOfOwn)(config, place, index)
+    if config.momentum_kind in kinds:
+        return kinds[config.momentum_kind](config, place, index)
+    own = OWN_KINDS[config.momentum_kind].make(config, place, *groups_at(config, place))
+    own.place, own.index = place, index
+    return own
+
+
+def averaged(module: Any, values: Tensor, length: int, seen: Seen) -> Tensor:
+    """values (B, G, S, D) -> the filter's averages at the ``length`` new tokens, as :meth:`Momentum.forward`.
+
+    A kind of somebody's own, which momentum_lm calls with a state, sees all tokens again at each step. Raises
+    ValueError for a mask (B, 1 or H, T, S), which such a kind does not know.
+    """
+    if isinstance(module, Momentum):
+        return module(values, length, seen)
+    if seen.lag is not None:
+        raise ValueError(f"{type(module).__name__} takes an attention_mask (B, T) alone, 0 at padding")
+    padding = None
+    if seen.order is not None and seen.hidden is not None:
+        values, padding = values.gather(2, seen.order[:, None, :, None].expand_as(values)), seen.hidden
+    out = module(values, None, seen.documents, padding)[0][:, :, values.shape[2] - length :]
+    return out if seen.where is None else out.gather(2, seen.where[:, None, :, None].expand_as(out))
+
+
+def added(module: Any, x: Tensor, seen: Seen, past_key_values: Any) -> Tensor:
+    """x (B, G, T, D) plus the filter's average, of what the cache has of earlier tokens too."""
+    history = x if past_key_values is None else remembered(past_key_values, module.index, x)
+    return (x + averaged(module, history, x.shape[2], seen)).to(x.dtype)
 
 
 def remembered(past_key_values: Any, index: int, x: Tensor) -> Tensor:
@@ -364,8 +364,8 @@ def with_filter(module: Any, x: Tensor, seen: Seen, past_key_values: Any) -> Ten
     """x (B, T, C) plus its filter, if there is one, in groups of channels."""
     if module is None:
         return x
-    grouped = x.unflatten(-1, (module.groups, -1)).transpose(1, 2)
-    return module.added(grouped, seen, past_key_values).transpose(1, 2).flatten(2)
+    grouped = x.unflatten(-1, (module.groups(), -1)).transpose(1, 2)
+    return added(module, grouped, seen, past_key_values).transpose(1, 2).flatten(2)
 
 
 def _unknown(count: Any) -> bool:
@@ -456,7 +456,7 @@ class MomentumLMAttention(nn.Module):
             p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key, value = (
-            x if module is None else module.added(x, seen, past_key_values)
+            x if module is None else added(module, x, seen, past_key_values)
             for module, x in ((self.momentum_queries, query), (self.momentum_keys, key), (self.momentum_values, value))
         )
         if self.q_norm is not None and self.k_norm is not None:
@@ -470,7 +470,7 @@ class MomentumLMAttention(nn.Module):
         scaling = query.shape[-1] ** -0.5
         out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         if self.momentum is not None:
-            average = self.momentum(value, query.shape[2], seen)  # (B, G or H, T, D)
+            average = averaged(self.momentum, value, query.shape[2], seen)  # (B, G or H, T, D)
             average = repeated(average, query.shape[1] // average.shape[1])
             out = (out + average.transpose(1, 2)).to(out.dtype)
         if self.momentum_depth is not None:
@@ -540,6 +540,13 @@ class MomentumLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Momentum):
             module.reset_parameters()
+        elif isinstance(module, tuple(OWN_KINDS.values())):  # what was not loaded is as its class makes it
+            own: Any = module
+            fresh = type(own).make(self.config, own.place, *groups_at(self.config, own.place))
+            made = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if not getattr(tensor, "_is_hf_initialized", False):
+                    tensor.copy_(made[name])
 
 
 class MomentumLMModel(MomentumLMPreTrainedModel):

@@ -214,6 +214,13 @@ def multi_ema_chunked(
     return out.to(values.dtype), final
 
 
+def _with_contiguous_grad(x: Tensor) -> Tensor:
+    """``x``, of any shape, whose gradient is made contiguous: products of others are a loop over the batch on a CPU."""
+    if x.requires_grad and not torch.compiler.is_compiling() and not under_transforms():
+        x.register_hook(Tensor.contiguous)
+    return x
+
+
 def _multi_ema(
     v: Tensor, log_decay: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -222,6 +229,7 @@ def _multi_ema(
     pad = -length % size
     count = (length + pad) // size
     x = F.pad(v, (0, 0, pad, 0)).reshape(batch, count, size, channels).permute(3, 2, 0, 1)  # (C, size, B, n)
+    x = x.contiguous()  # products of matrices that are not are a loop over channels
 
     r = torch.arange(size, device=v.device)
     power_cor = torch.exp(r * log_decay[..., None])  # (C, order, size): decay^lag
@@ -232,7 +240,8 @@ def _multi_ema(
     from_start_cro = (weight[..., None] * power_cor * log_decay[..., None].exp()).transpose(1, 2)
 
     def per_channel(matrix: Tensor, columns: Tensor) -> Tensor:  # (C, a, b) x (C, b, B, n) -> (C, a, B, n)
-        return (matrix @ columns.flatten(2)).unflatten(2, columns.shape[2:])
+        product = _with_contiguous_grad(matrix @ columns.flatten(2))
+        return product.unflatten(2, columns.shape[2:])
 
     if segment_ids is None:
         out = per_channel(toeplitz_crr, x)

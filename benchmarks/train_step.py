@@ -3,7 +3,7 @@ same shape; or, of the Llama form, transformers' LlamaForCausalLM.
 
     python benchmarks/train_step.py [--shape 125m] [--length 1024] [--batch 4] [--steps 2] [--json OUT.json]
     python benchmarks/train_step.py --family llama --shape 135m --batch 1 --vocab 49152
-    python benchmarks/train_step.py --filters --pairs 10   # every kind of momentum at every place
+    python benchmarks/train_step.py --filters --batch 1   # every kind of momentum at every place
     python benchmarks/train_step.py --device cuda --shape 350m --length 2048 --batch 16 --steps 20   # bf16, compiled
 
 Each variant runs in a process of its own (so peak memory is its own), the variants alternate over --rounds, and each
@@ -11,7 +11,7 @@ ratio is between medians of one run. All but stock fairseq keep freed memory, as
 less than a machine's speed drifts within a minute: one more process takes --pairs of steps with and without it, one
 right after the other, of one sequence each on a CPU, and the ratios of the pairs are averaged (geometrically, with a
 95% interval that takes pairs as independent). CPU time, summed over threads, is what to read where other work shares
-the machine. --filters measures nothing but such pairs, one process for each kind and place. A step is forward,
+the machine. --filters measures each kind of momentum at each place alone, beside a step without. A step is forward,
 backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs with --fp16, the fastest that it has.
 """
 
@@ -235,22 +235,13 @@ def measure_pairs(args: argparse.Namespace) -> dict[str, Any]:
     keep_memory()
     args.batch = pair_batch(args)
     vanilla, momentum = OURS[args.family]
-    steps = {vanilla: fairseq_step(vanilla, args), momentum: fairseq_step(momentum, args, filter_flags(args.filters))}
+    steps = {vanilla: fairseq_step(vanilla, args), momentum: fairseq_step(momentum, args)}
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in steps}
     for number in range(args.warm + args.pairs):
         for variant in list(steps)[:: 1 if number % 2 == 0 else -1]:  # so that a drift favours neither
             times[variant].append(timed(steps[variant], number, args))
     pairs = {variant: columns(taken[args.warm :]) for variant, taken in times.items()}
     return {"pairs": pairs, "peak_mib": peak_mib(args)}
-
-
-def filter_flags(name: str | None) -> list[str]:
-    """``fir@values`` -> the flags of that kind of momentum at that place, its decays learned; None: no flags."""
-    if name is None:
-        return []
-    kind, place = name.split("@")
-    learned = ["--momentum-learned"] if kind == "ema" else []
-    return ["--momentum-kind", kind, "--momentum-at", place, *learned]
 
 
 def filters_of(words: str) -> list[str]:
@@ -266,19 +257,54 @@ def filters_of(words: str) -> list[str]:
     return names
 
 
-def print_filters(names: Sequence[str], run: Callable[..., dict], args: argparse.Namespace) -> dict[str, dict]:
-    """Measures and prints the cost of each filter: its step beside one without. Returns the pairs by name."""
+def measure_filters(args: argparse.Namespace) -> dict[str, Any]:
+    """CPU seconds of steps without momentum, and of each filter alone, forward and backward at the shape that it has in
+    the decoder, with how often a step has it: what it adds is a few percent, and pairs of steps differ by more.
+    """
+    import torch
+
+    from momentum_lm.cpu import keep_memory
+    from momentum_lm.model import DecoderConfig
+    from momentum_lm.model.filters import heads_at, make_filter
+    from momentum_lm.model.sizes import architecture
+
+    torch.set_num_threads(args.threads)
+    keep_memory()
     vanilla = OURS[args.family][0]
-    print(f"of a step of {vanilla}_{args.shape}, {pair_batch(args)} x {args.length} tokens, {args.pairs} pairs each")
-    print("| kind | place | CPU time | step time | peak memory of both |\n|---|---|---|---|---|")
-    found = {}
-    for name in names:
-        found[name] = run("pairs", "--filters", name)
+    step = fairseq_step(vanilla, args)
+    found: dict[str, Any] = {"step": [timed(step, n, args) for n in range(args.warm + args.steps)][args.warm :]}
+    for name in filters_of(args.filters):
         kind, place = name.split("@")
-        ratios = (ratio_of_pairs(found[name]["pairs"], key) for key in ("cpu_seconds", "seconds"))
-        columns = [f"{ratio:.3f} ({low:.3f} to {high:.3f})" for ratio, low, high in ratios]
-        print(f"| {kind} | {place} | {' | '.join(columns)} | {found[name]['peak_mib']:.0f} MiB |", flush=True)
+        shape = architecture(f"{vanilla}_{args.shape}")
+        options = {"momentum_kind": kind, "momentum_at": place, "momentum_learned": kind == "ema"}
+        config = DecoderConfig(args.vocab, **{**shape, **options})
+        module, (heads, size) = make_filter(config, place), heads_at(config, place)
+        assert module is not None
+        wide = torch.randn(args.batch, args.length, heads * size, device=args.device, requires_grad=True)
+
+        def once(number: int, place: str = place, module: Any = module, wide: Any = wide, heads: int = heads) -> None:
+            x = wide.unflatten(-1, (heads, -1)).transpose(1, 2)
+            out = module.across(x, x) if place == "depth" else module(x, None, None, None, x)[0]
+            out.transpose(1, 2).flatten(2).sum().backward()
+
+        times = {"embedding": 1, "depth": config.layers - 1}.get(place, config.layers)
+        module.to(args.device)
+        found[name] = {"times": times, "seconds": [timed(once, n, args) for n in range(2 + args.pairs)][2:]}
     return found
+
+
+def print_filters(found: dict[str, Any], args: argparse.Namespace) -> None:
+    """The table of what each filter costs: median CPU time (on a GPU: time), as a share of the fastest step's."""
+    which = 0 if args.device == "cuda" else 1
+    step = min(times[which] for times in found["step"])
+    vanilla = OURS[args.family][0]
+    print(f"{vanilla}_{args.shape}, {args.batch} x {args.length} tokens: a step takes {step:.2f} s of CPU time")
+    print("| kind | place | alone, a layer | a step with it |\n|---|---|---|---|")
+    for name, filter_ in found.items():
+        if name != "step":
+            alone = statistics.median(times[which] for times in filter_["seconds"])
+            share = 1 + filter_["times"] * alone / step
+            print(f"| {' | '.join(name.split('@'))} | {alone * 1e3:.1f} ms | {share:.3f} |")
 
 
 def peak_mib(args: argparse.Namespace) -> float:
@@ -329,16 +355,20 @@ def main() -> None:
         parser.error("--pairs: at least 2")
     args.warm = 5 if args.device == "cuda" else 1  # the first steps allocate and compile
     if args.variant:
-        print(json.dumps(measure_pairs(args) if args.variant == "pairs" else measure(args.variant, args)))
+        special = {"pairs": measure_pairs, "filters": measure_filters}
+        print(json.dumps(special[args.variant](args) if args.variant in special else measure(args.variant, args)))
         return
+    if args.filters:
+        filters_of(args.filters)
 
-    def run(variant: str, *more: str) -> dict:
-        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant, *more]
+    def run(variant: str) -> dict:
+        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         return json.loads(output.splitlines()[-1])
 
     if args.filters:
-        found = print_filters(filters_of(args.filters), run, args)
+        found = run("filters")
+        print_filters(found, args)
         if args.json:
             with open(args.json, "w") as file:
                 json.dump({"arguments": vars(args), "filters": found}, file, indent=1)

@@ -38,10 +38,15 @@ def test_the_cost_of_filters(tmp_path):
     command = [sys.executable, SCRIPT, *flags, tmp_path / "out.json", "--filters", "fir@values,ema@depth"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ")[:2] for line in done.stdout.splitlines()[3:]]
-    assert rows == [["| fir", "values"], ["| ema", "depth"]]
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[3:]]
+    assert [row[:2] for row in rows] == [["| fir", "values"], ["| ema", "depth"]]
     found = json.loads((tmp_path / "out.json").read_text())["filters"]
-    assert [len(times["seconds"]) for f in found.values() for times in f["pairs"].values()] == [2] * 4
+    assert [(found[name]["times"], len(found[name]["seconds"])) for name in ("fir@values", "ema@depth")] == [
+        (3, 2),
+        (2, 2),
+    ]
+    share = 1 + 3 * sum(cpu for _, cpu in found["fir@values"]["seconds"]) / 2 / min(cpu for _, cpu in found["step"])
+    assert float(rows[0][3].rstrip(" |")) == pytest.approx(share, abs=1e-3)
     command[-1] = "fir@depth"
     refused = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert refused.returncode != 0 and refused.stderr.startswith("error: --filters fir@depth: must be all, or of ema@")

@@ -358,5 +358,7 @@ def test_names_of_kinds():
     with pytest.raises(TypeError, match="is no subclass of MomentumFilter"):
         register_filter("module")(torch.nn.Module)
     register_filter("largest")(Largest)  # a module that is imported again
-    with pytest.raises(UserError, match=r"momentum_kind='mine': must be one of none, ema, .*largest.*; one of your own"):
+    with pytest.raises(
+        UserError, match=r"momentum_kind='mine': must be one of none, ema, .*largest.*; one of your own"
+    ):
         DecoderConfig(vocab_size=50, momentum_kind="mine", dim=16, ffn_dim=32, heads=2, layers=1)

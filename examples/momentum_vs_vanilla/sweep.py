@@ -134,12 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {"tokens": args.tokens, "autocast": args.autocast, "data": data}
     stored = args.output / f"results_{args.tokens:.3g}.json"
     known = results(stored, settings)
-    open_config(sweep, settings, "a sweep")
     rates = {(form, name): learning_rates(args, known, form, name) for form in args.form for name in args.variants}
     # seed by seed, so that an interrupted sweep has whole seeds
     runs = [Run(form, name, lr, seed) for seed in args.seeds for (form, name), found in rates.items() for lr in found]
     made = {run: {"flags": model_flags(args, run), "code": code(args, run.variant)} for run in runs}
     check_rows(known, made, stored)
+    open_config(sweep, settings, "a sweep")
     missing = [run for run in runs if any((*run, split, n) not in known for split in args.splits for n in args.lengths)]
     try:
         train([training(args, run.folder(sweep), run) for run in missing], args.jobs, "training")

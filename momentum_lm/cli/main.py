@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         raise UserError(f"momentum-lm has no command {argv[0]!r}; {hint}")
     with isolated_children():  # from Python 3.14 on, a progress bar starts a process that looks after its lock
-        name, more = ("evaluate", ["momentum-lm eval"]) if argv[0] == "eval" else (argv[0], [])
-        result: int | None = importlib.import_module(f"momentum_lm.cli.{name}").main(argv[1:], *more)
+        name, more = ("evaluate", {"prog": "momentum-lm eval"}) if argv[0] == "eval" else (argv[0], {})
+        result: int | None = importlib.import_module(f"momentum_lm.cli.{name}").main(argv[1:], **more)
     return result or 0
 
 

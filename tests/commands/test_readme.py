@@ -110,6 +110,8 @@ def smaller(line, path):
     kind = begins(command, SMALLER)
     assert kind is not None, f"{path}: nobody runs `{line}`: add it to SMALLER or ELSEWHERE"
     extra = SMALLER[kind].replace(SCHEDULE, THREE_STAGES if "--lr-scheduler tri_stage" in command else SCHEDULE)
+    if kind == "fairseq-train" and "--lr-scheduler" not in command:  # of a fixed rate
+        extra = extra.replace(SCHEDULE, "")
     if "--hf-model" in command and kind.startswith("fairseq-eval"):
         extra += f" {SMALL_MODEL} --shots {2 if 'finetune' in kind else '0,2'}"
     return f"{head}{pipe}{command} {extra}"
@@ -287,7 +289,7 @@ def test_lines_but_those_of_tables_fit_a_screen(path):
 
 @pytest.mark.parametrize("block", [block for path in PAGES for block in blocks(path, "python")])
 def test_python_blocks_run(block):
-    names = {}
+    names = {"__name__": "my_filters"}  # where other tests import the filter from
     exec(compile(block, "a page", "exec"), names)
     if "average" in names:
         assert names["average"].shape == names["values"].shape

@@ -17,6 +17,7 @@ backward, gradient norm and AdamW on random tokens; on a GPU stock fairseq runs 
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import resource
@@ -29,6 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import fairseq_compat  # noqa: F401  (before fairseq: no .pth file may be read here)
+from momentum_lm.errors import main_guard
 
 STOCK, PLAIN, LLAMA = "stock fairseq transformer_lm_gpt", "plain torch GPT", "transformers LlamaForCausalLM"
 PRODUCTS = "matrix products alone"
@@ -225,8 +227,8 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float | list[fl
     return {**times, "peak_mib": peak_mib(args)}
 
 
-def measure_pairs(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of steps with and without momentum, in pairs, and the memory of both together."""
+def measure_pairs(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Seconds of steps with and without momentum, in pairs."""
     import torch
 
     from momentum_lm.cpu import keep_memory
@@ -234,27 +236,23 @@ def measure_pairs(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     keep_memory()
     args.batch = pair_batch(args)
-    vanilla, momentum = OURS[args.family]
-    steps = {vanilla: fairseq_step(vanilla, args), momentum: fairseq_step(momentum, args)}
+    steps = {variant: fairseq_step(variant, args) for variant in OURS[args.family]}
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in steps}
     for number in range(args.warm + args.pairs):
         for variant in list(steps)[:: 1 if number % 2 == 0 else -1]:  # so that a drift favours neither
             times[variant].append(timed(steps[variant], number, args))
-    pairs = {variant: columns(taken[args.warm :]) for variant, taken in times.items()}
-    return {"pairs": pairs, "peak_mib": peak_mib(args)}
+    return {variant: columns(taken[args.warm :]) for variant, taken in times.items()}
 
 
 def filters_of(words: str) -> list[str]:
     """What ``--filters`` names: ``all``, or KIND@PLACE with commas between."""
     from momentum_lm.model.config import BUILT_IN_FILTERS, PLACES
+    from momentum_lm.studies.flags import choices
 
     every = [
         f"{kind}@{place}" for place in PLACES for kind in BUILT_IN_FILTERS[1:] if kind == "ema" or place != "depth"
     ]
-    names = every if words == "all" else words.split(",")
-    if unknown := [name for name in names if name not in every]:
-        raise SystemExit(f"error: --filters {unknown[0]}: must be all, or of {', '.join(every)}")
-    return names
+    return every if words == "all" else choices(words, "--filters", every)
 
 
 def measure_filters(args: argparse.Namespace) -> dict[str, Any]:
@@ -265,7 +263,7 @@ def measure_filters(args: argparse.Namespace) -> dict[str, Any]:
 
     from momentum_lm.cpu import keep_memory
     from momentum_lm.model import DecoderConfig
-    from momentum_lm.model.filters import heads_at, make_filter
+    from momentum_lm.model.filters import Around, heads_at, make_filter
     from momentum_lm.model.sizes import architecture
 
     torch.set_num_threads(args.threads)
@@ -278,18 +276,18 @@ def measure_filters(args: argparse.Namespace) -> dict[str, Any]:
         shape = architecture(f"{vanilla}_{args.shape}")
         options = {"momentum_kind": kind, "momentum_at": place, "momentum_learned": kind == "ema"}
         config = DecoderConfig(args.vocab, **{**shape, **options})
-        module, (heads, size) = make_filter(config, place), heads_at(config, place)
-        assert module is not None
-        wide = torch.randn(args.batch, args.length, heads * size, device=args.device, requires_grad=True)
-
-        def once(number: int, place: str = place, module: Any = module, wide: Any = wide, heads: int = heads) -> None:
-            x = wide.unflatten(-1, (heads, -1)).transpose(1, 2)
-            out = module.across(x, x) if place == "depth" else module(x, None, None, None, x)[0]
-            out.transpose(1, 2).flatten(2).sum().backward()
-
-        times = {"embedding": 1, "depth": config.layers - 1}.get(place, config.layers)
+        module: Any = make_filter(config, place)
         module.to(args.device)
-        found[name] = {"times": times, "seconds": [timed(once, n, args) for n in range(2 + args.pairs)][2:]}
+        heads, size = heads_at(config, place)
+        x = torch.randn(args.batch, heads, args.length, size, device=args.device, requires_grad=True)
+        apply = (
+            functools.partial(module.across, x)
+            if place == "depth"
+            else functools.partial(Around().filtered, place, module)
+        )
+        times = {"embedding": 1, "depth": config.layers - 1}.get(place, config.layers)
+        seconds = [timed(lambda _, apply=apply, x=x: apply(x).sum().backward(), n, args) for n in range(2 + args.pairs)]
+        found[name] = {"times": times, "seconds": seconds[2:]}
     return found
 
 
@@ -330,7 +328,8 @@ def ratio_of_pairs(pairs: dict[str, dict[str, list[float]]], key: str) -> tuple[
     return math.exp(found.estimate), math.exp(found.low), math.exp(found.high)
 
 
-def main() -> None:
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="gpt", choices=list(FAMILIES))
     parser.add_argument("--shape", default="125m")
@@ -350,14 +349,14 @@ def main() -> None:
     )
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.pairs < 2:
         parser.error("--pairs: at least 2")
     args.warm = 5 if args.device == "cuda" else 1  # the first steps allocate and compile
     if args.variant:
         special = {"pairs": measure_pairs, "filters": measure_filters}
         print(json.dumps(special[args.variant](args) if args.variant in special else measure(args.variant, args)))
-        return
+        return 0
     if args.filters:
         filters_of(args.filters)
 
@@ -372,13 +371,13 @@ def main() -> None:
         if args.json:
             with open(args.json, "w") as file:
                 json.dump({"arguments": vars(args), "filters": found}, file, indent=1)
-        return
+        return 0
     variants = FAMILIES[args.family]
     results: dict[str, list[dict]] = {variant: [] for variant in variants}
     for _ in range(args.rounds):
         for variant in variants:
             results[variant].append(run(variant))
-    pairs = run("pairs")["pairs"]
+    pairs = run("pairs")
     seconds = {v: statistics.median(s for r in rows for s in r["seconds"]) for v, rows in results.items()}
     memory = {v: max(r["peak_mib"] for r in rows) for v, rows in results.items()}
     ours, momentum = OURS[args.family]
@@ -411,6 +410,7 @@ def main() -> None:
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"arguments": vars(args), "results": results, "pairs": pairs, "ratios": ratios}, file, indent=1)
+    return 0
 
 
 def mfu(rate: float, args: argparse.Namespace) -> float | None:
@@ -433,4 +433,4 @@ def mfu(rate: float, args: argparse.Namespace) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

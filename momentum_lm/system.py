@@ -12,14 +12,12 @@ from typing import Any
 from .errors import UserError, arg
 
 
-def import_user_dir(folder: str | os.PathLike[str] | None) -> None:
+def import_user_dir(folder: str | os.PathLike[str]) -> None:
     """Imports a folder of Python code as a package of its name, as fairseq's ``--user-dir`` does: what it registers,
-    such as a filter of one's own, is known then. None: nothing.
+    such as a filter of one's own, is known then.
 
     Raises UserError for what is no such folder, and what its import raises.
     """
-    if folder is None:
-        return
     parent, name = os.path.split(os.path.abspath(folder))
     if not os.path.isfile(os.path.join(parent, name, "__init__.py")):
         raise UserError(arg(user_dir=folder), ": must be a folder with an __init__.py")

@@ -60,9 +60,9 @@ VARIANTS: dict[str, list[str]] = {
     "depth": [*EMA, "--momentum-at", "depth", "--momentum-learned"],
     "placebo": ["--momentum-kind", "placebo"],
     "head_scale": ["--momentum-kind", "head_scale"],
-    "wide": ["--decoder-ffn-embed-dim"],  # its width is the form's
+    "wide": [],  # and WIDE of its form
 }
-WIDE = {"gpt": "776", "llama": "518"}  # as many parameters as fir16
+WIDE = {"gpt": "776", "llama": "518"}  # --decoder-ffn-embed-dim that gives about as many parameters as fir16
 CONTROLS = Path(__file__).resolve().parent / "controls"  # the filters placebo and head_scale
 TOKENS_PER_SAMPLE, BATCH = 256, 8
 
@@ -82,7 +82,7 @@ class Run(NamedTuple):
 def model_flags(args: argparse.Namespace, run: Run) -> list[str]:
     """The flags of ``fairseq-train`` that make the decoder, but for where its code is."""
     flags = [*FORMS[run.form], *args.every_variant[run.variant]]
-    return [*flags, WIDE[run.form.partition("_")[0]]] if run.variant == "wide" else flags
+    return [*flags, "--decoder-ffn-embed-dim", WIDE[run.form.partition("_")[0]]] if run.variant == "wide" else flags
 
 
 def user_dir(args: argparse.Namespace, variant: str) -> list[str]:
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             known[*run, split, record["context_length"]] = {**run._asdict(), **made[run], **record}
     write_json(stored, {"settings": settings, "runs": [known[key] for key in sorted(known)]})
     for form, split, length in itertools.product(args.form, args.splits, args.lengths):
-        shown = [*args.variants, *([] if args.against in args.variants else [args.against])]
+        shown = list(dict.fromkeys([*args.variants, args.against]))
         rows = [row for (f, name, _, seed, s, n), row in known.items()
                 if (f, s, n) == (form, split, length) and name in shown and seed in args.seeds
                 and (name == args.against or Run(f, name, row["lr"], seed) in made)]  # fmt: skip

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from momentum_lm.errors import TornCheckpoint, UserError, main_guard, named
-from momentum_lm.system import import_user_dir, progress_bar
+from momentum_lm.system import progress_bar
 
-from .options import NAMES, Parser
+from .options import NAMES, Parser, add_user_dir
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="load a file that holds more than plain data; such a file can run code",
     )
-    add("--user-dir", metavar="DIR", help="import this folder's code, such as filters of your own")
+    add_user_dir(result)
     return result
 
 
@@ -80,7 +80,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0; a UserError becomes one line on stderr and status 2."""
     args = parser().parse_args(argv)
-    import_user_dir(args.user_dir)
     if match := re.fullmatch(r"(.*-shard)\d+(\.pt)", args.source):
         _join(args, match)
         return 0

@@ -74,7 +74,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
         action="store_true",
         help="load a checkpoint that holds more than plain data; such a file can run code",
     )
-    group.add_argument("--user-dir", metavar="DIR", help="import this folder's code, such as filters of your own")
+    add_user_dir(group)
     where = group.add_mutually_exclusive_group()
     where.add_argument(
         "--device",
@@ -89,6 +89,22 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
         choices=["fp32", "bf16", "fp16"],
         help="of weights and computation (default: %(default)s)",
     )
+
+
+class _ImportFolder(argparse.Action):
+    """Imports the folder when its flag is read, before anything asks for what it registers."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        import_user_dir(values)
+        setattr(namespace, self.dest, values)
+
+
+def add_user_dir(parser: Any) -> None:
+    """The flag ``--user-dir`` of a parser, or of a group of flags."""
+    text = "import this folder's code, such as filters of your own"
+    parser.add_argument("--user-dir", action=_ImportFolder, metavar="DIR", help=text)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -110,7 +126,6 @@ def load_native_model(args: argparse.Namespace) -> NativeLM:
     """The checkpoint that ``--path`` names."""
     from momentum_lm.lm.native import load_native
 
-    import_user_dir(args.user_dir)
     tokenizer = getattr(args, "tokenizer", None)
     return load_native(
         args.path, args.model_overrides, args.trust_checkpoint, device(args.device), _dtype(args), tokenizer

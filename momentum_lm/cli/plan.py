@@ -13,9 +13,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from momentum_lm.errors import Argument, UserError, arg, flags, main_guard, named
-from momentum_lm.system import import_user_dir
 
-from .options import Parser
+from .options import Parser, add_user_dir
 
 if TYPE_CHECKING:
     from momentum_lm.planning.plan import Job, Option, Plan
@@ -45,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--arch", required=True, metavar="ARCH", help="momentum_lm_1_3b, llama_lm_8b, ...: as for fairseq-train"
     )
-    model.add_argument("--user-dir", metavar="DIR", help="import this folder's code, such as filters of your own")
+    add_user_dir(model)
     model.add_argument("--vocab-size", type=int, default=51200, metavar="N", help="(default: %(default)s)")
     model.add_argument(
         "--context", type=int, default=2048, metavar="N", help="tokens of a sample (default: %(default)s)"
@@ -96,7 +95,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``momentum-lm plan``: exit status 1 if nothing fits, else 0."""
     args = parser().parse_args(argv)
-    import_user_dir(args.user_dir)
     from momentum_lm.planning.plan import make_plan
 
     plan = make_plan(_job(args))

@@ -85,20 +85,16 @@ def _write_code(decoder: DecoderConfig, folder: Path) -> None:
         # transformers keeps one model class for each configuration's code, and another filter is another class
         with open(folder / "configuration_momentum_lm.py", "a", encoding="utf-8") as configuration:
             configuration.write(f"# of the model with own_filters.py {file_sha256(source)}\n")
-        modelling = folder / "modeling_momentum_lm.py"
-        before, _, after = modelling.read_text("utf-8").partition(_OWN_KINDS)
-        kind, name = filter_class(decoder).__name__, decoder.momentum_kind
-        imported = before.replace(
-            "import MomentumLMConfig\n", f"import MomentumLMConfig\nfrom .own_filters import {kind}\n"
-        )
-        modelling.write_text(f'{imported}OWN_KINDS: dict[str, Any] = {{"{name}": {kind}}}\n{after}', "utf-8")
+        modelling, kind = folder / "modeling_momentum_lm.py", filter_class(decoder).__name__
+        own = f'from .own_filters import {kind}\n\nOWN_KINDS: dict[str, Any] = {{"{decoder.momentum_kind}": {kind}}}\n'
+        modelling.write_text(modelling.read_text("utf-8").replace(_OWN_KINDS, own), "utf-8")
 
 
 def _check_own_kind(decoder: DecoderConfig) -> None:
     """Raises UserError for a filter of somebody's own whose code cannot go with a model."""
-    source, what = own_source(decoder), ("a model with ", arg(momentum_kind=decoder.momentum_kind))
     if decoder.momentum_kind in BUILT_IN_FILTERS:
         return
+    source, what = own_source(decoder), ("a model with ", arg(momentum_kind=decoder.momentum_kind))
     if source is None or "." in filter_class(decoder).__qualname__:
         problem = " cannot be written for transformers: its class must stand in a file, not within another definition"
         raise UserError(*what, problem)

@@ -94,8 +94,9 @@ class MomentumLM(LM):
             raise UserError(
                 f"momentum_lm runs in one process, and this is one of {world} (WORLD_SIZE): start lm_eval by itself"
             )
-        with named(_model_args):
-            import_user_dir(user_dir)
+        if user_dir is not None:
+            with named(_model_args):
+                import_user_dir(user_dir)
         if path is None:
             raise UserError("--model_args lacks path=CKPT: a checkpoint file, or a folder with one")
         self.lm = (

@@ -49,7 +49,7 @@ def test_the_cost_of_filters(tmp_path):
     assert float(rows[0][3].rstrip(" |")) == pytest.approx(share, abs=1e-3)
     command[-1] = "fir@depth"
     refused = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert refused.returncode != 0 and refused.stderr.startswith("error: --filters fir@depth: must be all, or of ema@")
+    assert refused.returncode != 0 and refused.stderr.startswith("error: --filters fir@depth: choose from ema@")
 
 
 def test_the_ratio_is_of_the_pairs():

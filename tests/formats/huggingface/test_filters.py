@@ -18,7 +18,18 @@ from momentum_lm.lm.huggingface import HuggingFaceLM  # noqa: E402
 from momentum_lm.model import Decoder, DecoderConfig, WindowFilter, register_filter  # noqa: E402
 from momentum_lm.model.config import PLACES  # noqa: E402
 
-from .test_remote import LLAMA, OTHERS, PAD, SHAPE, configuration, exported, left_padded, pair, random_tokens  # noqa: E402
+from .test_remote import (  # noqa: E402
+    LLAMA,
+    OTHERS,
+    PAD,
+    SHAPE,
+    check_program,
+    configuration,
+    exported,
+    left_padded,
+    pair,
+    random_tokens,
+)
 from .test_round_trip import save_ours  # noqa: E402
 
 KINDS = {
@@ -282,17 +293,7 @@ def test_a_kind_of_ones_own_whose_code_cannot_go_along(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind, places", EVERYWHERE)
 def test_exported(kind, places):
-    """As a program of ``torch.export``."""
-    _, model = at(kind, places, layers=1)
-    _, tokens, mask = left_padded([41, 30])
-    graph = torch.export.export(
-        model, (), {"input_ids": tokens, "attention_mask": mask, "use_cache": False}, strict=False
-    )
-    _, tokens, mask = left_padded([20, 41], seed=9)
-    close(
-        graph.module()(input_ids=tokens, attention_mask=mask, use_cache=False).logits,
-        model(tokens, attention_mask=mask).logits,
-    )
+    check_program(at(kind, places, layers=1)[1])
 
 
 @pytest.mark.nightly

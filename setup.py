@@ -61,6 +61,7 @@ setup(
         "sentencepiece",
         "datasets",
         "matplotlib",
+        "jinja2",
         "pyyaml",
         "zstandard",
     ],

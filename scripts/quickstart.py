@@ -1,6 +1,6 @@
-"""Trains small language models with and without momentum attention on real text, on a CPU, and compares their
-perplexity; then asks a pretrained model to classify film reviews, zero-shot, in context and finetuned, and compares
-what the last two change in it.
+"""Trains small language models with and without momentum attention, in the forms of GPT and of Llama, on real text, on
+a CPU, and compares their perplexity; then asks a pretrained model to classify film reviews, zero-shot, in context and
+finetuned, and compares what the last two change in it.
 
 Every stage leaves what it made in the output folder and is skipped when that is there, so running the same command
 again goes on where an earlier one stopped or was killed. Started by quickstart.sh, which sets up the environment;
@@ -44,14 +44,14 @@ from momentum_lm.studies.flags import choices
 class Settings:
     """What is trained and how. Every model and seed sees the same tokens in the same order."""
 
-    models: dict[str, list[str]] = field(
+    forms: dict[str, tuple[str, str]] = field(  # archs without and with momentum
         default_factory=lambda: {
-            "gpt_lm_tiny": ["--arch", "gpt_lm_tiny"],
-            "momentum_lm_tiny": ["--arch", "momentum_lm_tiny"],
+            "GPT form": ("gpt_lm_tiny", "momentum_lm_tiny"),
+            "Llama form": ("llama_lm_tiny", "momentum_llama_lm_tiny"),
         }
     )
     seeds: tuple[int, ...] = (1, 2)
-    updates: int = 500
+    updates: int = 250
     tokens_per_sample: int = 256
     batch_size: int = 8
     lr: float = 6e-3
@@ -69,8 +69,13 @@ class Settings:
     )
     finetuning: tuple[str, ...] = ("--shots", "16", "--seeds", "1,2", "--limit", "50", "--lr-examples", "50")
 
+    @property
+    def models(self) -> list[str]:
+        """All archs that are trained."""
+        return [arch for pair in self.forms.values() for arch in pair]
+
     def fast(self) -> Settings:
-        """A minute of training, and evaluations of a few examples: enough to see that everything works."""
+        """A few updates of one seed, and evaluations of a few examples: enough to see that everything works."""
         few = ("--shots", "0,4", "--seeds", "1,2", "--limit", "20", "--calibration", "none,batch")
         analysis = (
             "--shots",
@@ -84,12 +89,12 @@ class Settings:
             "--controls",
             "random,shuffled_labels",
         )
-        return replace(self, seconds=self.seconds or 60.0, icl=few, finetuning=analysis)
+        return replace(self, seeds=self.seeds[:1], updates=20, warmup=5, icl=few, finetuning=analysis)
 
     def train_command(self, data: Path, model: str, seed: int, updates: int) -> list[str]:
         """The ``fairseq-train`` command of one run, without the folders that it writes."""
         return train_command(
-            data, self.models[model], seed, updates, lr=self.lr, warmup=self.warmup,
+            data, ["--arch", model], seed, updates, lr=self.lr, warmup=self.warmup,
             tokens_per_sample=self.tokens_per_sample,
             batch_size=self.batch_size, autocast="bf16" if bf16_instructions() else "none",
         )  # fmt: skip
@@ -98,7 +103,7 @@ class Settings:
 def measure(settings: Settings, data: Path, output: Path) -> dict[str, float]:
     """Seconds per update and of start-up, from short runs of the slower model, as many side by side as there will
     be."""
-    updates, model = 12, list(settings.models)[-1]
+    updates, model = 12, settings.models[-1]
     at_once = min(usable_cpus(), len(settings.models) * len(settings.seeds))
     command = [*settings.train_command(data, model, 1, updates), "--no-save", "--log-interval", "1"]
     jobs = [
@@ -261,9 +266,8 @@ def quickstart(settings: Settings, output: Path, skip: Sequence[str] = ()) -> No
         study(settings, output, config, stages, studies)
     done = replace(settings, updates=config.get("updates", settings.updates))
     text = stages.run(lambda: summarise(output, done, config, curves, studies))
-    print(f"\n{text}\n\nTo look at the report and the training curves:\n")
-    print(f"  open {output / 'report.html'} in a browser")
-    print(f"  {Path(sys.executable).with_name('tensorboard')} --logdir {output}")
+    print(f"\n{text}\n\nReport, to open in a browser: {output / 'report.html'}")
+    print(f"Training curves: {Path(sys.executable).with_name('tensorboard')} --logdir {output}")
 
 
 @main_guard
@@ -272,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, help="train for about so many seconds in all")
     parser.add_argument(
-        "--fast", action="store_true", help="a minute of training and a few examples, to see that everything works"
+        "--fast", action="store_true", help="a few updates and a few examples, to see that everything works"
     )
     parser.add_argument("--skip", default="", metavar="PART,...", help=f"leave out some of {', '.join(PARTS)}")
     parser.add_argument("--corpus", default="", help="text of your own, as `momentum-lm prepare` reads it")

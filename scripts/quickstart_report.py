@@ -16,8 +16,21 @@ from momentum_lm.analysis.statistics import PairedDifference
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
-from momentum_lm.report.finetuning_verdicts import headlines, verdict
-from momentum_lm.report.html import Code, Folded, Link, Paragraph, Part, Picture, Points, write_page
+from momentum_lm.report.finetuning_verdicts import conclusions, verdict
+from momentum_lm.report.html import (
+    Code,
+    Dot,
+    Folded,
+    Forest,
+    Gallery,
+    Link,
+    Paragraph,
+    Part,
+    Picture,
+    Reference,
+    Verdict,
+    write_page,
+)
 from momentum_lm.report.perplexity import difference_cells
 from momentum_lm.report.tables import Table
 from momentum_lm.results.records import read_results
@@ -28,12 +41,11 @@ from momentum_lm.text.indexed import IndexedDataset
 
 @dataclass(frozen=True)
 class Chapter:
-    """What one part of the quickstart found: text for the terminal, findings for the top of the page, its own section
-    of it, numbers for summary.json, and panels of the picture.
+    """What one part of the quickstart found: a finding for the terminal and the top of the page, its own section of it,
+    numbers for summary.json, and panels of the picture.
     """
 
-    text: str
-    findings: Sequence[str]
+    finding: str
     heading: str
     parts: Sequence[Part]
     numbers: Mapping[str, Any]
@@ -55,30 +67,29 @@ def summarise(
     save_png(draw(*[panel for chapter in chapters for panel in chapter.panels], columns=2), output / "quickstart.png")
     commands = "\n\n".join(command for some in config["commands"].values() for command in some)
     details = json.dumps({key: config[key] for key in config if key != "commands"}, indent=1)
+    findings = [chapter.finding for chapter in chapters]
     write_page(
         output / "report.html",
         "Momentum attention and in-context learning: quickstart",
         {
-            "": [Points([finding for chapter in chapters for finding in chapter.findings])],
+            "": [Verdict(findings)],
             **{chapter.heading: chapter.parts for chapter in chapters},
             "How to run it again": [Folded("Every command that was run", [Code(commands)])],
             "Settings and versions": [Folded("Settings, versions, machine", [Code(details)])],
         },
     )
     write_json(output / "summary.json", {key: value for chapter in chapters for key, value in chapter.numbers.items()})
-    return "\n\n".join(chapter.text for chapter in chapters)
+    return "\n\n".join(findings)
 
 
 def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], Any]) -> Chapter:
     unigram = unigram_perplexity(output / "data", "train", "valid")
-    rows = [compare(output, settings, length) for length in settings.context_lengths]
-    table, verdict = _table(settings, rows), _verdict(settings, rows[-1])
+    rows = {
+        form: [compare(output, pair, settings.seeds, length) for length in settings.context_lengths]
+        for form, pair in settings.forms.items()
+    }
+    finding = _finding(rows, settings.seeds)
     tokens = settings.updates * settings.tokens_per_sample * settings.batch_size
-    facts = (
-        f"Each run saw {tokens:,} tokens. A unigram model, which knows only how often each token occurs, has "
-        f"perplexity {unigram:.1f} "
-        f"on the same validation text."
-    )
     per_update = settings.tokens_per_sample * settings.batch_size
     losses = {  # fairseq logs bits
         f"{model} seed {seed}": [(line["num_updates"] * per_update, line["loss"] * math.log(2)) for line in lines]
@@ -87,64 +98,58 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
     loss = loss_panel(losses, {"unigram": math.log(unigram)})
     perplexity = perplexity_panel(
         {
-            model: [(row["context_length"], row["models"][model]["perplexity"]) for row in rows]
-            for model in settings.models
+            model: [(row["context_length"], row["models"][model]["perplexity"]) for row in some]
+            for form, some in rows.items()
+            for model in settings.forms[form]
         }
     )
     reading = (
-        f"Perplexity is the geometric mean over seeds {', '.join(map(str, settings.seeds))}. Difference: "
-        f"{_names(settings)[1]} "
-        f"against {_names(settings)[0]}, at equal tokens; negative: lower with momentum. Its interval "
-        "is a paired "
-        f"bootstrap over {rows[-1]['documents']:,} documents of the validation text, and the last column gives the "
-        "difference of each "
-        "seed. These are small models on little text: they say nothing of large ones."
+        f"Each run saw {tokens:,} tokens. Perplexity is the geometric mean over seeds "
+        f"{', '.join(map(str, settings.seeds))}. Bars are over the validation text's documents: they say what other "
+        "text would give, not what other trainings would; the grey points are the seeds. GPT form: layer norm, GELU, "
+        "sinusoidal positions. Llama form: RMSNorm, gated feed-forward, rotary positions. A unigram model, which "
+        f"knows only how often each token occurs, has perplexity {unigram:.1f} on the same text. These are small "
+        "models on little text: they say nothing of large ones."
     )
     parts: list[Part] = [
-        *(table, Paragraph(reading), Paragraph(facts)),
-        Picture(
-            to_svg(draw(loss)),
-            "Training loss; one line for each seed. Dashed grey: the unigram model on validation text.",
-        ),
-        Picture(to_svg(draw(perplexity)), "Validation perplexity at each context length."),
+        *(_forest(rows), Paragraph(reading)),
+        Gallery([
+            Picture(to_svg(draw(loss)), "Training loss, a line for each seed. Dashed: the unigram model."),
+            Picture(to_svg(draw(perplexity)), "Validation perplexity at each context length."),
+        ]),
+        Folded("As a table", [_table(form, settings.forms[form], some) for form, some in rows.items()]),
         Paragraph(
             "The numbers are in summary.json, those of each run in runs/*/perplexity/results.json, its curve in "
             "runs/*/train.log."
         ),
-    ]
-    return Chapter(
-        "\n".join([table.text(), "", verdict, facts]),
-        [verdict],
-        "Momentum attention against plain attention",
-        parts,
-        {"verdict": verdict, "unigram_perplexity": unigram, "tokens_per_run": tokens, "contexts": rows},
-        [loss, perplexity],
-    )
+    ]  # fmt: skip
+    numbers = {"verdict": finding, "unigram_perplexity": unigram, "tokens_per_run": tokens, "forms": rows}
+    return Chapter(finding, "Momentum attention against plain attention", parts, numbers, [loss, perplexity])
 
 
 def _in_context(output: Path) -> Chapter:
     folder = output / "icl"
     runs = read_results(folder)["runs"]
     level = classification_summary.baseline(runs)
-    settings = []
-    for (_, shots, calibration), chosen in classification_summary.cells(runs).items():
-        if calibration == runs[0]["calibration"]:
-            cell = classification_summary.summarise_cell(chosen)
-            settings.append(
-                f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} "
-                "shots"
-            )
+    cells = {key[1:]: classification_summary.summarise_cell(some) for key, some in
+             classification_summary.cells(runs).items()}  # fmt: skip
+    most = max(shots for shots, _ in cells)
+    told = [
+        f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} "
+        f"demonstrations, calibration {calibration}"
+        for (shots, calibration), cell in cells.items()
+        if shots in (0, most)
+    ]
     finding = (
-        f"SmolLM2-135M on sentences of film reviews (MR): {', '.join(settings)}; always the same answer is right in "
-        f"{classification.percent(level[1])}%."
+        f"Learning from the prompt: SmolLM2-135M is right about {'; '.join(told)}, of sentences of film reviews (MR); "
+        f"always the same answer is right in {classification.percent(level[1])}%."
     )
     return Chapter(
-        f"{classification.results_table(runs).text()}\n\n{finding}",
-        [finding],
+        finding,
         "In-context classification",
         [
             *classification.overview(folder),
-            Link("The whole report, with prompts as the model saw them", "icl/report.html"),
+            Link("The whole report, with a prompt as the model saw it", "icl/report.html"),
             Paragraph("The numbers are in icl/results.json, every prediction in icl/predictions.jsonl."),
         ],
         {"in_context": finding},
@@ -155,27 +160,23 @@ def _in_context(output: Path) -> Chapter:
 def _finetuning(output: Path) -> Chapter:
     folder = output / "finetuning"
     runs = read_results(folder)["runs"]
-    findings = verdict(runs)[:2]  # accuracies and Rec2FTP
+    finding = f"Prompt against finetuning, the same model: {conclusions(runs)[0]} {verdict(runs)[0]}"
     return Chapter(
-        f"{icl_vs_finetuning.accuracy_table(runs).text()}\n\n" + "\n".join([*findings, *headlines(runs)]),
-        [f"The same model finetuned on its demonstrations. {finding}" for finding in findings],
+        finding,
         "In-context learning against finetuning",
         [
             *icl_vs_finetuning.overview(folder),
-            Link("The whole report, with heads, single examples and definitions", "finetuning/report.html"),
+            Link("The whole report, with layers, heads, single examples and definitions", "finetuning/report.html"),
             Paragraph("The numbers are in finetuning/results.json, every prediction in finetuning/predictions.jsonl."),
         ],
-        {"icl_vs_finetuning": findings},
+        {"icl_vs_finetuning": finding},
         [icl_vs_finetuning.panels(runs)["simaou"]],
     )
 
 
-def compare(output: Path, settings: Any, length: int) -> dict[str, Any]:
-    """Both models at one context length: perplexities, and the difference over documents and over seeds."""
-    folders = {
-        model: [output / "runs" / f"{model}-seed{seed}" / "perplexity" for seed in settings.seeds]
-        for model in _names(settings)
-    }
+def compare(output: Path, pair: Sequence[str], seeds: Sequence[int], length: int) -> dict[str, Any]:
+    """The models of a form at one context length: perplexities, and the difference over documents and over seeds."""
+    folders = {model: [output / "runs" / f"{model}-seed{seed}" / "perplexity" for seed in seeds] for model in pair}
     runs = {model: [RunOnText.read(folder, "valid", length) for folder in some] for model, some in folders.items()}
     baseline, momentum = runs.values()
     return {
@@ -196,33 +197,46 @@ def unigram_perplexity(data: Path, train: str, valid: str) -> float:
     return math.exp(-sum(float(log_probability[document].sum()) for document in measured) / measured.num_tokens)
 
 
-def _names(settings: Any) -> tuple[str, str]:
-    baseline, momentum = settings.models
-    return baseline, momentum
+def _forest(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Forest:
+    """Differences that momentum makes, by form and context length."""
+    dots = []
+    for form, some in rows.items():
+        for row in some:
+            gap = PairedDifference(**row["difference"])
+            ends = gap.ratio_low - 1, gap.ratio_high - 1
+            seeds = [ratio - 1 for ratio in row["ratio_by_seed"]]
+            over = f"{row['documents']:,} documents"
+            dots.append(Dot(f"{form}, context {row['context_length']}", gap.ratio - 1, ends, over, seeds))
+    return Forest(
+        "Perplexity with momentum against without,", dots, "at equal tokens, in percent; negative is better.",
+        Reference("no difference", 0.0), percent=(1, "%"), signed=True, unit="%", single="training",
+    )  # fmt: skip
 
 
-def _table(settings: Any, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _table(form: str, pair: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = []
     for row in rows:
-        models = [row["models"][name] for name in _names(settings)]
+        models = [row["models"][name] for name in pair]
         bits = ", ".join("" if m["bits_per_byte"] is None else f"{m['bits_per_byte']:.3f}" for m in models)
         difference, interval, _ = difference_cells(PairedDifference(**row["difference"]))
         seeds = ", ".join(f"{100 * (ratio - 1):+.1f}%" for ratio in row["ratio_by_seed"])
         cells.append(
             [str(row["context_length"]), *(f"{m['perplexity']:.1f}" for m in models), bits, difference, interval, seeds]
         )
-    first, second = _names(settings)
-    columns = ["context", first, second, "bits/byte", "difference", "95% interval", "by seed"]
-    return Table(columns, cells, "Validation perplexity")
+    columns = ["context", *pair, "bits/byte", "difference", "95% interval", "by seed"]
+    return Table(columns, cells, f"Validation perplexity, {form}")
 
 
-def _verdict(settings: Any, row: Mapping[str, Any]) -> str:
-    difference, (first, second) = PairedDifference(**row["difference"]), _names(settings)
-    at = f"at context {row['context_length']}"
-    if difference.low <= 0 <= difference.high or len({ratio > 1 for ratio in row["ratio_by_seed"]}) > 1:
-        return f"No clear difference between {second} and {first} {at}: the interval includes 0, or the seeds disagree."
-    word = "lower" if difference.difference < 0 else "higher"
-    change, interval, _ = difference_cells(difference)
-    over = f"{interval} over documents; seeds may differ by more"
-    seeds = f"{len(settings.seeds)} seeds are too few to settle it"
-    return f"Perplexity of {second} is {word} than that of {first} {at}: {change} ({over}; {seeds})."
+def _finding(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
+    """What momentum does to perplexity at the longest context, in one sentence."""
+    told = []
+    for form, some in rows.items():
+        baseline, momentum = some[-1]["models"].values()
+        change = momentum["perplexity"] / baseline["perplexity"] - 1
+        by_seed = " and ".join(f"{100 * (ratio - 1):+.1f}%" for ratio in some[-1]["ratio_by_seed"])
+        told.append(
+            f"{baseline['perplexity']:.1f} to {momentum['perplexity']:.1f} in the {form} ({100 * change:+.1f}%; by "
+            f"seed {by_seed})"
+        )
+    few = "one seed does" if len(seeds) == 1 else f"{len(seeds)} seeds do"
+    return f"Momentum: perplexity goes from {' and from '.join(told)}; {few} not settle it."

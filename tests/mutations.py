@@ -528,11 +528,11 @@ def _report(folder: Path) -> None:
     results, pages = read_results(folder / "a"), zlib.crc32((folder / "a" / "results.json").read_bytes()) % 20 == 0
     runs, task = results["runs"], results["task"]
     if runs and task == "icl_classification":
-        json.dumps(STUDIES[task].summarise(runs)), classification.verdicts(runs)
+        json.dumps(STUDIES[task].summarise(runs)), classification.conclusions(runs)
         if pages:
             classification.write_report(folder / "a")
     elif runs and task == "icl_finetune_analysis":
-        json.dumps(STUDIES[task].summarise(runs)), finetuning_verdicts.headlines(runs)
+        json.dumps(STUDIES[task].summarise(runs)), finetuning_verdicts.conclusions(runs)
         icl_vs_finetuning.results_table(runs), icl_vs_finetuning.accuracy_table(runs)
         for chosen in finetuning_summary.settings(runs).values():  # drawing them all would take half a minute
             icl_vs_finetuning.panels(chosen), icl_vs_finetuning.attention_panels(chosen[0])

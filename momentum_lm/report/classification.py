@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,20 @@ from momentum_lm.studies.classification_summary import Run, baseline, by_seed, c
 from momentum_lm.studies.tasks import CHOICE
 
 from .figures import AccuracyPoint, accuracy_panel, confusion_panel, draw, to_svg
-from .html import Code, Folded, Paragraph, Part, Picture, Points
+from .html import (
+    Definitions,
+    Dot,
+    Folded,
+    Forest,
+    Gallery,
+    Paragraph,
+    Part,
+    Picture,
+    Points,
+    Prompt,
+    Reference,
+    Verdict,
+)  # fmt: skip
 from .skeleton import Folder, Report, Sections, read_runs
 from .tables import Table
 
@@ -26,18 +38,23 @@ if TYPE_CHECKING:
 
 TASK = "icl_classification"
 INTERVALS = (
-    "Accuracy is the mean over seeds, the orders of one seed's demonstrations averaged first. Its 95% interval is "
-    "Student's over seeds: "
-    "what other demonstrations would give on these examples (with --fresh-queries: on others). Where nothing is drawn "
-    "(0 shots), "
-    "where there is one seed, and where all seeds agree, it is Wilson's over examples: what other examples would give."
+    "Accuracy is the mean over draws of demonstrations (seeds), the orders of one draw averaged first. Its 95% "
+    "interval is Student's over draws: what other demonstrations would give on these examples (with --fresh-queries: "
+    "on others). Where nothing is drawn (0 shots), where there is one draw, and where all draws agree, it is Wilson's "
+    "over examples: what other examples would give."
 )
-_BASELINES = (
-    "The baseline is the accuracy of always giving the most frequent label of the evaluated examples, or of guessing "
-    "where every example "
-    "has its own choices. A setting beats it if its whole interval lies above. Macro-F1 is averaged over the classes "
-    "that occur."
-)
+_TERMS = {
+    "Shots": "demonstrations (solved examples) in the prompt, before the example that is asked about.",
+    "Accuracy": "share of examples whose right answer got the highest score.",
+    "Macro-F1": "F1 of each class, averaged over the classes that occur: unlike accuracy it counts rare classes as "
+    "much.",
+    "Baseline": "what needs no model: always giving the most frequent label of the evaluated examples, or guessing "
+    "where every example has its own choices. A setting beats it if its whole interval lies above.",
+    "Calibration": "what is taken off the scores before they are compared. none: nothing. contextual: those after "
+    "inputs without content (arXiv 2102.09690). domain_pmi: those after a premise alone (arXiv 2104.08315). batch: "
+    "the mean over the evaluated examples, whose labels it does not need (arXiv 2309.17249).",
+    "Interval": INTERVALS,
+}
 
 
 _OVERLAPS = {
@@ -62,7 +79,7 @@ def results_table(runs: Sequence[Run]) -> Table:
                 "baseline %": f"{percent(level)} {name}",
                 "beats it?": "yes" if cell["ci95"][0] > level else "NO",
                 **{title: _mean([run[metric] for run in chosen]) for metric, title in CHOICE.others.items()},
-                "range of seeds": f"{percent(cell['min'])} to {percent(cell['max'])}" if cell["sd"] is not None else "",
+                "range of draws": f"{percent(cell['min'])} to {percent(cell['max'])}" if cell["sd"] is not None else "",
             }
         )
     return Table.of(rows)
@@ -74,18 +91,63 @@ def _mean(values: Sequence[float | None]) -> str:
     return percent(float(np.mean(known))) if known else ""
 
 
-def verdicts(runs: Sequence[Run]) -> list[str]:
-    """A sentence for every cell that does not beat its baseline, and one for demonstrations that did not fit."""
-    sentences = []
-    for (dataset, shots, calibration), chosen in cells(runs).items():
-        cell, (name, level) = summarise_cell(chosen), baseline(chosen)
-        if cell["ci95"][0] <= level:
-            what = "the majority class" if name == "majority" else "chance"
+def conclusions(runs: Sequence[Run]) -> list[str]:
+    """What came out, how sure it is and what could be done next, in sentences."""
+    sentences, draws = [], []
+    for dataset, chosen in _by_dataset(runs).items():
+        settings = {key[1:]: summarise_cell(some) for key, some in cells(chosen).items()}
+        name, level = baseline(chosen)
+        simple = "always giving the most frequent label" if name == "majority" else "guessing"
+        most = max(shots for shots, _ in settings)
+        first = most, chosen[0]["calibration"]
+        sentences.append(
+            f"{dataset}: {_cell_text(first, settings[first])}. {simple.capitalize()} is right in {percent(level)}%, "
+            f"so this is {'better' if settings[first]['ci95'][0] > level else 'not shown to be better'}."
+        )
+        best = max(settings, key=lambda setting: settings[setting]["mean"])
+        if best != first:
             sentences.append(
-                f"{dataset}, {shots} shots, calibration {calibration}: {percent(cell['mean'])}% "
-                f"({interval_text(cell['ci95'])}) does not "
-                f"beat {what} ({percent(level)}%)."
+                f"{dataset}: the best of {len(settings)} settings is {_cell_text(best, settings[best])}; the best of "
+                "several is partly luck."
             )
+        beaten = [setting for setting, cell in settings.items() if cell["ci95"][0] > level]
+        if len(settings) > 1:
+            lost = [_setting_text(setting) for setting in settings if setting not in beaten]
+            rest = f"; not shown for {', '.join(lost)}" if lost else ""
+            sentences.append(f"{dataset}: {len(beaten)} of {len(settings)} settings beat the baseline{rest}.")
+        draws += [cell["num_seeds"] for (shots, _), cell in settings.items() if shots]
+    if draws and min(draws) < 5:
+        sentences.append(
+            f"Only {_count(min(draws), 'draw')} of demonstrations: accuracy differs much between draws; --seeds "
+            "1,2,...,10 would say more."
+        )
+    if len({run["shots"] for run in runs}) > 1:
+        shots = f"{min(run['shots'] for run in runs)},{max(run['shots'] for run in runs)}"
+        sentences.append(
+            f"Do demonstrations help? momentum-lm report RESULTS --between shots={shots} pairs the answers."
+        )
+    return [*sentences, *_remarks(runs)]
+
+
+def _cell_text(setting: tuple[int, str], cell: Run) -> str:
+    """Such as ``with 4 shots (calibration none) 70.0% are right (60.1 to 79.9 over 10 draws)``."""
+    over = _count(cell["num_seeds"], "draw") if cell["over"] == "seeds" else "examples"
+    return (
+        f"with {_setting_text(setting)} {percent(cell['mean'])}% are right ({interval_text(cell['ci95'])} over {over})"
+    )
+
+
+def _setting_text(setting: tuple[int, str]) -> str:
+    return f"{_count(setting[0], 'shot')} (calibration {setting[1]})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _remarks(runs: Sequence[Run]) -> list[str]:
+    """Demonstrations that did not fit, and examples that both splits have."""
+    sentences = []
     few: dict[tuple[str, int], list[int]] = {}
     for run in runs:
         if run["shots_fitted"] < run["shots"]:
@@ -101,23 +163,31 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
 
 def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
     runs = results["runs"]
-    sections: Sections = {
-        "": [results_table(runs), *map(Paragraph, (INTERVALS, _BASELINES))],
-        "To keep in mind": [_caveats(runs)],
-    }
+    samples = _samples(folder / SAMPLES)
+    sections: Sections = {"": [Verdict(conclusions(runs))]}
     for dataset, chosen in _by_dataset(runs).items():
         save(f"accuracy-{file_stem(dataset)}", _accuracy_figure(chosen))
-        parts: list[Part] = [_curves(chosen)]
+        parts: list[Part] = [_forest(chosen), _curves(chosen)]
         panels = _confusions(chosen, results["config"]["datasets"][dataset]["labels"])
         if panels:
             side = max(3.2, 1.6 + 0.42 * len(chosen[0]["confusion"]))
-            size = (side + 1.2, side)
+            size = (side + 1.1, side)
             save(f"confusion-{file_stem(dataset)}", draw(*panels.values(), size=size))
-            parts += [Picture(to_svg(draw(panel, size=size)), text) for text, panel in panels.items()]
+            pictures = [Picture(to_svg(draw(panel, size=size)), text) for text, panel in panels.items()]
+            parts.append(Folded("Which labels are taken for which", [Gallery(pictures)]))
         sections[dataset] = parts
-    sections["Every run"] = [Folded(f"{len(runs)} runs", [_runs_table(runs)])]
-    if samples := _samples(folder / SAMPLES):
-        sections["Prompts as the model saw them"] = samples
+    if samples:
+        shown = next((i for i, (shots, _, _) in enumerate(samples) if shots), 0)
+        _, line, prompt = samples.pop(shown)
+        rest = [Folded(other, [part]) for _, other, part in samples]
+        sections["A prompt as the model saw it"] = [
+            Paragraph(f"{line}. The answers that were scored after it are marked, the right one ticked."), prompt, *rest
+        ]  # fmt: skip
+    sections["What the words mean"] = [Definitions(_TERMS)]
+    sections["All numbers"] = [
+        Folded(f"{len(cells(runs))} settings", [results_table(runs)]),
+        Folded(f"{len(runs)} runs", [_runs_table(runs)]),
+    ]
     return sections
 
 
@@ -135,11 +205,14 @@ write_report = Report(TASK, "In-context classification", results_table, _section
 
 
 def overview(folder: Folder) -> list[Part]:
-    """Table, caveats and curves of a results folder, for a page that shows other things too. Raises as
+    """Conclusions, numbers and curves of a results folder, for a page that shows other things too. Raises as
     ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
-    return [results_table(runs), _caveats(runs), Paragraph(INTERVALS), *map(_curves, _by_dataset(runs).values())]
+    parts: list[Part] = [Points(conclusions(runs))]
+    for chosen in _by_dataset(runs).values():
+        parts += [_forest(chosen), _curves(chosen)]
+    return [*parts, Folded("As a table", [results_table(runs)]), Folded("What the words mean", [Definitions(_TERMS)])]
 
 
 def _by_dataset(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -147,8 +220,20 @@ def _by_dataset(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {name: [run for run in runs if run["dataset"] == name] for name in names}
 
 
-def _caveats(runs: Sequence[Run]) -> Points:
-    return Points(verdicts(runs) or ["Every setting beats its baseline."])
+def _forest(runs: Sequence[Run]) -> Forest:
+    """Accuracy of each setting of one data set, and what needs no model."""
+    name, level = baseline(runs)
+    dots = []
+    for (_, _, calibration), chosen in cells(runs).items():
+        cell = summarise_cell(chosen)
+        singles = tuple(by_seed(chosen).values()) if cell["sd"] is not None else ()
+        label = f"{shots_text(chosen)} shots, {calibration}"
+        dots.append(Dot(label, cell["mean"], cell["ci95"], over_text(cell, chosen[0]), singles))
+    what = "always the most frequent label" if name == "majority" else "guessing"
+    return Forest(
+        f"Accuracy on {runs[0]['dataset']}", dots, "by number of shots and calibration.",
+        Reference(f"{what}, {percent(level)}%", level), percent=(1, "%"), unit="accuracy (%)",
+    )  # fmt: skip
 
 
 def points(runs: Sequence[Run]) -> dict[str, list[AccuracyPoint]]:
@@ -165,7 +250,7 @@ def points(runs: Sequence[Run]) -> dict[str, list[AccuracyPoint]]:
 
 def _accuracy_figure(runs: Sequence[Run]) -> Figure:
     """Of one data set."""
-    return draw(accuracy_panel(points(runs), runs[0]["dataset"], baseline(runs), "calibration"), size=(5.8, 4.4))
+    return draw(accuracy_panel(points(runs), runs[0]["dataset"], baseline(runs), "calibration"), size=(4.3, 4.0))
 
 
 def _curves(runs: Sequence[Run]) -> Picture:
@@ -185,7 +270,7 @@ def interval_text(ci95: Sequence[float]) -> str:
 
 def over_text(cell: Run, run: Run) -> str:
     """How many of what an interval is over."""
-    return f"{cell['num_seeds']} seeds" if cell["over"] == "seeds" else f"{run['num_examples']:,} examples"
+    return f"{cell['num_seeds']} draws" if cell["over"] == "seeds" else f"{run['num_examples']:,} examples"
 
 
 def shots_text(runs: Sequence[Run]) -> str:
@@ -237,16 +322,14 @@ def _runs_table(runs: Sequence[Run]) -> Table:
     )
 
 
-def _samples(path: Path) -> list[Part]:
-    """The prompts that the study kept, with what was scored after them. Raises UserError for a damaged file."""
+def _samples(path: Path) -> list[tuple[int, str, Prompt]]:
+    """The prompts that the study kept: number of shots, what it is a prompt of, and itself with what was scored after
+    it. Raises UserError for a damaged file."""
     if not path.exists():
         return []
-    parts: list[Part] = []
+    found = []
     for sample in read_samples(path):
-        choices = "; ".join(json.dumps(text, ensure_ascii=False) for text in sample["continuations"])
-        right = json.dumps(sample["continuations"][sample["gold"]], ensure_ascii=False)
-        line = f"{sample['dataset']}, {sample['shots']} shots" + (
-            f", seed {sample.get('seed')}" if sample["shots"] else ""
-        )
-        parts.append(Folded(line, [Code(sample["prompt"]), Paragraph(f"Scored after it: {choices}. Right: {right}.")]))
-    return parts
+        shots = sample["shots"]
+        line = f"{sample['dataset']}, {_count(shots, 'shot')}" + (f", seed {sample.get('seed')}" if shots else "")
+        found.append((shots, line, Prompt(sample["prompt"], sample["continuations"], sample["gold"])))
+    return found

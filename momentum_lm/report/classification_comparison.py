@@ -19,7 +19,7 @@ from momentum_lm.studies.tasks import CHOICE
 
 from .classification import INTERVALS, TASK, interval_text, percent, points, results_table
 from .figures import accuracy_panel, draw, to_svg
-from .html import Folded, Picture
+from .html import Dot, Folded, Forest, Gallery, Picture, Reference
 from .skeleton import Comparison, Folder, Sections, differ
 from .tables import Table
 
@@ -124,11 +124,46 @@ class ClassificationComparison(Comparison):
 
     def sections(self) -> Sections:
         datasets = dict.fromkeys(setting[0] for setting in self._all_settings() if self.varied != "shots")
-        found: Sections = {dataset: list(self._figures(dataset)) for dataset in datasets}
+        found: Sections = {}
+        if self.differences:
+            found["Differences"] = [*map(self._forest, range(1, len(self.sides)))]
+        found |= {dataset: [Gallery(list(self._figures(dataset)))] for dataset in datasets}
         if self.pairs:
             total = sum(map(len, self.pairs.values()))
             found["Every pair of runs"] = [Folded(f"{total} pairs", [self._pairs_table()])]
         return found
+
+    def conclusions(self) -> list[str]:
+        """A sentence for each setting and side."""
+        sentences = []
+        for (setting, number), gap in self.differences.items():
+            names, points = self.sides[0].name, 100 * gap.difference
+            agreed = gap.over_seeds is None or gap.over_seeds.low == gap.over_seeds.high  # which does not end all doubt
+            ends = gap.over_examples if agreed else gap.over_seeds
+            clear = "" if ends and (ends.low > 0 or ends.high < 0) else "not shown to differ, "
+            over = "examples" if agreed else "draws of demonstrations"
+            sentences.append(
+                f"{_where(setting)}: {self.sides[number].name} against {names}: {clear}{points:+.1f} points "
+                f"({_points_text(ends)} over {over})."
+            )
+        return sentences
+
+    def _forest(self, number: int) -> Forest:
+        """Differences of one side from the first, with the interval over examples and, where there is one, over
+        draws."""
+        dots = []
+        for (setting, side), gap in self.differences.items():
+            intervals = {"examples": gap.over_examples, "draws": gap.over_seeds}
+            dots += [
+                Dot(_where(setting), gap.difference, (ends.low, ends.high), over, role=role)
+                for (over, ends), role in zip(intervals.items(), ("main", "control"), strict=True)
+                if side == number and ends is not None
+            ]
+        first = self.sides[0].name
+        return Forest(
+            f"{self.sides[number].name} against {first}:", dots, "difference of accuracies in percentage points.",
+            Reference(f"as {first}", 0.0), percent=(1, " points"), signed=True, unit="percentage points",
+        )  # fmt: skip
 
     def _settings(self, variable: str, values: Sequence[Any]) -> Iterator[Side]:
         if variable not in VARIABLES:
@@ -265,7 +300,7 @@ class ClassificationComparison(Comparison):
                 title = dataset if self.varied else f"{dataset}, calibration {calibration}"
                 pictures.setdefault(title, {})[side.name] = line
         for title, lines in pictures.items():
-            figure = draw(accuracy_panel(lines, title, level, self.varied), size=(5.8, 4.4))
+            figure = draw(accuracy_panel(lines, title, level, self.varied), size=(4.3, 4.0))
             yield Picture(to_svg(figure), f"Accuracy on {title}: mean and 95% interval; faint dots are seeds.")
 
     def _pairs_table(self) -> Table:

@@ -30,7 +30,9 @@ _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK = "#010203"  # stands for the page's text colour, put in when a figure goes into a page
 _STYLE: dict[str, Any] = {
-    "font.size": 10,
+    "font.size": 11,
+    "axes.labelsize": 10.5,
+    "legend.fontsize": 10.5,
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # names are text, whatever dollars are in them
     "text.usetex": False,
@@ -43,6 +45,8 @@ _STYLE: dict[str, Any] = {
 
 _LONGEST = 60  # characters of a name in a figure
 
+SIZE = (4.3, 3.5)  # inches: on a narrow telephone the text of a figure of this width is still 11 pixels high
+
 Panel = Callable[[Any], None]  # draws into a matplotlib Axes
 
 
@@ -53,7 +57,7 @@ def shown(name: str, most: int = _LONGEST) -> str:
     return f"\u2009{cut}" if cut.startswith("_") else cut
 
 
-def draw(*panels: Panel, size: tuple[float, float] = (6.4, 4.0), columns: int | None = None) -> Figure:
+def draw(*panels: Panel, size: tuple[float, float] = SIZE, columns: int | None = None) -> Figure:
     """One figure with the panels side by side, in rows of ``columns`` if given, each of ``size`` (inches)."""
     with matplotlib.rc_context(_STYLE):
         columns = min(columns or len(panels), len(panels))
@@ -76,7 +80,7 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
     points."""
 
     def panel(axes: Any) -> None:
-        axes.set(xlabel="context length (tokens)", ylabel=f"perplexity per token ({shown(split, 24)}), lower is better")
+        axes.set(xlabel="context length (tokens)", ylabel=f"perplexity per token ({shown(split, 18)})")
         for index, (name, points) in enumerate(series.items()):
             lengths, values = zip(*sorted(points), strict=True)
             axes.plot(
@@ -146,8 +150,7 @@ def accuracy_panel(
     level: tuple[str, float] | None = None,
     what: str | None = None,
 ) -> Panel:
-    """Accuracy in percent over shots: for each name a line, bars for its interval and faint dots for the seeds; one or
-    two lines have bands between their bars, more would blur each other.
+    """Accuracy in percent over shots: for each name a line, bars for its interval and faint dots for the seeds.
 
     ``level``: name and height of what needs no model, dashed. ``what`` the names are, above them. Shots are spaced by
     log(1 + shots), which has a place for 0.
@@ -164,8 +167,6 @@ def accuracy_panel(
             shift = 0.07 * (index - (len(lines) - 1) / 2)  # side by side where they would hide each other
             places = [math.log2(1 + point.shots) + shift for point in ordered]
             mean, low, high = (100 * np.array([getattr(p, name) for p in ordered]) for name in ("mean", "low", "high"))
-            if len(lines) <= 2:
-                axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
             axes.vlines(places, low, high, color=colour, linewidth=1.2, alpha=0.75)
             dots = [(place, 100 * value) for place, point in zip(places, ordered, strict=True) for value in point.seeds]
             if dots:
@@ -184,7 +185,7 @@ def accuracy_panel(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value - 1:.0f}"))
         axes.margins(x=0.06)
         columns = legend_columns(axes.get_legend_handles_labels()[1])
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # nowhere within is free for certain
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}  # nowhere within is free for certain
         axes.legend(frameon=False, ncols=columns, title=what, **below)
 
     return panel
@@ -201,7 +202,7 @@ def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], titl
         table = np.asarray(counts, dtype=np.float64)
         totals = table.sum(axis=1)
         shares = table / np.maximum(totals, 1)[:, None]
-        size = 10 if len(labels) <= 6 else 9 if len(labels) <= 10 else 8
+        size = 10.5
         for row, column in np.ndindex(*table.shape):
             share = shares[row, column]
             axes.add_patch(
@@ -255,7 +256,7 @@ def to_svg(figure: Figure) -> str:
 
 def legend_columns(names: Sequence[str]) -> int:
     """In how many columns, at most three, a legend of these names is not wider than its figure."""
-    return max(1, min(3, len(names), 60 // max(map(len, names), default=1)))
+    return max(1, min(3, len(names), 44 // (6 + max(map(len, names), default=1))))
 
 
 def line_style(index: int) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from momentum_lm.studies import finetuning_summary as numbers
-from momentum_lm.studies.finetuning_summary import EVIDENCE, METRICS, SETTINGS, Run
+from momentum_lm.studies.finetuning_summary import EVIDENCE, MEANINGS, METRICS, SETTINGS, Run
 
 from .figures import draw, to_svg
 from .finetuning_verdicts import number, signed
-from .html import Gallery, Picture
-from .icl_vs_finetuning import TASK, accuracies, metric_panel
+from .html import Forest, Gallery, Picture, Reference
+from .icl_vs_finetuning import TASK, accuracies, estimate_dot, metric_panel
 from .layer_figures import Curve
 from .skeleton import Comparison, Folder, Sections, differ
 from .tables import Table
@@ -90,8 +90,14 @@ class FinetuningComparison(Comparison):
     def sections(self) -> Sections:
         found: Sections = {}
         for dataset, shots in self.settings:
+            runs = {
+                n: side[dataset, shots]
+                for n, side in zip(self.names, self.sides, strict=True)
+                if (dataset, shots) in side
+            }
+            forests = [forest for name in EVIDENCE if (forest := _forest(name, runs))]
             pictures = [self._picture(dataset, shots, name) for name in EVIDENCE]
-            found[f"{dataset}, {shots} shots"] = [Gallery([picture for picture in pictures if picture])]
+            found[f"{dataset}, {shots} shots"] = [*forests, Gallery([picture for picture in pictures if picture])]
         return found
 
     def _picture(self, dataset: str, shots: int, name: str) -> Picture | None:
@@ -102,9 +108,7 @@ class FinetuningComparison(Comparison):
                 lines[title] = Curve(band[0], band[1], band[2], look)
         if not lines:
             return None
-        return Picture(
-            to_svg(draw(metric_panel(name, lines), size=(4.6, 3.9))), f"{METRICS[name]}, corrected, by layer."
-        )
+        return Picture(to_svg(draw(metric_panel(name, lines))), f"{METRICS[name]}, corrected, by layer.")
 
     def _notes(self) -> list[str]:
         """Settings that not every folder has, and those of other seeds or numbers of examples."""
@@ -126,6 +130,13 @@ class FinetuningComparison(Comparison):
             if len({tuple((run["seed"], run["num_examples"]) for run in runs) for runs in found.values()}) > 1:
                 notes.append(f"{where}: not all of the same seeds and numbers of examples.")
         return notes
+
+
+def _forest(name: str, runs: Mapping[str, Sequence[Run]]) -> Forest | None:
+    """A metric of each folder; None where no folder has it."""
+    values = {title: numbers.metric(chosen, name) for title, chosen in runs.items()}
+    dots = [estimate_dot(title, value) for title, value in values.items() if value["num"]]
+    return Forest(f"{METRICS[name]}:", dots, MEANINGS[name], Reference("0", 0.0)) if dots else None
 
 
 def _alike(first: Run, second: Run) -> bool:

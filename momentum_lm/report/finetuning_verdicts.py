@@ -3,7 +3,7 @@ are written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from momentum_lm.studies import finetuning_summary as numbers
 from momentum_lm.studies.controls import CONTROLS
@@ -21,61 +21,70 @@ def place(gap: Estimate) -> str:
     return "above" if low > 0 else "below" if high < 0 else "level"
 
 
-def headlines(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each kind of evidence, over all settings."""
-    groups = list(numbers.settings(runs).values())
-    sentences = []
-    places = [place(gap) for chosen in groups if (gap := numbers.above_chance(chosen))["num"]]
-    if places:
-        side = _sides({"chance (what ICL repairs of all zero-shot errors)": places})
-        sentences.append(f"Predictions: Rec2FTP {side}.")
-    for name in EVIDENCE:
-        beside = {}
-        for control, title in NULLS.items():
-            places = [place(gap) for chosen in groups if (gap := numbers.difference(chosen, name, control))["num"]]
-            if places:
-                beside[title] = places
-        values = [value["mean"] for chosen in groups if (value := numbers.metric(chosen, name))["mean"] is not None]
-        if values:
-            sentences.append(
-                f"{METRICS[name]}, corrected: {_range(values)}; {_sides(beside) if beside else 'no control was run'}."
-            )
+def conclusions(runs: Sequence[Run]) -> list[str]:
+    """What came out over all settings, how sure it is and what could be done next, in sentences."""
+    groups = numbers.settings(runs)
+    sentences = [text for setting, chosen in groups.items() for text in _similarity_sentences(*setting, chosen)]
+    places = [place(gap) for chosen in groups.values() if (gap := numbers.above_chance(chosen))["num"]]
+    if len(places) > 1:
+        sentences.append(
+            "ICL repairs the errors that finetuning repairs more often than other errors in "
+            f"{places.count('above')} of {len(places)} settings."
+        )
+    elif places:
+        (chosen,) = (chosen for chosen in groups.values() if numbers.above_chance(chosen)["num"])
+        sentences.append(_rec2ftp_sentence(chosen))
+    draws = sorted({len(chosen) for chosen in groups.values()})
+    examples = sorted({run["num_examples"] for run in runs})
+    sentences.append(
+        f"How sure: {_span(draws)} {'draw' if draws == [1] else 'draws'} of demonstrations, {_span(examples)} examples "
+        f"each.{' Few draws make wide intervals; --seeds 1,2,...,10 would narrow them.' if draws[0] < 5 else ''}"
+    )
     return sentences
 
 
-_SIDES = {
-    "above": "above",
-    "level": "not distinguishable from",
-    "below": "below",
-    "unknown": "without an interval beside",
-}
+def _similarity_sentences(dataset: str, shots: int, runs: Sequence[Run]) -> list[str]:
+    """Which similarities of a setting exceed all of their controls."""
+    above, rest, bare = [], [], []
+    for name in EVIDENCE:
+        if numbers.metric(runs, name)["mean"] is None:
+            continue
+        gaps = {control: numbers.difference(runs, name, control) for control in NULLS}
+        sides = {NULLS[control]: place(gap) for control, gap in gaps.items() if gap["num"]}
+        failed = [control for control, side in sides.items() if side != "above"]
+        if not sides:
+            bare.append(METRICS[name])
+        elif failed:
+            rest.append(f"{METRICS[name]} ({', '.join(failed)})")
+        else:
+            above.append(METRICS[name])
+    where, count = f"{dataset}, {shots} shots", len(above) + len(rest)
+    if not count:
+        return [f"{where}: no control was run, so nothing can be said of how alike ICL and finetuning are."]
+    which = f": {', '.join(above)}" if above else ""
+    sentences = [
+        f"{where}: {len(above) or 'none'} of {count} similarities of ICL and finetuning {_exceed(len(above))} every "
+        f"control that cannot have learned the task{which}."
+    ]
+    if rest:
+        sentences.append(f"{where}: not shown to exceed the controls in brackets: {'; '.join(rest)}.")
+    if bare:
+        sentences.append(f"{where}: without a control: {', '.join(bare)}.")
+    return sentences
 
 
-def _sides(beside: Mapping[str, Sequence[str]]) -> str:
-    """In words on which side of each control a value lies, of :func:`place` for each setting: with one setting the
-    side, with several in how many of them it is above.
-    """
-    if max(map(len, beside.values())) == 1:
-        return "; ".join(
-            f"{words} {', '.join(names)}"
-            for side, words in _SIDES.items()
-            if (names := [name for name, places in beside.items() if places[0] == side])
-        )
-    return "above " + ", ".join(f"{name} in {_how_many(places)}" for name, places in beside.items())
+def _exceed(count: int) -> str:
+    return "exceed" if count > 1 else "exceeds"
 
 
-def _how_many(places: Sequence[str]) -> str:
-    count, total = places.count("above"), len(places)
-    if count in (0, total):
-        return f"{'all' if count else 'none'} of {total} settings"
-    return f"{count} of {total} settings"
+def _span(values: Sequence[int]) -> str:
+    return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,} to {values[-1]:,}"
 
 
 def verdict(runs: Sequence[Run]) -> list[str]:
-    """What the numbers of one setting say, in sentences."""
-    sentences = []
+    """What one setting says of accuracy and predictions, and of SimAM in the authors' form, in sentences."""
     zero, ft, icl = (numbers.accuracy(runs, setting)["mean"] for setting in SETTINGS)
-    sentences.append(f"Accuracy: {100 * zero:.1f}% zero-shot, {100 * ft:.1f}% finetuned, {100 * icl:.1f}% in context.")
+    sentences = [f"Accuracy: {100 * zero:.1f}% zero-shot, {100 * ft:.1f}% finetuned, {100 * icl:.1f}% in context."]
     sentences.append(_rec2ftp_sentence(runs))
     authors, before = (numbers.metric(runs, "simam", "paper", control)["mean"] for control in (None, "before"))
     if authors is not None and before is not None:
@@ -83,20 +92,6 @@ def verdict(runs: Sequence[Run]) -> list[str]:
             f"SimAM in the authors' form is {three(authors)}, and {three(before)} before any finetuning: "
             "only what exceeds the latter can be finetuning's doing."
         )
-    for name in EVIDENCE:
-        value = numbers.metric(runs, name)
-        if value["mean"] is None:
-            continue
-        authors = numbers.metric(runs, name, "paper")["mean"] if name == "simaou" else None
-        text = f"{METRICS[name]}, corrected, is {number(value)}"
-        text += f", and {three(authors)} in the authors' form" if authors is not None else ""
-        beside = {}
-        for control, title in NULLS.items():
-            gap = numbers.difference(runs, name, control)
-            if gap["num"]:
-                level = numbers.metric(runs, name, control=control)["mean"]
-                beside[f"{title} ({three(level)})"] = [place(gap)]
-        sentences.append(text + (f": {_sides(beside)}" if beside else "; no control was run") + ".")
     return sentences
 
 
@@ -135,8 +130,3 @@ def signed(gap: Estimate, percent: bool = False) -> str:
 def three(value: float) -> str:
     """Three decimals, none from a hundred on, and no minus before a zero."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{round(value, 3) + 0.0:.3f}"
-
-
-def _range(values: Sequence[float]) -> str:
-    low, high = three(min(values)), three(max(values))
-    return low if low == high else f"{low} to {high}"

@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
-from momentum_lm.files import atomic_write
+import jinja2
+from markupsafe import Markup, escape
+
+from momentum_lm.files import atomic_write, file_stem
 from momentum_lm.results.ownership import PAGE, check_ours
 
-from .tables import Table
-
-_CSS = """
-:root { color-scheme: light dark; --ink: #1c1f23; --soft: #5b6470; --page: #ffffff; --line: #d9dee4; --panel: #f5f7f9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e3e7ec; --soft: #98a2ae; --page: #14171b; --line: #333a43; --panel: #1d2127; }
-}
-body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-p, ul, pre { max-width: 54rem; }
-a { color: inherit; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.scroll { overflow-x: auto; }
-@media (min-width: 68rem) { .scroll { margin-right: calc((66rem - 100vw) / 2 + 1.5rem); } }
-table { border-collapse: collapse; margin: 0.5rem 0; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
-@media (max-width: 40rem) { table { font-size: 0.8rem; } }
-caption { text-align: left; color: var(--soft); padding-bottom: 0.3rem; }
-th, td { padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: normal; }
-th { font-weight: 600; } .number { text-align: right; }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 0.2rem 1.6rem; }
-figcaption, .note { color: var(--soft); font-size: 0.9rem; } details { margin: 0.4rem 0; } summary { cursor: pointer; }
-pre { background: var(--panel); padding: 0.7rem; white-space: pre-wrap; border-radius: 4px; font-size: 0.85rem; }
-@media screen and (max-width: 40rem) { STACK(table) }
-@media screen and (max-width: 68rem) { STACK(table.wide) }
-@media print {
-  figure, tr { break-inside: avoid; } .scroll { overflow: visible; margin: 0; } table { font-size: 0.7rem; }
-}
-"""
-# Where a table has no room, its rows stand below one another, each cell behind its column's name
-_STACK = """TABLE thead { display: none; }
-TABLE tr { display: block; padding: 0.5rem 0; border-bottom: 1px solid var(--line); }
-TABLE, TABLE tbody, TABLE caption { display: block; }
-TABLE td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: 0.1rem 0; text-align: right;
-  overflow-wrap: anywhere; }
-TABLE td:empty { display: none; }
-TABLE td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none; max-width: 50%; }"""
-_CSS = re.sub(r"STACK\((.+?)\)", lambda match: _STACK.replace("TABLE", match[1]), _CSS)
+from .tables import Table, csv_text
 
 
 @dataclass(frozen=True)
@@ -57,9 +23,7 @@ class Paragraph:
     """Plain text."""
 
     text: str
-
-    def html(self) -> str:
-        return f"<p>{html.escape(self.text)}</p>"
+    kind: ClassVar = "paragraph"
 
 
 @dataclass(frozen=True)
@@ -67,9 +31,23 @@ class Points:
     """Plain sentences, one under another."""
 
     texts: Sequence[str]
+    kind: ClassVar = "points"
 
-    def html(self) -> str:
-        return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in self.texts) + "</ul>"
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out, in sentences, the most important first."""
+
+    texts: Sequence[str]
+    kind: ClassVar = "verdict"
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """Terms, each with what it means."""
+
+    terms: Mapping[str, str]
+    kind: ClassVar = "definitions"
 
 
 @dataclass(frozen=True)
@@ -77,9 +55,17 @@ class Code:
     """Preformatted text: commands, configuration."""
 
     text: str
+    kind: ClassVar = "code"
 
-    def html(self) -> str:
-        return f"<pre>{html.escape(self.text)}</pre>"
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with each continuation that was scored after it, marked; ``right`` numbers the gold one."""
+
+    text: str
+    choices: Sequence[str]
+    right: int
+    kind: ClassVar = "prompt"
 
 
 @dataclass(frozen=True)
@@ -88,11 +74,11 @@ class Picture:
 
     svg: str
     caption: str
+    kind: ClassVar = "picture"
 
-    def html(self) -> str:
-        label = html.escape(self.caption, quote=True)
-        svg = self.svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-        return f"<figure>{svg}<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+    def labelled(self) -> Markup:
+        """The picture for a page, named for those who do not see it."""
+        return Markup(self.svg.replace("<svg", f'<svg role="img" aria-label="{escape(self.caption)}"', 1))
 
 
 @dataclass(frozen=True)
@@ -101,9 +87,7 @@ class Link:
 
     text: str
     path: str
-
-    def html(self) -> str:
-        return f'<p><a href="{html.escape(self.path, quote=True)}">{html.escape(self.text)}</a></p>'
+    kind: ClassVar = "link"
 
 
 @dataclass(frozen=True)
@@ -111,9 +95,138 @@ class Gallery:
     """Pictures side by side, as many in a row as can be read."""
 
     pictures: Sequence[Picture]
+    kind: ClassVar = "gallery"
 
-    def html(self) -> str:
-        return f'<div class="gallery">{"".join(picture.html() for picture in self.pictures)}</div>'
+
+class Reference(NamedTuple):
+    """A value that all rows of a forest plot are compared with."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A row of a forest plot: a value with its interval, what this is ``over`` ("10 draws"), and ``singles``, the
+    values that it is the mean of.
+
+    ``role``: "main", what the plot is about; "control", what it is compared with; "other". ``absent`` stands in the
+    place of a value that is None.
+    """
+
+    label: str
+    value: float | None
+    interval: Sequence[float] | None = None
+    over: str = ""
+    singles: Sequence[float] = ()
+    role: str = "main"
+    absent: str = "not measured"
+
+
+_SHAPES = {  # SVG paths around 0, 0; unlike in form, so that they differ in greyscale
+    "main": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
+    "control": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
+    "other": "M-5.5 0L0 -5.5L5.5 0L0 5.5z",
+}
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Values with their intervals as dots and bars on one axis, each beside its number.
+
+    The axis holds every value, single value and the ``reference``, and of the intervals what there is room for within
+    twice that: those over two or three draws may reach far beyond what was measured. ``percent``: values are fractions,
+    shown times 100 with so many decimals and this text after them; else with three decimals. ``signed``: with their
+    sign. ``single``: what a single value is of.
+    """
+
+    title: str
+    dots: Sequence[Dot]
+    definition: str = ""
+    reference: Reference | None = None
+    percent: tuple[int, str] | None = None
+    signed: bool = False
+    unit: str = ""
+    single: str = "draw"
+    kind: ClassVar = "forest"
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """Lowest and highest value of the axis."""
+        values = [dot.value for dot in self.dots if dot.value is not None]
+        values += [value for dot in self.dots for value in dot.singles]
+        values += [self.reference.value] if self.reference else []
+        if not values:
+            return 0.0, 1.0
+        low, high = min(values), max(values)
+        room = max(high - low, 0.02)
+        bars = [end for dot in self.dots if dot.interval for end in dot.interval]
+        return min([low, *(max(end, low - room) for end in bars)]), max(
+            [high, *(min(end, high + room) for end in bars)]
+        )
+
+    @cached_property
+    def ticks(self) -> list[float]:
+        """At most six round values."""
+        from matplotlib.ticker import MaxNLocator
+
+        low, high = self.ends
+        return [value for value in MaxNLocator(5).tick_values(low, high) if low <= value <= high]
+
+    def x(self, value: float) -> str:
+        """The place of a value on the axis, as SVG takes it."""
+        low, high = self.ends
+        share = (value - low) / (high - low) if high > low else 0.5
+        return f"{2 + 96 * min(max(share, 0.0), 1.0):.2f}%"
+
+    def shape(self, dot: Dot) -> str:
+        """The mark of a row, as an SVG path."""
+        return _SHAPES[dot.role]
+
+    def tick(self, value: float) -> str:
+        """A value on the axis, as text."""
+        return f"{100 * value + 0.0:g}" if self.percent else f"{round(value, 10) + 0.0:g}"
+
+    def text(self, dot: Dot) -> str:
+        """Value and interval of a row, and what the interval is over where that is not the same in all rows."""
+        if dot.value is None:
+            return dot.absent
+        text = self._number(dot.value) + (self.percent[1] if self.percent else "")
+        if dot.interval is None:
+            return text
+        over = f"; {dot.over}" if dot.over and self._common is None else ""
+        return f"{text} ({self._number(dot.interval[0])} to {self._number(dot.interval[1])}{over})"
+
+    def note(self) -> str:
+        """How the plot is read."""
+        bars = any(dot.interval for dot in self.dots)
+        parts = [f"Bars: 95% intervals{f' over {self._common}' if self._common else ''}."] * bars
+        parts += [f"Grey points: single {self.single}s."] * any(dot.singles for dot in self.dots)
+        if self.reference:
+            parts.append(f"Dashed: {self.reference.name}.")
+        return " ".join(parts)
+
+    def file_name(self) -> str:
+        """What a reader who keeps :meth:`csv` may call it."""
+        return f"{file_stem(self.title)}.csv"
+
+    def csv(self) -> str:
+        """A line for each row, in full precision."""
+        numbers = [[dot.value, *(dot.interval or (None, None))] for dot in self.dots]
+        texts = [["" if number is None else repr(number) for number in row] for row in numbers]
+        rows = [[dot.label, *row, dot.over] for dot, row in zip(self.dots, texts, strict=True)]
+        return csv_text(["row", "value", "low", "high", "interval over"], rows)
+
+    @property
+    def _common(self) -> str | None:
+        """What all intervals are over."""
+        kinds = {dot.over for dot in self.dots if dot.interval}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def _number(self, value: float) -> str:
+        sign = "+" if self.signed else ""
+        scale, decimals = (100, self.percent[0]) if self.percent else (1, 3)
+        return f"{round(scale * value, decimals) + 0.0:{sign}.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -121,28 +234,19 @@ class Folded:
     """Parts that the reader unfolds by a line that says what they are."""
 
     line: str
-    parts: Sequence[Paragraph | Points | Code | Picture | Gallery | Table]
-
-    def html(self) -> str:
-        return f"<details><summary>{html.escape(self.line)}</summary>{''.join(map(_part, self.parts))}</details>"
+    parts: Sequence[Part]
+    kind: ClassVar = "folded"
 
 
-Part = Paragraph | Points | Code | Link | Picture | Gallery | Table | Folded
+Part = Paragraph | Points | Verdict | Definitions | Code | Prompt | Link | Picture | Gallery | Forest | Table | Folded
 
 
 def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
     """The whole document: ``sections`` maps headings to parts; an empty heading gives none."""
-    body = []
-    for heading, parts in sections.items():
-        body.append(f"<h2>{html.escape(heading)}</h2>" if heading else "")
-        body += map(_part, parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"{PAGE.decode()}"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</body></html>\n"
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
+        (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     )
+    return template.render(title=title, sections=sections, mark=Markup(PAGE.decode()))
 
 
 def write_page(
@@ -153,7 +257,3 @@ def write_page(
         check_ours(path, PAGE)
     with atomic_write(path) as file:
         file.write(page(title, sections))
-
-
-def _part(part: Part) -> str:
-    return f'<div class="scroll">{part.html()}</div>' if isinstance(part, Table) else part.html()

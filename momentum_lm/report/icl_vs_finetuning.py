@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,23 @@ import numpy as np
 from momentum_lm.files import file_stem
 from momentum_lm.studies import finetuning_summary as numbers
 from momentum_lm.studies.controls import CONTROLS, FINETUNED
-from momentum_lm.studies.finetuning_summary import EVIDENCE, METRICS, SETTINGS, Estimate, Run
+from momentum_lm.studies.finetuning_summary import EVIDENCE, MEANINGS, METRICS, SETTINGS, Estimate, Run
 
-from .figures import Panel, draw, to_svg
-from .finetuning_verdicts import headlines, number, signed, three, verdict
-from .html import Folded, Gallery, Paragraph, Part, Picture, Points
+from .figures import SIZE, Panel, draw, to_svg
+from .finetuning_verdicts import conclusions, number, signed, three, verdict
+from .html import (
+    Definitions,
+    Dot,
+    Folded,
+    Forest,
+    Gallery,
+    Paragraph,
+    Part,
+    Picture,
+    Points,
+    Reference,
+    Verdict,
+)  # fmt: skip
 from .layer_figures import Curve, heads_panel, layer_panel, overlap_panel
 from .published import DATASETS as PUBLISHED_DATASETS
 from .published import IN_PERCENT, MODELS, QUANTITIES, SOURCE, published
@@ -36,49 +49,26 @@ UNITS = {  # of the metrics' axes; the rest are cosines
 HEADS = ("simam_delta_centred", "simam_delta", "kendall", "dw_similarity")
 _HEADS_ARE = {"dw_similarity": "key/value head"}
 _OF_RUN = [name for name, control in CONTROLS.items() if control.of_run]  # of which a metric has one
-_INTERVALS = (
-    "Numbers are means over layers, then over seeds, which draw the demonstrations. Their 95% intervals are Student's "
-    "over seeds: what "
-    "other demonstrations would give on these examples. For one seed, and where all seeds agree, they are over "
-    "examples: Wilson's for "
-    "shares, bootstrap for the rest."
+_SETTINGS_ARE = (
+    "ZSL (zero-shot) is the model without demonstrations, ICL with them in the prompt, FT without them after it was "
+    "finetuned on them: as the configuration says, by default key and value projections by plain SGD, one "
+    "demonstration a step, in order, once. The weights are restored afterwards."
 )
-_MEASURED = (
-    "ZSL is the model without demonstrations, ICL with them in the prompt, FT without them after it was "
-    "finetuned on them: as the "
-    "configuration says, by default key and value projections by plain SGD, one demonstration a step, in order, once. "
-    "The weights are "
-    "restored afterwards.",
+_INTERVALS = (
+    "Numbers are means over layers, then over draws of demonstrations (seeds). Their 95% intervals are Student's over "
+    "draws: what other demonstrations would give on these examples. For one draw, and where all draws agree, they are "
+    "over examples: Wilson's for shares, bootstrap for the rest."
+)
+_REC2FTP = (
+    "of the errors that FT repairs, the share that ICL repairs too. Chance: the share of all zero-shot errors that ICL "
+    "repairs, which is what it would be if the two had nothing to do with each other. Both are of all draws' examples "
+    "together."
+)
+_FORMS = (
     "The authors' form follows the code of arXiv 2212.10559: it looks at the first token of the first choice, "
-    "normalises attention "
-    "outputs first (which makes unrelated updates look alike), and compares attention summed over heads. The corrected "
-    "form looks at the "
-    "token that predicts the choice, compares updates as they are, ranks attention head by head, and takes chance out "
-    "of recall.",
-    "Rec2FTP: of the errors that FT repairs, the share that ICL repairs too. Chance: the share of all zero-shot errors "
-    "that ICL repairs, "
-    "which is what Rec2FTP would be if the two had nothing to do with each other. Both are of all seeds' examples "
-    "together.",
-    "SimAOU: cosine of what ICL and what FT change in a layer's attention output. SimAM: cosine of attention logits "
-    "over the query's own "
-    "tokens; SimAM-delta: of what ICL and FT change in them (Deutch et al., arXiv 2311.07772); centred: without each "
-    "row's mean, on which "
-    "no attention depends.",
-    "Kendall and recall: agreement of ICL's attention to the demonstrations' tokens with the inner products of FT's "
-    "training queries and "
-    "the test query. Recall, corrected, is 0 by chance and 1 at best.",
-    "cos(dW_ICL, dW_FT): of the two implicit updates of relaxed linear attention (no softmax), per head. Relaxed vs "
-    "softmax: cosine, and "
-    "ratio of lengths, of what a head puts out in context without and with softmax.",
-    "Controls. Random: a random zero-mean update, a random order of tokens, or keys dealt out anew among tokens (in "
-    "the authors' form "
-    "updates and weights are from 0 to 1). Before finetuning: the model as it was, in FT's place. Untrained: the same "
-    "architecture with "
-    "fresh weights. Shuffled labels: finetuned on demonstrations whose labels were dealt out anew: "
-    "some fall to where they were, of two balanced labels about half. LCGD: finetuned with a loss for every "
-    "layer that stays in the layer. All parameters: all are finetuned. Only what exceeds the first four speaks for ICL "
-    "as finetuning; "
-    "the last two are other ways of learning.",
+    "normalises attention outputs first (which makes unrelated updates look alike), and compares attention summed over "
+    "heads. The corrected form looks at the token that predicts the choice, compares updates as they are, ranks "
+    "attention head by head, and takes chance out of recall."
 )
 
 
@@ -145,20 +135,34 @@ def difference_table(runs: Sequence[Run]) -> Table:
 def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
     runs = results["runs"]
     sections: Sections = {
-        "What this says": [Points(headlines(runs)), Paragraph(_INTERVALS)],
-        "Predictions": [accuracy_table(runs)],
+        "": [Verdict(conclusions(runs))],
+        "What is compared": [Paragraph(_SETTINGS_ARE), Definitions(_rows_are(runs))],
     }
     for (dataset, shots), chosen in numbers.settings(runs).items():
         for name, figure in _pictures(chosen, f"{file_stem(dataset)}-{shots}shot").items():
             save(name, figure)
         sections[f"{dataset}, {shots} shots"] = _section(chosen)
+    words = {"Intervals": _INTERVALS, "Authors' and corrected form": _FORMS, "Rec2FTP": _REC2FTP}
+    sections["What the words mean"] = [Definitions(words)]
+    tables: list[Part] = [
+        Folded("Accuracies and predictions", [accuracy_table(runs)]),
+        Folded("Every metric and control", [results_table(runs)]),
+    ]
     if (beside := paper_table(runs)) is not None:
-        note = f"Source: {SOURCE}: models of 1.3B and 2.7B parameters, one seed a cell, seed and learning "
-        note += "rate chosen on these examples."
-        sections["Beside the paper"] = [Folded("The paper's numbers", [beside, Paragraph(note)])]
-    sections["How it was measured"] = [Points(_MEASURED)]
-    sections["Every run"] = [Folded(f"{len(runs)} runs", [_runs_table(runs)])]
+        tables.append(Folded("Beside the paper's numbers", [beside, Paragraph(_THE_PAPER)]))
+    sections["All numbers"] = [*tables, Folded(f"{len(runs)} runs", [_runs_table(runs)])]
     return sections
+
+
+_THE_PAPER = (
+    f"Paper: {SOURCE}: models of 1.3B and 2.7B parameters, one draw a cell, draw and learning rate chosen on these "
+    "examples."
+)
+
+
+def _rows_are(runs: Sequence[Run]) -> dict[str, str]:
+    """What the rows of the similarities' plots compare."""
+    return {control.title: control.meaning for control in (FINETUNED, *(CONTROLS[name] for name in _controls(runs)))}
 
 
 def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
@@ -189,16 +193,69 @@ write_report = Report(TASK, "In-context learning against finetuning", results_ta
 
 
 def overview(folder: Folder) -> list[Part]:
-    """Findings, tables and curves of a results folder, for a page that shows other things too. Raises as
+    """Conclusions and numbers of a results folder, for a page that shows other things too. Raises as
     ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
-    parts: list[Part] = [Points(headlines(runs)), accuracy_table(runs), results_table(runs), Paragraph(_INTERVALS)]
-    for chosen in numbers.settings(runs).values():
-        parts.append(
-            Gallery([_layer_picture(panel, METRICS[name], "corrected") for name, panel in panels(chosen).items()])
-        )
-    return parts
+    parts: list[Part] = [Paragraph(_SETTINGS_ARE), Points(conclusions(runs))]
+    for (dataset, _), chosen in numbers.settings(runs).items():
+        parts += [_accuracy_forest(dataset, chosen), _rec2ftp_forest(chosen)]
+        parts += [forest for name in EVIDENCE if (forest := _forest(chosen, name))]
+    parts.append(Folded("What the rows compare", [Definitions(_rows_are(runs))]))
+    return [*parts, Folded("As tables", [accuracy_table(runs), results_table(runs)])]
+
+
+def estimate_dot(label: str, value: Estimate, singles: Sequence[float | None] = (), role: str = "main") -> Dot:
+    """A row of a forest plot; the single draws stand beside an interval that is over them."""
+    known = [single for single in singles if single is not None] if value["over"] == "seeds" else []
+    over = {"seeds": f"{value['num']} draws", "examples": "examples", None: ""}[value["over"]]
+    return Dot(label, value["mean"], value["ci95"], over, known, role)
+
+
+def _published(quantity: str, dataset: str, label: str = "") -> list[Dot]:
+    """The paper's numbers as rows, for its data sets."""
+    if dataset not in PUBLISHED_DATASETS:
+        return []
+    scale = 0.01 if quantity in IN_PERCENT else 1.0
+    return [Dot(f"{label}paper, {m}", published(quantity, m, dataset) * scale, role="other") for m in MODELS]
+
+
+def _accuracy_forest(dataset: str, runs: Sequence[Run]) -> Forest:
+    dots = []
+    for name, title in SETTINGS.items():
+        dots.append(estimate_dot(title, numbers.accuracy(runs, name), [run["accuracy"][name] for run in runs]))
+        dots += _published(name, dataset, f"{title}, ")
+    return Forest(f"Accuracy on {dataset}", dots, "without demonstrations, finetuned on them, and in context.",
+                  percent=(1, "%"), unit="accuracy (%)")  # fmt: skip
+
+
+def _rec2ftp_forest(runs: Sequence[Run]) -> Forest:
+    share = replace(estimate_dot("Rec2FTP", numbers.rec2ftp(runs)), absent="nothing to recover")
+    dots = [share, *_published("rec2ftp", runs[0]["dataset"])]
+    dots.append(estimate_dot("chance", numbers.chance(runs), role="control"))
+    return Forest("Rec2FTP:", dots, _REC2FTP, percent=(1, "%"), unit="share (%)")
+
+
+def _forest(runs: Sequence[Run], name: str, part: str = "corrected") -> Forest | None:
+    """A metric with its controls; None where the runs have neither. In the authors' form with the paper's numbers."""
+    dots = []
+    for control in (None, *CONTROLS):
+        value = numbers.metric(runs, name, part, control)
+        if value["num"]:
+            what = FINETUNED if control is None else CONTROLS[control]
+            role = "main" if control is None else "control" if what.null else "other"
+            dots.append(
+                estimate_dot(what.title, value, [numbers.over_layers(run, name, part, control) for run in runs], role)
+            )
+            quantity = name if control is None else f"{name}_{control}"
+            if part == "paper" and quantity in QUANTITIES:
+                dots += _published(quantity, runs[0]["dataset"], "" if control is None else f"{what.title}, ")
+    if not dots:
+        return None
+    form = "" if part == "corrected" else ", authors' form"
+    unit = UNITS.get(name, "cosine")
+    zero = None if name == "relaxation_ratio" else Reference("0", 0.0)
+    return Forest(f"{METRICS[name]}{form}:", dots, MEANINGS[name], zero, unit=unit)
 
 
 def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str, Curve]:
@@ -225,10 +282,10 @@ def metric_panel(name: str, lines: Mapping[str, Curve]) -> Panel:
 
 def _pictures(runs: Sequence[Run], stem: str) -> dict[str, Figure]:
     drawn = {
-        f"layers-{stem}": (panels(runs), (4.6, 3.9), 3),
-        f"layers-paper-{stem}": (panels(runs, "paper"), (4.6, 3.9), 3),
-        f"heads-{stem}": (_head_panels(runs), (4.2, 3.6), 3),
-        f"attention-{stem}": (attention_panels(runs[0]), (4.2, 3.6), 2),
+        f"layers-{stem}": (panels(runs), SIZE, 3),
+        f"layers-paper-{stem}": (panels(runs, "paper"), SIZE, 3),
+        f"heads-{stem}": (_head_panels(runs), (4.0, 3.6), 3),
+        f"attention-{stem}": (attention_panels(runs[0]), (4.0, 3.6), 2),
     }
     figures = {
         name: draw(*found.values(), size=size, columns=columns)
@@ -241,43 +298,55 @@ def _pictures(runs: Sequence[Run], stem: str) -> dict[str, Figure]:
 
 
 def _section(runs: Sequence[Run]) -> list[Part]:
-    controls = _controls(runs)
+    dataset = runs[0]["dataset"]
     counts = numbers.cells(runs)
     right, by_icl, by_ft = counts[1].sum(), counts[1, 0].sum(), counts[1, :, 0].sum()
     spoiled = f"Of {right:,} that were right zero-shot ICL spoils {by_icl:,} and finetuning {by_ft:,}."
-    together = f" {len(runs)} seeds together." if len(runs) > 1 else ""
+    together = f" {len(runs)} draws together." if len(runs) > 1 else ""
     overlap = Picture(
-        to_svg(draw(overlap_panel(counts), size=(5.4, 4.4))),
+        to_svg(draw(overlap_panel(counts), size=(4.3, 4.0))),
         "Zero-shot's errors: by column whether finetuning repairs them, in strong colour what ICL repairs; areas are "
-        "numbers of "
-        f"examples. The height of the strong blue is Rec2FTP. {spoiled}{together}",
+        f"numbers of examples. The height of the strong blue is Rec2FTP. {spoiled}{together}",
     )
+    drawn, rest = panels(runs), [name for name in METRICS if name not in EVIDENCE]
+    paper = panels(runs, "paper")
     parts: list[Part] = [
         Points(verdict(runs)),
-        Table(_metric_headings(controls), _metric_rows(runs, controls)),
-        Folded("Corrected metrics minus controls, paired by seed, with 95% intervals", [difference_table(runs)]),
-        overlap,
-        Gallery([_layer_picture(panel, METRICS[name], "corrected") for name, panel in panels(runs).items()]),
+        _accuracy_forest(dataset, runs),
+        _rec2ftp_forest(runs),
+        Folded("Which errors both repair", [overlap]),
+        *_forests(runs, EVIDENCE),
+        Gallery([_layer_picture(drawn[name], name, "corrected") for name in EVIDENCE if name in drawn]),
+        Folded("Corrected metrics minus controls, paired by draw, with 95% intervals", [difference_table(runs)]),
     ]
-    paper = [_layer_picture(panel, METRICS[name], "authors' form") for name, panel in panels(runs, "paper").items()]
-    if paper:
-        parts.append(Folded("By layer in the authors' form", [Gallery(paper)]))
+    if others := _forests(runs, rest):
+        pictures = [_layer_picture(drawn[name], name, "corrected") for name in rest if name in drawn]
+        parts.append(Folded("Other metrics", [*others, Gallery(pictures)]))
+    if authors := _forests(runs, tuple(METRICS), "paper"):
+        pictures = [_layer_picture(panel, name, "authors' form") for name, panel in paper.items()]
+        beside = [Paragraph(_THE_PAPER)] if dataset in PUBLISHED_DATASETS else []
+        parts.append(Folded("In the authors' form", [Paragraph(_FORMS), *beside, *authors, Gallery(pictures)]))
     heads = [
         Picture(
-            to_svg(draw(panel, size=(4.2, 3.6))),
+            to_svg(draw(panel, size=(4.0, 3.6))),
             f"{METRICS[name]}, corrected; blue positive, orange negative, × undefined.",
         )
         for name, panel in _head_panels(runs).items()
     ]
     if heads:
-        parts.append(Gallery(heads))
+        parts.append(Folded("By head", [Gallery(heads)]))
     return [*parts, *_attention(runs[0])]
+
+
+def _forests(runs: Sequence[Run], names: Sequence[str], part: str = "corrected") -> list[Forest]:
+    """Those of the metrics that the runs have."""
+    return [forest for name in names if (forest := _forest(runs, name, part))]
 
 
 def _attention(run: Run) -> list[Part]:
     """Single examples: which demonstrations they attend to, in context and by finetuning."""
     pictures = [
-        Picture(to_svg(draw(panel, size=(4.2, 3.6))), title + ": blue more than an equal share, orange less.")
+        Picture(to_svg(draw(panel, size=(4.0, 3.6))), title + ": blue more than an equal share, orange less.")
         for title, panel in attention_panels(run).items()
     ]
     if not pictures:
@@ -303,8 +372,8 @@ def attention_panels(run: Run) -> dict[str, Panel]:
     return found
 
 
-def _layer_picture(panel: Panel, title: str, form: str) -> Picture:
-    return Picture(to_svg(draw(panel, size=(4.6, 3.9))), f"{title}, {form}, by layer, with 95% intervals.")
+def _layer_picture(panel: Panel, name: str, form: str) -> Picture:
+    return Picture(to_svg(draw(panel)), f"{METRICS[name]}, {form}, by layer; band: 95% interval.")
 
 
 def _head_panels(runs: Sequence[Run]) -> dict[str, Panel]:

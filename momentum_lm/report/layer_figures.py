@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,24 +30,25 @@ class Curve:
 
 
 def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False, unit: str = "") -> Panel:
-    """A value over layers, numbered from 1: a line and a band for each name; zero is marked, or one on a ``log``
-    scale."""
+    """A value over layers, numbered from 1: a line for each name, which stands at its end unless it is long, and a band
+    for the first; zero is marked, or one on a ``log`` scale."""
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="layer", ylabel=unit, yscale="log" if log else "linear")
-        axes.set_title(shown(title), fontsize=10.5, loc="left")
+        axes.set_title(shown(title), fontsize=11, loc="left")
         axes.axhline(int(log), color=_NEUTRAL, linewidth=0.9)
+        names = {name: shown(name, 30) for name in curves}
+        below = max(map(len, names.values())) > _BESIDE
         for number, (name, curve) in enumerate(curves.items()):
             layers = np.arange(1, len(curve.mean) + 1)
             style, first = line_style(curve.look), number == 0
             style |= {"linewidth": 2.0 if first else 1.2, "zorder": 4 if first else 3}
-            axes.fill_between(
-                layers, curve.low, curve.high, color=style["color"], alpha=0.22 if first else 0.09, linewidth=0
-            )
+            if first:
+                axes.fill_between(layers, curve.low, curve.high, color=style["color"], alpha=0.22, linewidth=0)
             axes.plot(
                 layers,
                 curve.mean,
-                label=shown(name, 30) if len(curves) > 1 else None,
+                label=names[name] if below and len(curves) > 1 else None,
                 marker=MARKERS[curve.look % len(MARKERS)],
                 markersize=3,
                 **style,
@@ -55,15 +57,48 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
         if not log:
             axes.set_ylim(*_limits(curves))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        if len(curves) > 1:
-            below: dict[str, Any] = {
-                "loc": "upper center",
-                "bbox_to_anchor": (0.5, -0.17),
-                "ncols": legend_columns([shown(name, 30) for name in curves]),
-            }
-            axes.legend(frameon=False, fontsize=8.5, columnspacing=1.2, **below)
+        if below and len(curves) > 1:
+            columns = legend_columns(list(names.values()))
+            axes.legend(frameon=False, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        elif len(curves) > 1:
+            _name_lines(axes, {names[name]: curve for name, curve in curves.items()}, log)
 
     return panel
+
+
+_ROOM = 0.085  # height of a name beside a panel, as a share of the panel's
+_BESIDE = 18  # characters of a name that has room beside a panel
+
+
+def _name_lines(axes: Any, curves: Mapping[str, Curve], log: bool) -> None:
+    """Writes each name beside the end of its line, the names apart from one another."""
+    ends = {}
+    for name, curve in curves.items():
+        known = np.flatnonzero(np.isfinite(curve.mean))
+        if known.size:
+            ends[name] = float(known[-1] + 1), float(curve.mean[known[-1]])
+    low, high = map(math.log, axes.get_ylim()) if log else axes.get_ylim()
+    heights = {name: ((math.log(value) if log else value) - low) / (high - low) for name, (_, value) in ends.items()}
+    for (name, end), height in zip(
+        sorted(ends.items(), key=lambda item: heights[item[0]]), _apart(sorted(heights.values()), _ROOM), strict=True
+    ):
+        line = {"arrowstyle": "-", "color": _NEUTRAL, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+        colour = line_style(curves[name].look)["color"]
+        axes.annotate(
+            name, end, xytext=(1.04, height), textcoords="axes fraction", color=colour, va="center", arrowprops=line
+        )
+
+
+def _apart(heights: Sequence[float], room: float) -> list[float]:
+    """Rising numbers, moved up as little as is needed to lie ``room`` apart, and down again where they end above 1."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + room) if moved else max(height, 0.0))
+    limit = 1.0
+    for number in reversed(range(len(moved))):
+        moved[number] = min(moved[number], limit)
+        limit = moved[number] - room
+    return moved
 
 
 def _limits(curves: Mapping[str, Curve]) -> tuple[float, float]:
@@ -96,7 +131,7 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
     columns = (("finetuning repairs", wrong[:, 1], COLOURS[0]), ("finetuning does not", wrong[:, 0], COLOURS[1]))
 
     def panel(axes: Any) -> None:
-        axes.set_title(shown(title), fontsize=10.5, loc="left")
+        axes.set_title(shown(title), fontsize=11, loc="left")
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="repaired in context (%)")
         axes.grid(False)
         axes.spines["bottom"].set_visible(False)
@@ -136,7 +171,7 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
             linestyle=(0, (4, 3)),
             label=f"of all errors: {100 * chance:.1f}% (chance)",
         )
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), fontsize=8.5)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
 
     return panel
 
@@ -157,7 +192,7 @@ def heads_panel(values: ArrayLike, title: str = "", xlabel: str = "head") -> Pan
         return np.concatenate([colours, opacity[..., None]], axis=-1)
 
     def panel(axes: Any) -> None:
-        axes.set_title(shown(title), fontsize=10.5, loc="left")
+        axes.set_title(shown(title), fontsize=11, loc="left")
         axes.pcolormesh(np.arange(heads + 1) + 0.5, np.arange(layers + 1) + 0.5, shades(table))
         lost = np.argwhere(~np.isfinite(table)) + 1
         if lost.size:

@@ -16,7 +16,7 @@ from momentum_lm.results.schema import PerplexityRun
 
 from . import skeleton
 from .figures import draw, perplexity_panel, to_svg
-from .html import Paragraph, Picture
+from .html import Dot, Forest, Paragraph, Part, Picture, Reference, Verdict
 from .skeleton import Folder, Report, Sections
 from .tables import Table
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 TASK = "lm_perplexity"
 _PROTOCOL = (
-    "The documents of a split, one after another, are cut into blocks of the context length; each block is scored "
-    "without what came "
-    "before it, and every token once. Intervals: 95%, bootstrap over documents."
+    "Perplexity is the exponential of the mean loss per token. The documents of a split, one after another, are cut "
+    "into blocks of the context length; each block is scored without what came before it, and every token once. "
+    "Intervals: 95%, bootstrap over documents: what other text of the kind would give, not other trainings."
 )
 
 
@@ -56,12 +56,28 @@ def _sizes(run: PerplexityRun) -> dict[str, str]:
 
 
 def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
-    sections: Sections = {"": [results_table(results["runs"]), Paragraph(_PROTOCOL)]}
+    sections: Sections = {
+        "": [Verdict(_conclusions(results["runs"])), results_table(results["runs"]), Paragraph(_PROTOCOL)]
+    }
     for split, points in _series(results["runs"]).items():
         figure = draw(perplexity_panel({Path(results["model"]["path"]).name: points}, split))
         save(f"perplexity-{file_stem(split)}", figure)
-        sections[f"Perplexity on {split}"] = [_picture(figure, split)]
+        if len(points) > 1:
+            sections[f"Perplexity on {split}"] = [_picture(figure, split)]
     return sections
+
+
+def _conclusions(runs: Sequence[PerplexityRun]) -> list[str]:
+    """A sentence for each split, at its longest context."""
+    sentences = []
+    for split in sorted({run["split"] for run in runs}):
+        run = max((run for run in runs if run["split"] == split), key=lambda run: run["context_length"])
+        ends = run["ci95"]
+        sure = f"{ends[0]:.2f} to {ends[1]:.2f} over {run['num_documents']:,} documents" if ends else "one document"
+        bits = "" if run["bits_per_byte"] is None else f", {run['bits_per_byte']:.3f} bits a byte"
+        at = f"{run['context_length']:,} tokens of context"
+        sentences.append(f"Perplexity on {split} with {at}: {run['perplexity']:.2f} ({sure}){bits}.")
+    return sentences
 
 
 def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
@@ -107,9 +123,39 @@ class Comparison(skeleton.Comparison):
         series = {name: _series(results["runs"]) for name, results in zip(self.names, self.results, strict=True)}
         found: Sections = {}
         for split in sorted({split for lines in series.values() for split in lines}):
-            panel = perplexity_panel({name: lines[split] for name, lines in series.items() if split in lines}, split)
-            found[f"Perplexity on {split}"] = [_picture(draw(panel), split)]
+            lines = {name: points[split] for name, points in series.items() if split in points}
+            parts: list[Part] = [forest] if (forest := self._forest(split)) else []
+            if any(len(points) > 1 for points in lines.values()):
+                parts.append(_picture(draw(perplexity_panel(lines, split)), split))
+            found[f"Perplexity on {split}"] = parts
         return found
+
+    def conclusions(self) -> list[str]:
+        """A sentence for each folder and split, at the longest context."""
+        sentences = []
+        for split, name in dict.fromkeys((split, name) for split, _, name in self.differences):
+            length = max(at for of, at, who in self.differences if (of, who) == (split, name))
+            gap = self.differences[split, length, name]
+            change, interval, _ = difference_cells(gap)
+            word = "lower" if gap.ratio_high < 1 else "higher" if gap.ratio_low > 1 else "not shown to differ"
+            than = f"than that of {self.names[0]}" if word != "not shown to differ" else f"from that of {self.names[0]}"
+            sentences.append(
+                f"{split}, {length:,} tokens of context: the perplexity of {name} is {word} {than}: {change} "
+                f"({interval} over documents; other trainings may differ by more)."
+            )
+        return sentences
+
+    def _forest(self, split: str) -> Forest | None:
+        """Differences from the first folder by context length; None where nothing compares."""
+        dots = [
+            Dot(f"{name}, {length:,} tokens", gap.ratio - 1, (gap.ratio_low - 1, gap.ratio_high - 1), "documents")
+            for (of, length, name), gap in sorted(self.differences.items(), key=lambda item: item[0][1])
+            if of == split
+        ]
+        same = Reference(f"as {self.names[0]}", 0.0)
+        title = f"Perplexity against {self.names[0]}:"
+        what = "difference in percent; negative is better."
+        return Forest(title, dots, what, same, percent=(2, "%"), signed=True, unit="%") if dots else None
 
     def _compare(self, index: int) -> None:
         for run in self.results[index]["runs"]:

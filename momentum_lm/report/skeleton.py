@@ -17,7 +17,7 @@ from momentum_lm.results.records import read_results
 from momentum_lm.untrusted import legible
 
 from .figures import read_png, save_png
-from .html import Code, Folded, Paragraph, Part, Points, write_page
+from .html import Code, Folded, Paragraph, Part, Points, Verdict, write_page
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -142,6 +142,10 @@ class Comparison:
         """How to read the table; empty where there is nothing to say."""
         raise NotImplementedError
 
+    def conclusions(self) -> list[str]:
+        """What came out, in sentences; empty where nothing compares."""
+        return []
+
     def sections(self) -> Sections:
         """The page's figures and further tables."""
         raise NotImplementedError
@@ -151,9 +155,11 @@ class Comparison:
         return [self.table()]
 
     def write_page(self, path: Folder) -> None:
-        """One HTML page: tables, how to read them, figures, and in what the folders' configurations differ."""
-        top: list[Part] = [*self.tables(), *([Paragraph(self.reading())] if self.reading() else [])]
-        sections: Sections = {"": [*top, *([Points(self.notes)] if self.notes else [])], **self.sections()}
+        """One HTML page: what came out, plots, tables, and in what the folders' configurations differ."""
+        top: list[Part] = [Verdict(said)] if (said := self.conclusions()) else []
+        top += [Points(self.notes)] if self.notes else []
+        sections: Sections = {"": top, **self.sections(), "All numbers": self.tables()}
+        sections["How to read this"] = [Paragraph(self.reading())] if self.reading() else []
         sections["What was measured"] = [Code(self._origins())]
         write_page(path, self.title, sections)
 

@@ -1,11 +1,15 @@
-"""One table, three forms: plain text for terminals, Markdown for READMEs, HTML for reports."""
+"""One table, four forms: plain text for terminals, Markdown for READMEs, CSV for spreadsheets, and a part of a page."""
 
 from __future__ import annotations
 
-import html
+import csv
+import io
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
+
+from momentum_lm.files import file_stem
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
-    _right: list[bool] = field(init=False, repr=False, compare=False, default_factory=list)
+    kind: ClassVar = "table"
+    right: list[bool] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -26,7 +31,7 @@ class Table:
                 raise ValueError(f"{len(self.columns)} columns, but a row of {len(row)} cells: {row}")
         for i in range(len(self.columns)):
             cells = [row[i] for row in self.rows if row[i]]
-            self._right.append(bool(cells) and all(c[0].isdigit() or c[0] in "-+−±" for c in cells))
+            self.right.append(bool(cells) and all(c[0].isdigit() or c[0] in "-+−±" for c in cells))
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, str]]) -> Table:
@@ -44,33 +49,27 @@ class Table:
     def markdown(self) -> str:
         """A GitHub table; ``|`` in a cell is escaped."""
         lines = [[printable(cell).replace("|", "\\|") for cell in line] for line in (self.columns, *self.rows)]
-        lines.insert(1, ["--:" if right else ":--" for right in self._right])
+        lines.insert(1, ["--:" if right else ":--" for right in self.right])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-    def html(self) -> str:
-        """A ``<table>``, everything escaped."""
+    def csv(self) -> str:
+        """Comma-separated lines, the headings first."""
+        return csv_text(self.columns, self.rows)
 
-        names = [html.escape(name, quote=True) for name in self.columns]
-        marks = [' class="number"' if right else "" for right in self._right]
-
-        def row(cells: Sequence[str], tag: str) -> str:
-            # A narrow screen shows a row as lines "column: cell"
-            labels = [f' data-column="{name}"' if tag == "td" and name else "" for name in names]
-            attributes = [mark + label for mark, label in zip(marks, labels, strict=True)]
-            return (
-                "<tr>"
-                + "".join(f"<{tag}{a}>{html.escape(c)}</{tag}>" for c, a in zip(cells, attributes, strict=True))
-                + "</tr>"
-            )
-
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
-        body = "".join(row(r, "td") for r in self.rows)
-        wide = ' class="wide"' if len(self.columns) > 5 else ""
-        return f"<table{wide}>{caption}<thead>{row(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+    def file_name(self) -> str:
+        """What a reader who keeps :meth:`csv` may call it."""
+        return f"{file_stem(self.caption or self.columns[0])}.csv"
 
     def _pad(self, cell: str, width: int, column: int) -> str:
         space = " " * (width - _width(cell))
-        return space + cell if self._right[column] else cell + space
+        return space + cell if self.right[column] else cell + space
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Comma-separated lines, ``columns`` first."""
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    return text.getvalue()
 
 
 def printable(text: str) -> str:

@@ -12,13 +12,14 @@ class Control:
     """What a similarity of ICL and finetuning is compared with, or the finetuned model itself.
 
     ``null``: it cannot learn what the demonstrations teach, so that only what exceeds it speaks for ICL as finetuning;
-    the others are other ways of learning. ``of_run``: a metric of the run itself (``simaou_random``), not a model; the
-    models for which these are measured have ``own_controls``. How a model is finetuned: on demonstrations with
-    ``shuffled`` labels, by ``layerwise`` losses, other ``parameters`` than the study's. ``required``: it must not
-    diverge. ``look`` numbers its line in figures.
+    the others are other ways of learning. ``meaning``: what stands in FT's place, for readers. ``of_run``: a metric of
+    the run itself (``simaou_random``), not a model; the models for which these are measured have ``own_controls``. How
+    a model is finetuned: on demonstrations with ``shuffled`` labels, by ``layerwise`` losses, other ``parameters`` than
+    the study's. ``required``: it must not diverge. ``look`` numbers its line in figures.
     """
 
     title: str
+    meaning: str
     null: bool = False
     of_run: bool = False
     own_controls: bool = False
@@ -29,14 +30,44 @@ class Control:
     look: int = 1
 
 
-FINETUNED = Control("ICL and FT", own_controls=True, required=True, look=0)
+FINETUNED = Control(
+    "ICL and FT",
+    "the model with demonstrations in its prompt (ICL), and without them after it was finetuned on them (FT).",
+    own_controls=True,
+    required=True,
+    look=0,
+)
 CONTROLS = {
-    "random": Control("random", null=True, of_run=True, look=1),
-    "before": Control("before finetuning", null=True, of_run=True, look=1),  # of metrics without a random update
-    "untrained": Control("untrained", null=True, own_controls=True, look=2),  # finetuned alike, beside none
-    "shuffled_labels": Control("shuffled labels", null=True, shuffled=True, look=3),
-    "lcgd": Control("LCGD", layerwise=True, look=4),
-    "all_parameters": Control("all parameters", parameters="all", look=5),
+    "random": Control(
+        "random", "a random update, or tokens or keys in a random order.", null=True, of_run=True, look=1
+    ),
+    "before": Control(  # of metrics without a random update
+        "before finetuning", "the model as it was before it was finetuned.", null=True, of_run=True, look=1
+    ),
+    "untrained": Control(  # finetuned alike, beside none
+        "untrained", "ICL and FT in the same architecture with fresh weights.", null=True, own_controls=True, look=2
+    ),
+    "shuffled_labels": Control(
+        "shuffled labels",
+        "finetuned on the demonstrations with their labels dealt out anew; a weak control, for some fall to where they "
+        "were, of two balanced labels about half.",
+        null=True,
+        shuffled=True,
+        look=3,
+    ),
+    "lcgd": Control(
+        "LCGD",
+        "layer-causal gradient descent: every layer learns from its own output (arXiv 2311.07772). Another way of "
+        "learning, not a control.",
+        layerwise=True,
+        look=4,
+    ),
+    "all_parameters": Control(
+        "all parameters",
+        "all parameters are finetuned, not keys and values alone. Another way of learning, not a control.",
+        parameters="all",
+        look=5,
+    ),
 }
 DEFAULT = ("untrained", "random", "shuffled_labels", "lcgd")
 CHOICES = (*DEFAULT, "all_parameters")  # of --controls; random updates are always among the results

@@ -93,10 +93,31 @@ def test_table_lets_the_interval_decide():
         and cells[0]["over"] == "100 examples"
     )
     assert cells[3]["baseline %"] == "50.0 chance" and cells[3]["macro-F1 %"] == ""
-    assert c.verdicts(runs) == [
-        "mr, 4 shots, calibration none: 55.0% (45.2 to 64.4) does not beat the majority class (50.0%).",
-        "mr: of 16 demonstrations only 9 fitted into the model's context.",
+
+
+def test_conclusions_let_the_interval_decide():
+    runs = [
+        run(0.55),
+        run(0.65, calibration="batch"),
+        run(0.65, dataset="piqa", majority=None, chance=0.5, macro_f1=None),
     ]
+    assert c.conclusions(runs)[:4] == [
+        "mr: with 4 shots (calibration none) 55.0% are right (45.2 to 64.4 over examples). Always giving the most "
+        "frequent label is right in 50.0%, so this is not shown to be better.",
+        "mr: the best of 2 settings is with 4 shots (calibration batch) 65.0% are right (55.3 to 73.6 over examples); "
+        "the best of several is partly luck.",
+        "mr: 1 of 2 settings beat the baseline; not shown for 4 shots (calibration none).",
+        "piqa: with 4 shots (calibration none) 65.0% are right (55.3 to 73.6 over examples). Guessing is right in "
+        "50.0%, so this is better.",
+    ]
+    (few,) = c.conclusions(runs)[4:]
+    assert few.startswith("Only 1 draw of demonstrations")
+    many = [run(0.6 + 0.01 * seed, seed=seed, shots=shots) for seed in range(6) for shots in (0, 4)]
+    told = c.conclusions(many)
+    assert "over 6 draws" in told[0] and not any("Only" in text for text in told)
+    assert told[-1] == ("Do demonstrations help? momentum-lm report RESULTS --between shots=0,4 pairs the answers.")
+    fitted = c.conclusions([run(0.61, shots=16, shots_fitted=9)])
+    assert fitted[-1] == "mr: of 16 demonstrations only 9 fitted into the model's context."
 
 
 def test_report(write_results):
@@ -122,20 +143,24 @@ def test_report(write_results):
         pixels = np.asarray(Image.open(io.BytesIO((folder / name).read_bytes())).convert("L"))
         assert pixels[0, 0] == 255 and pixels.std() > 5, name
     page = (folder / "report.html").read_text()
-    for text in ("models/results", "does not beat the majority class", "only 12 fitted", "45 runs</summary>",
+    for text in ("models/results", "not shown for", "only 12 fitted", "45 runs</summary>",
                  "Review: &lt;b&gt;fine&lt;/b&gt;\nSentiment:", "mr, 4 shots, seed 1", "mr, 0 "
                  "shots</summary>", "fairseq-eval --task x",
-                 "Right: &quot; Positive&quot;.", "majority", "chance 50.0"):  # fmt: skip
+                 "✗ …<mark> Negative</mark>", "✓ …<mark> Positive</mark>", "majority", "chance 50.0"):  # fmt: skip
         assert text in page, text
-    assert page.index("<table") < page.index("<svg")
-    assert not re.findall(r"(?:src|href)=[\"'](?!#)", page)
+    assert page.index('class="verdict"') < page.index('class="forest"') < page.index("<table")
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:text/csv)", page)
+    row = page[page.index('<span class="label">4 shots, batch') :]
+    cell = numbers.summarise_cell(numbers.cells(read_results(folder)["runs"])["mr", 4, "batch"])
+    ends = c.interval_text(cell["ci95"])
+    assert f'<span class="value">{c.percent(cell["mean"])}% ({ends}; 3 draws)</span>' in row
 
 
 def test_report_of_one_setting(write_results):
     """The least there can be: one shot count, one seed, one calibration, no samples."""
     folder = write_results(datasets=("mr",), shots=(0,), seeds=(5,), calibrations=("none",))
     assert len(c.write_report(folder).rows) == 1
-    assert "Prompts as the model saw them" not in (folder / "report.html").read_text()
+    assert "A prompt as the model saw it" not in (folder / "report.html").read_text()
 
 
 def test_confusions_are_summed_over_seeds(write_results):
@@ -181,8 +206,8 @@ def test_examples_in_both_splits_are_told_of():
     overlap = {"not_shown": 6, "not_evaluated": 5, "shown_and_evaluated": 0}
     runs = [run(0.9, overlap=overlap), run(0.9, seed=2, overlap=overlap), run(0.9, dataset="piqa")]
     runs.append(run(0.9, dataset="cb", overlap={}))
-    assert c.verdicts(runs) == [
+    assert c.conclusions(runs)[-1] == (
         "mr: 5 examples are left out, for demonstrations are drawn from the training split's copies of them."
-    ]
-    (told,) = c.verdicts([run(0.9, overlap={"shown_and_evaluated": 3})])
+    )
+    told = c.conclusions([run(0.9, overlap={"shown_and_evaluated": 3})])[-1]
     assert told == "mr: 3 training examples are evaluated too and may be among their own demonstrations."

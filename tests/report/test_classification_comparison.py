@@ -141,11 +141,12 @@ def test_page(write_results, better, tmp_path):
     a, b = write_results("a"), write_results("b", answers=better, score="sum")
     ClassificationComparison([a, b], names=["plain", "momentum <1>"]).write_page(tmp_path / "compare.html")
     page = (tmp_path / "compare.html").read_text()
-    assert page.count("<svg") == 4 and "momentum &lt;1&gt;" in page and "momentum <1>" not in page
-    assert "score: &quot;sum&quot;" in page and "sampling" not in page  # only what differs
+    assert page.count("<svg role") == 4 and "momentum &lt;1&gt;" in page and "momentum <1>" not in page
+    assert "score: &#34;sum&#34;" in page and "sampling" not in page  # only what differs
     assert "McNemar p" in page and "cluster bootstrap" in page
+    assert page.index('class="verdict"') < page.index("momentum &lt;1&gt; against plain:") < page.index("<table")
     ClassificationComparison([a], between=("shots", [0, 4])).write_page(tmp_path / "shots.html")
-    assert "<svg" not in (tmp_path / "shots.html").read_text()
+    assert "<svg role" not in (tmp_path / "shots.html").read_text()
 
 
 def test_one_folder_gives_its_own_table(write_results):

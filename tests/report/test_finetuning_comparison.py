@@ -30,8 +30,9 @@ def test_side_by_side(write_analysis, analysed, tmp_path):
     page = tmp_path / "compare.html"
     comparison.write_page(page)
     text = page.read_text()
-    assert text.count("<svg") == 2 * len(f.EVIDENCE) and "models/small" in text and "not in large" in text
-    assert not re.findall(r"(?:src|href)=[\"'](?!#)", text)
+    assert text.count('class="forest"') == 2 * len(f.EVIDENCE)
+    assert text.count("<svg role") == 2 * len(f.EVIDENCE) and "models/small" in text and "not in large" in text
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:text/csv)", text)
 
 
 def test_other_seeds_are_noted(write_analysis, analysed):

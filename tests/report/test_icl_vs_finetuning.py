@@ -18,6 +18,7 @@ from momentum_lm.report import published as p
 from momentum_lm.report.figures import draw, read_png, save_png, to_svg
 from momentum_lm.report.layer_figures import heads_panel, overlap_panel
 from momentum_lm.studies import finetuning_summary as f
+from momentum_lm.studies.controls import CONTROLS, FINETUNED
 
 
 def by_name(table, column):
@@ -129,18 +130,31 @@ def test_verdicts_follow_the_intervals():
     assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
     assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 80.0% (49.0 to 94.3)." in clear
     assert "72.0% (52.4 to 85.7) of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
-    assert (
-        "SimAOU, corrected, is 0.200 (0.150 to 0.350), and 0.500 in the authors' form: above random (0.000), "
-        "untrained (0.100)." in clear
-    )
     low = " ".join(v.verdict([run((0.0, 0.1), rec2ftp_counts={"cells": [[[50, 0], [0, 20]], [[0, 0], [0, 0]]]})]))
-    assert "Rec2FTP lies above it" in low and "not distinguishable from random (0.000), untrained (0.100)" in low
+    assert "Rec2FTP lies above it" in low
     assert "nothing for Rec2FTP to recover" in " ".join(v.verdict([run(**NOTHING)]))
-    (predictions, simaou) = v.headlines([run(), run((0.0, 0.1), dataset="trec")])
-    assert "in none of 2 settings" in predictions
-    (alone, only) = v.headlines([run((0.0, 0.1))])
-    assert "of 1" not in alone + only and only.endswith("not distinguishable from random, untrained.")
-    assert "0.050 to 0.200" in simaou and "above random in 1 of 2 settings, untrained in 1 of 2 settings" in simaou
+
+
+def test_conclusions_follow_the_intervals():
+    first, below, failed, repairs, sure = v.conclusions([run(), run((0.0, 0.1), dataset="trec")])
+    exceeds = "similarities of ICL and finetuning exceeds every control that cannot have learned the task"
+    assert first == f"sst2, 4 shots: 1 of 1 {exceeds}: SimAOU."
+    assert below == f"trec, 4 shots: none of 1 {exceeds}."
+    assert failed == "trec, 4 shots: not shown to exceed the controls in brackets: SimAOU (random, untrained)."
+    assert repairs.endswith("more often than other errors in 0 of 2 settings.")
+    assert sure.startswith("How sure: 1 draw of demonstrations, 50 examples each. Few draws")
+    _, alone, _ = v.conclusions([run()])
+    assert alone in v.verdict([run()])
+    many = v.conclusions([run(seed=seed) for seed in range(5)])
+    assert many[-1] == "How sure: 5 draws of demonstrations, 50 examples each."
+    bare = v.conclusions([run(baselines={}, corrected={"simaou": [0.1]}, corrected_ci95={}, **NOTHING)])
+    assert bare[0] == "sst2, 4 shots: no control was run, so nothing can be said of how alike ICL and finetuning are."
+    assert len(bare) == 2
+
+
+def test_every_metric_and_control_has_a_meaning():
+    assert f.MEANINGS.keys() == f.METRICS.keys()
+    assert all(control.meaning.endswith(".") for control in (FINETUNED, *CONTROLS.values()))
 
 
 def test_a_control_of_one_seed_has_its_own_interval():
@@ -219,17 +233,24 @@ def test_report(write_analysis, analysed):
         assert pixels[0, 0] == 255 and pixels.std() > 5, name
     page = (folder / "report.html").read_text()
     headings = re.findall("<h2>(.*?)</h2>", page)
-    assert headings == ["What this says", "Predictions", "sst2, 4 shots", "trec, 4 shots", "Beside the paper", "How "
-    "it was measured",
-                        "Every run", "What was measured", "How to run it again"]  # fmt: skip
+    assert headings == ["What is compared", "sst2, 4 shots", "trec, 4 shots", "What the words mean", "All numbers",
+                        "What was measured", "How to run it again"]  # fmt: skip
     # per setting: 12 panels corrected, 6 in the authors' form, 3 of heads, 1 of predictions, 2 for each of 2 examples
-    assert page.count("<svg") == 2 * (12 + 6 + 3 + 1 + 4)
+    assert page.count("<svg role") == 2 * (12 + 6 + 3 + 1 + 4)
+    # accuracies, Rec2FTP, 12 metrics corrected and 6 in the authors' form
+    assert page.count('class="forest"') == 2 * (2 + 12 + 6)
+    value = f.metric(runs[:2], "simaou", control="untrained")
+    assert f'<span class="value">{v.number(value)}</span>' in page
+    assert (
+        page.count('<span class="label">paper, 1.3B</span>') == 4
+    )  # of Rec2FTP, SimAOU, SimAM and Kendall; not TREC's
+    assert page.count('class="row other"><span class="label">in context, paper, 2.7B</span>') == 1
     assert "Example 17, in context" in page and "Demonstrations: 1 bad, 2 good, 3 bad, 4 good." in page
     for text in ("models/analysis", "3 runs</summary>", "fairseq-eval --task y", "arXiv 2212.10559 v3", "shuffled "
     "labels", "LCGD",
-                 "2 seeds together", "finetuning repairs", *v.verdict(runs[2:])[:1]):  # fmt: skip
+                 "2 draws together", "finetuning repairs", *v.verdict(runs[2:])[:1]):  # fmt: skip
         assert text in page, text
-    assert not re.findall(r"(?:src|href)=[\"'](?!#)", page)
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:text/csv)", page)
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
     events.Reload()

@@ -1,5 +1,11 @@
+import csv
+import io
+import re
+from urllib.parse import unquote
+
 import pytest
 
+from momentum_lm.report.html import page
 from momentum_lm.report.tables import Table
 
 TABLE = Table(["model", "ppl"], [["gpt", "101.25"], ["a|b<c>", "-9.5"]], "Perplexity & more")
@@ -22,9 +28,16 @@ def test_markdown_escapes_bars():
     ]  # fmt: skip
 
 
+def test_csv_has_headings_and_rows():
+    assert list(csv.reader(io.StringIO(TABLE.csv()))) == [["model", "ppl"], ["gpt", "101.25"], ["a|b<c>", "-9.5"]]
+    assert TABLE.file_name() == "Perplexity & more.csv" and Table(["a/b"], []).file_name().startswith("a_b-")
+
+
 def test_html_escapes_everything():
-    html = TABLE.html()
-    assert "<caption>Perplexity &amp; more</caption>" in html
+    html = page("t", {"": [TABLE]})
+    assert "<caption>Perplexity &amp; more <a" in html
+    (link,) = re.findall(r'href="data:text/csv;charset=utf-8,([^"]*)"', html)
+    assert unquote(link) == TABLE.csv()
     assert '<td data-column="model">a|b&lt;c&gt;</td>' in html and "<c>" not in html
     assert '<td class="number" data-column="ppl">101.25</td>' in html
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from momentum_lm.files import file_sha256
 from momentum_lm.formats.native import NativeCheckpoint, read_native
-from momentum_lm.model.config import default, options
+from momentum_lm.model.config import recorded
 from momentum_lm.model.filters import own_source
 from momentum_lm.model.positions import document_ids
 from momentum_lm.model.state import Cache
@@ -22,14 +21,6 @@ from momentum_lm.text.dictionary import BOS, EOS
 
 from .cpu_fast import inference, limit_onednn_caches
 from .scoring import distinct_positions, target_log_probs
-
-# what the first records said of an architecture; options that came later are in records only where they say something
-_ALWAYS = {
-    *("vocab_size", "dim", "ffn_dim", "layers", "heads", "max_positions", "padding_idx", "eos_idx", "absent_tokens"),
-    *("position", "activation", "tie_embeddings", "scale_embeddings", "checkpoint_activations"),
-    *("dropout", "attention_dropout", "activation_dropout"),
-    *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
-}
 
 
 class NativeLM(NativeCheckpoint):
@@ -71,14 +62,8 @@ class NativeLM(NativeCheckpoint):
         }
 
     def _architecture(self) -> dict[str, Any]:
-        """The decoder's options. Records made before an option was there still are of the same model."""
-        written = asdict(self.config)
-        for name, _, entry in options():
-            usual = entry.zero(self.config) if entry.zero is not None else default(name)
-            if name not in _ALWAYS and written[name] == usual:
-                del written[name]
         source = own_source(self.config)
-        return written if source is None else written | {"momentum_code": file_sha256(source)}
+        return recorded(self.config) | ({} if source is None else {"momentum_code": file_sha256(source)})
 
     @cached_property
     def sha256(self) -> str:

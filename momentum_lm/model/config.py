@@ -335,3 +335,23 @@ def options() -> tuple[tuple[str, Any, Option], ...]:
 def default(name: str) -> Any:
     """The default of a field."""
     return DecoderConfig.__dataclass_fields__[name].default
+
+
+# what the first records said of an architecture; options that came later are in records only where they say something
+_ALWAYS = {
+    *("vocab_size", "dim", "ffn_dim", "layers", "heads", "max_positions", "padding_idx", "eos_idx", "absent_tokens"),
+    *("position", "activation", "tie_embeddings", "scale_embeddings", "checkpoint_activations"),
+    *("dropout", "attention_dropout", "activation_dropout"),
+    *("momentum_kind", "momentum_eta", "momentum_learned", "momentum_normalize", "momentum_gate"),
+}
+
+
+def recorded(config: DecoderConfig) -> dict[str, Any]:
+    """What results and TensorBoard say of a decoder's options. Records made before an option was there still are of the
+    same model."""
+    written = dataclasses.asdict(config)
+    for name, _, entry in options():
+        usual = entry.zero(config) if entry.zero is not None else default(name)
+        if name not in _ALWAYS and written[name] == usual:
+            del written[name]
+    return written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -55,6 +55,11 @@ class TrainingLog:
         ``hparam/<name>``."""
         self.scalars({f"hparam/{name}": value for name, value in metrics.items()}, step or 0)
         self.flush()
+
+    def layout(self, charts: Mapping[str, Sequence[str]]) -> None:
+        """What the Custom Scalars tab shows, of all runs: for each title the tags that match one of its patterns."""
+        lines = {title: ["Multiline", [*tags]] for title, tags in charts.items()}
+        self._open().add_custom_scalars({"momentum_lm": lines})
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Text, shown as Markdown in the Text tab."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from momentum_lm.formats.checkpoint import load_checkpoint
+from momentum_lm.lm.native import load_native
 
 MODEL = ["--arch", "momentum_lm_tiny", "--momentum-learned"]
 
@@ -196,5 +197,11 @@ def test_tensorboard_shows_speed_decays_ratios_and_hparams(data, run_cli, tmp_pa
     assert [event.step for event in ours.Scalars("hparam/valid/loss")] == [4, 8]
     plugin = ours.summary_metadata["_hparams_/session_start_info"].plugin_data
     start = plugin_data_pb2.HParamsPluginData.FromString(plugin.content).session_start_info
-    assert start.hparams["model/momentum_learned"].number_value == 1
-    assert start.hparams["model/_name"].string_value == "momentum_lm_tiny"
+    assert start.hparams["momentum_learned"].number_value == 1
+    assert start.hparams["arch"].string_value == "momentum_lm_tiny"
+    assert "lr" in start.hparams and start.hparams["optimizer"].string_value
+    evaluated = load_native(tmp_path / "run/checkpoint_last.pt").describe()["architecture"]
+    numbers = {name: value for name, value in evaluated.items() if value is not None}
+    assert numbers.keys() <= start.hparams.keys()  # one name for an option in training and evaluation
+    layout = ours.summary_metadata["custom_scalars__config__"]
+    assert layout.plugin_data.plugin_name == "custom_scalars"

@@ -131,7 +131,7 @@ class MomentumLanguageModelingTask(TokenDataTask):
         ignore_grad: bool = False,
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         assert self.monitor is not None
-        self.monitor.before_step(update_num)
+        self.monitor.before_step(update_num, optimizer)
         model.train()
         model.set_num_updates(update_num)
         # fairseq's train_step switches autocast off for the forward pass, and would leave it on for the backward pass.

@@ -17,9 +17,13 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 from omegaconf import OmegaConf
 
-from momentum_lm.model import CausalSelfAttention
+from momentum_lm.model import CausalSelfAttention, Decoder
+from momentum_lm.model.config import recorded
 from momentum_lm.planning.costs import flops_per_token
 from momentum_lm.planning.hardware import peak_flops
+
+# What the Custom Scalars tab opens on: titles, and patterns of tags
+CHARTS = {"loss": ["^loss$"], "perplexity": ["^ppl$"], "decay": ["^decay/"], "gradient norm": ["^gnorm$"]}
 
 
 class TrainingMonitor:
@@ -51,14 +55,15 @@ class TrainingMonitor:
         self.shape = getattr(model_config, "decoder_layers", 0), heads * size or width
         self.length = task_config.tokens_per_sample
         self.logdir = task_config.tensorboard_logdir
-        self.hparams = {
-            **{f"model/{k}": v for k, v in _plain(model_config).items()},
-            **{f"task/{k}": v for k, v in _plain(task_config).items()},
-        }
+        self.hparams = {"arch": getattr(model_config, "_name", None), **_plain(task_config)}
+        self.hparams |= _options(model, model_config)
         self.log: Any = None
 
-    def before_step(self, update: int) -> None:
+    def before_step(self, update: int, optimizer: Any) -> None:
         """Call before each forward pass of training."""
+        if self.update < 0:
+            self.hparams |= {name: value for name, value in _plain(optimizer.cfg).items() if not name.startswith("_")}
+            self.hparams |= {"optimizer": getattr(optimizer.cfg, "_name", None), "lr": optimizer.get_lr()}
         self.due = update != self.update and update % self.interval == 0
         self.update = update
         for attention in self.attentions:
@@ -131,6 +136,7 @@ class TrainingMonitor:
             from momentum_lm.report.tensorboard import TrainingLog
 
             self.log = TrainingLog(f"{self.logdir}/model", self.hparams)
+            self.log.layout(CHARTS)
             atexit.register(self.log.close)
             _listen(self._after_validation)
         return self.log
@@ -158,6 +164,12 @@ def _listen(listener: Callable[[dict[str, Any], str | None, int | None], None]) 
         listener(stats, tag, step)
 
     bar._log_to_tensorboard = log
+
+
+def _options(model: Any, config: Any) -> dict[str, Any]:
+    """A model's options, by the names that records of evaluations have."""
+    decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
+    return _plain(config) if decoder is None else recorded(decoder.config)
 
 
 def _plain(config: Any) -> dict[str, Any]:

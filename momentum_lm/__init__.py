@@ -5,7 +5,7 @@ Importing this package imports neither torch nor fairseq.
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def register() -> None:

@@ -164,7 +164,7 @@ def check_torch() -> Iterator[Check]:
 
 def check_apex() -> Iterator[Check]:
     if importlib.util.find_spec("apex") is None:
-        yield Check("ok", "apex", "not installed (optional; torch's own fused kernels are used)")
+        yield Check("ok", "apex", "not installed (would add --adam-backend apex; torch's own fused kernels are used)")
     elif importlib.util.find_spec("amp_C") is None:
         detail = (
             "this `apex` is not NVIDIA's, or was built without its CUDA kernels; PyPI's apex is an unrelated package"
@@ -228,6 +228,24 @@ def check_compiler() -> Iterator[Check]:
         yield Check("warn", "g++", "not found: torch.compile cannot be used", remedy)
 
 
+_EXTRAS = {  # by module: what it adds, and how it is installed
+    "transformers": (
+        "--hf-model, momentum-lm convert to and from Hugging Face, momentum in models of others",
+        "pip install '.[transformers]'",
+    ),
+    "lm_eval": ("lm_eval --model momentum_lm: the tasks of lm-evaluation-harness", "pip install '.[harness]'"),
+}
+
+
+def check_extras() -> Iterator[Check]:
+    """Parts that not everybody needs."""
+    for name, (adds, remedy) in _EXTRAS.items():
+        if importlib.util.find_spec(name):
+            yield Check("ok", name, _version(name))
+        else:
+            yield Check("ok", name, f"not installed (would add {adds}: {remedy})")
+
+
 CHECKS: list[Callable[[], Iterator[Check]]] = [
     check_python,
     check_torch,
@@ -237,6 +255,7 @@ CHECKS: list[Callable[[], Iterator[Check]]] = [
     check_triton,
     check_tensorboard,
     check_sentencepiece,
+    check_extras,
     check_compiler,
 ]
 

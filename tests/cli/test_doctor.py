@@ -48,6 +48,14 @@ def test_without_the_hook_there_are_problems_and_remedies(run_cli):
     assert result.stdout.strip().endswith("problems")
 
 
+def test_what_is_not_there_says_what_it_would_add(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    checks = [*doctor.check_extras(), *doctor.check_apex()]
+    assert [check.name for check in checks] == ["transformers", "lm_eval", "apex"]
+    for check, text in zip(checks, ("--hf-model", "--model momentum_lm", "--adam-backend apex"), strict=True):
+        assert check.status == "ok" and check.detail.startswith("not installed (would add ") and text in check.detail
+
+
 def test_requirements_too_old_or_new(tmp_path, monkeypatch):
     write_distribution(tmp_path, "omegaconf", "2.0.6")
     write_distribution(tmp_path, "hydra_core", "1.4.0")

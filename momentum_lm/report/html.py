@@ -134,8 +134,8 @@ _SHAPES = {  # SVG paths around 0, 0; unlike in form, so that they differ in gre
 class Forest:
     """Values with their intervals as dots and bars on one axis, each beside its number.
 
-    The axis holds every value, single value and the ``reference``, and of the intervals what there is room for within
-    twice that: those over two or three draws may reach far beyond what was measured. ``percent``: values are fractions,
+    The axis holds every value, single value and the ``reference``, the narrowest interval, and of the others as much
+    again: those over two or three draws may reach far beyond what was measured. ``percent``: values are fractions,
     shown times 100 with so many decimals and this text after them; else with three decimals. ``signed``: with their
     sign. ``single``: what a single value is of.
     """
@@ -159,8 +159,9 @@ class Forest:
         if not values:
             return 0.0, 1.0
         low, high = min(values), max(values)
-        room = max(high - low, 0.02)
-        bars = [end for dot in self.dots if dot.interval for end in dot.interval]
+        intervals = [dot.interval for dot in self.dots if dot.interval]
+        bars = [end for interval in intervals for end in interval]
+        room = max(high - low, min((end[1] - end[0] for end in intervals), default=0.0), 1e-6)
         return min([low, *(max(end, low - room) for end in bars)]), max(
             [high, *(min(end, high + room) for end in bars)]
         )
@@ -225,8 +226,8 @@ class Forest:
 
     def _number(self, value: float) -> str:
         sign = "+" if self.signed else ""
-        scale, decimals = (100, self.percent[0]) if self.percent else (1, 3)
-        return f"{round(scale * value, decimals) + 0.0:{sign}.{decimals}f}"
+        scale, decimals = (100, self.percent[0]) if self.percent else (1, 0 if abs(value) >= 100 else 3)
+        return f"{round(scale * value, decimals) + 0.0:{sign},.{decimals}f}"
 
 
 @dataclass(frozen=True)

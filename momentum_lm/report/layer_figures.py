@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from .figures import COLOURS, MARKERS, Panel, legend_columns, line_style, shown
@@ -54,7 +54,10 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
                 **style,
             )
             axes.set_xlim(0.4, len(layers) + 0.6)
-        if not log:
+        if log:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
             axes.set_ylim(*_limits(curves))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if below and len(curves) > 1:

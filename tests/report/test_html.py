@@ -200,3 +200,5 @@ def test_forest_has_every_number_where_it_belongs():
     assert mixed.note().startswith("Bars: 95% intervals. ")
     assert Forest("t", [Dot("a", -0.0)]).text(Dot("a", -0.0001)) == "0.000"  # no minus before a zero
     assert Forest("t", [Dot("a", None)]).ends == (0.0, 1.0)
+    large = Forest("t", [Dot("a", 7021.6, (6757.3, 7312.5))])
+    assert large.text(large.dots[0]) == "7,022 (6,757 to 7,312)" and large.ends == (6757.3, 7312.5)

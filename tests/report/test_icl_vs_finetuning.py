@@ -16,7 +16,7 @@ from momentum_lm.report import finetuning_verdicts as v
 from momentum_lm.report import icl_vs_finetuning as r
 from momentum_lm.report import published as p
 from momentum_lm.report.figures import draw, read_png, save_png, to_svg
-from momentum_lm.report.layer_figures import heads_panel, overlap_panel
+from momentum_lm.report.layer_figures import Curve, heads_panel, layer_panel, overlap_panel
 from momentum_lm.studies import finetuning_summary as f
 from momentum_lm.studies.controls import CONTROLS, FINETUNED
 
@@ -305,6 +305,12 @@ def test_overlap(wrong, texts):
     svg = to_svg(draw(overlap_panel([wrong, [[1, 1], [1, 1]]])))
     for text in texts:
         assert text in svg, text
+
+
+def test_a_log_axis_has_plain_numbers():
+    values = np.array([1.0, 100.0, 20000.0])
+    svg = to_svg(draw(layer_panel({"a": Curve(values, values, values)}, log=True)))
+    assert "mathdefault" not in svg and ">10,000</text>" in svg
 
 
 def test_overlap_areas_are_counts(tmp_path):

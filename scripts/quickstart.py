@@ -59,7 +59,7 @@ class Settings:
     vocab_size: int = 8192
     valid: str = "0.01"
     test: str = "0"
-    context_lengths: tuple[int, ...] = (64, 128, 256)
+    context_lengths: tuple[int, ...] = (64, 256)
     corpus: str = ""  # empty: the movie reviews
     seconds: float | None = None  # bound on training, which then sets ``updates``
     # SmolLM2-135M on MR: flags of its two evaluations
@@ -89,7 +89,9 @@ class Settings:
             "--controls",
             "random,shuffled_labels",
         )
-        return replace(self, seeds=self.seeds[:1], updates=20, warmup=5, icl=few, finetuning=analysis)
+        return replace(
+            self, seeds=self.seeds[:1], updates=20, warmup=5, context_lengths=(256,), icl=few, finetuning=analysis
+        )
 
     def train_command(self, data: Path, model: str, seed: int, updates: int) -> list[str]:
         """The ``fairseq-train`` command of one run, without the folders that it writes."""

@@ -134,15 +134,18 @@ def _in_context(output: Path) -> Chapter:
     cells = {key[1:]: classification_summary.summarise_cell(some) for key, some in
              classification_summary.cells(runs).items()}  # fmt: skip
     most = max(shots for shots, _ in cells)
-    told = [
-        f"{classification.percent(cell['mean'])}% ({classification.interval_text(cell['ci95'])}) with {shots} "
-        f"demonstrations, calibration {calibration}"
-        for (shots, calibration), cell in cells.items()
-        if shots in (0, most)
-    ]
+    told = []
+    for calibration in dict.fromkeys(name for _, name in cells):
+        without, shown = cells[0, calibration], cells[most, calibration]
+        told.append(
+            f"{'uncalibrated' if calibration == 'none' else f'with {calibration} calibration'} it goes from "
+            f"{classification.percent(without['mean'])}% to {classification.percent(shown['mean'])}% "
+            f"({classification.interval_text(shown['ci95'])})"
+        )
     finding = (
-        f"Learning from the prompt: SmolLM2-135M is right about {'; '.join(told)}, of sentences of film reviews (MR); "
-        f"always the same answer is right in {classification.percent(level[1])}%."
+        f"Learning from the prompt: how often SmolLM2-135M is right about sentences of film reviews (MR) with {most} "
+        f"demonstrations instead of none: {'; '.join(told)}. Always the same answer is right in "
+        f"{classification.percent(level[1])}%."
     )
     return Chapter(
         finding,

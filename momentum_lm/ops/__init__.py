@@ -162,6 +162,12 @@ def fir(
     _check_addend(addend, x)
     if current is not None:
         _check("current", current, (heads, dim))
+    if initial_state is None and _has_kernel(x, addend) and not under_transforms():
+        from .triton import SUPPORTED
+        from .triton_fir import fir_triton
+
+        if SUPPORTED:
+            return fir_triton(x, weights, segment_ids, addend, current)
     return fir_shifted(x, weights, initial_state, segment_ids, addend, current)
 
 

@@ -130,7 +130,7 @@ def _convolution_gradients(
     return grad_x, grad_weights, grad_state
 
 
-def _last(x: Tensor, state: Tensor | None, taps: int, runs: Tensor | None) -> Tensor:
+def last_inputs(x: Tensor, state: Tensor | None, taps: int, runs: Tensor | None) -> Tensor:
     """The last K inputs (B, H, K, D) of the last token's segment, 0 before."""
     length = x.shape[1]
     last = x[:, max(0, length - taps) :]
@@ -162,7 +162,7 @@ class _FIR(torch.autograd.Function):
             out = _convolution(v, w, state) if convolves else _shifted(v, w, state, runs)
             if current is not None:
                 out.addcmul_(v, current.to(dtype))
-            final = _last(x.transpose(1, 2), state, len(w), runs)
+            final = last_inputs(x.transpose(1, 2), state, len(w), runs)
         return plus(out, addend, x.dtype), final
 
     @staticmethod

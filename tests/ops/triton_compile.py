@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from momentum_lm.ops import triton as kernels
+from momentum_lm.ops import triton_fir as fir
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 OF_VALUES = ("values", "addend", "out", "grad", "grad_values")
@@ -55,6 +56,28 @@ def compile_kernel(kernel, arch, dtype, dim, kind):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
+def compile_fir(kernel, arch, dtype, dim, kind):
+    """As training calls it with contiguous, aligned tensors: plain, or packed with everything that there is."""
+    absent = {"runs", "addend", "current"} if kind == "plain" else set()
+    constants = {"TAPS": 3, "DIM": dim, "TOKENS": fir.TOKENS, "CHANNELS": fir.CHANNELS} | dict.fromkeys(absent)
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if re.search("_d$", name) or name == "shared":
+            constants[name] = 1
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        attributes[index,] = [["tt.divisibility", 16]]
+        if name == "runs":
+            signature[name] = "*i64"
+        elif name in ("heads", "length") or re.search("_[bht]$", name):
+            signature[name] = "i32"
+        else:
+            signature[name] = "*fp32" if name in ("weights", "current", "summands") else POINTERS[dtype]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+
+
 def describe(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -83,6 +106,11 @@ def main():
             for dim, kind in [(64, "plain"), (128, "learned"), (64, "packed"), (128, "all"), (80, "all")]:
                 name = {"kernel": kernel.__name__, "dtype": str(dtype), "dim": dim, "kind": kind}
                 print(json.dumps({**name, **describe(compile_kernel(kernel, arch, dtype, dim, kind))}), flush=True)
+    for kernel in (fir._forward_kernel, fir._backward_kernel):
+        for dtype in POINTERS:
+            for dim, kind in [(64, "plain"), (80, "all")]:
+                name = {"kernel": f"fir{kernel.__name__}", "dtype": str(dtype), "dim": dim, "kind": kind}
+                print(json.dumps({**name, **describe(compile_fir(kernel, arch, dtype, dim, kind))}), flush=True)
 
 
 if __name__ == "__main__":

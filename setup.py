@@ -62,6 +62,7 @@ setup(
         "datasets",
         "matplotlib",
         "jinja2",
+        "markupsafe",
         "pyyaml",
         "zstandard",
     ],

@@ -32,7 +32,7 @@ from momentum_lm.report.html import (
     write_page,
 )
 from momentum_lm.report.perplexity import difference_cells
-from momentum_lm.report.tables import Table
+from momentum_lm.report.tables import Table, counted
 from momentum_lm.results.records import read_results
 from momentum_lm.studies import classification_summary
 from momentum_lm.text.dictionary import Dictionary
@@ -137,15 +137,16 @@ def _in_context(output: Path) -> Chapter:
     told = []
     for calibration in dict.fromkeys(name for _, name in cells):
         without, shown = cells[0, calibration], cells[most, calibration]
+        over = classification.over_text(shown, runs[0])
         told.append(
-            f"{'uncalibrated' if calibration == 'none' else f'with {calibration} calibration'} it goes from "
-            f"{classification.percent(without['mean'])}% to {classification.percent(shown['mean'])}% "
-            f"({classification.interval_text(shown['ci95'])})"
+            f"{'uncalibrated' if calibration == 'none' else f'with {calibration} calibration'} "
+            f"{classification.percent(without['mean'])}%, then {classification.percent(shown['mean'])}% "
+            f"(95%: {classification.interval_text(shown['ci95'])} over {over})"
         )
     finding = (
-        f"Learning from the prompt: how often SmolLM2-135M is right about sentences of film reviews (MR) with {most} "
-        f"demonstrations instead of none: {'; '.join(told)}. Always the same answer is right in "
-        f"{classification.percent(level[1])}%."
+        "Learning from the prompt: the share of sentences of film reviews (MR) that SmolLM2-135M-Instruct classifies "
+        f"right without and with {counted(most, 'demonstration')} is {'; '.join(told)}. Always giving the same answer "
+        f"is right for {classification.percent(level[1])}%."
     )
     return Chapter(
         finding,
@@ -156,7 +157,7 @@ def _in_context(output: Path) -> Chapter:
             Paragraph("The numbers are in icl/results.json, every prediction in icl/predictions.jsonl."),
         ],
         {"in_context": finding},
-        [accuracy_panel(classification.points(runs), "SmolLM2-135M on MR", level, "calibration")],
+        [accuracy_panel(classification.points(runs), "SmolLM2-135M-Instruct on MR", level, "calibration")],
     )
 
 
@@ -231,15 +232,22 @@ def _table(form: str, pair: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _finding(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
-    """What momentum does to perplexity at the longest context, in one sentence."""
-    told = []
+    """What momentum does to perplexity at the longest context, and whether the seeds settle it."""
+    told, settled = [], []
     for form, some in rows.items():
-        baseline, momentum = some[-1]["models"].values()
-        change = momentum["perplexity"] / baseline["perplexity"] - 1
-        by_seed = " and ".join(f"{100 * (ratio - 1):+.1f}%" for ratio in some[-1]["ratio_by_seed"])
+        row = some[-1]
+        baseline, momentum = (model["perplexity"] for model in row["models"].values())
+        by_seed = " and ".join(f"{100 * (ratio - 1):+.1f}%" for ratio in row["ratio_by_seed"])
+        over_seeds = row["ratio_ci95_over_seeds"]
         told.append(
-            f"{baseline['perplexity']:.1f} to {momentum['perplexity']:.1f} in the {form} ({100 * change:+.1f}%; by "
-            f"seed {by_seed})"
+            f"from {baseline:.1f} to {momentum:.1f} in the {form} ({100 * (momentum / baseline - 1):+.1f}%; by seed "
+            f"{by_seed})"
         )
-    few = "one seed does" if len(seeds) == 1 else f"{len(seeds)} seeds do"
-    return f"Momentum: perplexity goes from {' and from '.join(told)}; {few} not settle it."
+        settled.append(over_seeds is not None and not over_seeds[0] <= 1 <= over_seeds[1])
+    length = next(iter(rows.values()))[-1]["context_length"]
+    sure = "do not settle" if not any(settled) else "settle" if all(settled) else "settle for one of the forms"
+    count = "one seed does not settle" if len(seeds) == 1 else f"{len(seeds)} seeds {sure}"
+    return (
+        f"Momentum: perplexity in blocks of {length} tokens (lower is better) goes {' and '.join(told)}; {count} "
+        "whether momentum lowers it."
+    )

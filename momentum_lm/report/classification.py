@@ -29,7 +29,7 @@ from .html import (
     Verdict,
 )  # fmt: skip
 from .skeleton import Folder, Report, Sections, read_runs
-from .tables import Table
+from .tables import Table, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,23 +38,24 @@ if TYPE_CHECKING:
 
 TASK = "icl_classification"
 INTERVALS = (
-    "Accuracy is the mean over draws of demonstrations (seeds), the orders of one draw averaged first. Its 95% "
-    "interval is Student's over draws: what other demonstrations would give on these examples (with --fresh-queries: "
-    "on others). Where nothing is drawn (0 shots), where there is one draw, and where all draws agree, it is Wilson's "
-    "over examples: what other examples would give."
+    "Accuracy is the mean over draws, the orders of one draw's demonstrations averaged first. Its 95% interval is "
+    "Student's over draws: what other draws would give. For one draw, where all draws agree, and with 0 shots unless "
+    "each draw has examples of its own, it is Wilson's over examples: what other examples would give."
 )
 _TERMS = {
-    "Shots": "demonstrations (solved examples) in the prompt, before the example that is asked about.",
+    "Shots": "demonstrations (solved examples) in the prompt, before the example to be classified.",
+    "Draw": "one random choice of demonstrations, and with --fresh-queries of the examples to be classified: a seed.",
     "Accuracy": "share of examples whose right answer got the highest score.",
-    "Macro-F1": "F1 of each class, averaged over the classes that occur: unlike accuracy it counts rare classes as "
-    "much.",
-    "Baseline": "what needs no model: always giving the most frequent label of the evaluated examples, or guessing "
-    "where every example has its own choices. A setting beats it if its whole interval lies above.",
-    "Calibration": "what is taken off the scores before they are compared. none: nothing. contextual: those after "
-    "inputs without content (arXiv 2102.09690). domain_pmi: those after a premise alone (arXiv 2104.08315). batch: "
-    "the mean over the evaluated examples, whose labels it does not need (arXiv 2309.17249).",
+    "Macro-F1": "F1 of each class, averaged over the classes that occur: it counts rare classes as much as common "
+    "ones.",
+    "Baseline": "what needs no model: always giving the most frequent label of the evaluated examples (majority), or "
+    "guessing where every example has its own choices (chance). A setting beats it if its whole interval lies above.",
+    "Calibration": "what is subtracted from the scores before they are compared. none: nothing. contextual: the "
+    "scores after inputs without content (arXiv 2102.09690). domain_pmi: those after a premise alone (arXiv "
+    "2104.08315). batch: the mean over the evaluated examples, whose labels it does not need (arXiv 2309.17249).",
     "Interval": INTERVALS,
 }
+_MANY = 3  # data sets, from whose number on each one's sentences stand under its own heading
 
 
 _OVERLAPS = {
@@ -93,56 +94,80 @@ def _mean(values: Sequence[float | None]) -> str:
 
 def conclusions(runs: Sequence[Run]) -> list[str]:
     """What came out, how sure it is and what could be done next, in sentences."""
-    sentences, draws = [], []
-    for dataset, chosen in _by_dataset(runs).items():
-        settings = {key[1:]: summarise_cell(some) for key, some in cells(chosen).items()}
-        name, level = baseline(chosen)
-        simple = "always giving the most frequent label" if name == "majority" else "guessing"
-        most = max(shots for shots, _ in settings)
-        first = most, chosen[0]["calibration"]
-        sentences.append(
-            f"{dataset}: {_cell_text(first, settings[first])}. {simple.capitalize()} is right in {percent(level)}%, "
-            f"so this is {'better' if settings[first]['ci95'][0] > level else 'not shown to be better'}."
-        )
-        best = max(settings, key=lambda setting: settings[setting]["mean"])
-        if best != first:
-            sentences.append(
-                f"{dataset}: the best of {len(settings)} settings is {_cell_text(best, settings[best])}; the best of "
-                "several is partly luck."
-            )
-        beaten = [setting for setting, cell in settings.items() if cell["ci95"][0] > level]
-        if len(settings) > 1:
-            lost = [_setting_text(setting) for setting in settings if setting not in beaten]
-            rest = f"; not shown for {', '.join(lost)}" if lost else ""
-            sentences.append(f"{dataset}: {len(beaten)} of {len(settings)} settings beat the baseline{rest}.")
-        draws += [cell["num_seeds"] for (shots, _), cell in settings.items() if shots]
-    if draws and min(draws) < 5:
-        sentences.append(
-            f"Only {_count(min(draws), 'draw')} of demonstrations: accuracy differs much between draws; --seeds "
-            "1,2,...,10 would say more."
-        )
-    if len({run["shots"] for run in runs}) > 1:
-        shots = f"{min(run['shots'] for run in runs)},{max(run['shots'] for run in runs)}"
-        sentences.append(
-            f"Do demonstrations help? momentum-lm report RESULTS --between shots={shots} pairs the answers."
-        )
+    groups = _by_dataset(runs)
+    sentences = []
+    for dataset, chosen in groups.items():
+        sentences += _conclusions_on(dataset, chosen)
     return [*sentences, *_remarks(runs)]
 
 
-def _cell_text(setting: tuple[int, str], cell: Run) -> str:
-    """Such as ``with 4 shots (calibration none) 70.0% are right (60.1 to 79.9 over 10 draws)``."""
-    over = _count(cell["num_seeds"], "draw") if cell["over"] == "seeds" else "examples"
-    return (
-        f"with {_setting_text(setting)} {percent(cell['mean'])}% are right ({interval_text(cell['ci95'])} over {over})"
-    )
+def _headline(runs: Sequence[Run]) -> list[str]:
+    """:func:`conclusions`; for many data sets how many of them beat their baselines."""
+    groups = _by_dataset(runs)
+    if len(groups) <= _MANY:
+        return conclusions(runs)
+    better = 0
+    for chosen in groups.values():
+        some = next(iter(_settings(chosen, max(run["shots"] for run in chosen)).values()))
+        better += summarise_cell(some)["ci95"][0] > baseline(some)[1]
+    return [
+        f"With the most shots, the first calibration beats the baseline on {better} of {len(groups)} data sets; each "
+        "data set's own conclusions stand under its name.",
+        *_remarks(runs),
+    ]
 
 
-def _setting_text(setting: tuple[int, str]) -> str:
-    return f"{_count(setting[0], 'shot')} (calibration {setting[1]})"
+def _settings(runs: Sequence[Run], shots: int | None = None) -> dict[tuple[int, str], list[Run]]:
+    """The runs of one data set by shots and calibration."""
+    return {key[1:]: some for key, some in cells(runs).items() if shots in (None, key[1])}
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _conclusions_on(dataset: str, runs: Sequence[Run]) -> list[str]:
+    """Of one data set."""
+    settings = _settings(runs)
+    summaries = {setting: summarise_cell(some) for setting, some in settings.items()}
+    most, fewest = (end(shots for shots, _ in settings) for end in (max, min))
+    first = next(setting for setting in settings if setting[0] == most)
+    cell, (name, level) = summaries[first], baseline(settings[first])
+    simple = "Always giving the most frequent label" if name == "majority" else "Guessing"
+    word = "better" if cell["ci95"][0] > level else "worse" if cell["ci95"][1] < level else "not shown to be better"
+    sentences = [
+        f"{dataset}: with {_setting_text(settings[first])} {_share_text(cell, settings[first][0])}. {simple} is right "
+        f"about {percent(level)}%: this is {word}."
+    ]
+    best = max(settings, key=lambda setting: summaries[setting]["mean"])
+    if summaries[best]["mean"] > cell["mean"]:
+        sentences.append(
+            f"{dataset}: the best of {len(settings)} settings has {_setting_text(settings[best])}: "
+            f"{_share_text(summaries[best], settings[best][0])}. The best of several is partly luck."
+        )
+    if len(settings) > 1:
+        lost = [_setting_text(some) for setting, some in settings.items()
+                if summaries[setting]["ci95"][0] <= baseline(some)[1]]  # fmt: skip
+        rest = f"; not shown for {', '.join(lost)}" if lost and len(lost) <= 6 else ""
+        sentences.append(f"{dataset}: {len(settings) - len(lost)} of {len(settings)} settings beat the baseline{rest}.")
+    draws = [summaries[setting]["num_seeds"] for setting in settings if setting[0]]
+    if draws and min(draws) == 1:
+        sentences.append(
+            f"{dataset}: one draw cannot show how much accuracy depends on the demonstrations; --seeds 1,2,...,10 can."
+        )
+    if fewest == 0 < most:
+        sentences.append(
+            f"Do demonstrations help on {dataset}? momentum-lm report RESULTS --between shots=0,{most} pairs the "
+            "answers."
+        )
+    return sentences
+
+
+def _share_text(cell: Run, run: Run) -> str:
+    """Such as ``70.0% of the examples are classified right (95%: 60.1 to 79.9 over 10 draws)``."""
+    ends = f"95%: {interval_text(cell['ci95'])} over {over_text(cell, run)}"
+    return f"{percent(cell['mean'])}% of the examples are classified right ({ends})"
+
+
+def _setting_text(runs: Sequence[Run]) -> str:
+    """Such as ``4 shots (calibration batch)``."""
+    return f"{_with_noun(runs)} (calibration {runs[0]['calibration']})"
 
 
 def _remarks(runs: Sequence[Run]) -> list[str]:
@@ -164,10 +189,12 @@ def _remarks(runs: Sequence[Run]) -> list[str]:
 def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
     runs = results["runs"]
     samples = _samples(folder / SAMPLES)
-    sections: Sections = {"": [Verdict(conclusions(runs))]}
-    for dataset, chosen in _by_dataset(runs).items():
+    sections: Sections = {"": [Verdict(_headline(runs))]}
+    groups = _by_dataset(runs)
+    for dataset, chosen in groups.items():
         save(f"accuracy-{file_stem(dataset)}", _accuracy_figure(chosen))
-        parts: list[Part] = [_forest(chosen), _curves(chosen)]
+        parts: list[Part] = [Points(_conclusions_on(dataset, chosen))] if len(groups) > _MANY else []
+        parts += [_forest(chosen), _curves(chosen)]
         panels = _confusions(chosen, results["config"]["datasets"][dataset]["labels"])
         if panels:
             side = max(3.2, 1.6 + 0.42 * len(chosen[0]["confusion"]))
@@ -185,8 +212,8 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
         ]  # fmt: skip
     sections["What the words mean"] = [Definitions(_TERMS)]
     sections["All numbers"] = [
-        Folded(f"{len(cells(runs))} settings", [results_table(runs)]),
-        Folded(f"{len(runs)} runs", [_runs_table(runs)]),
+        Folded(counted(len(cells(runs)), "setting"), [results_table(runs)]),
+        Folded(counted(len(runs), "run"), [_runs_table(runs)]),
     ]
     return sections
 
@@ -227,11 +254,11 @@ def _forest(runs: Sequence[Run]) -> Forest:
     for (_, _, calibration), chosen in cells(runs).items():
         cell = summarise_cell(chosen)
         singles = tuple(by_seed(chosen).values()) if cell["sd"] is not None else ()
-        label = f"{shots_text(chosen)} shots, {calibration}"
+        label = f"{_with_noun(chosen)}, {calibration}"
         dots.append(Dot(label, cell["mean"], cell["ci95"], over_text(cell, chosen[0]), singles))
-    what = "always the most frequent label" if name == "majority" else "guessing"
+    what = "always the most frequent label (majority)" if name == "majority" else "guessing (chance)"
     return Forest(
-        f"Accuracy on {runs[0]['dataset']}", dots, "by number of shots and calibration.",
+        f"Accuracy on {runs[0]['dataset']}", dots, "by shots and calibration.",
         Reference(f"{what}, {percent(level)}%", level), percent=(1, "%"), unit="accuracy (%)",
     )  # fmt: skip
 
@@ -254,7 +281,7 @@ def _accuracy_figure(runs: Sequence[Run]) -> Figure:
 
 
 def _curves(runs: Sequence[Run]) -> Picture:
-    caption = f"Accuracy on {runs[0]['dataset']}: mean and 95% interval for each calibration; faint dots are seeds."
+    caption = f"Accuracy on {runs[0]['dataset']}: mean and 95% interval for each calibration; faint dots are draws."
     return Picture(to_svg(_accuracy_figure(runs)), caption)
 
 
@@ -270,13 +297,18 @@ def interval_text(ci95: Sequence[float]) -> str:
 
 def over_text(cell: Run, run: Run) -> str:
     """How many of what an interval is over."""
-    return f"{cell['num_seeds']} draws" if cell["over"] == "seeds" else f"{run['num_examples']:,} examples"
+    return counted(cell["num_seeds"], "draw") if cell["over"] == "seeds" else counted(run["num_examples"], "example")
 
 
 def shots_text(runs: Sequence[Run]) -> str:
     """The requested number of demonstrations; where they did not fit, the fewest that did, such as ``12 of 16``."""
     fitted, shots = min(run["shots_fitted"] for run in runs), runs[0]["shots"]
     return str(shots) if fitted == shots else f"{fitted} of {shots}"
+
+
+def _with_noun(runs: Sequence[Run]) -> str:
+    """Such as ``1 shot`` or ``12 of 16 shots``."""
+    return f"{shots_text(runs)} shot{'' if runs[0]['shots'] == 1 else 's'}"
 
 
 def _confusions(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[str, Any]:
@@ -330,6 +362,6 @@ def _samples(path: Path) -> list[tuple[int, str, Prompt]]:
     found = []
     for sample in read_samples(path):
         shots = sample["shots"]
-        line = f"{sample['dataset']}, {_count(shots, 'shot')}" + (f", seed {sample.get('seed')}" if shots else "")
+        line = f"{sample['dataset']}, {counted(shots, 'shot')}" + (f", seed {sample.get('seed')}" if shots else "")
         found.append((shots, line, Prompt(sample["prompt"], sample["continuations"], sample["gold"])))
     return found

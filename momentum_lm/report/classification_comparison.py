@@ -21,7 +21,7 @@ from .classification import INTERVALS, TASK, interval_text, percent, points, res
 from .figures import accuracy_panel, draw, to_svg
 from .html import Dot, Folded, Forest, Gallery, Picture, Reference
 from .skeleton import Comparison, Folder, Sections, differ
-from .tables import Table
+from .tables import Table, counted
 
 VARIABLES = ("shots", "calibration")
 _READING = (
@@ -126,43 +126,46 @@ class ClassificationComparison(Comparison):
         datasets = dict.fromkeys(setting[0] for setting in self._all_settings() if self.varied != "shots")
         found: Sections = {}
         if self.differences:
-            found["Differences"] = [*map(self._forest, range(1, len(self.sides)))]
+            forests = map(self._forest, range(1, len(self.sides)))
+            found["Differences"] = [forest for forest in forests if forest is not None]
         found |= {dataset: [Gallery(list(self._figures(dataset)))] for dataset in datasets}
         if self.pairs:
             total = sum(map(len, self.pairs.values()))
-            found["Every pair of runs"] = [Folded(f"{total} pairs", [self._pairs_table()])]
+            found["Every pair of runs"] = [Folded(counted(total, "pair"), [self._pairs_table()])]
         return found
 
     def conclusions(self) -> list[str]:
-        """A sentence for each setting and side."""
+        """A sentence for each setting and side: which intervals leave out 0."""
         sentences = []
         for (setting, number), gap in self.differences.items():
-            names, points = self.sides[0].name, 100 * gap.difference
-            agreed = gap.over_seeds is None or gap.over_seeds.low == gap.over_seeds.high  # which does not end all doubt
-            ends = gap.over_examples if agreed else gap.over_seeds
-            clear = "" if ends and (ends.low > 0 or ends.high < 0) else "not shown to differ, "
-            over = "examples" if agreed else "draws of demonstrations"
-            sentences.append(
-                f"{_where(setting)}: {self.sides[number].name} against {names}: {clear}{points:+.1f} points "
-                f"({_points_text(ends)} over {over})."
-            )
+            intervals = _intervals(gap)
+            texts = [f"{_points_text(ends)} over {over}" for over, ends in intervals.items()]
+            clear = all(ends.low > 0 or ends.high < 0 for ends in intervals.values())
+            word = "" if clear and intervals else ", which is not shown to be more than chance"
+            sides = f"{self._side(number)} against {self._side(0)}"
+            ends = f" (95%: {'; '.join(texts)})" if texts else ""
+            sentences.append(f"{_where(setting)}: {sides} {100 * gap.difference:+.1f} points{ends}{word}.")
         return sentences
 
-    def _forest(self, number: int) -> Forest:
-        """Differences of one side from the first, with the interval over examples and, where there is one, over
-        draws."""
-        dots = []
-        for (setting, side), gap in self.differences.items():
-            intervals = {"examples": gap.over_examples, "draws": gap.over_seeds}
-            dots += [
-                Dot(_where(setting), gap.difference, (ends.low, ends.high), over, role=role)
-                for (over, ends), role in zip(intervals.items(), ("main", "control"), strict=True)
-                if side == number and ends is not None
-            ]
-        first = self.sides[0].name
+    def _side(self, number: int) -> str:
+        """A side by its name, and by the noun that it needs."""
+        name = self.sides[number].name
+        return {"shots": f"{name} shots", "calibration": f"calibration {name}"}.get(self.varied or "", name)
+
+    def _forest(self, number: int) -> Forest | None:
+        """Differences of one side from the first, a row for each of their intervals; None where there are none."""
+        dots = [
+            Dot(f"{_where(setting)}, over {over}", gap.difference, (ends.low, ends.high), over)
+            for (setting, side), gap in self.differences.items()
+            for over, ends in _intervals(gap).items()
+            if side == number
+        ]
+        if not dots:
+            return None
         return Forest(
-            f"{self.sides[number].name} against {first}:", dots, "difference of accuracies in percentage points.",
-            Reference(f"as {first}", 0.0), percent=(1, " points"), signed=True, unit="percentage points",
+            f"{self._side(number)} against {self._side(0)}:", dots,
+            "difference of accuracies in percentage points, over examples and over draws.",
+            Reference("no difference", 0.0), percent=(1, " points"), signed=True, unit="percentage points",
         )  # fmt: skip
 
     def _settings(self, variable: str, values: Sequence[Any]) -> Iterator[Side]:
@@ -207,6 +210,9 @@ class ClassificationComparison(Comparison):
                 f"{' and '.join(side.name for side in self.sides)} have no dataset, shots, calibration, seed and order "
                 "in common"
             )
+        compared = {number for _, number in self.pairs}
+        alone = [side.name for number, side in enumerate(self.sides[1:], 1) if number not in compared]
+        self.notes += [f"{name} shares no setting with {self.sides[0].name} and is not compared." for name in alone]
         wanted: dict[int, list[Run]] = {}
         for (_, number), pairs in self.pairs.items():
             wanted.setdefault(0, []).extend(first for first, _ in pairs)
@@ -329,7 +335,7 @@ def parse_between(text: str) -> tuple[str, list[Any]]:
 
 
 def _where(setting: Setting) -> str:
-    return ", ".join(f"{value} shots" if isinstance(value, int) else value for value in setting)
+    return ", ".join(counted(value, "shot") if isinstance(value, int) else value for value in setting)
 
 
 def _fresh(results: dict[str, Any]) -> bool:
@@ -354,6 +360,14 @@ def _draw(first: Run, other: Run) -> tuple[int, int]:
     """Seed and order of the demonstrations of a pair."""
     run = first if first["shots"] else other
     return run["seed"], run["order"]
+
+
+def _intervals(gap: AccuracyDifference) -> dict[str, Interval]:
+    """What a difference's intervals are over, and they themselves; without one over draws that all agree, which would
+    have no width, as if there were no doubt."""
+    draws = gap.over_seeds
+    known = {"examples": gap.over_examples, "draws": draws if draws and draws.high - draws.low > 1e-9 else None}
+    return {over: ends for over, ends in known.items() if ends is not None}
 
 
 def _points_text(interval: Interval | None) -> str:

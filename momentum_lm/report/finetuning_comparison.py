@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 
 from momentum_lm.studies import finetuning_summary as numbers
-from momentum_lm.studies.finetuning_summary import EVIDENCE, MEANINGS, METRICS, SETTINGS, Run
+from momentum_lm.studies.finetuning_summary import EVIDENCE, MEANINGS, METRICS, SETTINGS, Estimate, Run
 
 from .figures import draw, to_svg
-from .finetuning_verdicts import number, signed
+from .finetuning_verdicts import number, place, signed
 from .html import Forest, Gallery, Picture, Reference
-from .icl_vs_finetuning import TASK, accuracies, estimate_dot, metric_panel
+from .icl_vs_finetuning import TASK, UNITS, accuracies, estimate_dot, metric_panel
 from .layer_figures import Curve
 from .skeleton import Comparison, Folder, Sections, differ
-from .tables import Table
+from .tables import Table, counted
 
 _READING = (
     "Numbers are means over layers, then over seeds, with Student's 95% intervals over seeds; for one seed, and where "
@@ -63,6 +63,31 @@ class FinetuningComparison(Comparison):
     def differences(self) -> Table | None:
         """Each folder minus the first, paired by seed, with Student's 95% intervals; None where no two runs pair."""
         rows = []
+        for (dataset, shots, name), (pairs, gaps) in self._gaps().items():
+            row = {"dataset": dataset, "shots": str(shots), "difference": f"{name} minus {self.names[0]}"}
+            row["seeds"] = str(pairs)
+            rows.append(row | {title: signed(gap, title in SETTINGS.values()) for title, gap in gaps.items()})
+        return Table.of(rows) if rows else None
+
+    def conclusions(self) -> list[str]:
+        """A sentence for each setting and folder: which differences leave out 0."""
+        sentences = []
+        for (dataset, shots, name), (pairs, gaps) in self._gaps().items():
+            known = {title: gap for title, gap in gaps.items() if gap["num"]}
+            clear = {title: gap for title, gap in known.items() if place(gap) in ("above", "below")}
+            told = [f"{title} {signed(gap, title in SETTINGS.values())}" for title, gap in clear.items()]
+            others = f". Not shown to differ: {', '.join(title for title in known if title not in clear)}"
+            sentences.append(
+                f"{dataset}, {counted(shots, 'shot')}, {name} minus {self.names[0]} ({counted(pairs, 'draw')}): "
+                f"{'; '.join(told) or 'nothing is shown to differ'}"
+                f"{others if told and len(clear) < len(known) else ''}."
+            )
+        return sentences
+
+    def _gaps(self) -> dict[tuple[str, int, str], tuple[int, dict[str, Estimate]]]:
+        """By setting and folder the number of pairs of seeds, and what accuracies and metrics differ from the first
+        folder's by."""
+        found = {}
         for dataset, shots in self.settings:
             first = {run["seed"]: run for run in self.sides[0].get((dataset, shots), [])}
             for name, side in zip(self.names[1:], self.sides[1:], strict=True):
@@ -70,15 +95,13 @@ class FinetuningComparison(Comparison):
                 pairs = [pair for pair in pairs if _alike(*pair)]
                 if not pairs:
                     continue
-                row = {"dataset": dataset, "shots": str(shots), "difference": f"{name} minus {self.names[0]}"}
-                row["seeds"] = str(len(pairs))
-                for key, title in SETTINGS.items():
-                    gaps = [b["accuracy"][key] - a["accuracy"][key] for a, b in pairs]
-                    row[title] = signed(numbers.estimate(gaps), percent=True)
-                for key in EVIDENCE:
-                    row[METRICS[key]] = signed(numbers.estimate([_gap(a, b, key) for a, b in pairs]))
-                rows.append(row)
-        return Table.of(rows) if rows else None
+                gaps = {
+                    title: numbers.estimate([b["accuracy"][key] - a["accuracy"][key] for a, b in pairs])
+                    for key, title in SETTINGS.items()
+                }
+                gaps |= {METRICS[key]: numbers.estimate([_gap(a, b, key) for a, b in pairs]) for key in EVIDENCE}
+                found[dataset, shots, name] = len(pairs), gaps
+        return found
 
     def tables(self) -> list[Table]:
         differences = self.differences()
@@ -97,7 +120,10 @@ class FinetuningComparison(Comparison):
             }
             forests = [forest for name in EVIDENCE if (forest := _forest(name, runs))]
             pictures = [self._picture(dataset, shots, name) for name in EVIDENCE]
-            found[f"{dataset}, {shots} shots"] = [*forests, Gallery([picture for picture in pictures if picture])]
+            found[f"{dataset}, {counted(shots, 'shot')}"] = [
+                *forests,
+                Gallery([picture for picture in pictures if picture]),
+            ]
         return found
 
     def _picture(self, dataset: str, shots: int, name: str) -> Picture | None:
@@ -108,7 +134,10 @@ class FinetuningComparison(Comparison):
                 lines[title] = Curve(band[0], band[1], band[2], look)
         if not lines:
             return None
-        return Picture(to_svg(draw(metric_panel(name, lines))), f"{METRICS[name]}, corrected, by layer.")
+        return Picture(
+            to_svg(draw(metric_panel(name, lines))),
+            f"{METRICS[name]}, corrected, by layer; band: 95% interval of {next(iter(lines))}.",
+        )
 
     def _notes(self) -> list[str]:
         """Settings that not every folder has, and those of other seeds or numbers of examples."""
@@ -136,7 +165,8 @@ def _forest(name: str, runs: Mapping[str, Sequence[Run]]) -> Forest | None:
     """A metric of each folder; None where no folder has it."""
     values = {title: numbers.metric(chosen, name) for title, chosen in runs.items()}
     dots = [estimate_dot(title, value) for title, value in values.items() if value["num"]]
-    return Forest(f"{METRICS[name]}:", dots, MEANINGS[name], Reference("0", 0.0)) if dots else None
+    unit = UNITS.get(name, "cosine")
+    return Forest(f"{METRICS[name]}:", dots, MEANINGS[name], Reference("0", 0.0), unit=unit) if dots else None
 
 
 def _alike(first: Run, second: Run) -> bool:

@@ -9,6 +9,8 @@ from momentum_lm.studies import finetuning_summary as numbers
 from momentum_lm.studies.controls import CONTROLS
 from momentum_lm.studies.finetuning_summary import EVIDENCE, METRICS, SETTINGS, Estimate, Run
 
+from .tables import counted
+
 NULLS = {name: control.title for name, control in CONTROLS.items() if control.null}
 
 
@@ -26,21 +28,23 @@ def conclusions(runs: Sequence[Run]) -> list[str]:
     groups = numbers.settings(runs)
     sentences = [text for setting, chosen in groups.items() for text in _similarity_sentences(*setting, chosen)]
     places = [place(gap) for chosen in groups.values() if (gap := numbers.above_chance(chosen))["num"]]
-    if len(places) > 1:
+    if len(groups) > 1 and places:
         sentences.append(
-            "ICL repairs the errors that finetuning repairs more often than other errors in "
-            f"{places.count('above')} of {len(places)} settings."
+            "ICL is shown to repair what finetuning repairs more often than other errors in "
+            f"{places.count('above')} of {counted(len(places), 'setting')} where finetuning repairs anything."
         )
-    elif places:
-        (chosen,) = (chosen for chosen in groups.values() if numbers.above_chance(chosen)["num"])
-        sentences.append(_rec2ftp_sentence(chosen))
     draws = sorted({len(chosen) for chosen in groups.values()})
     examples = sorted({run["num_examples"] for run in runs})
-    sentences.append(
-        f"How sure: {_span(draws)} {'draw' if draws == [1] else 'draws'} of demonstrations, {_span(examples)} examples "
-        f"each.{' Few draws make wide intervals; --seeds 1,2,...,10 would narrow them.' if draws[0] < 5 else ''}"
-    )
+    few = ""
+    if draws[0] == 1:
+        few = " With one draw the controls' own doubt is left out, and nothing is known of other demonstrations."
+    if draws[0] < 5:
+        few += " More draws (--seeds 1,2,...,10) would say more."
+    sentences.append(f"How sure: {_span(draws, 'draw')} of demonstrations, {_span(examples, 'example')} each.{few}")
     return sentences
+
+
+_SIDES = {"below": "below", "level": "not told apart from", "unknown": "no interval beside"}
 
 
 def _similarity_sentences(dataset: str, shots: int, runs: Sequence[Run]) -> list[str]:
@@ -51,34 +55,32 @@ def _similarity_sentences(dataset: str, shots: int, runs: Sequence[Run]) -> list
             continue
         gaps = {control: numbers.difference(runs, name, control) for control in NULLS}
         sides = {NULLS[control]: place(gap) for control, gap in gaps.items() if gap["num"]}
-        failed = [control for control, side in sides.items() if side != "above"]
+        failed = [
+            f"{words} {', '.join(controls)}"
+            for side, words in _SIDES.items()
+            if (controls := [control for control, its in sides.items() if its == side])
+        ]
         if not sides:
             bare.append(METRICS[name])
         elif failed:
-            rest.append(f"{METRICS[name]} ({', '.join(failed)})")
+            rest.append(f"{METRICS[name]} ({'; '.join(failed)})")
         else:
             above.append(METRICS[name])
-    where, count = f"{dataset}, {shots} shots", len(above) + len(rest)
-    if not count:
-        return [f"{where}: no control was run, so nothing can be said of how alike ICL and finetuning are."]
-    which = f": {', '.join(above)}" if above else ""
-    sentences = [
-        f"{where}: {len(above) or 'none'} of {count} similarities of ICL and finetuning {_exceed(len(above))} every "
-        f"control that cannot have learned the task{which}."
-    ]
+    where, count = f"{dataset}, {counted(shots, 'shot')}", len(above) + len(rest)
+    sentences = []
+    if count:
+        found = f"{', '.join(above)} ({len(above)} of {count})" if above else f"none of {count}"
+        sentences.append(f"{where}: similarities of ICL and finetuning that exceed every control: {found}.")
     if rest:
-        sentences.append(f"{where}: not shown to exceed the controls in brackets: {'; '.join(rest)}.")
+        sentences.append(f"{where}, not shown to exceed every control: {', '.join(rest)}.")
     if bare:
-        sentences.append(f"{where}: without a control: {', '.join(bare)}.")
-    return sentences
+        sentences.append(f"{where}, measured without a control: {', '.join(bare)}.")
+    return sentences or [f"{where}: no similarity of ICL and finetuning could be measured."]
 
 
-def _exceed(count: int) -> str:
-    return "exceed" if count > 1 else "exceeds"
-
-
-def _span(values: Sequence[int]) -> str:
-    return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,} to {values[-1]:,}"
+def _span(values: Sequence[int], noun: str) -> str:
+    most = counted(values[-1], noun)
+    return most if values[0] == values[-1] else f"{values[0]:,} to {most}"
 
 
 def verdict(runs: Sequence[Run]) -> list[str]:
@@ -102,10 +104,11 @@ def _rec2ftp_sentence(runs: Sequence[Run]) -> str:
         return "Finetuning puts nothing right that was wrong zero-shot, so there is nothing for Rec2FTP to recover."
     value, level, gap = numbers.rec2ftp(runs), numbers.chance(runs), numbers.above_chance(runs)
     words = {"above": "lies above it", "below": "lies below it", "level": "cannot be told from it"}[place(gap)]
+    over = f"Over {len(runs)} draws together, of" if len(runs) > 1 else "Of"
     return (
-        f"Of {recoverable:,} errors that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is "
-        f"{number(value, percent=True)}. "
-        f"ICL repairs {number(level, percent=True)} of all zero-shot errors, which is chance; Rec2FTP {words}."
+        f"{over} {counted(recoverable, 'error')} that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is "
+        f"{number(value, percent=True)}. ICL repairs {number(level, percent=True)} of all zero-shot errors, the level "
+        f"that chance would give; Rec2FTP {words}."
     )
 
 

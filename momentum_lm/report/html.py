@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
-from momentum_lm.files import atomic_write, file_stem
+from momentum_lm.files import atomic_write
 from momentum_lm.results.ownership import PAGE, check_ours
 
 from .tables import Table, csv_text
@@ -108,7 +110,7 @@ class Reference(NamedTuple):
 @dataclass(frozen=True)
 class Dot:
     """A row of a forest plot: a value with its interval, what this is ``over`` ("10 draws"), and ``singles``, the
-    values that it is the mean of.
+    values that it is the mean of. What is not finite is not drawn.
 
     ``role``: "main", what the plot is about; "control", what it is compared with; "other". ``absent`` stands in the
     place of a value that is None.
@@ -122,6 +124,13 @@ class Dot:
     role: str = "main"
     absent: str = "not measured"
 
+    def __post_init__(self) -> None:
+        ends = [self.value, *(self.interval or ())]
+        if not all(math.isfinite(end) for end in ends if end is not None):
+            object.__setattr__(self, "interval", None)
+        if self.value is not None and not math.isfinite(self.value):
+            object.__setattr__(self, "value", None)
+
 
 _SHAPES = {  # SVG paths around 0, 0; unlike in form, so that they differ in greyscale
     "main": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
@@ -134,10 +143,10 @@ _SHAPES = {  # SVG paths around 0, 0; unlike in form, so that they differ in gre
 class Forest:
     """Values with their intervals as dots and bars on one axis, each beside its number.
 
-    The axis holds every value, single value and the ``reference``, the narrowest interval, and of the others as much
-    again: those over two or three draws may reach far beyond what was measured. ``percent``: values are fractions,
-    shown times 100 with so many decimals and this text after them; else with three decimals. ``signed``: with their
-    sign. ``single``: what a single value is of.
+    The axis holds all values and the ``reference``. An interval goes beyond them as far as they lie apart, or as the
+    narrowest interval is wide, and has an arrow where it goes on: over two or three draws it may be very wide.
+    ``percent``: values are fractions, shown times 100 with so many decimals and this text after them; else with three
+    decimals. ``signed``: with their sign. ``single``: what a single value is of.
     """
 
     title: str
@@ -180,6 +189,13 @@ class Forest:
         share = (value - low) / (high - low) if high > low else 0.5
         return f"{2 + 96 * min(max(share, 0.0), 1.0):.2f}%"
 
+    def arrows(self, dot: Dot) -> list[tuple[str, str]]:
+        """Place and SVG path of the arrows at the ends of the axis that an interval goes beyond."""
+        low, high = self.ends
+        first, last = dot.interval or (low, high)
+        left, right = (self.x(low), "M4 -4L-2 0L4 4z"), (self.x(high), "M-4 -4L2 0L-4 4z")
+        return [left] * (first < low) + [right] * (last > high)
+
     def shape(self, dot: Dot) -> str:
         """The mark of a row, as an SVG path."""
         return _SHAPES[dot.role]
@@ -201,22 +217,31 @@ class Forest:
     def note(self) -> str:
         """How the plot is read."""
         bars = any(dot.interval for dot in self.dots)
+        roles = {dot.role for dot in self.dots}
         parts = [f"Bars: 95% intervals{f' over {self._common}' if self._common else ''}."] * bars
+        parts += ["Arrow: the interval goes on."] * any(self.arrows(dot) for dot in self.dots)
+        parts += ["Hollow: controls."] * ("control" in roles)
+        parts += ["Diamonds: not controls, for comparison."] * ("other" in roles)
         parts += [f"Grey points: single {self.single}s."] * any(dot.singles for dot in self.dots)
         if self.reference:
             parts.append(f"Dashed: {self.reference.name}.")
         return " ".join(parts)
 
-    def file_name(self) -> str:
-        """What a reader who keeps :meth:`csv` may call it."""
-        return f"{file_stem(self.title)}.csv"
+    @property
+    def caption(self) -> str:
+        """What the plot shows, without its definition."""
+        return self.title
 
     def csv(self) -> str:
-        """A line for each row, in full precision."""
+        """A line for each row, in full precision; what is shown in percent is a fraction here."""
         numbers = [[dot.value, *(dot.interval or (None, None))] for dot in self.dots]
         texts = [["" if number is None else repr(number) for number in row] for row in numbers]
-        rows = [[dot.label, *row, dot.over] for dot, row in zip(self.dots, texts, strict=True)]
-        return csv_text(["row", "value", "low", "high", "interval over"], rows)
+        unit = "fraction" if self.percent else self.unit
+        rows = [
+            [dot.label, *row, unit, dot.over, " ".join(map(repr, dot.singles))]
+            for dot, row in zip(self.dots, texts, strict=True)
+        ]
+        return csv_text(["row", "value", "low", "high", "unit", "interval over", "single values"], rows)
 
     @property
     def _common(self) -> str | None:
@@ -244,10 +269,16 @@ Part = Paragraph | Points | Verdict | Definitions | Code | Prompt | Link | Pictu
 
 def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
     """The whole document: ``sections`` maps headings to parts; an empty heading gives none."""
-    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
-        (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    )
-    return template.render(title=title, sections=sections, mark=Markup(PAGE.decode()))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    filled = {heading: parts for heading, parts in sections.items() if parts}
+    return template.render(title=title, sections=filled, mark=Markup(PAGE.decode()), file_name=_file_name)
+
+
+def _file_name(heading: str, part: Table | Forest) -> str:
+    """What a reader who keeps a table or plot of a section as CSV may call it."""
+    plain = re.sub(r"[^\w.+-]+", "-", f"{heading} {part.caption}").strip("-.")
+    return f"{plain[:100] or 'table'}.csv"
 
 
 def write_page(

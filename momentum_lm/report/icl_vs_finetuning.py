@@ -12,7 +12,7 @@ import numpy as np
 from momentum_lm.files import file_stem
 from momentum_lm.studies import finetuning_summary as numbers
 from momentum_lm.studies.controls import CONTROLS, FINETUNED
-from momentum_lm.studies.finetuning_summary import EVIDENCE, MEANINGS, METRICS, SETTINGS, Estimate, Run
+from momentum_lm.studies.finetuning_summary import AUTHORS, EVIDENCE, MEANINGS, METRICS, SETTINGS, Estimate, Run
 
 from .figures import SIZE, Panel, draw, to_svg
 from .finetuning_verdicts import conclusions, number, signed, three, verdict
@@ -31,9 +31,9 @@ from .html import (
 )  # fmt: skip
 from .layer_figures import Curve, heads_panel, layer_panel, overlap_panel
 from .published import DATASETS as PUBLISHED_DATASETS
-from .published import IN_PERCENT, MODELS, QUANTITIES, SOURCE, published
+from .published import IN_PERCENT, MODELS, QUANTITIES, SHOTS, SOURCE, published
 from .skeleton import Folder, Report, Sections, read_runs
-from .tables import Table
+from .tables import Table, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,7 +141,7 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
     for (dataset, shots), chosen in numbers.settings(runs).items():
         for name, figure in _pictures(chosen, f"{file_stem(dataset)}-{shots}shot").items():
             save(name, figure)
-        sections[f"{dataset}, {shots} shots"] = _section(chosen)
+        sections[f"{dataset}, {counted(shots, 'shot')}"] = _section(chosen)
     words = {"Intervals": _INTERVALS, "Authors' and corrected form": _FORMS, "Rec2FTP": _REC2FTP}
     sections["What the words mean"] = [Definitions(words)]
     tables: list[Part] = [
@@ -150,13 +150,13 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
     ]
     if (beside := paper_table(runs)) is not None:
         tables.append(Folded("Beside the paper's numbers", [beside, Paragraph(_THE_PAPER)]))
-    sections["All numbers"] = [*tables, Folded(f"{len(runs)} runs", [_runs_table(runs)])]
+    sections["All numbers"] = [*tables, Folded(counted(len(runs), "run"), [_runs_table(runs)])]
     return sections
 
 
 _THE_PAPER = (
-    f"Paper: {SOURCE}: models of 1.3B and 2.7B parameters, one draw a cell, draw and learning rate chosen on these "
-    "examples."
+    f"Paper: {SOURCE}, of models of 1.3B and 2.7B parameters: one draw, which like the learning rate was chosen on the "
+    "reported examples."
 )
 
 
@@ -220,20 +220,26 @@ def _published(quantity: str, dataset: str, label: str = "") -> list[Dot]:
     return [Dot(f"{label}paper, {m}", published(quantity, m, dataset) * scale, role="other") for m in MODELS]
 
 
+def _of_paper(dataset: str) -> str:
+    """Where the paper's rows are from, and with how many demonstrations, for its data sets."""
+    return f" {_THE_PAPER} {SHOTS[dataset]} demonstrations." if dataset in PUBLISHED_DATASETS else ""
+
+
 def _accuracy_forest(dataset: str, runs: Sequence[Run]) -> Forest:
     dots = []
     for name, title in SETTINGS.items():
         dots.append(estimate_dot(title, numbers.accuracy(runs, name), [run["accuracy"][name] for run in runs]))
         dots += _published(name, dataset, f"{title}, ")
-    return Forest(f"Accuracy on {dataset}", dots, "without demonstrations, finetuned on them, and in context.",
+    what = f"without demonstrations, finetuned on them, and in context.{_of_paper(dataset)}"
+    return Forest(f"Accuracy on {dataset}", dots, what,
                   percent=(1, "%"), unit="accuracy (%)")  # fmt: skip
 
 
 def _rec2ftp_forest(runs: Sequence[Run]) -> Forest:
     share = replace(estimate_dot("Rec2FTP", numbers.rec2ftp(runs)), absent="nothing to recover")
     dots = [share, *_published("rec2ftp", runs[0]["dataset"])]
-    dots.append(estimate_dot("chance", numbers.chance(runs), role="control"))
-    return Forest("Rec2FTP:", dots, _REC2FTP, percent=(1, "%"), unit="share (%)")
+    dots.append(replace(estimate_dot("chance", numbers.chance(runs), role="control"), absent="no zero-shot error"))
+    return Forest("Rec2FTP:", dots, _REC2FTP + _of_paper(runs[0]["dataset"]), percent=(1, "%"), unit="share (%)")
 
 
 def _forest(runs: Sequence[Run], name: str, part: str = "corrected") -> Forest | None:
@@ -254,8 +260,11 @@ def _forest(runs: Sequence[Run], name: str, part: str = "corrected") -> Forest |
         return None
     form = "" if part == "corrected" else ", authors' form"
     unit = UNITS.get(name, "cosine")
-    zero = None if name == "relaxation_ratio" else Reference("0", 0.0)
-    return Forest(f"{METRICS[name]}{form}:", dots, MEANINGS[name], zero, unit=unit)
+    level = float(name == "relaxation_ratio")
+    meaning = MEANINGS[name]
+    if part == "paper":
+        meaning += AUTHORS.get(name, "") + (_of_paper(runs[0]["dataset"]) if name in QUANTITIES else "")
+    return Forest(f"{METRICS[name]}{form}:", dots, meaning, Reference(f"{level:g}", level), unit=unit)
 
 
 def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str, Curve]:
@@ -302,7 +311,7 @@ def _section(runs: Sequence[Run]) -> list[Part]:
     counts = numbers.cells(runs)
     right, by_icl, by_ft = counts[1].sum(), counts[1, 0].sum(), counts[1, :, 0].sum()
     spoiled = f"Of {right:,} that were right zero-shot ICL spoils {by_icl:,} and finetuning {by_ft:,}."
-    together = f" {len(runs)} draws together." if len(runs) > 1 else ""
+    together = f" {len(runs)} draws together: an example counts once a draw." if len(runs) > 1 else ""
     overlap = Picture(
         to_svg(draw(overlap_panel(counts), size=(4.3, 4.0))),
         "Zero-shot's errors: by column whether finetuning repairs them, in strong colour what ICL repairs; areas are "
@@ -317,15 +326,16 @@ def _section(runs: Sequence[Run]) -> list[Part]:
         Folded("Which errors both repair", [overlap]),
         *_forests(runs, EVIDENCE),
         Gallery([_layer_picture(drawn[name], name, "corrected") for name in EVIDENCE if name in drawn]),
-        Folded("Corrected metrics minus controls, paired by draw, with 95% intervals", [difference_table(runs)]),
     ]
+    if _controls(runs):
+        over = "paired by draw" if len(runs) > 1 else "intervals over examples"
+        parts.append(Folded(f"Corrected metrics minus controls, {over}, with 95% intervals", [difference_table(runs)]))
     if others := _forests(runs, rest):
         pictures = [_layer_picture(drawn[name], name, "corrected") for name in rest if name in drawn]
         parts.append(Folded("Other metrics", [*others, Gallery(pictures)]))
     if authors := _forests(runs, tuple(METRICS), "paper"):
         pictures = [_layer_picture(panel, name, "authors' form") for name, panel in paper.items()]
-        beside = [Paragraph(_THE_PAPER)] if dataset in PUBLISHED_DATASETS else []
-        parts.append(Folded("In the authors' form", [Paragraph(_FORMS), *beside, *authors, Gallery(pictures)]))
+        parts.append(Folded("In the authors' form", [Paragraph(_FORMS), *authors, Gallery(pictures)]))
     heads = [
         Picture(
             to_svg(draw(panel, size=(4.0, 3.6))),
@@ -373,7 +383,7 @@ def attention_panels(run: Run) -> dict[str, Panel]:
 
 
 def _layer_picture(panel: Panel, name: str, form: str) -> Picture:
-    return Picture(to_svg(draw(panel)), f"{METRICS[name]}, {form}, by layer; band: 95% interval.")
+    return Picture(to_svg(draw(panel)), f"{METRICS[name]}, {form}, by layer; band: 95% interval of {FINETUNED.title}.")
 
 
 def _head_panels(runs: Sequence[Run]) -> dict[str, Panel]:

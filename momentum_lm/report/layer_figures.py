@@ -55,8 +55,10 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
             )
             axes.set_xlim(0.4, len(layers) + 0.6)
         if log:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_formatter(plain)
+            axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
         else:
             axes.set_ylim(*_limits(curves))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -77,7 +79,7 @@ def _name_lines(axes: Any, curves: Mapping[str, Curve], log: bool) -> None:
     """Writes each name beside the end of its line, the names apart from one another."""
     ends = {}
     for name, curve in curves.items():
-        known = np.flatnonzero(np.isfinite(curve.mean))
+        known = np.flatnonzero(np.isfinite(curve.mean) & ((curve.mean > 0) | (not log)))
         if known.size:
             ends[name] = float(known[-1] + 1), float(curve.mean[known[-1]])
     low, high = map(math.log, axes.get_ylim()) if log else axes.get_ylim()

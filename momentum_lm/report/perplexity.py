@@ -73,10 +73,12 @@ def _conclusions(runs: Sequence[PerplexityRun]) -> list[str]:
     for split in sorted({run["split"] for run in runs}):
         run = max((run for run in runs if run["split"] == split), key=lambda run: run["context_length"])
         ends = run["ci95"]
-        sure = f"{ends[0]:.2f} to {ends[1]:.2f} over {run['num_documents']:,} documents" if ends else "one document"
+        sure = (
+            f"95%: {ends[0]:.2f} to {ends[1]:.2f} over {run['num_documents']:,} documents" if ends else "one document"
+        )
         bits = "" if run["bits_per_byte"] is None else f", {run['bits_per_byte']:.3f} bits a byte"
-        at = f"{run['context_length']:,} tokens of context"
-        sentences.append(f"Perplexity on {split} with {at}: {run['perplexity']:.2f} ({sure}){bits}.")
+        at = f"in blocks of {run['context_length']:,} tokens"
+        sentences.append(f"Perplexity on {split} {at}: {run['perplexity']:.2f} ({sure}){bits}.")
     return sentences
 
 
@@ -140,8 +142,8 @@ class Comparison(skeleton.Comparison):
             word = "lower" if gap.ratio_high < 1 else "higher" if gap.ratio_low > 1 else "not shown to differ"
             than = f"than that of {self.names[0]}" if word != "not shown to differ" else f"from that of {self.names[0]}"
             sentences.append(
-                f"{split}, {length:,} tokens of context: the perplexity of {name} is {word} {than}: {change} "
-                f"({interval} over documents; other trainings may differ by more)."
+                f"{split}, blocks of {length:,} tokens: the perplexity of {name} is {word} {than}: {change} "
+                f"(95%: {interval} over documents; other trainings may differ by more)."
             )
         return sentences
 
@@ -152,7 +154,7 @@ class Comparison(skeleton.Comparison):
             for (of, length, name), gap in sorted(self.differences.items(), key=lambda item: item[0][1])
             if of == split
         ]
-        same = Reference(f"as {self.names[0]}", 0.0)
+        same = Reference("no difference", 0.0)
         title = f"Perplexity against {self.names[0]}:"
         what = "difference in percent; negative is better."
         return Forest(title, dots, what, same, percent=(2, "%"), signed=True, unit="%") if dots else None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
-
-from momentum_lm.files import file_stem
 
 
 @dataclass(frozen=True)
@@ -56,20 +55,27 @@ class Table:
         """Comma-separated lines, the headings first."""
         return csv_text(self.columns, self.rows)
 
-    def file_name(self) -> str:
-        """What a reader who keeps :meth:`csv` may call it."""
-        return f"{file_stem(self.caption or self.columns[0])}.csv"
-
     def _pad(self, cell: str, width: int, column: int) -> str:
         space = " " * (width - _width(cell))
         return space + cell if self.right[column] else cell + space
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Comma-separated lines, ``columns`` first."""
+    """Comma-separated lines, ``columns`` first. A cell that a spreadsheet would run as a formula begins with an
+    apostrophe."""
     text = io.StringIO()
-    csv.writer(text).writerows([columns, *rows])
-    return text.getvalue()
+    csv.writer(text).writerows([[_inert(cell) for cell in row] for row in (columns, *rows)])
+    return text.getvalue().encode("utf-8", "backslashreplace").decode()
+
+
+def _inert(cell: str) -> str:
+    number = re.fullmatch(r"[-+][\d.,]+(e[-+]?\d+)?( .*|%.*)?", cell)
+    return f"'{cell}" if cell.startswith(("=", "@", "\t", "\r", "+", "-")) and number is None else cell
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 draw``, ``2 draws``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ class Control:
     """What a similarity of ICL and finetuning is compared with, or the finetuned model itself.
 
     ``null``: it cannot learn what the demonstrations teach, so that only what exceeds it speaks for ICL as finetuning;
-    the others are other ways of learning. ``meaning``: what stands in FT's place, for readers. ``of_run``: a metric of
+    the others are other ways of learning. ``meaning``: what is compared, for readers. ``of_run``: a metric of
     the run itself (``simaou_random``), not a model; the models for which these are measured have ``own_controls``. How
     a model is finetuned: on demonstrations with ``shuffled`` labels, by ``layerwise`` losses, other ``parameters`` than
     the study's. ``required``: it must not diverge. ``look`` numbers its line in figures.
@@ -32,39 +32,43 @@ class Control:
 
 FINETUNED = Control(
     "ICL and FT",
-    "the model with demonstrations in its prompt (ICL), and without them after it was finetuned on them (FT).",
+    "the model with demonstrations in its prompt (ICL), beside the model finetuned on them (FT).",
     own_controls=True,
     required=True,
     look=0,
 )
 CONTROLS = {
     "random": Control(
-        "random", "a random update, or tokens or keys in a random order.", null=True, of_run=True, look=1
+        "random", "a random update, or a random order of tokens or keys, in FT's place.", null=True, of_run=True, look=1
     ),
     "before": Control(  # of metrics without a random update
-        "before finetuning", "the model as it was before it was finetuned.", null=True, of_run=True, look=1
+        "before finetuning",
+        "the model without demonstrations, not yet finetuned, in FT's place.",
+        null=True,
+        of_run=True,
+        look=1,
     ),
     "untrained": Control(  # finetuned alike, beside none
         "untrained", "ICL and FT in the same architecture with fresh weights.", null=True, own_controls=True, look=2
     ),
     "shuffled_labels": Control(
         "shuffled labels",
-        "finetuned on the demonstrations with their labels dealt out anew; a weak control, for some fall to where they "
-        "were, of two balanced labels about half.",
+        "finetuned on the demonstrations with their labels shuffled, in FT's place. A weak control: with two balanced "
+        "labels about half keep their label by chance.",
         null=True,
         shuffled=True,
         look=3,
     ),
     "lcgd": Control(
         "LCGD",
-        "layer-causal gradient descent: every layer learns from its own output (arXiv 2311.07772). Another way of "
-        "learning, not a control.",
+        "layer-causal gradient descent in FT's place: every layer learns from its own output (arXiv 2311.07772). "
+        "Another way of learning, not a control.",
         layerwise=True,
         look=4,
     ),
     "all_parameters": Control(
         "all parameters",
-        "all parameters are finetuned, not keys and values alone. Another way of learning, not a control.",
+        "all parameters finetuned, not keys and values alone, in FT's place. Another way of learning, not a control.",
         parameters="all",
         look=5,
     ),

@@ -33,23 +33,31 @@ METRICS = {  # in the order of the tables
     "relaxation_cosine": "relaxed vs softmax, cosine",
     "relaxation_ratio": "relaxed vs softmax, length",
 }
-MEANINGS = {
+MEANINGS = {  # corrected; AUTHORS adds what the authors' form does otherwise
     "simaou": "cosine of what ICL and what FT change in a layer's attention output.",
     "simaou_relaxed": "SimAOU where ICL's attention has no softmax, as in the paper's algebra.",
-    "simam": "cosine of the attention logits of ICL and FT, over the query's own tokens.",
-    "simam_delta": "cosine of what ICL and FT change in these logits (arXiv 2311.07772).",
-    "simam_delta_centred": "cosine of what ICL and FT change in attention logits over the query's own tokens, less "
-    "each row's mean, on which no attention depends (arXiv 2311.07772).",
+    "simam": "cosine of the attention logits of ICL and FT, over the test example's own tokens.",
+    "simam_delta": "cosine of what ICL and FT change in the attention logits over the test example's own tokens "
+    "(arXiv 2311.07772).",
+    "simam_delta_centred": "cosine of what ICL and FT change in the attention logits over the test example's own "
+    "tokens, less each row's mean, on which no attention depends (arXiv 2311.07772).",
     "kendall": "rank correlation, over the demonstrations' tokens, of ICL's attention to them with the inner products "
-    "of FT's training queries and the test query.",
-    "kendall_example": "the same over whole demonstrations.",
-    "recall_at_k": "of the 100 tokens with the most attention in context, the share that FT's inner products rank "
-    "among their first 100; corrected, 0 by chance and 1 at best.",
-    "recall_at_k_example": "the same for 5 demonstrations.",
+    "of FT's attention queries in training and in the test.",
+    "kendall_example": "rank correlation, over whole demonstrations, of ICL's attention to them with those inner "
+    "products of FT's attention queries.",
+    "recall_at_k": "of the 100 demonstrations' tokens with the most attention in context, the share among the first "
+    "100 by the inner products of FT's attention queries; 0 by chance, 1 at best.",
+    "recall_at_k_example": "of the 5 demonstrations with the most attention in context, the share among the first 5 "
+    "by the inner products of FT's attention queries; 0 by chance, 1 at best.",
     "dw_similarity": "cosine of the two implicit weight updates, ICL's taken from attention without softmax, per head.",
     "relaxation_cosine": "cosine of what a head puts out in context without and with softmax: how far the paper's "
     "algebra is from the model.",
-    "relaxation_ratio": "ratio of the lengths of these outputs.",
+    "relaxation_ratio": "ratio of the lengths of what a head puts out in context without and with softmax.",
+}
+AUTHORS = {
+    "simaou": " Outputs are divided by their lengths first, which makes unrelated changes look alike.",
+    **dict.fromkeys(("kendall", "kendall_example"), " Attention is summed over heads first."),
+    **dict.fromkeys(("recall_at_k", "recall_at_k_example"), " Not corrected: chance is above 0."),
 }
 EVIDENCE = ("simaou", "simam_delta_centred", "kendall", "dw_similarity")  # what the conclusions are drawn from
 

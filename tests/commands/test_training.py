@@ -199,7 +199,8 @@ def test_tensorboard_shows_speed_decays_ratios_and_hparams(data, run_cli, tmp_pa
     start = plugin_data_pb2.HParamsPluginData.FromString(plugin.content).session_start_info
     assert start.hparams["momentum_learned"].number_value == 1
     assert start.hparams["arch"].string_value == "momentum_lm_tiny"
-    assert "lr" in start.hparams and start.hparams["optimizer"].string_value
+    assert start.hparams["lr"].number_value > 0 and start.hparams["optimizer"].string_value
+    assert not [name for name in start.hparams if name.startswith("_")]
     evaluated = load_native(tmp_path / "run/checkpoint_last.pt").describe()["architecture"]
     numbers = {name: value for name, value in evaluated.items() if value is not None}
     assert numbers.keys() <= start.hparams.keys()  # one name for an option in training and evaluation

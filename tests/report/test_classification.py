@@ -100,24 +100,49 @@ def test_conclusions_let_the_interval_decide():
         run(0.55),
         run(0.65, calibration="batch"),
         run(0.65, dataset="piqa", majority=None, chance=0.5, macro_f1=None),
+        run(0.2, dataset="cb"),
     ]
-    assert c.conclusions(runs)[:4] == [
-        "mr: with 4 shots (calibration none) 55.0% are right (45.2 to 64.4 over examples). Always giving the most "
-        "frequent label is right in 50.0%, so this is not shown to be better.",
-        "mr: the best of 2 settings is with 4 shots (calibration batch) 65.0% are right (55.3 to 73.6 over examples); "
-        "the best of several is partly luck.",
+    told = c.conclusions(runs)
+    one = "one draw cannot show how much accuracy depends on the demonstrations; --seeds 1,2,...,10 can."
+    right = "of the examples are classified right"
+    assert told == [
+        f"mr: with 4 shots (calibration none) 55.0% {right} (95%: 45.2 to 64.4 over 100 examples). Always giving the "
+        "most frequent label is right about 50.0%: this is not shown to be better.",
+        f"mr: the best of 2 settings has 4 shots (calibration batch): 65.0% {right} (95%: 55.3 to 73.6 over 100 "
+        "examples). The best of several is partly luck.",
         "mr: 1 of 2 settings beat the baseline; not shown for 4 shots (calibration none).",
-        "piqa: with 4 shots (calibration none) 65.0% are right (55.3 to 73.6 over examples). Guessing is right in "
-        "50.0%, so this is better.",
+        f"mr: {one}",
+        f"piqa: with 4 shots (calibration none) 65.0% {right} (95%: 55.3 to 73.6 over 100 examples). Guessing is right "
+        "about 50.0%: this is better.",
+        f"piqa: {one}",
+        f"cb: with 4 shots (calibration none) 20.0% {right} (95%: 13.3 to 28.9 over 100 examples). Always giving the "
+        "most frequent label is right about 50.0%: this is worse.",
+        f"cb: {one}",
     ]
-    (few,) = c.conclusions(runs)[4:]
-    assert few.startswith("Only 1 draw of demonstrations")
+
+
+def test_conclusions_say_how_sure_and_what_next():
     many = [run(0.6 + 0.01 * seed, seed=seed, shots=shots) for seed in range(6) for shots in (0, 4)]
     told = c.conclusions(many)
-    assert "over 6 draws" in told[0] and not any("Only" in text for text in told)
-    assert told[-1] == ("Do demonstrations help? momentum-lm report RESULTS --between shots=0,4 pairs the answers.")
+    assert "over 6 draws" in told[0] and not any("one draw" in text for text in told)
+    assert told[-1] == "Do demonstrations help on mr? momentum-lm report RESULTS --between shots=0,4 pairs the answers."
+    assert "best of" not in " ".join(told)  # the same accuracy is not better
+    without_zero = c.conclusions([run(0.6, shots=4), run(0.6, shots=16)])
+    assert not any("help" in text for text in without_zero)
     fitted = c.conclusions([run(0.61, shots=16, shots_fitted=9)])
+    assert "with 9 of 16 shots (" in fitted[0]
     assert fitted[-1] == "mr: of 16 demonstrations only 9 fitted into the model's context."
+    gap = c.conclusions([run(0.5, shots=0), run(0.6, shots=4, calibration="batch")])  # not every setting was measured
+    assert gap[0].startswith("mr: with 4 shots (calibration batch) 60.0%")
+    each = c.conclusions([run(0.56, majority=0.4, shots=0, n=1000), run(0.56, majority=0.6, n=1000)])
+    assert "1 of 2 settings beat the baseline" in " ".join(each)  # each its own, as in the table
+
+
+def test_many_data_sets_are_counted_first(write_results):
+    runs = [run(0.9 if number else 0.5, dataset=f"d{number}") for number in range(4)]
+    first, *_ = c._headline(runs)
+    assert first.startswith("With the most shots, the first calibration beats the baseline on 3 of 4 data sets;")
+    assert c._headline(runs[:3]) == c.conclusions(runs[:3])
 
 
 def test_report(write_results):

@@ -190,3 +190,38 @@ def test_damaged_predictions_are_named(write_results, spoil, message):
         path.write_text("".join(lines))
     with pytest.raises(UserError, match=message):
         read_answers(folder, read_results(folder)["runs"])
+
+
+def test_a_verdict_looks_at_every_interval(write_results, answer):
+    def other(gold, seed, shots, order, calibration):
+        """Right about three more examples in every draw: draws agree, and examples leave doubt."""
+        predicted = answer(gold, seed, shots, order, calibration)
+        wrong = np.flatnonzero(predicted != gold)[:3]
+        predicted[wrong] = gold[wrong]
+        return predicted
+
+    settings = {"datasets": ("mr",), "shots": (4,), "calibrations": ("none",)}
+    a, b = write_results("a", **settings), write_results("b", answers=other, **settings)
+    comparison = ClassificationComparison([a, b])
+    (gap,) = comparison.differences.values()
+    (sentence,) = comparison.conclusions()
+    assert gap.over_seeds.high - gap.over_seeds.low < 1e-9 and "over draws" not in sentence
+    ends = gap.over_examples
+    clear = ends.low > 0 or ends.high < 0
+    assert sentence.startswith("mr, 4 shots, none: b against a +5.0 points (95%: ") and ("chance" in sentence) == (
+        not clear
+    )
+
+
+def test_sides_of_one_folder_are_named_with_their_noun(write_results, tmp_path):
+    comparison = ClassificationComparison([write_results("a", datasets=("mr",))], between=("shots", [0, 4]))
+    assert all("4 shots against 0 shots" in sentence for sentence in comparison.conclusions())
+
+
+def test_a_side_that_shares_nothing_is_said(write_results, tmp_path):
+    settings = {"datasets": ("mr",), "calibrations": ("none",)}
+    folders = [write_results(n, shots=s, **settings) for n, s in (("a", (4,)), ("b", (4,)), ("c", (16,)))]
+    comparison = ClassificationComparison(folders)
+    assert "c shares no setting with a and is not compared." in comparison.notes
+    comparison.write_page(tmp_path / "x.html")
+    assert (tmp_path / "x.html").read_text().count('class="forest"') == 1

@@ -27,6 +27,8 @@ def test_side_by_side(write_analysis, analysed, tmp_path):
         assert row["in context"] == v.number(f.accuracy(runs, "in_context"), percent=True)
         assert row["Rec2FTP"] == v.number(f.rec2ftp(runs), percent=True)
     assert comparison.notes == ["trec, 4 shots: not in large."]
+    (told,) = comparison.conclusions()
+    assert told.startswith("sst2, 4 shots, large minus small (2 draws): ")
     page = tmp_path / "compare.html"
     comparison.write_page(page)
     text = page.read_text()

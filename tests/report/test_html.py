@@ -5,6 +5,7 @@ import io
 import re
 from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import pytest
 from PIL import Image
@@ -74,8 +75,8 @@ def test_page_is_whole_and_needs_no_network(figure, tmp_path):
         "link",
         "img",
     } & parser.seen
-    assert "a < b & c" in parser.text and "x = '<y>'" in parser.text and "Title <t>" in parser.text
-    assert {"one < two", "more & more", "folded"} <= set(parser.text) and text.count("<table") == 2
+    assert "a < b & c" in parser.text and "\nx = '<y>'" in parser.text and "Title <t>" in parser.text
+    assert {"one < two", "more & more", "\nfolded"} <= set(parser.text) and text.count("<table") == 2
     assert 'aria-label="says &#34;more&#34;"' in text
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     fetched = re.findall(r"(?:src|href)=[\"'](?!#|data:text/csv)[^\"']*|url\((?!#)[^)]*|@import[^;]*", text)
@@ -186,12 +187,17 @@ def test_forest_has_every_number_where_it_belongs():
         "nothing there",
         "+20.0% (-300.0 to +30.0)",
     ]
-    assert forest.note() == "Bars: 95% intervals over 3 draws. Grey points: single draws. Dashed: as before."
+    assert forest.note() == (
+        "Bars: 95% intervals over 3 draws. Arrow: the interval goes on. Hollow: controls. Grey points: single draws. "
+        "Dashed: as before."
+    )
+    assert [len(forest.arrows(dot)) for dot in dots] == [0, 0, 1] and forest.arrows(dots[2])[0][0] == "2.00%"
     assert all(-0.55 <= tick <= 0.6 for tick in forest.ticks) and 0.0 in forest.ticks and len(forest.ticks) <= 7
     assert len({forest.shape(dot) for dot in dots}) == 2  # roles differ without colour
     rows = list(csv.reader(io.StringIO(forest.csv())))
-    assert rows[1:] == [["mean", "0.5", "0.4", "0.6", "3 draws"], ["none", "", "", "", ""],
-                        ["other", "0.2", "-3.0", "0.3", "3 draws"]]  # fmt: skip
+    assert rows[1:] == [["mean", "0.5", "0.4", "0.6", "fraction", "3 draws", "0.45 0.55"],
+                        ["none", "", "", "", "fraction", "", ""],
+                        ["other", "0.2", "-3.0", "0.3", "fraction", "3 draws", ""]]  # fmt: skip
     mixed = Forest("t", [dots[0], Dot("b", 1.5, (1.0, 2.0), "examples")])
     assert [mixed.text(dot) for dot in mixed.dots] == [
         "0.500 (0.400 to 0.600; 3 draws)",
@@ -202,3 +208,31 @@ def test_forest_has_every_number_where_it_belongs():
     assert Forest("t", [Dot("a", None)]).ends == (0.0, 1.0)
     large = Forest("t", [Dot("a", 7021.6, (6757.3, 7312.5))])
     assert large.text(large.dots[0]) == "7,022 (6,757 to 7,312)" and large.ends == (6757.3, 7312.5)
+
+
+def test_what_is_not_finite_is_not_drawn():
+    dots = [Dot("a", float("nan")), Dot("b", float("inf"), (0.0, float("inf"))), Dot("c", 0.5, (float("nan"), 0.6))]
+    forest = Forest("t", [*dots, Dot("d", 0.25)])
+    assert [forest.text(dot) for dot in dots] == ["not measured", "not measured", "0.500"]
+    assert forest.ends == (0.25, 0.5) and "nan" not in page("t", {"": [forest]})
+
+
+def test_sections_without_parts_have_no_heading_and_unknown_parts_are_refused():
+    assert "<h2>" not in page("t", {"empty": []})
+
+    class Other:
+        kind = "other"
+
+    with pytest.raises(jinja2.UndefinedError):
+        page("t", {"": [Other()]})
+
+
+def test_names_of_files_tell_what_is_in_them():
+    forest = Forest("SimAOU:", [Dot("a", 1.0)])
+    sections = {"mr, 4 shots": [forest], "trec, 4 shots": [forest, Folded("3 runs", [Table(["m"], [["1"]])])]}
+    names = re.findall(r'download="([^"]*)"', page("t", sections))
+    assert names == ["mr-4-shots-SimAOU.csv", "trec-4-shots-SimAOU.csv", "trec-4-shots-3-runs.csv"]
+
+
+def test_a_prompt_keeps_its_first_line_break():
+    assert "<pre>\n\nReview" in page("t", {"": [Prompt("\nReview", ["a"], 0)]})

@@ -129,31 +129,43 @@ def test_verdicts_follow_the_intervals():
     clear = " ".join(v.verdict([run()]))
     assert "Accuracy: 50.0% zero-shot, 60.0% finetuned, 80.0% in context." in clear
     assert "Of 10 errors that finetuning repairs ICL repairs 8: Rec2FTP is 80.0% (49.0 to 94.3)." in clear
-    assert "72.0% (52.4 to 85.7) of all zero-shot errors, which is chance; Rec2FTP cannot be told from it." in clear
+    assert (
+        "72.0% (52.4 to 85.7) of all zero-shot errors, the level that chance would give; Rec2FTP cannot be told"
+        in clear
+    )
     low = " ".join(v.verdict([run((0.0, 0.1), rec2ftp_counts={"cells": [[[50, 0], [0, 20]], [[0, 0], [0, 0]]]})]))
     assert "Rec2FTP lies above it" in low
     assert "nothing for Rec2FTP to recover" in " ".join(v.verdict([run(**NOTHING)]))
 
 
 def test_conclusions_follow_the_intervals():
-    first, below, failed, repairs, sure = v.conclusions([run(), run((0.0, 0.1), dataset="trec")])
-    exceeds = "similarities of ICL and finetuning exceeds every control that cannot have learned the task"
-    assert first == f"sst2, 4 shots: 1 of 1 {exceeds}: SimAOU."
-    assert below == f"trec, 4 shots: none of 1 {exceeds}."
-    assert failed == "trec, 4 shots: not shown to exceed the controls in brackets: SimAOU (random, untrained)."
-    assert repairs.endswith("more often than other errors in 0 of 2 settings.")
-    assert sure.startswith("How sure: 1 draw of demonstrations, 50 examples each. Few draws")
-    _, alone, _ = v.conclusions([run()])
-    assert alone in v.verdict([run()])
+    below = run((0.0, 0.1), baselines={"untrained": {"corrected": {"simaou": [0.5, 0.5]}}}, dataset="trec")
+    first, none, failed, repairs, sure = v.conclusions([run(), below])
+    exceed = "similarities of ICL and finetuning that exceed every control"
+    assert first == f"sst2, 4 shots: {exceed}: SimAOU (1 of 1)."
+    assert none == f"trec, 4 shots: {exceed}: none of 1."
+    assert failed == (
+        "trec, 4 shots, not shown to exceed every control: SimAOU (below untrained; not told apart from random)."
+    )
+    assert repairs == (
+        "ICL is shown to repair what finetuning repairs more often than other errors in 0 of 2 settings where "
+        "finetuning repairs anything."
+    )
+    assert sure.startswith(
+        "How sure: 1 draw of demonstrations, 50 examples each. With one draw the controls' own doubt"
+    )
     many = v.conclusions([run(seed=seed) for seed in range(5)])
     assert many[-1] == "How sure: 5 draws of demonstrations, 50 examples each."
+    together = v.verdict([run(seed=seed) for seed in range(2)])[1]
+    assert together.startswith("Over 2 draws together, of 20 errors that finetuning repairs ICL repairs 16:")
     bare = v.conclusions([run(baselines={}, corrected={"simaou": [0.1]}, corrected_ci95={}, **NOTHING)])
-    assert bare[0] == "sst2, 4 shots: no control was run, so nothing can be said of how alike ICL and finetuning are."
-    assert len(bare) == 2
+    assert bare[0] == "sst2, 4 shots, measured without a control: SimAOU." and len(bare) == 2
+    undefined = run(baselines={}, corrected={"simaou": [None, None], "simaou_random": [0.0, 0.0]}, corrected_ci95={})
+    assert v.conclusions([undefined])[0] == "sst2, 4 shots: no similarity of ICL and finetuning could be measured."
 
 
 def test_every_metric_and_control_has_a_meaning():
-    assert f.MEANINGS.keys() == f.METRICS.keys()
+    assert f.MEANINGS.keys() == f.METRICS.keys() >= f.AUTHORS.keys()
     assert all(control.meaning.endswith(".") for control in (FINETUNED, *CONTROLS.values()))
 
 
@@ -311,6 +323,13 @@ def test_a_log_axis_has_plain_numbers():
     values = np.array([1.0, 100.0, 20000.0])
     svg = to_svg(draw(layer_panel({"a": Curve(values, values, values)}, log=True)))
     assert "mathdefault" not in svg and ">10,000</text>" in svg
+    ends = Curve(
+        np.array([1.5, 0.0]), np.full(2, np.nan), np.full(2, np.nan)
+    )  # a line may end at what has no logarithm
+    svg = to_svg(draw(layer_panel({"a": Curve(values[:2], values[:2], values[:2]), "b": ends}, log=True)))
+    assert ">b</text>" in svg
+    near = np.array([1.5, 4.0])
+    assert re.search(r">[23]</text>", to_svg(draw(layer_panel({"a": Curve(near, near, near)}, log=True))))
 
 
 def test_overlap_areas_are_counts(tmp_path):

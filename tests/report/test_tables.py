@@ -6,7 +6,7 @@ from urllib.parse import unquote
 import pytest
 
 from momentum_lm.report.html import page
-from momentum_lm.report.tables import Table
+from momentum_lm.report.tables import Table, counted
 
 TABLE = Table(["model", "ppl"], [["gpt", "101.25"], ["a|b<c>", "-9.5"]], "Perplexity & more")
 
@@ -30,7 +30,16 @@ def test_markdown_escapes_bars():
 
 def test_csv_has_headings_and_rows():
     assert list(csv.reader(io.StringIO(TABLE.csv()))) == [["model", "ppl"], ["gpt", "101.25"], ["a|b<c>", "-9.5"]]
-    assert TABLE.file_name() == "Perplexity & more.csv" and Table(["a/b"], []).file_name().startswith("a_b-")
+
+
+def test_csv_is_inert_and_takes_names_of_any_bytes():
+    cells = ["=HYPERLINK(1)", "@x", "\t=1", "-2+3", "-9.5", "+1.5 (0.1 to 2.0)", "-1.2e-05", "+3.0%", "b\udcff"]
+    read = [row[0] for row in csv.reader(io.StringIO(Table(["a"], [[cell] for cell in cells]).csv()))][1:]
+    assert read == ["'=HYPERLINK(1)", "'@x", "'\t=1", "'-2+3", *cells[4:8], "b\\udcff"]
+
+
+def test_counts():
+    assert [counted(n, "draw") for n in (0, 1, 2, 1000)] == ["0 draws", "1 draw", "2 draws", "1,000 draws"]
 
 
 def test_html_escapes_everything():

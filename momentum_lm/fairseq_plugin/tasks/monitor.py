@@ -62,8 +62,8 @@ class TrainingMonitor:
     def before_step(self, update: int, optimizer: Any) -> None:
         """Call before each forward pass of training."""
         if self.update < 0:
-            self.hparams |= {name: value for name, value in _plain(optimizer.cfg).items() if not name.startswith("_")}
-            self.hparams |= {"optimizer": getattr(optimizer.cfg, "_name", None), "lr": optimizer.get_lr()}
+            self.hparams |= _plain(optimizer.cfg) | {"optimizer": getattr(optimizer.cfg, "_name", None)}
+            self.hparams["lr"] = getattr(optimizer.cfg, "lr", [None])[0]  # not where the schedule stands
         self.due = update != self.update and update % self.interval == 0
         self.update = update
         for attention in self.attentions:
@@ -175,7 +175,7 @@ def _options(model: Any, config: Any) -> dict[str, Any]:
 def _plain(config: Any) -> dict[str, Any]:
     is_config = OmegaConf.is_config(config)
     values: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True) if is_config else vars(config)
-    return {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
+    return {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
 
 
 def _peak_memory(device: torch.device) -> float:

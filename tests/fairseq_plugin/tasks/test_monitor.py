@@ -1,6 +1,7 @@
 """The arithmetic behind MFU and tokens per second."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,13 +37,16 @@ def test_flops_per_token_are_those_that_torch_counts(tied):
 def test_measures_at_the_interval_and_only_there():
     decoder = Decoder(DecoderConfig(101, 64, 256, 2, 2, momentum_kind="ema", momentum_eta=0.5))
     watch = monitor(decoder)
+    optimizer = SimpleNamespace(cfg=SimpleNamespace(lr=[0.006, 0.003], _name="adam", weight_decay=0.1))
     tokens = torch.randint(4, 101, (2, 32))
     seen = {}
     for update in range(7):
-        watch.before_step(update)
+        watch.before_step(update, optimizer)
         decoder(tokens)
         seen[update] = watch.after_step(64)
     assert [u for u, values in seen.items() if values] == [0, 3, 6]
+    of_optimizer = {name: watch.hparams[name] for name in ("lr", "optimizer", "weight_decay", "momentum_eta")}
+    assert of_optimizer == {"lr": 0.006, "optimizer": "adam", "weight_decay": 0.1, "momentum_eta": 0.5}
     assert seen[0]["decay"] == pytest.approx(0.5) and seen[0]["ema_over_attention"] > 0
     assert "tokens_per_second" not in seen[0] and seen[3]["tokens_per_second"] > 0 and seen[3]["peak_memory_gib"] > 0.05
     assert not any(layer.self_attn.measure for layer in decoder.layers)

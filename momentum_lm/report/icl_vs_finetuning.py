@@ -155,8 +155,8 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
 
 
 _THE_PAPER = (
-    f"Paper: {SOURCE}, models of 1.3B and 2.7B parameters, one draw; draw and learning rate were chosen on the reported "
-    "examples."
+    f"Paper: {SOURCE}, models of 1.3B and 2.7B parameters, one draw; draw and learning rate were chosen on the "
+    "reported examples."
 )
 
 

@@ -57,6 +57,7 @@ class TrainingMonitor:
         self.logdir = task_config.tensorboard_logdir
         self.hparams = {"arch": getattr(model_config, "_name", None), **_plain(task_config)}
         self.hparams |= _options(model, model_config)
+        self.hparams.pop("tensorboard_logdir", None)  # another one for each run
         self.log: Any = None
 
     def before_step(self, update: int, optimizer: Any) -> None:

@@ -98,6 +98,7 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.ticklabel_format(axis="y", useOffset=False)
+        _legend_below(axes)
 
     return panel
 
@@ -184,9 +185,7 @@ def accuracy_panel(
         axes.xaxis.set_major_locator(FixedLocator([math.log2(1 + shots) for shots in every]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value - 1:.0f}"))
         axes.margins(x=0.06)
-        columns = legend_columns(axes.get_legend_handles_labels()[1])
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}  # nowhere within is free for certain
-        axes.legend(frameon=False, ncols=columns, title=what, **below)
+        _legend_below(axes, what)
 
     return panel
 
@@ -252,6 +251,12 @@ def to_svg(figure: Figure) -> str:
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return re.sub(r'(<svg[^>]*?) width="([^"]*)"', r'\1 style="max-width: \2"', svg, count=1)
+
+
+def _legend_below(axes: Any, title: str | None = None) -> None:
+    """Nowhere within a panel is free for certain."""
+    columns = legend_columns(axes.get_legend_handles_labels()[1])
+    axes.legend(frameon=False, ncols=columns, title=title, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def legend_columns(names: Sequence[str]) -> int:

@@ -52,6 +52,10 @@ class Balanced(HTMLParser):
 
 @pytest.fixture
 def figure():
+    return drawn()
+
+
+def drawn():
     return figures.draw(
         figures.perplexity_panel({"vanilla": [(64, 30.0), (256, 20.0)], "momentum": [(256, 19.0), (64, 28.0)]})
     )
@@ -91,7 +95,7 @@ def test_svg_takes_the_pages_colours_and_is_deterministic(figure):
     assert " height=" not in opening and " width=" not in opening and 'style="max-width: 309.6pt"' in opening
     for label in ("context length (tokens)", "vanilla", "momentum", ">64<", ">256<"):
         assert label in svg
-    assert svg == figures.to_svg(figure)
+    assert svg == figures.to_svg(drawn())
 
 
 def test_series_differ_without_colour(figure):

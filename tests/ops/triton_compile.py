@@ -58,7 +58,7 @@ def compile_kernel(kernel, arch, dtype, dim, kind):
 
 def compile_fir(kernel, arch, dtype, dim, kind):
     """As training calls it with contiguous, aligned tensors: plain, or packed with everything that there is."""
-    absent = {"runs", "addend", "current"} if kind == "plain" else set()
+    absent = {"runs", "addend", "current"}.intersection(kernel.arg_names if kind == "plain" else ())
     constants = {"TAPS": 3, "DIM": dim, "TOKENS": fir.TOKENS, "CHANNELS": fir.CHANNELS} | dict.fromkeys(absent)
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from paired_runs import RunOnText, average, difference
 from momentum_lm.analysis.statistics import PairedDifference
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
+from momentum_lm.report.classification_comparison import ClassificationComparison
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
 from momentum_lm.report.finetuning_verdicts import conclusions, verdict
 from momentum_lm.report.html import (
@@ -66,6 +68,7 @@ def summarise(
     chapters += [{"icl": _in_context, "finetuning": _finetuning}[name](output) for name in studies]
     save_png(draw(*[panel for chapter in chapters for panel in chapter.panels], columns=2), output / "quickstart.png")
     commands = "\n\n".join(command for some in config["commands"].values() for command in some)
+    commands = commands.replace(f"{Path(sys.executable).parent}/", "")
     details = json.dumps({key: config[key] for key in config if key != "commands"}, indent=1)
     findings = [chapter.finding for chapter in chapters]
     write_page(
@@ -109,7 +112,8 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
         "text would give, not what other trainings would; the grey points are the seeds. GPT form: layer norm, GELU, "
         "sinusoidal positions. Llama form: RMSNorm, gated feed-forward, rotary positions. A unigram model, which "
         f"knows only how often each token occurs, has perplexity {unigram:.1f} on the same text. These are small "
-        "models on little text: they say nothing of large ones."
+        "models on little text: they say nothing of large ones. What would settle it, with eight seeds and rivals of "
+        "momentum: examples/momentum_vs_vanilla/PLAN.md."
     )
     parts: list[Part] = [
         *(_forest(rows), Paragraph(reading)),
@@ -135,17 +139,16 @@ def _in_context(output: Path) -> Chapter:
              classification_summary.cells(runs).items()}  # fmt: skip
     most = max(shots for shots, _ in cells)
     told = []
-    for calibration in dict.fromkeys(name for _, name in cells):
-        without, shown = cells[0, calibration], cells[most, calibration]
-        over = classification.over_text(shown, runs[0])
-        told.append(
-            f"{'uncalibrated' if calibration == 'none' else f'with {calibration} calibration'} "
-            f"{classification.percent(without['mean'])}%, then {classification.percent(shown['mean'])}% "
-            f"(95%: {classification.interval_text(shown['ci95'])} over {over})"
-        )
+    differences = ClassificationComparison([folder], between=("shots", [0, most])).differences
+    for ((_, calibration), _), gap in differences.items():
+        without, shown = (classification.percent(cells[shots, calibration]["mean"]) for shots in (0, most))
+        what = "without calibration" if calibration == "none" else f"with {calibration} calibration"
+        ends = {"draws": gap.over_seeds, "examples": gap.over_examples}
+        texts = [f"{100 * e.low:+.1f} to {100 * e.high:+.1f} over {over}" for over, e in ends.items() if e is not None]
+        told.append(f"{without}% and {shown}% {what} ({100 * gap.difference:+.1f} points, 95%: {', '.join(texts)})")
     finding = (
-        "Learning from the prompt: the share of sentences of film reviews (MR) that SmolLM2-135M-Instruct classifies "
-        f"right without and with {counted(most, 'demonstration')} is {'; '.join(told)}. Always giving the same answer "
+        f"Learning from the prompt: without and with {counted(most, 'demonstration')} SmolLM2-135M-Instruct (4-bit "
+        f"weights) is right about {', '.join(told)} of sentences of film reviews (MR). Always giving the same answer "
         f"is right for {classification.percent(level[1])}%."
     )
     return Chapter(
@@ -169,6 +172,10 @@ def _finetuning(output: Path) -> Chapter:
         finding,
         "In-context learning against finetuning",
         [
+            Paragraph(
+                "Accuracies here are of other sentences than above, of fewer draws and without calibration, and so "
+                "differ."
+            ),
             *icl_vs_finetuning.overview(folder),
             Link("The whole report, with layers, heads, single examples and definitions", "finetuning/report.html"),
             Paragraph("The numbers are in finetuning/results.json, every prediction in finetuning/predictions.jsonl."),

@@ -119,7 +119,7 @@ def test_a_pretrained_model_is_evaluated_and_every_number_can_be_traced(run_cli,
     assert summary["in_context"] in done.stdout
     runs = json.loads((output / "icl/results.json").read_text())["runs"]
     zero = next(run for run in runs if run["shots"] == 0 and run["calibration"] == "none")
-    assert f"uncalibrated it goes from {100 * zero['accuracy']:.1f}% to " in summary["in_context"]
+    assert f"is right about {100 * zero['accuracy']:.1f}% and " in summary["in_context"]
     (analysed,) = json.loads((output / "finetuning/results.json").read_text())["runs"]
     assert f"{100 * analysed['accuracy']['finetuned']:.1f}%" in page
     assert all(

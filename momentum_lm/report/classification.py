@@ -50,9 +50,10 @@ _TERMS = {
     "ones.",
     "Baseline": "what needs no model: always giving the most frequent label of the evaluated examples (majority), or "
     "guessing where every example has its own choices (chance). A setting beats it if its whole interval lies above.",
-    "Calibration": "what is subtracted from the scores before they are compared. none: nothing. contextual: the "
-    "scores after inputs without content (arXiv 2102.09690). domain_pmi: those after a premise alone (arXiv "
-    "2104.08315). batch: the mean over the evaluated examples, whose labels it does not need (arXiv 2309.17249).",
+    "Calibration": "what is subtracted from the log-probabilities before they are compared. none: nothing. "
+    "contextual: those after inputs without content (arXiv 2102.09690). domain_pmi: those after a premise alone "
+    "(arXiv 2104.08315). batch: the logarithm of the mean prediction over the evaluated examples, whose labels it "
+    "does not need (arXiv 2309.17249).",
     "Interval": INTERVALS,
 }
 _MANY = 3  # data sets, from whose number on each one's sentences stand under its own heading

@@ -49,7 +49,8 @@ _SIDES = {"below": "below", "level": "not told apart from", "unknown": "no inter
 
 def _similarity_sentences(dataset: str, shots: int, runs: Sequence[Run]) -> list[str]:
     """Which similarities of a setting exceed all of their controls."""
-    above, rest, bare = [], [], []
+    above, rest, bare = list[str](), list[str](), list[str]()
+    tested = []
     for name in EVIDENCE:
         if numbers.metric(runs, name)["mean"] is None:
             continue
@@ -62,17 +63,23 @@ def _similarity_sentences(dataset: str, shots: int, runs: Sequence[Run]) -> list
         ]
         if not sides:
             bare.append(METRICS[name])
-        elif failed:
+            continue
+        tested.append(METRICS[name])
+        if failed:
             rest.append(f"{METRICS[name]} ({'; '.join(failed)})")
         else:
             above.append(METRICS[name])
-    where, count = f"{dataset}, {counted(shots, 'shot')}", len(above) + len(rest)
+    where = f"{dataset}, {counted(shots, 'shot')}"
     sentences = []
-    if count:
-        found = f"{', '.join(above)} ({len(above)} of {count})" if above else f"none of {count}"
-        sentences.append(f"{where}: similarities of ICL and finetuning that exceed every control: {found}.")
+    if tested:
+        found = f"{', '.join(above)} ({len(above)} of {len(tested)})"
+        sentences.append(
+            f"{where}: similarities of ICL and finetuning above every control: {found}."
+            if above
+            else f"{where}: no similarity of ICL and finetuning lies above every control ({', '.join(tested)})."
+        )
     if rest:
-        sentences.append(f"{where}, not shown to exceed every control: {', '.join(rest)}.")
+        sentences.append(f"{where}, not shown to lie above every control: {', '.join(rest)}.")
     if bare:
         sentences.append(f"{where}, measured without a control: {', '.join(bare)}.")
     return sentences or [f"{where}: no similarity of ICL and finetuning could be measured."]
@@ -108,7 +115,7 @@ def _rec2ftp_sentence(runs: Sequence[Run]) -> str:
     return (
         f"{over} {counted(recoverable, 'error')} that finetuning repairs ICL repairs {recovered:,}: Rec2FTP is "
         f"{number(value, percent=True)}. ICL repairs {number(level, percent=True)} of all zero-shot errors, the level "
-        f"that chance would give; Rec2FTP {words}."
+        f"that chance would give; Rec2FTP {words} (difference {signed(gap, percent=True)} points)."
     )
 
 

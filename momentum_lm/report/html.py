@@ -143,10 +143,10 @@ _SHAPES = {  # SVG paths around 0, 0; unlike in form, so that they differ in gre
 class Forest:
     """Values with their intervals as dots and bars on one axis, each beside its number.
 
-    The axis holds all values and the ``reference``. An interval goes beyond them as far as they lie apart, or as the
-    narrowest interval is wide, and has an arrow where it goes on: over two or three draws it may be very wide.
-    ``percent``: values are fractions, shown times 100 with so many decimals and this text after them; else with three
-    decimals. ``signed``: with their sign. ``single``: what a single value is of.
+    The axis holds all values, the ``reference`` and, unless they reach several times as far, the intervals of the
+    "main" rows. Another interval goes beyond that as far as the axis is long, and has an arrow where it goes on: over
+    two or three draws it may be very wide. ``percent``: values are fractions, shown times 100 with so many decimals and
+    this text after them; else with three decimals. ``signed``: with their sign. ``single``: what a single value is of.
     """
 
     title: str
@@ -168,9 +168,12 @@ class Forest:
         if not values:
             return 0.0, 1.0
         low, high = min(values), max(values)
-        intervals = [dot.interval for dot in self.dots if dot.interval]
-        bars = [end for interval in intervals for end in interval]
-        room = max(high - low, min((end[1] - end[0] for end in intervals), default=0.0), 1e-6)
+        main = [end for dot in self.dots if dot.interval and dot.role == "main" for end in dot.interval]
+        far = 5 * (high - low) + 1e-6
+        if main and (high == low or (min(main) > low - far and max(main) < high + far)):
+            low, high = min(low, *main), max(high, *main)
+        bars = [end for dot in self.dots if dot.interval for end in dot.interval]
+        room = max(high - low, 1e-6)
         return min([low, *(max(end, low - room) for end in bars)]), max(
             [high, *(min(end, high + room) for end in bars)]
         )

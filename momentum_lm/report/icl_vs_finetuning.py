@@ -205,10 +205,13 @@ def overview(folder: Folder) -> list[Part]:
     return [*parts, Folded("As tables", [accuracy_table(runs), results_table(runs)])]
 
 
-def estimate_dot(label: str, value: Estimate, singles: Sequence[float | None] = (), role: str = "main") -> Dot:
+def estimate_dot(
+    label: str, value: Estimate, singles: Sequence[float | None] = (), role: str = "main", examples: int = 0
+) -> Dot:
     """A row of a forest plot; the single draws stand beside an interval that is over them."""
     known = [single for single in singles if single is not None] if value["over"] == "seeds" else []
-    over = {"seeds": f"{value['num']} draws", "examples": "examples", None: ""}[value["over"]]
+    of_examples = counted(examples, "example") if examples else "examples"
+    over = {"seeds": counted(value["num"], "draw"), "examples": of_examples, None: ""}[value["over"]]
     return Dot(label, value["mean"], value["ci95"], over, known, role)
 
 
@@ -228,7 +231,8 @@ def _of_paper(dataset: str) -> str:
 def _accuracy_forest(dataset: str, runs: Sequence[Run]) -> Forest:
     dots = []
     for name, title in SETTINGS.items():
-        dots.append(estimate_dot(title, numbers.accuracy(runs, name), [run["accuracy"][name] for run in runs]))
+        singles = [run["accuracy"][name] for run in runs]
+        dots.append(estimate_dot(title, numbers.accuracy(runs, name), singles, examples=runs[0]["num_examples"]))
         dots += _published(name, dataset, f"{title}, ")
     what = f"without demonstrations, finetuned on them, and in context.{_of_paper(dataset)}"
     return Forest(f"Accuracy on {dataset}", dots, what,
@@ -274,6 +278,8 @@ def curves(runs: Sequence[Run], name: str, part: str = "corrected") -> dict[str,
         band = numbers.bands(runs, name, part, control)
         if band is not None:
             line = FINETUNED if control is None else CONTROLS[control]
+            if len(runs) == 2:  # whose intervals are wider than what can be drawn, and say so in the plots above
+                band[1:] = np.nan
             lines[line.title] = Curve(band[0], band[1], band[2], line.look)
     return lines
 
@@ -383,7 +389,10 @@ def attention_panels(run: Run) -> dict[str, Panel]:
 
 
 def _layer_picture(panel: Panel, name: str, form: str) -> Picture:
-    return Picture(to_svg(draw(panel)), f"{METRICS[name]}, {form}, by layer; band: 95% interval of {FINETUNED.title}.")
+    return Picture(
+        to_svg(draw(panel)),
+        f"{METRICS[name]}, {form}, by layer; band: 95% interval of {FINETUNED.title} (of two draws none).",
+    )
 
 
 def _head_panels(runs: Sequence[Run]) -> dict[str, Panel]:

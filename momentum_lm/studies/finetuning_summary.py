@@ -190,7 +190,8 @@ def above_chance(runs: Sequence[Run]) -> Estimate:
     if recall["over"] == "seeds":
         recovered, recoverable, repaired, wrong = _repairs(runs)
         interval = ratio_difference_interval(recovered, recoverable, repaired, wrong)
-        return estimate([gap]) | {"ci95": [interval.low, interval.high], "over": "seeds", "num": len(runs)}
+        ends = [max(-1.0, interval.low), min(1.0, interval.high)]  # of shares
+        return estimate([gap]) | {"ci95": ends, "over": "seeds", "num": len(runs)}
     return estimate([gap], [end - level["mean"] for end in recall["ci95"]])
 
 

@@ -184,8 +184,8 @@ def test_forest_has_every_number_where_it_belongs():
         Dot("other", 0.2, (-3.0, 0.3), "3 draws", role="control"),
     ]
     forest = Forest("t", dots, reference=Reference("as before", 0.0), percent=(1, "%"), signed=True)
-    assert forest.ends == (-0.55, 0.6)  # not down to -3: as far as the values reach, once more
-    assert (forest.x(-0.55), forest.x(0.6), forest.x(-3.0)) == ("2.00%", "98.00%", "2.00%")
+    assert forest.ends == pytest.approx((-0.6, 0.6))  # not down to -3: as far as the axis is long, once more
+    assert (forest.x(-0.6), forest.x(0.6), forest.x(-3.0)) == ("2.00%", "98.00%", "2.00%")
     assert [forest.text(dot) for dot in dots] == [
         "+50.0% (+40.0 to +60.0)",
         "nothing there",
@@ -196,7 +196,7 @@ def test_forest_has_every_number_where_it_belongs():
         "Dashed: as before."
     )
     assert [len(forest.arrows(dot)) for dot in dots] == [0, 0, 1] and forest.arrows(dots[2])[0][0] == "2.00%"
-    assert all(-0.55 <= tick <= 0.6 for tick in forest.ticks) and 0.0 in forest.ticks and len(forest.ticks) <= 7
+    assert all(-0.6 <= tick <= 0.6 for tick in forest.ticks) and 0.0 in forest.ticks and len(forest.ticks) <= 7
     assert len({forest.shape(dot) for dot in dots}) == 2  # roles differ without colour
     rows = list(csv.reader(io.StringIO(forest.csv())))
     assert rows[1:] == [["mean", "0.5", "0.4", "0.6", "fraction", "3 draws", "0.45 0.55"],
@@ -210,6 +210,12 @@ def test_forest_has_every_number_where_it_belongs():
     assert mixed.note().startswith("Bars: 95% intervals. ")
     assert Forest("t", [Dot("a", -0.0)]).text(Dot("a", -0.0001)) == "0.000"  # no minus before a zero
     assert Forest("t", [Dot("a", None)]).ends == (0.0, 1.0)
+    wide = Forest("t", [Dot("a", 0.05, (-0.16, 0.27)), Dot("b", 0.0, role="control")])
+    assert wide.ends == (
+        -0.16,
+        0.27,
+    )  # the main interval is whole, unless it is many times as wide as what was measured
+    assert Forest("t", [Dot("a", 0.05, (-5.0, 5.0)), Dot("b", 0.0, role="control")]).ends == (-0.05, 0.1)
     large = Forest("t", [Dot("a", 7021.6, (6757.3, 7312.5))])
     assert large.text(large.dots[0]) == "7,022 (6,757 to 7,312)" and large.ends == (6757.3, 7312.5)
 

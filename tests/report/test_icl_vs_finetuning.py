@@ -141,11 +141,10 @@ def test_verdicts_follow_the_intervals():
 def test_conclusions_follow_the_intervals():
     below = run((0.0, 0.1), baselines={"untrained": {"corrected": {"simaou": [0.5, 0.5]}}}, dataset="trec")
     first, none, failed, repairs, sure = v.conclusions([run(), below])
-    exceed = "similarities of ICL and finetuning that exceed every control"
-    assert first == f"sst2, 4 shots: {exceed}: SimAOU (1 of 1)."
-    assert none == f"trec, 4 shots: {exceed}: none of 1."
+    assert first == "sst2, 4 shots: similarities of ICL and finetuning above every control: SimAOU (1 of 1)."
+    assert none == "trec, 4 shots: no similarity of ICL and finetuning lies above every control (SimAOU)."
     assert failed == (
-        "trec, 4 shots, not shown to exceed every control: SimAOU (below untrained; not told apart from random)."
+        "trec, 4 shots, not shown to lie above every control: SimAOU (below untrained; not told apart from random)."
     )
     assert repairs == (
         "ICL is shown to repair what finetuning repairs more often than other errors in 0 of 2 settings where "

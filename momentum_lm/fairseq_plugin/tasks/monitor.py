@@ -62,7 +62,7 @@ class TrainingMonitor:
 
     def before_step(self, update: int, optimizer: Any) -> None:
         """Call before each forward pass of training."""
-        if self.update < 0:
+        if self.update < 0 and self.logdir:
             self.hparams |= _plain(optimizer.cfg) | {"optimizer": getattr(optimizer.cfg, "_name", None)}
             self.hparams["lr"] = getattr(optimizer.cfg, "lr", [None])[0]  # not where the schedule stands
         self.due = update != self.update and update % self.interval == 0

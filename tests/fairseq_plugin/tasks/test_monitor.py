@@ -34,9 +34,9 @@ def test_flops_per_token_are_those_that_torch_counts(tied):
     assert ours == pytest.approx(counted, rel=0.03)
 
 
-def test_measures_at_the_interval_and_only_there():
+def test_measures_at_the_interval_and_only_there(tmp_path):
     decoder = Decoder(DecoderConfig(101, 64, 256, 2, 2, momentum_kind="ema", momentum_eta=0.5))
-    watch = monitor(decoder)
+    watch = monitor(decoder, tensorboard_logdir=str(tmp_path))
     optimizer = SimpleNamespace(cfg=SimpleNamespace(lr=[0.006, 0.003], _name="adam", weight_decay=0.1))
     tokens = torch.randint(4, 101, (2, 32))
     seen = {}

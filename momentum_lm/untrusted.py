@@ -8,6 +8,7 @@ import codecs
 import json
 import operator
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable
@@ -124,6 +125,8 @@ def parse_json(text: str | bytes, strict: bool = False) -> Any:
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
+        if _depth(text) > _DEEPEST:
+            raise RecursionError
         if not strict:
             return json.loads(text, object_pairs_hook=Record.of)
         value = json.loads(text, parse_constant=_no_number)
@@ -139,6 +142,25 @@ def parse_json(text: str | bytes, strict: bool = False) -> Any:
     except ValueError as error:  # of which one is Python's limit to the digits of a whole number
         reason = str(error)
         raise ValueError("a whole number of thousands of digits" if "digits" in reason else brief(reason)) from error
+
+
+_DEEPEST = 200  # levels of JSON: what Python itself can read differs between its versions, by a factor of a hundred
+
+
+def _depth(text: str) -> int:
+    """At most how many objects and lists of a JSON text lie in one another; exact where there are many."""
+    most = text.count("{") + text.count("[")
+    if most <= _DEEPEST:
+        return most
+    deepest = depth = 0
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[{\[]|[}\]]', text):
+        sign = match[0]
+        if sign in "{[":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif sign in "}]":
+            depth -= 1
+    return deepest
 
 
 def _no_number(text: str) -> Any:

@@ -148,3 +148,17 @@ def test_encodings_and_paths():
     with pytest.raises(UserError, match="UTF-16"):
         check_marks("x".encode("utf-16-be").join([b"\xfe\xff", b""]), "a.csv")
     assert printable("café") == "café" and printable(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
+
+
+def test_depth_is_the_same_on_every_python():
+    """Python 3.14 reads 50,000 levels, which then end in a recursion of ours."""
+
+    def nested(depth):
+        return '{"a":' * depth + "1" + "}" * depth
+
+    assert (
+        parse_json(nested(200)) and parse_json('{"a": "' + "[{" * 5000 + '"}') and parse_json("[{}" + ",{}" * 999 + "]")
+    )
+    for text in (nested(201), nested(50_000), '["\\"",' * 300 + "1" + "]" * 300):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse_json(text)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from jobs import Job, JobError, open_config, run_all
 
 DIMENSION, EXAMPLES, NOISE = 8, 20, 0.5  # of x; in a prompt; the standard deviation of what is added to y
-TESTED, CHOSEN_ON = 2048, 512  # prompts that results are of, and other ones on which steps and rates are chosen
+TESTED = 2048  # prompts that results are of; steps and rates are chosen on a quarter as many others
 BATCH, RATE = 64, 1e-3
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla": {},
@@ -97,9 +97,9 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def held_out() -> dict[str, tuple[Tensor, Tensor]]:
+def held_out(tested: int = TESTED) -> dict[str, tuple[Tensor, Tensor]]:
     """The prompts that no training sees: those of the results, and those that steps and rates are chosen on."""
-    return {"test": problems(TESTED, seeded(10**6)), "choice": problems(CHOSEN_ON, seeded(10**6 + 1))}
+    return {"test": problems(tested, seeded(10**6)), "choice": problems(-(-tested // 4), seeded(10**6 + 1))}
 
 
 def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
@@ -122,7 +122,7 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     model.eval()
     with torch.no_grad():
         found = {name: torch.cat([model(*part) for part in zip(*(t.split(256) for t in given), strict=True)]).numpy()
-                 for name, given in held_out().items()}  # fmt: skip
+                 for name, given in held_out(args.tested).items()}  # fmt: skip
     np.savez(args.output / variant / f"seed{seed}" / "predictions.npz", **found)
 
 
@@ -216,7 +216,7 @@ def preference(found: dict[str, dict[str, Any]]) -> float:
 
 def measure(args: argparse.Namespace, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Errors by number of examples, and distances to the methods, of every model."""
-    prompts = held_out()
+    prompts = held_out(args.tested)
     known = {part: methods(*given) for part, given in prompts.items()}
     y = prompts["test"][1].double()
     variants: dict[str, Any] = {}
@@ -290,22 +290,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seeds", default="1,2,3,4,5", help="default: %(default)s")
     add("--position", default="rotary", choices=["rotary", "none"], help="default: %(default)s")
     add("--updates", type=int, default=5000, help="of 64 prompts each (default: %(default)s)")
+    add("--tested", type=int, default=TESTED, help="prompts that the results are of (default: %(default)s)")
     add("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     add("--threads", type=int, default=1, help="threads per run (default: %(default)s)")
     add("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     names = list(VARIANTS) if args.variants == "all" else choices(args.variants, "--variants", list(VARIANTS))
     seeds = integers(args.seeds, "--seeds", 1, "1,2,3")
-    for flag in ("updates", "jobs", "threads"):
+    for flag in ("updates", "tested", "jobs", "threads"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     args.output = args.output.resolve()
     if args.one:
         run_one(args, args.one[0], int(args.one[1]))
         return 0
-    config = open_config(args.output, {"position": args.position, "updates": args.updates}, "a study")
+    config = open_config(
+        args.output, {"position": args.position, "updates": args.updates, "tested": args.tested}, "a study"
+    )
     own = [sys.executable, str(Path(__file__).resolve()), "--output", str(args.output), "--position", args.position]
-    own += ["--updates", str(args.updates)]
+    own += ["--updates", str(args.updates), "--tested", str(args.tested)]
     jobs = [Job("train", [*own, "--one", name, str(seed)], args.output / name / f"seed{seed}", args.threads)
             for seed in seeds for name in names]  # fmt: skip
     try:

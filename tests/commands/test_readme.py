@@ -48,7 +48,7 @@ SMALLER = {
     "python examples/reproduce_paper/reproduce.py": "--sizes 1.3B --datasets cb --momentum-datasets mr --lengths 16 "
     "--limit 4 --device cpu "
     "--dtype fp32 --data-dir data/icl",
-    "python examples/regression_in_context/regression.py": "--updates 3 --seeds 1,2 --variants vanilla,ema",
+    "python examples/regression_in_context/regression.py": "--updates 3 --tested 32 --seeds 1,2 --variants vanilla,ema",
     "bash examples/pretraining/train.sh": f"{TRAIN} {SCHEDULE} --distributed-backend gloo --autocast none",
 }
 SMALL_MODEL = "--hf-model models/small --hf-gguf-file '' --limit 6 --seeds 1,2"

@@ -76,13 +76,13 @@ def test_a_prediction_sees_what_stands_before_it(example, prompts, variant, posi
 
 
 def test_the_nearest_choice_is_made_on_other_prompts(example):
-    known = {part: example.methods(*given) for part, given in example.held_out().items()}
+    known = {part: example.methods(*given) for part, given in example.held_out(96).items()}
     name = "8 steps, rate 0.5"
     predictions = {part: some["GD"][name] for part, some in known.items()}
     found = example.nearest(predictions, known)
     assert found["GD"] == {"choice": name, "distance": 0.0} and example.preference(found) > 1
     assert all(found[method]["distance"] > 0 for method in ("ridge", "Newton", "GD with momentum"))
-    assert known["test"]["ridge"]["exact"].shape == (example.TESTED, example.EXAMPLES)
+    assert known["test"]["ridge"]["exact"].shape == (96, example.EXAMPLES)
     heavy = {part: some["GD with momentum"]["8 steps, rate 0.5, momentum 0.6"] for part, some in known.items()}
     assert example.preference(example.nearest(heavy, known)) < -1
     between = {part: (some["GD"][name] + some["ridge"]["exact"]) / 2 for part, some in known.items()}
@@ -106,7 +106,8 @@ def test_bad_flags_are_one_line(example, words, message, tmp_path, capsys):
 
 
 def test_a_study_is_kept_and_gains_variants(run_cli, tmp_path):
-    words = ["python", SCRIPT, "--output", tmp_path / "out", "--updates", "3", "--seeds", "1,2", "--jobs", "1"]
+    words = ["python", SCRIPT, "--output", tmp_path / "out", "--updates", "3", "--tested", "32"]
+    words += ["--seeds", "1,2", "--jobs", "1"]
     done = run_cli([*words, "--variants", "vanilla"])
     assert done.returncode == 0, done.stderr
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/vanilla/*/predictions.npz")}

@@ -72,7 +72,7 @@ def check(x, weights, ids=None, addend=None, current=None, grads=None, slack=0.0
 
 
 @every_dtype
-@pytest.mark.parametrize("length", [1, 3, 70])
+@pytest.mark.parametrize("length", [1, 70])
 @pytest.mark.parametrize("segments", [False, True])
 def test_is_the_equation(dtype, length, segments):
     for taps, dim in ((1, 5), (3, 40), (16, 4)):

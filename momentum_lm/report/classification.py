@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,20 +95,20 @@ def _mean(values: Sequence[float | None]) -> str:
     return percent(float(np.mean(known))) if known else ""
 
 
-def conclusions(runs: Sequence[Run]) -> list[str]:
-    """What came out, how sure it is and what could be done next, in sentences."""
+def conclusions(runs: Sequence[Run], folder: Folder = "RESULTS") -> list[str]:
+    """What came out of the results in ``folder``, how sure it is and what could be done next, in sentences."""
     groups = _by_dataset(runs)
     sentences = []
     for dataset, chosen in groups.items():
-        sentences += _conclusions_on(dataset, chosen)
+        sentences += _conclusions_on(dataset, chosen, folder)
     return [*sentences, *_remarks(runs)]
 
 
-def _headline(runs: Sequence[Run]) -> list[str]:
+def _headline(runs: Sequence[Run], folder: Folder) -> list[str]:
     """:func:`conclusions`; for many data sets how many of them beat their baselines."""
     groups = _by_dataset(runs)
     if len(groups) <= _MANY:
-        return conclusions(runs)
+        return conclusions(runs, folder)
     better = 0
     for chosen in groups.values():
         some = next(iter(_settings(chosen, max(run["shots"] for run in chosen)).values()))
@@ -123,7 +125,7 @@ def _settings(runs: Sequence[Run], shots: int | None = None) -> dict[tuple[int, 
     return {key[1:]: some for key, some in cells(runs).items() if shots in (None, key[1])}
 
 
-def _conclusions_on(dataset: str, runs: Sequence[Run]) -> list[str]:
+def _conclusions_on(dataset: str, runs: Sequence[Run], folder: Folder) -> list[str]:
     """Of one data set."""
     settings = _settings(runs)
     summaries = {setting: summarise_cell(some) for setting, some in settings.items()}
@@ -139,7 +141,7 @@ def _conclusions_on(dataset: str, runs: Sequence[Run]) -> list[str]:
     best = max(settings, key=lambda setting: summaries[setting]["mean"])
     if summaries[best]["mean"] > cell["mean"]:
         sentences.append(
-            f"{dataset}: the best of {len(settings)} settings has {_setting_text(settings[best])}: "
+            f"{dataset}: in the best of {len(settings)} settings, {_setting_text(settings[best])}, "
             f"{_share_text(summaries[best], settings[best][0])}. The best of several is partly luck."
         )
     if len(settings) > 1:
@@ -153,10 +155,8 @@ def _conclusions_on(dataset: str, runs: Sequence[Run]) -> list[str]:
             f"{dataset}: one draw cannot show how much accuracy depends on the demonstrations; --seeds 1,2,...,10 can."
         )
     if fewest == 0 < most:
-        sentences.append(
-            f"Do demonstrations help on {dataset}? momentum-lm report RESULTS --between shots=0,{most} pairs the "
-            "answers."
-        )
+        command = f"momentum-lm report {shlex.quote(os.fspath(folder))} --between shots=0,{most}"
+        sentences.append(f"Do demonstrations help on {dataset}? `{command}` pairs the answers and says.")
     return sentences
 
 
@@ -190,11 +190,11 @@ def _remarks(runs: Sequence[Run]) -> list[str]:
 def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
     runs = results["runs"]
     samples = _samples(folder / SAMPLES)
-    sections: Sections = {"": [Verdict(_headline(runs))]}
+    sections: Sections = {"": [Verdict(_headline(runs, folder))]}
     groups = _by_dataset(runs)
     for dataset, chosen in groups.items():
         save(f"accuracy-{file_stem(dataset)}", _accuracy_figure(chosen))
-        parts: list[Part] = [Points(_conclusions_on(dataset, chosen))] if len(groups) > _MANY else []
+        parts: list[Part] = [Points(_conclusions_on(dataset, chosen, folder))] if len(groups) > _MANY else []
         parts += [_forest(chosen), _curves(chosen)]
         panels = _confusions(chosen, results["config"]["datasets"][dataset]["labels"])
         if panels:
@@ -237,7 +237,7 @@ def overview(folder: Folder) -> list[Part]:
     ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
-    parts: list[Part] = [Points(conclusions(runs))]
+    parts: list[Part] = [Points(conclusions(runs, folder))]
     for chosen in _by_dataset(runs).values():
         parts += [_forest(chosen), _curves(chosen)]
     return [*parts, Folded("As a table", [results_table(runs)]), Folded("What the words mean", [Definitions(_TERMS)])]

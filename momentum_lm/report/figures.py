@@ -103,33 +103,50 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
     return panel
 
 
-def loss_panel(curves: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float] | None = None) -> Panel:
-    """Training loss in nats per token over tokens seen: one curve a name.
+def gap_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str = "") -> Panel:
+    """Training loss with something less that without, in nats per token, over tokens seen: one curve a name.
 
     A name's text up to the first `` seed`` picks its look: repetitions of one model look the same and share one legend
-    entry. ``levels`` are horizontal lines to compare with, such as the unigram model's loss.
+    entry. The first twentieth of the tokens, where losses fall too fast to be compared, may lie outside.
     """
 
     def panel(axes: Any) -> None:
-        axes.set(xlabel="tokens seen", ylabel="training loss (nats per token)")
+        axes.set(xlabel="tokens seen", ylabel="difference (nats per token)")
+        axes.set_title(shown(title), fontsize=11, loc="left")
+        axes.axhline(0, color="#888888", linewidth=1.2, linestyle=(0, (4, 3)))
         looks: dict[str, int] = {}
+        most, seen = max((points[-1][0] for points in curves.values() if points), default=0.0), [0.0]
         for name, points in curves.items():
             model = name.split(" seed")[0]
             label = None if model in looks else shown(model)
-            tokens, losses = zip(*points, strict=True) if points else ((), ())
-            axes.plot(tokens, losses, label=label, alpha=0.9, **line_style(looks.setdefault(model, len(looks))))
-        for name, level in (levels or {}).items():
-            axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (2, 2)))
-            axes.annotate(
-                shown(name),
-                (1, level),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="right",
-            )
+            tokens, gaps = zip(*points, strict=True) if points else ((), ())
+            axes.plot(tokens, gaps, label=label, alpha=0.9, **line_style(looks.setdefault(model, len(looks))))
+            seen += [gap for place, gap in points if place > most / 20 and math.isfinite(gap)]
+        room = 0.1 * (max(seen) - min(seen)) or 1.0
+        axes.set_ylim(min(seen) - room, max(seen) + room)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        _legend_below(axes)
+
+    return panel
+
+
+def pairs_panel(
+    pairs: Mapping[str, Sequence[tuple[float, float]]], ends: tuple[str, str], unit: str, title: str = ""
+) -> Panel:
+    """What a change does to positive values: for each name a line from their geometric mean without it to that with it,
+    at two ``ends``, and a faint one for each single pair."""
+
+    def panel(axes: Any) -> None:
+        axes.set(ylabel=shown(unit), xlim=(-0.25, 1.25))
+        axes.set_title(shown(title), fontsize=11, loc="left")
+        for index, (name, values) in enumerate(pairs.items()):
+            style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)]}
+            for single in values if len(values) > 1 else ():
+                axes.plot((0, 1), single, alpha=0.35, **(style | {"linewidth": 1.0, "markersize": 3}))
+            axes.plot((0, 1), np.exp(np.log(values).mean(0)), label=shown(name), **(style | {"linewidth": 2.2}))
+        axes.set_xticks((0, 1), [shown(end, 24) for end in ends])
+        _legend_below(axes)
 
     return panel
 
@@ -158,7 +175,8 @@ def accuracy_panel(
     """
 
     def panel(axes: Any) -> None:
-        axes.set(xlabel="demonstrations in the prompt (shots)", ylabel="accuracy (%)", title=shown(title))
+        axes.set(xlabel="demonstrations in the prompt (shots)", ylabel="accuracy (%)")
+        axes.set_title(shown(title), fontsize=11, loc="left")
         every = sorted({point.shots for points in lines.values() for point in points})
         for index, (name, points) in enumerate(lines.items()):
             if not points:

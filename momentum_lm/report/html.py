@@ -221,7 +221,8 @@ class Forest:
         """How the plot is read."""
         bars = any(dot.interval for dot in self.dots)
         roles = {dot.role for dot in self.dots}
-        parts = [f"Bars: 95% intervals{f' over {self._common}' if self._common else ''}."] * bars
+        over = f" over {self._common}" if self._common else ", over what stands behind them"
+        parts = [f"Bars: 95% intervals{over}."] * bars
         parts += ["Arrow: the interval goes on."] * any(self.arrows(dot) for dot in self.dots)
         parts += ["Hollow: controls."] * ("control" in roles)
         parts += ["Diamonds: not controls, for comparison."] * ("other" in roles)
@@ -273,9 +274,18 @@ Part = Paragraph | Points | Verdict | Definitions | Code | Prompt | Link | Pictu
 def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
     """The whole document: ``sections`` maps headings to parts; an empty heading gives none."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["prose"] = _prose
     template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     filled = {heading: parts for heading, parts in sections.items() if parts}
     return template.render(title=title, sections=filled, mark=Markup(PAGE.decode()), file_name=_file_name)
+
+
+def _prose(text: str) -> Markup:
+    """A text for a page, with what stands between backticks as code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # one has no partner
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 def _file_name(heading: str, part: Table | Forest) -> str:

@@ -13,6 +13,7 @@ from momentum_lm.files import file_stem
 from momentum_lm.studies import finetuning_summary as numbers
 from momentum_lm.studies.controls import CONTROLS, FINETUNED
 from momentum_lm.studies.finetuning_summary import AUTHORS, EVIDENCE, MEANINGS, METRICS, SETTINGS, Estimate, Run
+from momentum_lm.untrusted import legible
 
 from .figures import SIZE, Panel, draw, to_svg
 from .finetuning_verdicts import conclusions, number, signed, three, verdict
@@ -49,15 +50,12 @@ UNITS = {  # of the metrics' axes; the rest are cosines
 HEADS = ("simam_delta_centred", "simam_delta", "kendall", "dw_similarity")
 _HEADS_ARE = {"dw_similarity": "key/value head"}
 _OF_RUN = [name for name, control in CONTROLS.items() if control.of_run]  # of which a metric has one
-_SETTINGS_ARE = (
-    "ZSL (zero-shot) is the model without demonstrations, ICL with them in the prompt, FT without them after it was "
-    "finetuned on them: as the configuration says, by default key and value projections by plain SGD, one "
-    "demonstration a step, in order, once. The weights are restored afterwards."
-)
+_TUNED = {"kv": "key and value projections", "all": "all parameters"}
 _INTERVALS = (
     "Numbers are means over layers, then over draws of demonstrations (seeds). Their 95% intervals are Student's over "
-    "draws: what other demonstrations would give on these examples. For one draw, and where all draws agree, they are "
-    "over examples: Wilson's for shares, bootstrap for the rest."
+    "draws: what other demonstrations would give on these examples. Those over two or three draws are wide, and may "
+    "reach beyond what a metric can be. For one draw, and where all draws agree, they are over examples: Wilson's for "
+    "shares, bootstrap for the rest."
 )
 _REC2FTP = (
     "of the errors that FT repairs, the share that ICL repairs too. Chance: the share of all zero-shot errors that ICL "
@@ -70,6 +68,28 @@ _FORMS = (
     "heads. The corrected form looks at the token that predicts the choice, compares updates as they are, ranks "
     "attention head by head, and takes chance out of recall."
 )
+
+
+_WORDS = {"Intervals": _INTERVALS, "Authors' and corrected form": _FORMS}
+
+
+def _compared(results: Mapping[str, Any]) -> str:
+    """What the three settings are, and how the model was finetuned."""
+    config = results["config"]
+    which = str(config.get("finetune_parameters", "kv"))
+    tuned = _TUNED.get(which, f"parameters whose names match {legible(which, 60)}")
+    loss = "their labels" if config.get("finetune_loss") == "label" else "all of their tokens"
+    rates = ", ".join(dict.fromkeys(f"{run['finetune_lr']:g}" for run in results["runs"]))
+    grid, chosen = config.get("finetune_lr"), ""
+    if isinstance(grid, list) and len(grid) > 1:
+        paper = config.get("protocol") == "paper"
+        where = "the evaluated examples, as the paper did" if paper else "training examples that are not demonstrations"
+        chosen = f", chosen of {len(grid)} for each draw by accuracy on {where}"
+    return (
+        "Zero-shot (ZSL) is the model without demonstrations. In context (ICL) it has them in its prompt. Finetuned "
+        f"(FT) it has learned them instead: {tuned}, on {loss}, by plain SGD, one demonstration a step, in order, "
+        f"once, with learning rate {rates}{chosen}."
+    )
 
 
 def results_table(runs: Sequence[Run]) -> Table:
@@ -136,14 +156,13 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
     runs = results["runs"]
     sections: Sections = {
         "": [Verdict(conclusions(runs))],
-        "What is compared": [Paragraph(_SETTINGS_ARE), Definitions(_rows_are(runs))],
+        "What is compared": [Paragraph(_compared(results)), Definitions(_rows_are(runs))],
     }
     for (dataset, shots), chosen in numbers.settings(runs).items():
         for name, figure in _pictures(chosen, f"{file_stem(dataset)}-{shots}shot").items():
             save(name, figure)
         sections[f"{dataset}, {counted(shots, 'shot')}"] = _section(chosen)
-    words = {"Intervals": _INTERVALS, "Authors' and corrected form": _FORMS, "Rec2FTP": _REC2FTP}
-    sections["What the words mean"] = [Definitions(words)]
+    sections["What the words mean"] = [Definitions({**_WORDS, "Rec2FTP": _REC2FTP})]
     tables: list[Part] = [
         Folded("Accuracies and predictions", [accuracy_table(runs)]),
         Folded("Every metric and control", [results_table(runs)]),
@@ -197,11 +216,11 @@ def overview(folder: Folder) -> list[Part]:
     ``write_report``."""
     (results,) = read_runs([folder], [TASK])
     runs = results["runs"]
-    parts: list[Part] = [Paragraph(_SETTINGS_ARE), Points(conclusions(runs))]
+    parts: list[Part] = [Paragraph(_compared(results)), Points(conclusions(runs))]
     for (dataset, _), chosen in numbers.settings(runs).items():
         parts += [_accuracy_forest(dataset, chosen), _rec2ftp_forest(chosen)]
         parts += [forest for name in EVIDENCE if (forest := _forest(chosen, name))]
-    parts.append(Folded("What the rows compare", [Definitions(_rows_are(runs))]))
+    parts.append(Folded("What the words mean", [Definitions(_rows_are(runs) | _WORDS)]))
     return [*parts, Folded("As tables", [accuracy_table(runs), results_table(runs)])]
 
 
@@ -290,9 +309,9 @@ def panels(runs: Sequence[Run], part: str = "corrected") -> dict[str, Panel]:
     return {name: metric_panel(name, lines) for name, lines in found.items() if FINETUNED.title in lines}
 
 
-def metric_panel(name: str, lines: Mapping[str, Curve]) -> Panel:
-    """A metric's lines over layers, with its name and unit."""
-    return layer_panel(lines, METRICS[name], name == "relaxation_ratio", UNITS.get(name, "cosine"))
+def metric_panel(name: str, lines: Mapping[str, Curve], title: str = "") -> Panel:
+    """A metric's lines over layers, with its name or another title, and its unit."""
+    return layer_panel(lines, title or METRICS[name], name == "relaxation_ratio", UNITS.get(name, "cosine"))
 
 
 def _pictures(runs: Sequence[Run], stem: str) -> dict[str, Figure]:

@@ -39,7 +39,12 @@ FINETUNED = Control(
 )
 CONTROLS = {
     "random": Control(
-        "random", "a random update, or a random order of tokens or keys, in FT's place.", null=True, of_run=True, look=1
+        "random",
+        "in FT's place: for SimAOU a random update, for Kendall and recall tokens in a random order, for "
+        "cos(dW_ICL, dW_FT) the demonstrations' keys in a random order, which keeps their values.",
+        null=True,
+        of_run=True,
+        look=1,
     ),
     "before": Control(  # of metrics without a random update
         "before finetuning",

@@ -49,7 +49,8 @@ MEANINGS = {  # corrected; AUTHORS adds what the authors' form does otherwise
     "100 by the inner products of FT's attention queries; 0 by chance, 1 at best.",
     "recall_at_k_example": "of the 5 demonstrations with the most attention in context, the share among the first 5 "
     "by the inner products of FT's attention queries; 0 by chance, 1 at best.",
-    "dw_similarity": "cosine of the two implicit weight updates, ICL's taken from attention without softmax, per head.",
+    "dw_similarity": "cosine, per head, of what demonstrations in the prompt would add to the weights of attention "
+    "without softmax (the sum of their values times their keys) and what finetuning adds through its keys and values.",
     "relaxation_cosine": "cosine of what a head puts out in context without and with softmax: how far the paper's "
     "algebra is from the model.",
     "relaxation_ratio": "ratio of the lengths of what a head puts out in context without and with softmax.",

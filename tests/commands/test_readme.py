@@ -174,8 +174,8 @@ def workplace(documents, run_cli, tmp_path_factory):
         for name in ("dict.txt", "sentencepiece.model"):
             shutil.copy(folder / "data" / name, (folder / place).parent)
     (folder / "my_filters").mkdir()
-    own = only([block for path in PAGES for block in blocks(path, "python") if "@register_filter" in block])
-    (folder / "my_filters/__init__.py").write_text(own)
+    own = [block for path in PAGES for block in blocks(path, "python") if "@register_filter" in block]
+    (folder / "my_filters/__init__.py").write_text("\n".join(own))
     (folder / "my_task.yaml").write_text(only(blocks(README, "yaml")))
     for name, first in (("tickets.csv", 0), ("held_out.csv", 40)):
         rows = [

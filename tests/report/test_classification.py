@@ -108,7 +108,7 @@ def test_conclusions_let_the_interval_decide():
     assert told == [
         f"mr: with 4 shots (calibration none) 55.0% {right} (95%: 45.2 to 64.4 over 100 examples). Always giving the "
         "most frequent label is right about 50.0%: this is not shown to be better.",
-        f"mr: the best of 2 settings has 4 shots (calibration batch): 65.0% {right} (95%: 55.3 to 73.6 over 100 "
+        f"mr: in the best of 2 settings, 4 shots (calibration batch), 65.0% {right} (95%: 55.3 to 73.6 over 100 "
         "examples). The best of several is partly luck.",
         "mr: 1 of 2 settings beat the baseline; not shown for 4 shots (calibration none).",
         f"mr: {one}",
@@ -125,7 +125,8 @@ def test_conclusions_say_how_sure_and_what_next():
     many = [run(0.6 + 0.01 * seed, seed=seed, shots=shots) for seed in range(6) for shots in (0, 4)]
     told = c.conclusions(many)
     assert "over 6 draws" in told[0] and not any("one draw" in text for text in told)
-    assert told[-1] == "Do demonstrations help on mr? momentum-lm report RESULTS --between shots=0,4 pairs the answers."
+    command = "momentum-lm report RESULTS --between shots=0,4"
+    assert told[-1] == f"Do demonstrations help on mr? `{command}` pairs the answers and says."
     assert "best of" not in " ".join(told)  # the same accuracy is not better
     without_zero = c.conclusions([run(0.6, shots=4), run(0.6, shots=16)])
     assert not any("help" in text for text in without_zero)
@@ -140,9 +141,9 @@ def test_conclusions_say_how_sure_and_what_next():
 
 def test_many_data_sets_are_counted_first(write_results):
     runs = [run(0.9 if number else 0.5, dataset=f"d{number}") for number in range(4)]
-    first, *_ = c._headline(runs)
+    first, *_ = c._headline(runs, "RESULTS")
     assert first.startswith("With the most shots, the first calibration beats the baseline on 3 of 4 data sets;")
-    assert c._headline(runs[:3]) == c.conclusions(runs[:3])
+    assert c._headline(runs[:3], "RESULTS") == c.conclusions(runs[:3])
 
 
 def test_report(write_results):

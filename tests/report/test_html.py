@@ -104,16 +104,30 @@ def test_series_differ_without_colour(figure):
     assert list(lines[1].get_xdata()) == [64, 256]  # in order, whatever order they came in
 
 
-def test_loss_figure_shares_looks_between_seeds(tmp_path):
-    curves = {"a seed 1": [(0, 9.0), (1000, 7.0)], "a seed 2": [(0, 9.0), (1000, 7.1)], "b seed 1": [(0, 9.0)], "c": []}
-    figure = figures.draw(figures.loss_panel(curves, {"unigram": 6.5}), figures.perplexity_panel({"a": [(1, 2.0)]}))
+def test_gaps_share_looks_between_seeds_and_their_axis_fits_but_the_start(tmp_path):
+    curves = {"a seed 1": [(0, 9.0), (1000, 0.2)], "a seed 2": [(0, -9.0), (1000, -0.3)], "b seed 1": [(0, 9.0)],
+              "c": []}  # fmt: skip
+    figure = figures.draw(figures.gap_panel(curves, "gap"), figures.perplexity_panel({"a": [(1, 2.0)]}))
     assert len(figure.axes) == 2
-    lines = figure.axes[0].get_lines()
+    assert figure.axes[0].get_ylim() == pytest.approx((-0.35, 0.25))
+    zero, *lines = figure.axes[0].get_lines()
+    assert list(zero.get_ydata()) == [0, 0]
     assert lines[0].get_linestyle() == lines[1].get_linestyle() != lines[2].get_linestyle()
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["a", "b", "c"]
     figures.save_png(figure, tmp_path / "loss.png")
     pixels = np.asarray(Image.open(io.BytesIO((tmp_path / "loss.png").read_bytes())).convert("L"))
     assert pixels[0, 0] == 255 and pixels.min() < 100 and pixels.std() > 10  # something dark was drawn on white
+
+
+def test_pairs_have_a_line_for_their_mean_and_faint_ones_for_themselves():
+    pairs = {"a": [(100.0, 90.0), (400.0, 10.0)], "b": [(200.0, 220.0)]}
+    axes = figures.draw(figures.pairs_panel(pairs, ("without", "with"), "perplexity", "title")).axes[0]
+    assert axes.get_title(loc="left") == "title" and axes.get_ylabel() == "perplexity"
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["without", "with"]
+    lines = [(list(map(float, line.get_ydata())), line.get_alpha()) for line in axes.get_lines()]
+    assert lines == [([100, 90], 0.35), ([400, 10], 0.35), (pytest.approx([200, 30]), None),
+                     (pytest.approx([200, 220]), None)]  # fmt: skip
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a", "b"]
 
 
 POINTS = [figures.AccuracyPoint(16, 0.8, 0.7, 0.9, (0.75, 0.85)), figures.AccuracyPoint(0, 0.5, 0.4, 0.6)]
@@ -122,7 +136,7 @@ POINTS = [figures.AccuracyPoint(16, 0.8, 0.7, 0.9, (0.75, 0.85)), figures.Accura
 def test_accuracy_figure():
     lines = {"none": POINTS, "batch": [figures.AccuracyPoint(4, 0.6, 0.55, 0.65)], "absent": []}
     axes = figures.draw(figures.accuracy_panel(lines, "mr", ("majority", 0.51), "calibration")).axes[0]
-    assert axes.get_title() == "mr" and [line.get_label() for line in axes.get_lines()] == [
+    assert axes.get_title(loc="left") == "mr" and [line.get_label() for line in axes.get_lines()] == [
         "none",
         "batch",
         "majority 51.0",
@@ -159,6 +173,12 @@ def test_confusion_figure():
     shades = {tuple(map(int, np.add(p.get_xy(), 0.5))): p.get_alpha() for p in axes.patches}
     assert shades[0, 0] == pytest.approx(0.7 * 0.75) and max(shades.values()) <= 0.7  # text stays readable on it
     assert "<image" not in figures.to_svg(axes.figure)
+
+
+def test_code_in_a_sentence():
+    shown = page("t", {"": [Paragraph("run `a <b>` now"), Points(["one ` alone <"]), Definitions({"`x`": "`y`"})]})
+    assert "<p>run <code>a &lt;b&gt;</code> now</p>" in shown and "<li>one ` alone &lt;</li>" in shown
+    assert "<dt>`x`</dt><dd><code>y</code></dd>" in shown
 
 
 def test_every_part_is_escaped_and_balanced():
@@ -207,7 +227,7 @@ def test_forest_has_every_number_where_it_belongs():
         "0.500 (0.400 to 0.600; 3 draws)",
         "1.500 (1.000 to 2.000; examples)",
     ]
-    assert mixed.note().startswith("Bars: 95% intervals. ")
+    assert mixed.note().startswith("Bars: 95% intervals, over what stands behind them. ")
     assert Forest("t", [Dot("a", -0.0)]).text(Dot("a", -0.0001)) == "0.000"  # no minus before a zero
     assert Forest("t", [Dot("a", None)]).ends == (0.0, 1.0)
     wide = Forest("t", [Dot("a", 0.05, (-0.16, 0.27)), Dot("b", 0.0, role="control")])

@@ -91,6 +91,13 @@ def test_programs_beside_the_package_import_names_that_exist(folder):
                     assert found, f"{path.relative_to(ROOT)}:{node.lineno}: {node.module} has no {name}"
 
 
+def test_no_function_is_longer_than_sixty_lines():
+    for path in [*PACKAGE.rglob("*.py"), ROOT / "fairseq_compat.py"]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno < 60, f"{path.relative_to(ROOT)}: {node.name}"
+
+
 def test_the_core_imports_without_fairseq_and_transformers():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

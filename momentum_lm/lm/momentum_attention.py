@@ -41,8 +41,20 @@ def add_momentum(
     for a model with momentum of its own, another attention than SDPA, attention that transformers' interface does not
     reach, or one that does not see what its masks show: each is tried on a few tokens.
     """
-    name = type(model).__name__
     check_eta(eta)
+    _check_kind(kind, at, taps, normalize)
+    base = _attention_that_takes_momentum(model)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    attention = sdpa_attention_forward if base == "sdpa" else grouped_attention
+    last = None if kind == "ema" else taps
+    with_momentum = MomentumAttention(attention, base, float(eta), normalize, float(gate), last)
+    name = f"{base}_momentum_{float(eta)}_{normalize}_{float(gate)}" + ("" if last is None else f"_{last}")
+    model.set_attn_implementation(register_attention(name, with_momentum))
+
+
+def _check_kind(kind: str, at: str, taps: int, normalize: bool) -> None:
+    """Raises UserError for a kind of momentum or a place that :func:`add_momentum` does not have."""
     if kind not in ("ema", "fir"):
         known = kind in FILTER_KINDS and kind != "none"
         problem = ": has weights that training must find" if known else ": there is no such kind of momentum"
@@ -53,6 +65,11 @@ def add_momentum(
         raise UserError(arg(normalize=True), " needs ", arg(kind="ema"), f", not {kind}")
     if taps < 1:
         raise UserError(arg(taps=taps), ": must be at least 1")
+
+
+def _attention_that_takes_momentum(model: Any) -> str:
+    """The name of the attention that the model has, without momentum; raises UserError where that takes none."""
+    name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "momentum_kind", "none") != "none":
         raise UserError(arg("eta"), f": {name} has momentum of its own")
@@ -76,13 +93,7 @@ def add_momentum(
         check_attention(model)
     except UserError as error:
         raise UserError(arg("eta"), ": ", error) from error
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    attention = sdpa_attention_forward if base == "sdpa" else grouped_attention
-    last = None if kind == "ema" else taps
-    with_momentum = MomentumAttention(attention, base, float(eta), normalize, float(gate), last)
-    name = f"{base}_momentum_{float(eta)}_{normalize}_{float(gate)}" + ("" if last is None else f"_{last}")
-    model.set_attn_implementation(register_attention(name, with_momentum))
+    return str(base)
 
 
 def check_eta(eta: float) -> None:

@@ -195,12 +195,7 @@ class Decoder(nn.Module):
         across = {"below": x.new_zeros(())} if "depth" in config.places else {}
         rotation = None if self.rotary is None else self.rotary(positions)
 
-        mask: Tensor | packed.BlockMask | None
-        dropout = self.training and config.attention_dropout > 0
-        if segment_ids is not None and padding is None and packed.usable(tokens.device, config.head_dim, dropout):
-            mask = packed.document_mask(segment_ids)
-        else:
-            mask = self._mask(length, padding, cache, segment_ids, tokens.device)
+        mask = self._mask(length, padding, cache, segment_ids, tokens.device)
         for layer, past in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
             arguments = dict(mask=mask, rotation=rotation, cache=past, padding=padding, segment_ids=segment_ids)
             if config.checkpoint_activations and self.training:
@@ -242,10 +237,13 @@ class Decoder(nn.Module):
 
     def _mask(
         self, length: int, padding: Tensor | None, cache: Cache | None, segment_ids: Tensor | None, device: torch.device
-    ) -> Tensor | None:
+    ) -> Tensor | packed.BlockMask | None:
         """(B or 1, 1, T, S) True where attention is allowed, or None if plain causal masking is enough (see
-        CausalSelfAttention).
+        CausalSelfAttention); for packed documents alone, where it can be used, FlexAttention's mask.
         """
+        dropout = self.training and self.config.attention_dropout > 0
+        if segment_ids is not None and padding is None and packed.usable(device, self.config.head_dim, dropout):
+            return packed.document_mask(segment_ids)
         past = 0 if cache is None else cache.length
         if cache is not None and (padding is not None or cache.padding is not None):
             batch = (padding if padding is not None else cache.padding).shape[0]  # type: ignore[union-attr]

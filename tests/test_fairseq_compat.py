@@ -990,6 +990,7 @@ def checkout(tmp_path_factory):
     return folder
 
 
+@pytest.mark.nightly
 def test_user_dir_from_a_checkout_beside_an_installation(train, checkout, tmp_path):
     result = train("--save-dir", tmp_path / "a", "--user-dir", "momentum_lm", arch="momentum_lm_tiny", cwd=checkout)
     assert result.returncode == 0, result.stderr

@@ -69,7 +69,7 @@ def environment(tmp_path, run_cli):
     return Environment(tmp_path / "venv", run_cli)
 
 
-@pytest.mark.parametrize("editable", [False, True], ids=["normal", "editable"])
+@pytest.mark.parametrize("editable", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["normal", "editable"])
 def test_pip_installs_the_hook_and_removes_it(editable, environment, source):
     before = sorted(os.listdir(environment.site))
     assert environment.run("-c", HOOKED).stdout == "False\n"
@@ -97,6 +97,7 @@ def test_pth_line_is_harmless_without_its_module(environment):
     assert result.stdout == "False\n" and result.stderr == ""
 
 
+@pytest.mark.nightly
 def test_doctor_sees_that_a_target_folder_has_no_hook(environment, source, tmp_path):
     environment.install("--target", tmp_path / "target", source)
     path = {"PYTHONPATH": tmp_path / "target"}

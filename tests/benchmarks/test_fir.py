@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "fir.py"
 CALLS = """
 import importlib.util, sys, torch
@@ -21,6 +23,7 @@ for length, channels in ((1, 6), (9, 128)):
 """
 
 
+@pytest.mark.nightly
 def test_it_times_the_filter(run_cli):
     done = run_cli(["python", "-c", CALLS, SCRIPT])
     assert done.returncode == 0, done.stderr

@@ -82,6 +82,7 @@ def complete(stage, record):
     assert not [key for key in missing if not any(part in key for part in of_gpu)], stage.name
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("call", ["first", "second"])
 def test_every_stage_runs_in_miniature_where_nothing_is_installed(call, check, programs, tmp_path):
     records, printed = check(tmp_path, *(["--second"] if call == "second" else []))

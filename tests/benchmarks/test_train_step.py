@@ -33,6 +33,7 @@ def test_every_variant_is_measured(family, variants, tmp_path):
     assert few.returncode != 0 and "--pairs: at least 2" in few.stderr
 
 
+@pytest.mark.nightly
 def test_the_cost_of_filters(tmp_path):
     flags = "--shape tiny --length 16 --batch 1 --vocab 99 --pairs 2 --threads 1 --json".split()
     command = [sys.executable, SCRIPT, *flags, tmp_path / "out.json", "--filters", "fir@values,ema@depth"]

@@ -40,6 +40,7 @@ def test_this_installation_is_well(run_cli):
     assert all(check["remedy"] for check in report["checks"] if check["status"] != "ok")
 
 
+@pytest.mark.nightly
 def test_without_the_hook_there_are_problems_and_remedies(run_cli):
     result = run_cli(["momentum-lm", "doctor"], env={"FAIRSEQ_COMPAT": "0"})
     assert result.returncode == 1

@@ -41,10 +41,13 @@ def test_tables_and_json_say_the_same(argv, capsys):
 @pytest.mark.parametrize(
     ("argv", "launch"),
     [
-        ([*SMALL, "--position", "rotary", "--momentum-learned", "--compile"], []),
-        (
+        pytest.param(
+            [*SMALL, "--position", "rotary", "--momentum-learned", "--compile"], [], marks=pytest.mark.nightly
+        ),
+        pytest.param(
             LARGE,
             "torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python".split(),
+            marks=pytest.mark.nightly,
         ),
         (
             [*SMALL, "--gpus", "4", "--momentum-kind", "none"],

@@ -114,7 +114,7 @@ def train(corpus):
     return make
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=["ours", pytest.param("stock", marks=pytest.mark.nightly)])
 def checkpoint(request, train, run_cli, tmp_path_factory):
     """Of our own and of fairseq's architecture, trained for a moment with the stock task."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -166,6 +166,7 @@ def validate(path, corpus, questions, *more):
     return ["fairseq-validate", corpus, *VALIDATE, "--path", path, "--data-dir", questions, *more]
 
 
+@pytest.mark.nightly
 def test_stock_validate_gives_the_same_accuracy(checkpoint, corpus, questions, run_cli, json_lines, tmp_path):
     names = ["mr", "trec", "winogrande"]
     selection = ["--datasets", ",".join(names), "--seeds", "1,2", "--limit", "60"]
@@ -196,6 +197,7 @@ def test_stock_validate_gives_the_same_accuracy(checkpoint, corpus, questions, r
     assert max(expected.values()) > 0.6 and len(set(expected.values())) > 3
 
 
+@pytest.mark.nightly
 def test_validate_in_two_processes(hasty, corpus, questions, run_cli, json_lines):
     """The batches are dealt out, the last one to the first process alone; the sums are those of one process."""
     words = [
@@ -239,6 +241,7 @@ def children(parent):
     return found
 
 
+@pytest.mark.nightly
 def test_any_number_of_processes_before_and_after_a_kill(hasty, corpus, questions, run_cli, cli_command, tmp_path):
     selection = [
         "--datasets",
@@ -332,6 +335,7 @@ def test_evaluation_in_training_is_fairseq_evals_and_changes_nothing(
     assert max(expected.values()) > 0.6 and len(set(expected.values())) > 2
 
 
+@pytest.mark.nightly
 def test_evaluation_in_training_on_two_processes_and_after_a_restart(train, questions, run_cli, json_lines, tmp_path):
     """With a learning rate of 0 the model stays the same: so do its accuracies, whatever is trained by how many
     processes.

@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["momentum_lm_tiny", "gpt_lm_tiny"])
+@pytest.fixture(params=["momentum_lm_tiny", pytest.param("gpt_lm_tiny", marks=pytest.mark.nightly)])
 def trained(request, corpus, train_here, tmp_path):
     """Trained and validated for an epoch with samples of 500 tokens, on text of about 5,000."""
     more = [

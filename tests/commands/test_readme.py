@@ -231,6 +231,7 @@ def name(path):
 NIGHTLY = {
     *("docs/analysis", "docs/evaluation", "docs/extension", "docs/training"),
     *("pretraining", "continued_pretraining", "icl_vs_finetuning", "momentum_vs_vanilla", "reproduce_paper"),
+    *("regression_in_context", "icl_evaluation", "generation"),
 }
 WITHOUT_COMMANDS = {"docs/performance", "docs/results"}
 MARKED = [

@@ -105,6 +105,7 @@ def test_bad_flags_are_one_line(example, words, message, tmp_path, capsys):
     assert err.startswith(f"error: {message}") and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.nightly
 def test_a_study_is_kept_and_gains_variants(run_cli, tmp_path):
     words = ["python", SCRIPT, "--output", tmp_path / "out", "--updates", "3", "--tested", "32"]
     words += ["--seeds", "1,2", "--jobs", "1"]

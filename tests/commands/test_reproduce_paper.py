@@ -47,6 +47,7 @@ def here(make_lm, tokenizer_folder, examples, tmp_path_factory):
     return folder
 
 
+@pytest.mark.nightly
 def test_tables_1_to_5_beside_the_paper(here, run_cli, tmp_path):
     command = [
         "python",
@@ -87,6 +88,7 @@ def test_tables_1_to_5_beside_the_paper(here, run_cli, tmp_path):
     assert (tmp_path / "out/en_dense_lm_1_3b/cb/results.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.nightly
 def test_tables_6_and_7(here, data, run_cli, tmp_path):
     models = ["--vanilla", here / "models/vanilla/model.pt", "--momentum", here / "models/momentum/model.pt"]
     command = [

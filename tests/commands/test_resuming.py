@@ -150,8 +150,8 @@ def drawn(monkeypatch):
     "then",
     [
         "--batch-size 3 --update-freq 4",
-        "--max-tokens 1024",
-        "--seed 9",
+        pytest.param("--max-tokens 1024", marks=pytest.mark.nightly),
+        pytest.param("--seed 9", marks=pytest.mark.nightly),
         pytest.param("--batch-size 8", marks=pytest.mark.nightly),
         pytest.param("--update-freq 3", marks=pytest.mark.nightly),
     ],
@@ -171,6 +171,7 @@ def test_other_batches_go_on_at_the_same_sample(then, data, train_here, monkeypa
     assert state["epoch"] == 2 and sorted(ids) == list(range(blocks)) and blocks > 500  # each once, none left out
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["stock task", "earlier version"])
 def test_checkpoints_that_do_not_say_their_batches_are_understood_by_their_options(
     kind, train_here, monkeypatch, tmp_path
@@ -322,6 +323,7 @@ def test_fairseqs_own_models_resume_as_without_us(train_here, log, tmp_path):
 # Muon
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("task,words", [("ours", OURS), ("stock", STOCK)])
 def test_muon_goes_on_bit_for_bit(task, words, train_here, log, tmp_path):
     """Under a schedule of three stages, which scales both learning rates."""
@@ -345,7 +347,7 @@ def test_muon_goes_on_bit_for_bit(task, words, train_here, log, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--fp16"], ["--ddp-backend", "fully_sharded"]])
-@pytest.mark.parametrize("task,model", [("ours", OURS), ("stock", STOCK)])
+@pytest.mark.parametrize("task,model", [("ours", OURS), pytest.param("stock", STOCK, marks=pytest.mark.nightly)])
 def test_what_does_not_go_with_muon_is_one_line(task, model, words, train_here, tmp_path):
     with pytest.raises(UserError, match=f"^{' '.join(words)} does not go with --optimizer muon; leave it out"):
         train_here(tmp_path, *model, "--optimizer", "muon", *words, task=task, updates=1)

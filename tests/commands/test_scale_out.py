@@ -108,7 +108,7 @@ def straight(command, run_cli, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param("ddp", marks=pytest.mark.nightly), "sharded"])
 def test_a_killed_worker_costs_a_restart_and_nothing_else(
     backend, processes, command, launch, finish, straight, tmp_path
 ):
@@ -139,6 +139,7 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(
     assert ended["optimizer_history"][-1]["num_updates"] == 50
 
 
+@pytest.mark.nightly
 def test_muon_on_two_processes_is_muon_on_one(command, launch, finish, run_cli, tmp_path):
     words = [*BACKENDS["ddp"], "--optimizer", "muon", "--weight-decay", "0.1"]
     finish(launch(2, command(tmp_path / "two", *words, updates=20)))
@@ -150,6 +151,7 @@ def test_muon_on_two_processes_is_muon_on_one(command, launch, finish, run_cli, 
     assert difference(ended, expected) < 1e-4
 
 
+@pytest.mark.nightly
 def test_weights_that_travel_in_bf16_train_as_fp32_ones_do(command, launch, finish, straight, tmp_path):
     finish(launch(2, command(tmp_path, *BACKENDS["sharded"], "--autocast", "bf16", updates=20)))
     expected = straight(2)[0]
@@ -159,6 +161,7 @@ def test_weights_that_travel_in_bf16_train_as_fp32_ones_do(command, launch, fini
     assert {t.dtype for t in state(tmp_path / "checkpoint_last.pt")["model"].values()} == {torch.float32}
 
 
+@pytest.mark.nightly
 def test_parts_join_to_the_whole_and_either_goes_on(command, launch, finish, straight, run_cli, tmp_path):
     """Three processes: the parts are of different sizes, and some of them empty."""
     sharded = ["--ddp-backend", "fully_sharded"]
@@ -200,7 +203,7 @@ def test_parts_join_to_the_whole_and_either_goes_on(command, launch, finish, str
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGUSR1])
 def test_a_signal_to_one_process_saves_and_ends_all(number, command, launch, finish, tmp_path):
     process = launch(2, command(tmp_path, *BACKENDS["ddp"], updates=100000), fresh=number == signal.SIGTERM)
     for line in process.stdout:

@@ -18,6 +18,7 @@ def shards(data, tmp_path):
     return tmp_path / "one", tmp_path / "two"
 
 
+@pytest.mark.nightly
 def test_folders_take_turns_by_epoch(shards, run_cli, flags, tmp_path, losses):
     one, two = shards
     updates = -(-IndexedDataset(one / "train").num_tokens // 32 // 4) + 3

@@ -31,7 +31,7 @@ def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("task", ["stock", "ours"])
+@pytest.mark.parametrize("task", [pytest.param("stock", marks=pytest.mark.nightly), "ours"])
 def test_resumed_training_is_bitwise_training_straight_through(task, data, run_cli, tmp_path, flags, losses):
     more = [*MODEL, "--dropout", "0.1", "--save-interval-updates", "5", "--disable-validation"]
     straight = run_cli(flags(data, tmp_path / "straight", *more, task=task, updates=10))
@@ -43,6 +43,7 @@ def test_resumed_training_is_bitwise_training_straight_through(task, data, run_c
     assert same(weights(tmp_path / "straight/checkpoint_last.pt"), weights(tmp_path / "halves/checkpoint_last.pt"))
 
 
+@pytest.mark.nightly
 def test_same_seed_same_run_other_seed_other_run(data, run_cli, tmp_path, flags, losses):
     runs = [
         run_cli(flags(data, tmp_path / str(i), *MODEL, "--seed", seed, updates=3)) for i, seed in enumerate((7, 7, 8))
@@ -91,7 +92,7 @@ def test_kill_dash_nine_at_random_moments_loses_a_few_updates_at_most(
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("task", ["stock", "ours"])
+@pytest.mark.parametrize("task", [pytest.param("stock", marks=pytest.mark.nightly), "ours"])
 def test_two_processes_are_one_with_twice_the_batch(task, data, run_cli, tmp_path, flags):
     def logged(name, *words):
         return flags(

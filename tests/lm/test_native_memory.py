@@ -66,7 +66,7 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
-@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("copies", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_125m_in_fp16_takes_its_file_and_in_fp32_its_weights(small, tmp_path, copies):
     path = checkpoint(tmp_path / "model.pt", OPTIONS, copies)
     size = path.stat().st_size

@@ -285,7 +285,7 @@ def test_bf16_autocast_trains_close_to_fp32(form):
     or not Path(sysconfig.get_path("include"), "Python.h").exists(),
     reason="torch.compile needs a C++ compiler and Python's headers",
 )
-@pytest.mark.parametrize("form", ["sinusoidal", "llama"])
+@pytest.mark.parametrize("form", [pytest.param("sinusoidal", marks=pytest.mark.nightly), "llama"])
 def test_compiled_blocks_compute_the_same(form):
     decoder = build("learned", form).float()
     tokens = random_tokens()

@@ -35,6 +35,7 @@ def test_kernels_compute_the_equation(run_cli, file, tests):
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= tests
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not (tool_exists("ptxas") and tool_exists("cuobjdump")), reason="Triton's compiler for CUDA is not installed"
 )

@@ -182,6 +182,7 @@ def test_one_and_two_blocks_tell_what_seven_need(changes, view):
     assert max(m.total() for m in told.values()) == pytest.approx(max(m.total() for m in seven.values()), rel=1e-3)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("kind", ["none", "ema"])
 def test_two_batches_tell_what_larger_ones_need(checkpoint, kind):

@@ -32,6 +32,7 @@ def medium():
     return make_plan(job())
 
 
+@pytest.mark.nightly
 def test_batches_and_time_of_a_medium_model(medium):
     chosen = medium.chosen
     assert [(o.strategy, o.checkpointing) for o in medium.options] == [
@@ -83,6 +84,7 @@ def test_links(medium):
     assert slow.step_seconds == pytest.approx(slow.communication_seconds + 0.25 * slow.compute_seconds)
 
 
+@pytest.mark.nightly
 def test_cost_of_momentum(medium):
     momentum = medium.momentum
     tensor = medium.chosen.micro_batch * 2048 * 2048 * 2

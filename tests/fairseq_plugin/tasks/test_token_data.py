@@ -132,7 +132,14 @@ STOCKS = [["--sample-break-mode", "eos"], ["--sample-break-mode", "complete"], [
           ["--grouped-shuffling"], ["--sample-break-mode", "eos", "--max-tokens", "60"]]  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", OURS + STOCKS, ids=" ".join)
+def lanes(every, by_day):
+    """Each of ``every``, by night but for the first ``by_day``."""
+    return [
+        each if number < by_day else pytest.param(each, marks=pytest.mark.nightly) for number, each in enumerate(every)
+    ]
+
+
+@pytest.mark.parametrize("flags", lanes(OURS, 6) + lanes(STOCKS, 3), ids=lambda flags: " ".join(flags))
 def test_batches_are_those_of_the_stock_task(flags, corpus):
     """Over epochs and processes, with the same tokens, padding and numbers, in the same order."""
     data = f"{corpus / 'a'}:{corpus / 'b'}"
@@ -276,7 +283,9 @@ def samples(batches):
     return [batch["id"].tolist() if batch else [] for batch in batches]
 
 
-@pytest.mark.parametrize("done, before, after", [(1, 0, 0), (4, 1, 0), (11, 0, 1), (15, 0, 0)])
+@pytest.mark.parametrize(
+    "done, before, after", [(1, 0, 0), (4, 1, 0), pytest.param(11, 0, 1, marks=pytest.mark.nightly), (15, 0, 0)]
+)
 def test_a_run_goes_on_at_the_exact_sample(done, before, after, corpus, tmp_path):
     """Whatever the number of workers. Also with the state of the stock task, and the stock task with ours."""
     task, cfg = build("momentum_language_modeling", corpus / "a")
@@ -310,7 +319,7 @@ def test_resuming_reads_nothing_that_was_read_before(corpus, monkeypatch):
     assert samples(resumed.next_epoch_itr()) == whole[-2:] and read == [*whole[-2], *whole[-1]]
 
 
-@pytest.mark.parametrize("worlds", [(2, 3), (3, 2), (1, 4), (4, 1), (2, 3, 2), (3, 5, 1, 2)])
+@pytest.mark.parametrize("worlds", lanes([(3, 5, 1, 2), (2, 3), (3, 2), (1, 4), (4, 1), (2, 3, 2)], 1))
 def test_other_numbers_of_processes_go_on_without_loss_or_repetition(worlds, corpus):
     """As after elastic restarts on fewer nodes or more; the next epoch is then that of a run that never stopped."""
     task, cfg = build("momentum_language_modeling", corpus / "a", "--batch-size", "2")
@@ -341,7 +350,7 @@ def test_other_numbers_of_processes_go_on_without_loss_or_repetition(worlds, cor
     )
 
 
-@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("turn", lanes(range(4), 1))
 def test_other_batches_and_processes_go_on_without_loss_or_repetition(turn, corpus):
     """Stretches of an epoch of two updates, each with a batch size, a number of processes and an --update-freq of its
     own.

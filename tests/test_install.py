@@ -69,7 +69,7 @@ def environment(tmp_path, run_cli):
     return Environment(tmp_path / "venv", run_cli)
 
 
-@pytest.mark.parametrize("editable", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["normal", "editable"])
+@pytest.mark.parametrize("editable", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["normal", "editable"])
 def test_pip_installs_the_hook_and_removes_it(editable, environment, source):
     before = sorted(os.listdir(environment.site))
     assert environment.run("-c", HOOKED).stdout == "False\n"

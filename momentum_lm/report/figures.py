@@ -75,6 +75,11 @@ def draw(*panels: Panel, size: tuple[float, float] = SIZE, columns: int | None =
         return figure
 
 
+def set_title(axes: Any, title: str) -> None:
+    """Above a panel, at its left."""
+    axes.set_title(shown(title), fontsize=11, loc="left")
+
+
 def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: str = "valid") -> Panel:
     """Perplexity over context length, in tokens: ``series`` maps a model's name to its (context length, perplexity)
     points."""
@@ -104,7 +109,7 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
 
 
 def gap_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str = "") -> Panel:
-    """Training loss with something less that without, in nats per token, over tokens seen: one curve a name.
+    """Training loss with something minus that without, in nats per token, over tokens seen: one curve a name.
 
     A name's text up to the first `` seed`` picks its look: repetitions of one model look the same and share one legend
     entry. The first twentieth of the tokens, where losses fall too fast to be compared, may lie outside.
@@ -112,7 +117,7 @@ def gap_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str = 
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="tokens seen", ylabel="difference (nats per token)")
-        axes.set_title(shown(title), fontsize=11, loc="left")
+        set_title(axes, title)
         axes.axhline(0, color="#888888", linewidth=1.2, linestyle=(0, (4, 3)))
         looks: dict[str, int] = {}
         most, seen = max((points[-1][0] for points in curves.values() if points), default=0.0), [0.0]
@@ -139,7 +144,7 @@ def pairs_panel(
 
     def panel(axes: Any) -> None:
         axes.set(ylabel=shown(unit), xlim=(-0.25, 1.25))
-        axes.set_title(shown(title), fontsize=11, loc="left")
+        set_title(axes, title)
         for index, (name, values) in enumerate(pairs.items()):
             style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)]}
             for single in values if len(values) > 1 else ():
@@ -176,7 +181,7 @@ def accuracy_panel(
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="demonstrations in the prompt (shots)", ylabel="accuracy (%)")
-        axes.set_title(shown(title), fontsize=11, loc="left")
+        set_title(axes, title)
         every = sorted({point.shots for points in lines.values() for point in points})
         for index, (name, points) in enumerate(lines.items()):
             if not points:
@@ -234,7 +239,8 @@ def confusion_panel(counts: Sequence[Sequence[int]], labels: Sequence[str], titl
         axes.set_xticks(range(len(names)), names, fontsize=size, **turned)
         rows = [f"{name} ({total:,.0f})" for name, total in zip(names, totals, strict=True)]
         axes.set_yticks(range(len(names)), rows, fontsize=size)
-        axes.set(xlabel="predicted", ylabel="gold (examples)", title=shown(title), aspect="equal")
+        axes.set(xlabel="predicted", ylabel="gold (examples)", aspect="equal")
+        set_title(axes, title)
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
         axes.grid(False)
         axes.tick_params(length=0)

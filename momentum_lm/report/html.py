@@ -22,7 +22,7 @@ from .tables import Table, csv_text
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Plain text."""
+    """Plain text; a command or flag between backticks is code."""
 
     text: str
     kind: ClassVar = "paragraph"
@@ -30,7 +30,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Points:
-    """Plain sentences, one under another."""
+    """Plain sentences, one under another, as in paragraphs."""
 
     texts: Sequence[str]
     kind: ClassVar = "points"
@@ -221,7 +221,8 @@ class Forest:
         """How the plot is read."""
         bars = any(dot.interval for dot in self.dots)
         roles = {dot.role for dot in self.dots}
-        over = f" over {self._common}" if self._common else ", over what stands behind them"
+        named = all(dot.over for dot in self.dots if dot.interval)
+        over = f" over {self._common}" if self._common else ", over what the numbers name" if named else ""
         parts = [f"Bars: 95% intervals{over}."] * bars
         parts += ["Arrow: the interval goes on."] * any(self.arrows(dot) for dot in self.dots)
         parts += ["Hollow: controls."] * ("control" in roles)
@@ -281,10 +282,8 @@ def page(title: str, sections: Mapping[str, Sequence[Part]]) -> str:
 
 
 def _prose(text: str) -> Markup:
-    """A text for a page, with what stands between backticks as code."""
-    parts = text.split("`")
-    if len(parts) % 2 == 0:  # one has no partner
-        return escape(text)
+    """A text for a page, with commands and flags between backticks as code; other backticks, of names, stay."""
+    parts = re.split(r"`((?:momentum-lm |--)[^`]*)`", text)
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 

@@ -79,16 +79,17 @@ def _compared(results: Mapping[str, Any]) -> str:
     which = str(config.get("finetune_parameters", "kv"))
     tuned = _TUNED.get(which, f"parameters whose names match {legible(which, 60)}")
     loss = "their labels" if config.get("finetune_loss") == "label" else "all of their tokens"
-    rates = ", ".join(dict.fromkeys(f"{run['finetune_lr']:g}" for run in results["runs"]))
+    found = list(dict.fromkeys(f"{run['finetune_lr']:g}" for run in results["runs"]))
+    rates = f"rate {found[0]}" if len(found) == 1 else f"rates {', '.join(found[:-1])} and {found[-1]}"
     grid, chosen = config.get("finetune_lr"), ""
     if isinstance(grid, list) and len(grid) > 1:
         paper = config.get("protocol") == "paper"
         where = "the evaluated examples, as the paper did" if paper else "training examples that are not demonstrations"
-        chosen = f", chosen of {len(grid)} for each draw by accuracy on {where}"
+        chosen = f", for each draw the best of {len(grid)} by accuracy on {where}"
     return (
         "Zero-shot (ZSL) is the model without demonstrations. In context (ICL) it has them in its prompt. Finetuned "
         f"(FT) it has learned them instead: {tuned}, on {loss}, by plain SGD, one demonstration a step, in order, "
-        f"once, with learning rate {rates}{chosen}."
+        f"once, with learning {rates}{chosen}."
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from .figures import COLOURS, MARKERS, Panel, legend_columns, line_style, shown
+from .figures import COLOURS, MARKERS, Panel, legend_columns, line_style, set_title, shown
 
 _NEUTRAL = "#888888"  # as far from white as from black
 
@@ -35,7 +35,7 @@ def layer_panel(curves: Mapping[str, Curve], title: str = "", log: bool = False,
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="layer", ylabel=unit, yscale="log" if log else "linear")
-        axes.set_title(shown(title), fontsize=11, loc="left")
+        set_title(axes, title)
         axes.axhline(int(log), color=_NEUTRAL, linewidth=0.9)
         names = {name: shown(name, 30) for name in curves}
         below = max(map(len, names.values())) > _BESIDE
@@ -136,7 +136,7 @@ def overlap_panel(cells: ArrayLike, title: str = "") -> Panel:
     columns = (("finetuning repairs", wrong[:, 1], COLOURS[0]), ("finetuning does not", wrong[:, 0], COLOURS[1]))
 
     def panel(axes: Any) -> None:
-        axes.set_title(shown(title), fontsize=11, loc="left")
+        set_title(axes, title)
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="repaired in context (%)")
         axes.grid(False)
         axes.spines["bottom"].set_visible(False)
@@ -197,7 +197,7 @@ def heads_panel(values: ArrayLike, title: str = "", xlabel: str = "head") -> Pan
         return np.concatenate([colours, opacity[..., None]], axis=-1)
 
     def panel(axes: Any) -> None:
-        axes.set_title(shown(title), fontsize=11, loc="left")
+        set_title(axes, title)
         axes.pcolormesh(np.arange(heads + 1) + 0.5, np.arange(layers + 1) + 0.5, shades(table))
         lost = np.argwhere(~np.isfinite(table)) + 1
         if lost.size:

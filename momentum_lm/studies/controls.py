@@ -41,7 +41,7 @@ CONTROLS = {
     "random": Control(
         "random",
         "in FT's place: for SimAOU a random update, for Kendall and recall tokens in a random order, for "
-        "cos(dW_ICL, dW_FT) the demonstrations' keys in a random order, which keeps their values.",
+        "cos(dW_ICL, dW_FT) the demonstrations' keys dealt out anew among their values.",
         null=True,
         of_run=True,
         look=1,

@@ -23,12 +23,12 @@ for length, channels in ((1, 6), (9, 128)):
 """
 
 
-@pytest.mark.nightly
 def test_it_times_the_filter(run_cli):
     done = run_cli(["python", "-c", CALLS, SCRIPT])
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 def test_its_table_and_file(run_cli, tmp_path):
     small = "--lengths 1,8 --taps 3 --channels 8 --batch 1 --rounds 3 --json".split()
     done = run_cli(["python", SCRIPT, *small, tmp_path / "out.json"])

@@ -49,9 +49,10 @@ def test_tables_and_json_say_the_same(argv, capsys):
             "torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python".split(),
             marks=pytest.mark.nightly,
         ),
-        (
+        pytest.param(
             [*SMALL, "--gpus", "4", "--momentum-kind", "none"],
             "torchrun --nproc-per-node 4 --standalone --no-python".split(),
+            marks=pytest.mark.nightly,
         ),
     ],
 )

@@ -166,7 +166,6 @@ def validate(path, corpus, questions, *more):
     return ["fairseq-validate", corpus, *VALIDATE, "--path", path, "--data-dir", questions, *more]
 
 
-@pytest.mark.nightly
 def test_stock_validate_gives_the_same_accuracy(checkpoint, corpus, questions, run_cli, json_lines, tmp_path):
     names = ["mr", "trec", "winogrande"]
     selection = ["--datasets", ",".join(names), "--seeds", "1,2", "--limit", "60"]

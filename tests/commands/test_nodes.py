@@ -93,7 +93,7 @@ def test_two_nodes_train_through_the_recipes_launch_line_and_survive_a_killed_wo
             assert len(workers) == 1
             os.kill(workers[0], signal.SIGKILL)
             began["killed"] = time.monotonic()
-        if began and "again" not in began and re.search(r"@ [1-9]0 updates", line):  # from the last one saved
+        if began and "again" not in began and re.search(r"Loaded checkpoint .* @ [1-9]0 updates", line):
             began["again"] = time.monotonic()
     outputs = [output, processes[1].communicate(timeout=120)[0]]
     processes[0].wait(timeout=120)

@@ -323,8 +323,7 @@ def test_fairseqs_own_models_resume_as_without_us(train_here, log, tmp_path):
 # Muon
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("task,words", [("ours", OURS), ("stock", STOCK)])
+@pytest.mark.parametrize("task,words", [("ours", OURS), pytest.param("stock", STOCK, marks=pytest.mark.nightly)])
 def test_muon_goes_on_bit_for_bit(task, words, train_here, log, tmp_path):
     """Under a schedule of three stages, which scales both learning rates."""
     schedule = "--lr-scheduler tri_stage --warmup-steps 3 --hold-steps 4 --decay-steps 3".split()

@@ -107,8 +107,15 @@ def straight(command, run_cli, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", [pytest.param("ddp", marks=pytest.mark.nightly), "sharded"])
+@pytest.mark.parametrize(
+    "backend,processes",
+    [
+        ("sharded", 2),
+        pytest.param("ddp", 2, marks=pytest.mark.nightly),
+        pytest.param("ddp", 4, marks=pytest.mark.slow),
+        pytest.param("sharded", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_worker_costs_a_restart_and_nothing_else(
     backend, processes, command, launch, finish, straight, tmp_path
 ):
@@ -203,7 +210,7 @@ def test_parts_join_to_the_whole_and_either_goes_on(command, launch, finish, str
     )
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.nightly)])
 def test_a_signal_to_one_process_saves_and_ends_all(number, command, launch, finish, tmp_path):
     process = launch(2, command(tmp_path, *BACKENDS["ddp"], updates=100000), fresh=number == signal.SIGTERM)
     for line in process.stdout:

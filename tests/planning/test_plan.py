@@ -32,7 +32,6 @@ def medium():
     return make_plan(job())
 
 
-@pytest.mark.nightly
 def test_batches_and_time_of_a_medium_model(medium):
     chosen = medium.chosen
     assert [(o.strategy, o.checkpointing) for o in medium.options] == [

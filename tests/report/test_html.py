@@ -176,9 +176,10 @@ def test_confusion_figure():
 
 
 def test_code_in_a_sentence():
-    shown = page("t", {"": [Paragraph("run `a <b>` now"), Points(["one ` alone <"]), Definitions({"`x`": "`y`"})]})
-    assert "<p>run <code>a &lt;b&gt;</code> now</p>" in shown and "<li>one ` alone &lt;</li>" in shown
-    assert "<dt>`x`</dt><dd><code>y</code></dd>" in shown
+    texts = ["run `momentum-lm report <b>` now", "names: `a` and `b <c>`"]
+    shown = page("t", {"": [Paragraph(texts[0]), Points(texts[1:]), Definitions({"`--x`": "`--y`"})]})
+    assert "<p>run <code>momentum-lm report &lt;b&gt;</code> now</p>" in shown
+    assert "<li>names: `a` and `b &lt;c&gt;`</li>" in shown and "<dt>`--x`</dt><dd><code>--y</code></dd>" in shown
 
 
 def test_every_part_is_escaped_and_balanced():
@@ -227,7 +228,7 @@ def test_forest_has_every_number_where_it_belongs():
         "0.500 (0.400 to 0.600; 3 draws)",
         "1.500 (1.000 to 2.000; examples)",
     ]
-    assert mixed.note().startswith("Bars: 95% intervals, over what stands behind them. ")
+    assert mixed.note().startswith("Bars: 95% intervals, over what the numbers name. ")
     assert Forest("t", [Dot("a", -0.0)]).text(Dot("a", -0.0001)) == "0.000"  # no minus before a zero
     assert Forest("t", [Dot("a", None)]).ends == (0.0, 1.0)
     wide = Forest("t", [Dot("a", 0.05, (-0.16, 0.27)), Dot("b", 0.0, role="control")])

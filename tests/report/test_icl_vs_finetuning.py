@@ -349,3 +349,26 @@ def test_heads_show_sign_and_size():
 def test_other_tasks_are_refused(write_results):
     with pytest.raises(UserError, match="holds results of icl_classification, and not of icl_finetune_analysis"):
         r.write_report(write_results(datasets=("mr",), shots=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("config", "rates", "said"),
+    [
+        ({}, (0.1,), "key and value projections, on all of their tokens, .* with learning rate 0.1."),
+        ({"finetune_lr": [0.1]}, (0.1, 0.1), "with learning rate 0.1."),
+        (
+            {"finetune_lr": [1, 0.1], "finetune_parameters": "all", "finetune_loss": "label"},
+            (1.0, 0.1, 1.0),
+            "all parameters, on their labels, .* with learning rates 1 and 0.1, for each draw the best of 2 by "
+            "accuracy on training examples that are not demonstrations.",
+        ),
+        (
+            {"finetune_lr": [1, 0.1], "finetune_parameters": r"fc\d", "protocol": "paper"},
+            (1.0,),
+            r"parameters whose names match fc\\d, .* accuracy on the evaluated examples, as the paper did.",
+        ),
+    ],
+)
+def test_a_page_says_how_the_model_was_finetuned(config, rates, said):
+    text = r._compared({"config": config, "runs": [{"finetune_lr": rate} for rate in rates]})
+    assert re.search(f"Finetuned .FT. it has learned them instead: .*{said}$", text), text

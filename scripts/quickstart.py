@@ -59,6 +59,7 @@ class Settings:
     vocab_size: int = 8192
     valid: str = "0.01"
     test: str = "0"
+    prepare: tuple[str, ...] = ()  # more flags of `momentum-lm prepare`
     context_lengths: tuple[int, ...] = (64, 256)
     corpus: str = ""  # empty: the movie reviews
     seconds: float | None = None  # bound on training, which then sets ``updates``
@@ -76,21 +77,17 @@ class Settings:
 
     def fast(self) -> Settings:
         """A few updates of one seed, and evaluations of a few examples: enough to see that everything works."""
-        few = ("--shots", "0,4", "--seeds", "1,2", "--limit", "20", "--calibration", "none,batch")
-        analysis = (
-            "--shots",
-            "4",
-            "--seeds",
-            "1",
-            "--limit",
-            "10",
-            "--finetune-lr",
-            "0.01",
-            "--controls",
-            "random,shuffled_labels",
-        )
+        few = "--shots 0,4 --seeds 1,2 --limit 10 --calibration none,batch"
+        analysis = "--shots 4 --seeds 1 --limit 6 --finetune-lr 0.01 --controls random,shuffled_labels"
         return replace(
-            self, seeds=self.seeds[:1], updates=20, warmup=5, context_lengths=(256,), icl=few, finetuning=analysis
+            self,
+            seeds=self.seeds[:1],
+            updates=20,
+            warmup=5,
+            context_lengths=(256,),
+            icl=tuple(few.split()),
+            finetuning=tuple(analysis.split()),
+            prepare=("--max-documents", "3000", "--sample-mb", "3"),
         )
 
     def train_command(self, data: Path, model: str, seed: int, updates: int) -> list[str]:
@@ -198,7 +195,7 @@ def prepare(settings: Settings, output: Path, corpus: Path) -> Job:
     command = [
         tool("momentum-lm"), "prepare", str(corpus), "--output", str(output / "data"), "--vocab-size",
         str(settings.vocab_size),
-        "--valid", settings.valid, "--test", settings.test,
+        "--valid", settings.valid, "--test", settings.test, *settings.prepare,
     ]  # fmt: skip
     return Job("prepare", command, output, usable_cpus())
 

@@ -17,7 +17,7 @@ from paired_runs import RunOnText, average, difference
 from momentum_lm.analysis.statistics import PairedDifference
 from momentum_lm.files import write_json
 from momentum_lm.report import classification, icl_vs_finetuning
-from momentum_lm.report.classification_comparison import ClassificationComparison, intervals_text
+from momentum_lm.report.classification_comparison import ClassificationComparison, intervals_text, is_clear
 from momentum_lm.report.figures import Panel, accuracy_panel, draw, gap_panel, pairs_panel, save_png, to_svg
 from momentum_lm.report.finetuning_verdicts import conclusions, verdict
 from momentum_lm.report.html import (
@@ -172,16 +172,18 @@ def _in_context(output: Path) -> Chapter:
     cells = {key[1:]: classification_summary.summarise_cell(some) for key, some in
              classification_summary.cells(runs).items()}  # fmt: skip
     most = max(shots for shots, _ in cells)
-    told = []
+    told, clear = [], []
     differences = ClassificationComparison([folder], between=("shots", [0, most])).differences
     for ((_, calibration), _), gap in differences.items():
         without, shown = (classification.percent(cells[shots, calibration]["mean"]) for shots in (0, most))
         what = "without calibration" if calibration == "none" else f"with {calibration} calibration"
         told.append(f"{without}% and {shown}% {what} ({100 * gap.difference:+.1f} points, 95%: {intervals_text(gap)})")
+        clear.append(is_clear(gap))
     finding = (
         f"Learning from the prompt: without and with {counted(most, 'demonstration')} SmolLM2-135M-Instruct (4-bit "
         f"weights) is right about {', '.join(told)} of sentences of film reviews (MR). Always giving the same answer "
-        f"is right for {classification.percent(level[1])}%."
+        f"is right for {classification.percent(level[1])}%. A gain counts as shown where no interval of "
+        f"it holds 0: here {'each' if all(clear) else 'some' if any(clear) else 'none'}."
     )
     return Chapter(
         finding,

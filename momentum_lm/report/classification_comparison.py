@@ -138,10 +138,8 @@ class ClassificationComparison(Comparison):
         """A sentence for each setting and side: which intervals leave out 0."""
         sentences = []
         for (setting, number), gap in self.differences.items():
-            intervals = intervals_of(gap)
             texts = intervals_text(gap)
-            clear = all(ends.low > 0 or ends.high < 0 for ends in intervals.values())
-            word = "" if clear and intervals else ", which is not shown to be more than chance"
+            word = "" if is_clear(gap) else ", which is not shown to be more than chance"
             sides = f"{self._side(number)} against {self._side(0)}"
             ends = f" (95%: {texts})" if texts else ""
             sentences.append(f"{_where(setting)}: {sides} {100 * gap.difference:+.1f} points{ends}{word}.")
@@ -373,6 +371,12 @@ def intervals_of(gap: AccuracyDifference) -> dict[str, Interval]:
 def intervals_text(gap: AccuracyDifference) -> str:
     """The intervals of a difference in points, each with what it is over; empty where there are none."""
     return "; ".join(f"{_points_text(ends)} over {over}" for over, ends in intervals_of(gap).items())
+
+
+def is_clear(gap: AccuracyDifference) -> bool:
+    """Whether a difference has intervals, and none of them holds 0."""
+    intervals = intervals_of(gap).values()
+    return bool(intervals) and all(ends.low > 0 or ends.high < 0 for ends in intervals)
 
 
 def _points_text(interval: Interval | None) -> str:

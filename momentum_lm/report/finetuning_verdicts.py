@@ -72,16 +72,17 @@ def _similarity_sentences(dataset: str, shots: int, runs: Sequence[Run]) -> list
     where = f"{dataset}, {counted(shots, 'shot')}"
     sentences = []
     if tested:
-        found = f"{', '.join(above)} ({len(above)} of {len(tested)})"
+        found = f"{'; '.join(above)} ({len(above)} of {len(tested)})"
         sentences.append(
             f"{where}: similarities of ICL and finetuning above every control: {found}."
             if above
-            else f"{where}: no similarity of ICL and finetuning lies above every control ({', '.join(tested)})."
+            else f"{where}: none of the tested similarities of ICL and finetuning lies above every control "
+            f"({'; '.join(tested)})."
         )
     if rest:
-        sentences.append(f"{where}, not shown to lie above every control: {', '.join(rest)}.")
+        sentences.append(f"{where}, not shown to lie above every control: {'; '.join(rest)}.")
     if bare:
-        sentences.append(f"{where}, measured without a control: {', '.join(bare)}.")
+        sentences.append(f"{where}, measured without a control: {'; '.join(bare)}.")
     return sentences or [f"{where}: no similarity of ICL and finetuning could be measured."]
 
 

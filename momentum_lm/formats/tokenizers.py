@@ -13,6 +13,8 @@ from momentum_lm.files import write_json
 from momentum_lm.text.dictionary import BOS, EOS, PAD, SPECIALS, UNK
 from momentum_lm.text.tokenizer import GPT2Tokenizer, HuggingFaceTokenizer, Tokenizer
 
+from .gguf import header_read_once
+
 NAMES = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
 _MOST_TOKENS = 1 << 24
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # one of which every tokenizer of transformers has
@@ -40,7 +42,8 @@ def save_tokenizer(
     own = source / "tokenizer.json"
     given = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **given)
+        with header_read_once():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **given)
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
             raise UserError(f"{source}: the tokenizer is {kind}, Python code without a tokenizer.json")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, file_sha256
+from momentum_lm.formats.gguf import header_read_once
 from momentum_lm.text.hub import hub_answers
 from momentum_lm.text.tokenizer import prefix_of
 
@@ -530,8 +531,9 @@ def load_huggingface(
         given["local_files_only"] = True  # what earlier downloads left
     unchanged = Unchanged(_files(name, gguf_file))
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **given)
+        with header_read_once():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **given)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from momentum_lm.errors import UserError
 from momentum_lm.formats.families import LLAMA, family_of
 from momentum_lm.formats.gguf import read_gguf
+from momentum_lm.lm.huggingface import load_huggingface
 from momentum_lm.lm.native import load_native
 
 from .conftest import TEXTS, byte_level_bpe, sentences
@@ -136,6 +137,23 @@ def test_what_transformers_reads(convert, tmp_path, family, kind, changes):
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert type(again) is type(model) and again.config.rms_norm_eps == 1e-5  # not what fp32 makes of it
+
+
+def test_the_header_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, random_model("llama"), Q.F32)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    calls = []
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        function = getattr(gguf, name)
+        monkeypatch.setattr(gguf, name, lambda *args, f=function, n=name: calls.append(n) or f(*args))
+    before = vars(gguf).copy()
+    lm = load_huggingface(str(tmp_path), path.name)
+    assert sorted(calls) == ["GGUFReader", "get_tensor_name_map"]
+    assert vars(gguf) == before
+    assert all(torch.equal(a, b) for a, b in zip(lm.model.parameters(), plain.parameters(), strict=True))
+    write_gguf(path, random_model("llama", num_hidden_layers=1), Q.F32)  # nothing of the old file is kept
+    assert load_huggingface(str(tmp_path), path.name).model.config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

@@ -78,12 +78,12 @@ class Settings:
     def fast(self) -> Settings:
         """A few updates of one seed, and evaluations of a few examples: enough to see that everything works."""
         few = "--shots 0,4 --seeds 1,2 --limit 10 --calibration none,batch"
-        analysis = "--shots 4 --seeds 1 --limit 6 --finetune-lr 0.01 --controls random,shuffled_labels"
+        analysis = "--shots 4 --seeds 1 --limit 4 --finetune-lr 0.01 --controls random,shuffled_labels"
         return replace(
             self,
             seeds=self.seeds[:1],
-            updates=20,
-            warmup=5,
+            updates=10,
+            warmup=3,
             context_lengths=(256,),
             icl=tuple(few.split()),
             finetuning=tuple(analysis.split()),

@@ -248,15 +248,22 @@ def results(stored: Path, settings: dict) -> dict[tuple, dict]:
     return {(*(row[name] for name in Run._fields), row["split"], row["context_length"]): row for row in found["runs"]}
 
 
+def selection(
+    known: dict[tuple, dict], form: str, variant: str, seeds: Sequence[int], length: int
+) -> dict[float, float]:
+    """The mean loss (nats a token) on ``valid`` of each learning rate that was tried with all of these seeds."""
+    tried: dict[float, list[float]] = {}
+    for (f, v, lr, seed, split, n), row in known.items():
+        if (f, v, split, n) == (form, variant, "valid", length) and seed in seeds:
+            tried.setdefault(lr, []).append(math.log(row["perplexity"]))
+    return {lr: statistics.mean(found) for lr, found in tried.items() if len(found) == len(seeds)}
+
+
 def learning_rates(args: argparse.Namespace, known: dict[tuple, dict], form: str, variant: str) -> list[float]:
     """Those given; or the best of those that were tried."""
     if args.lr != "best":
         return args.lr
-    tried: dict[float, list[float]] = {}
-    for (f, v, lr, seed, split, length), row in known.items():
-        if (f, v, split, length) == (form, variant, "valid", max(args.lengths)) and seed in args.selection_seeds:
-            tried.setdefault(lr, []).append(math.log(row["perplexity"]))
-    whole = {lr: statistics.mean(found) for lr, found in tried.items() if len(found) == len(args.selection_seeds)}
+    whole = selection(known, form, variant, args.selection_seeds, max(args.lengths))
     if not whole:
         raise UserError(
             f"--lr best: no learning rate of {variant} ({form}) was tried on valid with all of the --selection-seeds "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -175,6 +176,36 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     mean = float(sample.mean())
     half = t_quantile(0.5 + confidence / 2, sample.size - 1) * float(sample.std(ddof=1)) / math.sqrt(sample.size)
     return Interval(mean, mean - half, mean + half, sample.size)
+
+
+def t_test(values: ArrayLike) -> float:
+    """Student's two-sided p-value for a mean of zero, of a few independent runs or of their paired differences.
+
+    values (n,). Raises ValueError for n < 2.
+    """
+    sample = _vector(values, "values")
+    if sample.size < 2:
+        raise ValueError("a test over runs needs at least two of them")
+    deviation = float(sample.std(ddof=1))
+    if not deviation:
+        return 0.0 if sample[0] else 1.0
+    angle = math.atan(abs(float(sample.mean())) / deviation * math.sqrt(sample.size / (sample.size - 1)))
+    return max(0.0, 1 - _central_mass(angle, sample.size - 1))
+
+
+def holm(p_values: Sequence[float], tests: int | None = None) -> list[float]:
+    """p-values corrected for being several, in the order given (Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    ``tests``: how many were planned, if not all have been made yet. Raises ValueError if that is fewer than given.
+    """
+    planned = len(p_values) if tests is None else tests
+    if planned < len(p_values):
+        raise ValueError(f"{len(p_values)} p-values of {planned} planned tests")
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (planned - rank) * p_values[place]))
+        corrected[place] = least
+    return corrected
 
 
 def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: float = 0.95) -> Interval:

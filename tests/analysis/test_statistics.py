@@ -135,3 +135,25 @@ def test_what_two_ratios_share_is_no_doubt_about_their_difference():
     assert (gap.estimate, gap.low, gap.high) == pytest.approx((0.1, 0.1, 0.1))
     apart = st.ratio_difference_interval((0.5 + ups) * sizes, sizes, (0.4 - ups) * sizes, sizes)
     assert apart.high - apart.low > 0.3
+
+
+@pytest.mark.parametrize("values", [[1.0, 3.0], [0.1, 0.2, -0.05, 0.3], [-0.5, -0.4, -0.6, -0.45], [1e-9, -1e-9]])
+def test_t_test_is_scipys(values):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    assert st.t_test(values) == pytest.approx(scipy_stats.ttest_1samp(values, 0).pvalue, rel=1e-9)
+
+
+def test_t_test_at_its_ends():
+    assert st.t_test([2.0, 2.0, 2.0]) == 0.0 and st.t_test([0.0, 0.0]) == 1.0
+    low = st.t_interval([0.1, 0.2, 0.4], confidence=1 - st.t_test([0.1, 0.2, 0.4])).low
+    assert low == pytest.approx(0, abs=1e-9)  # the interval of that confidence ends at zero
+    with pytest.raises(ValueError, match="at least two"):
+        st.t_test([1.0])
+
+
+def test_holm_by_hand():
+    assert st.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert st.holm([0.01, 0.04], tests=6) == pytest.approx([0.06, 0.2])  # the others may still come out smaller
+    assert st.holm([0.5, 0.9]) == [1.0, 1.0] and st.holm([]) == []
+    with pytest.raises(ValueError, match="2 p-values of 1 planned"):
+        st.holm([0.1, 0.2], tests=1)

@@ -1,0 +1,177 @@
+"""Judges a sweep as PLAN.md says: momentum (ema) against vanilla, against three taps (fir3), and against the best of
+the filters that see one token back, in each form, on test text.
+
+    python examples/momentum_vs_vanilla/verdicts.py runs/study/results_1.02e+06.json --picture verdicts.png
+
+Prints Markdown. Comparisons whose runs are not there yet are named; p-values are corrected for all that are planned.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sweep
+
+from momentum_lm.analysis.statistics import Interval, holm, t_interval, t_test
+from momentum_lm.cli.options import Parser
+from momentum_lm.errors import UserError, main_guard
+from momentum_lm.report.figures import COLOURS, MARKERS, draw, save_png
+from momentum_lm.results.ownership import PICTURE, check_ours
+from momentum_lm.studies.flags import choices
+
+ONE_LAG = ("shift", "shift_values", "kv_shift", "smear")
+SELECTION_SEEDS, CONTEXT = (101, 102), 256
+SMALLEST = 0.01  # effect of interest, of perplexity
+WIDEST = {"gpt": 0.02, "llama": 0.01}  # half of an interval, of perplexity, before more seeds are run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """ema against another variant of a form: differences of test loss, by seed (nats a token; negative: ema is better),
+    and Student's interval and p-value of their mean."""
+
+    form: str
+    other: str
+    rates: tuple[float, float]  # learning rates of ema and of the other
+    differences: dict[int, float]
+
+    @property
+    def interval(self) -> Interval:
+        return t_interval(list(self.differences.values()))
+
+    def verdict(self, p: float) -> str:
+        """``p``: corrected."""
+        low, high = math.expm1(self.interval.low), math.expm1(self.interval.high)
+        if high < -SMALLEST:
+            return "gain"
+        if low > SMALLEST:
+            return "loss"
+        if low > -SMALLEST and high < SMALLEST:
+            return "tie"
+        if p < 0.05 and not low <= 0 <= high:
+            return f"{'gain' if high < 0 else 'loss'}, its size not settled"
+        return "open"
+
+
+def chosen(known: dict[tuple, dict], form: str, variant: str) -> tuple[float, float] | None:
+    """The learning rate of the lowest mean loss on ``valid``, and that loss; None where none was tried."""
+    losses = sweep.selection(known, form, variant, SELECTION_SEEDS, CONTEXT)
+    return min(((lr, loss) for lr, loss in losses.items()), key=lambda pair: pair[1], default=None)
+
+
+def losses_on_test(known: dict[tuple, dict], form: str, variant: str, lr: float) -> dict[int, float]:
+    """By seed, in nats a token."""
+    return {
+        seed: math.log(row["perplexity"])
+        for (f, v, rate, seed, split, length), row in known.items()
+        if (f, v, rate, split, length) == (form, variant, lr, "test", CONTEXT) and seed not in SELECTION_SEEDS
+    }
+
+
+def compare(known: dict[tuple, dict], form: str, other: str) -> Comparison | None:
+    """None where fewer than two seeds of both are there."""
+    ours, theirs = chosen(known, form, "ema"), chosen(known, form, other)
+    if ours is None or theirs is None:
+        return None
+    mine, its = losses_on_test(known, form, "ema", ours[0]), losses_on_test(known, form, other, theirs[0])
+    differences = {seed: mine[seed] - its[seed] for seed in sorted(mine.keys() & its.keys())}
+    return Comparison(form, other, (ours[0], theirs[0]), differences) if len(differences) > 1 else None
+
+
+def best_one_lag(known: dict[tuple, dict], form: str) -> str | None:
+    """The one with the lowest loss on ``valid``; None until all four were tried."""
+    found = {name: chosen(known, form, name) for name in ONE_LAG}
+    return None if None in found.values() else min(found, key=lambda name: found[name][1])
+
+
+def judge(known: dict[tuple, dict], forms: Sequence[str]) -> tuple[list[Comparison], list[str]]:
+    """The primary comparisons that can be made, and the names of the others."""
+    made, missing = [], []
+    for form in forms:
+        for other in ("vanilla", "fir3", best_one_lag(known, form)):
+            found = None if other is None else compare(known, form, other)
+            if found is None:
+                missing.append(f"{form}: ema against {other or 'the best filter of one lag'}")
+            else:
+                made.append(found)
+    return made, missing
+
+
+def percent(nats: float) -> str:
+    """A difference of losses as one of perplexities."""
+    return f"{math.expm1(nats):+.1%}"
+
+
+def table(made: Sequence[Comparison], planned: int) -> str:
+    """Markdown, one comparison a row."""
+    corrected = holm([t_test(list(one.differences.values())) for one in made], planned)
+    lines = [
+        "| form | ema against | learning rates | seeds | perplexity | 95% interval | p (Holm) | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one, p in zip(made, corrected, strict=True):
+        gap = one.interval
+        lines.append(
+            f"| {one.form} | {one.other} | {one.rates[0]:g}, {one.rates[1]:g} | {gap.n} | {percent(gap.value)} | "
+            f"{percent(gap.low)} to {percent(gap.high)} | {f'{p:.3f}' if p >= 0.001 else '< 0.001'} | "
+            f"{one.verdict(p)} |"
+        )
+    return "\n".join(lines)
+
+
+def forest(made: Sequence[Comparison]):
+    """A panel: a row a comparison, with its interval and a faint point a seed."""
+
+    def panel(axes):
+        axes.axvspan(-100 * SMALLEST, 100 * SMALLEST, color="#888888", alpha=0.15, lw=0)
+        axes.axvline(0, color="#888888", linewidth=1.2)
+        forms = list(dict.fromkeys(one.form for one in made))
+        for row, one in enumerate(made):
+            look, gap = forms.index(one.form), one.interval
+            low, value, high = (100 * math.expm1(nats) for nats in (gap.low, gap.value, gap.high))
+            seeds = [100 * math.expm1(nats) for nats in one.differences.values()]
+            colour, marker = COLOURS[look], MARKERS[look]
+            axes.plot(seeds, [row + 0.25] * len(seeds), marker, color=colour, alpha=0.35, markersize=4)
+            axes.errorbar(value, row, xerr=[[value - low], [high - value]], fmt=marker, color=colour, capsize=3)
+        axes.set_yticks(range(len(made)), [f"{one.form}: {one.other}" for one in made])
+        axes.invert_yaxis()
+        axes.set_xlabel("perplexity of ema against it (%): left is better")
+
+    return panel
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results_TOKENS.json of a sweep")
+    parser.add_argument("--form", default="gpt,llama", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draws the comparisons")
+    args = parser.parse_args(argv)
+    forms = choices(args.form, "--form", list(sweep.FORMS))
+    if not args.results.exists():
+        raise UserError(f"{args.results} does not exist: give results_TOKENS.json of a sweep's --output")
+    if args.picture:
+        try:
+            check_ours(args.picture, PICTURE)
+        except UserError:
+            raise UserError(f"--picture {args.picture} is there and not our picture: choose another name") from None
+    made, missing = judge(sweep.results(args.results, {}), forms)
+    if not made:
+        raise UserError(f"{args.results} has no comparison of the plan yet: {'; '.join(missing)}")
+    print(table(made, 3 * len(forms)))
+    for name in missing:
+        print(f"not there yet: {name}")
+    for one in made:
+        widest, gap = WIDEST.get(one.form), one.interval
+        if widest and (half := math.expm1((gap.high - gap.low) / 2)) > widest and gap.n >= 8:
+            print(f"{one.form}, {one.other}: the interval is +-{half:.1%}, wanted +-{widest:.0%}: the plan adds seeds")
+    if args.picture:
+        save_png(draw(forest(made), size=(6.5, 0.5 * len(made) + 1.2)), args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

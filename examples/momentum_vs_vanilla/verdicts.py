@@ -115,7 +115,7 @@ def table(made: Sequence[Comparison], planned: int) -> str:
     for one, p in zip(made, corrected, strict=True):
         gap = one.interval
         lines.append(
-            f"| {one.form} | {one.other} | {one.rates[0]:g}, {one.rates[1]:g} | {gap.n} | {percent(gap.value)} | "
+            f"| {one.form} | {one.other} | {one.rates[0]:g}, {one.rates[1]:g} | {gap.size} | {percent(gap.estimate)} | "
             f"{percent(gap.low)} to {percent(gap.high)} | {f'{p:.3f}' if p >= 0.001 else '< 0.001'} | "
             f"{one.verdict(p)} |"
         )
@@ -131,7 +131,7 @@ def forest(made: Sequence[Comparison]):
         forms = list(dict.fromkeys(one.form for one in made))
         for row, one in enumerate(made):
             look, gap = forms.index(one.form), one.interval
-            low, value, high = (100 * math.expm1(nats) for nats in (gap.low, gap.value, gap.high))
+            low, value, high = (100 * math.expm1(nats) for nats in (gap.low, gap.estimate, gap.high))
             seeds = [100 * math.expm1(nats) for nats in one.differences.values()]
             colour, marker = COLOURS[look], MARKERS[look]
             axes.plot(seeds, [row + 0.25] * len(seeds), marker, color=colour, alpha=0.35, markersize=4)
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not there yet: {name}")
     for one in made:
         widest, gap = WIDEST.get(one.form), one.interval
-        if widest and (half := math.expm1((gap.high - gap.low) / 2)) > widest and gap.n >= 8:
+        if widest and (half := math.expm1((gap.high - gap.low) / 2)) > widest and gap.size >= 8:
             print(f"{one.form}, {one.other}: the interval is +-{half:.1%}, wanted +-{widest:.0%}: the plan adds seeds")
     if args.picture:
         save_png(draw(forest(made), size=(6.5, 0.5 * len(made) + 1.2)), args.picture)

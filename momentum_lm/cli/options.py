@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from momentum_lm.errors import UserError, flags
+from momentum_lm.studies.flags import integers
 from momentum_lm.system import import_user_dir
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, huggingface: bool = Fal
              "%(default)s)",
     )  # fmt: skip
     group.add_argument(
+        "--without-momentum",
+        metavar="LAYERS",
+        help="take the filters that --path was trained with out of these layers: all, or 0,2: what is lost is what it "
+        "relies on them for",
+    )
+    group.add_argument(
         "--trust-checkpoint",
         action="store_true",
         help="load a checkpoint that holds more than plain data; such a file can run code",
@@ -126,10 +133,14 @@ def load_native_model(args: argparse.Namespace) -> NativeLM:
     """The checkpoint that ``--path`` names."""
     from momentum_lm.lm.native import load_native
 
-    tokenizer = getattr(args, "tokenizer", None)
-    return load_native(
+    tokenizer, without = getattr(args, "tokenizer", None), args.without_momentum
+    layers = without if without in (None, "all") else integers(without, "--without-momentum", 0, "0,2 or all")
+    lm = load_native(
         args.path, args.model_overrides, args.trust_checkpoint, device(args.device), _dtype(args), tokenizer
     )
+    if layers is not None:
+        lm.remove_momentum(layers)
+    return lm
 
 
 def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
@@ -144,6 +155,8 @@ def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
     from momentum_lm.lm.huggingface import load_huggingface
     from momentum_lm.lm.momentum_attention import add_momentum, check_eta
 
+    if args.without_momentum is not None:
+        raise UserError("--without-momentum is for --path; leave out --hf-momentum-eta to evaluate --hf-model without")
     if eta is not None:
         check_eta(eta)
     lm = load_huggingface(args.hf_model, args.hf_gguf_file, device(args.device), _dtype(args), args.trust_checkpoint)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from momentum_lm.errors import UserError, arg
 from momentum_lm.files import file_sha256
 from momentum_lm.formats.native import NativeCheckpoint, read_native
 from momentum_lm.model.config import recorded
-from momentum_lm.model.filters import own_source
+from momentum_lm.model.filters import MomentumFilter, own_source, remove_filters
 from momentum_lm.model.positions import document_ids
 from momentum_lm.model.state import Cache
 from momentum_lm.text.dictionary import BOS, EOS
@@ -35,6 +36,7 @@ class NativeLM(NativeCheckpoint):
 
     def __init__(self, *checkpoint: Any, in_training: bool = False, **options: Any) -> None:
         super().__init__(*checkpoint, **options)
+        self._without_momentum: list[int] | str | None = None
         if not in_training:
             self.model.eval().requires_grad_(False)
 
@@ -63,7 +65,31 @@ class NativeLM(NativeCheckpoint):
 
     def _architecture(self) -> dict[str, Any]:
         source = own_source(self.config)
-        return recorded(self.config) | ({} if source is None else {"momentum_code": file_sha256(source)})
+        found = recorded(self.config) | ({} if source is None else {"momentum_code": file_sha256(source)})
+        return found if self._without_momentum is None else found | {"without_momentum": self._without_momentum}
+
+    def remove_momentum(self, without_momentum: Sequence[int] | str) -> None:
+        """Takes the filters of these layers out, numbered from 0, or with ``"all"`` those of all layers and of the
+        embedding: what the model then loses is what it relies on them for. Records say which.
+
+        Raises UserError, and leaves the model as it is, for a layer that is not there or has no filter.
+        """
+        layers, wrong = self.model.layers, arg(without_momentum=without_momentum)
+        if isinstance(without_momentum, str):
+            if without_momentum != "all":
+                raise UserError(wrong, ": give layers, counted from 0, or all")
+            if not remove_filters(self.model):
+                raise UserError(wrong, f": {self.name} has no momentum")
+            self._without_momentum = without_momentum
+            return
+        for layer in without_momentum:
+            if not 0 <= layer < len(layers):
+                raise UserError(wrong, f": {self.name} has the layers 0 to {len(layers) - 1}")
+            if not any(isinstance(module, MomentumFilter) for module in layers[layer].modules()):
+                raise UserError(wrong, f": layer {layer} of {self.name} has no momentum")
+        for layer in set(without_momentum):
+            remove_filters(layers[layer])
+        self._without_momentum = sorted(set(without_momentum))
 
     @cached_property
     def sha256(self) -> str:

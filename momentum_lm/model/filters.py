@@ -83,6 +83,17 @@ def heads_at(config: DecoderConfig, place: str) -> tuple[int, int]:
     return groups, width // groups
 
 
+def remove_filters(module: nn.Module) -> int:
+    """Takes all filters out of a decoder, or of one of its blocks. Returns how many there were."""
+    found = 0
+    for part in list(module.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, MomentumFilter):
+                setattr(part, name, None)
+                found += 1
+    return found
+
+
 def is_of_filter(name: str) -> bool:
     """Whether a parameter of this name, in a decoder or in a checkpoint of one, belongs to a filter."""
     return re.search(r"(^|\.)momentum(_[a-z]+)*\.", name) is not None

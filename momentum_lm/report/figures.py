@@ -4,6 +4,7 @@ marker."""
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from PIL import Image
 
 from momentum_lm.files import atomic_write
 from momentum_lm.results.ownership import PICTURE, check_ours
+from momentum_lm.results.schema import PositionLoss
 from momentum_lm.untrusted import legible
 
 # Okabe and Ito's colours that have contrast on white and on near-black alike
@@ -103,6 +105,28 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.ticklabel_format(axis="y", useOffset=False)
+        _legend_below(axes)
+
+    return panel
+
+
+def position_panel(curves: Mapping[str, Sequence[PositionLoss]], title: str = "") -> Panel:
+    """Mean loss over the place in a block: a curve a name, of the parts of a results file."""
+
+    def panel(axes: Any) -> None:
+        axes.set(xlabel="place in the block (tokens)", ylabel="loss (nats per token)")
+        set_title(axes, title)
+        for index, (name, parts) in enumerate(curves.items()):
+            ends = [part["end"] for part in parts]
+            places = [math.sqrt((start + 1) * end) for start, end in itertools.pairwise([0, *ends])]
+            style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+            axes.plot(places, [part["loss"] for part in parts], label=shown(name), **style)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(
+            FixedLocator(sorted({part["end"] for parts in curves.values() for part in parts})[::-2])
+        )
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         _legend_below(axes)
 
     return panel

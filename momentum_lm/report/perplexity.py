@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,10 @@ from numpy.typing import NDArray
 from momentum_lm.analysis.statistics import PairedDifference, paired_bootstrap
 from momentum_lm.errors import UserError
 from momentum_lm.files import NPZ_ERRORS, file_stem, read_arrays
-from momentum_lm.results.schema import PerplexityRun
+from momentum_lm.results.schema import IclScore, PerplexityRun, PositionLoss
 
 from . import skeleton
-from .figures import draw, perplexity_panel, to_svg
+from .figures import draw, perplexity_panel, position_panel, to_svg
 from .html import Dot, Forest, Paragraph, Part, Picture, Reference, Verdict
 from .skeleton import Folder, Report, Sections
 from .tables import Table
@@ -31,12 +32,18 @@ _PROTOCOL = (
     "into blocks of the context length; each block is scored without what came before it, and every token once. "
     "Intervals: 95%, bootstrap over documents: what other text of the kind would give, not other trainings."
 )
+_ICL_SCORE = (
+    "ICL score: loss around the 500th token of a block less loss around the 50th (nats a token, twenty tokens each; "
+    "Olsson et al., arXiv 2209.11895). The more negative, the more does context help the model. 95% intervals over "
+    "blocks."
+)
 
 
 def results_table(runs: Sequence[PerplexityRun]) -> Table:
     """One row for each finished run of a results file."""
     ordered = sorted(runs, key=lambda run: (run["split"], run["context_length"]))
-    return Table.of([_cells(run) | _sizes(run) for run in ordered])
+    scores = any(map(_score, ordered))
+    return Table.of([_cells(run) | (_score_cell(run) if scores else {}) | _sizes(run) for run in ordered])
 
 
 def _cells(run: PerplexityRun, **names: str) -> dict[str, str]:
@@ -51,19 +58,39 @@ def _cells(run: PerplexityRun, **names: str) -> dict[str, str]:
     }
 
 
+def _score(run: PerplexityRun) -> IclScore | None:
+    """None where blocks are too short, and of runs from before it was measured."""
+    return run.get("icl_score")
+
+
+def _score_cell(run: PerplexityRun) -> dict[str, str]:
+    score = _score(run)
+    return {"ICL score": "" if score is None else _score_text(score)}
+
+
+def _score_text(score: IclScore) -> str:
+    ends = score["ci95"]
+    interval = "" if ends is None else f" ({ends[0]:+.3f} to {ends[1]:+.3f})"
+    return f"{score['score']:+.3f}{interval}"
+
+
 def _sizes(run: PerplexityRun) -> dict[str, str]:
     return {"tokens": f"{run['num_tokens']:,}", "documents": f"{run['num_documents']:,}"}
 
 
 def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
-    sections: Sections = {
-        "": [Verdict(_conclusions(results["runs"])), results_table(results["runs"]), Paragraph(_PROTOCOL)]
-    }
+    runs = results["runs"]
+    protocol = [Paragraph(_PROTOCOL), *([Paragraph(_ICL_SCORE)] if any(map(_score, runs)) else [])]
+    sections: Sections = {"": [Verdict(_conclusions(runs)), results_table(runs), *protocol]}
+    name = Path(results["model"]["path"]).name
     for split, points in _series(results["runs"]).items():
-        figure = draw(perplexity_panel({Path(results["model"]["path"]).name: points}, split))
+        figure = draw(perplexity_panel({name: points}, split))
         save(f"perplexity-{file_stem(split)}", figure)
         if len(points) > 1:
             sections[f"Perplexity on {split}"] = [_picture(figure, split)]
+        longest = max((run for run in runs if run["split"] == split), key=lambda run: run["context_length"])
+        if parts := _by_position({name: longest}):
+            sections[f"Loss by position on {split}"] = parts
     return sections
 
 
@@ -86,6 +113,8 @@ def _log(log: TrainingLog, results: dict[str, Any]) -> dict[str, float]:
     """Perplexity over context length."""
     for run in sorted(results["runs"], key=lambda run: run["context_length"]):
         log.scalars({f"{run['split']}/perplexity": run["perplexity"]}, run["context_length"])
+        if (score := _score(run)) is not None:
+            log.scalars({f"{run['split']}/icl_score": score["score"]}, run["context_length"])
         if run["bits_per_byte"] is not None:
             log.scalars({f"{run['split']}/bits_per_byte": run["bits_per_byte"]}, run["context_length"])
     return {f"{run['split']}/perplexity_at_{run['context_length']}": run["perplexity"] for run in results["runs"]}
@@ -113,13 +142,15 @@ class Comparison(skeleton.Comparison):
         """A row for each split, context length and model."""
         runs = [(name, run) for name, results in zip(self.names, self.results, strict=True) for run in results["runs"]]
         runs.sort(key=lambda pair: (pair[1]["split"], pair[1]["context_length"]))
-        cells = [_cells(run, model=name) for name, run in runs]
+        scores = any(_score(run) for _, run in runs)
+        cells = [_cells(run, model=name) | (_score_cell(run) if scores else {}) for name, run in runs]
         differences = [self.differences.get((run["split"], run["context_length"], name)) for name, run in runs]
         rows = [[*row.values(), *difference_cells(gap)] for row, gap in zip(cells, differences, strict=True)]
         return Table([*cells[0], f"vs {self.names[0]}", "95% interval", "p"], rows)
 
     def reading(self) -> str:
-        return _PROTOCOL + f" Differences are from {self.names[0]}."
+        scores = any(_score(run) for results in self.results for run in results["runs"])
+        return _PROTOCOL + f" Differences are from {self.names[0]}." + (f" {_ICL_SCORE}" if scores else "")
 
     def sections(self) -> Sections:
         series = {name: _series(results["runs"]) for name, results in zip(self.names, self.results, strict=True)}
@@ -130,7 +161,19 @@ class Comparison(skeleton.Comparison):
             if any(len(points) > 1 for points in lines.values()):
                 parts.append(_picture(draw(perplexity_panel(lines, split)), split))
             found[f"Perplexity on {split}"] = parts
+            if parts := _by_position(self._longest(split)):
+                found[f"Loss by position on {split}"] = parts
         return found
+
+    def _longest(self, split: str) -> dict[str, PerplexityRun]:
+        """By name, the runs at the longest context that all folders with losses by position share."""
+        measured = {
+            name: {r["context_length"]: r for r in results["runs"] if r["split"] == split and r.get("by_position")}
+            for name, results in zip(self.names, self.results, strict=True)
+        }
+        measured = {name: runs for name, runs in measured.items() if runs}
+        shared = set.intersection(*(set(runs) for runs in measured.values())) if measured else set()
+        return {name: runs[max(shared)] for name, runs in measured.items()} if shared else {}
 
     def conclusions(self) -> list[str]:
         """A sentence for each folder and split, at the longest context."""
@@ -217,6 +260,32 @@ def _series(runs: Sequence[PerplexityRun]) -> dict[str, list[tuple[int, float]]]
     for run in runs:
         series.setdefault(run["split"], []).append((run["context_length"], run["perplexity"]))
     return series
+
+
+def _by_position(runs: Mapping[str, PerplexityRun]) -> list[Part]:
+    """A curve and a column for each model's run at one context length; nothing where blocks are short, or of runs from
+    before it was measured."""
+    parts = {name: run["by_position"] for name, run in runs.items() if len(run.get("by_position", ())) > 4}
+    if not parts:
+        return []
+    length = next(iter(runs.values()))["context_length"]
+    title = f"blocks of {length:,} tokens"
+    picture = Picture(to_svg(draw(position_panel(parts, title))), f"Loss by position in {title}: lower is better.")
+    names: dict[int, str] = {}
+    for start, end in itertools.pairwise([0, *sorted({part["end"] for some in parts.values() for part in some})]):
+        names[end] = str(end) if end - start == 1 else f"{start + 1:,} to {end:,}"
+    cells = {name: {part["end"]: _loss_text(part) for part in some} for name, some in parts.items()}
+    table = Table(
+        ["tokens of a block", *parts],
+        [[names[end], *(column.get(end, "") for column in cells.values())] for end in names],
+        "Mean loss, nats a token (95% over blocks)",
+    )
+    return [picture, table]
+
+
+def _loss_text(part: PositionLoss) -> str:
+    ends = part["ci95"]
+    return f"{part['loss']:.3f}" + ("" if ends is None else f" ({ends[0]:.3f} to {ends[1]:.3f})")
 
 
 def _picture(figure: Figure, split: str) -> Picture:

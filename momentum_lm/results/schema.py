@@ -123,6 +123,23 @@ class AnalysisConfig(Config):
     datasets: NotRequired[dict[str, DatasetConfig]]
 
 
+class PositionLoss(TypedDict):
+    """Of the part of a block that ends at the place ``end``, in nats a token."""
+
+    end: Some
+    loss: Positive
+    ci95: Interval | None
+    blocks: Some
+
+
+class IclScore(TypedDict):
+    """Loss around the 500th token of a block less that around the 50th, in nats."""
+
+    score: Real
+    ci95: Interval | None
+    blocks: Some
+
+
 class PerplexityRun(TypedDict):
     """One split at one context length."""
 
@@ -135,6 +152,8 @@ class PerplexityRun(TypedDict):
     num_documents: Count
     data_sha256: Digest
     documents: Annotated[str, Inside("documents")]
+    by_position: NotRequired[list[PositionLoss]]
+    icl_score: NotRequired[IclScore | None]
     dictionary_sha256: NotRequired[Digest]
     digest: NotRequired[Digest]
 

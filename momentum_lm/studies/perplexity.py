@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from momentum_lm.analysis.statistics import bootstrap_mean_ci
+from momentum_lm.analysis.by_position import LossByPosition
+from momentum_lm.analysis.statistics import Interval, bootstrap_mean_ci
 from momentum_lm.errors import UserError, arg
 from momentum_lm.files import Unchanged, atomic_write, file_sha256, file_stem
 from momentum_lm.lm.protocol import PerplexityModel
@@ -131,12 +132,13 @@ def score_documents(
     batch_tokens: int = 16384,
     packed_documents: bool = False,
     progress: Any = None,
+    by_position: LossByPosition | None = None,
 ) -> NDArray[np.float64]:
     """Summed negative log-likelihood of each document, in nats, (documents,).
 
     ``batch_tokens``: about how many tokens go through the model at once (at least one block). ``packed_documents``: no
-    document sees another. Raises UserError for a context longer than the model's, ids outside its vocabulary, padding
-    in the data, or NaN.
+    document sees another. ``by_position``: gets all losses. Raises UserError for a context longer than the model's, ids
+    outside its vocabulary, padding in the data, or NaN.
     """
     check_context_length(lm, context_length)
     totals = np.zeros(len(dataset))
@@ -156,6 +158,8 @@ def score_documents(
         sums = np.bincount(documents[real] - begun, weights=losses[real])
         totals[begun : begun + len(sums)] += sums
         scored += int(real.sum())
+        if by_position is not None:
+            by_position.add(losses, real)
         if progress is not None:
             progress.update(int(real.sum()))
     if scored == 0 or scored != dataset.num_tokens:
@@ -215,11 +219,13 @@ def evaluate(
             for split, length in todo:
                 bar.set_description(f"{split.name}, context {length}")
                 start = time.perf_counter()
-                nll = score_documents(lm, split.dataset, length, batch_tokens, packed_documents, bar)
+                places = LossByPosition(length)
+                nll = score_documents(lm, split.dataset, length, batch_tokens, packed_documents, bar, places)
                 lm.check_unchanged()
                 split.files.check()
                 seconds = round(time.perf_counter() - start, 3)
-                run = _record(split, length, nll, seed) | {"device": str(lm.device), "seconds": seconds}
+                run = _record(split, length, nll, seed) | _by_position(places)
+                run |= {"device": str(lm.device), "seconds": seconds}
                 target = results.folder / run["documents"]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 tokens = np.asarray(split.dataset.sizes, dtype=np.int64)
@@ -270,6 +276,20 @@ def _record(split: Split, context_length: int, nll: NDArray[np.float64], seed: i
         "nll": total,
         "data_sha256": split.sha256,
         "documents": _documents(split, context_length),
+    }
+
+
+def _by_position(places: LossByPosition) -> dict[str, Any]:
+    """What a record says of the losses by their place in a block, in nats a token."""
+
+    def estimate(name: str, value: Interval) -> dict[str, Any]:
+        ci95 = None if value.size < 2 else [value.low, value.high]
+        return {name: value.estimate, "ci95": ci95, "blocks": value.size}
+
+    score = places.icl_score()
+    return {
+        "by_position": [{"end": end} | estimate("loss", value) for end, value in places.losses()],
+        "icl_score": None if score is None else estimate("score", score),
     }
 
 

@@ -198,6 +198,8 @@ def test_interrupted_evaluation_goes_on(data, models, tmp_path, monkeypatch, cap
         ({"--model-overrides": "{"}, "--model-overrides"),
         ({"--model-overrides": "{'momentum_eta': 'a'}"}, "small.pt: momentum_eta='a': must be a number"),
         ({"--batch-tokens": "0"}, "--batch-tokens 0"),
+        ({"--without-momentum": "2"}, "--without-momentum 2: "),
+        ({"--without-momentum": "first"}, "--without-momentum first: give whole numbers"),
         ({"--seed": "-1"}, "--seed -1: must not be negative"),
         pytest.param(
             {"--device": "cuda"},

@@ -12,6 +12,7 @@ import torch
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import load_native
 from momentum_lm.model import Decoder, DecoderConfig
+from momentum_lm.model.filters import MomentumFilter
 
 SHAPE = {"dim": 16, "ffn_dim": 24, "layers": 2, "heads": 4}
 OURS = {
@@ -423,3 +424,62 @@ def test_the_data_that_a_checkpoint_names_need_not_be_a_path(tmp_path):
         assert load_native(
             save(tmp_path / "c.pt", decoder(momentum_kind="ema", momentum_eta=0.7), {"model": OURS, "task": task})
         ).bos
+
+
+@pytest.mark.parametrize("kind", ["ema", "fir", "multi_ema"])
+@pytest.mark.parametrize(
+    "at", ["output", "queries,keys,values", "input,ffn,ffn_hidden", "embedding,output", "depth,values"]
+)
+def test_without_momentum_is_the_decoder_without_filters(tmp_path, kind, at):
+    if kind != "ema" and "depth" in at:
+        at = at.replace("depth,", "")
+    shape = dict(max_positions=32, position="rotary", layers=3)
+    model = decoder(momentum_kind=kind, momentum_at=at, momentum_eta=0.7, **shape)
+    options = OURS | {"momentum_kind": kind, "momentum_at": at, "position": "rotary", "decoder_layers": 3}
+    path = save(tmp_path / "c.pt", model, {"model": options, "task": {}})
+    plain = decoder(**shape)
+    own = set(plain.state_dict())
+    plain.load_state_dict({name: part for name, part in model.state_dict().items() if name in own})
+    lm, whole = load_native(path), load_native(path)
+    lm.remove_momentum("all")
+    assert_same(lm, plain)
+    assert lm.describe()["architecture"] == whole.describe()["architecture"] | {"without_momentum": "all"}
+    assert_same(whole, model)
+
+    some = load_native(path)
+    some.remove_momentum([2, 1, 1])
+    assert some.describe()["architecture"]["without_momentum"] == [1, 2]
+    for name, module in model.named_modules():  # the same by hand: what a filter of these layers gives is nothing
+        if isinstance(module, MomentumFilter) and name.startswith(("layers.1.", "layers.2.")):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, None)
+    assert_same(some, model)
+    with torch.no_grad():
+        assert not torch.equal(some.model(TOKENS), plain(TOKENS)) and not torch.equal(
+            some.model(TOKENS), whole.model(TOKENS)
+        )
+    state = some.start(TOKENS[0, :7].tolist())
+    cached = some.model.features(TOKENS[:1, 7:], state)
+    torch.testing.assert_close(cached, some.model.features(TOKENS[:1])[:, 7:], rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_momentum_is_refused(tmp_path):
+    lm = load_native(
+        save(tmp_path / "c.pt", decoder(max_positions=32, momentum_kind="ema"), {"model": OURS, "task": {}})
+    )
+    for layers, message in (
+        ([2], "without_momentum=[2]: .* has the layers 0 to 1"),
+        ([0, -1], "has the layers 0 to 1"),
+        ("none", "without_momentum='none': give layers, counted from 0, or all"),
+    ):
+        with pytest.raises(UserError, match=message.replace("[", r"\[").replace("]", r"\]")):
+            lm.remove_momentum(layers)
+    assert "without_momentum" not in lm.describe()["architecture"]
+    lm.remove_momentum([1])
+    with pytest.raises(UserError, match=r"layer 1 of .* has no momentum"):
+        lm.remove_momentum([0, 1])
+    vanilla = load_native(
+        save(tmp_path / "v.pt", decoder(max_positions=32), {"model": OURS | {"momentum_kind": "none"}, "task": {}})
+    )
+    with pytest.raises(UserError, match="has no momentum"):
+        vanilla.remove_momentum("all")

@@ -1,5 +1,6 @@
 """Against brute force over the definition; equality with fairseq-eval-lm is in tests/cli/test_evaluate.py."""
 
+import itertools
 import json
 import math
 import time
@@ -11,7 +12,7 @@ import torch
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.report.perplexity import document_sums
+from momentum_lm.report.perplexity import document_sums, write_report
 from momentum_lm.results.records import read_results, results_lock
 from momentum_lm.studies import perplexity
 from momentum_lm.text.dictionary import Dictionary
@@ -150,6 +151,34 @@ def test_records(lm, data, tmp_path):
         assert run["perplexity"] == pytest.approx(math.exp(nll.sum() / 58))
         assert run["bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / 200)
         assert run["ci95"][0] < run["perplexity"] < run["ci95"][1]
+        ends, blocks = [part["end"] for part in run["by_position"]], [part["blocks"] for part in run["by_position"]]
+        assert (ends, blocks) == (
+            ([1, 2, 4], [15, 15, 14]) if run["context_length"] == 4 else ([1, 2, 4, 8, 16], [4, 4, 4, 4, 3])
+        )
+        assert run["icl_score"] is None
+
+
+def test_icl_score_of_long_blocks(lm, tmp_path, monkeypatch):
+    """A model whose loss is the place of the token in its block, from 0, less that of its block in the data."""
+    write(tmp_path / "data", (700, 1000, 348))
+    monkeypatch.setattr(type(lm), "max_positions", 1024)
+    seen = itertools.count()
+
+    def losses(tokens, targets, packed):
+        blocks = torch.tensor([next(seen) for _ in tokens])
+        return torch.arange(512.0).div(100).sub(blocks[:, None] / 500 * torch.arange(512).ge(300)).clamp(min=0)
+
+    monkeypatch.setattr(lm, "token_losses", losses)
+    (run,) = evaluate(lm, tmp_path / "data", tmp_path / "out", (512,)).runs
+    assert run["icl_score"]["score"] == pytest.approx(4.5 - 0.003, abs=1e-5) and run["icl_score"]["blocks"] == 4
+    assert run["icl_score"]["ci95"][0] < 4.497 < run["icl_score"]["ci95"][1]
+    assert run["by_position"][-1] == {
+        "end": 512, "loss": pytest.approx(3.835 - 0.003 * 212 / 256, abs=1e-5), "blocks": 4,
+        "ci95": [pytest.approx(3.832, abs=0.003), pytest.approx(3.836, abs=0.003)],
+    }  # fmt: skip
+    write_report(tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "ICL score" in page and "+4.497" in page and "257 to 512" in page and "Loss by position on valid" in page
 
 
 def test_finished_lengths_are_not_run_again(lm, data, tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def paper_cosine(a: ArrayLike, b: ArrayLike) -> Floats:
     return np.asarray((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1) + _EPSILON))
 
 
-def simaou(h_icl: ArrayLike, h_ft: ArrayLike, h_zs: ArrayLike, normalize: bool) -> Floats:
+def simaou(h_icl: ArrayLike, h_ft: ArrayLike, h_zs: ArrayLike, normalize: bool, noise: float = 0.0) -> Floats:
     """SimAOU, the similarity of attention output updates, section 4.4: cos(h_ICL - h_ZSL, h_FT - h_ZSL), (..., C) each
     -> (...).
 
@@ -109,23 +109,36 @@ def simaou(h_icl: ArrayLike, h_ft: ArrayLike, h_zs: ArrayLike, normalize: bool) 
     position. ``normalize=True`` is the paper's form: every h is divided by its length before the differences are taken,
     and a zero update has similarity 0. Deutch et al. (arXiv:2311.07772) show what that does: where both settings add to
     h unrelated noise of three times its squared length, it gives 1/4 and not 0, since dividing by the length takes the
-    same part of h out of both. ``False`` is the corrected form: differences of h itself, NaN for a zero update.
+    same part of h out of both. ``False`` is the corrected form: differences of h itself, NaN for a zero update, and
+    where ICL's is no longer than ``noise`` times h_ZSL: a query that sees no demonstration, as in a sliding window, has
+    an update of rounding alone, the more so with rotary positions (see :func:`simam_delta`).
     """
     icl, ft = (_updates(h, h_zs, normalize) for h in (h_icl, h_ft))
-    return paper_cosine(icl, ft) if normalize else cosine(icl, ft)
+    return paper_cosine(icl, ft) if normalize else np.where(_small(icl, h_zs, noise), np.nan, cosine(icl, ft))
 
 
-def random_simaou(h_icl: ArrayLike, h_zs: ArrayLike, key: int | Sequence[int], normalize: bool) -> Floats:
+def random_simaou(
+    h_icl: ArrayLike, h_zs: ArrayLike, key: int | Sequence[int], normalize: bool, noise: float = 0.0
+) -> Floats:
     """SimAOU of ICL and a random update that takes the place of h_FT - h_ZSL: (..., C) -> (...).
 
     ``normalize=True`` as in the authors' code: the update is uniform on [0, 1), which is not centred, so the baseline
     is near zero only where ICL's update happens to have entries of mean zero. ``False``: standard normal; mean 0 and
     standard deviation near 1 / sqrt(C). The authors' draw is unseeded. ``key`` seeds this one; (seed, number of the
-    example) makes it independent of how examples are shared out.
+    example) makes it independent of how examples are shared out. ``noise`` as in :func:`simaou`.
     """
     icl = _updates(h_icl, h_zs, normalize)
     rng = np.random.default_rng(key)
-    return paper_cosine(icl, rng.random(icl.shape)) if normalize else cosine(icl, rng.standard_normal(icl.shape))
+    if normalize:
+        return paper_cosine(icl, rng.random(icl.shape))
+    return np.where(_small(icl, h_zs, noise), np.nan, cosine(icl, rng.standard_normal(icl.shape)))
+
+
+def _small(update: Floats, before: ArrayLike, noise: float) -> NDArray[np.bool_]:
+    """Whether an update is nothing but rounding, (..., n) each -> (...)."""
+    return np.asarray(
+        np.linalg.norm(update, axis=-1) <= noise * np.linalg.norm(np.asarray(before, dtype=np.float64), axis=-1)
+    )
 
 
 def _updates(h: ArrayLike, h_zs: ArrayLike, normalize: bool) -> Floats:
@@ -168,7 +181,7 @@ def simam_delta(
     rounding, which in fp32 is about 2e-5 of it after 2,000 tokens (``noise`` of 1e-4 then fits).
     """
     icl, ft, zs = (_centre(_masked(m, mask), mask) if centred else _masked(m, mask) for m in (m_icl, m_ft, m_zs))
-    small = np.linalg.norm(icl - zs, axis=-1) <= noise * np.linalg.norm(_masked(m_zs, mask), axis=-1)
+    small = _small(icl - zs, _masked(m_zs, mask), noise)
     return np.where(small, np.nan, cosine(icl - zs, ft - zs))
 
 

@@ -54,7 +54,6 @@ def run(args: argparse.Namespace, command: str) -> bool:
         "fresh_queries": args.fresh_queries,
     }
     settings = dataclasses.replace(flags.settings_from(args), **own)
-    lm = load_model(args)
+    lm, datasets = flags.load_model_and_datasets(args, load_model)
     keep_memory()
-    datasets = flags.load_datasets(args, lm)
     return classification.evaluate(lm, datasets, settings, args.results_dir, command, args.force, timeout=timeout)

@@ -81,11 +81,10 @@ def run(args: argparse.Namespace, command: str) -> bool:
     )
     timeout = flags.process_timeout(args)
     map_large_tensors()  # finetuned and untrained weights come and go
-    lm = load_model(args)
+    lm, datasets = flags.load_model_and_datasets(args, load_model)
     if args.controls is None and sum(parameter.numel() for parameter in lm.model.parameters()) >= LARGE:
         names = [name for name in names if name != "untrained"]
     settings = dataclasses.replace(settings, controls=tuple(names))
-    datasets = flags.load_datasets(args, lm)
     writes = study.analyse(lm, datasets, settings, args.results_dir, command, args.force, timeout=timeout)
     del lm
     return_memory()  # what the figures need comes in its place

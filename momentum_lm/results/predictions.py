@@ -75,6 +75,13 @@ def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any
                 f"{run['num_examples']:,} were evaluated; "
                 "run the evaluation again"
             )
+        share = float((gold == predicted).mean())
+        if abs(share - run["accuracy"]) > 1e-6:
+            which = ", ".join(f"{name} {value}" for name, value in zip(KEY, key, strict=True))
+            raise UserError(
+                f"{path} answers {share:.1%} rightly for {which}, but results.json says {run['accuracy']:.1%}; run the "
+                "evaluation again"
+            )
         order = np.argsort(index)
         answers[key] = Answers(index[order], gold[order], predicted[order])
     return answers

@@ -18,7 +18,7 @@ from .traces import PAPER, PREDICTING, Aligned, Floats, Learned, Seen, common_su
 
 KENDALL_EXAMPLES = 100  # the authors rank attention for no more examples
 SHOWN_EXAMPLES = 3  # of which attention to each demonstration is kept, to be drawn
-NOISE = 1e-4  # of simam_delta: with rotary positions the first layer's maps differ by rounding alone
+NOISE = 1e-4  # with rotary positions the first layer's maps, and what is seen in a window, differ by rounding alone
 Values = dict[str, Any]
 
 
@@ -153,9 +153,9 @@ def _similarities(
     if baselines:
         heads["simam_before"] = metrics.simam(m_icl, m_zs, seen)
     found: Values = {name: _mean(value) for name, value in heads.items()}
-    found["simaou"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=paper)
+    found["simaou"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=paper, noise=NOISE)
     if baselines:
-        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=paper)
+        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=paper, noise=NOISE)
     return found, heads
 
 
@@ -219,7 +219,7 @@ def _relaxation(zero_shot: Seen, icl: Seen, ft: Seen, i: int) -> Values:
         h_icl, h_ft, h_zs = (
             np.stack([to_numpy(x[i, PREDICTING]) for x in seen.trace.relaxed_outputs]) for seen in (icl, ft, zero_shot)
         )
-        found["simaou_relaxed"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False)
+        found["simaou_relaxed"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False, noise=NOISE)
     return found
 
 

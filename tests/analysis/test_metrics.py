@@ -129,6 +129,16 @@ def test_normalisation_rewards_noise(rng):
     assert mt.simaou(icl, ft, zs, False).mean() == pytest.approx(0, abs=0.005)
 
 
+def test_an_update_of_rounding_has_no_direction(rng):
+    zs, far = rng.standard_normal((2, 3, 16))
+    icl = zs + np.array([[1e-7], [1e-3], [0.0]]) * far
+    for value in (mt.simaou(icl, zs + far, zs, False, noise=1e-4), mt.random_simaou(icl, zs, 0, False, noise=1e-4)):
+        assert np.isnan(value).tolist() == [True, False, True]
+    assert mt.simaou(icl, zs + far, zs, False)[:2] == pytest.approx([1, 1], abs=1e-6)
+    paper = mt.simaou(icl, zs + far, zs, True, noise=1e-4)  # the authors' form is as their code is
+    np.testing.assert_array_equal(paper, mt.simaou(icl, zs + far, zs, True))
+
+
 def test_random_simaou(rng):
     icl, zs = rng.normal(size=(2, 300, 256))
     icl += 0.2  # an update whose mean is not zero: the uniform baseline sees it, the centred one does not

@@ -64,7 +64,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 WIDE = {"gpt": "776", "llama": "518"}  # --decoder-ffn-embed-dim that gives about as many parameters as fir16
 CONTROLS = Path(__file__).resolve().parent / "controls"  # the filters placebo and head_scale
-TOKENS_PER_SAMPLE, BATCH = 256, 8
+TOKENS_PER_UPDATE, CONTEXT = 2048, 256
 
 
 class Run(NamedTuple):
@@ -111,10 +111,10 @@ def check_rows(known: dict[tuple, dict], made: dict[Run, dict], stored: Path) ->
 
 def training(args: argparse.Namespace, folder: Path, run: Run) -> Job:
     """One run, which goes on from its last checkpoint where it was interrupted."""
-    updates = round(args.tokens / (TOKENS_PER_SAMPLE * BATCH))
+    updates, length = round(args.tokens / TOKENS_PER_UPDATE), args.tokens_per_sample
     command = train_command(
         args.data, [*model_flags(args, run), *user_dir(args, run.variant)], run.seed, updates, lr=run.lr, warmup=40,
-        tokens_per_sample=TOKENS_PER_SAMPLE, batch_size=BATCH, autocast=args.autocast,
+        tokens_per_sample=length, batch_size=TOKENS_PER_UPDATE // length, autocast=args.autocast,
     )  # fmt: skip
     command += [*saving(folder, every=500), "--tensorboard-logdir", str(folder / "tensorboard"), "--log-interval", "25"]
     return Job("train", command, folder, args.threads, updates)
@@ -129,10 +129,11 @@ def evaluation(args: argparse.Namespace, folder: Path, run: Run, split: str) -> 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    sweep = args.output / f"{args.tokens:.3g}"
+    label = f"{args.tokens:.3g}" + (f"_context{args.tokens_per_sample}" if args.tokens_per_sample != CONTEXT else "")
+    sweep = args.output / label
     data = file_sha256(args.data / "train.idx", args.data / "train.bin")[:16]
     settings = {"tokens": args.tokens, "autocast": args.autocast, "data": data}
-    stored = args.output / f"results_{args.tokens:.3g}.json"
+    stored = args.output / f"results_{label}.json"
     known = results(stored, settings)
     rates = {(form, name): learning_rates(args, known, form, name) for form in args.form for name in args.variants}
     # seed by seed, so that an interrupted sweep has whole seeds
@@ -178,6 +179,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--tokens", type=float, default=8e5, help="training tokens per run")
     parser.add_argument(
+        "--tokens-per-sample", type=int, default=CONTEXT, help=f"context in training; it divides {TOKENS_PER_UPDATE}"
+    )
+    parser.add_argument(
         "--lr",
         default="6e-3",
         help="peak learning rate; several with commas, or best: of those tried, by --selection-seeds on valid",
@@ -208,9 +212,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.lr = numbers(args.lr)
     elif both := set(args.seeds) & set(args.selection_seeds):
         raise UserError(f"--seeds {min(both)}: the learning rate is chosen on it; results need other seeds")
-    for flag, least in (("jobs", 1), ("threads", 1), ("tokens", TOKENS_PER_SAMPLE * BATCH)):
+    for flag, least in (("jobs", 1), ("threads", 1), ("tokens", TOKENS_PER_UPDATE)):
         if not getattr(args, flag) >= least:
             raise UserError(f"--{flag} {getattr(args, flag):g}: must be at least {least}")
+    if args.tokens_per_sample < 1 or TOKENS_PER_UPDATE % args.tokens_per_sample:
+        raise UserError(f"--tokens-per-sample {args.tokens_per_sample}: must divide {TOKENS_PER_UPDATE}, such as 512")
     args.data = args.data.resolve()
     return args
 

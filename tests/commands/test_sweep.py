@@ -75,6 +75,7 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
         (["--seeds", "x"], "--seeds x"),
         (["--tokens", "100"], "--tokens 100: must be at least 2048"),
         (["--jobs", "0"], "--jobs 0"),
+        (["--tokens-per-sample", "300"], "--tokens-per-sample 300: must divide 2048, such as 512"),
         (["--form", "bert"], "--form bert: choose from gpt, gpt_rotary"),
         (["--lr", "1e-3,fast"], "--lr 1e-3,fast: give learning rates above 0"),
         (["--lr", "best"], "--lr best: no learning rate of vanilla (gpt) was tried on valid with all of the"),

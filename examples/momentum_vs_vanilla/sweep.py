@@ -29,6 +29,7 @@ from momentum_lm.errors import UserError, main_guard
 from momentum_lm.files import file_sha256, write_json
 from momentum_lm.results.records import read_results
 from momentum_lm.studies.flags import choices, integers
+from momentum_lm.untrusted import parse_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from jobs import Job, JobError, open_config, perplexity_command, run_all, saving, train, train_command
@@ -129,13 +130,15 @@ def evaluation(args: argparse.Namespace, folder: Path, run: Run, split: str) -> 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    label = f"{args.tokens:.3g}" + (f"_context{args.tokens_per_sample}" if args.tokens_per_sample != CONTEXT else "")
+    base = f"{args.tokens:.3g}"
+    label = base + (f"_context{args.tokens_per_sample}" if args.tokens_per_sample != CONTEXT else "")
     sweep = args.output / label
     data = file_sha256(args.data / "train.idx", args.data / "train.bin")[:16]
     settings = {"tokens": args.tokens, "autocast": args.autocast, "data": data}
     stored = args.output / f"results_{label}.json"
     known = results(stored, settings)
-    rates = {(form, name): learning_rates(args, known, form, name) for form in args.form for name in args.variants}
+    tried = known if args.tokens_per_sample == CONTEXT else results(args.output / f"results_{base}.json", settings)
+    rates = {(form, name): learning_rates(args, tried, form, name) for form in args.form for name in args.variants}
     # seed by seed, so that an interrupted sweep has whole seeds
     runs = [Run(form, name, lr, seed) for seed in args.seeds for (form, name), found in rates.items() for lr in found]
     made = {run: {"flags": model_flags(args, run), "code": code(args, run.variant)} for run in runs}
@@ -188,7 +191,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--selection-seeds", default="101,102")
     parser.add_argument("--against", default="vanilla", help="the variant that the others are compared with")
-    parser.add_argument("--context-lengths", default="64,128,256")
+    parser.add_argument("--context-lengths", help="default: 64,128,256,... up to --tokens-per-sample")
     parser.add_argument("--splits", default="valid,test")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
@@ -207,7 +210,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.against = choices(args.against, "--against", every)[0]
     args.seeds, args.splits = integers(args.seeds, "--seeds", 1, "1,2,3"), args.splits.split(",")
     args.selection_seeds = integers(args.selection_seeds, "--selection-seeds", 1, "101,102")
+    if args.tokens_per_sample < 1 or TOKENS_PER_UPDATE % args.tokens_per_sample:
+        raise UserError(f"--tokens-per-sample {args.tokens_per_sample}: must divide {TOKENS_PER_UPDATE}, such as 512")
+    usual = [n for n in (64, 128, 256, 512, 1024, 2048) if n <= args.tokens_per_sample] or [args.tokens_per_sample]
+    args.context_lengths = args.context_lengths or ",".join(map(str, usual))
     args.lengths = integers(args.context_lengths, "--context-lengths", 1, "64,128")
+    if max(args.lengths) > args.tokens_per_sample:
+        raise UserError(
+            f"--context-lengths {args.context_lengths}: models trained with --tokens-per-sample "
+            f"{args.tokens_per_sample} take no more tokens"
+        )
     if args.lr != "best":
         args.lr = numbers(args.lr)
     elif both := set(args.seeds) & set(args.selection_seeds):
@@ -215,8 +227,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, least in (("jobs", 1), ("threads", 1), ("tokens", TOKENS_PER_UPDATE)):
         if not getattr(args, flag) >= least:
             raise UserError(f"--{flag} {getattr(args, flag):g}: must be at least {least}")
-    if args.tokens_per_sample < 1 or TOKENS_PER_UPDATE % args.tokens_per_sample:
-        raise UserError(f"--tokens-per-sample {args.tokens_per_sample}: must divide {TOKENS_PER_UPDATE}, such as 512")
     args.data = args.data.resolve()
     return args
 
@@ -241,17 +251,25 @@ def numbers(text: str) -> list[float]:
 
 
 def results(stored: Path, settings: dict) -> dict[tuple, dict]:
-    """The rows that ``stored`` has. Raises UserError for those of other settings."""
+    """The rows that ``stored`` has. Raises UserError for those of other settings, and for another file."""
     if not stored.exists():
         return {}
-    found = json.loads(stored.read_text())
+    try:
+        found = parse_json(stored.read_bytes())
+        rows = {
+            (*(row[name] for name in Run._fields), row["split"], row["context_length"]): row for row in found["runs"]
+        }
+        if not all(0 < row["perplexity"] < math.inf for row in rows.values()):
+            raise ValueError("a perplexity is not above 0")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{stored} is damaged, or not of a sweep ({error}): choose another --output") from error
     for name, value in settings.items():
         if (there := found.get("settings", {}).get(name)) != value:
             raise UserError(
                 f"{stored} is of a sweep with another {name} ({json.dumps(there)} there, {json.dumps(value)} now): "
                 "choose another --output"
             )
-    return {(*(row[name] for name in Run._fields), row["split"], row["context_length"]): row for row in found["runs"]}
+    return rows
 
 
 def selection(
@@ -269,11 +287,12 @@ def learning_rates(args: argparse.Namespace, known: dict[tuple, dict], form: str
     """Those given; or the best of those that were tried."""
     if args.lr != "best":
         return args.lr
-    whole = selection(known, form, variant, args.selection_seeds, max(args.lengths))
+    length = min(CONTEXT, max(args.lengths))
+    whole = selection(known, form, variant, args.selection_seeds, length)
     if not whole:
         raise UserError(
             f"--lr best: no learning rate of {variant} ({form}) was tried on valid with all of the --selection-seeds "
-            f"{','.join(map(str, args.selection_seeds))} at context {max(args.lengths)}: run that first, with --lr"
+            f"{','.join(map(str, args.selection_seeds))} at context {length}: run that first, with --lr"
         )
     best = min(whole, key=whole.__getitem__)
     if len(whole) > 2 and best in (min(whole), max(whole)):

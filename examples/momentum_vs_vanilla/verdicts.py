@@ -20,10 +20,11 @@ from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.report.figures import COLOURS, MARKERS, draw, save_png
 from momentum_lm.results.ownership import PICTURE, check_ours
-from momentum_lm.studies.flags import choices
 
+FORMS, RATES = ("gpt", "llama"), (3e-3, 6e-3, 1.2e-2)
 ONE_LAG = ("shift", "shift_values", "kv_shift", "smear")
-SELECTION_SEEDS, CONTEXT = (101, 102), 256
+PLANNED = 3 * len(FORMS)  # comparisons
+SELECTION_SEEDS, SEEDS, MORE_SEEDS, CONTEXT = (101, 102), range(1, 9), range(1, 17), 256
 SMALLEST = 0.01  # effect of interest, of perplexity
 WIDEST = {"gpt": 0.02, "llama": 0.01}  # half of an interval, of perplexity, before more seeds are run
 
@@ -43,7 +44,9 @@ class Comparison:
         return t_interval(list(self.differences.values()))
 
     def verdict(self, p: float) -> str:
-        """``p``: corrected."""
+        """``p``: corrected. What is planned is judged once all seeds are there."""
+        if len(self.differences) < len(SEEDS):
+            return f"not there yet: {len(self.differences)} of {len(SEEDS)} seeds"
         low, high = math.expm1(self.interval.low), math.expm1(self.interval.high)
         if high < -SMALLEST:
             return "gain"
@@ -57,9 +60,9 @@ class Comparison:
 
 
 def chosen(known: dict[tuple, dict], form: str, variant: str) -> tuple[float, float] | None:
-    """The learning rate of the lowest mean loss on ``valid``, and that loss; None where none was tried."""
+    """The learning rate of the lowest mean loss on ``valid``, and that loss; None until all planned ones were tried."""
     losses = sweep.selection(known, form, variant, SELECTION_SEEDS, CONTEXT)
-    return min(((lr, loss) for lr, loss in losses.items()), key=lambda pair: pair[1], default=None)
+    return min(losses.items(), key=lambda pair: pair[1]) if losses.keys() >= set(RATES) else None
 
 
 def losses_on_test(known: dict[tuple, dict], form: str, variant: str, lr: float) -> dict[int, float]:
@@ -67,17 +70,17 @@ def losses_on_test(known: dict[tuple, dict], form: str, variant: str, lr: float)
     return {
         seed: math.log(row["perplexity"])
         for (f, v, rate, seed, split, length), row in known.items()
-        if (f, v, rate, split, length) == (form, variant, lr, "test", CONTEXT) and seed not in SELECTION_SEEDS
+        if (f, v, rate, split, length) == (form, variant, lr, "test", CONTEXT)
     }
 
 
-def compare(known: dict[tuple, dict], form: str, other: str) -> Comparison | None:
-    """None where fewer than two seeds of both are there."""
+def compare(known: dict[tuple, dict], form: str, other: str, seeds: Sequence[int]) -> Comparison | None:
+    """None where fewer than two of the seeds of both are there."""
     ours, theirs = chosen(known, form, "ema"), chosen(known, form, other)
     if ours is None or theirs is None:
         return None
     mine, its = losses_on_test(known, form, "ema", ours[0]), losses_on_test(known, form, other, theirs[0])
-    differences = {seed: mine[seed] - its[seed] for seed in sorted(mine.keys() & its.keys())}
+    differences = {seed: mine[seed] - its[seed] for seed in seeds if seed in mine and seed in its}
     return Comparison(form, other, (ours[0], theirs[0]), differences) if len(differences) > 1 else None
 
 
@@ -87,12 +90,12 @@ def best_one_lag(known: dict[tuple, dict], form: str) -> str | None:
     return None if None in found.values() else min(found, key=lambda name: found[name][1])
 
 
-def judge(known: dict[tuple, dict], forms: Sequence[str]) -> tuple[list[Comparison], list[str]]:
+def judge(known: dict[tuple, dict], seeds: Sequence[int]) -> tuple[list[Comparison], list[str]]:
     """The primary comparisons that can be made, and the names of the others."""
     made, missing = [], []
-    for form in forms:
+    for form in FORMS:
         for other in ("vanilla", "fir3", best_one_lag(known, form)):
-            found = None if other is None else compare(known, form, other)
+            found = None if other is None else compare(known, form, other, seeds)
             if found is None:
                 missing.append(f"{form}: ema against {other or 'the best filter of one lag'}")
             else:
@@ -100,19 +103,35 @@ def judge(known: dict[tuple, dict], forms: Sequence[str]) -> tuple[list[Comparis
     return made, missing
 
 
+def longer(made: Sequence[Comparison], more: Sequence[Comparison]) -> list[Comparison]:
+    """Each comparison, and after it the same over all of MORE_SEEDS where they were run."""
+    again = {(one.form, one.other): one for one in more if len(one.differences) == len(MORE_SEEDS)}
+    return [row for one in made for row in (one, again.get((one.form, one.other))) if row is not None]
+
+
 def percent(nats: float) -> str:
     """A difference of losses as one of perplexities."""
     return f"{math.expm1(nats):+.1%}"
 
 
-def table(made: Sequence[Comparison], planned: int) -> str:
+def corrected(rows: Sequence[Comparison]) -> list[float]:
+    """p-values, each corrected in the family of all planned comparisons; of one that was made twice with its own."""
+    own = [t_test(list(one.differences.values())) for one in rows]
+    names = [(one.form, one.other) for one in rows]
+    found = []
+    for row, name in enumerate(names):
+        family = {other: own[names.index(other)] for other in names} | {name: own[row]}
+        found.append(holm(list(family.values()), PLANNED)[list(family).index(name)])
+    return found
+
+
+def table(rows: Sequence[Comparison]) -> str:
     """Markdown, one comparison a row."""
-    corrected = holm([t_test(list(one.differences.values())) for one in made], planned)
     lines = [
         "| form | ema against | learning rates | seeds | perplexity | 95% interval | p (Holm) | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for one, p in zip(made, corrected, strict=True):
+    for one, p in zip(rows, corrected(rows), strict=True):
         gap = one.interval
         lines.append(
             f"| {one.form} | {one.other} | {one.rates[0]:g}, {one.rates[1]:g} | {gap.size} | {percent(gap.estimate)} | "
@@ -122,21 +141,21 @@ def table(made: Sequence[Comparison], planned: int) -> str:
     return "\n".join(lines)
 
 
-def forest(made: Sequence[Comparison]):
+def forest(rows: Sequence[Comparison]):
     """A panel: a row a comparison, with its interval and a faint point a seed."""
 
     def panel(axes):
         axes.axvspan(-100 * SMALLEST, 100 * SMALLEST, color="#888888", alpha=0.15, lw=0)
         axes.axvline(0, color="#888888", linewidth=1.2)
-        forms = list(dict.fromkeys(one.form for one in made))
-        for row, one in enumerate(made):
+        forms = list(dict.fromkeys(one.form for one in rows))
+        for row, one in enumerate(rows):
             look, gap = forms.index(one.form), one.interval
             low, value, high = (100 * math.expm1(nats) for nats in (gap.low, gap.estimate, gap.high))
             seeds = [100 * math.expm1(nats) for nats in one.differences.values()]
             colour, marker = COLOURS[look], MARKERS[look]
             axes.plot(seeds, [row + 0.25] * len(seeds), marker, color=colour, alpha=0.35, markersize=4)
             axes.errorbar(value, row, xerr=[[value - low], [high - value]], fmt=marker, color=colour, capsize=3)
-        axes.set_yticks(range(len(made)), [f"{one.form}: {one.other}" for one in made])
+        axes.set_yticks(range(len(rows)), [f"{one.form}: {one.other}, n = {len(one.differences)}" for one in rows])
         axes.invert_yaxis()
         axes.set_xlabel("perplexity of ema against it (%): left is better")
 
@@ -147,10 +166,8 @@ def forest(made: Sequence[Comparison]):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results_TOKENS.json of a sweep")
-    parser.add_argument("--form", default="gpt,llama", help="comma-separated (default: %(default)s)")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draws the comparisons")
     args = parser.parse_args(argv)
-    forms = choices(args.form, "--form", list(sweep.FORMS))
     if not args.results.exists():
         raise UserError(f"{args.results} does not exist: give results_TOKENS.json of a sweep's --output")
     if args.picture:
@@ -158,18 +175,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_ours(args.picture, PICTURE)
         except UserError:
             raise UserError(f"--picture {args.picture} is there and not our picture: choose another name") from None
-    made, missing = judge(sweep.results(args.results, {}), forms)
+    known = sweep.results(args.results, {})
+    made, missing = judge(known, SEEDS)
     if not made:
         raise UserError(f"{args.results} has no comparison of the plan yet: {'; '.join(missing)}")
-    print(table(made, 3 * len(forms)))
+    rows = longer(made, judge(known, MORE_SEEDS)[0])
+    print(table(rows))
     for name in missing:
         print(f"not there yet: {name}")
+    for form in FORMS:
+        for name in dict.fromkeys(["ema", *(one.other for one in made if one.form == form)]):
+            if (best := chosen(known, form, name)) and best[0] in (min(RATES), max(RATES)):
+                print(f"{form}, {name}: the best learning rate, {best[0]:g}, is at an end of those tried")
     for one in made:
-        widest, gap = WIDEST.get(one.form), one.interval
-        if widest and (half := math.expm1((gap.high - gap.low) / 2)) > widest and gap.size >= 8:
+        gap, widest = one.interval, WIDEST[one.form]
+        half = math.expm1((gap.high - gap.low) / 2)
+        if half > widest and len(one.differences) == len(SEEDS):
             print(f"{one.form}, {one.other}: the interval is +-{half:.1%}, wanted +-{widest:.0%}: the plan adds seeds")
     if args.picture:
-        save_png(draw(forest(made), size=(6.5, 0.5 * len(made) + 1.2)), args.picture)
+        save_png(draw(forest(rows), size=(6.5, 0.5 * len(rows) + 1.2)), args.picture)
     return 0
 
 

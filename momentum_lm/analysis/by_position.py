@@ -14,7 +14,7 @@ EARLY, LATE = slice(40, 60), slice(490, 510)  # twenty places each, around the 5
 
 
 class _Mean:
-    """Of numbers that come a few at a time, with a 95% interval. Independent of how many there are in memory."""
+    """The mean, with a 95% interval, of numbers that come a few at a time and are not kept."""
 
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, 0.0, 0.0
@@ -26,7 +26,8 @@ class _Mean:
         self.squares += float(np.square(values).sum())
 
     def interval(self) -> Interval:
-        """Student's. Its ends are NaN for fewer than two numbers, and all of it for none."""
+        """Student's, and from 200 numbers on normal. Its ends are NaN for fewer than two numbers, and all of it for
+        none."""
         if self.count < 2:
             return Interval(self.total if self.count else math.nan, math.nan, math.nan, self.count)
         mean = self.total / self.count
@@ -37,9 +38,10 @@ class _Mean:
 
 
 class LossByPosition:
-    """Mean losses of parts of a block, each as long as all before it, and the in-context learning score.
+    """Mean losses of parts of a block that grow in length, and the in-context learning score.
 
-    ``ends``: the place at which each part ends, from 1: 1, 2, 4, 8, ..., ``length``. Intervals are over blocks.
+    ``ends``: the place at which each part ends, from 1: 1, 2, 4, 8, ..., ``length``. Intervals are over blocks, which
+    count as independent.
     """
 
     def __init__(self, length: int) -> None:

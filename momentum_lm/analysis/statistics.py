@@ -181,11 +181,12 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 def t_test(values: ArrayLike) -> float:
     """Student's two-sided p-value for a mean of zero, of a few independent runs or of their paired differences.
 
-    values (n,). Raises ValueError for n < 2.
+    values (n,). Raises ValueError for n < 2, and for values that are not finite.
     """
     sample = _vector(values, "values")
     if sample.size < 2:
         raise ValueError("a test over runs needs at least two of them")
+    sample = sample / (np.abs(sample).max() or 1.0)  # squares of tiny values would vanish
     deviation = float(sample.std(ddof=1))
     if not deviation:
         return 0.0 if sample[0] else 1.0
@@ -196,8 +197,11 @@ def t_test(values: ArrayLike) -> float:
 def holm(p_values: Sequence[float], tests: int | None = None) -> list[float]:
     """p-values corrected for being several, in the order given (Holm, Scandinavian Journal of Statistics 6, 1979).
 
-    ``tests``: how many were planned, if not all have been made yet. Raises ValueError if that is fewer than given.
+    ``tests``: how many were planned, if not all have been made yet. Raises ValueError if that is fewer than given,
+    and for a p-value outside 0 to 1.
     """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p-values must be from 0 to 1, got {list(p_values)}")
     planned = len(p_values) if tests is None else tests
     if planned < len(p_values):
         raise ValueError(f"{len(p_values)} p-values of {planned} planned tests")

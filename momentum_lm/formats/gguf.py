@@ -7,10 +7,12 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import mmap
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from .families import INSTEAD, Family
 from .lazy import Lazy
 from .pickles import shown
 
+_reading = threading.RLock()
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # general.architecture, and so model_type; Mistral's is llama too
 _ENTRIES = {  # of config.json, by what follows the architecture in the name there
     "context_length": "max_position_embeddings",
@@ -129,22 +132,24 @@ class GGUF:
 
 
 @contextmanager
-def header_read_once() -> Iterator[None]:
+def header_read_once(gguf_file: str | None) -> Iterator[None]:
     """Within it transformers reads the header of a GGUF file once, not for configuration, tokenizer and weights anew,
-    and makes gguf's table of names once, not for each module: half of the time in which a small model loads."""
+    and makes gguf's table of names once, not for each module: half of the time in which a small model loads. Without a
+    file nothing is done."""
+    names = ("GGUFReader", "get_tensor_name_map")
     try:
-        import gguf
+        gguf: Any = importlib.import_module("gguf") if gguf_file else None
     except ImportError:  # transformers says what is missing
-        yield
-        return
-    plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in plain.items():
-        setattr(gguf, name, functools.cache(function))  # transformers imports both from there at each call
-    try:
-        yield
-    finally:
+        gguf = None
+    with _reading:  # of other threads none may take what stands here meanwhile for gguf's own
+        plain = {name: getattr(gguf, name) for name in names if hasattr(gguf, name)}
         for name, function in plain.items():
-            setattr(gguf, name, function)
+            setattr(gguf, name, functools.cache(function))  # transformers imports both from there at each call
+        try:
+            yield
+        finally:
+            for name, function in plain.items():
+                setattr(gguf, name, function)
 
 
 def read_gguf(path: Path) -> GGUF:

@@ -42,7 +42,7 @@ def save_tokenizer(
     own = source / "tokenizer.json"
     given = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        with header_read_once():
+        with header_read_once(gguf_file):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **given)
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__

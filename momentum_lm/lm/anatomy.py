@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from momentum_lm.errors import UserError
 from momentum_lm.model import Decoder
+from momentum_lm.model.filters import filter_names, remove_filters
 
 from .attention_interface import attention_modules
 
@@ -206,7 +207,9 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 def untrained_copy(model: Any) -> Any:
     """A model of the same architecture whose weights are freshly drawn, by the architecture's own initialisation."""
     if is_ours(model):
-        return Decoder(model.config)
+        fresh = Decoder(model.config)
+        remove_filters(fresh, set(filter_names(fresh)) - set(filter_names(model)))
+        return fresh
     from transformers import AutoModelForCausalLM
 
     # a model's own code, where it brings some, runs here already

@@ -531,7 +531,7 @@ def load_huggingface(
         given["local_files_only"] = True  # what earlier downloads left
     unchanged = Unchanged(_files(name, gguf_file))
     try:
-        with header_read_once():
+        with header_read_once(gguf_file):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **given)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:

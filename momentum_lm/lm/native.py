@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ from momentum_lm.errors import UserError, arg
 from momentum_lm.files import file_sha256
 from momentum_lm.formats.native import NativeCheckpoint, read_native
 from momentum_lm.model.config import recorded
-from momentum_lm.model.filters import MomentumFilter, own_source, remove_filters
+from momentum_lm.model.filters import filter_names, own_source, remove_filters
 from momentum_lm.model.positions import document_ids
 from momentum_lm.model.state import Cache
 from momentum_lm.text.dictionary import BOS, EOS
@@ -36,7 +37,7 @@ class NativeLM(NativeCheckpoint):
 
     def __init__(self, *checkpoint: Any, in_training: bool = False, **options: Any) -> None:
         super().__init__(*checkpoint, **options)
-        self._without_momentum: list[int] | str | None = None
+        self._removed: set[str] = set()
         if not in_training:
             self.model.eval().requires_grad_(False)
 
@@ -66,30 +67,32 @@ class NativeLM(NativeCheckpoint):
     def _architecture(self) -> dict[str, Any]:
         source = own_source(self.config)
         found = recorded(self.config) | ({} if source is None else {"momentum_code": file_sha256(source)})
-        return found if self._without_momentum is None else found | {"without_momentum": self._without_momentum}
+        return found | ({"without_momentum": sorted(self._removed)} if self._removed else {})
 
     def remove_momentum(self, without_momentum: Sequence[int] | str) -> None:
-        """Takes the filters of these layers out, numbered from 0, or with ``"all"`` those of all layers and of the
-        embedding: what the model then loses is what it relies on them for. Records say which.
+        """Takes the filters of these layers out, counted from 0, or with ``"all"`` those of all layers and of the
+        embedding. What the model loses is what it relies on them for, as it was trained with them; it is no model
+        trained without. Records say which were taken out.
 
         Raises UserError, and leaves the model as it is, for a layer that is not there or has no filter.
         """
-        layers, wrong = self.model.layers, arg(without_momentum=without_momentum)
-        if isinstance(without_momentum, str):
-            if without_momentum != "all":
-                raise UserError(wrong, ": give layers, counted from 0, or all")
-            if not remove_filters(self.model):
-                raise UserError(wrong, f": {self.name} has no momentum")
-            self._without_momentum = without_momentum
-            return
-        for layer in without_momentum:
-            if not 0 <= layer < len(layers):
-                raise UserError(wrong, f": {self.name} has the layers 0 to {len(layers) - 1}")
-            if not any(isinstance(module, MomentumFilter) for module in layers[layer].modules()):
-                raise UserError(wrong, f": layer {layer} of {self.name} has no momentum")
-        for layer in set(without_momentum):
-            remove_filters(layers[layer])
-        self._without_momentum = sorted(set(without_momentum))
+        wrong, there = arg(without_momentum=without_momentum), filter_names(self.model)
+        if without_momentum == "all":
+            names = there
+        elif isinstance(without_momentum, str) or len(without_momentum) == 0:
+            raise UserError(wrong, ": give layers, counted from 0, or all")
+        else:
+            layers = [operator.index(layer) for layer in without_momentum]
+            if not all(0 <= layer < len(self.model.layers) for layer in layers):
+                raise UserError(wrong, f": {self.name} has the layers 0 to {len(self.model.layers) - 1}")
+            names = [name for name in there if name.startswith(tuple(f"layers.{layer}." for layer in layers))]
+            for layer in layers:
+                if not any(name.startswith(f"layers.{layer}.") for name in names):
+                    raise UserError(wrong, f": layer {layer} of {self.name} has no filter{_instead(there)}")
+        if not names:
+            raise UserError(wrong, f": {self.name} has no momentum")
+        remove_filters(self.model, names)
+        self._removed |= set(names)
 
     @cached_property
     def sha256(self) -> str:
@@ -181,6 +184,14 @@ class NativeLM(NativeCheckpoint):
         segments = document_ids(tokens, self.config.eos_idx) if packed_documents else None
         losses = self.model.loss(tokens, targets, segments, reduction="none", left_padded=False)
         return losses.float().cpu()
+
+
+def _instead(there: Sequence[str]) -> str:
+    """What else could be taken out."""
+    layers = sorted({int(name.split(".")[1]) for name in there if name.startswith("layers.")})
+    if layers:
+        return f"; layers {', '.join(map(str, layers))} have"
+    return "; its filter is at the embedding, which all takes out" if there else "; none has"
 
 
 def load_native(

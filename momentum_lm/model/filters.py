@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -83,15 +83,16 @@ def heads_at(config: DecoderConfig, place: str) -> tuple[int, int]:
     return groups, width // groups
 
 
-def remove_filters(module: nn.Module) -> int:
-    """Takes all filters out of a decoder, or of one of its blocks. Returns how many there were."""
-    found = 0
-    for part in list(module.modules()):
-        for name, child in list(part.named_children()):
-            if isinstance(child, MomentumFilter):
-                setattr(part, name, None)
-                found += 1
-    return found
+def filter_names(decoder: nn.Module) -> list[str]:
+    """The names of a decoder's filters: ``layers.0.self_attn.momentum``, ``momentum_embedding`` and the like."""
+    return [name for name, module in decoder.named_modules() if isinstance(module, MomentumFilter)]
+
+
+def remove_filters(decoder: nn.Module, names: Iterable[str]) -> None:
+    """Takes the filters of these names out of a decoder, which then computes what it would without them."""
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), attribute, None)
 
 
 def is_of_filter(name: str) -> bool:

@@ -111,12 +111,14 @@ def perplexity_panel(series: Mapping[str, Sequence[tuple[int, float]]], split: s
 
 
 def position_panel(curves: Mapping[str, Sequence[PositionLoss]], title: str = "") -> Panel:
-    """Mean loss over the place in a block: a curve a name, of the parts of a results file."""
+    """Mean loss over the place in a block: a curve a name, of the parts of a results file, if it has any."""
 
     def panel(axes: Any) -> None:
         axes.set(xlabel="place in the block (tokens)", ylabel="loss (nats per token)")
         set_title(axes, title)
         for index, (name, parts) in enumerate(curves.items()):
+            if not parts:  # its look stays its own
+                continue
             ends = [part["end"] for part in parts]
             places = [math.sqrt((start + 1) * end) for start, end in itertools.pairwise([0, *ends])]
             style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 4}

@@ -18,7 +18,7 @@ from momentum_lm.results.schema import IclScore, PerplexityRun, PositionLoss
 from . import skeleton
 from .figures import draw, perplexity_panel, position_panel, to_svg
 from .html import Dot, Forest, Paragraph, Part, Picture, Reference, Verdict
-from .skeleton import Folder, Report, Sections
+from .skeleton import Folder, Report, Sections, differ
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ _PROTOCOL = (
     "into blocks of the context length; each block is scored without what came before it, and every token once. "
     "Intervals: 95%, bootstrap over documents: what other text of the kind would give, not other trainings."
 )
+_PACKED = "No document of a block sees another, so that a token late in a block may have little context."
 _ICL_SCORE = (
     "ICL score: loss around the 500th token of a block less loss around the 50th (nats a token, twenty tokens each; "
-    "Olsson et al., arXiv 2209.11895). The more negative, the more does context help the model. 95% intervals over "
-    "blocks."
+    "Olsson et al., arXiv 2209.11895): negative where more context helps. A model that is better at the 50th token "
+    "already has less to gain: read it beside the losses. Intervals: 95% over blocks, which count as independent, also "
+    "those of one document, so that they may be too narrow."
 )
 
 
@@ -81,6 +83,7 @@ def _sizes(run: PerplexityRun) -> dict[str, str]:
 def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure], None]) -> Sections:
     runs = results["runs"]
     protocol = [Paragraph(_PROTOCOL), *([Paragraph(_ICL_SCORE)] if any(map(_score, runs)) else [])]
+    protocol += [Paragraph(_PACKED)] if results["config"].get("packed_documents") else []
     sections: Sections = {"": [Verdict(_conclusions(runs)), results_table(runs), *protocol]}
     name = Path(results["model"]["path"]).name
     for split, points in _series(results["runs"]).items():
@@ -88,8 +91,9 @@ def _sections(folder: Path, results: dict[str, Any], save: Callable[[str, Figure
         save(f"perplexity-{file_stem(split)}", figure)
         if len(points) > 1:
             sections[f"Perplexity on {split}"] = [_picture(figure, split)]
-        longest = max((run for run in runs if run["split"] == split), key=lambda run: run["context_length"])
-        if parts := _by_position({name: longest}):
+        measured = [run for run in runs if run["split"] == split and run.get("by_position")]
+        longest = max(measured, key=lambda run: run["context_length"], default=None)
+        if longest and (parts := _by_position({name: longest})):
             sections[f"Loss by position on {split}"] = parts
     return sections
 
@@ -137,6 +141,8 @@ class Comparison(skeleton.Comparison):
         self.differences: dict[tuple[str, int, str], PairedDifference] = {}  # by split, context length and name
         for index in range(1, len(self.folders)):
             self._compare(index)
+        splits = sorted({run["split"] for run in self.results[0]["runs"]})
+        self.by_position = {split: self._longest(split) for split in splits}
 
     def table(self) -> Table:
         """A row for each split, context length and model."""
@@ -161,19 +167,34 @@ class Comparison(skeleton.Comparison):
             if any(len(points) > 1 for points in lines.values()):
                 parts.append(_picture(draw(perplexity_panel(lines, split)), split))
             found[f"Perplexity on {split}"] = parts
-            if parts := _by_position(self._longest(split)):
+            if parts := _by_position(self.by_position.get(split, {})):
                 found[f"Loss by position on {split}"] = parts
         return found
 
-    def _longest(self, split: str) -> dict[str, PerplexityRun]:
-        """By name, the runs at the longest context that all folders with losses by position share."""
-        measured = {
-            name: {r["context_length"]: r for r in results["runs"] if r["split"] == split and r.get("by_position")}
-            for name, results in zip(self.names, self.results, strict=True)
-        }
-        measured = {name: runs for name, runs in measured.items() if runs}
-        shared = set.intersection(*(set(runs) for runs in measured.values())) if measured else set()
-        return {name: runs[max(shared)] for name, runs in measured.items()} if shared else {}
+    def _longest(self, split: str) -> dict[str, PerplexityRun | None]:
+        """By name, the runs at the longest context at which the first folder and most of the others have losses by
+        position; None for those that have none there, or scored other data."""
+        measured = [
+            {run["context_length"]: run for run in results["runs"] if run["split"] == split and run.get("by_position")}
+            for results in self.results
+        ]
+        lengths = [length for runs in measured[1:] for length in runs if length in measured[0]]
+        if not lengths:
+            return {}
+        length = max(lengths, key=lambda length: (lengths.count(length), length))
+        first, found = measured[0][length], dict[str, PerplexityRun | None]()
+        for name, results, runs in zip(self.names, self.results, measured, strict=True):
+            run = runs.get(length)
+            alike = run is not None and run["data_sha256"] == first["data_sha256"]
+            alike = alike and len(_dictionaries(self.results[0], results)) < 2
+            alike = alike and not differ(self.results[0]["config"], results["config"], "packed_documents")
+            found[name] = run if alike else None
+            if not alike:
+                self.notes.append(
+                    f"{split}: {name} has no losses by position in blocks of {length:,} tokens of the same data; "
+                    "`fairseq-eval --force` measures what an older version did not."
+                )
+        return found
 
     def conclusions(self) -> list[str]:
         """A sentence for each folder and split, at the longest context."""
@@ -208,10 +229,8 @@ class Comparison(skeleton.Comparison):
             first = next((r for r in self.results[0]["runs"] if (r["split"], r["context_length"]) == key), None)
             if first is None:
                 continue
-            dictionaries = {
-                r["config"].get("data", {}).get("dictionary_sha256") for r in (self.results[0], self.results[index])
-            } - {None}
-            if first["data_sha256"] != run["data_sha256"] or len(dictionaries) > 1:
+            other = len(_dictionaries(self.results[0], self.results[index])) > 1
+            if first["data_sha256"] != run["data_sha256"] or other:
                 self.notes.append(
                     f"{run['split']}, context {run['context_length']}: {self.names[0]} and {self.names[index]} scored "
                     f"other data or by another "
@@ -223,6 +242,11 @@ class Comparison(skeleton.Comparison):
             nll, tokens = document_sums(self.folders[index], run)
             baseline, _ = document_sums(self.folders[0], first)
             self.differences[(*key, self.names[index])] = paired_bootstrap(nll, baseline, tokens, seed=self.seed)
+
+
+def _dictionaries(*results: Mapping[str, Any]) -> set[str]:
+    """Digests of the dictionaries, where they are told."""
+    return {r["config"].get("data", {}).get("dictionary_sha256") for r in results} - {None}
 
 
 def document_sums(folder: Folder, run: PerplexityRun) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -262,15 +286,16 @@ def _series(runs: Sequence[PerplexityRun]) -> dict[str, list[tuple[int, float]]]
     return series
 
 
-def _by_position(runs: Mapping[str, PerplexityRun]) -> list[Part]:
-    """A curve and a column for each model's run at one context length; nothing where blocks are short, or of runs from
-    before it was measured."""
-    parts = {name: run["by_position"] for name, run in runs.items() if len(run.get("by_position", ())) > 4}
-    if not parts:
+def _by_position(runs: Mapping[str, PerplexityRun | None]) -> list[Part]:
+    """A curve and a column for each model's run at one context length; nothing where blocks are so short that there is
+    no curve to see, or of runs from before it was measured."""
+    some = {name: run.get("by_position", []) if run else [] for name, run in runs.items()}
+    parts = {name: found for name, found in some.items() if found}
+    if not any(len(found) > 4 for found in parts.values()):
         return []
-    length = next(iter(runs.values()))["context_length"]
+    length = next(run["context_length"] for run in runs.values() if run)
     title = f"blocks of {length:,} tokens"
-    picture = Picture(to_svg(draw(position_panel(parts, title))), f"Loss by position in {title}: lower is better.")
+    picture = Picture(to_svg(draw(position_panel(some, title))), f"Loss by position in {title}: lower is better.")
     names: dict[int, str] = {}
     for start, end in itertools.pairwise([0, *sorted({part["end"] for some in parts.values() for part in some})]):
         names[end] = str(end) if end - start == 1 else f"{start + 1:,} to {end:,}"

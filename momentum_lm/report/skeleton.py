@@ -106,7 +106,7 @@ class Report:
             log.hparams_with_metrics(final, 0)
 
         own = self.sections(home, results, save)
-        sections: Sections = {"": [Paragraph(f"Model: {results['model']['path']}"), *own.pop("", [])], **own}
+        sections: Sections = {"": [Paragraph(f"Model: {_model_text(results)}"), *own.pop("", [])], **own}
         details = json.dumps({name: results[name] for name in ("model", "config")}, indent=1, ensure_ascii=False)
         sections["What was measured"] = [Folded("Model and configuration", [Code(details)])]
         if results["config"].get("command"):
@@ -164,16 +164,27 @@ class Comparison:
         write_page(path, self.title, sections)
 
     def _origins(self) -> str:
-        """Each folder's model, and the entries of the configurations that are not the same in all."""
+        """Each folder's model, and the entries of the configurations, of study and model, that are not the same in
+        all."""
         hidden = ("datasets", "command")
-        configs = [{k: v for k, v in results["config"].items() if k not in hidden} for results in self.results]
+        configs = [
+            {k: v for k, v in (results["config"] | results["model"].get("architecture", {})).items() if k not in hidden}
+            for results in self.results
+        ]
         keys = dict.fromkeys(key for config in configs for key in config)
         differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
         lines = []
         for name, results, config in zip(self.names, self.results, configs, strict=True):
-            lines.append(f"{name}: {results['model']['path']}")
+            lines.append(f"{name}: {_model_text(results)}")
             lines += [f"  {key}: {json.dumps(config.get(key), ensure_ascii=False)}" for key in differing]
         return "\n".join(lines)
+
+
+def _model_text(results: Mapping[str, Any]) -> str:
+    """Where the model lies, and what was taken out of it."""
+    out = results["model"].get("architecture", {}).get("without_momentum")
+    names = f", without the filters {', '.join(map(str, out))}" if isinstance(out, list) else ""
+    return f"{results['model']['path']}{names}"
 
 
 def differ(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from momentum_lm.errors import UserError
+from momentum_lm.errors import UserError, arg
 
 from .records import PREDICTIONS, prediction, prediction_lines
 from .schema import RECORDS
@@ -39,11 +39,15 @@ def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(run[name] for name in KEY)
 
 
+def _which(key: tuple[Any, ...]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in zip(KEY, key, strict=True))
+
+
 def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Answers]:
     """{:func:`run_key`: answers} of these runs of a folder; memory grows with their answers, not with the file's other
     lines.
 
-    Raises UserError where the file is missing or damaged, or lacks answers of a run.
+    Raises UserError where the file is missing or damaged, lacks answers of a run, or contradicts its accuracy.
     """
     path = Path(folder) / PREDICTIONS
     found: dict[tuple[Hashable, ...], tuple[array[int], array[int], array[int]]]
@@ -69,18 +73,17 @@ def read_answers(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any
         index, gold, predicted = (np.array(column, dtype=np.int64) for column in found[key])
         examples = len(np.unique(index))
         if not examples == len(index) == run["num_examples"]:
-            which = ", ".join(f"{name} {value}" for name, value in zip(KEY, key, strict=True))
             raise UserError(
-                f"{path} answers {examples:,} examples in {len(index):,} lines for {which}, but "
+                f"{path} answers {examples:,} examples in {len(index):,} lines for {_which(key)}, but "
                 f"{run['num_examples']:,} were evaluated; "
                 "run the evaluation again"
             )
-        share = float((gold == predicted).mean())
-        if abs(share - run["accuracy"]) > 1e-6:
-            which = ", ".join(f"{name} {value}" for name, value in zip(KEY, key, strict=True))
+        right, told = int((gold == predicted).sum()), run["accuracy"] * len(gold)
+        if abs(right - told) > 1e-6 * len(gold):
             raise UserError(
-                f"{path} answers {share:.1%} rightly for {which}, but results.json says {run['accuracy']:.1%}; run the "
-                "evaluation again"
+                f"{path} is damaged: for {_which(key)} {right:,} of {len(gold):,} answers are right, {told:,.6g} by "
+                "results.json; evaluate again with ",
+                arg(force=True),
             )
         order = np.argsort(index)
         answers[key] = Answers(index[order], gold[order], predicted[order])

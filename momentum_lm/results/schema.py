@@ -76,6 +76,7 @@ Digest = Annotated[str, Length(0, 128)]
 Shares = Annotated[list[Share], Length(2, 2)]  # an interval
 Ends = Annotated[list[Positive], Length(2, 2)]
 Layers = list[Real | None]  # one value a layer
+Known = Annotated[list[Real], Length(2, 2)]  # an interval without gaps
 Interval = Annotated[list[Real | None], Length(2, 2)]
 Table = list[list[Real | None]]
 Cells = Annotated[list[Annotated[list[Annotated[list[Count], Length(2, 2)]], Length(2, 2)]], Length(2, 2)]
@@ -128,7 +129,7 @@ class PositionLoss(TypedDict):
 
     end: Some
     loss: Positive
-    ci95: Interval | None
+    ci95: Known | None
     blocks: Some
 
 
@@ -136,7 +137,7 @@ class IclScore(TypedDict):
     """Loss around the 500th token of a block less that around the 50th, in nats."""
 
     score: Real
-    ci95: Interval | None
+    ci95: Known | None
     blocks: Some
 
 

@@ -18,7 +18,9 @@ from .traces import PAPER, PREDICTING, Aligned, Floats, Learned, Seen, common_su
 
 KENDALL_EXAMPLES = 100  # the authors rank attention for no more examples
 SHOWN_EXAMPLES = 3  # of which attention to each demonstration is kept, to be drawn
-NOISE = 1e-4  # with rotary positions the first layer's maps, and what is seen in a window, differ by rounding alone
+# With rotary positions the first layer's maps, and what a query sees that reaches no demonstration, differ by rounding
+# alone: in fp32 by this much, in bf16 and fp16 by what these round to.
+NOISE = 1e-4
 Values = dict[str, Any]
 
 
@@ -143,19 +145,19 @@ def _similarities(
     zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool, paper: bool
 ) -> tuple[Values, Values]:
     """Of attention outputs and of attention to the query's own tokens: by layer, and the latter by layer and head."""
-    position = PAPER if paper else PREDICTING
+    position, noise = PAPER if paper else PREDICTING, max(NOISE, zero_shot.rounding)
     h_zs, h_icl, h_ft = (seen.outputs[:, i, position] for seen in (zero_shot, icl, ft))
     (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, position)
     heads: Values = {"simam": metrics.simam(m_icl, m_ft, seen)}
     if not paper:
-        heads["simam_delta"] = metrics.simam_delta(m_icl, m_ft, m_zs, seen, noise=NOISE)
-        heads["simam_delta_centred"] = metrics.simam_delta(m_icl, m_ft, m_zs, seen, centred=True, noise=NOISE)
+        heads["simam_delta"] = metrics.simam_delta(m_icl, m_ft, m_zs, seen, noise=noise)
+        heads["simam_delta_centred"] = metrics.simam_delta(m_icl, m_ft, m_zs, seen, centred=True, noise=noise)
     if baselines:
         heads["simam_before"] = metrics.simam(m_icl, m_zs, seen)
     found: Values = {name: _mean(value) for name, value in heads.items()}
-    found["simaou"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=paper, noise=NOISE)
+    found["simaou"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=paper, noise=noise)
     if baselines:
-        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=paper, noise=NOISE)
+        found["simaou_random"] = metrics.random_simaou(h_icl, h_zs, key, normalize=paper, noise=noise)
     return found, heads
 
 
@@ -219,7 +221,8 @@ def _relaxation(zero_shot: Seen, icl: Seen, ft: Seen, i: int) -> Values:
         h_icl, h_ft, h_zs = (
             np.stack([to_numpy(x[i, PREDICTING]) for x in seen.trace.relaxed_outputs]) for seen in (icl, ft, zero_shot)
         )
-        found["simaou_relaxed"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False, noise=NOISE)
+        noise = max(NOISE, zero_shot.rounding)
+        found["simaou_relaxed"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False, noise=noise)
     return found
 
 

@@ -37,7 +37,7 @@ class TracedModel(LanguageModel, Protocol):
 class Seen:
     """One batch of N queries in one setting: ``sums`` ``{query: log-probabilities of its requests}``, and for L layers
     and the P = 2 positions outputs (L, N, P, C), logits (one (N, P, H, S) a layer) and queries (L, N, P, H * D);
-    ``trace`` holds the rest.
+    ``trace`` holds the rest. rounding: relative error of a number of the model's dtype.
     """
 
     sums: dict[int, list[float]]
@@ -45,6 +45,7 @@ class Seen:
     logits: list[Floats]
     queries: Floats
     trace: AttentionTrace
+    rounding: float
 
 
 def trace_queries(
@@ -68,7 +69,7 @@ def trace_queries(
         answers = rows.answers(lm, state)
     sums = {query: [answer.log_prob for answer in found] for query, found in zip(queries, answers, strict=True)}
     logits = [to_numpy(layer) for layer in trace.logits]
-    return Seen(sums, stacked(trace.outputs), logits, stacked(trace.queries), trace)
+    return Seen(sums, stacked(trace.outputs), logits, stacked(trace.queries), trace, torch.finfo(lm.dtype).eps)
 
 
 def to_numpy(tensor: Tensor) -> Floats:

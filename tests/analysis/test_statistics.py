@@ -148,6 +148,7 @@ def test_t_test_matches_tables(size, t, p):
 
 def test_t_test_at_its_ends():
     assert st.t_test([2.0, 2.0, 2.0]) == 0.0 and st.t_test([0.0, 0.0]) == 1.0
+    assert st.t_test([1e-200, 2e-200]) == st.t_test([1.0, 2.0]) == pytest.approx(0.2048328)
     low = st.t_interval([0.1, 0.2, 0.4], confidence=1 - st.t_test([0.1, 0.2, 0.4])).low
     assert low == pytest.approx(0, abs=1e-9)  # the interval of that confidence ends at zero
     with pytest.raises(ValueError, match="at least two"):
@@ -160,3 +161,6 @@ def test_holm_by_hand():
     assert st.holm([0.5, 0.9]) == [1.0, 1.0] and st.holm([]) == []
     with pytest.raises(ValueError, match="2 p-values of 1 planned"):
         st.holm([0.1, 0.2], tests=1)
+    for wrong in (math.nan, -0.1, 1.1):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            st.holm([0.2, wrong])

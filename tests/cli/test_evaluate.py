@@ -152,6 +152,36 @@ def test_report_compares(data, models, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("| split | context | model |")
 
 
+def test_without_momentum(data, tmp_path, capsys):
+    from momentum_lm.model import Decoder, DecoderConfig
+
+    cfg = {"decoder_embed_dim": 16, "decoder_ffn_embed_dim": 16, "decoder_layers": 2, "decoder_attention_heads": 2,
+           "activation_fn": "gelu", "position": "sinusoidal", "max_target_positions": 32, "momentum_kind": "ema",
+           "momentum_eta": 0.7}  # fmt: skip
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(64, 16, 16, 2, 2, max_positions=32, momentum_kind="ema", momentum_eta=0.7))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = {f"decoder.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"cfg": {"model": cfg}, "model": state}, tmp_path / "m.pt")
+    torch.save({"cfg": {"model": cfg | {"momentum_kind": "none"}}, "model": state}, tmp_path / "v.pt")
+
+    def perplexity(out, *more, path="m.pt"):
+        words = ["--task", "lm_perplexity", str(data), "--path", str(tmp_path / path), "--context-lengths", "16"]
+        assert evaluate.main([*words, "--results-dir", str(tmp_path / out), *more]) == 0, capsys.readouterr().err
+        return json.loads((tmp_path / out / "results.json").read_text())["runs"][0]["perplexity"]
+
+    found = {
+        name: perplexity(name or "with", *(["--without-momentum", name] if name else [])) for name in ("", "all", "0")
+    }
+    assert len(set(found.values())) == 3
+    assert found["all"] == perplexity("vanilla", path="v.pt") == perplexity("all", "--without-momentum", "0,1")
+    words = ["--task", "lm_perplexity", data, "--path", tmp_path / "m.pt", "--results-dir", tmp_path / "all"]
+    assert evaluate.main(list(map(str, [*words, "--context-lengths", 16]))) == 2  # with the filters: other results
+    assert "without_momentum" in capsys.readouterr().err
+    assert "without the filters layers.0.self_attn.momentum" in (tmp_path / "0/report.html").read_text()
+
+
 def test_interrupted_evaluation_goes_on(data, models, tmp_path, monkeypatch, capsys):
     from momentum_lm.studies import perplexity
 

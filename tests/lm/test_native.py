@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import load_native
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.model.filters import MomentumFilter
+from momentum_lm.model.filters import MomentumFilter, filter_names
+from momentum_lm.studies.untrained import untrained
 
 SHAPE = {"dim": 16, "ffn_dim": 24, "layers": 2, "heads": 4}
 OURS = {
@@ -443,12 +445,21 @@ def test_without_momentum_is_the_decoder_without_filters(tmp_path, kind, at):
     lm, whole = load_native(path), load_native(path)
     lm.remove_momentum("all")
     assert_same(lm, plain)
-    assert lm.describe()["architecture"] == whole.describe()["architecture"] | {"without_momentum": "all"}
+    assert lm.describe()["architecture"] == whole.describe()["architecture"] | {
+        "without_momentum": sorted(filter_names(model))
+    }
     assert_same(whole, model)
+    assert not filter_names(untrained(lm).model) and filter_names(untrained(whole).model) == filter_names(model)
 
     some = load_native(path)
     some.remove_momentum([2, 1, 1])
-    assert some.describe()["architecture"]["without_momentum"] == [1, 2]
+    taken = [name for name in filter_names(model) if name.startswith(("layers.1.", "layers.2."))]
+    assert some.describe()["architecture"]["without_momentum"] == sorted(taken)
+    again = load_native(path)
+    for layer in (np.int64(2), 1):
+        again.remove_momentum([layer])
+    assert again.describe() == some.describe()
+    assert filter_names(untrained(some).model) == filter_names(some.model)
     for name, module in model.named_modules():  # the same by hand: what a filter of these layers gives is nothing
         if isinstance(module, MomentumFilter) and name.startswith(("layers.1.", "layers.2.")):
             parent, _, attribute = name.rpartition(".")
@@ -464,22 +475,25 @@ def test_without_momentum_is_the_decoder_without_filters(tmp_path, kind, at):
 
 
 def test_what_has_no_momentum_is_refused(tmp_path):
-    lm = load_native(
-        save(tmp_path / "c.pt", decoder(max_positions=32, momentum_kind="ema"), {"model": OURS, "task": {}})
-    )
-    for layers, message in (
-        ([2], "without_momentum=[2]: .* has the layers 0 to 1"),
-        ([0, -1], "has the layers 0 to 1"),
-        ("none", "without_momentum='none': give layers, counted from 0, or all"),
+    def loaded(name, **changes):
+        options = OURS | {"momentum_kind": "none", **changes}
+        model = decoder(max_positions=32, **changes)
+        return load_native(save(tmp_path / name, model, {"model": options, "task": {}}))
+
+    lm, smear = loaded("c.pt", momentum_kind="ema"), loaded("e.pt", momentum_kind="fir", momentum_at="embedding")
+    for which, layers, message in (
+        (lm, [2], r"without_momentum=\[2\]: .* has the layers 0 to 1"),
+        (lm, [0, -1], "has the layers 0 to 1"),
+        (lm, "none", "without_momentum='none': give layers, counted from 0, or all"),
+        (lm, [], r"without_momentum=\[\]: give layers, counted from 0, or all"),
+        (smear, [0], r"layer 0 of .* has no filter; its filter is at the embedding, which all takes out"),
+        (loaded("v.pt"), "all", "has no momentum"),
     ):
-        with pytest.raises(UserError, match=message.replace("[", r"\[").replace("]", r"\]")):
-            lm.remove_momentum(layers)
-    assert "without_momentum" not in lm.describe()["architecture"]
+        with pytest.raises(UserError, match=message):
+            which.remove_momentum(layers)
+        assert "without_momentum" not in which.describe()["architecture"]
     lm.remove_momentum([1])
-    with pytest.raises(UserError, match=r"layer 1 of .* has no momentum"):
+    with pytest.raises(UserError, match=r"layer 1 of .* has no filter; layers 0 have"):
         lm.remove_momentum([0, 1])
-    vanilla = load_native(
-        save(tmp_path / "v.pt", decoder(max_positions=32), {"model": OURS | {"momentum_kind": "none"}, "task": {}})
-    )
-    with pytest.raises(UserError, match="has no momentum"):
-        vanilla.remove_momentum("all")
+    smear.remove_momentum("all")
+    assert smear.describe()["architecture"]["without_momentum"] == ["momentum_embedding"]

@@ -1,6 +1,7 @@
 """Side by side: against the same numbers by hand, and refusals."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -179,6 +180,10 @@ def test_answers_are_read_in_the_order_of_examples(write_results):
         (lambda lines: [*lines[:3], "{\n", *lines[3:]], "line 4 is damaged"),
         (lambda lines: [*lines[:3], '{"dataset": "mr"}\n', *lines[3:]], "line 4 is damaged"),
         (lambda lines: None, "cannot read .*predictions.jsonl"),
+        (
+            lambda lines: [re.sub(r'"pred": \d+', '"pred": 7', line) for line in lines],
+            r"is damaged: for dataset mr, .* 0 of 60 answers are right, \d+ by results.json",
+        ),
     ],
 )
 def test_damaged_predictions_are_named(write_results, spoil, message):

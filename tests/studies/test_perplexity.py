@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from momentum_lm.errors import UserError
 from momentum_lm.lm.native import NativeLM
 from momentum_lm.model import Decoder, DecoderConfig
-from momentum_lm.report.perplexity import document_sums, write_report
+from momentum_lm.report.perplexity import Comparison, document_sums, write_report
 from momentum_lm.results.records import read_results, results_lock
 from momentum_lm.studies import perplexity
 from momentum_lm.text.dictionary import Dictionary
@@ -159,7 +160,7 @@ def test_records(lm, data, tmp_path):
 
 
 def test_icl_score_of_long_blocks(lm, tmp_path, monkeypatch):
-    """A model whose loss is the place of the token in its block, from 0, less that of its block in the data."""
+    """A model whose loss rises by 0.01 a token, from the 300th on by less in later blocks."""
     write(tmp_path / "data", (700, 1000, 348))
     monkeypatch.setattr(type(lm), "max_positions", 1024)
     seen = itertools.count()
@@ -348,3 +349,55 @@ def test_finished_work_is_said_to_be_finished(lm, data, tmp_path, capsys):
     for expected in (False, True):
         perplexity.evaluate(lm, data, tmp_path / "out", (4,))
         assert ("holds all of these results already" in capsys.readouterr().out) == expected
+
+
+def losses_by_place(lm, monkeypatch, offset=0.0):
+    """No model: losses that fall with the place in the block."""
+
+    def losses(tokens, targets, packed):
+        return (5.0 + offset - torch.arange(float(targets.shape[1])) / 1000).expand(targets.shape)
+
+    monkeypatch.setattr(type(lm), "max_positions", 1024)
+    monkeypatch.setattr(lm, "token_losses", losses)
+
+
+def test_losses_by_position_stand_side_by_side(lm, tmp_path, monkeypatch):
+    """Of the same data alone, at the longest length that most folders have; what is missing is said."""
+    write(tmp_path / "data", (700, 1000, 348))
+    write(tmp_path / "other data", (700, 1000, 348), seed=1)
+    folders = {name: tmp_path / name for name in ("first", "second", "other", "before")}
+    losses_by_place(lm, monkeypatch)
+    evaluate(lm, tmp_path / "data", folders["first"], (64, 512, 1024))
+    evaluate(lm, tmp_path / "other data", folders["other"], (512,))
+    lm.remove_momentum([0])
+    losses_by_place(lm, monkeypatch, 0.25)
+    evaluate(lm, tmp_path / "data", folders["second"], (512,), packed_documents=False)
+    shutil.copytree(folders["first"], folders["before"])
+    stored = json.loads((folders["before"] / "results.json").read_text())
+    for run in stored["runs"]:
+        del run["by_position"], run["icl_score"]
+    (folders["before"] / "results.json").write_text(json.dumps(stored))
+
+    comparison = Comparison(list(folders.values()), list(folders))
+    shown = comparison.by_position["valid"]
+    assert {name: run and run["context_length"] for name, run in shown.items()} == {
+        "first": 512, "second": 512, "other": None, "before": None,
+    }  # fmt: skip
+    for name in ("other", "before"):
+        (note,) = [note for note in comparison.notes if note.startswith(f"valid: {name} has no losses by position")]
+        assert "--force" in note
+    comparison.write_page(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "257 to 512" in page and "4.616 (4.616 to 4.616)" in page and "4.866 (4.866 to 4.866)" in page
+    assert f"second: {lm.name}, without the filters layers.0.self_attn.momentum" in page
+
+    write_report(folders["before"])  # which has none, and gets some
+    assert "Loss by position" not in (folders["before"] / "report.html").read_text()
+
+
+def test_packed_documents_are_said(lm, data, tmp_path):
+    for packed in (True, False):
+        evaluate(lm, data, tmp_path / str(packed), packed_documents=packed)
+        write_report(tmp_path / str(packed))
+        page = (tmp_path / str(packed) / "report.html").read_text()
+        assert ("No document of a block sees another" in page) == packed

@@ -10,7 +10,7 @@ from momentum_lm.errors import UserError
 from momentum_lm.icl.calibration import CALIBRATIONS
 from momentum_lm.studies import flags
 
-from .options import add_model_arguments, add_output_arguments, check_model, load_model
+from .options import add_model_arguments, add_output_arguments, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, command: str) -> bool:
         "fresh_queries": args.fresh_queries,
     }
     settings = dataclasses.replace(flags.settings_from(args), **own)
-    check_model(args)
-    lm, datasets = flags.load_model_and_datasets(args, load_model)
+    lm = load_model(args)
     keep_memory()
+    datasets = flags.load_datasets(args, lm)
     return classification.evaluate(lm, datasets, settings, args.results_dir, command, args.force, timeout=timeout)

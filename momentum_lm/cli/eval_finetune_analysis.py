@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from momentum_lm.errors import UserError
 from momentum_lm.studies import controls, flags
 
-from .options import add_model_arguments, add_output_arguments, check_model, load_model
+from .options import add_model_arguments, add_output_arguments, load_model
 
 LARGE = 1_000_000_000  # parameters from which on a second, untrained, model is only loaded if asked for
 
@@ -81,11 +81,11 @@ def run(args: argparse.Namespace, command: str) -> bool:
     )
     timeout = flags.process_timeout(args)
     map_large_tensors()  # finetuned and untrained weights come and go
-    check_model(args)
-    lm, datasets = flags.load_model_and_datasets(args, load_model)
+    lm = load_model(args)
     if args.controls is None and sum(parameter.numel() for parameter in lm.model.parameters()) >= LARGE:
         names = [name for name in names if name != "untrained"]
     settings = dataclasses.replace(settings, controls=tuple(names))
+    datasets = flags.load_datasets(args, lm)
     writes = study.analyse(lm, datasets, settings, args.results_dir, command, args.force, timeout=timeout)
     del lm
     return_memory()  # what the figures need comes in its place

@@ -129,21 +129,6 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     return group
 
 
-def check_model(args: argparse.Namespace) -> None:
-    """Raises UserError for flags of :func:`add_model_arguments` that do not fit each other, before anything is read."""
-    eta = getattr(args, "hf_momentum_eta", None)
-    if args.path is not None and eta is not None:
-        raise UserError("--hf-momentum-eta is for --hf-model; a checkpoint has the momentum that it was trained with")
-    if args.path is None and args.without_momentum is not None:
-        raise UserError("--without-momentum is for --path; leave out --hf-momentum-eta to evaluate --hf-model without")
-    _without_momentum(args)
-    device(args.device)
-    if eta is not None:
-        from momentum_lm.lm.momentum_attention import check_eta
-
-        check_eta(eta)
-
-
 def _without_momentum(args: argparse.Namespace) -> list[int] | str | None:
     text: str | None = args.without_momentum
     return text if text in (None, "all") else integers(str(text), "--without-momentum", 0, "0,2, or all")
@@ -164,15 +149,23 @@ def load_native_model(args: argparse.Namespace) -> NativeLM:
 
 def load_model(args: argparse.Namespace) -> NativeLM | HuggingFaceLM:
     """The model that the flags of :func:`add_model_arguments` name. Raises UserError for flags that do not fit it."""
-    check_model(args)
+    eta = args.hf_momentum_eta
     if args.path is not None:
+        if eta is not None:
+            raise UserError(
+                "--hf-momentum-eta is for --hf-model; a checkpoint has the momentum that it was trained with"
+            )
         return load_native_model(args)
     from momentum_lm.lm.huggingface import load_huggingface
-    from momentum_lm.lm.momentum_attention import add_momentum
+    from momentum_lm.lm.momentum_attention import add_momentum, check_eta
 
+    if args.without_momentum is not None:
+        raise UserError("--without-momentum is for --path; leave out --hf-momentum-eta to evaluate --hf-model without")
+    if eta is not None:
+        check_eta(eta)
     lm = load_huggingface(args.hf_model, args.hf_gguf_file, device(args.device), _dtype(args), args.trust_checkpoint)
-    if args.hf_momentum_eta is not None:
-        add_momentum(lm.model, args.hf_momentum_eta)
+    if eta is not None:
+        add_momentum(lm.model, eta)
     return lm
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from momentum_lm.errors import UserError, arg
 from momentum_lm.text.dictionary import BOS, EOS
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from .classification import Settings
 
-_Model = TypeVar("_Model", bound="LanguageModel")
 FAIRSEQ_BOS = {"<s>": (BOS,), "</s>": (EOS,)}
 _MOST = 2**53  # what every reader of JSON takes, and results.schema
 
@@ -134,8 +133,8 @@ def process_timeout(args: argparse.Namespace) -> float:
     return float(args.process_timeout)
 
 
-def load_datasets(args: argparse.Namespace, lm: LanguageModel | None) -> list[LabelledDataset]:
-    """The data sets of ``--datasets``, their texts shortened to ``--max-field-tokens``, for which ``lm`` is needed."""
+def load_datasets(args: argparse.Namespace, lm: LanguageModel) -> list[LabelledDataset]:
+    """The data sets of ``--datasets``, their texts shortened to ``--max-field-tokens``."""
     from momentum_lm.icl.datasets.loading import load_dataset
 
     return [
@@ -144,27 +143,14 @@ def load_datasets(args: argparse.Namespace, lm: LanguageModel | None) -> list[La
     ]
 
 
-def load_model_and_datasets(
-    args: argparse.Namespace, load_model: Callable[[argparse.Namespace], _Model]
-) -> tuple[_Model, list[LabelledDataset]]:
-    """The model and the data sets. Those are read first, unless ``--max-field-tokens`` needs the model's tokenizer:
-    what is wrong with them is said before a large model is loaded."""
-    if args.max_field_tokens is None:
-        datasets = load_datasets(args, None)
-        return load_model(args), datasets
-    lm = load_model(args)
-    return lm, load_datasets(args, lm)
-
-
 def _template(args: argparse.Namespace) -> str:
     return "code" if args.protocol == "paper" else args.template
 
 
-def shortener(lm: LanguageModel | None, tokens: int | None) -> Callable[[str], str] | None:
+def shortener(lm: LanguageModel, tokens: int | None) -> Callable[[str], str] | None:
     """Cuts a text after so many tokens, at a character; None where there is no limit."""
     if tokens is None:
         return None
-    assert lm is not None
 
     def shorten(text: str) -> str:
         ids = lm.encode([text])[0]

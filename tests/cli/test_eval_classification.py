@@ -339,16 +339,3 @@ def test_two_data_sets_of_one_name_are_refused_before_a_model_is_read(tmp_path, 
             out, err = capsys.readouterr()
             assert out == "" and err.startswith("error: two data sets are ") and told in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_what_is_wrong_with_data_is_said_before_a_model_is_read(tmp_path, capsys):
-    (tmp_path / "films.yaml").write_text(FILMS)
-    write(tmp_path / "train.jsonl", [{"text": "good", "label": 7}])
-    write(tmp_path / "validation.jsonl", [{"text": "bad", "label": 0}])
-    for task in ("icl_classification", "icl_finetune_analysis"):
-        words = ["--path", "none.pt", "--datasets", f"{tmp_path}/films.yaml", "--results-dir", str(tmp_path / "out")]
-        assert main(["--task", task, *words]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and "train.jsonl" in error and error.count("\n") == 1
-        assert main(["--task", task, *words, "--max-field-tokens", "5"]) == 2  # the model's tokenizer shortens texts
-        assert "none.pt" in capsys.readouterr().err

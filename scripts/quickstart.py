@@ -78,7 +78,7 @@ class Settings:
     def fast(self) -> Settings:
         """A few updates of one seed, and evaluations of a few examples: enough to see that everything works."""
         few = "--shots 0,4 --seeds 1,2 --limit 10 --calibration none,batch"
-        analysis = "--shots 4 --seeds 1 --limit 4 --finetune-lr 0.01 --controls random,shuffled_labels"
+        analysis = "--shots 4 --seeds 1 --limit 4 --finetune-lr 0.01 --controls random"
         return replace(
             self,
             seeds=self.seeds[:1],

@@ -82,8 +82,8 @@ class Settings:
         return replace(
             self,
             seeds=self.seeds[:1],
-            updates=10,
-            warmup=3,
+            updates=6,
+            warmup=2,
             context_lengths=(256,),
             icl=tuple(few.split()),
             finetuning=tuple(analysis.split()),

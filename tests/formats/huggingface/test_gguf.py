@@ -144,9 +144,16 @@ def test_the_header_is_read_once(tmp_path, monkeypatch):
     write_gguf(path, random_model("llama"), Q.F32)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     calls = []
-    for name in ("GGUFReader", "get_tensor_name_map"):
-        function = getattr(gguf, name)
-        monkeypatch.setattr(gguf, name, lambda *args, f=function, n=name: calls.append(n) or f(*args))
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, *args):
+            calls.append("GGUFReader")
+            super().__init__(*args)
+            assert type(self.data) is type(self.tensors[0].data) is np.ndarray
+
+    table = gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *args: calls.append("get_tensor_name_map") or table(*args))
     before = vars(gguf).copy()
     lm = load_huggingface(str(tmp_path), path.name)
     assert sorted(calls) == ["GGUFReader", "get_tensor_name_map"]

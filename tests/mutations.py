@@ -457,7 +457,9 @@ def _perplexity(folder: Path) -> None:
         "num_tokens": int(tokens.sum()),
            "num_documents": 8, "nll": float(nll.sum()), "data_sha256": "ab", "documents": "documents/valid-16.npz",
            "device": "cpu",
-           "seconds": 1.0}  # fmt: skip
+           "seconds": 1.0,
+           "by_position": [{"end": 2**k, "loss": 5.0 - k, "ci95": [4.0 - k, 6.0 - k], "blocks": 9} for k in range(5)],
+           "icl_score": {"score": -0.2, "ci95": [-0.3, -0.1], "blocks": 9}}  # fmt: skip
     _write_results(folder, "lm_perplexity", {"dtype": "float32"}, [run])
 
 

@@ -34,8 +34,8 @@ class Table:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, str]]) -> Table:
-        """A table of at least one row, each {heading: cell}."""
-        return cls(list(rows[0]), [list(row.values()) for row in rows])
+        """A table of rows, each {heading: cell}; without rows it has no columns."""
+        return cls(list(rows[0]) if rows else [], [list(row.values()) for row in rows])
 
     def text(self) -> str:
         """Aligned plain text; the caption, if any, above it."""

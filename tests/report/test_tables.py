@@ -5,6 +5,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from momentum_lm.report import classification, perplexity
 from momentum_lm.report.html import page
 from momentum_lm.report.tables import Table, counted
 
@@ -36,6 +37,12 @@ def test_csv_is_inert_and_takes_names_of_any_bytes():
     cells = ["=HYPERLINK(1)", "@x", "\t=1", "-2+3", "-9.5", "+1.5 (0.1 to 2.0)", "-1.2e-05", "+3.0%", "b\udcff"]
     read = [row[0] for row in csv.reader(io.StringIO(Table(["a"], [[cell] for cell in cells]).csv()))][1:]
     assert read == ["'=HYPERLINK(1)", "'@x", "'\t=1", "'-2+3", *cells[4:8], "b\\udcff"]
+
+
+def test_a_table_of_nothing():
+    """Results without a finished run, as a kill leaves them, and as nobody should be surprised by."""
+    for table in (Table.of([]), perplexity.results_table([]), classification.results_table([])):
+        assert not table.text().strip() and not table.rows and not table.csv().strip()
 
 
 def test_counts():

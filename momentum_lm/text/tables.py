@@ -176,8 +176,8 @@ def parquet_rows(path: Path, needed: Needed, progress: Callable[[float], None] =
     number = 0
     with file:
         columns = [name for name, _ in _columns(names, needed, str(path))]
-        _refuse_bomb(file.metadata, columns, path)
         try:
+            _refuse_bomb(file.metadata, columns, path)  # where names need not be UTF-8
             for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
                 batch.validate(full=True)  # that the text is UTF-8
                 for index in range(batch.num_rows):

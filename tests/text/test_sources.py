@@ -199,6 +199,9 @@ BAD = {
         "t.jsonl", json.dumps({"text": "a\0" * 20}), {}, r"t\.jsonl:1: 20 of 40 bytes are NUL: this is no text",
     ),
     "nuls in parquet": ("t.parquet", as_parquet(["a", "\0" * 20]), {}, r"t\.parquet: row 2: 20 of 20 bytes are NUL"),
+    "parquet name": (
+        "t.parquet", b"t\xe5xt".join(as_parquet(["a"]).rsplit(b"text", 1)), {}, r"t\.parquet is damaged after row 0",
+    ),
     "old Mac lines": (
         "t.txt", b"a\rb\rc\r", {"document": "line"},
         r"t\.txt: its lines end in carriage returns alone, .*`tr '\\r' '\\n'`",

@@ -157,7 +157,7 @@ class DatasetSpec:
             return _text(value, field.column, where).removesuffix(field.without_final)
         if (number := self._words[name].find(value)) is None:
             known = _listed(list(field.words))
-            raise UserError(f"{where}: {shown(value)} in column {field.column!r} is none of {known}; fix the row")
+            raise UserError(f"{where}: {shown(value)} in column {shown(field.column)} is none of {known}; fix the row")
         return list(field.words.values())[number]
 
     @functools.cached_property
@@ -206,7 +206,7 @@ class DatasetSpec:
             elif label[:1] not in "'\"" and not isinstance(value, list | dict):
                 label = f"'{label}'"
             raise UserError(
-                f"{where}: label {label} in column {self.label_column!r} is none of {_listed(names)}{words}; "
+                f"{where}: label {label} in column {shown(self.label_column)} is none of {_listed(names)}{words}; "
                 "fix the row or the YAML file"
             )
         if self.labels is not None:
@@ -278,20 +278,21 @@ def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
         elif isinstance(value, list) and re.fullmatch(r"-?\d{1,9}", key):
             if not -len(value) <= int(key) < len(value):
                 raise UserError(
-                    f"{where}: no item {key} for column {column!r}, in a list of {len(value)}; fix or remove the row"
+                    f"{where}: no item {key} for column {shown(column)}, in a list of {len(value)}; fix or remove the "
+                    "row"
                 )
             value = value[int(key)]
         elif isinstance(value, list) and value and all(isinstance(item, Mapping) and key in item for item in value):
             if any(key in getattr(item, "repeated", ()) for item in value):
                 raise UserError(
-                    f"{where}: {shown(key)} is there more than once in an item of {column!r}; rename or remove "
+                    f"{where}: {shown(key)} is there more than once in an item of {shown(column)}; rename or remove "
                     "the others"
                 )
             value = [item[key] for item in value]
         else:
             there = _listed([brief(str(name)) for name in row]) or "none"
             raise UserError(
-                f"{where}: no column {column!r}; there are: {there}; rename it, or use a YAML file of your own"
+                f"{where}: no column {shown(column)}; there are: {there}; rename it, or use a YAML file of your own"
             )
     return value
 
@@ -309,17 +310,17 @@ def _text(value: Any, column: str, where: str) -> str:
         kind = "nothing" if value is None else type(value).__name__
         item = f" (an item of it is {{{column}.0}})" if isinstance(value, list) else ""
         item = " (make the column one of strings)" if isinstance(value, bytes) else item
-        raise UserError(f"{where}: column {column!r} holds {kind}, not text{item}; fix or remove the row")
+        raise UserError(f"{where}: column {shown(column)} holds {kind}, not text{item}; fix or remove the row")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: column {column!r} holds {value}, not text; fix or remove the row")
+        raise UserError(f"{where}: column {shown(column)} holds {value}, not text; fix or remove the row")
     if isinstance(value, int) and value.bit_length() > 256:
-        raise UserError(f"{where}: column {column!r} holds {shown(value)}, not text; fix or remove the row")
+        raise UserError(f"{where}: column {shown(column)} holds {shown(value)}, not text; fix or remove the row")
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON's "\\ud800", which no tokenizer takes
         raise UserError(
-            f"{where}: column {column!r} holds half of a surrogate pair at character {error.start}; fix the row"
+            f"{where}: column {shown(column)} holds half of a surrogate pair at character {error.start}; fix the row"
         ) from error
     return text
 

@@ -273,7 +273,7 @@ def _layer(
     made = functools.partial(_projection, transposed=family.transposed)
     query, key, value = (made(attention, name) for name in (family.query, family.key, family.value))
     fused, kv_heads = made(attention, family.fused), None
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if fused and heads else None)
+    head_dim = _told_head_dim(config) or (config.hidden_size // heads if fused and heads else None)
     if fused is not None and heads and head_dim:
         kv_heads = (len(fused.weight) // head_dim - heads) // 2
         sizes = (heads, kv_heads, head_dim)
@@ -289,6 +289,13 @@ def _layer(
     parts |= {name: _at(block, getattr(family, name)) for name in ("attention_norm", "ffn_norm")}
     parts |= {"ffn_in": ffn_in, "ffn_gate": ffn_gate, "ffn_out": made(block, family.ffn_out)}
     return Layer(block, attention, **parts, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def _told_head_dim(config: Any) -> int | None:
+    try:
+        return getattr(config, "head_dim", None)
+    except RuntimeError:  # of transformers, where layers differ, as Gemma 4's do
+        return None
 
 
 def _at(module: Any, path: str) -> Any:

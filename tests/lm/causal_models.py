@@ -165,11 +165,11 @@ def attention_apart(lm):
     tokens = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
     positions = torch.tensor([[23, 22], [12, 5]])
     before = lm.model.config._attn_implementation
-    outputs: dict = {}
+    outputs: list = []  # of each call: some models run a layer several times
     trace = AttentionTrace(positions, True, True)
 
     def keep(module, given, result):
-        outputs[module] = result[0] if isinstance(result, tuple) else result
+        outputs.append(result[0] if isinstance(result, tuple) else result)
 
     with torch.no_grad():
         plain = lm.model(tokens, use_cache=False).logits
@@ -187,8 +187,8 @@ def attention_apart(lm):
             [handle.remove() for handle in handles]
             lm.model.set_attn_implementation(before)
     rows = torch.arange(2)[:, None]
-    for i, module in enumerate(attention_modules(lm.model)):
-        worst = max(worst, (outputs[module][rows, positions] - trace.outputs[i]).abs().max().item())
+    for own, traced_output in zip(outputs, trace.outputs, strict=True):
+        worst = max(worst, (own[rows, positions] - traced_output).abs().max().item())
     weights = [w for w in weights if w is not None]
     if len(weights) != len(trace.logits):
         return worst, f"{len(weights)} maps for {len(trace.logits)} layers"

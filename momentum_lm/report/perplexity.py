@@ -156,7 +156,9 @@ class Comparison(skeleton.Comparison):
 
     def reading(self) -> str:
         scores = any(_score(run) for results in self.results for run in results["runs"])
-        return _PROTOCOL + f" Differences are from {self.names[0]}." + (f" {_ICL_SCORE}" if scores else "")
+        packed = any(results["config"].get("packed_documents") for results in self.results)
+        said = [_PROTOCOL, f"Differences are from {self.names[0]}.", _ICL_SCORE * scores, _PACKED * packed]
+        return " ".join(filter(None, said))
 
     def sections(self) -> Sections:
         series = {name: _series(results["runs"]) for name, results in zip(self.names, self.results, strict=True)}

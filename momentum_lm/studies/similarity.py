@@ -18,9 +18,6 @@ from .traces import PAPER, PREDICTING, Aligned, Floats, Learned, Seen, common_su
 
 KENDALL_EXAMPLES = 100  # the authors rank attention for no more examples
 SHOWN_EXAMPLES = 3  # of which attention to each demonstration is kept, to be drawn
-# With rotary positions the first layer's maps, and what a query sees that reaches no demonstration, differ by rounding
-# alone: in fp32 by this much, in bf16 and fp16 by what these round to.
-NOISE = 1e-4
 Values = dict[str, Any]
 
 
@@ -145,7 +142,7 @@ def _similarities(
     zero_shot: Seen, icl: Seen, ft: Seen, i: int, row: Rows, key: Sequence[int], baselines: bool, paper: bool
 ) -> tuple[Values, Values]:
     """Of attention outputs and of attention to the query's own tokens: by layer, and the latter by layer and head."""
-    position, noise = PAPER if paper else PREDICTING, max(NOISE, zero_shot.rounding)
+    position, noise = PAPER if paper else PREDICTING, zero_shot.noise
     h_zs, h_icl, h_ft = (seen.outputs[:, i, position] for seen in (zero_shot, icl, ft))
     (m_zs, m_icl, m_ft), seen = _maps(zero_shot, icl, ft, i, row, position)
     heads: Values = {"simam": metrics.simam(m_icl, m_ft, seen)}
@@ -221,8 +218,7 @@ def _relaxation(zero_shot: Seen, icl: Seen, ft: Seen, i: int) -> Values:
         h_icl, h_ft, h_zs = (
             np.stack([to_numpy(x[i, PREDICTING]) for x in seen.trace.relaxed_outputs]) for seen in (icl, ft, zero_shot)
         )
-        noise = max(NOISE, zero_shot.rounding)
-        found["simaou_relaxed"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False, noise=noise)
+        found["simaou_relaxed"] = metrics.simaou(h_icl, h_ft, h_zs, normalize=False, noise=zero_shot.noise)
     return found
 
 

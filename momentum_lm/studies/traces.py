@@ -33,11 +33,16 @@ class TracedModel(LanguageModel, Protocol):
     def model(self) -> Any: ...
 
 
+# With rotary positions the first layer's maps, and what a query sees that reaches no demonstration, differ by rounding
+# alone: in fp32 by this much, in bf16 and fp16 by what these round to.
+NOISE = 1e-4
+
+
 @dataclass
 class Seen:
     """One batch of N queries in one setting: ``sums`` ``{query: log-probabilities of its requests}``, and for L layers
     and the P = 2 positions outputs (L, N, P, C), logits (one (N, P, H, S) a layer) and queries (L, N, P, H * D);
-    ``trace`` holds the rest. rounding: relative error of a number of the model's dtype.
+    ``trace`` holds the rest. noise: the length of a change, relative to what changes, that may be rounding alone.
     """
 
     sums: dict[int, list[float]]
@@ -45,7 +50,7 @@ class Seen:
     logits: list[Floats]
     queries: Floats
     trace: AttentionTrace
-    rounding: float
+    noise: float
 
 
 def trace_queries(
@@ -69,7 +74,8 @@ def trace_queries(
         answers = rows.answers(lm, state)
     sums = {query: [answer.log_prob for answer in found] for query, found in zip(queries, answers, strict=True)}
     logits = [to_numpy(layer) for layer in trace.logits]
-    return Seen(sums, stacked(trace.outputs), logits, stacked(trace.queries), trace, torch.finfo(lm.dtype).eps)
+    noise = max(NOISE, torch.finfo(lm.dtype).eps)
+    return Seen(sums, stacked(trace.outputs), logits, stacked(trace.queries), trace, noise)
 
 
 def to_numpy(tensor: Tensor) -> Floats:

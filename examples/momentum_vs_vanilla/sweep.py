@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from momentum_lm.analysis.statistics import t_interval
 from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
@@ -32,14 +34,23 @@ from momentum_lm.studies.flags import choices, integers
 from momentum_lm.untrusted import parse_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from jobs import Job, JobError, open_config, perplexity_command, run_all, saving, train, train_command
+from jobs import Job, JobError, log_lines, open_config, perplexity_command, run_all, saving, train, train_command
 
-FORMS = {  # of the decoder, around which variants differ
+
+def _llama(layers: int, heads: int) -> list[str]:
+    """Flags of a larger Llama form, with heads of 64 as all have."""
+    shape = {"layers": layers, "embed-dim": 64 * heads, "attention-heads": heads, "kv-heads": heads, "ffn-embed-dim": 0}
+    return ["--arch", "llama_lm_tiny", *(word for key, n in shape.items() for word in (f"--decoder-{key}", str(n)))]
+
+
+FORMS = {  # of the decoder, around which variants differ; 2.9 million parameters where the name says no other number
     "gpt": ["--arch", "gpt_lm_tiny"],
     "gpt_rotary": ["--arch", "gpt_lm_tiny", "--position", "rotary"],
     "gpt_none": ["--arch", "gpt_lm_tiny", "--position", "none"],
     "llama": ["--arch", "llama_lm_tiny"],
     "llama_none": ["--arch", "llama_lm_tiny", "--position", "none"],
+    "llama_10m": _llama(layers=6, heads=5),
+    "llama_30m": _llama(layers=8, heads=8),
 }
 EMA, FIR = ["--momentum-kind", "ema"], ["--momentum-kind", "fir"]
 ONE_BACK = [*FIR, "--momentum-taps", "1"]
@@ -63,7 +74,7 @@ VARIANTS: dict[str, list[str]] = {
     "head_scale": ["--momentum-kind", "head_scale"],
     "wide": [],  # and WIDE of its form
 }
-WIDE = {"gpt": "776", "llama": "518"}  # --decoder-ffn-embed-dim that gives about as many parameters as fir16
+WIDE = {"gpt": "776", "llama": "518"}  # --decoder-ffn-embed-dim that gives about as many parameters as fir16 (2.9M)
 CONTROLS = Path(__file__).resolve().parent / "controls"  # the filters placebo and head_scale
 TOKENS_PER_UPDATE, CONTEXT = 2048, 256
 
@@ -83,7 +94,11 @@ class Run(NamedTuple):
 def model_flags(args: argparse.Namespace, run: Run) -> list[str]:
     """The flags of ``fairseq-train`` that make the decoder, but for where its code is."""
     flags = [*FORMS[run.form], *args.every_variant[run.variant]]
-    return [*flags, "--decoder-ffn-embed-dim", WIDE[run.form.partition("_")[0]]] if run.variant == "wide" else flags
+    if run.variant != "wide":
+        return flags
+    if "--decoder-layers" in FORMS[run.form]:
+        raise UserError(f"--variants wide: its width is known for the forms of 2.9 million parameters, not {run.form}")
+    return [*flags, "--decoder-ffn-embed-dim", WIDE[run.form.partition("_")[0]]]
 
 
 def user_dir(args: argparse.Namespace, variant: str) -> list[str]:
@@ -121,6 +136,12 @@ def training(args: argparse.Namespace, folder: Path, run: Run) -> Job:
     return Job("train", command, folder, args.threads, updates)
 
 
+def training_losses(log: Path) -> list[float]:
+    """Mean loss (nats a token) in each tenth of a training, of fewer parts where less was logged."""
+    losses = [line["loss"] * math.log(2) for line in log_lines(log)]  # fairseq logs bits
+    return [round(float(part.mean()), 5) for part in np.array_split(losses, min(10, len(losses)) or 1) if part.size]
+
+
 def evaluation(args: argparse.Namespace, folder: Path, run: Run, split: str) -> Job:
     """Perplexities of one run on one split."""
     command = perplexity_command(args.data, folder, split, args.context_lengths, folder / f"perplexity_{split}")
@@ -155,8 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for run, split in pairs:
+        row = {**run._asdict(), **made[run], "training_loss": training_losses(run.folder(sweep) / "train.log")}
         for record in read_results(run.folder(sweep) / f"perplexity_{split}")["runs"]:
-            known[*run, split, record["context_length"]] = {**run._asdict(), **made[run], **record}
+            known[*run, split, record["context_length"]] = row | record
     write_json(stored, {"settings": settings, "runs": [known[key] for key in sorted(known)]})
     for form, split, length in itertools.product(args.form, args.splits, args.lengths):
         shown = list(dict.fromkeys([*args.variants, args.against]))

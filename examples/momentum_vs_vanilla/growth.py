@@ -1,0 +1,138 @@
+"""Does a gain last as training goes on, and at larger sizes? Compares training losses of a sweep, tenth by tenth.
+
+    python examples/momentum_vs_vanilla/growth.py runs/study/results_*.json --picture growth.png
+
+Runs of a seed see the same batches in the same order, so that their training losses are compared on the same tokens,
+which are new to them for as long as training is in its first epoch. Prints Markdown.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sweep
+import verdicts
+
+from momentum_lm.analysis.statistics import Interval, t_interval
+from momentum_lm.cli.options import Parser
+from momentum_lm.errors import UserError, main_guard
+from momentum_lm.report.figures import MARKERS, draw, line_style, save_png, set_title
+from momentum_lm.results.ownership import PICTURE, check_ours
+from momentum_lm.untrusted import parse_json
+
+SHOWN = (2, 4, 6, 8, 10)  # tenths in the table: in the first losses fall too fast to be compared
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A variant against another: of each tenth of training the mean difference of training losses over seeds (nats a
+    token; negative: the variant is better), with Student's 95% interval. ``tokens``: where each tenth ends."""
+
+    form: str
+    variant: str
+    other: str
+    tokens: list[float]
+    gaps: list[Interval]
+
+
+def losses(known: dict[tuple, dict], form: str, variant: str) -> dict[int, list[float]]:
+    """Training losses by seed, of the runs that results are of. Raises UserError where those have several rates."""
+    rows = [
+        row for row in known.values() if (row["form"], row["variant"]) == (form, variant) and row["split"] == "test"
+    ]
+    rates = sorted({row["lr"] for row in rows})
+    if len(rates) > 1:
+        raise UserError(f"{variant} ({form}) has test results at the learning rates {rates}: keep those of one")
+    return {row["seed"]: row["training_loss"] for row in rows if row.get("training_loss")}
+
+
+def compare(known: dict[tuple, dict], tokens: float, form: str, variant: str, other: str) -> Curve | None:
+    """None where fewer than two seeds of both are there."""
+    ours, theirs = losses(known, form, variant), losses(known, form, other)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    gaps = [
+        t_interval([mine - its for mine, its in pairs])
+        for pairs in zip(*(list(zip(ours[seed], theirs[seed], strict=True)) for seed in seeds), strict=True)
+    ]
+    return Curve(form, variant, other, [tokens * (part + 1) / len(gaps) for part in range(len(gaps))], gaps)
+
+
+def table(curves: Sequence[Curve]) -> str:
+    """Markdown, one curve a row: perplexity in some tenths of training against the other's."""
+    head = ["form", "variant", "against", "tokens", "seeds", *(f"{part}/10" for part in SHOWN)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for one in curves:
+        parts = [one.gaps[part - 1] for part in SHOWN if part <= len(one.gaps)]
+        cells = [
+            f"{verdicts.percent(gap.estimate)} ({verdicts.percent(gap.low)} to {verdicts.percent(gap.high)})"
+            for gap in parts
+        ]
+        words = [one.form, one.variant, one.other, f"{one.tokens[-1]:.3g}", str(one.gaps[0].size), *cells]
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def panel(curves: Sequence[Curve], title: str):
+    """Differences over tokens seen, one line a form with a bar for each interval."""
+
+    def draw_into(axes):
+        set_title(axes, title)
+        axes.set(xlabel="tokens seen", ylabel="perplexity of the training text (%)")
+        axes.axhline(0, color="#888888", linewidth=1.2)
+        for index, one in enumerate(curves):
+            low, mean, high = (
+                [100 * math.expm1(getattr(gap, name)) for gap in one.gaps[1:]] for name in ("low", "estimate", "high")
+            )
+            places = [place * (1 + 0.015 * index) for place in one.tokens[1:]]  # beside each other
+            style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+            (line,) = axes.plot(places, mean, label=f"{one.form}, n = {one.gaps[0].size}", **style)
+            axes.vlines(places, low, high, color=line.get_color(), alpha=0.6, linewidth=1.2)
+        axes.set_xscale("log")
+
+    return draw_into
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results_TOKENS.json of sweeps")
+    parser.add_argument("--variant", default="ema")
+    parser.add_argument("--against", default="vanilla,fir3", help="comma-separated")
+    parser.add_argument("--picture", type=Path, metavar="PNG")
+    args = parser.parse_args(argv)
+    if args.picture:
+        check_ours(args.picture, PICTURE)
+    curves = []
+    for path in args.results:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give results_TOKENS.json of a sweep's --output")
+        known = sweep.results(path, {})
+        tokens = parse_json(path.read_bytes())["settings"].get("tokens")
+        if not isinstance(tokens, float):
+            raise UserError(f"{path} does not say on how many tokens its models were trained")
+        pairs = itertools.product(sweep.FORMS, args.against.split(","))
+        curves += [compare(known, tokens, form, args.variant, other) for form, other in pairs]
+    found = [curve for curve in curves if curve is not None]
+    if not found:
+        raise UserError(
+            f"no two seeds of {args.variant} and {args.against} on test in {', '.join(map(str, args.results))}"
+        )
+    print(table(found))
+    if args.picture:
+        by_other: dict[str, list[Curve]] = {}
+        for curve in found:
+            by_other.setdefault(curve.other, []).append(curve)
+        save_png(
+            draw(*(panel(some, f"{args.variant} against {name}") for name, some in by_other.items())), args.picture
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

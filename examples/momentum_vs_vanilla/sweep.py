@@ -250,6 +250,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not getattr(args, flag) >= least:
             raise UserError(f"--{flag} {getattr(args, flag):g}: must be at least {least}")
     args.data = args.data.resolve()
+    there = sorted(path.stem for path in args.data.glob("*.idx"))
+    for flag, split in (("DATA", "train"), *(("--splits", split) for split in args.splits)):
+        if split not in there:  # said now, not once hours of training are over
+            found = f"there: {', '.join(there)}" if there else "momentum-lm prepare makes such a folder"
+            raise UserError(f"{flag}: {args.data} has no split {split!r} ({found})")
     return args
 
 

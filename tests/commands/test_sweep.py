@@ -76,6 +76,7 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
         (["--tokens", "100"], "--tokens 100: must be at least 2048"),
         (["--jobs", "0"], "--jobs 0"),
         (["--tokens-per-sample", "300"], "--tokens-per-sample 300: must divide 2048, such as 512"),
+        (["--splits", "valid,test"], "--splits: DATA has no split 'test' (there: train, valid)"),
         (["--form", "bert"], "--form bert: choose from gpt, gpt_rotary"),
         (["--lr", "1e-3,fast"], "--lr 1e-3,fast: give learning rates above 0"),
         (["--lr", "best"], "--lr best: no learning rate of vanilla (gpt) was tried on valid with all of the"),
@@ -84,9 +85,18 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
     ],
 )
 def test_bad_flags_are_one_line(data, run_cli, tmp_path, words, message):
-    failed = run_cli(["python", SCRIPT, data, "--output", tmp_path / "out", *words], warm=True)
-    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1) and failed.stderr.startswith(f"error: {message}")
+    failed = run_cli(["python", SCRIPT, data, "--output", tmp_path / "out", "--splits", "valid", *words], warm=True)
+    said = failed.stderr.replace(str(data.resolve()), "DATA")
+    assert (failed.returncode, said.count("\n")) == (2, 1) and said.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_data_is_one_line(run_cli, tmp_path):
+    failed = run_cli(["python", SCRIPT, tmp_path / "none", "--output", tmp_path / "out", *TWO_UPDATES], warm=True)
+    assert failed.returncode == 2 and not (tmp_path / "out").exists()
+    assert failed.stderr == (
+        f"error: DATA: {tmp_path / 'none'} has no split 'train' (momentum-lm prepare makes such a folder)\n"
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,49 @@
+"""examples/momentum_vs_vanilla/without.py on a sweep of two updates."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples/momentum_vs_vanilla"
+
+
+@pytest.mark.slow
+def test_filters_are_taken_out_of_the_trained_models(data, run_cli, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for end in ("bin", "idx"):
+        shutil.copy(data / f"valid.{end}", tmp_path / "data" / f"test.{end}")
+    data, output = tmp_path / "data", tmp_path / "out"
+    words = ["--output", output, "--tokens", "4096", "--splits", "test", "--context-lengths", "16", "--seeds", "1,2"]
+    done = run_cli(["python", EXAMPLE / "sweep.py", data, *words, "--variants", "vanilla,ema"], warm=True)
+    assert done.returncode == 0, done.stderr
+    results = output / "results_4.1e+03.json"
+    words = ["python", EXAMPLE / "without.py", data, results, "--variants", "ema", "--form", "gpt"]
+    done = run_cli([*words, "--layers", "all,1"], warm=True)
+    assert done.returncode == 0, done.stderr
+    stored = output / "without_4.1e+03.json"
+    rows = json.loads(stored.read_text())["runs"]
+    assert [row[:5] for row in rows] == [["gpt", "ema", 6e-3, n, out] for n in (1, 2) for out in ("1", "all")]
+    whole = {
+        row["seed"]: row["perplexity"] for row in json.loads(results.read_text())["runs"] if row["variant"] == "ema"
+    }
+    assert all(0 < abs(math.log(row[5] / whole[row[3]])) < 1 for row in rows)
+    gaps = [math.log(row[5] / whole[row[3]]) for row in rows if row[4] == "all"]
+    assert f"| gpt | ema | all layers | 2 | {math.expm1(sum(gaps) / 2):+.1%} |" in done.stdout
+    before = stored.stat().st_mtime_ns, sorted(output.rglob("without_*.done"))
+    again = run_cli([*words, "--layers", "all"], warm=True)  # nothing to evaluate; both tables from what is stored
+    assert again.returncode == 0 and again.stdout == done.stdout
+    assert sorted(output.rglob("without_*.done")) == before[1]
+
+
+def test_what_is_not_there_is_one_line(data, run_cli, tmp_path):
+    failed = run_cli(["python", EXAMPLE / "without.py", data, tmp_path / "results_1.json"], warm=True)
+    assert failed.returncode == 2 and "does not exist" in failed.stderr and failed.stderr.count("\n") == 1
+    (tmp_path / "results_1.json").write_text(json.dumps({"settings": {}, "runs": []}))
+    failed = run_cli(["python", EXAMPLE / "without.py", data, tmp_path / "results_1.json"], warm=True)
+    assert failed.returncode == 2 and "no run of ema,fir3 (gpt,llama) on test" in failed.stderr
+    (tmp_path / "without_1.json").write_text("[]")
+    failed = run_cli(["python", EXAMPLE / "without.py", data, tmp_path / "results_1.json"], warm=True)
+    assert failed.returncode == 2 and "without_1.json is damaged, or not ours" in failed.stderr

@@ -188,11 +188,12 @@ def train_command(
     ``model``: ``--arch`` and its flags.
     """
     words = [
-        tool("fairseq-train"), data, "--task", "momentum_language_modeling", *model, "--autocast", autocast,
+        tool("fairseq-train"), data, "--task", "momentum_language_modeling", "--autocast", autocast,
         "--criterion", "chunked_cross_entropy", "--optimizer", "fused_adamw", "--weight-decay", 0.1, "--clip-norm", 1.0,
         "--lr", lr, "--lr-scheduler", "cosine", "--warmup-updates", min(warmup, updates // 5), "--max-update", updates,
         "--tokens-per-sample", tokens_per_sample, "--batch-size", batch_size, "--seed", seed,
         *(["--cpu"] if device == "cpu" else []), "--num-workers", 0, "--disable-validation", "--log-format", "json",
+        *model,  # last, so that it may name another optimizer and the like
     ]  # fmt: skip
     return [str(word) for word in words]
 

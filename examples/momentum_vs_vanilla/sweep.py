@@ -28,7 +28,7 @@ import numpy as np
 from momentum_lm.analysis.statistics import t_interval
 from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
-from momentum_lm.files import file_sha256, write_json
+from momentum_lm.files import file_sha256, locked, write_json
 from momentum_lm.results.records import read_results
 from momentum_lm.studies.flags import choices, integers
 from momentum_lm.untrusted import parse_json
@@ -77,6 +77,7 @@ VARIANTS: dict[str, list[str]] = {
 WIDE = {"gpt": "776", "llama": "518"}  # --decoder-ffn-embed-dim that gives about as many parameters as fir16 (2.9M)
 CONTROLS = Path(__file__).resolve().parent / "controls"  # the filters placebo and head_scale
 TOKENS_PER_UPDATE, CONTEXT = 2048, 256
+OF_A_SWEEP = ("--lr", "--seed", "--max-update", "--batch-size", "--tokens-per-sample", "--autocast", "--save-dir")
 
 
 class Run(NamedTuple):
@@ -88,7 +89,7 @@ class Run(NamedTuple):
     seed: int
 
     def folder(self, sweep: Path) -> Path:
-        return sweep / self.form / self.variant / f"lr{self.lr:g}" / f"seed{self.seed}"
+        return sweep / self.form / self.variant / f"lr{self.lr}" / f"seed{self.seed}"
 
 
 def model_flags(args: argparse.Namespace, run: Run) -> list[str]:
@@ -114,15 +115,22 @@ def code(args: argparse.Namespace, variant: str) -> str | None:
     return file_sha256(*sorted(Path(where[1]).rglob("*.py"))) if where else None
 
 
-def check_rows(known: dict[tuple, dict], made: dict[Run, dict], stored: Path) -> None:
-    """Raises UserError where a row that is kept is of a variant of the same name that was another one."""
-    for key, row in known.items():
-        now = made.get(Run(*key[: len(Run._fields)]))
-        if now is not None and {name: row.get(name) for name in now} != now:
+def check_rows(known: dict[tuple, dict], made: dict[Run, dict], texts: dict[str, str], stored: Path) -> None:
+    """Raises UserError where a row that is kept is of a variant of the same name that was another one, or of another
+    text.
+
+    made: flags and code of each run now; texts: the digest of each split.
+    """
+    now = {(run.form, run.variant): fields for run, fields in made.items()}
+    for row in known.values():
+        fields = now.get((row["form"], row["variant"]), {})
+        if {name: row.get(name) for name in fields} != fields:
             raise UserError(
                 f"{stored} has {row['variant']} with other flags or code ({' '.join(row.get('flags', []))}): choose "
                 "another name, or another --output"
             )
+        if row.get("data_sha256", texts.get(row["split"])) != texts.get(row["split"], row.get("data_sha256")):
+            raise UserError(f"{stored} has results on another {row['split']} text than DATA's: choose another --output")
 
 
 def training(args: argparse.Namespace, folder: Path, run: Run) -> Job:
@@ -151,6 +159,12 @@ def evaluation(args: argparse.Namespace, folder: Path, run: Run, split: str) -> 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    with locked(args.output):  # of two sweeps at once the later would store its own rows alone
+        return carry_out(args)
+
+
+def carry_out(args: argparse.Namespace) -> int:
+    """Trains and evaluates what is missing, stores it and prints the tables. Returns the exit status."""
     base = f"{args.tokens:.3g}"
     label = base + (f"_context{args.tokens_per_sample}" if args.tokens_per_sample != CONTEXT else "")
     sweep = args.output / label
@@ -160,12 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = results(stored, settings)
     tried = known if args.tokens_per_sample == CONTEXT else results(args.output / f"results_{base}.json", settings)
     rates = {(form, name): learning_rates(args, tried, form, name) for form in args.form for name in args.variants}
+    base_rates = {form: baseline_rates(args, tried, form) for form in args.form}
     # seed by seed, so that an interrupted sweep has whole seeds
     runs = [Run(form, name, lr, seed) for seed in args.seeds for (form, name), found in rates.items() for lr in found]
     made = {run: {"flags": model_flags(args, run), "code": code(args, run.variant)} for run in runs}
-    check_rows(known, made, stored)
+    texts = {split: file_sha256(*(args.data / f"{split}.{end}" for end in ("idx", "bin"))) for split in args.splits}
+    check_rows(known, made, texts, stored)
     open_config(sweep, settings, "a sweep")
     missing = [run for run in runs if any((*run, split, n) not in known for split in args.splits for n in args.lengths)]
+    for run in missing:  # what a folder has goes on only if it is of these flags and this code
+        open_config(run.folder(sweep), made[run], "a run")
     try:
         train([training(args, run.folder(sweep), run) for run in missing], args.jobs, "training")
         if args.train_only:
@@ -182,11 +200,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(stored, {"settings": settings, "runs": [known[key] for key in sorted(known)]})
     for form, split, length in itertools.product(args.form, args.splits, args.lengths):
         shown = list(dict.fromkeys([*args.variants, args.against]))
-        rows = [row for (f, name, _, seed, s, n), row in known.items()
-                if (f, s, n) == (form, split, length) and name in shown and seed in args.seeds
-                and (name == args.against or Run(f, name, row["lr"], seed) in made)]  # fmt: skip
+        rows = [row for (f, name, lr, seed, s, n), row in known.items()
+                if (f, s, n) == (form, split, length) and seed in args.seeds
+                and (Run(f, name, lr, seed) in made or (name == args.against and lr in base_rates[form]))]  # fmt: skip
         title = f"{form}, {split}, context {length}, after {args.tokens:.3g} tokens"
-        print(f"\n{title}\n{table(rows, shown, args.against)}")
+        print(f"\n{title}\n{table(rows, shown, args.against, best=args.lr == 'best')}")
     return 0
 
 
@@ -263,7 +281,10 @@ def own_variant(text: str) -> tuple[str, list[str]]:
     name, equals, flags = text.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", name) or name in VARIANTS:
         raise UserError(f"--variant {text}: give NAME=FLAGS, such as 'mine=--momentum-kind mine', and a new name")
-    return name, shlex.split(flags)
+    words = shlex.split(flags)
+    if taken := [word for word in words if word.partition("=")[0] in OF_A_SWEEP]:
+        raise UserError(f"--variant {text}: {taken[0]} is the same for all variants of a sweep; leave it out")
+    return name, words
 
 
 def numbers(text: str) -> list[float]:
@@ -310,16 +331,20 @@ def selection(
     return {lr: statistics.mean(found) for lr, found in tried.items() if len(found) == len(seeds)}
 
 
+def chosen_length(args: argparse.Namespace) -> int:
+    """The context length at which losses choose learning rates."""
+    return min(CONTEXT, max(args.lengths))
+
+
 def learning_rates(args: argparse.Namespace, known: dict[tuple, dict], form: str, variant: str) -> list[float]:
     """Those given; or the best of those that were tried."""
     if args.lr != "best":
         return args.lr
-    length = min(CONTEXT, max(args.lengths))
-    whole = selection(known, form, variant, args.selection_seeds, length)
+    whole = selection(known, form, variant, args.selection_seeds, chosen_length(args))
     if not whole:
         raise UserError(
             f"--lr best: no learning rate of {variant} ({form}) was tried on valid with all of the --selection-seeds "
-            f"{','.join(map(str, args.selection_seeds))} at context {length}: run that first, with --lr"
+            f"{','.join(map(str, args.selection_seeds))} at context {chosen_length(args)}: run that first, with --lr"
         )
     best = min(whole, key=whole.__getitem__)
     if len(whole) > 2 and best in (min(whole), max(whole)):
@@ -327,18 +352,26 @@ def learning_rates(args: argparse.Namespace, known: dict[tuple, dict], form: str
     return [best]
 
 
-def table(rows: list[dict], names: list[str], against: str) -> str:
+def baseline_rates(args: argparse.Namespace, known: dict[tuple, dict], form: str) -> list[float]:
+    """The learning rates of the variant that others are compared with: those given; or its best, if it was tried."""
+    if args.lr != "best":
+        return args.lr
+    whole = selection(known, form, args.against, args.selection_seeds, chosen_length(args))
+    return [min(whole, key=whole.__getitem__)] if whole else []
+
+
+def table(rows: list[dict], names: list[str], against: str, best: bool) -> str:
     """Markdown: perplexity (geometric mean over seeds) and its ratio to that of ``against``, with Student's interval
-    over paired seeds.
+    over paired seeds: at the same learning rate, or at the only one where that of each is the ``best``.
     """
     logs: dict[tuple[str, float], dict[int, float]] = {}
     for row in rows:
         logs.setdefault((row["variant"], row["lr"]), {})[row["seed"]] = math.log(row["perplexity"])
-    rates = [lr for name, lr in logs if name == against]
+    only = next((lr for name, lr in logs if name == against), None)
     lines = [f"| variant | lr | seeds | perplexity | against {against} | 95% interval |", "|---|---|---|---|---|---|"]
     for name, lr in sorted(logs, key=lambda key: names.index(key[0])):
         found, ratio, interval = logs[name, lr], "", ""
-        base = logs.get((against, lr if lr in rates else rates[0]), {}) if rates else {}
+        base = logs.get((against, only if best else lr), {})
         differences = [value - base[seed] for seed, value in found.items() if seed in base]
         if differences and name != against:
             ratio = f"{math.exp(statistics.mean(differences)) - 1:+.1%}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from momentum_lm.files import file_sha256
 from momentum_lm.model import Decoder, DecoderConfig
 from momentum_lm.model.filters import is_of_filter
 from momentum_lm.system import import_user_dir
@@ -57,6 +58,17 @@ def test_other_settings_are_refused_and_nothing_changes(swept, data, run_cli, tm
     assert stamps(swept) == before
 
 
+def test_a_folder_goes_on_with_the_same_flags_alone(swept, data, run_cli, tmp_path):
+    """Its checkpoint is another variant's otherwise, although nothing is in the results yet."""
+    output = tmp_path / "out"
+    shutil.copytree(swept, output)
+    shutil.move(output / "4.1e+03/gpt/vanilla", output / "4.1e+03/gpt/ema")
+    words = ["python", SCRIPT, data, "--output", output, "--variants", "ema", *TWO_UPDATES]
+    failed = run_cli(words, warm=True)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    assert "config.json is of a run with another flags" in failed.stderr
+
+
 def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "dict.txt").unlink()
@@ -82,6 +94,7 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
         (["--lr", "best"], "--lr best: no learning rate of vanilla (gpt) was tried on valid with all of the"),
         (["--variant", "mine"], "--variant mine: give NAME=FLAGS"),
         (["--variant", "ema=--momentum-kind ema"], "--variant ema=--momentum-kind ema: give NAME=FLAGS"),
+        (["--variant", "mine=--lr=1"], "--variant mine=--lr=1: --lr=1 is the same for all variants of a sweep"),
     ],
 )
 def test_bad_flags_are_one_line(data, run_cli, tmp_path, words, message):
@@ -152,6 +165,73 @@ def test_rates_are_chosen_on_other_seeds_and_controls_and_variants_of_ones_own_t
         (name, 1e-3) for name in ("vanilla", "mine", "placebo", "head_scale")
     }
     assert len({r["perplexity"] for r in rows}) == len(rows) == 4 * 2 * 2 + 4
+
+
+def rows_of(variant, lr, perplexity, seeds=(1, 2, 3), split="test", **fields):
+    return [
+        {"form": "gpt", "variant": variant, "lr": lr, "seed": seed, "split": split, "context_length": 16,
+         "perplexity": perplexity + seed, "flags": ["--arch", "gpt_lm_tiny"], "code": None, **fields}
+        for seed in seeds
+    ]  # fmt: skip
+
+
+def written(output, data, rows):
+    """A results file as a sweep over ``data`` leaves it."""
+    output.mkdir()
+    sha = file_sha256(data / "train.idx", data / "train.bin")[:16]
+    settings = {"tokens": 4096.0, "autocast": "none", "data": sha}
+    (output / "results_4.1e+03.json").write_text(json.dumps({"settings": settings, "runs": rows}))
+    return output
+
+
+EMA = ["--arch", "gpt_lm_tiny", "--momentum-kind", "ema", "--momentum-learned"]
+
+
+def test_the_best_of_each_is_compared_with_the_best_of_the_baseline(data, run_cli, tmp_path):
+    """Where results have the baseline at other rates too, the comparison is with none of these."""
+    rows = [
+        *(row for lr, loss in ((3e-3, 90), (6e-3, 100)) for row in rows_of("vanilla", lr, loss, (101, 102), "valid")),
+        *rows_of("vanilla", 3e-3, 100, split="valid"),
+        *rows_of("vanilla", 6e-3, 120, split="valid"),
+        *rows_of("ema", 6e-3, 90, (101, 102), "valid", flags=EMA),
+        *rows_of("ema", 6e-3, 100, split="valid", flags=EMA),
+    ]
+    output = written(tmp_path / "out", data, rows)
+    words = ["python", SCRIPT, data, "--output", output, *TWO_UPDATES, "--seeds", "1,2,3"]
+    for variants in ("ema", "vanilla,ema"):
+        done = run_cli([*words, "--variants", variants, "--lr", "best"], warm=True)
+        assert done.returncode == 0, done.stderr
+        assert "| vanilla | 0.003 | 3 | 102.0 |  |  |" in done.stdout and "| vanilla | 0.006" not in done.stdout
+        assert "| ema | 0.006 | 3 | 102.0 | +0.0% | +0.0% to +0.0% |" in done.stdout
+    done = run_cli([*words, "--variants", "ema", "--lr", "6e-3"], warm=True)  # equal rates, where one is given
+    assert done.returncode == 0, done.stderr
+    assert (
+        "| vanilla | 0.006 | 3 | 122.0 |  |  |" in done.stdout and "| ema | 0.006 | 3 | 102.0 | -16.4% |" in done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"seed": 101, "flags": [*EMA, "--momentum-eta", "0.9"]},
+            "has ema with other flags or code (--arch gpt_lm_tiny",
+        ),
+        (
+            {"seed": 9, "data_sha256": "0" * 64},
+            "has results on another valid text than DATA's: choose another --output",
+        ),
+    ],
+)
+def test_rows_of_another_variant_or_text_are_refused(data, run_cli, tmp_path, row, message):
+    """Those of other seeds, which are not run now, too: they choose the learning rate, or are paired."""
+    rows = rows_of("ema", 6e-3, 100, split="valid", flags=EMA)
+    output = written(tmp_path / "out", data, [*rows, rows[0] | row])
+    words = ["python", SCRIPT, data, "--output", output, *TWO_UPDATES, "--seeds", "1,2,3", "--variants", "ema"]
+    before = stamps(output)
+    failed = run_cli(words, warm=True)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and message in failed.stderr
+    assert stamps(output) == before
 
 
 def test_controls():

@@ -21,7 +21,6 @@ from momentum_lm.analysis.statistics import Interval, t_interval
 from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.report.figures import MARKERS, draw, line_style, save_png, set_title
-from momentum_lm.results.ownership import PICTURE, check_ours
 from momentum_lm.untrusted import parse_json
 
 SHOWN = (2, 4, 6, 8, 10)  # tenths in the table: in the first losses fall too fast to be compared
@@ -35,6 +34,7 @@ class Curve:
     form: str
     variant: str
     other: str
+    context: int
     tokens: list[float]
     gaps: list[Interval]
 
@@ -50,7 +50,7 @@ def losses(known: dict[tuple, dict], form: str, variant: str) -> dict[int, list[
     return {row["seed"]: row["training_loss"] for row in rows if row.get("training_loss")}
 
 
-def compare(known: dict[tuple, dict], tokens: float, form: str, variant: str, other: str) -> Curve | None:
+def compare(known: dict[tuple, dict], tokens: float, context: int, form: str, variant: str, other: str) -> Curve | None:
     """None where fewer than two seeds of both are there."""
     ours, theirs = losses(known, form, variant), losses(known, form, other)
     seeds = sorted(ours.keys() & theirs.keys())
@@ -60,12 +60,13 @@ def compare(known: dict[tuple, dict], tokens: float, form: str, variant: str, ot
         t_interval([mine - its for mine, its in pairs])
         for pairs in zip(*(list(zip(ours[seed], theirs[seed], strict=True)) for seed in seeds), strict=True)
     ]
-    return Curve(form, variant, other, [tokens * (part + 1) / len(gaps) for part in range(len(gaps))], gaps)
+    ends = [tokens * (part + 1) / len(gaps) for part in range(len(gaps))]
+    return Curve(form, variant, other, context, ends, gaps)
 
 
 def table(curves: Sequence[Curve]) -> str:
     """Markdown, one curve a row: perplexity in some tenths of training against the other's."""
-    head = ["form", "variant", "against", "tokens", "seeds", *(f"{part}/10" for part in SHOWN)]
+    head = ["form", "variant", "against", "context", "tokens", "seeds", *(f"{part}/10" for part in SHOWN)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for one in curves:
         parts = [one.gaps[part - 1] for part in SHOWN if part <= len(one.gaps)]
@@ -73,7 +74,15 @@ def table(curves: Sequence[Curve]) -> str:
             f"{verdicts.percent(gap.estimate)} ({verdicts.percent(gap.low)} to {verdicts.percent(gap.high)})"
             for gap in parts
         ]
-        words = [one.form, one.variant, one.other, f"{one.tokens[-1]:.3g}", str(one.gaps[0].size), *cells]
+        words = [
+            one.form,
+            one.variant,
+            one.other,
+            str(one.context),
+            f"{one.tokens[-1]:.3g}",
+            str(one.gaps[0].size),
+            *cells,
+        ]
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
@@ -91,7 +100,9 @@ def panel(curves: Sequence[Curve], title: str):
             )
             places = [place * (1 + 0.015 * index) for place in one.tokens[1:]]  # beside each other
             style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 5}
-            (line,) = axes.plot(places, mean, label=f"{one.form}, n = {one.gaps[0].size}", **style)
+            (line,) = axes.plot(
+                places, mean, label=f"{one.form}, context {one.context}, n = {one.gaps[0].size}", **style
+            )
             axes.vlines(places, low, high, color=line.get_color(), alpha=0.6, linewidth=1.2)
         axes.set_xscale("log")
 
@@ -107,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, metavar="PNG")
     args = parser.parse_args(argv)
     if args.picture:
-        check_ours(args.picture, PICTURE)
+        verdicts.check_picture(args.picture)
     curves = []
     for path in args.results:
         if not path.exists():
@@ -117,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(tokens, float):
             raise UserError(f"{path} does not say on how many tokens its models were trained")
         pairs = itertools.product(sweep.FORMS, args.against.split(","))
-        curves += [compare(known, tokens, form, args.variant, other) for form, other in pairs]
+        context = max((row["context_length"] for row in known.values()), default=0)
+        curves += [compare(known, tokens, context, form, args.variant, other) for form, other in pairs]
     found = [curve for curve in curves if curve is not None]
     if not found:
         raise UserError(

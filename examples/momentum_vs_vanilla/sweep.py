@@ -102,16 +102,16 @@ def model_flags(args: argparse.Namespace, run: Run) -> list[str]:
     return [*flags, "--decoder-ffn-embed-dim", WIDE[run.form.partition("_")[0]]]
 
 
-def user_dir(args: argparse.Namespace, variant: str) -> list[str]:
-    """Where the code of a variant is that is not the project's."""
+def user_dir(own: Path | None, variant: str) -> list[str]:
+    """Where the code of a variant is that is not the project's. ``own``: the folder of variants of one's own."""
     if variant in ("placebo", "head_scale"):
         return ["--user-dir", str(CONTROLS)]
-    return [] if args.user_dir is None or variant in VARIANTS else ["--user-dir", str(args.user_dir.resolve())]
+    return [] if own is None or variant in VARIANTS else ["--user-dir", str(own.resolve())]
 
 
 def code(args: argparse.Namespace, variant: str) -> str | None:
     """The digest of a variant's own code."""
-    where = user_dir(args, variant)
+    where = user_dir(args.user_dir, variant)
     return file_sha256(*sorted(Path(where[1]).rglob("*.py"))) if where else None
 
 
@@ -137,8 +137,8 @@ def training(args: argparse.Namespace, folder: Path, run: Run) -> Job:
     """One run, which goes on from its last checkpoint where it was interrupted."""
     updates, length = round(args.tokens / TOKENS_PER_UPDATE), args.tokens_per_sample
     command = train_command(
-        args.data, [*model_flags(args, run), *user_dir(args, run.variant)], run.seed, updates, lr=run.lr, warmup=40,
-        tokens_per_sample=length, batch_size=TOKENS_PER_UPDATE // length, autocast=args.autocast,
+        args.data, [*model_flags(args, run), *user_dir(args.user_dir, run.variant)], run.seed, updates, lr=run.lr,
+        warmup=40, tokens_per_sample=length, batch_size=TOKENS_PER_UPDATE // length, autocast=args.autocast,
     )  # fmt: skip
     command += [*saving(folder, every=500), "--tensorboard-logdir", str(folder / "tensorboard"), "--log-interval", "25"]
     return Job("train", command, folder, args.threads, updates)
@@ -153,7 +153,7 @@ def training_losses(log: Path) -> list[float]:
 def evaluation(args: argparse.Namespace, folder: Path, run: Run, split: str) -> Job:
     """Perplexities of one run on one split."""
     command = perplexity_command(args.data, folder, split, args.context_lengths, folder / f"perplexity_{split}")
-    return Job(f"perplexity_{split}", [*command, *user_dir(args, run.variant)], folder, args.threads)
+    return Job(f"perplexity_{split}", [*command, *user_dir(args.user_dir, run.variant)], folder, args.threads)
 
 
 @main_guard

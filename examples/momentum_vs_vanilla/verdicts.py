@@ -43,9 +43,14 @@ class Comparison:
     def interval(self) -> Interval:
         return t_interval(list(self.differences.values()))
 
-    def verdict(self, p: float) -> str:
-        """``p``: corrected. What is planned is judged once all seeds are there."""
-        if len(self.differences) < len(SEEDS):
+    @property
+    def whole(self) -> bool:
+        """Whether all planned seeds are there: what is planned is judged then."""
+        return len(self.differences) >= len(SEEDS)
+
+    def verdict(self, p: float | None) -> str:
+        """``p``: corrected; None of a comparison that is not whole."""
+        if p is None:
             return f"not there yet: {len(self.differences)} of {len(SEEDS)} seeds"
         low, high = math.expm1(self.interval.low), math.expm1(self.interval.high)
         if high < -SMALLEST:
@@ -114,14 +119,19 @@ def percent(nats: float) -> str:
     return f"{math.expm1(nats):+.1%}"
 
 
-def corrected(rows: Sequence[Comparison]) -> list[float]:
-    """p-values, each corrected in the family of all planned comparisons; of one that was made twice with its own."""
-    own = [t_test(list(one.differences.values())) for one in rows]
-    names = [(one.form, one.other) for one in rows]
-    found = []
-    for row, name in enumerate(names):
-        family = {other: own[names.index(other)] for other in names} | {name: own[row]}
-        found.append(holm(list(family.values()), PLANNED)[list(family).index(name)])
+def corrected(rows: Sequence[Comparison]) -> list[float | None]:
+    """p-values, each corrected in the family of all planned comparisons; of one that was made twice with its own.
+
+    None for what is not whole, which has no place in the family either: it would loosen what is asked of the others.
+    """
+    own = {row: t_test(list(one.differences.values())) for row, one in enumerate(rows) if one.whole}
+    first: dict[tuple[str, str], float] = {}
+    for row, p in own.items():
+        first.setdefault((rows[row].form, rows[row].other), p)
+    found: list[float | None] = [None] * len(rows)
+    for row, p in own.items():
+        family = first | {(name := (rows[row].form, rows[row].other)): p}
+        found[row] = holm(list(family.values()), PLANNED)[list(family).index(name)]
     return found
 
 
@@ -133,10 +143,10 @@ def table(rows: Sequence[Comparison]) -> str:
     ]
     for one, p in zip(rows, corrected(rows), strict=True):
         gap = one.interval
+        chance = "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
         lines.append(
             f"| {one.form} | {one.other} | {one.rates[0]:g}, {one.rates[1]:g} | {gap.size} | {percent(gap.estimate)} | "
-            f"{percent(gap.low)} to {percent(gap.high)} | {f'{p:.3f}' if p >= 0.001 else '< 0.001'} | "
-            f"{one.verdict(p)} |"
+            f"{percent(gap.low)} to {percent(gap.high)} | {chance} | {one.verdict(p)} |"
         )
     return "\n".join(lines)
 
@@ -162,6 +172,14 @@ def forest(rows: Sequence[Comparison]):
     return panel
 
 
+def check_picture(path: Path) -> None:
+    """Raises UserError where another file has the name that a picture is to get."""
+    try:
+        check_ours(path, PICTURE)
+    except UserError:
+        raise UserError(f"--picture {path} is there and not our picture: choose another name") from None
+
+
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,15 +189,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.results.exists():
         raise UserError(f"{args.results} does not exist: give results_TOKENS.json of a sweep's --output")
     if args.picture:
-        try:
-            check_ours(args.picture, PICTURE)
-        except UserError:
-            raise UserError(f"--picture {args.picture} is there and not our picture: choose another name") from None
+        check_picture(args.picture)
     known = sweep.results(args.results, {})
     made, missing = judge(known, SEEDS)
     if not made:
         raise UserError(f"{args.results} has no comparison of the plan yet: {'; '.join(missing)}")
-    rows = longer(made, judge(known, MORE_SEEDS)[0])
+    more = judge(known, MORE_SEEDS)[0]
+    rows = longer(made, more)
     print(table(rows))
     for name in missing:
         print(f"not there yet: {name}")
@@ -190,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for one in made:
         gap, widest = one.interval, WIDEST[one.form]
         half = math.expm1((gap.high - gap.low) / 2)
-        if half > widest and len(one.differences) == len(SEEDS):
+        if half > widest and one.whole and longer([one], more) == [one]:
             print(f"{one.form}, {one.other}: the interval is +-{half:.1%}, wanted +-{widest:.0%}: the plan adds seeds")
     if args.picture:
         save_png(draw(forest(rows), size=(6.5, 0.5 * len(rows) + 1.2)), args.picture)

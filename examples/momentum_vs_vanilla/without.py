@@ -28,12 +28,15 @@ from jobs import Job, JobError, perplexity_command, run_all  # isort: skip (swee
 Key = tuple[str, str, float, int, str]  # form, variant, learning rate, seed, what was taken out
 
 
-def read(stored: Path) -> dict[Key, float]:
-    """Perplexities that are there already. Raises UserError for a file that is not ours."""
+def read(stored: Path, length: int) -> dict[Key, float]:
+    """Perplexities at a context length that are there already. Raises UserError for another file."""
     if not stored.exists():
         return {}
     try:
-        rows = parse_json(stored.read_bytes())["runs"]
+        content = parse_json(stored.read_bytes())
+        if content["context_length"] != length:
+            raise UserError(f"{stored} is of context {content['context_length']}, not {length}: move it away")
+        rows = content["runs"]
         return {(str(f), str(v), float(lr), int(seed), str(out)): float(ppl) for f, v, lr, seed, out, ppl in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{stored} is damaged, or not ours ({error}): move it away") from error
@@ -70,10 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", default="all,0,1,2", help="each is taken out by itself; all: all at once")
     parser.add_argument("--jobs", type=int, default=2, help="evaluations at a time")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be at least 1")
     if not args.results.exists():
         raise UserError(f"{args.results} does not exist: give results_TOKENS.json of a sweep's --output")
     label = args.results.stem.removeprefix("results_")
-    forms, variants = choices(args.form, "--form", list(sweep.FORMS)), args.variants.split(",")
+    forms = choices(args.form, "--form", list(sweep.FORMS))
+    variants = choices(args.variants, "--variants", list(sweep.VARIANTS))
     rows = [row for row in sweep.results(args.results, {}).values() if row["split"] == "test"]
     length = max((row["context_length"] for row in rows), default=0)
     whole = {
@@ -81,15 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows
         if row["context_length"] == length and row["form"] in forms and row["variant"] in variants
     }
+    for form, variant in sorted({(run.form, run.variant) for run in whole}):
+        rates = sorted({run.lr for run in whole if (run.form, run.variant) == (form, variant)})
+        if len(rates) > 1:
+            raise UserError(f"{variant} ({form}) has test results at the learning rates {rates}: keep those of one")
     stored = args.results.with_name(f"without_{label}.json")
-    found = read(stored)
+    found = read(stored, length)
     jobs: dict[Key, Job] = {}
     for run, removed in itertools.product(whole, args.layers.split(",")):
         folder = run.folder(args.results.parent / label)
         if (*run, removed) not in found and (folder / "checkpoint_last.pt").exists():
             output = folder / f"without_{removed}"
             command = perplexity_command(args.data.resolve(), folder, "test", str(length), output)
-            jobs[*run, removed] = Job(output.name, [*command, "--without-momentum", removed], folder, 1)
+            command += ["--without-momentum", removed, *sweep.user_dir(None, run.variant)]
+            jobs[*run, removed] = Job(output.name, command, folder, 1)
     try:
         run_all(list(jobs.values()), args.jobs, "evaluating")
     except JobError as error:

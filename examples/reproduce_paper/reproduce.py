@@ -28,7 +28,7 @@ from momentum_lm.report.tables import Table
 from momentum_lm.results.records import read_results
 from momentum_lm.studies.classification_summary import cells, summarise_cell
 from momentum_lm.studies.finetuning_summary import settings
-from momentum_lm.studies.flags import choices
+from momentum_lm.studies.flags import choices, integers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from jobs import Job, JobError, last_bar, open_config, run_jobs, tool
@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sizes = choices(args.sizes, "--sizes", list(FOLDERS))
     datasets = choices(args.datasets, "--datasets", published.DATASETS)
-    args.lengths = [int(n) for n in args.lengths.split(",")]
+    args.lengths = integers(args.lengths, "--lengths", 1, "256,512,1024")
     args.momentum_datasets = args.momentum_datasets.split(",")
     if bool(args.vanilla) != bool(args.momentum):
         raise UserError("--vanilla and --momentum go together: Tables 6 and 7 compare the two")

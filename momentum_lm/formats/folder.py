@@ -16,6 +16,7 @@ from momentum_lm.files import locked, naming
 _OURS = re.compile(
     r"model\.pt|dict\.txt|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_|tokenizer_)?config\.json|tokenizer\.json"
     r"|sentencepiece\.model|encoder\.json|vocab\.bpe|(configuration|modeling)_momentum_lm\.py"
+    r"|own_filters\.py"
 )
 
 

@@ -39,6 +39,7 @@ class Processes:
         self.timeout = timeout
         self._store = store
         self._group: Any = None
+        self._made_default = False
         self._meetings = 0
 
     def __enter__(self) -> Processes:
@@ -47,7 +48,8 @@ class Processes:
             _entered += 1
             self._store = dist.PrefixStore(f"momentum_lm/{_entered}", self._rendezvous())
             self._meet()
-            if not dist.is_initialized():
+            self._made_default = not dist.is_initialized()
+            if self._made_default:
                 dist.init_process_group(
                     "gloo", store=dist.PrefixStore("gloo", self._store), rank=self.rank, world_size=self.world
                 )
@@ -59,7 +61,8 @@ class Processes:
     ) -> None:
         if self._group is not None and kind is None:  # after an error the others may not come: torchrun ends them
             self._meet()
-            dist.destroy_process_group()
+            # the caller's own group stays
+            dist.destroy_process_group(None if self._made_default else self._group)
             self._store.set(f"left/{self.rank}", "")
             if self.first:  # it may keep the store
                 with contextlib.suppress(RuntimeError):

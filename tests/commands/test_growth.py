@@ -34,12 +34,24 @@ def test_differences_by_tenths_of_training(run_cli, tmp_path):
     done = run_cli(["python", SCRIPT, results, "--picture", picture], warm=True)
     assert done.returncode == 0, done.stderr
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    assert lines[0] == ["form", "variant", "against", "tokens", "seeds", "2/10", "4/10", "6/10", "8/10", "10/10"]
-    assert [line[:5] for line in lines[2:]] == [
-        ["llama", "ema", "vanilla", "1.02e+06", "3"], ["llama_10m", "ema", "vanilla", "1.02e+06", "3"]
-    ]  # fmt: skip
+    assert lines[0] == [
+        "form",
+        "variant",
+        "against",
+        "context",
+        "tokens",
+        "seeds",
+        "2/10",
+        "4/10",
+        "6/10",
+        "8/10",
+        "10/10",
+    ]
+    assert [line[:6] for line in lines[2:]] == [
+        [form, "ema", "vanilla", "256", "1.02e+06", "3"] for form in ("llama", "llama_10m")
+    ]
     for line, parts in ((lines[2], [0.1, 0.06, 0.04, 0.02, 0.01]), (lines[3], [0.05] * 5)):
-        for cell, gap in zip(line[5:], parts, strict=True):
+        for cell, gap in zip(line[6:], parts, strict=True):
             half = 4.302653 * gap / 2 / math.sqrt(3)  # Student's 97.5% point with two degrees of freedom
             low, mean, high = (f"{math.expm1(-gap + shift):+.1%}" for shift in (-half, 0, half))
             assert cell == f"{mean} ({low} to {high})"

@@ -69,8 +69,8 @@ def test_it_is_evaluated_and_its_code_is_part_of_the_record(trained, own, run_cl
 def test_an_export_goes_alone_and_comes_back(trained, own, run_cli, tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5")
     checkpoint = trained / "checkpoint_last.pt"
-    for source, target in ((checkpoint, "out"), ("out", "back")):
-        done = run_cli(["momentum-lm", "convert", source, target, "--user-dir", own], cwd=tmp_path)
+    for source, target in ((checkpoint, "out"), (checkpoint, "out"), ("out", "back")):  # what it wrote it may replace
+        done = run_cli(["momentum-lm", "convert", source, target, "--user-dir", own, "--force"], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/own_filters.py").read_text() == (own / "__init__.py").read_text()
     before, after = (load_checkpoint(path)["model"] for path in (checkpoint, tmp_path / "back/model.pt"))

@@ -118,6 +118,7 @@ def test_tables_6_and_7(here, data, run_cli, tmp_path):
         (["--vanilla", "a.pt"], "go together"),
         (["--models", "."], "this fetches what is missing"),
         (["--models", ".", "--sizes", "13B"], "--sizes 13B: choose from 1.3B, 2.7B"),
+        (["--models", ".", "--lengths", "256,x"], "--lengths 256,x: give whole numbers from 1"),
     ],
 )
 def test_what_is_missing_is_named(run_cli, tmp_path, flags, message):

@@ -134,3 +134,29 @@ def test_refusals_are_one_line(run_cli, tmp_path, rows):
         assert (failed.returncode, failed.stderr.count("\n")) == (2, 1), failed.stderr
         assert failed.stderr.startswith(f"error: {message}")
     assert theirs.read_bytes() == b"\x89PNG of someone"
+
+
+def test_what_is_not_whole_does_not_loosen_the_others_correction(run_cli, tmp_path, rows):
+    few = [r for r in rows if r["variant"] not in ("vanilla", "fir3") or r["seed"] not in range(4, 9)]
+    done = run_cli(["python", SCRIPT, write(tmp_path / "results.json", few)], warm=True)
+    assert done.returncode == 0, done.stderr
+    cells = {line[1]: line for line in table(done.stdout)}
+    assert cells["vanilla"][-2:] == ["", "not there yet: 3 of 8 seeds"] == cells["fir3"][-2:]
+    gap, spread = LOSSES["shift"]
+    own = t_test([-gap - (1 if seed % 2 else -1) * spread for seed in range(1, 9)])
+    assert cells["shift"][-2] == f"{holm([own], 6)[0]:.3f}"
+
+
+def test_seeds_that_are_there_are_not_asked_for_again(run_cli, tmp_path, rows):
+    more = [
+        r | {"seed": seed, "perplexity": r["perplexity"] * (1 + 0.05 * (r["variant"] == "shift") * (-1) ** seed)}
+        for r in rows
+        for seed in ((r["seed"], r["seed"] + 8) if r["split"] == "test" else (r["seed"],))
+    ]
+    said = "llama, shift: the interval is"
+    done = run_cli(
+        ["python", SCRIPT, write(tmp_path / "r.json", [r for r in more if r["seed"] not in range(9, 17)])], warm=True
+    )
+    assert said in done.stdout and "the plan adds seeds" in done.stdout
+    done = run_cli(["python", SCRIPT, write(tmp_path / "r.json", more)], warm=True)
+    assert said not in done.stdout and [line[3] for line in table(done.stdout) if line[1] == "shift"] == ["8", "16"]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+ROW = {
+    "form": "gpt", "variant": "ema", "lr": 6e-3, "seed": 1, "split": "test", "context_length": 16, "perplexity": 9.0
+}  # fmt: skip
 EXAMPLE = Path(__file__).parents[2] / "examples/momentum_vs_vanilla"
 
 
@@ -44,6 +47,19 @@ def test_what_is_not_there_is_one_line(data, run_cli, tmp_path):
     (tmp_path / "results_1.json").write_text(json.dumps({"settings": {}, "runs": []}))
     failed = run_cli(["python", EXAMPLE / "without.py", data, tmp_path / "results_1.json"], warm=True)
     assert failed.returncode == 2 and "no run of ema,fir3 (gpt,llama) on test" in failed.stderr
+    for rows, message in (
+        (
+            [ROW, ROW | {"lr": 3e-3}],
+            "ema (gpt) has test results at the learning rates [0.003, 0.006]: keep those of one",
+        ),
+        ([ROW], "without_1.json is of context 64, not 16: move it away"),
+    ):
+        (tmp_path / "results_1.json").write_text(json.dumps({"settings": {}, "runs": rows}))
+        (tmp_path / "without_1.json").write_text(json.dumps({"context_length": 64, "runs": []}))
+        failed = run_cli(["python", EXAMPLE / "without.py", data, tmp_path / "results_1.json"], warm=True)
+        assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
+    failed = run_cli(["python", EXAMPLE / "without.py", data, tmp_path / "results_1.json", "--jobs", "0"], warm=True)
+    assert failed.returncode == 2 and failed.stderr == "error: --jobs 0: must be at least 1\n"
     (tmp_path / "without_1.json").write_text("[]")
     failed = run_cli(["python", EXAMPLE / "without.py", data, tmp_path / "results_1.json"], warm=True)
     assert failed.returncode == 2 and "without_1.json is damaged, or not ours" in failed.stderr

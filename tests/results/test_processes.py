@@ -91,7 +91,17 @@ sys.exit(main([]))
 """
 
 
-def start(rank, world, port, timeout):
+OF_A_PROGRAM_WITH_A_GROUP = f"""\
+import torch.distributed as dist
+dist.init_process_group("gloo")
+{SCRIPT.replace("sys.exit(main([]))", "main([])")}
+box = [dist.get_rank()]
+dist.broadcast_object_list(box, src=1)
+print(dist.is_initialized(), box)
+"""
+
+
+def start(rank, world, port, timeout, script=SCRIPT):
     variables = {
         "RANK": rank,
         "WORLD_SIZE": world,
@@ -100,7 +110,7 @@ def start(rank, world, port, timeout):
         "MASTER_PORT": port,
     }
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    command = [sys.executable, "-c", SCRIPT, str(timeout)]
+    command = [sys.executable, "-c", script, str(timeout)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -115,6 +125,14 @@ def test_two_processes_share_twice_without_torchrun():
     outputs = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     assert [out for out, _ in outputs] == ["7 [0, 1]\n" * 2, "7 []\n" * 2]
+
+
+def test_a_program_keeps_the_group_that_it_had():
+    port = free_port()
+    running = [start(rank, 2, port, 60, OF_A_PROGRAM_WITH_A_GROUP) for rank in range(2)]
+    outputs = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    assert [out for out, _ in outputs] == ["7 [0, 1]\n" * 2 + "True [1]\n", "7 []\n" * 2 + "True [1]\n"]
 
 
 def test_a_process_that_was_never_started_is_named():

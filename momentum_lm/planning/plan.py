@@ -103,7 +103,7 @@ class Momentum:
 
     parameters: int
     flops_share: float
-    bytes_per_block: int  # and micro-batch, forward and backward
+    bytes_per_block: int  # and micro-batch, forward and backward: the mean over blocks
     seconds: float  # of an update, at the data sheet's memory bandwidth
     kernel: bool  # whether a fused kernel is counted, or torch's own operations
 
@@ -244,7 +244,7 @@ def _sent(strategy: str, parameters: Parameters, job: Job, update_freq: int) -> 
 
 def _momentum(job: Job, option: Option, parameters: Parameters, flops: float) -> Momentum:
     config = replace(job.config, checkpoint_activations=option.checkpointing)
-    kernel = config.momentum_kind == "ema" and config.places == ("output",)
+    kernel = config.momentum_kind in ("ema", "fir") and config.places == ("output",)
     if kernel:
         moved = kernel_traffic(config, option.micro_batch * job.length, job.bf16)
     else:

@@ -236,3 +236,9 @@ def test_traffic_of_momentum():
     assert triple - double == double - apart  # the weights of a chunk are there once, however large the batch
     assert torch_traffic(shape, 4, 1024) == pytest.approx(2 * torch_traffic(shape, 2, 1024), rel=0.02)
     assert torch_traffic(replace(shape, momentum_kind="multi_ema"), 2, 256) > apart
+    fir = replace(shape, momentum_kind="fir")
+    assert kernel_traffic(fir, 512) == 9 * tensor  # its weights learn
+    once = replace(fir, momentum_at="embedding")
+    assert torch_traffic(replace(once, layers=6), 2, 256) == pytest.approx(torch_traffic(once, 2, 256) / 2, abs=1)
+    between = replace(shape, momentum_at="depth")
+    assert torch_traffic(replace(between, layers=1), 2, 256) == 0 < torch_traffic(between, 2, 256)

@@ -241,4 +241,4 @@ def test_traffic_of_momentum():
     once = replace(fir, momentum_at="embedding")
     assert torch_traffic(replace(once, layers=6), 2, 256) == pytest.approx(torch_traffic(once, 2, 256) / 2, abs=1)
     between = replace(shape, momentum_at="depth")
-    assert torch_traffic(replace(between, layers=1), 2, 256) == 0 < torch_traffic(between, 2, 256)
+    assert 2 * torch_traffic(replace(between, layers=1), 2, 256) < torch_traffic(between, 2, 256)

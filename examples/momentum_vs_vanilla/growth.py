@@ -70,10 +70,7 @@ def table(curves: Sequence[Curve]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for one in curves:
         parts = [one.gaps[part - 1] for part in SHOWN if part <= len(one.gaps)]
-        cells = [
-            f"{verdicts.percent(gap.estimate)} ({verdicts.percent(gap.low)} to {verdicts.percent(gap.high)})"
-            for gap in parts
-        ]
+        cells = [f"{sweep.percent(p.estimate)} ({sweep.percent(p.low)} to {sweep.percent(p.high)})" for p in parts]
         words = [
             one.form,
             one.variant,

@@ -360,6 +360,20 @@ def baseline_rates(args: argparse.Namespace, known: dict[tuple, dict], form: str
     return [min(whole, key=whole.__getitem__)] if whole else []
 
 
+def percent(nats: float) -> str:
+    """A difference of losses as one of perplexities."""
+    return f"{math.expm1(nats):+.1%}"
+
+
+def change(differences: Sequence[float]) -> tuple[str, str]:
+    """Mean of differences of losses (nats a token), and Student's 95% interval ("" for a single one), in percent of
+    perplexity."""
+    if len(differences) == 1:
+        return percent(differences[0]), ""
+    found = t_interval(differences)
+    return percent(found.estimate), f"{percent(found.low)} to {percent(found.high)}"
+
+
 def table(rows: list[dict], names: list[str], against: str, best: bool) -> str:
     """Markdown: perplexity (geometric mean over seeds) and its ratio to that of ``against``, with Student's interval
     over paired seeds: at the same learning rate, or at the only one where that of each is the ``best``.
@@ -374,10 +388,7 @@ def table(rows: list[dict], names: list[str], against: str, best: bool) -> str:
         base = logs.get((against, only if best else lr), {})
         differences = [value - base[seed] for seed, value in found.items() if seed in base]
         if differences and name != against:
-            ratio = f"{math.exp(statistics.mean(differences)) - 1:+.1%}"
-            if len(differences) > 1:
-                bounds = t_interval(differences)
-                interval = f"{math.exp(bounds.low) - 1:+.1%} to {math.exp(bounds.high) - 1:+.1%}"
+            ratio, interval = change(differences)
         mean = math.exp(statistics.mean(found.values()))
         lines.append(f"| {name} | {lr:g} | {len(found)} | {mean:.1f} | {ratio} | {interval} |")
     return "\n".join(lines)

@@ -114,11 +114,6 @@ def longer(made: Sequence[Comparison], more: Sequence[Comparison]) -> list[Compa
     return [row for one in made for row in (one, again.get((one.form, one.other))) if row is not None]
 
 
-def percent(nats: float) -> str:
-    """A difference of losses as one of perplexities."""
-    return f"{math.expm1(nats):+.1%}"
-
-
 def corrected(rows: Sequence[Comparison]) -> list[float | None]:
     """p-values, each corrected in the family of all planned comparisons; of one that was made twice with its own.
 
@@ -142,12 +137,10 @@ def table(rows: Sequence[Comparison]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for one, p in zip(rows, corrected(rows), strict=True):
-        gap = one.interval
+        differences, rates = list(one.differences.values()), f"{one.rates[0]:g}, {one.rates[1]:g}"
         chance = "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
-        lines.append(
-            f"| {one.form} | {one.other} | {one.rates[0]:g}, {one.rates[1]:g} | {gap.size} | {percent(gap.estimate)} | "
-            f"{percent(gap.low)} to {percent(gap.high)} | {chance} | {one.verdict(p)} |"
-        )
+        cells = [one.form, one.other, rates, str(len(differences)), *sweep.change(differences), chance, one.verdict(p)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import sweep
 
-from momentum_lm.analysis.statistics import t_interval
 from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.files import write_json
@@ -53,13 +52,8 @@ def table(whole: dict[sweep.Run, float], found: dict[Key, float]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for (form, variant, removed), gaps in groups.items():
-        interval = ""
-        if len(gaps) > 1:
-            bounds = t_interval(gaps)
-            interval = f"{math.expm1(bounds.low):+.1%} to {math.expm1(bounds.high):+.1%}"
         where = "all layers" if removed == "all" else f"layer {removed}"
-        mean = math.expm1(math.fsum(gaps) / len(gaps))
-        lines.append(f"| {form} | {variant} | {where} | {len(gaps)} | {mean:+.1%} | {interval} |")
+        lines.append(f"| {' | '.join([form, variant, where, str(len(gaps)), *sweep.change(gaps)])} |")
     return "\n".join(lines)
 
 

@@ -61,10 +61,6 @@ class TrainingLog:
         lines = {title: ["Multiline", [*tags]] for title, tags in charts.items()}
         self._open().add_custom_scalars({"momentum_lm": lines})
 
-    def text(self, tag: str, markdown: str, step: int = 0) -> None:
-        """Text, shown as Markdown in the Text tab."""
-        self._open().add_text(tag, markdown, step)
-
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int = 0) -> None:
         """A picture, (height, width, 3), shown in the Images tab."""
         self._open().add_image(tag, pixels, step, dataformats="HWC")

@@ -30,7 +30,7 @@ from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
 from momentum_lm.files import file_sha256, locked, write_json
 from momentum_lm.results.records import read_results
-from momentum_lm.studies.flags import choices, integers
+from momentum_lm.studies.flags import choices, integers, positives
 from momentum_lm.untrusted import parse_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -249,7 +249,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.form = choices(args.form, "--form", list(FORMS))
     args.against = choices(args.against, "--against", every)[0]
     args.seeds, args.splits = integers(args.seeds, "--seeds", 1, "1,2,3"), args.splits.split(",")
-    args.selection_seeds = integers(args.selection_seeds, "--selection-seeds", 1, "101,102")
+    args.selection_seeds = sorted(set(integers(args.selection_seeds, "--selection-seeds", 1, "101,102")))
     if args.tokens_per_sample < 1 or TOKENS_PER_UPDATE % args.tokens_per_sample:
         raise UserError(f"--tokens-per-sample {args.tokens_per_sample}: must divide {TOKENS_PER_UPDATE}, such as 512")
     usual = [n for n in (64, 128, 256, 512, 1024, 2048) if n <= args.tokens_per_sample] or [args.tokens_per_sample]
@@ -261,7 +261,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"{args.tokens_per_sample} take no more tokens"
         )
     if args.lr != "best":
-        args.lr = numbers(args.lr)
+        args.lr = positives(args.lr, "--lr", "3e-3,6e-3, or best")
     elif both := set(args.seeds) & set(args.selection_seeds):
         raise UserError(f"--seeds {min(both)}: the learning rate is chosen on it; results need other seeds")
     for flag, least in (("jobs", 1), ("threads", 1), ("tokens", TOKENS_PER_UPDATE)):
@@ -285,17 +285,6 @@ def own_variant(text: str) -> tuple[str, list[str]]:
     if taken := [word for word in words if word.partition("=")[0] in OF_A_SWEEP]:
         raise UserError(f"--variant {text}: {taken[0]} is the same for all variants of a sweep; leave it out")
     return name, words
-
-
-def numbers(text: str) -> list[float]:
-    """``3e-3,6e-3``."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < value < math.inf for value in found):
-        raise UserError(f"--lr {text}: give learning rates above 0 with commas between, such as 3e-3,6e-3, or best")
-    return found
 
 
 def results(stored: Path, settings: dict) -> dict[tuple, dict]:

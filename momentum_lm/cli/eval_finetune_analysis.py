@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from momentum_lm.errors import UserError
@@ -71,9 +70,12 @@ def run(args: argparse.Namespace, command: str) -> bool:
         names = (
             controls.DEFAULT if args.controls is None else flags.choices(args.controls, "--controls", controls.CHOICES)
         )
+    rates: tuple[float, ...] = study.GRID
+    if args.finetune_lr != "auto":
+        rates = tuple(flags.positives(args.finetune_lr, "--finetune-lr", "0.01,0.003"))
     settings = study.Settings(
         questions=dataclasses.replace(flags.settings_from(args), score=args.score),
-        rates=study.GRID if args.finetune_lr == "auto" else rates(args.finetune_lr),
+        rates=rates,
         held_out=args.lr_examples,
         loss=args.finetune_loss,
         parameters=args.finetune_parameters,
@@ -90,14 +92,3 @@ def run(args: argparse.Namespace, command: str) -> bool:
     del lm
     return_memory()  # what the figures need comes in its place
     return writes
-
-
-def rates(text: str) -> tuple[float, ...]:
-    """``0.01,0.003`` -> (0.01, 0.003). Raises UserError naming the flag for anything but positive numbers."""
-    try:
-        values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        values = ()
-    if not values or not all(0 < value < math.inf for value in values):
-        raise UserError(f"--finetune-lr {text}: give positive numbers with commas between, such as 0.01,0.003")
-    return values

@@ -4,6 +4,7 @@ numbers."""
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -174,6 +175,18 @@ def integers(text: str, flag: str, least: int = 0, example: str = "0,4,16") -> l
         upward = "on" if not values or max(values) <= _MOST else f"to {_MOST:,}"
         what = f"whole numbers from {least} {upward} with commas between"
         raise UserError(f"{flag} {text}: give {what}, such as {example}")
+    return values
+
+
+def positives(text: str, flag: str, example: str) -> list[float]:
+    """``0.01,0.003`` -> [0.01, 0.003], each once. Raises UserError naming the flag for anything but positive
+    numbers."""
+    try:
+        values = list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise UserError(f"{flag} {text}: give positive numbers with commas between, such as {example}")
     return values
 
 

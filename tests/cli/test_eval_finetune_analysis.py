@@ -2,16 +2,16 @@
 
 import pytest
 
-from momentum_lm.cli.eval_finetune_analysis import rates
 from momentum_lm.cli.evaluate import main
 from momentum_lm.errors import UserError
+from momentum_lm.studies.flags import positives
 
 
 def test_rates():
-    assert rates("0.01,3e-3,0.01") == (0.01, 0.003)
+    assert positives("0.01,3e-3,0.01", "--finetune-lr", "0.01") == [0.01, 0.003]
     for text in ("", "a", "0", "-1", "0.1,nan", "inf", "0.1,"):
         with pytest.raises(UserError, match=f"--finetune-lr {text}: give positive numbers"):
-            rates(text)
+            positives(text, "--finetune-lr", "0.01")
 
 
 @pytest.mark.parametrize(

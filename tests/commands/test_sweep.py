@@ -90,7 +90,7 @@ def test_a_run_that_fails_ends_the_sweep_at_once(data, run_cli, tmp_path):
         (["--tokens-per-sample", "300"], "--tokens-per-sample 300: must divide 2048, such as 512"),
         (["--splits", "valid,test"], "--splits: DATA has no split 'test' (there: train, valid)"),
         (["--form", "bert"], "--form bert: choose from gpt, gpt_rotary"),
-        (["--lr", "1e-3,fast"], "--lr 1e-3,fast: give learning rates above 0"),
+        (["--lr", "1e-3,fast"], "--lr 1e-3,fast: give positive numbers"),
         (["--lr", "best"], "--lr best: no learning rate of vanilla (gpt) was tried on valid with all of the"),
         (["--variant", "mine"], "--variant mine: give NAME=FLAGS"),
         (["--variant", "ema=--momentum-kind ema"], "--variant ema=--momentum-kind ema: give NAME=FLAGS"),

@@ -241,7 +241,7 @@ def open_config(folder: Path, settings: Mapping[str, Any], what: str) -> dict[st
         for name, value in wanted.items():
             if (there := config["settings"].get(name)) != value:
                 raise UserError(
-                    f"{path} is of {what} with another {name} ({json.dumps(there)} there, {json.dumps(value)} now): "
+                    f"{path} is of {what} that differs in {name} ({json.dumps(there)} there, {json.dumps(value)} now): "
                     f"choose another --output, or remove {folder}"
                 )
         return config

@@ -303,7 +303,7 @@ def results(stored: Path, settings: dict) -> dict[tuple, dict]:
     for name, value in settings.items():
         if (there := found.get("settings", {}).get(name)) != value:
             raise UserError(
-                f"{stored} is of a sweep with another {name} ({json.dumps(there)} there, {json.dumps(value)} now): "
+                f"{stored} is of a sweep that differs in {name} ({json.dumps(there)} there, {json.dumps(value)} now): "
                 "choose another --output"
             )
     return rows

@@ -115,7 +115,7 @@ def test_what_is_trained_is_measured_kept_and_goes_on(here, study):
     stamps = {path: path.stat().st_mtime_ns for path in (here / "out").rglob("*") if path.is_file()}
     refused = study("--variants", "ema", "--lr", "1e-3")
     (line,) = refused.stderr.splitlines()
-    assert refused.returncode == 2 and "is of a study with another lr (0.0001 there, 0.001 now)" in line
+    assert refused.returncode == 2 and "is of a study that differs in lr (0.0001 there, 0.001 now)" in line
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sweep
@@ -20,7 +20,7 @@ import verdicts
 from momentum_lm.analysis.statistics import Interval, t_interval
 from momentum_lm.cli.options import Parser
 from momentum_lm.errors import UserError, main_guard
-from momentum_lm.report.figures import MARKERS, draw, line_style, save_png, set_title
+from momentum_lm.report.figures import draw, interval_panel, save_png
 from momentum_lm.untrusted import parse_json
 
 SHOWN = (2, 4, 6, 8, 10)  # tenths in the table: in the first losses fall too fast to be compared
@@ -85,25 +85,17 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def panel(curves: Sequence[Curve], title: str):
-    """Differences over tokens seen, one line a form with a bar for each interval."""
-
-    def draw_into(axes):
-        set_title(axes, title)
-        axes.set(xlabel="tokens seen", ylabel="perplexity of the training text (%)")
-        axes.axhline(0, color="#888888", linewidth=1.2)
-        for index, one in enumerate(curves):
-            low, mean, high = (
-                [100 * math.expm1(getattr(gap, name)) for gap in one.gaps[1:]] for name in ("low", "estimate", "high")
-            )
-            places = [place * (1 + 0.015 * index) for place in one.tokens[1:]]  # beside each other
-            style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 5}
-            (line,) = axes.plot(
-                places, mean, label=f"{one.form}, context {one.context}, n = {one.gaps[0].size}", **style
-            )
-            axes.vlines(places, low, high, color=line.get_color(), alpha=0.6, linewidth=1.2)
-        axes.set_xscale("log")
-
-    return draw_into
+    """Differences over tokens seen, all tenths but the first; a line a form, and a context if there are several."""
+    several = len({one.context for one in curves}) > 1
+    series = {}
+    for one in curves:
+        gaps = [
+            replace(g, **{end: 100 * math.expm1(getattr(g, end)) for end in ("estimate", "low", "high")})
+            for g in one.gaps
+        ]
+        name = f"{one.form}{f', context {one.context}' if several else ''}, n = {gaps[0].size}"
+        series[name] = list(zip(one.tokens, gaps, strict=True))[1:]
+    return interval_panel(series, ("tokens seen (training text)", "perplexity, difference (%)"), title)
 
 
 @main_guard

@@ -17,10 +17,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from momentum_lm.analysis.statistics import Interval
 from momentum_lm.files import atomic_write
 from momentum_lm.results.ownership import PICTURE, check_ours
 from momentum_lm.results.schema import PositionLoss
@@ -157,6 +158,32 @@ def gap_panel(curves: Mapping[str, Sequence[tuple[float, float]]], title: str = 
         axes.set_ylim(min(seen) - room, max(seen) + room)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        _legend_below(axes)
+
+    return panel
+
+
+def interval_panel(
+    series: Mapping[str, Sequence[tuple[float, Interval]]], labels: tuple[str, str], title: str = ""
+) -> Panel:
+    """Estimates with their intervals over a positive number, on a logarithmic axis: a line a name, beside each other
+    where they would hide each other. ``labels``: of both axes."""
+
+    def panel(axes: Any) -> None:
+        axes.set(xlabel=shown(labels[0]), ylabel=shown(labels[1]))
+        set_title(axes, title)
+        axes.axhline(0, color="#888888", linewidth=1.2, linestyle=(0, (4, 3)))
+        for index, (name, points) in enumerate(series.items()):
+            places = [place * (1 + 0.02 * (index - (len(series) - 1) / 2)) for place, _ in points]
+            style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+            axes.vlines(
+                places, [g.low for _, g in points], [g.high for _, g in points], color=style["color"], alpha=0.6, lw=1.2
+            )
+            axes.plot(places, [g.estimate for _, g in points], label=shown(name), **style)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.xaxis.set_minor_locator(NullLocator())
         _legend_below(axes)
 
     return panel

@@ -43,8 +43,7 @@ SMALLER = {
     "--shots 2 --draws 1,2 --limit 4",
     "python examples/dual_form/dual_form.py": "",
     "python examples/momentum_vs_vanilla/sweep.py": "--tokens 4096 --context-lengths 16 --splits valid --variants "
-    "vanilla,ema_0.3 "
-    "--seeds 1 --autocast none",
+    "vanilla,ema --form gpt --lr 6e-3 --seeds 1 --autocast none",
     "python examples/reproduce_paper/reproduce.py": "--sizes 1.3B --datasets cb --momentum-datasets mr --lengths 16 "
     "--limit 4 --device cpu "
     "--dtype fp32 --data-dir data/icl",
@@ -61,6 +60,9 @@ ELSEWHERE = {
     "python scripts/fetch_datasets.py": "tests/scripts/test_packaged_datasets.py",
     "python scripts/fetch_model.py": "tests/lm/test_smollm2.py",
     "python scripts/fetch_corpus.py": "tests/scripts/test_packages.py",
+    "python examples/momentum_vs_vanilla/verdicts.py": "tests/commands/test_verdicts.py",
+    "python examples/momentum_vs_vanilla/growth.py": "tests/commands/test_growth.py",
+    "python examples/momentum_vs_vanilla/without.py": "tests/commands/test_without.py",
     "NODES=2": "tests/commands/test_nodes.py",
     "RECIPE=": "tests/commands/test_nodes.py",
 }

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import sweep
 import verdicts
@@ -23,7 +24,7 @@ from momentum_lm.errors import UserError, main_guard
 from momentum_lm.report.figures import draw, interval_panel, save_png
 from momentum_lm.untrusted import parse_json
 
-SHOWN = (2, 4, 6, 8, 10)  # tenths in the table: in the first losses fall too fast to be compared
+SHOWN = (1, 2, 4, 6, 8, 10)  # tenths in the table
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,30 @@ class Curve:
     form: str
     variant: str
     other: str
+    source: str  # the folder of the results
     context: int
     tokens: list[float]
     gaps: list[Interval]
+
+
+class Sweep(NamedTuple):
+    """A results file: its folder's name, its rows, on how many tokens its models were trained, and their context."""
+
+    source: str
+    known: dict[tuple, dict]
+    tokens: float
+    context: int
+
+    @classmethod
+    def read(cls, path: Path) -> "Sweep":
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give results_TOKENS.json of a sweep's --output")
+        known = sweep.results(path, {})
+        tokens = parse_json(path.read_bytes())["settings"].get("tokens")
+        if not isinstance(tokens, float):
+            raise UserError(f"{path} does not say on how many tokens its models were trained")
+        context = max((row["context_length"] for row in known.values()), default=0)
+        return cls(path.resolve().parent.name, known, tokens, context)
 
 
 def losses(known: dict[tuple, dict], form: str, variant: str) -> dict[int, list[float]]:
@@ -50,50 +72,51 @@ def losses(known: dict[tuple, dict], form: str, variant: str) -> dict[int, list[
     return {row["seed"]: row["training_loss"] for row in rows if row.get("training_loss")}
 
 
-def compare(known: dict[tuple, dict], tokens: float, context: int, form: str, variant: str, other: str) -> Curve | None:
-    """None where fewer than two seeds of both are there."""
-    ours, theirs = losses(known, form, variant), losses(known, form, other)
+def compare(one: Sweep, form: str, variant: str, other: str) -> Curve | None:
+    """None where fewer than two seeds of both are there. Raises UserError where two runs logged differently."""
+    ours, theirs = losses(one.known, form, variant), losses(one.known, form, other)
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None
-    gaps = [
-        t_interval([mine - its for mine, its in pairs])
-        for pairs in zip(*(list(zip(ours[seed], theirs[seed], strict=True)) for seed in seeds), strict=True)
-    ]
-    ends = [tokens * (part + 1) / len(gaps) for part in range(len(gaps))]
-    return Curve(form, variant, other, context, ends, gaps)
+    parts = {len(by_seed[seed]) for by_seed in (ours, theirs) for seed in seeds}
+    if len(parts) > 1:
+        raise UserError(f"the training losses of {variant} and {other} ({form}) have different numbers of parts")
+    gaps = [t_interval([ours[seed][part] - theirs[seed][part] for seed in seeds]) for part in range(*parts)]
+    ends = [one.tokens * (part + 1) / len(gaps) for part in range(len(gaps))]
+    return Curve(form, variant, other, one.source, one.context, ends, gaps)
 
 
 def table(curves: Sequence[Curve]) -> str:
     """Markdown, one curve a row: perplexity in some tenths of training against the other's."""
-    head = ["form", "variant", "against", "context", "tokens", "seeds", *(f"{part}/10" for part in SHOWN)]
+    head = ["results in", "form", "variant", "against", "context", "tokens", "seeds", *(f"{part}/10" for part in SHOWN)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for one in curves:
         parts = [one.gaps[part - 1] for part in SHOWN if part <= len(one.gaps)]
         cells = [f"{sweep.percent(p.estimate)} ({sweep.percent(p.low)} to {sweep.percent(p.high)})" for p in parts]
-        words = [
-            one.form,
-            one.variant,
-            one.other,
-            str(one.context),
-            f"{one.tokens[-1]:.3g}",
-            str(one.gaps[0].size),
-            *cells,
-        ]
+        numbers = [str(one.context), f"{one.tokens[-1]:.3g}", str(one.gaps[0].size)]
+        words = [one.source, one.form, one.variant, one.other, *numbers, *cells]
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
 
+def names(curves: Sequence[Curve]) -> list[str]:
+    """Of each curve its form, and what else tells it from the others."""
+    told = [
+        {"context": str(one.context), "tokens": f"{one.tokens[-1]:.3g}", "results in": one.source} for one in curves
+    ]
+    several = [key for key in ("context", "tokens", "results in") if len({each[key] for each in told}) > 1]
+    return [
+        ", ".join([one.form, *(f"{key} {each[key]}" for key in several), f"n = {one.gaps[0].size}"])
+        for one, each in zip(curves, told, strict=True)
+    ]
+
+
 def panel(curves: Sequence[Curve], title: str):
-    """Differences over tokens seen, all tenths but the first; a line a form, and a context if there are several."""
-    several = len({one.context for one in curves}) > 1
+    """Differences over tokens seen, a line a curve: all tenths but the first, for which the axis has no room."""
     series = {}
-    for one in curves:
-        gaps = [
-            replace(g, **{end: 100 * math.expm1(getattr(g, end)) for end in ("estimate", "low", "high")})
-            for g in one.gaps
-        ]
-        name = f"{one.form}{f', context {one.context}' if several else ''}, n = {gaps[0].size}"
+    for name, one in zip(names(curves), curves, strict=True):
+        ends = ("estimate", "low", "high")
+        gaps = [replace(gap, **{end: 100 * math.expm1(getattr(gap, end)) for end in ends}) for gap in one.gaps]
         series[name] = list(zip(one.tokens, gaps, strict=True))[1:]
     return interval_panel(series, ("tokens seen (training text)", "perplexity, difference (%)"), title)
 
@@ -109,16 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.picture:
         verdicts.check_picture(args.picture)
     curves = []
-    for path in args.results:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: give results_TOKENS.json of a sweep's --output")
-        known = sweep.results(path, {})
-        tokens = parse_json(path.read_bytes())["settings"].get("tokens")
-        if not isinstance(tokens, float):
-            raise UserError(f"{path} does not say on how many tokens its models were trained")
+    for one in map(Sweep.read, args.results):
         pairs = itertools.product(sweep.FORMS, args.against.split(","))
-        context = max((row["context_length"] for row in known.values()), default=0)
-        curves += [compare(known, tokens, context, form, args.variant, other) for form, other in pairs]
+        curves += [compare(one, form, args.variant, other) for form, other in pairs]
     found = [curve for curve in curves if curve is not None]
     if not found:
         raise UserError(

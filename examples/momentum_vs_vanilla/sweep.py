@@ -77,7 +77,11 @@ VARIANTS: dict[str, list[str]] = {
 WIDE = {"gpt": "776", "llama": "518"}  # --decoder-ffn-embed-dim that gives about as many parameters as fir16 (2.9M)
 CONTROLS = Path(__file__).resolve().parent / "controls"  # the filters placebo and head_scale
 TOKENS_PER_UPDATE, CONTEXT = 2048, 256
-OF_A_SWEEP = ("--lr", "--seed", "--max-update", "--batch-size", "--tokens-per-sample", "--autocast", "--save-dir")
+OF_A_SWEEP = (  # flags that are the same for all variants, and those by which a sweep finds its runs again
+    *("--lr", "--seed", "--max-update", "--max-epoch", "--batch-size", "--max-tokens", "--update-freq"),
+    *("--tokens-per-sample", "--autocast", "--save-dir", "--save-interval-updates", "--keep-interval-updates"),
+    *("--user-dir", "--tensorboard-logdir", "--log-interval", "--log-format", "--cpu", "--task", "--criterion"),
+)
 
 
 class Run(NamedTuple):
@@ -92,14 +96,14 @@ class Run(NamedTuple):
         return sweep / self.form / self.variant / f"lr{self.lr}" / f"seed{self.seed}"
 
 
-def model_flags(args: argparse.Namespace, run: Run) -> list[str]:
+def model_flags(args: argparse.Namespace, form: str, variant: str) -> list[str]:
     """The flags of ``fairseq-train`` that make the decoder, but for where its code is."""
-    flags = [*FORMS[run.form], *args.every_variant[run.variant]]
-    if run.variant != "wide":
+    flags = [*FORMS[form], *args.every_variant[variant]]
+    if variant != "wide":
         return flags
-    if "--decoder-layers" in FORMS[run.form]:
-        raise UserError(f"--variants wide: its width is known for the forms of 2.9 million parameters, not {run.form}")
-    return [*flags, "--decoder-ffn-embed-dim", WIDE[run.form.partition("_")[0]]]
+    if "--decoder-layers" in FORMS[form]:
+        raise UserError(f"--variants wide: its width is known for the forms of 2.9 million parameters, not {form}")
+    return [*flags, "--decoder-ffn-embed-dim", WIDE[form.partition("_")[0]]]
 
 
 def user_dir(own: Path | None, variant: str) -> list[str]:
@@ -115,13 +119,23 @@ def code(args: argparse.Namespace, variant: str) -> str | None:
     return file_sha256(*sorted(Path(where[1]).rglob("*.py"))) if where else None
 
 
-def check_rows(known: dict[tuple, dict], made: dict[Run, dict], texts: dict[str, str], stored: Path) -> None:
-    """Raises UserError where a row that is kept is of a variant of the same name that was another one, or of another
-    text.
+def made(args: argparse.Namespace, form: str, variant: str) -> dict[str, object]:
+    """What a variant is, as its rows record it."""
+    return {"flags": model_flags(args, form, variant), "code": code(args, variant)}
 
-    made: flags and code of each run now; texts: the digest of each split.
-    """
-    now = {(run.form, run.variant): fields for run, fields in made.items()}
+
+def text_digest(data: Path, split: str) -> str | None:
+    """As an evaluation records it; None where there is no such split."""
+    files = [data / f"{split}.{end}" for end in ("idx", "bin")]
+    return file_sha256(*files) if all(file.exists() for file in files) else None
+
+
+def check_rows(args: argparse.Namespace, known: dict[tuple, dict], stored: Path) -> None:
+    """Raises UserError where a row that is kept is of a variant of the same name that was another one, or of another
+    text."""
+    texts = {split: text_digest(args.data, split) for split in {row["split"] for row in known.values()}}
+    names = {*args.variants, args.against}
+    now = {(form, name): made(args, form, name) for form in args.form for name in names}
     for row in known.values():
         fields = now.get((row["form"], row["variant"]), {})
         if {name: row.get(name) for name in fields} != fields:
@@ -129,15 +143,16 @@ def check_rows(known: dict[tuple, dict], made: dict[Run, dict], texts: dict[str,
                 f"{stored} has {row['variant']} with other flags or code ({' '.join(row.get('flags', []))}): choose "
                 "another name, or another --output"
             )
-        if row.get("data_sha256", texts.get(row["split"])) != texts.get(row["split"], row.get("data_sha256")):
+        if row.get("data_sha256", texts[row["split"]]) != texts[row["split"]]:
             raise UserError(f"{stored} has results on another {row['split']} text than DATA's: choose another --output")
 
 
 def training(args: argparse.Namespace, folder: Path, run: Run) -> Job:
     """One run, which goes on from its last checkpoint where it was interrupted."""
     updates, length = round(args.tokens / TOKENS_PER_UPDATE), args.tokens_per_sample
+    model = [*model_flags(args, run.form, run.variant), *user_dir(args.user_dir, run.variant)]
     command = train_command(
-        args.data, [*model_flags(args, run), *user_dir(args.user_dir, run.variant)], run.seed, updates, lr=run.lr,
+        args.data, model, run.seed, updates, lr=run.lr,
         warmup=40, tokens_per_sample=length, batch_size=TOKENS_PER_UPDATE // length, autocast=args.autocast,
     )  # fmt: skip
     command += [*saving(folder, every=500), "--tensorboard-logdir", str(folder / "tensorboard"), "--log-interval", "25"]
@@ -177,13 +192,12 @@ def carry_out(args: argparse.Namespace) -> int:
     base_rates = {form: baseline_rates(args, tried, form) for form in args.form}
     # seed by seed, so that an interrupted sweep has whole seeds
     runs = [Run(form, name, lr, seed) for seed in args.seeds for (form, name), found in rates.items() for lr in found]
-    made = {run: {"flags": model_flags(args, run), "code": code(args, run.variant)} for run in runs}
-    texts = {split: file_sha256(*(args.data / f"{split}.{end}" for end in ("idx", "bin"))) for split in args.splits}
-    check_rows(known, made, texts, stored)
+    check_rows(args, known, stored)
+    check_rows(args, tried, args.output / f"results_{base}.json")
     open_config(sweep, settings, "a sweep")
     missing = [run for run in runs if any((*run, split, n) not in known for split in args.splits for n in args.lengths)]
     for run in missing:  # what a folder has goes on only if it is of these flags and this code
-        open_config(run.folder(sweep), made[run], "a run")
+        open_config(run.folder(sweep), made(args, run.form, run.variant), "a run")
     try:
         train([training(args, run.folder(sweep), run) for run in missing], args.jobs, "training")
         if args.train_only:
@@ -194,7 +208,8 @@ def carry_out(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for run, split in pairs:
-        row = {**run._asdict(), **made[run], "training_loss": training_losses(run.folder(sweep) / "train.log")}
+        row = run._asdict() | made(args, run.form, run.variant)
+        row["training_loss"] = training_losses(run.folder(sweep) / "train.log")
         for record in read_results(run.folder(sweep) / f"perplexity_{split}")["runs"]:
             known[*run, split, record["context_length"]] = row | record
     write_json(stored, {"settings": settings, "runs": [known[key] for key in sorted(known)]})
@@ -202,7 +217,7 @@ def carry_out(args: argparse.Namespace) -> int:
         shown = list(dict.fromkeys([*args.variants, args.against]))
         rows = [row for (f, name, lr, seed, s, n), row in known.items()
                 if (f, s, n) == (form, split, length) and seed in args.seeds
-                and (Run(f, name, lr, seed) in made or (name == args.against and lr in base_rates[form]))]  # fmt: skip
+                and (Run(f, name, lr, seed) in runs or (name == args.against and lr in base_rates[form]))]  # fmt: skip
         title = f"{form}, {split}, context {length}, after {args.tokens:.3g} tokens"
         print(f"\n{title}\n{table(rows, shown, args.against, best=args.lr == 'best')}")
     return 0

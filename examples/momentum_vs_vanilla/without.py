@@ -85,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rates = sorted({run.lr for run in whole if (run.form, run.variant) == (form, variant)})
         if len(rates) > 1:
             raise UserError(f"{variant} ({form}) has test results at the learning rates {rates}: keep those of one")
+    texts = {row["data_sha256"] for row in rows if "data_sha256" in row}
+    if texts - {sweep.text_digest(args.data, "test")}:
+        raise UserError(f"{args.results} is of another test text than that of {args.data}: give the sweep's DATA")
     stored = args.results.with_name(f"without_{label}.json")
     found = read(stored, length)
     jobs: dict[Key, Job] = {}

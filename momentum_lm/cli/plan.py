@@ -292,9 +292,7 @@ def _assumptions(plan: Plan, usable: str) -> list[str]:
         between = f", {job.node_bandwidth / 1e9:,.0f} GB/s between nodes" if job.gpus > job.gpus_per_node else ""
         lines.append(f"assumed: {inside}{between}, one direction, at the full rate of the data sheets")
     if plan.momentum is not None:
-        how = (
-            "in a fused kernel" if plan.momentum.kernel else "by torch's operations one by one, as if it had no kernel"
-        )
+        how = "in a fused kernel" if plan.momentum.kernel else "by torch's operations one by one, without a kernel"
         lines.append(
             f"assumed: momentum {how}, at the data sheet's memory bandwidth of {job.hardware.bandwidth / 1e12:.3g} TB/s"
         )

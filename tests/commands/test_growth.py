@@ -1,10 +1,14 @@
 """examples/momentum_vs_vanilla/growth.py on rows made up so that the right differences are known."""
 
+import importlib
 import json
 import math
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+
+from momentum_lm.analysis.statistics import Interval
 
 SCRIPT = Path(__file__).parents[2] / "examples/momentum_vs_vanilla/growth.py"
 
@@ -34,24 +38,13 @@ def test_differences_by_tenths_of_training(run_cli, tmp_path):
     done = run_cli(["python", SCRIPT, results, "--picture", picture], warm=True)
     assert done.returncode == 0, done.stderr
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    assert lines[0] == [
-        "form",
-        "variant",
-        "against",
-        "context",
-        "tokens",
-        "seeds",
-        "2/10",
-        "4/10",
-        "6/10",
-        "8/10",
-        "10/10",
+    assert lines[0][:7] == ["results in", "form", "variant", "against", "context", "tokens", "seeds"]
+    assert lines[0][7:] == ["1/10", "2/10", "4/10", "6/10", "8/10", "10/10"]
+    assert [line[:7] for line in lines[2:]] == [
+        [tmp_path.name, form, "ema", "vanilla", "256", "1.02e+06", "3"] for form in ("llama", "llama_10m")
     ]
-    assert [line[:6] for line in lines[2:]] == [
-        [form, "ema", "vanilla", "256", "1.02e+06", "3"] for form in ("llama", "llama_10m")
-    ]
-    for line, parts in ((lines[2], [0.1, 0.06, 0.04, 0.02, 0.01]), (lines[3], [0.05] * 5)):
-        for cell, gap in zip(line[6:], parts, strict=True):
+    for line, parts in ((lines[2], [0.2, 0.1, 0.06, 0.04, 0.02, 0.01]), (lines[3], [0.05] * 6)):
+        for cell, gap in zip(line[7:], parts, strict=True):
             half = 4.302653 * gap / 2 / math.sqrt(3)  # Student's 97.5% point with two degrees of freedom
             low, mean, high = (f"{math.expm1(-gap + shift):+.1%}" for shift in (-half, 0, half))
             assert cell == f"{mean} ({low} to {high})"
@@ -61,6 +54,10 @@ def test_differences_by_tenths_of_training(run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            lambda found: [*found[1:], found[0] | {"training_loss": [7.0]}],
+            "the training losses of ema and vanilla (llama)",
+        ),
         (lambda found: found[:2], "no two seeds of ema and vanilla,fir3 on test in"),
         (lambda found: [*found, found[0] | {"lr": 3e-3}], "vanilla (llama) has test results at the learning rates"),
     ],
@@ -74,3 +71,25 @@ def test_what_cannot_be_compared_is_one_line(run_cli, tmp_path, change, message)
     assert failed.returncode == 2 and "does not say on how many tokens" in failed.stderr
     failed = run_cli(["python", SCRIPT, tmp_path / "none.json"], warm=True)
     assert failed.returncode == 2 and "does not exist" in failed.stderr
+
+
+def test_curves_are_told_apart_by_what_differs_in_them(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    growth = importlib.import_module("growth")
+    gap = Interval(0.0, -0.1, 0.1, 3)
+    made = [
+        growth.Curve("llama", "ema", "vanilla", source, 256, [tokens / 10, tokens], [gap, gap])
+        for source, tokens in (("study", 1e6), ("study", 8e6), ("news", 1e6))
+    ]
+    assert growth.names(made[:1]) == ["llama, n = 3"]
+    assert growth.names(made) == [
+        "llama, tokens 1e+06, results in study, n = 3",
+        "llama, tokens 8e+06, results in study, n = 3",
+        "llama, tokens 1e+06, results in news, n = 3",
+    ]
+    axes = Figure().subplots()
+    growth.panel(made, "")(axes)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert [*lines["llama, tokens 8e+06, results in study, n = 3"].get_ydata()] == [0.0]  # all parts but the first
+    (low, high) = axes.collections[0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((100 * math.expm1(-0.1), 100 * math.expm1(0.1)))

@@ -2,14 +2,17 @@
 refuses.
 """
 
+import importlib
+import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from momentum_lm.files import file_sha256
+from momentum_lm.files import file_sha256, locked
 from momentum_lm.model import Decoder, DecoderConfig
 from momentum_lm.model.filters import is_of_filter
 from momentum_lm.system import import_user_dir
@@ -126,6 +129,7 @@ def test_what_is_trained_is_kept_and_compared(swept, data, run_cli):
         assert checkpoint.exists() == kept and (not kept or checkpoint.stat().st_mtime_ns == trained)
         results = json.loads(stored.read_text())
         rows = {r["variant"]: r for r in results["runs"]}
+        assert all(r["training_loss"] == [] for r in rows.values())  # two updates are too few to be logged
         assert list(rows) == ["ema_0.3", "vanilla"] and results["settings"]["tokens"] == 4096
         assert all((r["form"], r["lr"], r["seed"], r["split"]) == ("gpt", 0.006, 1, "valid") for r in rows.values())
         vanilla, ema = (rows[name]["perplexity"] for name in ("vanilla", "ema_0.3"))
@@ -165,6 +169,12 @@ def test_rates_are_chosen_on_other_seeds_and_controls_and_variants_of_ones_own_t
         (name, 1e-3) for name in ("vanilla", "mine", "placebo", "head_scale")
     }
     assert len({r["perplexity"] for r in rows}) == len(rows) == 4 * 2 * 2 + 4
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("sweep")
 
 
 def rows_of(variant, lr, perplexity, seeds=(1, 2, 3), split="test", **fields):
@@ -214,6 +224,10 @@ def test_the_best_of_each_is_compared_with_the_best_of_the_baseline(data, run_cl
     ("row", "message"),
     [
         (
+            {"variant": "vanilla", "flags": ["--arch", "gpt_lm_small"]},  # what the others are compared with
+            "has vanilla with other flags or code (--arch gpt_lm_small",
+        ),
+        (
             {"seed": 101, "flags": [*EMA, "--momentum-eta", "0.9"]},
             "has ema with other flags or code (--arch gpt_lm_tiny",
         ),
@@ -232,6 +246,33 @@ def test_rows_of_another_variant_or_text_are_refused(data, run_cli, tmp_path, ro
     failed = run_cli(words, warm=True)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and message in failed.stderr
     assert stamps(output) == before
+
+
+def test_losses_of_training_by_tenths(sweep, tmp_path):
+    log = tmp_path / "train.log"
+    lines = [f'2026 | INFO | train_inner | {{"num_updates": "{n}", "loss": "{n / 10}"}}\n' for n in range(1, 21)]
+    log.write_text("".join(lines))
+    nats = [
+        (0.1 + 0.2 * part + 0.05) * math.log(2) for part in range(10)
+    ]  # fairseq logs bits, here of two updates each
+    assert sweep.training_losses(log) == pytest.approx(nats, abs=1e-5)
+    log.write_text("".join(lines[:3]))
+    assert len(sweep.training_losses(log)) == 3
+    assert sweep.training_losses(tmp_path / "none.log") == []
+
+
+def test_flags_of_a_variant_count(sweep, data, tmp_path):
+    """The last of two flags does, in fairseq-train."""
+    args = sweep.parse([str(data), "--variant", "mine=--weight-decay 0 --optimizer muon", "--splits", "valid"])
+    command = sweep.training(args, tmp_path, sweep.Run("gpt", "mine", 6e-3, 1)).command
+    last = {word: value for word, value in itertools.pairwise(command) if word.startswith("--")}
+    assert (last["--weight-decay"], last["--optimizer"], last["--lr"]) == ("0", "muon", "0.006")
+
+
+def test_one_sweep_at_a_time_in_a_folder(data, run_cli, tmp_path):
+    with locked(tmp_path / "out"):
+        failed = run_cli(["python", SCRIPT, data, "--output", tmp_path / "out", *TWO_UPDATES], warm=True)
+    assert failed.returncode == 2 and "is being written by process" in failed.stderr
 
 
 def test_controls():

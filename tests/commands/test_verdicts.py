@@ -1,12 +1,14 @@
 """examples/momentum_vs_vanilla/verdicts.py on rows made up so that the right verdicts are known."""
 
+import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
 
-from momentum_lm.analysis.statistics import holm, t_test
+from momentum_lm.analysis.statistics import holm, t_interval, t_test
 
 SCRIPT = Path(__file__).parents[2] / "examples/momentum_vs_vanilla/verdicts.py"
 LOSSES = {  # mean test loss against ema's, and how far seeds are from it
@@ -160,3 +162,32 @@ def test_seeds_that_are_there_are_not_asked_for_again(run_cli, tmp_path, rows):
     assert said in done.stdout and "the plan adds seeds" in done.stdout
     done = run_cli(["python", SCRIPT, write(tmp_path / "r.json", more)], warm=True)
     assert said not in done.stdout and [line[3] for line in table(done.stdout) if line[1] == "shift"] == ["8", "16"]
+
+
+def test_the_pages_tables_are_those_of_the_results(run_cli):
+    """Of the study: what README says is what the committed results give."""
+    results = SCRIPT.parent / "results/results_1.02e+06.json"
+    page = (SCRIPT.parent / "README.md").read_text("utf-8")
+    done = run_cli(["python", SCRIPT, results], warm=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) > 4 and all(f"{row}\n" in page for row in rows)
+    means = {}
+    for r in json.loads(results.read_text())["runs"]:
+        if r["split"] == "test":
+            means.setdefault((r["form"], r["variant"]), []).append(math.log(r["perplexity"]))
+    for form in ("gpt", "llama"):
+        cells = [f"{math.exp(statistics.mean(means[form, name])):.1f}" for name in ("vanilla", "ema", "fir3")]
+        assert f"| {form} | {' | '.join(cells)} |" in page
+    taken_out = json.loads((SCRIPT.parent / "results/without_1.02e+06.json").read_text())["runs"]
+    losses = {
+        (r["form"], r["variant"], r["seed"]): math.log(r["perplexity"]) for r in json.loads(results.read_text())["runs"]
+    }
+    gaps = {}
+    for form, variant, _, seed, removed, perplexity in taken_out:
+        gaps.setdefault((form, variant, removed), []).append(math.log(perplexity) - losses[form, variant, seed])
+    for (form, variant), _ in itertools.groupby(gaps, key=lambda key: key[:2]):
+        found = [t_interval(gaps[form, variant, removed]) for removed in ("0", "1", "2", "all")]
+        shown = [[100 * math.expm1(value) for value in (gap.estimate, gap.low, gap.high)] for gap in found]
+        cells = [f"{mean:+.1f}% ({low:.1f} to {high:.1f})" for mean, low, high in shown]
+        assert f"| {form} | {variant} | {' | '.join(cells)} |" in page

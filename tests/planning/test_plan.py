@@ -92,6 +92,8 @@ def test_cost_of_momentum(medium):
     assert 0 < momentum.flops_share < 0.002
     small = job("momentum_lm_125m", gpus=1, checkpointing=True)
     several = make_plan(replace(small, config=replace(small.config, momentum_kind="multi_ema"))).momentum
+    taps = make_plan(replace(small, config=replace(small.config, momentum_kind="fir"))).momentum
+    assert taps.kernel and taps.parameters == 12 * 3 * 768
     assert not several.kernel and several.parameters == 12 * 2 * 8 * 768
     assert make_plan(replace(small, config=replace(small.config, momentum_kind="none"))).momentum is None
 

@@ -7,7 +7,7 @@ usage: bash scripts/quickstart.sh [--output DIR] [--seconds N] [--fast] [--skip 
 
 Sets up .venv where needed (needs Python 3.11 or later), then trains small language models with and without momentum
 attention, in the forms of GPT and of Llama, on real text and compares their perplexity; then a pretrained model
-classifies film reviews, in context and finetuned. 16 to 45 minutes on 2 CPU cores, installation included. Run it again
+classifies film reviews, in context and finetuned. 14 to 45 minutes on 2 CPU cores, installation included. Run it again
 to go on where it stopped.
 
   --output DIR   where everything goes (default: runs/quickstart)

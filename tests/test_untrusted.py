@@ -84,10 +84,10 @@ def test_aliases_are_written_out(yaml):
     ids=lambda value: repr(value)[:30],
 )  # fmt: skip
 def test_what_is_not_read(yaml, content, message):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match=message) as caught:
         yaml(content)
-    assert len(str(caught.value)) < 800 and time.monotonic() - began < 3
+    assert len(str(caught.value)) < 800 and time.process_time() - began < 3
 
 
 def test_a_pipe_a_folder_and_a_link_to_nothing(tmp_path):
@@ -125,7 +125,7 @@ def test_values_in_messages_are_short():
     nested = ["x"]
     for _ in range(40):
         nested = [nested] * 10
-    began = time.monotonic()
+    began = time.process_time()
     values = [
         "a" * 10**6,
         nested,
@@ -134,7 +134,7 @@ def test_values_in_messages_are_short():
         Plain("9" * 5000, None),
         list(range(10**6)),
     ]
-    assert all(len(shown(value)) < 1500 for value in values) and time.monotonic() - began < 1
+    assert all(len(shown(value)) < 1500 for value in values) and time.process_time() - began < 1
     assert shown(Record({"a": nested})) == shown({"a": nested})
     assert shown("a" * 100) == repr("a" * 60) + "... (100 characters)"
     assert [shown(value) for value in ("a", ["a", 1], None, 1.5, Plain("0x10", 16), Plain("No", False))] == [

@@ -78,10 +78,10 @@ def compare(one: Sweep, form: str, variant: str, other: str) -> Curve | None:
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None
-    parts = {len(by_seed[seed]) for by_seed in (ours, theirs) for seed in seeds}
-    if len(parts) > 1:
+    parts, *others = {len(by_seed[seed]) for by_seed in (ours, theirs) for seed in seeds}
+    if others:
         raise UserError(f"the training losses of {variant} and {other} ({form}) have different numbers of parts")
-    gaps = [t_interval([ours[seed][part] - theirs[seed][part] for seed in seeds]) for part in range(*parts)]
+    gaps = [t_interval([ours[seed][part] - theirs[seed][part] for seed in seeds]) for part in range(parts)]
     ends = [one.tokens * (part + 1) / len(gaps) for part in range(len(gaps))]
     return Curve(form, variant, other, one.source, one.context, ends, gaps)
 

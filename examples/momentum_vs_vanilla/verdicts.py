@@ -117,7 +117,7 @@ def longer(made: Sequence[Comparison], more: Sequence[Comparison]) -> list[Compa
 def corrected(rows: Sequence[Comparison]) -> list[float | None]:
     """p-values, each corrected in the family of all planned comparisons; of one that was made twice with its own.
 
-    None for what is not whole, which has no place in the family either: it would loosen what is asked of the others.
+    None for what is not whole, which has no place in the family either: it would weaken the correction of the others.
     """
     own = {row: t_test(list(one.differences.values())) for row, one in enumerate(rows) if one.whole}
     first: dict[tuple[str, str], float] = {}
